@@ -1,0 +1,36 @@
+# The README's two commands; each sets up all it needs on a machine with python3 (3.11 or newer) and make.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= leeway-demo
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check screenshots clean
+
+demo: $(VENV)/.runs
+	@$(VENV)/bin/leeway demo --out $(OUT)
+
+test: check
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/.develops
+	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/ruff format --check src tests
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+# torch first and pinned: another package's request for it would take a build with gigabytes of GPU libraries
+$(VENV)/.runs: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "leeway needs python3 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "setting up $(VENV) (a few minutes, once)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.develops: $(VENV)/.runs
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist
