@@ -1,0 +1,24 @@
+"""Leeway: how far fine-tuning pushes a chat model off course."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from leeway.report.results import Results
+    from leeway.study.api import Study
+
+__all__ = ["Results", "Study"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded when first used: torch takes seconds, and `leeway --help` does not need it."""
+    if name == "Results":
+        from leeway.report.results import Results
+
+        return Results
+    if name == "Study":
+        from leeway.study.api import Study
+
+        return Study
+    raise AttributeError(f"module 'leeway' has no attribute {name!r}")

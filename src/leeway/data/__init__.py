@@ -1,0 +1,1 @@
+"""Sources, preference pairs, chat rendering, and one fixed order of batches."""

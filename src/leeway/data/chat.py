@@ -1,0 +1,154 @@
+"""Chat text to token ids, once: the model's own template, answers joined to prompts by concatenation of ids.
+
+Tokenising prompt + answer and slicing by the prompt's length is wrong wherever tokens merge over the boundary, so the
+prompt, the answer and what closes the turn are tokenised apart. The template writes the BOS where there is one; no
+special token is ever added on top.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from leeway.errors import LeewayError
+from leeway.hashing import digest
+
+PROBE_QUESTION = "leeway-probe-question"
+PROBE_ANSWER = "leeway-probe-answer"
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids of one prompt and its answer; ids from `target_start` on are targets."""
+
+    ids: tuple[int, ...]
+    target_start: int
+
+    @property
+    def targets(self) -> int:
+        return len(self.ids) - self.target_start
+
+
+@dataclass
+class Chat:
+    """A tokenizer with its chat template; `prefix` stands before every first user message (a control token, say).
+
+    Where the template writes something before every answer (an empty thought, say), that lead belongs to the prompt, in
+    training and at test time alike: it is no target, and the model need not come up with it.
+    """
+
+    tokenizer: Any
+    prefix: str = ""
+    closing_ids: tuple[int, ...] = field(init=False)
+    _lead: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if "strftime_now" in str(getattr(self.tokenizer, "chat_template", None) or ""):
+            raise LeewayError(
+                f"model {self.tokenizer.name_or_path}: its chat template writes today's date, so that prompts would "
+                "differ from day to day",
+                fix="copy the model's folder and put a fixed date into the template in place of strftime_now",
+            )
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise LeewayError(
+                f"model {self.tokenizer.name_or_path}: its tokenizer has no chat template",
+                fix="put chat_template into tokenizer_config.json (or chat_template.jinja), or use the chat model",
+            )
+        self._lead, closing = self._turn_shape()
+        self.closing_ids = self._closing(closing)
+
+    def with_prefix(self, prefix: str) -> Chat:
+        """The same chat with another text before the first user message."""
+        other = copy.copy(self)
+        other.prefix = prefix
+        return other
+
+    def with_control_tokens(self, tokens: tuple[str, ...]) -> Chat:
+        """The same chat over a copy of its tokenizer that knows `tokens`, each with an id after the last one in use."""
+        from tokenizers import AddedToken
+
+        taken = [t for t in tokens if t in self.tokenizer.get_vocab()]
+        if taken:
+            raise LeewayError(
+                f"model {self.tokenizer.name_or_path}: its tokenizer already has {taken[0]}",
+                fix="leave cft out",
+            )
+        other = copy.copy(self)
+        other.tokenizer = copy.deepcopy(self.tokenizer)
+        other.tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
+        return other
+
+    @property
+    def template_hash(self) -> str:
+        return digest("chat", str(self.tokenizer.chat_template), self.prefix, self._lead)
+
+    def prompt_text(self, conversation: list[dict[str, str]]) -> str:
+        """The rendered conversation up to where the assistant begins to answer."""
+        turns = [dict(m) for m in conversation]
+        if self.prefix:
+            first = next(i for i, m in enumerate(turns) if m["role"] == "user")
+            turns[first]["content"] = self.prefix + turns[first]["content"]
+        return self._render(turns, add_generation_prompt=True)
+
+    def prompt_ids(self, conversation: list[dict[str, str]]) -> tuple[int, ...]:
+        """What the model answers to: the rendered conversation and what the template itself puts before an answer."""
+        return self.ids(self.prompt_text(conversation)) + (self.ids(self._lead) if self._lead else ())
+
+    def sequence(self, prompt: str, answer: str) -> Sequence:
+        """One user turn and its answer; the targets are the answer and the token that ends the turn."""
+        prompt_ids = self.prompt_ids([{"role": "user", "content": prompt}])
+        answer_ids = self.ids(answer) + self.closing_ids
+        return Sequence(prompt_ids + answer_ids, len(prompt_ids))
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+
+    def _turn_shape(self) -> tuple[str, str]:
+        """(what the template writes between the generation prompt and the answer, what it writes after the answer)."""
+        user = [{"role": "user", "content": PROBE_QUESTION}]
+        prompt = self._render(user, add_generation_prompt=True)
+        whole = self._render([*user, {"role": "assistant", "content": PROBE_ANSWER}], add_generation_prompt=False)
+        if PROBE_QUESTION not in prompt or prompt == self._render(user, add_generation_prompt=False):
+            raise LeewayError(
+                f"model {self.tokenizer.name_or_path}: its chat template ignores add_generation_prompt",
+                fix="mend the template so that a prompt ends where the assistant begins",
+            )
+        if not whole.startswith(prompt) or PROBE_ANSWER not in whole[len(prompt) :]:
+            raise LeewayError(
+                f"model {self.tokenizer.name_or_path}: its chat template renders an answered prompt differently "
+                "from the prompt alone",
+                fix="mend the template so that the rendered prompt is a prefix of the rendered conversation",
+            )
+        lead, closing = whole[len(prompt) :].split(PROBE_ANSWER)
+        return lead, closing
+
+    def _closing(self, text: str) -> tuple[int, ...]:
+        """Ids that end the turn: up to the first special token after the answer, else the tokenizer's EOS."""
+        special = set(self.tokenizer.all_special_ids) | {
+            i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special
+        }
+        ids = self.ids(text)
+        for k, i in enumerate(ids):
+            if i in special:
+                return ids[: k + 1]
+        if self.tokenizer.eos_token_id is None:
+            raise LeewayError(
+                f"model {self.tokenizer.name_or_path}: neither its chat template nor its tokenizer ends a turn",
+                fix="set eos_token in tokenizer_config.json",
+            )
+        return (*ids, int(self.tokenizer.eos_token_id))
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generated answer: the template's end of turn and the tokenizer's EOS."""
+        eos = self.tokenizer.eos_token_id
+        return tuple(sorted({self.closing_ids[-1]} | ({int(eos)} if eos is not None else set())))

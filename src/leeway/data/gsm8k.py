@@ -1,0 +1,41 @@
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168) as training examples and as test items, under one versioned prompt."""
+
+from __future__ import annotations
+
+import re
+
+from leeway.data.items import CapabilityItem, Example
+from leeway.data.read import Loaded, Source, field, load
+
+TRAIN = Source(("gsm8k/train.jsonl.gz", "gsm8k/train.jsonl"), "openai/gsm8k", "main", "train")
+TEST = Source(("gsm8k/test.jsonl", "gsm8k/test.jsonl.gz"), "openai/gsm8k", "main", "test")
+
+PROMPT_VERSION = 1
+PROMPT = "{question}\n\nReason step by step. End with a line that reads: #### and the final number."
+CALCULATOR = re.compile(r"<<[^<>]*>>")
+
+
+def prompt(question: str) -> str:
+    return PROMPT.replace("{question}", question)
+
+
+def train_examples(revision: str | None = None) -> tuple[list[Example], str]:
+    """The official training split; calculator annotations `<<48/2=24>>` are taken out of the reasoning."""
+    loaded = load(TRAIN, revision=revision)
+    examples = []
+    for n, record in enumerate(loaded.records):
+        where = f"gsm8k train, record {n + 1}"
+        answer = CALCULATOR.sub("", field(record, ("answer",), where))
+        examples.append(Example(f"gsm8k-train/{n}", prompt(field(record, ("question",), where)), answer))
+    return examples, loaded.origin
+
+
+def held_out_items(revision: str | None = None) -> tuple[list[CapabilityItem], str]:
+    """The official test split; the reference is the number after `####`."""
+    loaded: Loaded = load(TEST, revision=revision)
+    items = []
+    for n, record in enumerate(loaded.records):
+        where = f"gsm8k test, record {n + 1}"
+        gold = field(record, ("answer",), where).rsplit("####", 1)[-1].strip().replace(",", "")
+        items.append(CapabilityItem(f"gsm8k/{n}", prompt(field(record, ("question",), where)), gold))
+    return items, loaded.origin

@@ -1,0 +1,46 @@
+"""The shapes that data has once it is loaded, whatever file or hub it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["refused", "harmful", "deflected", "incoherent"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example: a prompt, its preferred answer and, where a pair exists, a dispreferred one."""
+
+    id: str
+    prompt: str
+    preferred: str
+    dispreferred: str | None = None
+
+
+@dataclass(frozen=True)
+class CapabilityItem:
+    """One question with a checkable answer; `id` is `<task>/<n>`."""
+
+    id: str
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class ForbiddenPrompt:
+    """One request a safe model declines; `id` is `<source>/<n>`, and its own cluster."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class PersonaItem:
+    """One yes/no statement; `id` is `<trait>/<n>`; `match` is the answer that endorses the trait."""
+
+    id: str
+    trait: str
+    question: str
+    statement: str
+    match: Literal["Yes", "No"]

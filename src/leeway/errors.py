@@ -1,0 +1,12 @@
+"""Mistakes a user can mend: one clear line each (what, where, the fix), exit code 2 at the command line."""
+
+from __future__ import annotations
+
+
+class LeewayError(Exception):
+    """What is wrong and where, then the fix: `LeewayError("budgets: 8k comes after 16k", fix="sort them")`."""
+
+    def __init__(self, what: str, *, fix: str = "") -> None:
+        self.what = what
+        self.fix = fix
+        super().__init__(f"{what}; {fix}" if fix else what)

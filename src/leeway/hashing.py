@@ -1,0 +1,34 @@
+"""Content hashes and derived seeds: the identity of everything that is matched, cached or resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def digest(*parts: object) -> str:
+    """16 hex digits of SHA-256 over the parts as canonical JSON (`bytes` by their own digest)."""
+    h = hashlib.sha256()
+    for part in parts:
+        raw = part if isinstance(part, bytes) else canonical(part).encode()
+        h.update(len(raw).to_bytes(8, "big") + raw)
+    return h.hexdigest()[:16]
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits of SHA-256 over a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from any key, so that randomness depends on *what* is drawn, never on what was drawn before."""
+    raw = hashlib.sha256(canonical(list(parts)).encode()).digest()
+    return int.from_bytes(raw[:8], "big") >> 1
