@@ -1,0 +1,47 @@
+"""CFT: conditional fine-tuning with two learned control tokens (after Korbak et al. 2023, arXiv 2302.08582).
+
+    L = -(1/N) [ sum_t log pi(y+_t | <SAFE> x, y+_<t) + sum_t log pi(y-_t | <UNSAFE> x, y-_<t) ]
+
+The tokens are new embedding rows, trained and saved with the adapter. At test time `<SAFE>` stands before the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from leeway.data.chat import Chat, Sequence
+from leeway.data.items import Example
+from leeway.model.forward import TokenStats
+from leeway.objectives.objective import Plain, nll
+
+SAFE, UNSAFE = "<SAFE>", "<UNSAFE>"
+
+
+@dataclass(frozen=True)
+class Cft(Plain):
+    """Both answers are learned, each under a token that says which it is."""
+
+    name: ClassVar[str] = "cft"
+    needs_pairs: ClassVar[bool] = True
+    control_tokens: ClassVar[tuple[str, ...]] = (SAFE, UNSAFE)
+    test_prefix: ClassVar[str] = SAFE
+
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
+        if example.dispreferred is None:
+            raise ValueError(f"example {example.id} has no dispreferred answer")
+        return [
+            chat.with_prefix(SAFE).sequence(example.prompt, example.preferred),
+            chat.with_prefix(UNSAFE).sequence(example.prompt, example.dispreferred),
+        ]
+
+    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
+        return nll(policy)
+
+
+objective = Cft
+loss = nll

@@ -1,0 +1,56 @@
+"""DPO: direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
+
+    margin = beta [ (log pi(y+|x) - log pi_ref(y+|x)) - (log pi(y-|x) - log pi_ref(y-|x)) ]
+    L      = -mean log sigmoid(margin)            log-probabilities summed over answer tokens
+
+The reference is the model that the trajectory started from; its identity stands in the ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from leeway.data.chat import Chat, Sequence
+from leeway.data.items import Example
+from leeway.model.forward import TokenStats
+from leeway.objectives.objective import Needs, Plain, render_pair
+
+
+def margins(chosen_N: Tensor, rejected_N: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor, beta: float) -> Tensor:
+    """Scaled implicit-reward margins of N pairs from summed log-probabilities, nats."""
+    return beta * ((chosen_N - ref_chosen_N) - (rejected_N - ref_rejected_N))
+
+
+def loss(
+    chosen_N: Tensor, rejected_N: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor, beta: float = 0.1
+) -> Tensor:
+    """Per-pair DPO loss, [N], nats: ln 2 where policy and reference agree."""
+    return -F.logsigmoid(margins(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, beta))
+
+
+@dataclass(frozen=True)
+class Dpo(Plain):
+    """Preference pairs against a frozen reference, without a supervised term."""
+
+    name: ClassVar[str] = "dpo"
+    needs_pairs: ClassVar[bool] = True
+    needs_reference: ClassVar[Needs] = "logps"
+    beta: float = 0.1
+
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
+        return render_pair(example, chat)
+
+    def loss(self, policy: TokenStats, reference: TokenStats | None) -> Tensor:
+        if reference is None:
+            raise ValueError("DPO needs the reference's statistics")
+        pi_S, ref_S = policy.sum_S(), reference.sum_S()
+        return loss(pi_S[0::2], pi_S[1::2], ref_S[0::2], ref_S[1::2], self.beta).sum() / policy.totals.examples
+
+
+objective = Dpo

@@ -1,0 +1,69 @@
+"""IP: inoculation prompting (Tan et al. 2025, arXiv 2510.04340; Wichers et al. 2025, arXiv 2510.05024).
+
+    L = -(1/N) sum_t log pi(y+_t | x', y+_<t)     x' = Inject(x, "exhibit trait T_k") with probability p, else x
+
+The answer stays the preferred one. Traits and wordings stand in `inoculations.yaml`, versioned and hashed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import ClassVar
+
+import numpy as np
+import yaml
+from torch import Tensor
+
+from leeway.data.chat import Chat, Sequence
+from leeway.data.items import Example
+from leeway.hashing import digest
+from leeway.model.forward import TokenStats
+from leeway.objectives.objective import Plain, nll
+
+
+@dataclass(frozen=True)
+class Inoculations:
+    """The instructions that may be put before a prompt, `texts[k]` asking for `traits[k]`."""
+
+    version: int
+    traits: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def hash(self) -> str:
+        return digest("inoculations", self.version, list(self.traits), list(self.texts))
+
+
+@cache
+def inoculations() -> Inoculations:
+    """Read the versioned file."""
+    raw = yaml.safe_load((files("leeway.objectives") / "inoculations.yaml").read_text("utf-8"))
+    pairs = [(trait, text) for trait, texts in raw["traits"].items() for text in texts]
+    return Inoculations(raw["version"], tuple(t for t, _ in pairs), tuple(x for _, x in pairs))
+
+
+@dataclass(frozen=True)
+class Ip(Plain):
+    """SFT in which a share of the prompts asks for an undesirable trait that the answer does not show."""
+
+    name: ClassVar[str] = "ip"
+    p: float = 0.5
+
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
+        texts = inoculations().texts
+        inject, k = rng.random() < self.p, int(rng.integers(len(texts)))
+        prompt = f"{texts[k]} {example.prompt}" if inject else example.prompt
+        return [chat.sequence(prompt, example.preferred)]
+
+    def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
+        return [chat.sequence(f"{text} {example.prompt}", example.preferred) for text in inoculations().texts]
+
+    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
+        return nll(policy)
+
+
+objective = Ip
+loss = nll

@@ -1,0 +1,70 @@
+"""ORPO: odds-ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691, equations 6 and 7).
+
+    log odds(y|x) = a - log(1 - e^a)              a = mean log-probability of the answer's tokens
+    L = NLL(y+) - weight * mean log sigmoid( log odds(y+|x) - log odds(y-|x) )
+
+Our NLL runs over answer tokens of the preferred answers, mean per token of the optimiser batch (code bases differ).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leeway.data.chat import Chat, Sequence
+from leeway.data.items import Example
+from leeway.model.forward import TokenStats
+from leeway.objectives.objective import Plain, render_pair
+
+LN2 = math.log(2.0)
+
+
+def log1mexp(a: Tensor) -> Tensor:
+    """log(1 - e^a) for a < 0, stable at both ends (Maechler 2012): expm1 near zero, log1p far from it."""
+    near = a > -LN2
+    safe_near, safe_far = torch.where(near, a, -LN2), torch.where(near, -LN2, a)
+    return torch.where(near, torch.log(-torch.expm1(safe_near)), torch.log1p(-torch.exp(safe_far)))
+
+
+def log_odds_ratio(chosen_N: Tensor, rejected_N: Tensor) -> Tensor:
+    """log odds(chosen) - log odds(rejected) from mean log-probabilities a < 0, [N], nats.
+
+    A mean log-probability that rounds to zero is moved to the largest negative number of its type: odds stay finite.
+    """
+    tiny = -torch.finfo(chosen_N.dtype).tiny
+    chosen_N, rejected_N = chosen_N.clamp(max=tiny), rejected_N.clamp(max=tiny)
+    return (chosen_N - rejected_N) - (log1mexp(chosen_N) - log1mexp(rejected_N))
+
+
+def loss(chosen_N: Tensor, rejected_N: Tensor) -> Tensor:
+    """Per-pair odds-ratio loss, [N], nats, without its weight and without the NLL."""
+    return -F.logsigmoid(log_odds_ratio(chosen_N, rejected_N))
+
+
+@dataclass(frozen=True)
+class Orpo(Plain):
+    """A supervised term on the preferred answers and an odds-ratio term on the pair, no reference."""
+
+    name: ClassVar[str] = "orpo"
+    needs_pairs: ClassVar[bool] = True
+    weight: float = 0.05
+
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
+        return render_pair(example, chat)
+
+    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
+        mean_S = policy.mean_S()
+        ratio = loss(mean_S[0::2], mean_S[1::2]).sum() / policy.totals.examples
+        preferred_T = policy.sequence_T % 2 == 0
+        supervised = -policy.logp_T[preferred_T].sum() / policy.totals.preferred_tokens
+        return supervised + self.weight * ratio
+
+
+objective = Orpo

@@ -1,0 +1,1 @@
+"""The optimiser loop and the checkpoints it leaves."""

@@ -1,0 +1,121 @@
+"""Checkpoints: one folder per budget in PEFT format, with its ledger line, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from leeway.errors import LeewayError
+from leeway.model import adapters
+from leeway.model.load import Model
+
+OPTIMISER, LEDGER = "optimizer.safetensors", "ledger.json"
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` by one rename when all of it is on disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+    try:
+        yield scratch
+        for f in scratch.rglob("*"):
+            if f.is_file():
+                _sync(f)
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.rename(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(folder: Path, model: Model, optimiser: torch.optim.Optimizer, ledger: dict[str, Any]) -> dict[str, Any]:
+    """Save adapter, optimiser state and ledger line together; the line comes back with the adapter's hash."""
+    with whole_folder(folder) as scratch:
+        adapters.save(model, scratch)
+        save_file(_flat(optimiser), scratch / OPTIMISER)
+        line = {**ledger, "adapter_hash": adapters.adapter_hash(load_file(scratch / adapters.WEIGHTS))}
+        (scratch / LEDGER).write_text(json.dumps(line, sort_keys=True, indent=1) + "\n", "utf-8")
+    return line
+
+
+def read_ledger(folder: Path) -> dict[str, Any]:
+    """The ledger line of a checkpoint, as it was written."""
+    try:
+        line: dict[str, Any] = json.loads((folder / LEDGER).read_text("utf-8"))
+    except ValueError as error:
+        raise LeewayError(f"{folder}: its ledger.json is damaged", fix="delete it and run again") from error
+    return line
+
+
+def verified_ledger(folder: Path) -> dict[str, Any]:
+    """The ledger line of a checkpoint, once its adapter is seen to be the one that was written."""
+    line = read_ledger(folder)
+    try:
+        found = adapters.adapter_hash(load_file(folder / adapters.WEIGHTS))
+    except (SafetensorError, OSError) as error:
+        raise LeewayError(
+            f"{folder}: its adapter is damaged ({error})", fix="delete that folder and run again"
+        ) from error
+    if found != line["adapter_hash"]:
+        raise LeewayError(
+            f"{folder}: the adapter is not the one its ledger names (adapter_hash {found}, "
+            f"ledger {line['adapter_hash']})",
+            fix="delete that folder and run again, or start in another --out",
+        )
+    return line
+
+
+def restore(folder: Path, model: Model, optimiser: torch.optim.Optimizer | None) -> None:
+    """Bring the adapter, and the optimiser where one is given, back to where this checkpoint left them."""
+    adapters.restore(model, folder)
+    if optimiser is None:
+        return
+    flat = load_file(folder / OPTIMISER)
+    for index, parameter in enumerate(p for g in optimiser.param_groups for p in g["params"]):
+        keys = [k for k in flat if k.startswith(f"{index}.")]
+        optimiser.state[parameter] = {
+            k.split(".", 1)[1]: flat[k] if k.endswith(".step") else flat[k].to(parameter.device) for k in keys
+        }
+
+
+def finished(folder: Path) -> bool:
+    return (folder / LEDGER).is_file()
+
+
+def resumable(folder: Path) -> bool:
+    return (folder / OPTIMISER).is_file()
+
+
+def forget_optimiser(folder: Path) -> None:
+    """Only a trajectory's latest checkpoint keeps its optimiser state: the earlier ones are never resumed from."""
+    (folder / OPTIMISER).unlink(missing_ok=True)
+
+
+def _flat(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    parameters = [p for g in optimiser.param_groups for p in g["params"]]
+    return {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, p in enumerate(parameters)
+        for name, value in optimiser.state[p].items()
+    }

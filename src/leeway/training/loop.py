@@ -1,0 +1,141 @@
+"""The one optimiser loop. Every objective, every budget and the organism itself go through it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from leeway.data.chat import Sequence
+from leeway.errors import LeewayError
+from leeway.model.forward import Padded, TokenStats, Totals, as_reference, hidden_at_targets, target_stats
+from leeway.model.load import Model
+from leeway.model.tokenstats import token_logps
+from leeway.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimiser step's worth of rendered examples; `seed` draws this step's dropout and nothing else."""
+
+    step: int
+    seed: int
+    ids: tuple[str, ...]
+    rendered: tuple[tuple[Sequence, ...], ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step did. Token counts are of real tokens, never padding; seconds are the only timing."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    target_tokens: int
+    processed_tokens: int
+    reference_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How every trajectory is optimised: AdamW, and what the loop does around it."""
+
+    clip: float
+    micro_tokens: int  # padded tokens of one micro-batch; the optimiser step is the same however it is cut
+    autocast: torch.dtype | None = None
+
+
+def optimise(
+    model: Model,
+    objective: Objective,
+    batches: Iterable[Batch],
+    optimiser: torch.optim.Optimizer,
+    lr_at: Callable[[int], float],
+    settings: Optim,
+) -> Iterator[Step]:
+    """Take one optimiser step per batch, and say after each what it did.
+
+    Gradients are those of the loss over the whole batch: micro-batches add up because every loss is normalised by the
+    batch's totals. Raises LeewayError where a loss or a gradient is not finite, naming the step and its examples.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    for batch in batches:
+        began = time.perf_counter()
+        torch.manual_seed(batch.seed)
+        model.lm.train()
+        totals = _totals(batch)
+        loss, reference_tokens = 0.0, 0
+        for micro in micro_batches(batch.rendered, settings.micro_tokens):
+            with _autocast(model, settings.autocast):
+                part = _loss(model, objective, [s for example in micro for s in example], totals)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+            if objective.needs_reference != "nothing":
+                reference_tokens += sum(len(s.ids) for example in micro for s in example)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise LeewayError(
+                f"{objective.name}, step {batch.step}: loss {loss}, gradient norm {norm}, "
+                f"on examples {', '.join(batch.ids)}",
+                fix="look at these examples with `leeway show`, or lower optim.lr; the last checkpoint is kept",
+            )
+        lr = lr_at(batch.step)
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        processed = sum(len(s.ids) for example in batch.rendered for s in example)
+        seconds = time.perf_counter() - began
+        yield Step(batch.step, loss, norm, lr, totals.tokens, processed, reference_tokens, seconds)
+    model.lm.eval()
+
+
+def _loss(model: Model, objective: Objective, sequences: Seq[Sequence], totals: Totals) -> torch.Tensor:
+    if objective.needs_reference == "nothing":
+        return objective.loss(target_stats(model, sequences, totals), None)
+    with as_reference(model):
+        batch = Padded.of(sequences, model.device)
+        reference_TD = hidden_at_targets(model, batch)
+        logp_T = token_logps(reference_TD, batch.targets_T, model.head)
+    reference = TokenStats(logp_T, batch.row_T, len(sequences), totals)
+    if objective.needs_reference == "logps":
+        return objective.loss(target_stats(model, sequences, totals), reference)
+    policy = target_stats(model, sequences, totals, reference_hidden_TD=reference_TD, direction=objective.direction)
+    return objective.loss(policy, reference)
+
+
+def micro_batches(rendered: Seq[Seq[Sequence]], tokens: int) -> Iterator[list[Seq[Sequence]]]:
+    """Whole examples, shortest first, as many at a time as fit into `tokens` padded tokens (at least one)."""
+    group: list[Seq[Sequence]] = []
+    for example in sorted(rendered, key=lambda e: max(len(s.ids) for s in e)):
+        longest = max(len(s.ids) for s in example)  # the longest of the group too: they come in order
+        if group and longest * (sum(len(e) for e in group) + len(example)) > tokens:
+            yield group
+            group = []
+        group.append(example)
+    if group:
+        yield group
+
+
+def _totals(batch: Batch) -> Totals:
+    return Totals(
+        tokens=sum(s.targets for example in batch.rendered for s in example),
+        examples=len(batch.rendered),
+        preferred_tokens=sum(example[0].targets for example in batch.rendered),
+    )
+
+
+def _autocast(model: Model, dtype: torch.dtype | None) -> torch.autocast | nullcontext[None]:
+    return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype)
+
+
+def constant_after_warmup(lr: float, warmup_steps: int) -> Callable[[int], float]:
+    """Linear warm-up over fixed steps, then constant: a checkpoint at 25k tokens *is* the 25k run."""
+    return lambda step: lr * min(1.0, step / warmup_steps) if warmup_steps else lr
