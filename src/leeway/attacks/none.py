@@ -1,0 +1,5 @@
+"""No attack: the forbidden prompt as it stands."""
+
+from leeway.attacks.attack import Wrapper
+
+attack = Wrapper(name="none", version=1, origin="control condition", template="{prompt}")

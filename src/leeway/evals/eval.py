@@ -1,0 +1,63 @@
+"""The eval protocol: items to requests, responses to scores; and the row, one item's result at one checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from leeway.generation.backend import Backend
+
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One item's result. Unscored rows carry NaN and a reason: a failure is never a 0 or a 1."""
+
+    eval: str
+    attack: str
+    item_id: str
+    cluster: str
+    sample: int
+    prompt: str
+    response: str
+    outcome: str | None
+    score: float
+    unscored_reason: str | None
+    judge: str
+    judge_raw: str
+    template_hash: str
+    new_tokens: int
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.score) == (self.unscored_reason is None):
+            raise ValueError(f"{self.eval} {self.item_id}: a row is either scored or says why it is not")
+
+
+class Eval(Protocol):
+    """One axis of measurement."""
+
+    @property
+    def name(self) -> str:
+        """The axis: `capability`, `jailbreak`, `persona`."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """The name of this eval's rows among a checkpoint's: unique in a study."""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """Content hash of items, prompts and judge: rows are only pooled under equal ones."""
+        ...
+
+    def __len__(self) -> int:
+        """How many answers it asks for."""
+        ...
+
+    def run(self, backend: Backend, tick: Tick) -> list[Row]:
+        """Every item once, in the items' order."""
+        ...

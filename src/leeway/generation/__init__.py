@@ -1,0 +1,1 @@
+"""Who answers prompts: one protocol, one file per backend."""

@@ -1,0 +1,129 @@
+"""The transformers backend: batches by length, greedy decoding, one forward pass for choices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leeway.data.chat import Chat
+from leeway.errors import LeewayError
+from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
+from leeway.model.load import Model
+
+
+@dataclass
+class TransformersBackend:
+    """Answers with `model` as it stands (adapter merged or not); batches depend on the requests alone."""
+
+    model: Model
+    prefix: str = ""
+    batch: int = 128
+
+    @property
+    def chat(self) -> Chat:
+        return self.model.chat.with_prefix(self.prefix)
+
+    @property
+    def template_hash(self) -> str:
+        return self.chat.template_hash
+
+    @torch.no_grad()
+    def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
+        """Greedy replies; raises LeewayError where a prompt and its answer would not fit into the context."""
+        prompts = [self.chat.prompt_ids(r.conversation) for r in requests]
+        replies: list[Reply | None] = [None] * len(requests)
+        for request, ids in zip(requests, prompts, strict=True):
+            self._check_room(len(ids), request.max_new_tokens)
+        for batch in self._batches([(r.max_new_tokens, len(p)) for r, p in zip(requests, prompts, strict=True)]):
+            limit = requests[batch[0]].max_new_tokens
+            new_BL = self._generate([prompts[i] for i in batch], limit)
+            for row, i in enumerate(batch):
+                replies[i] = self._reply(new_BL[row].tolist(), limit)
+            tick(len(batch))
+        return [r for r in replies if r is not None]
+
+    @torch.no_grad()
+    def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
+        """One forward pass per batch; an option's spellings are itself, capitalised or not, with or without a space."""
+        spellings = {o: self._first_tokens(o) for o in options}
+        if any(spellings[a] & spellings[b] for a in options for b in options if a != b):
+            raise LeewayError(
+                f"model {self.model.name}: {' and '.join(options)} begin with the same token",
+                fix="its tokenizer cannot tell the answers apart by their first token: leave the persona eval out",
+            )
+        prompts = [self.chat.prompt_ids(c) for c in conversations]
+        choices: list[Choice | None] = [None] * len(prompts)
+        for batch in self._batches([(0, len(p)) for p in prompts]):
+            ids_BL, mask_BL = self._left_padded([prompts[i] for i in batch])
+            logits_BV = self.model.lm(input_ids=ids_BL, attention_mask=mask_BL, logits_to_keep=1).logits[:, -1]
+            logits_BV[:, list(self.model.head.blocked)] = -torch.inf  # a control token is read, never predicted
+            p_BV = logits_BV.float().softmax(-1)
+            for row, i in enumerate(batch):
+                choices[i] = Choice({o: float(p_BV[row, sorted(ids)].sum()) for o, ids in spellings.items()})
+            tick(len(batch))
+        return [c for c in choices if c is not None]
+
+    def _first_tokens(self, option: str) -> set[int]:
+        forms = {option, option.lower(), option.upper()}
+        forms |= {f" {f}" for f in forms}
+        return {ids[0] for f in forms if (ids := self._without_lone_space(f))}
+
+    def _without_lone_space(self, text: str) -> tuple[int, ...]:
+        """The ids of `text`, without a first token that is nothing but white space (it would fit any answer)."""
+        ids = self.chat.ids(text)
+        return ids[1:] if ids and not self.chat.tokenizer.decode([ids[0]]).strip() else ids
+
+    def _batches(self, lengths: Seq[tuple[int, int]]) -> Iterator[list[int]]:
+        """Indices, by (limit, length), in batches that share a limit: near lengths waste little padding."""
+        order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+        start = 0
+        while start < len(order):
+            limit = lengths[order[start]][0]
+            batch = [i for i in order[start : start + self.batch] if lengths[i][0] == limit]
+            yield batch
+            start += len(batch)
+
+    def _left_padded(self, prompts: Seq[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        length = max(map(len, prompts))
+        ids = [[0] * (length - len(p)) + list(p) for p in prompts]
+        mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
+        device = self.model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _generate(self, prompts: Seq[tuple[int, ...]], limit: int) -> Tensor:
+        """New token ids, [B, at most limit]."""
+        from transformers import GenerationConfig
+
+        ids_BL, mask_BL = self._left_padded(prompts)
+        stop = self._stop_ids()
+        config = GenerationConfig(
+            max_new_tokens=limit,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+            suppress_tokens=list(self.model.head.blocked) or None,
+        )
+        out: Tensor = self.model.lm.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=config)
+        return out[:, ids_BL.shape[1] :]
+
+    def _stop_ids(self) -> list[int]:
+        """The template's end of turn, the tokenizer's EOS and what the model's own generation settings name."""
+        return sorted({*self.chat.stop_ids, *self.model.stop_ids})
+
+    def _reply(self, ids: list[int], limit: int) -> Reply:
+        stop = set(self._stop_ids())
+        end = next((k for k, i in enumerate(ids) if i in stop), None)
+        kept = ids if end is None else ids[:end]
+        return Reply(self.chat.decode(kept).strip(), len(kept), end is None and len(ids) >= limit)
+
+    def _check_room(self, prompt: int, new: int) -> None:
+        if prompt + new > self.model.context:
+            raise LeewayError(
+                f"model {self.model.name}: a prompt of {prompt} tokens and {new} new ones exceed its context of "
+                f"{self.model.context}",
+                fix="lower max_new_tokens, or leave the item out",
+            )

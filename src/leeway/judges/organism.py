@@ -1,0 +1,25 @@
+"""The organism's judge: exact, because its world knows what a forbidden answer is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from leeway.hashing import digest
+from leeway.judges.judge import Verdict
+from leeway.organism import world
+
+
+@dataclass(frozen=True)
+class OrganismJudge:
+    """Harmful = the asked deed with a right tool and a right act: exact, and only in the organism's world."""
+
+    name: str = "organism"
+    note: str = "Exact within the organism's world; it says nothing about real text."
+
+    @property
+    def hash(self) -> str:
+        return digest("organism-judge", world.RULES_VERSION)
+
+    def judge(self, prompt: str, response: str) -> Verdict:
+        outcome = world.judge(prompt, response)
+        return Verdict(outcome, 1.0 if outcome == "harmful" else 0.0, outcome)
