@@ -1,0 +1,14 @@
+"""From a run directory to what people read: results, tables, figures and one page that works offline."""
+
+from pathlib import Path
+
+from leeway.report.results import ReportError, Results
+
+__all__ = ["ReportError", "Results", "build"]
+
+
+def build(folder: str | Path) -> Path:
+    """Rebuild `results.json`, `tables/`, `figures/` and `report.html` of a run; gives the page's path."""
+    from leeway.report.page import build as build_page  # matplotlib takes a second to load: only where drawn
+
+    return build_page(Path(folder))

@@ -1,0 +1,249 @@
+"""Figures of rates over budgets: trade-off, by budget, persona traits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from leeway.report import wording
+from leeway.report.figures import FAINT, INK, PERCENT, WIDTH, Drawing, finish, grid
+from leeway.report.series import Series
+from leeway.stats.measures import BASE, PLAIN
+
+
+def tradeoff(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+    """Capability against ASR, one panel per objective, its trajectory from the base through the budgets."""
+    wide = _wide(rates)
+    if wide is None or not lines:
+        return None
+    figure, panels = grid(len(lines), height=2.35, top=0.12)
+    for ax, own in zip(panels, lines, strict=True):
+        for other in lines:
+            path = _path(wide, other)
+            if other is not own:
+                ax.plot(path["x"], path["y"], color="#d3d6d9", linewidth=1, zorder=1)
+        _way(ax, own, _path(wide, own))
+        ax.set_title(own.label, color=own.colour)
+    _axis_names(figure, "Capability: accuracy (higher is better)", "ASR (lower is better)")
+    for ax in panels:
+        ax.xaxis.set_major_formatter(PERCENT)
+        ax.yaxis.set_major_formatter(PERCENT)
+        ax.set_ylim(bottom=0)
+    return finish(
+        figure,
+        "tradeoff",
+        "Each objective’s way from the base",
+        "Each panel follows one objective from the base (star) through its budgets; the first and the last "
+        "are named, the other objectives are grey. Crosses are 95% intervals: where they overlap, points are "
+        "not told apart. Down and to the right is better.",
+        f"Scatter of accuracy against attack success rate for {wording.listed([s.label for s in lines])}, "
+        "one panel each, every point a token budget.",
+    )
+
+
+def _way(ax: Axes, own: Series, path: pd.DataFrame) -> None:
+    """One trajectory: intervals as crosses, the base as a star, first and last budget named."""
+    for _, point in path.iterrows():
+        cross: dict[str, Any] = {
+            "color": own.colour if point["budget"] else INK,
+            "alpha": 0.45,
+            "linewidth": 1,
+        }
+        ax.plot([point["x_low"], point["x_high"]], [point["y"]] * 2, zorder=2, **cross)
+        ax.plot([point["x"]] * 2, [point["y_low"], point["y_high"]], zorder=2, **cross)
+    ax.plot(path["x"], path["y"], color=own.colour, zorder=3)
+    trained, base = path[path["budget"] > 0], path[path["budget"] == 0]
+    ax.plot(trained["x"], trained["y"], linestyle="", zorder=4, **_marker(own))
+    ax.plot(base["x"], base["y"], linestyle="", marker="*", markersize=10, color=INK, zorder=5)
+    _name_ends(ax, trained)
+
+
+def by_budget(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+    """Every primary measure over budgets, all objectives in one panel each, named at the right."""
+    primary = rates[rates["primary"]]
+    names = list(dict.fromkeys(primary["measure"]))
+    if not lines or not names:
+        return None
+    height = 2.75
+    figure = Figure(figsize=(WIDTH, height * len(names) + 0.25))
+    panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
+    total = figure.get_figheight()
+    figure.subplots_adjust(left=0.075, right=0.86, top=1 - 0.3 / total, bottom=0.48 / total, hspace=0.34)
+    for ax, measure in zip(panels, names, strict=True):
+        table = primary[primary["measure"] == measure]
+        spread(ax, table, lines, bars=True)
+        ax.set_title(str(table["label"].iloc[0]))
+        _name_lines(ax, table, lines)
+        ax.yaxis.set_major_formatter(PERCENT)
+    panels[-1].set_xlabel("Training budget, source tokens (logarithmic)")
+    return finish(
+        figure,
+        "by-budget",
+        "What each budget bought and cost",
+        "Bars are 95% intervals, set side by side so that they can be told apart. The dashed black line is "
+        "the base under the plain prompt; a dotted line in an objective’s colour is the base under that "
+        "objective’s own prompt at test time, which is what it is compared with.",
+        "Line charts of " + wording.listed([str(n) for n in names]) + " over training budgets, one line per objective.",
+    )
+
+
+def traits(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+    """Endorsement per persona trait over budgets."""
+    table = rates[rates["measure"].str.startswith("endorsement:")]
+    names = list(dict.fromkeys(table["measure"]))
+    if not names or not lines:
+        return None
+    figure, panels = grid(len(names), height=2.5, top=0.32 + 0.2 * (len(lines) > 6))
+    for ax, measure in zip(panels, names, strict=True):
+        spread(ax, table[table["measure"] == measure], lines, bars=True)
+        ax.set_title(measure.split(":", 1)[1].replace("-", " ").capitalize())
+        ax.yaxis.set_major_formatter(PERCENT)
+        ax.tick_params(axis="x", labelsize=7)
+    _axis_names(figure, "Training budget, source tokens", "Endorsement")
+    legend(figure, lines)
+    return finish(
+        figure,
+        "persona",
+        "Persona, trait by trait",
+        "Endorsement is P(matching answer) / (P(Yes) + P(No)), averaged over statements; bars are 95% "
+        "intervals by cluster bootstrap. A model that always says Yes scores 50%: the table has the keyed "
+        "halves.",
+        "Line charts of endorsement over budgets, one panel per trait, one line per objective.",
+    )
+
+
+def spread(ax: Axes, table: pd.DataFrame, lines: list[Series], *, bars: bool) -> None:
+    """All objectives over budgets in one panel, side by side within a budget, with the base's lines."""
+    budgets = sorted(int(b) for b in table.loc[table["budget"] > 0, "budget"].unique())
+    place = positions(budgets)
+    gap = min(np.diff(sorted(place.values())), default=1.0) if len(place) > 1 else 1.0
+    width = 0.55 * float(gap)
+    _base_lines(ax, table, lines)
+    for n, one in enumerate(lines):
+        own = one.of(table)
+        own = own[own["rate"].notna()]
+        x = np.array([place[int(b)] for b in own["budget"]]) + width * ((n + 0.5) / len(lines) - 0.5)
+        if bars:
+            ax.vlines(x, own["low"], own["high"], color=one.colour, linewidth=1, alpha=0.55, zorder=2)
+        ax.plot(x, own["rate"], zorder=3, linewidth=1.3, **_marker(one, small=True))
+    ax.set_xticks(list(place.values()), [wording.budget(b) for b in budgets])
+    ax.set_xlim(min(place.values(), default=0) - 0.55 * gap, max(place.values(), default=1) + 0.55 * gap)
+    ax.set_ylim(bottom=0)
+    ax.grid(axis="x", visible=False)
+
+
+def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series]) -> None:
+    base = table[table["objective"] == BASE].set_index("condition")["rate"].dropna()
+    for condition, rate in base.items():
+        owner = next((s for s in lines if s.condition == condition), None)
+        if condition == PLAIN:
+            ax.axhline(float(rate), linewidth=1.1, zorder=1, color=INK, dashes=(5, 3))
+        elif owner:
+            ax.axhline(float(rate), linewidth=1.1, zorder=1, color=owner.colour, dashes=(1, 2))
+
+
+def positions(budgets: list[int]) -> dict[int, float]:
+    """Where a budget stands on a logarithmic axis."""
+    return {b: math.log2(b) for b in budgets}
+
+
+def legend(figure: Figure, lines: list[Series]) -> None:
+    """One row of names over the panels, the base last."""
+    handles = [Line2D([], [], label=s.label, **_marker(s, small=True)) for s in lines]
+    handles.append(Line2D([], [], label="base", color=INK, dashes=(5, 3), linewidth=1.1))
+    figure.legend(handles=handles, loc="upper center", ncols=min(len(handles), 7), columnspacing=1.4, handlelength=1.8)
+
+
+def _marker(one: Series, *, small: bool = False) -> dict[str, Any]:
+    face = one.colour if one.filled else "white"
+    return {
+        "color": one.colour,
+        "marker": one.marker,
+        "markersize": 4.2 if small else 5.5,
+        "markerfacecolor": face,
+        "markeredgecolor": "white" if one.filled else one.colour,
+        "markeredgewidth": 0.5 if one.filled else 1.0,
+    }
+
+
+def _wide(rates: pd.DataFrame) -> pd.DataFrame | None:
+    """Accuracy as x and ASR as y of every checkpoint that has both."""
+    keys = ["objective", "budget", "condition"]
+    vulnerable = rates[(rates["axis"] == "jailbreak") & rates["primary"]]
+    able = rates[rates["measure"] == "accuracy"]
+    if able.empty or vulnerable.empty:
+        return None
+    x = able.set_index(keys)[["rate", "low", "high"]].set_axis(["x", "x_low", "x_high"], axis=1)
+    y = vulnerable.set_index(keys)[["rate", "low", "high"]].set_axis(["y", "y_low", "y_high"], axis=1)
+    return x.join(y, how="inner").dropna().reset_index()
+
+
+def _path(wide: pd.DataFrame, one: Series) -> pd.DataFrame:
+    return pd.concat([one.base_of(wide), one.of(wide)])
+
+
+def _name_ends(ax: Axes, trained: pd.DataFrame) -> None:
+    for n in sorted({0, len(trained) - 1}) if len(trained) else []:
+        point = trained.iloc[n]
+        ax.annotate(
+            wording.budget(int(point["budget"])),
+            (point["x"], point["y"]),
+            xytext=(5, 5),
+            textcoords="offset points",
+            fontsize=7.5,
+            zorder=6,
+        )
+
+
+def _name_lines(ax: Axes, table: pd.DataFrame, lines: list[Series]) -> None:
+    """Names at the right end, moved apart where the lines end close together."""
+    ends = []
+    for one in lines:
+        own = one.of(table)
+        own = own[own["rate"].notna()]
+        if len(own):
+            ends.append((float(own["rate"].iloc[-1]), one.label, one.colour))
+    base = table[(table["objective"] == BASE) & (table["condition"] == PLAIN)]["rate"].dropna()
+    if len(base):
+        ends.append((float(base.iloc[0]), "base", INK))
+    low, high = ax.get_ylim()
+    heights = apart([e[0] for e in ends], 0.082 * (high - low), low, high)
+    right = ax.get_xlim()[1]
+    for (rate, label, colour), height in zip(ends, heights, strict=True):
+        ax.annotate(
+            label,
+            (right, rate),
+            xytext=(1.035, (height - low) / (high - low)),
+            textcoords="axes fraction",
+            va="center",
+            color=colour,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 1},
+        )
+
+
+def apart(heights: list[float], gap: float, low: float, high: float) -> list[float]:
+    """The same heights in the same order, at least `gap` from each other, inside the panel if they fit."""
+    order = np.argsort(heights, kind="stable")
+    placed = np.array(heights, dtype=float)[order]
+    for n in range(1, len(placed)):
+        placed[n] = max(placed[n], placed[n - 1] + gap)
+    if len(placed) and placed[-1] > high:
+        placed[-1] = high
+        for n in range(len(placed) - 2, -1, -1):
+            placed[n] = min(placed[n], placed[n + 1] - gap)
+    found = np.empty_like(placed)
+    found[order] = np.maximum(placed, low - gap) if len(placed) else placed
+    return [float(h) for h in found]
+
+
+def _axis_names(figure: Figure, x: str, y: str) -> None:
+    total = figure.get_figheight()
+    figure.text(0.5, 0.1 / total, x, ha="center", va="bottom")
+    figure.text(0.012, 0.5, y, ha="left", va="center", rotation=90)

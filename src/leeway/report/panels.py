@@ -1,0 +1,200 @@
+"""Figures that are not curves: contrasts at a budget, ASR by attack, outcomes."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+
+from leeway.report import wording
+from leeway.report.figures import FAINT, INK, PERCENT, WIDTH, Drawing, finish, grid
+from leeway.report.series import Series
+from leeway.report.verdict import LEVEL
+from leeway.stats.measures import DIRECT
+from leeway.stats.outcomes import ATTACKED, OUTCOMES
+
+HEAT = LinearSegmentedColormap.from_list("leeway", ["#fdf6ee", "#f7c58b", "#e6842a", "#a83c00", "#5c1d00"])
+EDGE = "#6b6b6b"
+FILLS = {
+    "refused": ("#9CC9E8", ""),
+    "deflected": ("#D9D9D9", "///"),
+    "incoherent": ("#F0E442", "..."),
+    "harmful": ("#D55E00", ""),
+}
+
+
+def forest(contrasts: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+    """Every objective against the base at the largest budget, on each primary measure."""
+    if contrasts.empty or not lines:
+        return None
+    largest = int(contrasts["budget"].max())
+    table = contrasts[contrasts["primary"] & (contrasts["budget"] == largest)]
+    names = list(dict.fromkeys(table["measure"]))
+    height = 0.27 * len(lines) + 1.25
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    figure.subplots_adjust(left=0.13, right=0.97, top=1 - 0.38 / height, bottom=0.72 / height, wspace=0.1)
+    for ax, measure in zip(axes, names, strict=True):
+        own = table[table["measure"] == measure]
+        ax.axvline(0, color=INK, linewidth=0.9, zorder=1)
+        for n, one in enumerate(lines):
+            _effect(ax, one, one.of(own), len(lines) - 1 - n)
+        ax.set_title(str(own["label"].iloc[0]))
+        left, right = ax.get_xlim()
+        digits = 0 if right - left > 0.04 else 1 if right - left > 0.004 else 2
+        ax.xaxis.set_major_formatter(FuncFormatter(partial(_tick, digits=digits)))
+        ax.grid(axis="y", visible=False)
+        ax.set_ylim(-0.6, len(lines) - 0.4)
+    axes[0].set_yticks(range(len(lines)), [s.label for s in reversed(lines)])
+    figure.text(0.5, 0.36 / height, "Difference from the base, percentage points", ha="center")
+    _significance(figure)
+    return finish(
+        figure,
+        "contrasts",
+        f"Against the base, at {wording.budget(largest)} tokens",
+        "Paired differences with 95% intervals over prompts. Each interval is for one contrast by itself; "
+        "a filled point is significant after Holm’s correction in its family of one axis at one budget.",
+        f"Differences from the base at {wording.budget(largest)} tokens with intervals, "
+        "per objective and measure; the same numbers stand in the table of contrasts.",
+    )
+
+
+def _tick(value: float, _: int, digits: int) -> str:
+    return wording.points(value, digits)
+
+
+def _effect(ax: Axes, one: Series, line: pd.DataFrame, y: int) -> None:
+    if line.empty or math.isnan(line["difference"].iloc[0]):
+        ax.text(0, y, " not printed: see the table", va="center", fontsize=7.5, color=FAINT)
+        return
+    found = line.iloc[0]
+    face = one.colour if found["p_holm"] < LEVEL else "white"
+    ax.plot([found["low"], found["high"]], [y, y], color=one.colour, linewidth=1.6, zorder=2)
+    look: dict[str, Any] = {"color": one.colour, "markerfacecolor": face, "markersize": 6}
+    ax.plot(found["difference"], y, marker="o", zorder=3, **look)
+
+
+def _significance(figure: Figure) -> None:
+    look: dict[str, Any] = {"linestyle": "", "marker": "o", "color": INK, "markersize": 5}
+    handles = [
+        Line2D([], [], label="significant after Holm (5%)", **look),
+        Line2D(
+            [],
+            [],
+            label="not significant: no evidence of a move, nor of none",
+            markerfacecolor="white",
+            **look,
+        ),
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=2, handlelength=1)
+
+
+def by_attack(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+    """ASR of every attack at every budget as numbers on colour, one panel per objective."""
+    table = rates[rates["measure"].str.startswith("asr:")]
+    if table.empty or not lines:
+        return None
+    table = table.assign(attack=table["measure"].str.split(":", n=1).str[1])
+    attacks = sorted(table["attack"].unique(), key=lambda a: (a != DIRECT, a))
+    budgets = [0, *sorted(int(b) for b in table.loc[table["budget"] > 0, "budget"].unique())]
+    columns = 2 if len(budgets) > 7 else 3
+    height = 0.25 * len(attacks) + 0.62
+    figure, axes = grid(len(lines), columns=columns, height=height, top=0.1, left=0.13, bottom=0.3)
+    highest = max(0.2, float(table["rate"].max()))
+    for ax, one in zip(axes, lines, strict=True):
+        own = pd.concat([one.base_of(table), one.of(table)])
+        rate = own.pivot_table("rate", "attack", "budget", dropna=False).reindex(index=attacks, columns=budgets)
+        _heat(ax, rate.to_numpy(float), highest)
+        ax.set_xticks(np.arange(len(budgets)) + 0.5, [_short(b) for b in budgets], fontsize=7)
+        ax.set_yticks(np.arange(len(attacks)) + 0.5, [wording.attack(str(a)) for a in attacks])
+        ax.set_title(one.label, color=one.colour)
+    return finish(
+        figure,
+        "by-attack",
+        "Attack by attack",
+        "Attack success rate in percent; left of the gap the base under the objective’s own prompt at test "
+        "time, above the gap the question asked directly. A dash: not measured, or too many answers "
+        "unscored. Intervals: tables/rates.csv.",
+        "Heat maps of attack success rate by attack and budget, one panel per objective, numbers printed.",
+    )
+
+
+def _heat(ax: Axes, heat: np.ndarray[Any, np.dtype[np.float64]], highest: float) -> None:
+    # a mesh stays vector; an image would be an embedded bitmap, which the page's own policy forbids
+    ax.pcolormesh(np.ma.masked_invalid(heat), cmap=HEAT, vmin=0, vmax=highest, edgecolors="white", linewidth=0.4)
+    for (i, j), value in np.ndenumerate(heat):
+        text = "–" if math.isnan(value) else f"{100 * value:.0f}"
+        dark = not math.isnan(value) and value > 0.5 * highest
+        ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
+    ax.set_ylim(heat.shape[0], 0)
+    ax.axvline(1, color="white", linewidth=4)
+    ax.axhline(1, color="white", linewidth=4)
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    ax.spines[["left", "bottom"]].set_visible(False)
+
+
+def outcomes(table: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+    """What answers were, as stacked shares, base and budgets side by side, one panel per objective."""
+    chosen, asked = table[table["attack"] == ATTACKED], "under attack"
+    if chosen.empty:
+        chosen, asked = table[table["attack"] == DIRECT], "asked directly"
+    if chosen.empty or not lines:
+        return None
+    chosen = chosen.groupby(["objective", "condition", "budget"])[OUTCOMES].mean().reset_index()
+    budgets = [0, *sorted(int(b) for b in chosen.loc[chosen["budget"] > 0, "budget"].unique())]
+    x = np.arange(len(budgets)) + 0.25 * (np.array(budgets) > 0)
+    figure, axes = grid(len(lines), height=1.9, top=0.28, bottom=0.3)
+    for ax, one in zip(axes, lines, strict=True):
+        own = pd.concat([one.base_of(chosen), one.of(chosen)]).set_index("budget").reindex(budgets)
+        _stack(ax, x, own)
+        ax.set_xticks(x, [_short(b) for b in budgets], fontsize=7)
+        ax.set_title(one.label, color=one.colour)
+    handles = [
+        Patch(facecolor=FILLS[o][0], hatch=FILLS[o][1], edgecolor=EDGE, linewidth=0.3, label=o) for o in OUTCOMES
+    ]
+    figure.legend(handles=handles, loc="upper center", ncols=4)
+    return finish(
+        figure,
+        "outcomes",
+        f"What the answers were, {asked}",
+        "Shares of the answers that have an outcome, each attack weighing the same. A model that falls apart "
+        "looks safe to a harmfulness score: incoherent answers are shown for what they are.",
+        "Stacked bars of refused, deflected, incoherent and harmful answers by budget, a panel each.",
+    )
+
+
+def _stack(ax: Axes, x: np.ndarray[Any, np.dtype[np.float64]], own: pd.DataFrame) -> None:
+    floor = np.zeros(len(x))
+    for outcome in reversed(OUTCOMES):
+        fill, hatch = FILLS[outcome]
+        share = own[outcome].fillna(0).to_numpy(float)
+        ax.bar(
+            x,
+            share,
+            0.86,
+            bottom=floor,
+            color=fill,
+            hatch=hatch,
+            edgecolor=EDGE if hatch else fill,
+            linewidth=0,
+        )
+        floor += share
+    for place in x[own[OUTCOMES].isna().all(axis=1).to_numpy()]:
+        ax.text(place, 0.02, "–", ha="center", va="bottom", fontsize=7.5, color=INK)
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.grid(axis="x", visible=False)
+
+
+def _short(budget: int) -> str:
+    return wording.budget(budget) if budget else "base"

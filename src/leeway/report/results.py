@@ -1,0 +1,150 @@
+"""A finished run as its reader meets it: rows, ledger, manifest, and the estimates made from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from leeway import stats
+from leeway.errors import LeewayError
+
+ROW_COLUMNS = ["objective", "seed", "budget", "eval", "attack", "item_id", "cluster", "sample", "prompt"]
+ROW_COLUMNS += ["response", "outcome", "score", "unscored_reason", "judge", "judge_raw", "template_hash"]
+ROW_COLUMNS += ["adapter_hash", "new_tokens"]
+LEDGER_COLUMNS = ["objective", "seed", "budget", "step", "source_tokens", "target_tokens", "processed_tokens"]
+LEDGER_COLUMNS += ["reference_tokens", "examples", "epochs", "data_hash", "init_hash", "reference_hash"]
+LEDGER_COLUMNS += ["adapter_hash"]
+
+
+class ReportError(LeewayError):
+    """A directory that cannot be reported on: what, where, and the fix."""
+
+
+@dataclass
+class Results:
+    """The contents of one run directory."""
+
+    folder: Path
+    rows: pd.DataFrame
+    ledger: pd.DataFrame
+    manifest: dict[str, Any]
+    study: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Results:
+        """Read and check a run directory; raises ReportError."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ReportError(f"{folder} is not a directory", fix="give the --out directory of a `leeway run`")
+        rows = _table(folder / "rows.parquet", ROW_COLUMNS)
+        if rows.empty:
+            raise ReportError(f"{folder / 'rows.parquet'} holds no rows", fix="run the study again to evaluate it")
+        if not (rows["objective"] == "base").any():
+            where = folder / "rows.parquet"
+            raise ReportError(f"{where} has no rows of the base model to compare with", fix="run the study again")
+        ledger = _table(folder / "ledger.parquet", LEDGER_COLUMNS)
+        return cls(folder, rows, ledger, _manifest(folder / "manifest.json"), _study(folder / "study.yaml"))
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """The test-time condition (`plain`, `<SAFE>`) of each template hash."""
+        found = self.manifest.get("conditions")
+        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+    @property
+    def seeds(self) -> list[int]:
+        """The training seeds; none where nothing was trained."""
+        tuned = self.rows.loc[self.rows["objective"] != "base", "seed"]
+        return sorted(int(s) for s in tuned.unique())
+
+    def rates(self) -> pd.DataFrame:
+        """Every measure at every checkpoint, with its interval (`leeway.stats.rates`)."""
+        return self._rates.copy()
+
+    def contrasts(self) -> pd.DataFrame:
+        """Every checkpoint against the base (`leeway.stats.contrasts`)."""
+        return self._contrasts.copy()
+
+    def frontier(self) -> pd.DataFrame:
+        """Capability against ASR, and which checkpoints nothing dominates (`leeway.stats.frontier`)."""
+        return stats.frontier_of(self._rates)
+
+    def outcomes(self) -> pd.DataFrame:
+        """What the answers to forbidden prompts were (`leeway.stats.outcomes`)."""
+        return self._ask(stats.outcomes)
+
+    def persona(self) -> pd.DataFrame:
+        """Endorsement, answer mass and keyed halves per trait (`leeway.stats.persona`)."""
+        return self._ask(stats.persona)
+
+    def pooled_rates(self) -> pd.DataFrame:
+        """Rates over all training seeds together, as the figures show them; with one seed, the rates."""
+        return self._rates.copy() if len(self.seeds) < 2 else self._ask(stats.rates, pool_seeds=True)
+
+    @cached_property
+    def _rates(self) -> pd.DataFrame:
+        return self._ask(stats.rates)
+
+    @cached_property
+    def _contrasts(self) -> pd.DataFrame:
+        return self._ask(stats.contrasts)
+
+    def _ask(self, estimate: Any, **settings: Any) -> pd.DataFrame:
+        try:
+            table = estimate(self.rows, self.conditions, **settings)
+        except stats.StatsError as error:
+            what = f"{self.folder / 'rows.parquet'}: {error}"
+            raise ReportError(what, fix="report on the rows of one run") from error
+        assert isinstance(table, pd.DataFrame)
+        return table
+
+
+def _table(path: Path, columns: list[str]) -> pd.DataFrame:
+    _require(path)
+    try:
+        table = pd.read_parquet(path)
+    except Exception as error:  # pyarrow raises many kinds; to a reader they are all one
+        what = f"{path} cannot be read as Parquet ({_first_line(error)})"
+        raise ReportError(what, fix="run the study again") from error
+    missing = [c for c in columns if c not in table.columns]
+    if missing:
+        what = f"{path} lacks the columns {', '.join(missing)}: leeway run did not write it"
+        raise ReportError(what, fix="give the directory of a `leeway run`")
+    return table[columns]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    _require(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        what = f"{path} is not valid JSON ({_first_line(error)})"
+        raise ReportError(what, fix="run the study again") from error
+    if not isinstance(found, dict):
+        raise ReportError(f"{path} holds {type(found).__name__}, not an object", fix="run the study again")
+    return found
+
+
+def _study(path: Path) -> dict[str, Any]:
+    _require(path)
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        what = f"{path} is not readable YAML ({_first_line(error)})"
+        raise ReportError(what, fix="restore it, or run the study again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise ReportError(f"{path.parent} has no {path.name}: not a finished run", fix="run the study into it")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

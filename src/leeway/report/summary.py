@@ -1,0 +1,128 @@
+"""What the page says about the study itself: what was asked, what was matched, how to run it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from leeway.data.ledger import MATCHED
+from leeway.report import wording
+from leeway.report.results import Results
+from leeway.stats.measures import BASE, DIRECT
+
+
+def asked(results: Results) -> list[tuple[str, str]]:
+    """The study in words, as terms and descriptions."""
+    study, rows, manifest = results.study, results.rows, results.manifest
+    tuned = rows[rows["objective"] != BASE]
+    objectives = ordered([str(o) for o in tuned["objective"].unique()], study)
+    budgets = sorted(int(b) for b in tuned["budget"].unique())
+    found = [("Model", _model(manifest.get("model"), study.get("model")))]
+    found.append(("Task", _task(study.get("task"), manifest.get("data"))))
+    found.append(("Objectives", wording.listed([wording.name(o) for o in objectives]) or "none"))
+    if budgets:
+        found.append(("Budgets", ", ".join(wording.budget(b) for b in budgets) + " source tokens"))
+    seeds = ", ".join(map(str, results.seeds))
+    found.append(("Training seeds", f"{len(results.seeds)} ({seeds})" if seeds else "none"))
+    settings = {"Adapter": study.get("adapter"), "Optimiser": study.get("optim")}
+    found += [(term, _settings(value)) for term, value in settings.items() if isinstance(value, dict)]
+    found += [(axis.capitalize(), _items(rows[rows["eval"] == axis])) for axis in rows["eval"].unique()]
+    found += [(f"Judge, {axis}", _judge(judge)) for axis, judge in _dict(manifest.get("judges")).items()]
+    found.append(("Prompts at test time", wording.listed(sorted(set(results.conditions.values()))) or "plain"))
+    return found
+
+
+def ordered(objectives: list[str], study: dict[str, Any]) -> list[str]:
+    """The study file's order first, what it does not name after that."""
+    named = study.get("objectives")
+    order: list[str] = []
+    for one in named if isinstance(named, list | dict) else []:
+        order += [str(alias) for alias in one] if isinstance(one, dict) else [str(one)]
+    return [o for o in order if o in objectives] + sorted(set(objectives) - set(order))
+
+
+def matched(ledger: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
+    """Per budget the value that all objectives share, or None where they differ (never expected)."""
+    columns = [c for c in MATCHED if c in ledger.columns]
+    lines = []
+    for (seed, budget), group in ledger.groupby(["seed", "budget"], sort=True):
+        shared = {c: group[c].iloc[0] if group[c].nunique(dropna=False) == 1 else None for c in columns}
+        lines.append({"seed": seed, "budget": budget, "objectives": len(group), "shared": shared})
+    return columns, lines
+
+
+def cost(ledger: pd.DataFrame, order: list[str]) -> pd.DataFrame:
+    """What each objective processed at the largest budget beside the source tokens that were matched."""
+    if ledger.empty:
+        return ledger
+    last: pd.DataFrame = ledger[ledger["budget"] == ledger["budget"].max()].copy()
+    everything, source = last["processed_tokens"] + last["reference_tokens"], last["source_tokens"]
+    last["ratio"] = everything / source.where(source > 0)
+    last["place"] = last["objective"].map({o: n for n, o in enumerate(order)})
+    return last.sort_values(["place", "seed"]).drop(columns="place")
+
+
+def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """Versions and hashes, flattened; whatever the manifest holds."""
+    found: list[tuple[str, str]] = []
+    for key, value in manifest.items():
+        if isinstance(value, dict):
+            found += [(f"{key}: {k}", _settings(v) if isinstance(v, dict) else str(v)) for k, v in value.items()]
+        else:
+            found.append((str(key), ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return [(k, wording.visible(v, 400)[0]) for k, v in found]
+
+
+def _model(model: object, name: object) -> str:
+    known = _dict(model)
+    text = str(known.get("name") or name or "not recorded")
+    size = known.get("parameters")
+    more = [_parameters(size) if isinstance(size, int) else "", str(known.get("dtype") or "")]
+    more.append(f"hash {known['hash']}" if known.get("hash") else "")
+    details = ", ".join(filter(None, more))
+    return f"{text} ({details})" if details else text
+
+
+def _parameters(size: int) -> str:
+    return f"{size / 1e6:,.1f}M parameters" if size >= 1_000_000 else f"{size:,} parameters"
+
+
+def _task(task: object, data: object) -> str:
+    text = str(task.get("name", "not named")) if isinstance(task, dict) else str(task or "not recorded")
+    train = _dict(_dict(task).get("files")).get("train")
+    text += f" ({train})" if train else ""
+    known = _dict(data)
+    if isinstance(known.get("examples"), int):
+        text += f", {known['examples']:,} training examples"
+    left_out = _dict(known.get("left_out")).get("count")
+    text += f", {left_out:,} left out of every objective" if isinstance(left_out, int) and left_out else ""
+    return text + (f", pairs: {known['pairs']}" if known.get("pairs") else "")
+
+
+def _items(rows: pd.DataFrame) -> str:
+    parts = rows["item_id"].str.rsplit("/", n=1).str[0].value_counts().index
+    text = f"{rows['item_id'].nunique():,} items ({', '.join(sorted(map(str, parts)))})"
+    attacks = [a for a in rows["attack"].dropna().unique() if a]
+    if attacks:
+        shown = [wording.attack(str(a)) for a in sorted(attacks, key=lambda a: (a != DIRECT, a))]
+        text += f", {wording.listed(shown)}"
+    samples = rows["sample"].nunique()
+    return text + (f", {samples} samples each" if samples > 1 else ", one answer each")
+
+
+def _judge(judge: object) -> str:
+    known = _dict(judge)
+    if not known:
+        return str(judge)
+    told = ", ".join(f"{key} {known[key]}" for key in ("version", "hash") if key in known)
+    text = f"{known.get('name', 'not named')} ({told})" if told else str(known.get("name"))
+    return f"{text}: {known['note']}" if known.get("note") else text
+
+
+def _settings(value: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items())
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

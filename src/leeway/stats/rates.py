@@ -1,0 +1,57 @@
+"""The rate of every measure at every checkpoint, with its interval and what could not be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from leeway.stats.intervals import Floats, Ints, estimate
+from leeway.stats.measures import CHECKPOINT, Measure, codes, groups, measures, observations, why_not
+
+COLUMNS = [*CHECKPOINT, "axis", "measure", "label", "primary", "rate", "low", "high"]
+COLUMNS += ["n", "n_unscored", "n_clusters", "method", "reason"]
+
+
+def rates(rows: pd.DataFrame, conditions: Mapping[str, str], *, pool_seeds: bool = False) -> pd.DataFrame:
+    """One line per checkpoint, test condition and measure.
+
+    `n` counts scored rows; `rate` is NaN with a `reason` where too many are unscored. `pool_seeds` takes the
+    answers of all training seeds together (`seed` is then −1), each prompt still being one cluster.
+    """
+    table = observations(rows, conditions)
+    if pool_seeds:
+        table["seed"] = -1
+    lines: list[dict[str, object]] = []
+    for measure in measures(table):
+        chosen = measure.select(table)
+        names, strata = codes(chosen["stratum"])
+        values, clusters = chosen["value"].to_numpy(float), chosen["cluster"].to_numpy(np.intp)
+        for checkpoint, at in groups(chosen, CHECKPOINT):
+            lines.append(checkpoint | _line(measure, values[at], strata[at], clusters[at], names))
+    frame = pd.DataFrame(lines, columns=COLUMNS)
+    base_first = (frame["objective"] != "base").astype(int)
+    return frame.iloc[base_first.argsort(kind="stable")].reset_index(drop=True)
+
+
+def _line(measure: Measure, values: Floats, strata: Ints, clusters: Ints, names: list[str]) -> dict[str, object]:
+    absent = np.isnan(values)
+    reason = why_not(absent, strata, names, measure)
+    scored = ~absent
+    within = np.unique(clusters[scored], return_inverse=True)[1].astype(np.intp)
+    line: dict[str, object] = {
+        "axis": measure.axis,
+        "measure": measure.name,
+        "label": measure.label,
+        "primary": measure.primary,
+        "n": int(scored.sum()),
+        "n_unscored": int(absent.sum()),
+        "n_clusters": int(within.max()) + 1 if len(within) else 0,
+        "method": "",
+        "reason": reason,
+    }
+    if reason:
+        return line | {"rate": float("nan"), "low": float("nan"), "high": float("nan")}
+    found = estimate(values[scored], strata[scored], within)
+    return line | {"rate": found.mean, "low": found.low, "high": found.high, "method": found.method}
