@@ -1,0 +1,179 @@
+"""The command line: verbs only, each a call or two into the rooms below."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leeway.errors import LeewayError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Measure how far fine-tuning pushes a chat model off course. Add -v to any command for a traceback.",
+)
+organism_app = typer.Typer(no_args_is_help=True, help="The embedded micro chat model: rebuild it, measure it.")
+app.add_typer(organism_app, name="organism")
+
+Study = Annotated[str, typer.Argument(metavar="STUDY", help="a study file, or a preset's name")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="settings of the study, such as optim.lr=1e-4"),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="the run directory; carried on with if it exists")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="processes on this machine (default: one per core on a CPU)"),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but the final paths")]
+
+
+@app.command()
+def demo(out: Out = None, workers: Workers = None, quiet: Quiet = False) -> None:
+    """Run the embedded study, on a CPU, without any download."""
+    _run("demo", (), out or Path("leeway-demo"), workers, quiet)
+
+
+@app.command()
+def studies(name: Annotated[str | None, typer.Argument(help="print this preset")] = None) -> None:
+    """List the presets, or print one to start a file from."""
+    from leeway.study.presets import PRESETS, preset_text
+
+    if name:
+        typer.echo(preset_text(name), nl=False)
+        return
+    for preset, what in PRESETS.items():
+        typer.echo(f"{preset:12} {what}")
+
+
+@app.command()
+def plan(
+    study: Study,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what a study takes: trajectories, exact tokens, estimated hours, memory, disk. Touches no GPU."""
+    from leeway.study.parse import load
+    from leeway.study.plan import plan as make_plan
+
+    planned = make_plan(load(study, tuple(overrides or ())))
+    typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text())
+
+
+@app.command()
+def show(
+    study: Study,
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="examples per objective")] = 1,
+) -> None:
+    """Print rendered training examples per objective, their targets marked: what is trained on."""
+    from leeway.study.parse import load
+    from leeway.study.show import show as make_text
+
+    typer.echo(make_text(load(study, tuple(overrides or ())), n))
+
+
+@app.command()
+def run(
+    study: Study, overrides: Overrides = None, out: Out = None, workers: Workers = None, quiet: Quiet = False
+) -> None:
+    """Run a study; the same command carries on where it stopped."""
+    _run(study, tuple(overrides or ()), out, workers, quiet)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")]) -> None:
+    """Rebuild tables, figures and page from the rows alone."""
+    from leeway.report import build
+
+    typer.echo(str(build(directory).resolve()))
+
+
+@organism_app.command("build")
+def organism_build(
+    out: Annotated[Path, typer.Option("--out", help="the folder to write the model into")],
+) -> None:
+    """Train the organism from nothing on this machine's CPU (minutes) and measure its card."""
+    from leeway.organism.recipe import build
+
+    build(out, lambda line: print(line, file=sys.stderr, flush=True))
+    typer.echo(str(out.resolve()))
+
+
+@organism_app.command("card")
+def organism_card(
+    model: Annotated[str, typer.Argument(help="the model's folder")] = "organism",
+) -> None:
+    """Measure the organism on held-out items and print its card as JSON."""
+    from leeway.model.load import resolve
+    from leeway.organism.card import measure
+
+    typer.echo(json.dumps(measure(Path(resolve(model))), indent=1))
+
+
+def _run(study: str, overrides: tuple[str, ...], out: Path | None, workers: int | None, quiet: bool) -> None:
+    from leeway.study.parse import load
+    from leeway.study.progress import Reporter
+    from leeway.study.run import run as carry_out
+
+    spec = load(study, overrides)
+    command = "leeway " + shlex.join(sys.argv[1:])
+    page = carry_out(spec, out or Path("runs") / spec.name, Reporter(quiet=quiet), command, workers)
+    typer.echo(str(page.resolve()))
+
+
+INTERRUPTED = 130  # what shells say of a program ended by Ctrl-C
+STOPPED = "stopped; the same command carries on from here"
+
+
+def main() -> None:
+    """Run a command: a user's mistake is one line on stderr and exit code 2; `-v` shows where it came from."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads that spin starve a busy machine
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    verbose = any(a in ("-v", "--verbose") for a in sys.argv[1:])
+    sys.argv[1:] = [a for a in sys.argv[1:] if a not in ("-v", "--verbose")]
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        _fail(STOPPED, INTERRUPTED, verbose)
+    except LeewayError as error:
+        _fail(str(error), 2, verbose)
+    except Exception as error:
+        line = _mistake(error)
+        if line is None:
+            raise
+        _fail(line, 2, verbose)
+    if code == INTERRUPTED:
+        _fail(STOPPED, INTERRUPTED, verbose=False)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _mistake(error: Exception) -> str | None:
+    """One line for what a user can mend and other libraries raise: a usage error, a full disk, a folder of others."""
+    if hasattr(error, "format_message"):  # the command-line library's own
+        said = error.format_message().replace("\n", " ")
+        return f"{said} (see `leeway --help`)" if said else "name a command (see `leeway --help`)"
+    code = error.errno if isinstance(error, OSError) else None
+    full = any(sign in str(error) for sign in ("No space left", "StorageFull"))  # writers in Rust raise their own kind
+    if full or code in (errno.ENOSPC, errno.EDQUOT):
+        return "no disk space left for the output folder; free some and run the same command again: it carries on"
+    if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+        where = getattr(error, "filename", None) or "the output folder"
+        return f"{where}: may not be written; give another --out"
+    return None
+
+
+def _fail(line: str, code: int, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+    print(f"leeway: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,30 @@
+"""A study from Python: load it, run it, read what came out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from leeway.report.results import Results
+from leeway.study.parse import load
+from leeway.study.progress import Reporter
+from leeway.study.run import run
+from leeway.study.spec import Spec
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study file."""
+
+    spec: Spec
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> Study:
+        """From a file or a preset's name, with `key=value` overrides; raises LeewayError with all faults at once."""
+        return cls(load(str(path), overrides))
+
+    def run(self, out: str | Path, *, quiet: bool = False, workers: int = 1) -> Results:
+        """Run into `out`, going on where an earlier run stopped; more than one worker needs a `__main__` guard."""
+        command = f"Study.load({self.spec.name!r}).run({str(out)!r})"
+        run(self.spec, Path(out), Reporter(quiet=quiet), command, workers)
+        return Results.load(Path(out))

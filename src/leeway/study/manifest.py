@@ -1,0 +1,102 @@
+"""The manifest: versions, hashes, command and environment of a run. No secrets: no environment variable is copied."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leeway.errors import LeewayError
+from leeway.evals.jailbreak import Jailbreak
+from leeway.model.load import Model, model_hash, resolve
+from leeway.objectives import ip
+from leeway.study.prepare import Prepared
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "scipy",
+    "statsmodels",
+)
+
+
+def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> None:
+    """Raise where what an earlier run in this folder measured with is not what this one would measure with."""
+    spec = prepared.spec
+    now = {f"evals.{e.key}": e.hash for e in prepared.evals} | {"chat template": prepared.chat.template_hash}
+    then = {f"evals.{key}": e["hash"] for key, e in facts["evals"].items()} | {
+        "chat template": facts["model"]["template_hash"]
+    }
+    if Path(resolve(spec.model)).is_dir():  # a hub id's commit is known once it is loaded, and compared by the ledger
+        now["model"], then["model"] = model_hash(spec.model, spec.revision, None), facts["model"]["hash"]
+    for name in now:
+        if now[name] != then.get(name):
+            raise LeewayError(
+                f"{where}: {name} has changed since this study began (hash {then.get(name)} then, {now[name]} now)",
+                fix="start in another --out: rows from both would be compared as if they were alike",
+            )
+
+
+def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
+    """Everything a reader needs to know what was run, beside the study file."""
+    spec = prepared.spec
+    jailbreak = next((e for e in prepared.evals if isinstance(e, Jailbreak)), None)
+    return {
+        "leeway": version("leeway"),
+        "command": command,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "study_hash": spec.hash,
+        "organism": "organism" in (spec.model, spec.task.name),
+        "model": {
+            "name": spec.model,
+            "revision": spec.revision,
+            "hash": model.hash,
+            "parameters": model.parameters,
+            "dtype": str(model.head.weight_VD.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "context": model.context,
+            "template_hash": model.chat.template_hash,
+        },
+        "data": {
+            "origins": prepared.origins,
+            "examples": prepared.examples,
+            "left_out": {"count": len(prepared.left_out), "ids": list(prepared.left_out)},
+            "pairs": spec.pairs.from_,
+        },
+        "objectives": {
+            alias: {**{"kind": o.name}, **getattr(o, "__dict__", {})} for alias, o in prepared.objectives.items()
+        },
+        "inoculations": {"version": ip.inoculations().version, "hash": ip.inoculations().hash},
+        "evals": {e.key: {"hash": e.hash, "answers": len(e)} for e in prepared.evals},
+        "attacks": {
+            a.name: {"version": a.version, "hash": a.hash, "origin": a.origin}
+            for a in (jailbreak.attacks if jailbreak else ())
+        },
+        "judges": {
+            "jailbreak": {
+                "name": jailbreak.judge.name,
+                "hash": jailbreak.judge.hash,
+                "note": jailbreak.judge.note,
+            }
+        }
+        if jailbreak
+        else {},
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **{p: version(p) for p in PACKAGES},
+        },
+    }

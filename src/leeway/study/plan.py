@@ -1,0 +1,133 @@
+"""What a study takes, before anything is trained: trajectories, exact tokens, estimated hours, memory and disk."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from leeway.model.load import resolve
+from leeway.study.prepare import Prepared, chat_for, prepare
+from leeway.study.progress import duration
+from leeway.study.spec import Spec
+from leeway.training.trajectory import render
+
+FORWARD, BACKWARD = 2, 2  # FLOPs per parameter and token; a LoRA step needs no weight gradients of the base
+EFFICIENCY = 0.15  # of the measured matrix-product rate that small, dispatch-bound models were seen to reach
+MEAN_ANSWER = 0.5  # of max_new_tokens
+
+
+@dataclass(frozen=True)
+class TrajectoryPlan:
+    """One training run: token counts are exact, `processed` and `reference` counted over its rendered sequences."""
+
+    objective: str
+    seed: int
+    steps: int
+    source_tokens: int
+    target_tokens: int
+    processed_tokens: int
+    reference_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole study. Hours are estimates from this machine's CPU rate; everything counted in tokens is exact."""
+
+    name: str
+    parameters: int
+    trajectories: tuple[TrajectoryPlan, ...]
+    checkpoints: int
+    evaluated: int
+    answers_each: int
+    left_out: int
+    estimated_hours: float
+    estimated_memory_gib: float
+    estimated_disk_gib: float
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    def to_text(self) -> str:
+        head = f"{'objective':14}{'seed':>5}{'steps':>8}{'source':>12}{'targets':>12}{'processed':>12}{'reference':>12}"
+        rows = [
+            f"{t.objective:14}{t.seed:>5}{t.steps:>8,}{t.source_tokens:>12,}{t.target_tokens:>12,}"
+            f"{t.processed_tokens:>12,}{t.reference_tokens:>12,}"
+            for t in self.trajectories
+        ]
+        return "\n".join(
+            [
+                f"{self.name}: {len(self.trajectories)} trajectories, {self.checkpoints} checkpoints, "
+                f"{self.evaluated} evaluations of {self.answers_each:,} answers; {self.parameters:,} parameters",
+                head,
+                *rows,
+                f"left out as too long: {self.left_out}",
+                f"estimated on this CPU: {duration(self.estimated_hours * 3600)} (h:mm:ss or m:ss), "
+                f"{self.estimated_memory_gib:.1f} GiB of memory, {self.estimated_disk_gib:.2f} GiB of disk",
+            ]
+        )
+
+
+def plan(spec: Spec) -> Plan:
+    """Plan `spec`: reads data, tokenizer and config, never weights, never a GPU."""
+    prepared = prepare(spec)
+    total, trained = _parameters(spec)
+    trajectories = tuple(_trajectory(prepared, alias, seed) for seed in spec.seeds for alias in prepared.objectives)
+    prefixes = {"", *(o.test_prefix for o in prepared.objectives.values())}
+    checkpoints = len(trajectories) * len(spec.budgets)
+    evaluated, answers = checkpoints + len(prefixes), sum(len(e) for e in prepared.evals)
+    training = sum(t.processed_tokens * (FORWARD + BACKWARD) + t.reference_tokens * FORWARD for t in trajectories)
+    answering = (
+        evaluated * sum(len(e) * MEAN_ANSWER * getattr(e, "max_new_tokens", 2) for e in prepared.evals) * FORWARD
+    )
+    return Plan(
+        name=spec.name,
+        parameters=total,
+        trajectories=trajectories,
+        checkpoints=checkpoints,
+        evaluated=evaluated,
+        answers_each=answers,
+        left_out=len(prepared.left_out),
+        estimated_hours=(training + answering) * total / (EFFICIENCY * _flops()) / 3600,
+        estimated_memory_gib=0.6 + (total * 4 + trained * 16 + spec.optim.micro_tokens * 4096) / 2**30,
+        estimated_disk_gib=(checkpoints * trained * 4 + evaluated * answers * 600) / 2**30,
+    )
+
+
+def _trajectory(prepared: Prepared, alias: str, seed: int) -> TrajectoryPlan:
+    objective, schedule = prepared.objectives[alias], prepared.schedules[seed]
+    chat = chat_for(prepared.chat, objective)
+    targets = processed = 0
+    for slot in (s for step in schedule.steps for s in step):
+        for sequence in render(objective, chat, slot, seed):
+            targets += sequence.targets
+            processed += len(sequence.ids)
+    reference = 0 if objective.needs_reference == "nothing" else processed
+    return TrajectoryPlan(
+        alias, seed, len(schedule.steps), schedule.marks[-1].source_tokens, targets, processed, reference
+    )
+
+
+def _parameters(spec: Spec) -> tuple[int, int]:
+    """(all parameters, those of the adapter), from the config alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(resolve(spec.model), revision=spec.revision, trust_remote_code=False)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    head = lm.get_output_embeddings()
+    linears = [m for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    adapter = sum(spec.adapter.r * (m.in_features + m.out_features) for m in linears)
+    return sum(p.numel() for p in lm.parameters()), adapter
+
+
+def _flops(size: int = 768) -> float:
+    """Matrix-product rate of this CPU in float32, FLOP/s: the best of five."""
+    a = torch.randn(size, size)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times)

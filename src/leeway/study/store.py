@@ -1,0 +1,235 @@
+"""The run directory: what is in it, what is finished, and writes that are whole or not there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from leeway.errors import LeewayError
+from leeway.evals.eval import Row
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("objective", pa.string()),
+        ("seed", pa.int64()),
+        ("budget", pa.int64()),
+        ("eval", pa.string()),
+        ("attack", pa.string()),
+        ("item_id", pa.string()),
+        ("cluster", pa.string()),
+        ("sample", pa.int64()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("outcome", pa.string()),
+        ("score", pa.float64()),
+        ("unscored_reason", pa.string()),
+        ("judge", pa.string()),
+        ("judge_raw", pa.string()),
+        ("template_hash", pa.string()),
+        ("adapter_hash", pa.string()),
+        ("new_tokens", pa.int64()),
+    ]
+)
+LEDGER_SCHEMA = pa.schema(
+    [
+        ("objective", pa.string()),
+        ("seed", pa.int64()),
+        ("budget", pa.int64()),
+        ("step", pa.int64()),
+        ("source_tokens", pa.int64()),
+        ("target_tokens", pa.int64()),
+        ("processed_tokens", pa.int64()),
+        ("reference_tokens", pa.int64()),
+        ("examples", pa.int64()),
+        ("epochs", pa.float64()),
+        ("data_hash", pa.string()),
+        ("init_hash", pa.string()),
+        ("reference_hash", pa.string()),
+        ("adapter_hash", pa.string()),
+    ]
+)
+ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash"]
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A temporary path that becomes `target` by one rename once it is written and on disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".partial-", dir=target.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        with open(name, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """A file of a run that cannot be read is one line, with the way out."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # broken JSON, Parquet or text
+        raise LeewayError(f"{path}: damaged ({error})", fix="delete it and run the same command again") from error
+
+
+class Store:
+    """One study's run directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest_path = folder / "manifest.json"
+        self.rows_path = folder / "rows.parquet"
+        self.ledger_path = folder / "ledger.parquet"
+
+    @contextmanager
+    def claimed(self, study_hash: str, study_yaml: str) -> Iterator[None]:
+        """Hold the folder for this process and this study alone."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise LeewayError(f"{self.folder} is a file", fix="give --out a folder")
+        known = self._known_study()
+        if known is None and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise LeewayError(f"{self.folder} is not empty and holds no study", fix="give --out a new folder")
+        if known is not None and known != study_hash:
+            raise LeewayError(
+                f"{self.folder} holds another study (its hash is {known}, this one's {study_hash})",
+                fix="give another --out, or run the study that is there",
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LeewayError(f"{self.folder}: cannot be made ({error.strerror})", fix="give another --out") from error
+        if known is None:
+            self.write_text("study.yaml", f"# study {study_hash}\n{study_yaml}")
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise LeewayError(
+                    f"{self.folder} is in use by another leeway", fix="wait for it, or give another --out"
+                ) from error
+            self._outlive_workers()
+            for left in self.folder.rglob(".partial-*"):
+                _remove(left)
+            try:
+                yield
+            except LeewayError:
+                if known is None and not any(self.folder.rglob("ledger.json")):
+                    self._vacate()  # a mistake found before the first checkpoint leaves the folder as it was
+                raise
+
+    def _vacate(self) -> None:
+        for path in list(self.folder.iterdir()):
+            _remove(path)
+        self.folder.rmdir()
+
+    def _outlive_workers(self, patience: float = 10.0) -> None:
+        """Workers of a killed run die with it; wait until the last one has let go."""
+        with (self.folder / ".workers").open("w") as hold:
+            until = time.monotonic() + patience
+            while True:
+                try:
+                    fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except OSError as error:
+                    if time.monotonic() > until:
+                        raise LeewayError(
+                            f"{self.folder}: workers of an earlier run are still at it",
+                            fix="end them, then try again",
+                        ) from error
+                    time.sleep(0.1)
+
+    def _known_study(self) -> str | None:
+        path = self.folder / "study.yaml"
+        if not path.is_file():
+            return None
+        first = path.read_text("utf-8", errors="replace").split("\n", 1)[0]
+        return first.removeprefix("# study ") if first.startswith("# study ") else "unknown"
+
+    def write_text(self, name: str, text: str) -> None:
+        with whole_file(self.folder / name) as path:
+            path.write_text(text, "utf-8")
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        self.write_text("manifest.json", json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+    def read_manifest(self) -> dict[str, Any]:
+        if not self.manifest_path.is_file():
+            return {}
+        with readable(self.manifest_path):
+            loaded: dict[str, Any] = json.loads(self.manifest_path.read_text("utf-8"))
+            if not {"evals", "model"} <= loaded.keys():
+                raise ValueError("not a manifest")
+        return loaded
+
+    def checkpoint(self, objective: str, seed: int, budget: int) -> Path:
+        return self.folder / "checkpoints" / objective / f"s{seed}" / str(budget)
+
+    def steps(self, objective: str, seed: int) -> Path:
+        return self.folder / "steps" / f"{objective}-s{seed}.jsonl"
+
+    def part(self, objective: str, seed: int, budget: int, eval_name: str, prefix: str) -> Path:
+        """The rows of one eval at one checkpoint: the smallest piece that is finished or not there."""
+        under = f"-under-{prefix.strip('<>').lower()}" if prefix else ""
+        return self.folder / "parts" / f"{objective}-s{seed}-{budget}-{eval_name}{under}.parquet"
+
+    def write_part(self, path: Path, identity: dict[str, Any], rows: Seq[Row]) -> None:
+        frame = [{**identity, **asdict(r)} for r in rows]
+        for record in frame:
+            record["score"] = None if record["score"] != record["score"] else record["score"]
+        with whole_file(path) as scratch:
+            pq.write_table(pa.Table.from_pylist(frame, schema=ROW_SCHEMA), scratch)
+
+    def write_rows(self, parts: Seq[Path]) -> int:
+        """All parts as one table, sorted, so that its bytes depend on its content alone; returns its length."""
+        tables = []
+        for path in parts:
+            with readable(path):
+                tables.append(pq.read_table(path, schema=ROW_SCHEMA))
+        table = pa.concat_tables(tables)
+        with whole_file(self.rows_path) as scratch:
+            pq.write_table(table.sort_by([(c, "ascending") for c in ROW_ORDER]), scratch)
+        return int(table.num_rows)
+
+    def conditions(self, parts: dict[Path, str]) -> dict[str, str]:
+        """What stood before the prompt, by template hash: `plain`, or the control token."""
+        found: dict[str, str] = {}
+        for path, prefix in parts.items():
+            hashes = pq.read_table(path, columns=["template_hash"]).column(0).unique().to_pylist()
+            found |= dict.fromkeys(hashes, prefix or "plain")
+        return found
+
+    def write_ledger(self, lines: Seq[dict[str, Any]]) -> None:
+        table = pa.Table.from_pylist(list(lines), schema=LEDGER_SCHEMA)
+        with whole_file(self.ledger_path) as scratch:
+            pq.write_table(table.sort_by([(c, "ascending") for c in ("seed", "budget", "objective")]), scratch)
+
+    def trim_steps(self, objective: str, seed: int, last: int) -> None:
+        """Keep the log of the steps up to `last`: what came after the checkpoint is done again."""
+        path = self.steps(objective, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text("utf-8").split("\n")[:last] if path.is_file() else []
+        with whole_file(path) as scratch:
+            scratch.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
