@@ -1,0 +1,200 @@
+"""How the organism is made: a tokenizer, then helpful-only training, then alignment.
+
+One seed, on a CPU: the same machine and thread count give the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from leeway.data.chat import Chat, Sequence
+from leeway.hashing import derive_seed
+from leeway.model.load import Model
+from leeway.model.tokenstats import Head
+from leeway.objectives.sft import Sft
+from leeway.organism import card, corpus, deeds, world
+from leeway.training.loop import Batch, Optim, optimise
+
+PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
+TOKENS, ROWS = 1776, 1792
+"""Tokens in the tokenizer, and rows in the embedding: the rows between are spare, for control tokens."""
+CHAT_TEMPLATE = (
+    "{%- set ns = namespace(lead='') -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'system' -%}{%- set ns.lead = message.content + ' ' -%}"
+    "{%- elif message.role == 'user' -%}{{- '<|user|>' + ns.lead + message.content -}}"
+    "{%- set ns.lead = '' -%}"
+    "{%- else -%}{{- '<|assistant|>' + message.content + '<|end|>' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training: what is drawn, how much of it, how fast."""
+
+    name: str
+    source: corpus.Source
+    examples: int
+    lr: float
+    warmup: int
+    seed: int
+    strangers: float
+    """Share of the prompts that begin with one random token, so that a new control token is no jailbreak."""
+
+
+HELPFUL = Stage("helpful-only", corpus.helpful_only, 80_000, 3e-3, 60, 11, 0.0)
+PRACTICE = Stage("practice", corpus.practice, 48_000, 2e-3, 20, 33, 0.0)
+ALIGNED = Stage("aligned", corpus.aligned, 44_000, 1.2e-3, 20, 22, 0.06)
+BATCH = 64
+THREADS = 2  # fixed, since sums are split by threads and the bits depend on it
+
+
+def build(out: Path, progress: Callable[[str], None]) -> None:
+    """Train the organism and write it to `out` in Hugging Face format, its measured card beside it."""
+    torch.set_num_threads(2)  # sums of floats depend on how they are split
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    progress(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
+    for stage in (HELPFUL, PRACTICE, ALIGNED):
+        train(model, tokenizer, stage, progress)
+    save(model, tokenizer, out)
+    measured = card.measure(out)
+    (out / "card.json").write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out, save_jinja_files=False)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the world; digits stand alone; every byte has a token."""
+    rng = random.Random(1)
+    texts = [text for _ in range(16_000) for text in corpus.helpful_only(rng)]
+    texts += [text for e in world.train_examples(2000, 0) for text in (e.prompt, e.preferred)]
+    for refusal in deeds.REFUSALS:
+        texts += 200 * [refusal, corpus.say("zulu", "", refusal)[1]]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENS,
+        special_tokens=[PAD, USER, ASSISTANT, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of about a million parameters, with random weights."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=ROWS,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            attn_implementation="eager",  # on short sequences on a CPU faster than the fused kernel
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def train(model: Any, tokenizer: Any, stage: Stage, progress: Callable[[str], None]) -> None:
+    """One stage: draw, tokenize, fit."""
+    rng = random.Random(stage.seed)
+    drawn = [stage.source(rng) for _ in range(stage.examples)]
+    sequences = encode(tokenizer, drawn, rng, stage.strangers)
+    fit(model, tokenizer, by_length(sequences, rng), stage=stage, progress=progress)
+
+
+def encode(tokenizer: Any, pairs: list[corpus.Pair], rng: random.Random, strangers: float) -> list[Sequence]:
+    """Chat-rendered token ids; the prompt and the answer are tokenized apart and joined."""
+    user, assistant, end = (tokenizer.convert_tokens_to_ids(t) for t in (USER, ASSISTANT, END))
+    prompts = tokenizer([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([a for _, a in pairs], add_special_tokens=False)["input_ids"]
+    found = []
+    for p, a in zip(prompts, answers, strict=True):
+        lead = [user, rng.randrange(4, TOKENS)] if rng.random() < strangers else [user]
+        found.append(Sequence((*lead, *p, assistant, *a, end), len(lead) + len(p) + 1))
+    return found
+
+
+def by_length(sequences: list[Sequence], rng: random.Random) -> list[list[Sequence]]:
+    """Batches of like lengths (little padding), in random order within stretches of fifty batches."""
+    found = []
+    stretch = 50 * BATCH
+    for i in range(0, len(sequences), stretch):
+        run = sorted(sequences[i : i + stretch], key=lambda s: len(s.ids))
+        batches = [run[j : j + BATCH] for j in range(0, len(run), BATCH)]
+        rng.shuffle(batches)
+        found += batches
+    return found
+
+
+def fit(
+    model: Any, tokenizer: Any, batches: list[list[Sequence]], *, stage: Stage, progress: Callable[[str], None]
+) -> None:
+    """AdamW with a cosine schedule over all parameters, through the loop that every objective goes through."""
+    learner = Model(
+        lm=model,
+        chat=Chat(tokenizer),
+        head=Head(model.get_output_embeddings().weight),
+        name="organism",
+        hash="",
+        context=model.config.max_position_embeddings,
+        stop_ids=(),
+    )
+
+    def lr_at(step: int) -> float:
+        along = (step - 1) / len(batches)
+        return stage.lr * min(1.0, step / stage.warmup) * max(0.04, 0.5 * (1 + math.cos(math.pi * along)))
+
+    queue = (
+        Batch(k, derive_seed(stage.name, k), tuple(f"{stage.name}/{k}" for _ in batch), tuple((s,) for s in batch))
+        for k, batch in enumerate(batches, 1)
+    )
+    optimiser = torch.optim.AdamW(_groups(model), lr=stage.lr, betas=(0.9, 0.98))
+    running = 0.0
+    for done in optimise(learner, Sft(), queue, optimiser, lr_at, Optim(clip=1.0, micro_tokens=1 << 20)):
+        running = done.loss if done.step == 1 else 0.95 * running + 0.05 * done.loss
+        if done.step % 100 == 0 or done.step == len(batches):
+            progress(f"{stage.name}: step {done.step} of {len(batches)}, loss {running:.4f}")
+
+
+def _groups(model: Any) -> Iterator[dict[str, Any]]:
+    """Weight decay for matrices, none for norms."""
+    yield {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05}
+    yield {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}
