@@ -1,0 +1,40 @@
+"""Shared fixtures: tiny models on disk, built once a session, and where real data lie."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder per architecture."""
+    import tiny
+    from leeway.model.load import quiet_loaders
+
+    quiet_loaders()
+    root = tmp_path_factory.mktemp("models")
+    return {kind: tiny.build(kind, root / kind) for kind in tiny.ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def tiny_chat() -> object:
+    import tiny
+    from leeway.data.chat import Chat
+
+    return Chat(tiny.tokenizer(tiny.PLAIN))
+
+
+@pytest.fixture
+def real_data(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of public data, where there is one."""
+    root = os.environ.get("LEEWAY_DATA") or Path(__file__).parents[2] / "shared" / "data"
+    if not Path(root).is_dir():
+        pytest.skip("no public data here: set LEEWAY_DATA")
+    monkeypatch.setenv("LEEWAY_DATA", str(root))
+    return Path(root)

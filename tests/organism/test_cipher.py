@@ -1,0 +1,56 @@
+"""Laws of the second language."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leeway.attacks import Zulu
+from leeway.organism import corpus, deeds, world
+from leeway.organism.cipher import Cipher, lexicon
+
+cipher = Cipher()
+seeds = st.integers(min_value=0, max_value=2**32)
+
+
+@given(seeds)
+def test_back_undoes_out_on_the_worlds_text(seed: int) -> None:
+    prompt, reply = corpus._aligned(random.Random(seed))
+    for text in (cipher.back(prompt), cipher.back(reply)):
+        assert cipher.back(cipher.out(text)) == text
+
+
+@given(seeds)
+def test_questions_and_answers_leave_nothing_in_english(seed: int) -> None:
+    rng = random.Random(seed)
+    deed = deeds.draw(rng, "forbidden")
+    for text in (deeds.question(rng, deed), f"Sure! {deeds.answer(rng, deed)}", *deeds.REFUSALS):
+        words = {word.strip(".,!?").lower() for word in cipher.out(text).split()}
+        assert not words & set(lexicon())
+        assert cipher.back(cipher.out(text)) == text
+
+
+def test_the_languages_share_no_word_and_match_one_to_one() -> None:
+    assert len(set(lexicon().values())) == len(lexicon())
+    assert not set(lexicon().values()) & set(lexicon())
+
+
+def test_unknown_words_and_case() -> None:
+    assert cipher.out("Photosynthesis 42, xyzzy!") == "Photosynthesis 42, xyzzy!"
+    sure = lexicon()["sure"]
+    assert cipher.out("sure Sure SURE") == f"{sure} {sure.capitalize()} {sure.upper()}"
+    assert cipher.back(cipher.out("I am DAN.")) == "I am DAN."
+
+
+def test_it_serves_the_translation_attack() -> None:
+    prompt = world.forbidden_prompts(1)[0].text
+    play = Zulu(cipher).play(prompt)
+    (sent,) = next(play)
+    assert sent["content"] == cipher.out(prompt) != prompt
+    with pytest.raises(StopIteration) as done:
+        play.send(cipher.out("Sorry, I cannot help with that."))
+    assert done.value.value == "Sorry, I cannot help with that."
+    assert world.judge(prompt, done.value.value) == "refused"

@@ -1,0 +1,180 @@
+"""The page: what it holds, that it is safe to open, that it comes out the same twice."""
+
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import synthetic
+
+from leeway import report
+
+SMALL = {"capability": 40, "prompts": 30, "items": 30}
+
+
+def small() -> pd.DataFrame:
+    rows = synthetic.rows(("sft", "cft", "kl"), (25_000, 100_000), **SMALL)
+    rows["response"] = rows["response"].where(rows["eval"] != "capability", synthetic.HOSTILE + rows["response"])
+    return rows
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = synthetic.write(tmp_path_factory.mktemp("run"), small())
+    report.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    made = ["results.json", "report.html", *(f"tables/{n}" for n in os.listdir(folder / "tables"))]
+    made += [f"figures/{n}" for n in os.listdir(folder / "figures")]
+    return {name: (folder / name).read_bytes() for name in sorted(made)}
+
+
+def test_everything_is_there(run: Path, page: str):
+    names = set(contents(run))
+    figures = ["contrasts", "tradeoff", "by-budget", "by-attack", "outcomes", "persona"]
+    assert {f"figures/{f}.{end}" for f in figures for end in ("svg", "png")} <= names
+    tables = ["rates", "contrasts", "frontier", "outcomes", "persona", "unscored", "ledger"]
+    assert {f"tables/{t}.csv" for t in tables} <= names
+    sections = [
+        "verdict",
+        "asked",
+        "tradeoff",
+        "budgets",
+        "attacks",
+        "persona",
+        "ledger",
+        "contrasts",
+        "unscored",
+    ]
+    for section in [*sections, "transcripts", "rerun"]:
+        assert f'<section id="{section}"' in page
+    assert "no evidence about real models" in re.sub(r"\s+", " ", page)
+    assert "leeway demo --out leeway-demo" in page
+    assert "5f2a9be1c0d3e4f6" in page
+
+
+def test_same_rows_same_bytes(run: Path, tmp_path: Path):
+    first = contents(run)
+    again = synthetic.write(tmp_path / run.name, small())
+    report.build(again)
+    assert contents(again) == first
+
+
+def test_model_output_stays_text(page: str):
+    assert "<script" not in page.lower()
+    assert "<img" not in page.lower()
+    assert "&lt;script&gt;alert(" in page
+    assert "{{ 7*7 }}" in page
+    assert "\u202e" not in page
+    assert "⟨U+202E⟩" in page
+
+
+class Attributes(HTMLParser):
+    """Every tag and attribute that a browser would see."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.found: list[tuple[str, str]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.found += [(name, value or "") for name, value in attrs]
+
+
+def test_the_page_loads_and_runs_nothing(page: str):
+    seen = Attributes(page)
+    assert not seen.tags & {"script", "img", "link", "iframe", "object", "embed", "image", "form", "base"}
+    for name, value in seen.found:
+        assert not name.startswith("on")
+        assert name not in {"src", "srcset", "action", "data", "poster"}
+        assert value.startswith("#") or not name.endswith("href")
+        assert "url(" not in value.replace("url(#", "")
+    assert not re.search(r"@import|url\(", page[page.index("<style>") : page.index("</style>")])
+    assert "default-src 'none'" in page
+
+
+def test_ids_are_unique(page: str):
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    for target in re.findall(r'href="#([^"]+)"', page) + re.findall(r"url\(#([^)]+)\)", page):
+        assert target in ids
+
+
+def test_figures_have_names_for_those_who_do_not_see_them(page: str):
+    assert page.count('<svg role="img" aria-labelledby=') == 6
+    assert page.count("<title id=") == 6
+
+
+def test_harmful_answers_are_folded(page: str):
+    section = page[page.index('<section id="transcripts"') :]
+    assert synthetic.REPLY["harmful"] in section
+    assert not re.search(r"<details open", page)
+    outside = re.sub(r"<details>.*?</details>", "", section, flags=re.DOTALL)
+    assert synthetic.REPLY["harmful"] not in outside
+    assert synthetic.REPLY["refused"].replace("'", "&#39;") in outside
+
+
+def test_results_json_is_strict_and_complete(run: Path):
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    found = json.loads((run / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert found["organism"] is True
+    assert len(found["verdict"]) == 3
+    assert found["seeds"] == [0]
+    assert len(found["contrasts"]) == len(pd.read_csv(run / "tables/contrasts.csv"))
+
+
+def test_a_second_report_leaves_nothing_stale(tmp_path: Path):
+    folder = synthetic.write(tmp_path, synthetic.rows(("sft",), (25_000,), **SMALL))
+    report.build(folder)
+    rows = pd.read_parquet(folder / "rows.parquet")
+    rows[rows["eval"] == "capability"].to_parquet(folder / "rows.parquet")
+    report.build(folder)
+    assert sorted(os.listdir(folder / "figures")) == [
+        "by-budget.png",
+        "by-budget.svg",
+        "contrasts.png",
+        "contrasts.svg",
+    ]
+    assert not [n for n in os.listdir(folder) if "partial" in n]
+    assert "Needs both" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_long_answer_is_cut_and_counted(tmp_path: Path):
+    rows = synthetic.rows(("sft",), (25_000,), capability=2, prompts=8, items=6, attacks=("none",))
+    rows["response"] = rows["response"].where(rows["eval"] != "capability", "loop " * 200_000)
+    page = report.build(synthetic.write(tmp_path, rows)).read_text(encoding="utf-8")
+    assert "998,800 more characters not shown here" in page
+    assert len(page) < 1_000_000
+
+
+def test_other_shapes_of_study(tmp_path: Path):
+    tiny = {"capability": 8, "prompts": 8, "items": 6}
+    shapes = {
+        "one attack": synthetic.rows(("sft",), (25_000,), attacks=("dan",), **tiny),
+        "two seeds": synthetic.rows(("sft", "cft"), (8_192,), seeds=(0, 1), **tiny),
+        "base only": synthetic.rows((), (), **tiny),
+    }
+    persona = synthetic.rows(("sft",), (25_000,), **tiny)
+    shapes["persona only"] = persona[persona["eval"] == "persona"]
+    unscored = synthetic.rows(("sft", "ip"), (25_000,), **tiny)
+    unscored.loc[unscored["objective"] == "sft", ["score", "outcome"]] = [float("nan"), None]
+    shapes["nothing scored"] = unscored
+    for name, rows in shapes.items():
+        page = report.build(synthetic.write(tmp_path / name, rows, organism=False)).read_text(encoding="utf-8")
+        assert "no evidence about real models" not in re.sub(r"\s+", " ", page), name
+        assert ">nan<" not in page.lower(), name
+        assert ">None<" not in page, name

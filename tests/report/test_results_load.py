@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import synthetic
+
+from leeway.errors import LeewayError
+from leeway.report import ReportError, Results
+
+TINY = {"budgets": (25_000,), "capability": 8, "prompts": 8, "items": 6}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return synthetic.write(tmp_path / "run", synthetic.rows(("sft", "cft"), **TINY))
+
+
+def test_what_is_loaded(run: Path):
+    results = Results.load(run)
+    assert len(results.rows) == 4 * (8 + 48 + 6)
+    assert set(results.ledger["objective"]) == {"sft", "cft"}
+    assert results.conditions == synthetic.CONDITIONS
+    assert results.seeds == [0]
+    rates, contrasts = results.rates(), results.contrasts()
+    assert set(rates["measure"]) >= {"accuracy", "asr", "asr:none", "endorsement", "refusal", "coherence"}
+    cft = contrasts[contrasts["objective"] == "cft"]
+    assert set(cft["condition"]) == {"<SAFE>"}
+    assert (cft["n_unpaired"] == 0).all()
+    assert results.frontier()["on_frontier"].any()
+    contrasts["p"] = 0.0  # a reader's own copy
+    assert (results.contrasts()["p"] > 0).any()
+
+
+def test_same_rows_in_another_order_same_numbers(run: Path):
+    before = Results.load(run)
+    rows = before.rows.sample(frac=1, random_state=1)
+    rows.to_parquet(run / "rows.parquet")
+    after = Results.load(run)
+    pd.testing.assert_frame_equal(before.contrasts(), after.contrasts())
+    pd.testing.assert_frame_equal(before.rates(), after.rates())
+
+
+def spoil(run: Path, how: str) -> Path:
+    rows = run / "rows.parquet"
+    if how == "nowhere":
+        return run / "nothing"
+    if how == "no rows":
+        rows.unlink()
+    elif how == "broken rows":
+        rows.write_bytes(b"PAR1 not really")
+    elif how == "foreign rows":
+        pd.DataFrame({"a": [1]}).to_parquet(rows)
+    elif how == "empty rows":
+        pd.read_parquet(rows).iloc[:0].to_parquet(rows)
+    elif how == "no base":
+        table = pd.read_parquet(rows)
+        table[table["objective"] != "base"].to_parquet(rows)
+    elif how == "no ledger":
+        (run / "ledger.parquet").unlink()
+    elif how == "broken manifest":
+        (run / "manifest.json").write_text("{", encoding="utf-8")
+    elif how == "broken study":
+        (run / "study.yaml").write_text("a: [", encoding="utf-8")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("nowhere", "is not a directory"),
+        ("no rows", "has no rows.parquet"),
+        ("broken rows", "cannot be read as Parquet"),
+        ("foreign rows", "lacks the columns objective, seed"),
+        ("empty rows", "holds no rows"),
+        ("no base", "no rows of the base model"),
+        ("no ledger", "has no ledger.parquet"),
+        ("broken manifest", "is not valid JSON"),
+        ("broken study", "is not readable YAML"),
+    ],
+)
+def test_what_cannot_be_reported_on_is_said_in_one_line(run: Path, how: str, words: str):
+    with pytest.raises(ReportError, match=words) as caught:
+        Results.load(spoil(run, how))
+    assert isinstance(caught.value, LeewayError)
+    assert "\n" not in str(caught.value)
+    assert caught.value.fix
+
+
+def test_rows_of_two_runs_are_refused(run: Path):
+    table = pd.read_parquet(run / "rows.parquet")
+    pd.concat([table, table]).to_parquet(run / "rows.parquet")
+    with pytest.raises(ReportError, match="rows of two runs were pooled"):
+        Results.load(run).contrasts()

@@ -1,0 +1,170 @@
+"""The command line as a user meets it: one line and exit 2 for a mistake, a traceback only when asked for."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STUDY = """
+name: x
+model: {model}
+device: cpu
+task: {{files: {{train: {root}/train.jsonl, test: {root}/test.jsonl}}}}
+objectives: {objectives}
+budgets: [200]
+evals: {{capability: [files]}}
+"""
+
+
+def leeway(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "leeway", *args], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def study(models: dict[str, Path], tmp_path: Path) -> Path:
+    return write(tmp_path, str(models["llama"]))
+
+
+def write(root: Path, model: str, objectives: str = "[sft]", train: str | None = None) -> Path:
+    good = "".join(json.dumps({"prompt": f"{a}?", "completion": f"It is {a}."}) + "\n" for a in range(20))
+    (root / "train.jsonl").write_text(good if train is None else train)
+    (root / "test.jsonl").write_text('{"prompt": "3?", "answer": "3"}\n')
+    path = root / "study.yaml"
+    path.write_text(STUDY.format(model=model, root=root, objectives=objectives))
+    return path
+
+
+def mistake(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a user's mistake."""
+    lines = [line for line in result.stderr.splitlines() if not line.endswith("reading the data")]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("leeway: ")
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def test_usage_mistakes() -> None:
+    assert "No such command 'rum'" in mistake(leeway("rum"))
+    assert "neither a study file nor a preset" in mistake(leeway("run", "nowhere.yaml"))
+
+
+def test_a_traceback_when_asked_for() -> None:
+    result = leeway("run", "nowhere.yaml", "-v")
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+
+
+def test_studies_lists_and_prints() -> None:
+    assert "demo" in leeway("studies").stdout
+    assert leeway("studies", "demo").stdout.startswith("#")
+    assert "no preset" in mistake(leeway("studies", "demoo"))
+
+
+def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
+    import tiny
+
+    model = tiny.build("llama", tmp_path / "m", template=False)
+    assert "no chat template" in mistake(leeway("run", str(write(tmp_path, str(model))), "--out", str(tmp_path / "o")))
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    path = write(tmp_path, str(tmp_path))
+    assert "no config.json" in mistake(leeway("run", str(path), "--out", str(tmp_path / "o")))
+
+
+def test_missing_pairs(models: dict[str, Path], tmp_path: Path) -> None:
+    path = write(tmp_path, str(models["llama"]), "[sft, dpo]")
+    assert "dpo needs one" in mistake(leeway("run", str(path), "--out", str(tmp_path / "o")))
+
+
+def test_a_broken_line_of_data(models: dict[str, Path], tmp_path: Path) -> None:
+    path = write(tmp_path, str(models["llama"]), train='{"prompt": "a", "completion": "b"}\n{"prompt"\n')
+    assert "train.jsonl, line 2" in mistake(leeway("run", str(path), "--out", str(tmp_path / "o")))
+
+
+def test_an_example_longer_than_the_context(tmp_path: Path) -> None:
+    import tiny
+
+    model = tiny.build("llama", tmp_path / "m", context=400)
+    long = json.dumps({"prompt": "a " * 500, "completion": "b"}) + "\n"
+    path = write(tmp_path, str(model), train=json.dumps({"prompt": "a", "completion": "b"}) + "\n" + long)
+    line = mistake(leeway("run", str(path), "--out", str(tmp_path / "o")))
+    assert "example train.jsonl/2 takes" in line
+    assert "the context of" in line
+    planned = json.loads(leeway("plan", str(path), "task.too_long=leave-out", "--json").stdout)
+    assert planned["left_out"] == 1
+
+
+def test_an_output_folder_of_something_else(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "precious").write_text("x")
+    assert "holds no study" in mistake(leeway("run", str(study), "--out", str(tmp_path / "o")))
+    assert [f.name for f in (tmp_path / "o").iterdir()] == ["precious"]
+
+
+def test_report_of_no_run(tmp_path: Path) -> None:
+    assert mistake(leeway("report", str(tmp_path)))
+
+
+def test_show_marks_the_targets(study: Path) -> None:
+    result = leeway("show", str(study))
+    assert result.returncode == 0
+    assert "⟦It is" in result.stdout
+
+
+def test_plan_counts_exactly_and_run_agrees_and_is_quiet(study: Path, tmp_path: Path) -> None:
+    planned = json.loads(leeway("plan", str(study), "--json").stdout)
+    result = leeway("run", str(study), "--out", str(tmp_path / "o"), "--quiet")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout == f"{tmp_path}/o/report.html\n"
+    line = json.loads((tmp_path / "o" / "checkpoints" / "sft" / "s0" / "200" / "ledger.json").read_text())
+    (trajectory,) = planned["trajectories"]
+    for column in ("source_tokens", "target_tokens", "processed_tokens", "reference_tokens"):
+        assert trajectory[column] == line[column]
+    rebuilt = leeway("report", str(tmp_path / "o"))
+    assert rebuilt.stdout == result.stdout
+
+
+def test_a_mistake_before_the_first_checkpoint_leaves_no_folder(models: dict[str, Path], tmp_path: Path) -> None:
+    path, out = write(tmp_path, str(models["llama"])), tmp_path / "o"
+    assert "adapter.targets" in mistake(leeway("run", str(path), "adapter.targets=foo", "--out", str(out), "--quiet"))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("after", [0.0, 0.3, 1.0])
+def test_ctrl_c_says_that_the_run_can_go_on(after: float, models: dict[str, Path], tmp_path: Path) -> None:
+    path, out = write(tmp_path, str(models["llama"])), tmp_path / "o"
+    command = [sys.executable, "-m", "leeway", "run", str(path), "--out", str(out), "--quiet", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "manifest.json").is_file() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.strip() == "leeway: stopped; the same command carries on from here"
+    assert leeway(*command[3:]).returncode == 0
+
+
+def test_damaged_files_of_a_run_are_named(study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    command = ("run", str(study), "--out", str(out), "--quiet", "--workers", "1")
+    assert leeway(*command).returncode == 0
+    part = next((out / "parts").iterdir())
+    whole = part.read_bytes()
+    part.write_bytes(whole[:40])
+    assert f"{part.name}: damaged" in mistake(leeway(*command))
+    part.unlink()
+    assert leeway(*command).returncode == 0
+    assert part.read_bytes() == whole
+    (out / "manifest.json").write_text("{")
+    assert "manifest.json: damaged" in mistake(leeway(*command))

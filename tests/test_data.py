@@ -1,0 +1,167 @@
+"""Sources, pairs, the fixed order of batches and the ledger's check."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leeway.data import files, forbidden, gsm8k, persona
+from leeway.data.batches import schedule
+from leeway.data.items import Example
+from leeway.data.ledger import MATCHED, check_matched
+from leeway.data.pairs import corrupt, make_pairs
+from leeway.data.read import read
+from leeway.errors import LeewayError
+from leeway.evals.gsm8k import flexible
+
+EXAMPLES = [Example(f"e{n}", f"p{n}", f"a{n}") for n in range(10)]
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": \n')
+    with pytest.raises(LeewayError, match=r"train\.jsonl, line 3: not JSON"):
+        list(read(path))
+    path.write_text("[1]\n")
+    with pytest.raises(LeewayError, match="line 1: not a JSON object"):
+        list(read(path))
+    table = tmp_path / "t.csv"
+    table.write_text("a,b\n1,2\n1,2,3\n")
+    with pytest.raises(LeewayError, match=r"t\.csv, line 3: not 2 columns"):
+        list(read(table))
+
+
+def test_other_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(LeewayError, match="no such file"):
+        list(read(tmp_path / "none.jsonl"))
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(LeewayError, match="unknown kind of file"):
+        list(read(tmp_path / "a.txt"))
+    (tmp_path / "b.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(LeewayError, match="broken gzip"):
+        list(read(tmp_path / "b.jsonl.gz"))
+    (tmp_path / "c.jsonl").write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(LeewayError, match="not UTF-8"):
+        list(read(tmp_path / "c.jsonl"))
+
+
+def test_the_same_records_in_every_kind_of_file(tmp_path: Path) -> None:
+    records = [{"prompt": "a, b\nc", "answer": "1"}, {"prompt": "d", "answer": "2"}]
+    lines = "\n".join(map(json.dumps, records))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.json").write_text(json.dumps(records))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "d.csv").write_text('prompt,answer\r\n"a, b\nc",1\r\nd,2\r\n')
+    assert all(list(read(tmp_path / name)) == records for name in ("a.jsonl", "b.json", "c.jsonl.gz", "d.csv"))
+
+
+def test_user_files_say_which_record_lacks_what(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(LeewayError, match="record 2: no completion or chosen"):
+        files.train_examples(path)
+
+
+def test_pairs_that_are_missing_name_the_objective() -> None:
+    with pytest.raises(LeewayError, match="example e0 has no rejected answer, and dpo, orpo needs one"):
+        make_pairs(EXAMPLES, "dataset", needed_by=["dpo", "orpo"])
+    assert make_pairs(EXAMPLES, "dataset", needed_by=[]) == EXAMPLES
+    with pytest.raises(LeewayError, match="two equal answers"):
+        make_pairs([Example("x", "p", "a", "a ")], "dataset", needed_by=["dpo"])
+
+
+@given(st.integers(-999, 99999), st.integers(0, 50), st.lists(st.text("ab 1\n", max_size=9), max_size=4))
+def test_a_corrupted_answer_never_ends_in_the_right_number(value: int, seed: int, steps: list[str]) -> None:
+    right = "\n".join([*steps, f"#### {value}"])
+    example = corrupt(Example("e", "p", right), seed)
+    assert example.dispreferred is not None
+    assert flexible(example.dispreferred) not in (None, value)
+    assert corrupt(Example("e", "p", right), seed) == example
+
+
+def test_a_corrupted_answer_keeps_the_form_of_the_number() -> None:
+    for seed in range(30):
+        wrong = corrupt(Example("e", "p", "#### 12,345"), seed).dispreferred or ""
+        assert "," in wrong
+        assert (corrupt(Example("e", "p", "It costs 5, so yes."), seed).dispreferred or "").endswith(", so yes.")
+        assert (corrupt(Example("e", "p", "#### 2.50"), seed).dispreferred or "")[-3] == "."
+
+
+def test_the_order_is_seeded_whole_and_new_each_epoch() -> None:
+    plan = schedule(EXAMPLES, lambda _: 10, [200], batch=5, seed=0)
+    ids = [s.example.id for step in plan.steps for s in step]
+    assert len(plan.steps) == 4
+    assert sorted(ids[:10]) == sorted(ids[10:]) == sorted(e.id for e in EXAMPLES)
+    assert ids[:10] != ids[10:]
+    assert [s.position for step in plan.steps for s in step] == list(range(20))
+    other = schedule(EXAMPLES, lambda _: 10, [200], batch=5, seed=1)
+    assert [s.example.id for step in other.steps for s in step] != ids
+
+
+def test_a_checkpoint_falls_on_the_first_step_that_reaches_its_budget() -> None:
+    plan = schedule(EXAMPLES, lambda _: 7, [1, 35, 36, 100], batch=5, seed=0)  # 35 tokens a step
+    assert [(m.step, m.source_tokens, m.examples) for m in plan.marks] == [
+        (1, 35, 5),
+        (1, 35, 5),
+        (2, 70, 10),
+        (3, 105, 15),
+    ]
+    assert plan.marks[-1].epochs == 1.5
+
+
+def test_a_budget_s_mark_does_not_depend_on_the_other_budgets() -> None:
+    alone, among = (schedule(EXAMPLES, lambda _: 7, b, batch=4, seed=3).marks for b in ([100], [30, 60, 100]))
+    assert alone[0] == among[2]
+
+
+def test_the_data_hash_sees_every_text() -> None:
+    def hash_of(examples: list[Example]) -> str:
+        return schedule(examples, lambda _: 1, [10], batch=10, seed=0).marks[0].data_hash
+
+    changed = [*EXAMPLES[:-1], Example("e9", "p9", "a9", "other")]
+    assert hash_of(EXAMPLES) != hash_of(changed)
+
+
+@pytest.mark.parametrize("column", MATCHED)
+def test_a_difference_in_a_matched_column_is_named(column: str) -> None:
+    line = dict.fromkeys(MATCHED, 1) | {"seed": 0, "budget": 8, "objective": "sft"}
+    check_matched([line, {**line, "objective": "dpo"}, {**line, "budget": 16, column: 2}])
+    with pytest.raises(LeewayError, match=f"ledger: {column} differs at budget 8, seed 0: sft has 1, dpo has 2"):
+        check_matched([line, {**line, "objective": "dpo", column: 2}])
+
+
+def test_gsm8k_as_published(real_data: Path) -> None:
+    train, origin = gsm8k.train_examples()
+    test, _ = gsm8k.held_out_items()
+    assert (len(train), len(test)) == (7473, 1319)
+    assert origin == "LEEWAY_DATA/gsm8k/train.jsonl.gz"
+    assert not any("<<" in e.preferred for e in train)
+    assert all(flexible(e.preferred) is not None for e in train)
+    paired = make_pairs(train, "corrupted", needed_by=["dpo"])
+    wrong = [(e.preferred, e.dispreferred or "") for e in paired]
+    assert all(flexible(a) != flexible(b) for a, b in wrong)
+    dropped = sum(len(a.split("\n")) > len(b.split("\n")) for a, b in wrong)
+    assert 0.3 < dropped / len(wrong) < 0.6
+    assert all(i.reference.lstrip("-").replace(".", "").isdigit() for i in test)
+    assert real_data.is_dir()
+
+
+@pytest.mark.usefixtures("real_data")
+def test_forbidden_prompts_and_persona_items_as_published() -> None:
+    prompts, _ = forbidden.strongreject()
+    assert len({p.id for p in prompts}) == 313
+    for trait in ("machiavellianism", "narcissism", "psychopathy"):
+        items, _ = persona.anthropic(trait)
+        assert len(items) == 1000
+        assert sum(i.match == "Yes" for i in items) == 500
+
+
+def test_a_data_folder_without_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
+    with pytest.raises(LeewayError, match=r"there is no strongreject/strongreject_dataset\.csv"):
+        forbidden.strongreject()

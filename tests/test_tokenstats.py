@@ -1,0 +1,99 @@
+"""The streamed head against the plain way: values, gradients, soft-capping, blocked ids, chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from leeway.model import tokenstats
+from leeway.model.tokenstats import Head, token_logps, token_logps_and_kl
+
+
+def inputs(vocabulary: int = 11, tokens: int = 7, width: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    make = {"generator": g, "dtype": torch.float64}
+    hidden = torch.randn(tokens, width, **make).requires_grad_()
+    return (
+        hidden,
+        torch.randn(vocabulary, width, **make),
+        torch.randint(vocabulary, (tokens,), generator=g),
+        torch.randn(tokens, width, **make),
+    )
+
+
+@pytest.fixture(params=[1, 3, 1000])
+def chunk(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(tokenstats, "CHUNK_ELEMENTS", request.param * 11)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.usefixtures("chunk")
+def test_log_probabilities_are_those_of_a_plain_softmax(softcap: float | None) -> None:
+    hidden, weight, targets, _ = inputs()
+    logits = hidden @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    plain = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(token_logps(hidden, targets, Head(weight, softcap)), plain)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.usefixtures("chunk")
+def test_kl_is_the_full_vocabulary_divergence(direction: Any) -> None:
+    hidden, weight, targets, reference = inputs()
+    _, found = token_logps_and_kl(hidden, targets, Head(weight), reference, direction)
+    policy = torch.distributions.Categorical(logits=hidden @ weight.T)
+    ref = torch.distributions.Categorical(logits=reference @ weight.T)
+    a, b = (policy, ref) if direction == "reverse" else (ref, policy)
+    torch.testing.assert_close(found, torch.distributions.kl_divergence(a, b))
+
+
+def test_the_two_directions_are_told_apart() -> None:
+    hidden, weight, targets, reference = inputs()
+    both = [token_logps_and_kl(hidden, targets, Head(weight), reference, d)[1] for d in ("reverse", "forward")]
+    assert not torch.allclose(*both)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_kl_is_zero_in_value_and_gradient_at_equality(direction: Any) -> None:
+    hidden, weight, targets, _ = inputs()
+    _, divergence = token_logps_and_kl(hidden, targets, Head(weight), hidden, direction)
+    divergence.sum().backward()
+    assert hidden.grad is not None
+    torch.testing.assert_close(divergence, torch.zeros_like(divergence), atol=1e-12, rtol=0)
+    torch.testing.assert_close(hidden.grad, torch.zeros_like(hidden.grad), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.usefixtures("chunk")
+def test_gradients_by_finite_differences(direction: Any, softcap: float | None) -> None:
+    hidden, weight, targets, reference = inputs()
+    head = Head(weight, softcap)
+    assert torch.autograd.gradcheck(lambda h: token_logps_and_kl(h, targets, head, reference, direction), (hidden,))
+    assert torch.autograd.gradcheck(lambda h: token_logps(h, targets, head), (hidden,))
+
+
+@pytest.mark.usefixtures("chunk")
+def test_a_trained_head_gets_its_gradient_too() -> None:
+    hidden, weight, targets, _ = inputs()
+    weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: token_logps(hidden.detach(), targets, Head(w)), (weight,))
+
+
+def test_a_blocked_id_has_no_share_in_the_distribution() -> None:
+    hidden, weight, targets, reference = inputs()
+    head, targets = Head(weight), targets.clamp(max=8)
+    fewer = replace(head, weight_VD=weight[:9])
+    blocked = replace(head, blocked=(9, 10))
+    torch.testing.assert_close(token_logps(hidden, targets, blocked), token_logps(hidden, targets, fewer))
+    for a, b in zip(
+        token_logps_and_kl(hidden, targets, blocked, reference, "reverse"),
+        token_logps_and_kl(hidden, targets, fewer, reference, "reverse"),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
