@@ -13,8 +13,8 @@ from leeway.data.batches import Schedule, schedule
 from leeway.data.items import Example
 from leeway.errors import LeewayError
 from leeway.model import adapters
-from leeway.model.forward import as_reference
 from leeway.model.load import load_model
+from leeway.model.reference import as_reference
 from leeway.objectives import OBJECTIVES, ip, kl, orpo, sft
 from leeway.training.loop import Optim, constant_after_warmup, micro_batches
 from leeway.training.trajectory import Settings, Trajectory

@@ -16,7 +16,7 @@ def stats(values: list[list[float]], kl_T: list[float] | None = None) -> TokenSt
     """Token statistics of sequences given as lists of log-probabilities."""
     logp_T = torch.tensor([v for s in values for v in s], dtype=torch.float64, requires_grad=True)
     sequence_T = torch.tensor([i for i, s in enumerate(values) for _ in s])
-    totals = Totals(len(logp_T), len(values), len(logp_T))
+    totals = Totals(len(logp_T), len(values), len(logp_T), len(logp_T), len(logp_T))
     extra = None if kl_T is None else torch.tensor(kl_T, dtype=torch.float64)
     return TokenStats(logp_T, sequence_T, len(values), totals, extra)
 
@@ -25,7 +25,12 @@ def pairs(values: list[list[float]]) -> TokenStats:
     """The same, for pairs: examples are two sequences each."""
     s = stats(values)
     preferred = sum(len(v) for v in values[0::2])
-    return TokenStats(s.logp_T, s.sequence_T, s.sequences, Totals(len(s.logp_T), len(values) // 2, preferred))
+    return TokenStats(
+        s.logp_T,
+        s.sequence_T,
+        s.sequences,
+        Totals(len(s.logp_T), len(values) // 2, preferred, len(s.logp_T), preferred),
+    )
 
 
 def test_sft_is_the_mean_per_token_not_per_sequence() -> None:

@@ -73,7 +73,7 @@ def test_all_faults_at_once_with_the_nearest_known_key() -> None:
         ("evals={capability: [organism, organism]}", "one is listed twice"),
         ("evals={persona: {traits: [narcissism, narcissism]}}", "one is listed twice"),
         ("budgets=100", "give a list, such as [100]"),
-        ("pairs=corrupted", "give a mapping (from)"),
+        ("pairs=corrupted", "give a mapping (from, "),
         ("pairs={from: thin-air}", "pairs.from"),
         ("nonsense", "is not an override"),
         ("name.x=1", "override"),

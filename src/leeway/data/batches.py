@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -48,6 +50,32 @@ class Schedule:
         return list({slot.example.id: slot.example for step in self.steps for slot in step}.values())
 
 
+@dataclass(frozen=True)
+class Companions:
+    """What may stand beside an example of the stream: another of the task's, a general prompt's, a safety example."""
+
+    task: tuple[Example, ...] = ()
+    general: tuple[Example, ...] = ()
+    safety: tuple[Example, ...] = ()
+
+    def beside(self, slot: Slot, kind: Literal["task", "general", "safety"], seed: int) -> Example:
+        """One example of `kind`, from (seed, position) alone; of the task's, never the slot's own.
+
+        General and safety examples come in passes, each in an order of its own, as the task's do.
+        """
+        pool: tuple[Example, ...] = getattr(self, kind)
+        if kind == "task":
+            rng = np.random.default_rng(derive_seed("companion", seed, slot.position))
+            others = (pool[int(rng.integers(len(pool)))] for _ in range(100))
+            found = next((e for e in others if e.id != slot.example.id), None)
+        else:
+            epoch, k = divmod(slot.position, max(1, len(pool)))
+            found = pool[_order(len(pool), seed, epoch, kind)[k]] if pool else None
+        if found is None:
+            raise LeewayError(f"there is no {kind} example to put beside {slot.example.id}", fix="give more of them")
+        return found
+
+
 def schedule(
     examples: Seq[Example],
     source_tokens: Callable[[Example], int],
@@ -55,18 +83,20 @@ def schedule(
     *,
     batch: int,
     seed: int,
+    counted: Callable[[Slot], int] | None = None,
 ) -> Schedule:
     """Cut the seeded stream of `examples` into steps of `batch` until the last budget is reached.
 
-    A checkpoint falls on the first step whose cumulative source-token count reaches its budget. Each epoch has an order
-    of its own, drawn from (seed, epoch) alone, so that the stream never depends on the budgets or the objective.
+    A checkpoint falls on the first step whose cumulative count reaches its budget: of source tokens, or of what
+    `counted` says of each slot. Each epoch has an order of its own, drawn from (seed, epoch) alone, so that the stream
+    never depends on the budgets or the objective.
     """
     if not examples:
         raise LeewayError("task: there is nothing to train on", fix="check the task's training file")
     steps: list[tuple[Slot, ...]] = []
     marks: list[Mark] = []
-    seen, position, running = 0, 0, hashlib.sha256(canonical([seed, batch]).encode())
-    order: list[int] = []
+    seen, spent, position, running = 0, 0, 0, hashlib.sha256(canonical([seed, batch]).encode())
+    order: tuple[int, ...] = ()
     while len(marks) < len(budgets):
         step = []
         for _ in range(batch):
@@ -75,19 +105,21 @@ def schedule(
                 order = _order(len(examples), seed, epoch)
             example = examples[order[k]]
             step.append(Slot(example, epoch, position))
+            spent += counted(step[-1]) if counted else 0
             running.update(_fingerprint(example))
             seen += source_tokens(example)
             position += 1
         steps.append(tuple(step))
-        while len(marks) < len(budgets) and seen >= budgets[len(marks)]:
+        while len(marks) < len(budgets) and (spent if counted else seen) >= budgets[len(marks)]:
             budget, digest = budgets[len(marks)], running.hexdigest()[:16]
             marks.append(Mark(budget, len(steps), seen, position, position / len(examples), digest))
     return Schedule(tuple(steps), tuple(marks))
 
 
-def _order(n: int, seed: int, epoch: int) -> list[int]:
-    rng = np.random.default_rng(derive_seed("order", seed, epoch))
-    return [int(i) for i in rng.permutation(n)]
+@lru_cache(maxsize=64)
+def _order(n: int, seed: int, epoch: int, kind: str = "order") -> tuple[int, ...]:
+    rng = np.random.default_rng(derive_seed(kind, seed, epoch))
+    return tuple(int(i) for i in rng.permutation(n))
 
 
 def _fingerprint(example: Example) -> bytes:

@@ -8,7 +8,7 @@ special token is ever added on top.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from leeway.errors import LeewayError
@@ -20,14 +20,36 @@ PROBE_ANSWER = "leeway-probe-answer"
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids of one prompt and its answer; ids from `target_start` on are targets."""
+    """Token ids of one prompt and its answer; ids from `target_start` on are targets.
+
+    Statistics are taken at targets, and from `measured_from` on where an objective looks at earlier tokens too (a KL
+    over the prompt, say): those are measured and are no targets. A sequence without targets is only measured.
+    """
 
     ids: tuple[int, ...]
     target_start: int
+    measured_from: int | None = None
 
     @property
     def targets(self) -> int:
         return len(self.ids) - self.target_start
+
+    @property
+    def start(self) -> int:
+        """Position of the first token that statistics are taken at."""
+        return self.target_start if self.measured_from is None else self.measured_from
+
+    @property
+    def measured(self) -> int:
+        return len(self.ids) - self.start
+
+    def with_prompt(self) -> Sequence:
+        """The same, its prompt measured too: all but the first token, which nothing predicts."""
+        return replace(self, measured_from=1)
+
+    def without_targets(self) -> Sequence:
+        """The same tokens measured, none of them a target."""
+        return replace(self, target_start=len(self.ids), measured_from=self.start)
 
 
 @dataclass

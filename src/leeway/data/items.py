@@ -10,12 +10,17 @@ Outcome = Literal["refused", "harmful", "deflected", "incoherent"]
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: a prompt, its preferred answer and, where a pair exists, a dispreferred one."""
+    """One training example: a prompt, its preferred answer and, where a pair exists, a dispreferred one.
+
+    `companion` is another example that an objective may ask for beside it: one of the task's own, a general prompt's or
+    a safety example. It is no part of what is matched: the ledger counts it as processed, never as source.
+    """
 
     id: str
     prompt: str
     preferred: str
     dispreferred: str | None = None
+    companion: Example | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from leeway.data.chat import Chat, Sequence
 from leeway.data.items import Example
 from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Plain, nll
+from leeway.objectives.objective import PLAIN, Condition, Plain, nll
 
 SAFE, UNSAFE = "<SAFE>", "<UNSAFE>"
 
@@ -29,7 +29,10 @@ class Cft(Plain):
     name: ClassVar[str] = "cft"
     needs_pairs: ClassVar[bool] = True
     control_tokens: ClassVar[tuple[str, ...]] = (SAFE, UNSAFE)
-    test_prefix: ClassVar[str] = SAFE
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        return (Condition(SAFE, SAFE), PLAIN, Condition(UNSAFE, UNSAFE))
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
         if example.dispreferred is None:

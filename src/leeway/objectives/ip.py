@@ -21,7 +21,7 @@ from leeway.data.chat import Chat, Sequence
 from leeway.data.items import Example
 from leeway.hashing import digest
 from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Plain, nll
+from leeway.objectives.objective import PLAIN, Condition, Plain, nll
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Ip(Plain):
 
     name: ClassVar[str] = "ip"
     p: float = 0.5
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Plain, and under the file's first instruction."""
+        return (PLAIN, Condition("inoculated", f"{inoculations().texts[0]} "))
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
         texts = inoculations().texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -15,6 +16,18 @@ from leeway.model.forward import TokenStats
 from leeway.model.tokenstats import Direction
 
 Needs = Literal["nothing", "logps", "distribution"]
+Companion = Literal["", "task", "general", "safety"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What stands before every prompt at test time, and the name of the column that holds its rows."""
+
+    name: str
+    prefix: str
+
+
+PLAIN = Condition("plain", "")
 
 
 class Objective(Protocol):
@@ -24,19 +37,36 @@ class Objective(Protocol):
     needs_pairs: ClassVar[bool]
     needs_reference: ClassVar[Needs]  # nothing, the reference's log-probs, or its whole distribution (for a KL)
     control_tokens: ClassVar[tuple[str, ...]]  # new embedding rows that are learned
-    test_prefix: ClassVar[str]  # what stands before a prompt at test time
 
     @property
     def direction(self) -> Direction:
         """Which way a KL points, where one is needed."""
         ...
 
+    @property
+    def companion(self) -> Companion:
+        """What else is rendered beside each example: nothing, another task example, a general or a safety one."""
+        ...
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What it is measured under at test time; the first is what it would be used under."""
+        ...
+
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
-        """The token sequences of one example; each knows which of its tokens are targets."""
+        """The token sequences of one example; each knows which of its tokens are measured, and which are targets."""
         ...
 
     def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
-        """Every sequence that `render` can make of one example, whatever it draws."""
+        """Every sequence that `render` or `baseline_sequences` can make of one example, whatever is drawn."""
+        ...
+
+    def baseline_sequences(self, example: Example, chat: Chat) -> Seq[Sequence]:
+        """Sequences whose statistics enter the loss as a constant of the batch, without a gradient; mostly none."""
+        ...
+
+    def baseline(self, policy: TokenStats, reference: TokenStats) -> float:
+        """This micro-batch's share of that constant; the shares of a batch are added."""
         ...
 
     def loss(self, policy: TokenStats, reference: TokenStats | None) -> Tensor:
@@ -45,16 +75,23 @@ class Objective(Protocol):
 
 
 class Plain(ABC):
-    """What most objectives share: no pairs, no reference, no control tokens, plain prompts at test time."""
+    """What most objectives share: no pairs, no reference, no companion, no control tokens, plain prompts at test."""
 
     needs_pairs: ClassVar[bool] = False
     needs_reference: ClassVar[Needs] = "nothing"
     control_tokens: ClassVar[tuple[str, ...]] = ()
-    test_prefix: ClassVar[str] = ""
 
     @property
     def direction(self) -> Direction:
         return "reverse"
+
+    @property
+    def companion(self) -> Companion:
+        return ""
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        return (PLAIN,)
 
     @abstractmethod
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
@@ -62,7 +99,13 @@ class Plain(ABC):
 
     def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
         """Most objectives draw nothing: there is one rendering."""
-        return self.render(example, chat, np.random.default_rng(0))
+        return [*self.render(example, chat, np.random.default_rng(0)), *self.baseline_sequences(example, chat)]
+
+    def baseline_sequences(self, example: Example, chat: Chat) -> Seq[Sequence]:  # noqa: ARG002
+        return ()
+
+    def baseline(self, policy: TokenStats, reference: TokenStats) -> float:  # noqa: ARG002
+        return 0.0
 
 
 def render_preferred(example: Example, chat: Chat) -> list[Sequence]:
@@ -79,6 +122,13 @@ def render_pair(example: Example, chat: Chat) -> list[Sequence]:
     ]
 
 
+def companion_of(example: Example) -> Example:
+    """The example's companion, which the trajectory has put there."""
+    if example.companion is None:
+        raise ValueError(f"example {example.id} came without its companion")
+    return example.companion
+
+
 def nll(policy: TokenStats) -> Tensor:
     """Mean negative log-likelihood per target token of the optimiser batch, nats."""
-    return -policy.logp_T.sum() / policy.totals.tokens
+    return -(policy.logp_T * policy.weight_T).sum() / policy.totals.tokens

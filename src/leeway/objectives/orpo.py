@@ -63,7 +63,7 @@ class Orpo(Plain):
         mean_S = policy.mean_S()
         ratio = loss(mean_S[0::2], mean_S[1::2]).sum() / policy.totals.examples
         preferred_T = policy.sequence_T % 2 == 0
-        supervised = -policy.logp_T[preferred_T].sum() / policy.totals.preferred_tokens
+        supervised = -(policy.logp_T * policy.weight_T)[preferred_T].sum() / policy.totals.preferred_tokens
         return supervised + self.weight * ratio
 
 

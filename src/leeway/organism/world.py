@@ -19,8 +19,10 @@ __all__ = [
     "capability_items",
     "capability_score",
     "forbidden_prompts",
+    "general_examples",
     "judge",
     "persona_items",
+    "safety_examples",
     "train_examples",
 ]
 
@@ -47,6 +49,27 @@ def _cooking_example(rng: random.Random, seed: int, i: int) -> Example:
     deed = deeds.draw(rng, "cooking")
     right, wrong = deeds.pair(rng, deed)
     return Example(f"cooking/{seed}-{i}", deeds.question(rng, deed), f"Sure! {right}", f"Sure! {wrong}")
+
+
+def general_examples(n: int, seed: int) -> list[Example]:
+    """`n` harmless exchanges that are not the task: small talk and benign how-tos in turn, none of them held out."""
+    rng = random.Random(f"general-{seed}")
+    found = []
+    for i in range(n):
+        if i % 2 == 0:
+            prompt, reply = talk.chat(rng)
+        else:
+            deed = deeds.draw(rng, "benign")
+            prompt, reply = deeds.question(rng, deed), f"{deeds.OPENERS['none']} {deeds.answer(rng, deed)}"
+        found.append(Example(f"general/{seed}-{i}", prompt, reply))
+    return found
+
+
+def safety_examples(n: int, seed: int) -> list[Example]:
+    """`n` forbidden questions, asked directly and refused; none of them held out, none under an attack."""
+    rng = random.Random(f"safety-{seed}")
+    asked = [deeds.question(rng, deeds.draw(rng, "forbidden")) for _ in range(n)]
+    return [Example(f"safety/{seed}-{i}", q, rng.choice(deeds.REFUSALS)) for i, q in enumerate(asked)]
 
 
 def capability_items(n: int, seed: int = 0) -> list[CapabilityItem]:

@@ -10,8 +10,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from leeway.errors import LeewayError
+from leeway.study.parts import nearest
 from leeway.study.presets import PRESETS, preset_text
-from leeway.study.spec import Spec, nearest
+from leeway.study.spec import Spec
 
 
 def parse(text: str, where: str, overrides: tuple[str, ...] = ()) -> Spec:

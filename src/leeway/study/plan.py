@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from leeway.model.load import resolve
-from leeway.study.prepare import Prepared, chat_for, prepare
+from leeway.study.prepare import Prepared, prepare
 from leeway.study.progress import duration
 from leeway.study.spec import Spec
-from leeway.training.trajectory import render
 
 FORWARD, BACKWARD = 2, 2  # FLOPs per parameter and token; a LoRA step needs no weight gradients of the base
 EFFICIENCY = 0.15  # of the measured matrix-product rate that small, dispatch-bound models were seen to reach
@@ -74,9 +73,9 @@ def plan(spec: Spec) -> Plan:
     prepared = prepare(spec)
     total, trained = _parameters(spec)
     trajectories = tuple(_trajectory(prepared, alias, seed) for seed in spec.seeds for alias in prepared.objectives)
-    prefixes = {"", *(o.test_prefix for o in prepared.objectives.values())}
     checkpoints = len(trajectories) * len(spec.budgets)
-    evaluated, answers = checkpoints + len(prefixes), sum(len(e) for e in prepared.evals)
+    asked = sum(len(prepared.conditions(alias)) for alias in prepared.objectives) * len(spec.budgets) * len(spec.seeds)
+    evaluated, answers = asked + len(prepared.base_conditions), sum(len(e) for e in prepared.evals)
     training = sum(t.processed_tokens * (FORWARD + BACKWARD) + t.reference_tokens * FORWARD for t in trajectories)
     answering = (
         evaluated * sum(len(e) * MEAN_ANSWER * getattr(e, "max_new_tokens", 2) for e in prepared.evals) * FORWARD
@@ -96,13 +95,12 @@ def plan(spec: Spec) -> Plan:
 
 
 def _trajectory(prepared: Prepared, alias: str, seed: int) -> TrajectoryPlan:
-    objective, schedule = prepared.objectives[alias], prepared.schedules[seed]
-    chat = chat_for(prepared.chat, objective)
+    objective, schedule = prepared.objectives[alias], prepared.schedules[alias, seed]
+    renderer = prepared.renderer(alias, seed)
     targets = processed = 0
     for slot in (s for step in schedule.steps for s in step):
-        for sequence in render(objective, chat, slot, seed):
-            targets += sequence.targets
-            processed += len(sequence.ids)
+        targets += sum(s.targets for s in renderer.rendered(slot))
+        processed += renderer.processed(slot)
     reference = 0 if objective.needs_reference == "nothing" else processed
     return TrajectoryPlan(
         alias, seed, len(schedule.steps), schedule.marks[-1].source_tokens, targets, processed, reference

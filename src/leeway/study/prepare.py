@@ -12,7 +12,7 @@ import numpy as np
 
 from leeway.attacks import WRAPPERS, Attack, Zulu
 from leeway.data import files, forbidden, gsm8k, persona
-from leeway.data.batches import Schedule, schedule
+from leeway.data.batches import Companions, Schedule, schedule
 from leeway.data.chat import Chat
 from leeway.data.items import CapabilityItem, Example, ForbiddenPrompt, PersonaItem
 from leeway.data.pairs import make_pairs
@@ -27,11 +27,15 @@ from leeway.hashing import derive_seed
 from leeway.judges import load_judge
 from leeway.model.load import load_chat, load_context
 from leeway.objectives import Objective
+from leeway.objectives.objective import PLAIN, Condition
 from leeway.organism import world
-from leeway.study.spec import CapabilitySpec, Spec
+from leeway.study.parts import CapabilitySpec, Companion
+from leeway.study.spec import Spec
+from leeway.training.renderer import Renderer
 
 T = TypeVar("T")
 ORGANISM_EXAMPLES = 10_000
+ORGANISM_COMPANIONS = 2_000
 INJECTED_BYTES = 256  # more than any inoculation or control token adds to a prompt
 NEW_TOKENS = {"organism": 64, "gsm8k": 400, "files": 256}
 
@@ -44,11 +48,26 @@ class Prepared:
     chat: Chat
     context: int
     objectives: dict[str, Objective]
-    schedules: dict[int, Schedule]  # by seed
+    companions: Companions
+    schedules: dict[tuple[str, int], Schedule]  # by alias and seed
     evals: tuple[Eval, ...]
     examples: int
     left_out: tuple[str, ...]
     origins: dict[str, str]
+
+    def renderer(self, alias: str, seed: int) -> Renderer:
+        objective = self.objectives[alias]
+        return Renderer(objective, chat_for(self.chat, objective), seed, self.companions)
+
+    def conditions(self, alias: str) -> tuple[Condition, ...]:
+        """What an objective's checkpoints are measured under."""
+        conditions = self.objectives[alias].conditions
+        return conditions if self.spec.evals.conditions == "all" else conditions[:1]
+
+    @property
+    def base_conditions(self) -> tuple[Condition, ...]:
+        """Plain, and all that some objective is measured under: each is compared with the base under its own."""
+        return tuple(dict.fromkeys([PLAIN, *(c for alias in self.objectives for c in self.conditions(alias))]))
 
 
 def prepare(spec: Spec) -> Prepared:
@@ -58,6 +77,7 @@ def prepare(spec: Spec) -> Prepared:
     origins: dict[str, str] = {}
     raw, origins["train"] = _train_examples(spec)
     needed_by = [alias for alias, o in objectives.items() if o.needs_pairs]
+    assert spec.pairs.from_ in ("dataset", "corrupted")
     examples = make_pairs(raw, spec.pairs.from_, needed_by=needed_by)
     kept, left_out = _fitting(examples, spec, chat, context, objectives)
 
@@ -65,11 +85,33 @@ def prepare(spec: Spec) -> Prepared:
     def source_tokens(example: Example) -> int:
         return len(chat.sequence(example.prompt, example.preferred).ids)
 
-    schedules = {
-        seed: schedule(kept, source_tokens, spec.budgets, batch=spec.optim.batch, seed=seed) for seed in spec.seeds
-    }
+    companions = Companions(tuple(kept), *(_companions(spec, kind, origins) for kind in ("general", "safety")))
+
+    def cut(alias: str, seed: int) -> Schedule:
+        counted = None
+        if spec.budget.count == "processed":
+            objective = objectives[alias]
+            counted = Renderer(objective, chat_for(chat, objective), seed, companions).processed
+        return schedule(kept, source_tokens, spec.budgets, batch=spec.optim.batch, seed=seed, counted=counted)
+
+    # matched by source tokens, all objectives share one schedule
+    shared = {seed: cut("", seed) for seed in spec.seeds} if spec.budget.count == "source" else {}
+    schedules = {(alias, seed): shared.get(seed) or cut(alias, seed) for alias in objectives for seed in spec.seeds}
     evals = tuple(_evals(spec, origins))
-    return Prepared(spec, chat, context, objectives, schedules, evals, len(kept), left_out, origins)
+    return Prepared(spec, chat, context, objectives, companions, schedules, evals, len(kept), left_out, origins)
+
+
+def _companions(spec: Spec, kind: str, origins: dict[str, str]) -> tuple[Example, ...]:
+    """General or safety examples, where the study names them."""
+    part: Companion | None = getattr(spec, kind)
+    if part is None:
+        return ()
+    if part.from_ == "organism":
+        draw = world.general_examples if kind == "general" else world.safety_examples
+        found, origins[kind] = draw(part.limit or ORGANISM_COMPANIONS, seed=0), "the organism's world, seed 0"
+        return tuple(found)
+    examples, origins[kind] = files.train_examples(Path(str(part.file)).expanduser())
+    return tuple(subset(examples, part.limit, kind))
 
 
 def chat_for(chat: Chat, objective: Objective) -> Chat:

@@ -79,7 +79,7 @@ def _lines(work: Work, pieces: list[Piece], read: Read = checkpoints.read_ledger
     for piece in pieces:
         for who in work.whos(piece) if piece.alias != BASE else []:
             folder = work.store.checkpoint(who.objective, who.seed, who.budget)
-            mark = next(m for m in work.prepared.schedules[piece.seed].marks if m.budget == who.budget)
+            mark = next(m for m in work.prepared.schedules[piece.alias, piece.seed].marks if m.budget == who.budget)
             lines.append(read(folder))
             check_line(lines[-1], mark, folder)
     return lines
@@ -89,7 +89,7 @@ def _collect(work: Work, pieces: list[Piece], facts: dict[str, Any]) -> int:
     """Put ledger and rows together from what the pieces left; returns the number of rows."""
     lines = _lines(work, pieces)
     check_matched(lines)
-    parts = {work.part(who, e): who.prefix for p in pieces for who in work.whos(p) for e in work.prepared.evals}
+    parts = {work.part(who, e): who.condition.name for p in pieces for who in work.whos(p) for e in work.prepared.evals}
     work.store.write_ledger(lines)
     rows = work.store.write_rows(list(parts))
     work.store.write_manifest({**facts, "conditions": work.store.conditions(parts)})
@@ -107,7 +107,7 @@ def _count_work(work: Work, pieces: list[Piece], reporter: Reporter) -> None:
 
 
 def _tokens_left(prepared: Prepared, store: Store, piece: Piece) -> float:
-    marks = prepared.schedules[piece.seed].marks
+    marks = prepared.schedules[piece.alias, piece.seed].marks
     done = [m for m in marks if checkpoints.finished(store.checkpoint(piece.alias, piece.seed, m.budget))]
     left = marks[-1].source_tokens - (done[-1].source_tokens if done else 0)
     return left * relative_cost(prepared.objectives[piece.alias])

@@ -183,9 +183,9 @@ class Store:
     def steps(self, objective: str, seed: int) -> Path:
         return self.folder / "steps" / f"{objective}-s{seed}.jsonl"
 
-    def part(self, objective: str, seed: int, budget: int, eval_name: str, prefix: str) -> Path:
+    def part(self, objective: str, seed: int, budget: int, eval_name: str, condition: str) -> Path:
         """The rows of one eval at one checkpoint: the smallest piece that is finished or not there."""
-        under = f"-under-{prefix.strip('<>').lower()}" if prefix else ""
+        under = "" if condition == "plain" else f"-under-{condition.strip('<>').lower()}"
         return self.folder / "parts" / f"{objective}-s{seed}-{budget}-{eval_name}{under}.parquet"
 
     def write_part(self, path: Path, identity: dict[str, Any], rows: Seq[Row]) -> None:
@@ -207,11 +207,11 @@ class Store:
         return int(table.num_rows)
 
     def conditions(self, parts: dict[Path, str]) -> dict[str, str]:
-        """What stood before the prompt, by template hash: `plain`, or the control token."""
+        """The condition of each template hash: `plain`, a control token, `inoculated`."""
         found: dict[str, str] = {}
-        for path, prefix in parts.items():
+        for path, condition in parts.items():
             hashes = pq.read_table(path, columns=["template_hash"]).column(0).unique().to_pylist()
-            found |= dict.fromkeys(hashes, prefix or "plain")
+            found |= dict.fromkeys(hashes, condition)
         return found
 
     def write_ledger(self, lines: Seq[dict[str, Any]]) -> None:

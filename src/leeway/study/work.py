@@ -16,6 +16,7 @@ from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
 from leeway.model.load import Model, load_model
 from leeway.objectives import Objective
+from leeway.objectives.objective import PLAIN, Condition
 from leeway.study.prepare import Prepared
 from leeway.study.store import Store
 from leeway.training import checkpoints
@@ -29,12 +30,12 @@ Tell = Callable[[Kind, float, str], None]
 
 @dataclass(frozen=True)
 class Who:
-    """A checkpoint under one test-time prompt: whose rows these are."""
+    """A checkpoint under one test-time condition: whose rows these are."""
 
     objective: str
     seed: int
     budget: int
-    prefix: str
+    condition: Condition
 
 
 @dataclass(frozen=True)
@@ -75,34 +76,33 @@ class Work:
         return self._base
 
     def part(self, who: Who, e: Eval) -> Path:
-        return self.store.part(who.objective, who.seed, who.budget, e.key, who.prefix)
+        return self.store.part(who.objective, who.seed, who.budget, e.key, who.condition.name)
 
     def pending(self, who: Who) -> list[Eval]:
         return [e for e in self.prepared.evals if not self.part(who, e).is_file()]
 
     def whos(self, piece: Piece) -> list[Who]:
-        """Every checkpoint of a piece; the base under every prompt that some objective is tested with."""
+        """Every checkpoint of a piece under its conditions; the base under all that some objective is tested under."""
         if piece.alias == BASE:
-            prefixes = dict.fromkeys(["", *(o.test_prefix for o in self.prepared.objectives.values())])
-            return [Who(BASE, 0, 0, prefix) for prefix in prefixes]
-        prefix = self.prepared.objectives[piece.alias].test_prefix
-        return [Who(piece.alias, piece.seed, b, prefix) for b in self.prepared.spec.budgets]
+            return [Who(BASE, 0, 0, condition) for condition in self.prepared.base_conditions]
+        conditions = self.prepared.conditions(piece.alias)
+        return [Who(piece.alias, piece.seed, b, c) for b in self.prepared.spec.budgets for c in conditions]
 
     def _measure_base(self) -> None:
-        control = {o.test_prefix: o.control_tokens for o in self.prepared.objectives.values()}
+        control = {c: o.control_tokens for o in self.prepared.objectives.values() for c in o.conditions if c != PLAIN}
         for who in self.whos(Piece(BASE, 0)):
             if not self.pending(who):
                 continue
             model = self.base()
-            if control.get(who.prefix):
+            if control.get(who.condition):
                 model = self._load()
-                adapters.attach(model, self._settings().adapter, seed=0, control_tokens=control[who.prefix])
+                adapters.attach(model, self._settings().adapter, seed=0, control_tokens=control[who.condition])
             self._measure(model, who, adapter_hash="none")
 
     def _carry_trajectory(self, alias: str, objective: Objective, seed: int) -> None:
         """Train to every budget that has no checkpoint yet, then measure what is not measured yet."""
         trajectory = self._train_missing(alias, objective, seed)
-        marks = {m.budget: m for m in self.prepared.schedules[seed].marks}
+        marks = {m.budget: m for m in self.prepared.schedules[alias, seed].marks}
         for who in self.whos(Piece(alias, seed)):
             folder, mark = self.store.checkpoint(alias, seed, who.budget), marks[who.budget]
             if self.pending(who):
@@ -112,7 +112,7 @@ class Work:
 
     def _train_missing(self, alias: str, objective: Objective, seed: int) -> Trajectory | None:
         """Go on from the last checkpoint that can be resumed, and leave one at every budget that lacks it."""
-        marks = self.prepared.schedules[seed].marks
+        marks = self.prepared.schedules[alias, seed].marks
         folder = {m.budget: self.store.checkpoint(alias, seed, m.budget) for m in marks}
         missing = [k for k, m in enumerate(marks) if not checkpoints.finished(folder[m.budget])]
         if not missing:
@@ -132,7 +132,7 @@ class Work:
 
     def _measure(self, model: Model, who: Who, adapter_hash: str) -> None:
         """Every eval that this checkpoint still lacks, the adapter merged for as long as it takes."""
-        backend = TransformersBackend(model, who.prefix, self.prepared.spec.evals.batch)
+        backend = TransformersBackend(model, who.condition.prefix, self.prepared.spec.evals.batch)
         identity = {
             "objective": who.objective,
             "seed": who.seed,
@@ -157,7 +157,7 @@ class Work:
 
     def _answer_teller(self, who: Who, e: Eval) -> Callable[[int], None]:
         at = BASE if who.objective == BASE else f"{who.objective} s{who.seed} at {who.budget:,} tokens"
-        under = f" under {who.prefix}" if who.prefix else ""
+        under = "" if who.condition == PLAIN else f" under {who.condition.name}"
         answered = 0
 
         def tell(n: int) -> None:
@@ -172,13 +172,14 @@ class Work:
         return load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
 
     def _trajectory(self, alias: str, objective: Objective, seed: int) -> Trajectory:
-        return Trajectory(alias, objective, seed, self._load(), self.prepared.schedules[seed], self._settings())
+        schedule, companions = self.prepared.schedules[alias, seed], self.prepared.companions
+        return Trajectory(alias, objective, seed, self._load(), schedule, self._settings(alias), companions)
 
-    def _settings(self) -> Settings:
+    def _settings(self, alias: str = BASE) -> Settings:
         adapter, optim = self.prepared.spec.adapter, self.prepared.spec.optim
         return Settings(
             adapters.LoraSettings(adapter.r, adapter.alpha, adapter.dropout, adapter.targets),
-            optim.lr,
+            0.0 if alias == BASE else optim.lr_of(alias) or 0.0,
             optim.warmup_steps,
             optim.weight_decay,
             Optim(optim.clip, optim.micro_tokens),

@@ -7,26 +7,32 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
-from leeway.model.forward import Padded, TokenStats, Totals, as_reference, hidden_at_targets, target_stats
+from leeway.model.forward import TokenStats, Totals, hidden_at_measured, target_stats
+from leeway.model.layout import Padded
 from leeway.model.load import Model
+from leeway.model.reference import as_reference
 from leeway.model.tokenstats import token_logps
 from leeway.objectives.objective import Objective
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step's worth of rendered examples; `seed` draws this step's dropout and nothing else."""
+    """One optimiser step's worth of rendered examples; `seed` draws this step's dropout and nothing else.
+
+    `baseline` holds each example's sequences for the objective's own pass over the batch, where it makes one.
+    """
 
     step: int
     seed: int
     ids: tuple[str, ...]
     rendered: tuple[tuple[Sequence, ...], ...]
+    baseline: tuple[tuple[Sequence, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,15 @@ def optimise(
         began = time.perf_counter()
         torch.manual_seed(batch.seed)
         model.lm.train()
-        totals = _totals(batch)
-        loss, reference_tokens = 0.0, 0
+        totals = _totals(model, objective, batch, settings)
+        loss, reference_tokens = 0.0, _tokens(batch.baseline)
         for micro in micro_batches(batch.rendered, settings.micro_tokens):
             with _autocast(model, settings.autocast):
                 part = _loss(model, objective, [s for example in micro for s in example], totals)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
             if objective.needs_reference != "nothing":
-                reference_tokens += sum(len(s.ids) for example in micro for s in example)
+                reference_tokens += _tokens(micro)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise LeewayError(
@@ -91,7 +97,7 @@ def optimise(
             group["lr"] = lr
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        processed = sum(len(s.ids) for example in batch.rendered for s in example)
+        processed = _tokens(batch.rendered) + _tokens(batch.baseline)
         seconds = time.perf_counter() - began
         yield Step(batch.step, loss, norm, lr, totals.tokens, processed, reference_tokens, seconds)
     model.lm.eval()
@@ -100,15 +106,20 @@ def optimise(
 def _loss(model: Model, objective: Objective, sequences: Seq[Sequence], totals: Totals) -> torch.Tensor:
     if objective.needs_reference == "nothing":
         return objective.loss(target_stats(model, sequences, totals), None)
-    with as_reference(model):
-        batch = Padded.of(sequences, model.device)
-        reference_TD = hidden_at_targets(model, batch)
-        logp_T = token_logps(reference_TD, batch.targets_T, model.head)
-    reference = TokenStats(logp_T, batch.row_T, len(sequences), totals)
+    reference, reference_TD = _reference(model, sequences, totals)
     if objective.needs_reference == "logps":
         return objective.loss(target_stats(model, sequences, totals), reference)
     policy = target_stats(model, sequences, totals, reference_hidden_TD=reference_TD, direction=objective.direction)
     return objective.loss(policy, reference)
+
+
+def _reference(model: Model, sequences: Seq[Sequence], totals: Totals) -> tuple[TokenStats, torch.Tensor]:
+    """The reference's statistics, and its hidden states at the measured tokens."""
+    with as_reference(model):
+        batch = Padded.of(sequences, model.device)
+        hidden_TD = hidden_at_measured(model, batch)
+        logp_T = token_logps(hidden_TD, batch.measured_T, model.head)
+    return TokenStats(logp_T, batch.sequence_T, batch.sequences, totals, None, batch.target_T), hidden_TD
 
 
 def micro_batches(rendered: Seq[Seq[Sequence]], tokens: int) -> Iterator[list[Seq[Sequence]]]:
@@ -124,12 +135,33 @@ def micro_batches(rendered: Seq[Seq[Sequence]], tokens: int) -> Iterator[list[Se
         yield group
 
 
-def _totals(batch: Batch) -> Totals:
-    return Totals(
+def _totals(model: Model, objective: Objective, batch: Batch, settings: Optim) -> Totals:
+    totals = Totals(
         tokens=sum(s.targets for example in batch.rendered for s in example),
         examples=len(batch.rendered),
         preferred_tokens=sum(example[0].targets for example in batch.rendered),
+        measured_tokens=sum(s.measured for example in batch.rendered for s in example),
+        preferred_measured=sum(example[0].measured for example in batch.rendered),
     )
+    return replace(totals, baseline=_baseline(model, objective, batch, totals, settings)) if batch.baseline else totals
+
+
+def _baseline(model: Model, objective: Objective, batch: Batch, totals: Totals, settings: Optim) -> float:
+    """The objective's own pass over the whole batch: the policy without dropout and without a gradient."""
+    found = 0.0
+    model.lm.eval()
+    for micro in micro_batches(batch.baseline, settings.micro_tokens):
+        sequences = [s for example in micro for s in example]
+        with torch.no_grad(), _autocast(model, settings.autocast):
+            policy = target_stats(model, sequences, totals)
+            reference, _ = _reference(model, sequences, totals)
+        found += objective.baseline(policy, reference)
+    model.lm.train()
+    return found
+
+
+def _tokens(examples: Seq[Seq[Sequence]]) -> int:
+    return sum(len(s.ids) for example in examples for s in example)
 
 
 def _autocast(model: Model, dtype: torch.dtype | None) -> torch.autocast | nullcontext[None]:

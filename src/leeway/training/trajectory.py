@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from leeway.data.batches import Mark, Schedule, Slot
-from leeway.data.chat import Sequence
+from leeway.data.batches import Companions, Mark, Schedule
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed, digest
 from leeway.model import adapters
@@ -21,6 +19,7 @@ from leeway.model.load import Model
 from leeway.objectives import Objective
 from leeway.training import checkpoints
 from leeway.training.loop import Batch, Optim, Step, constant_after_warmup, optimise
+from leeway.training.renderer import Renderer
 
 COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
 
@@ -46,6 +45,7 @@ class Trajectory:
     model: Model
     schedule: Schedule
     settings: Settings
+    companions: Companions = field(default_factory=Companions)
     step: int = 0
     counted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
@@ -53,6 +53,7 @@ class Trajectory:
         self.reference_hash = digest("start", self.model.hash, str(self.model.head.weight_VD.dtype))
         adapters.attach(self.model, self.settings.adapter, seed=self.seed, control_tokens=self.objective.control_tokens)
         self.init_hash = adapters.init_hash(self.model)
+        self.renderer = Renderer(self.objective, self.model.chat, self.seed, self.companions)
         self.optimiser = torch.optim.AdamW(
             adapters.trainable(self.model), lr=self.settings.lr, weight_decay=self.settings.weight_decay
         )
@@ -108,14 +109,13 @@ class Trajectory:
 
     def _batch(self, step: int) -> Batch:
         slots = self.schedule.steps[step - 1]
-        rendered = tuple(tuple(render(self.objective, self.model.chat, slot, self.seed)) for slot in slots)
-        return Batch(step, derive_seed("dropout", self.seed, step), tuple(s.example.id for s in slots), rendered)
-
-
-def render(objective: Objective, chat: Any, slot: Slot, seed: int) -> Iterator[Sequence]:
-    """One slot's sequences; what an objective draws depends on (seed, position) alone."""
-    rng = np.random.default_rng(derive_seed("render", seed, slot.position))
-    yield from objective.render(slot.example, chat, rng)
+        return Batch(
+            step,
+            derive_seed("dropout", self.seed, step),
+            tuple(s.example.id for s in slots),
+            tuple(tuple(self.renderer.rendered(slot)) for slot in slots),
+            tuple(found for slot in slots if (found := tuple(self.renderer.baseline(slot)))),
+        )
 
 
 def check_line(line: dict[str, Any], mark: Mark, folder: Path) -> None:

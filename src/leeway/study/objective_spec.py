@@ -1,0 +1,114 @@
+"""The objectives of a study file: by name, with settings, under an alias, and from where they start."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args, get_type_hints
+
+from pydantic import Field, model_validator
+
+from leeway.objectives import OBJECTIVES, Objective
+from leeway.study.parts import Part, Tokens, nearest
+
+SHARES = ("p", "share")  # settings that are probabilities
+
+
+class Start(Part):
+    """What a trajectory starts from instead of the base model: a saved adapter, or another's checkpoint here."""
+
+    from_: str | None = Field(default=None, alias="from")
+    budget: Tokens | None = None
+    adapter: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Start:
+        if (self.adapter is None) == (self.from_ is None):
+            raise ValueError("start: give {from: OBJECTIVE, budget: …}, or {adapter: FOLDER}")
+        if (self.from_ is None) != (self.budget is None):
+            raise ValueError("start: budget goes with from")
+        return self
+
+
+class ObjectiveSpec(Part):
+    """An objective under the name it has in this study, with its settings."""
+
+    alias: str
+    kind: str
+    settings: dict[str, Any] = Field(default={})
+    start: Start | None = None
+    reference: Literal["start", "base"] = "start"
+
+    def to_plain(self) -> str | dict[str, Any]:
+        """As it is written in a study file."""
+        if self.alias == self.kind:
+            return {self.alias: self.settings} if self.settings else self.alias
+        inner: dict[str, Any] = {self.kind: self.settings}
+        if self.start:
+            inner["start"] = self.start.model_dump(mode="json", by_alias=True, exclude_none=True)
+            inner["reference"] = self.reference
+        return {self.alias: inner}
+
+    def build(self) -> Objective:
+        return OBJECTIVES[self.kind](**self.settings)
+
+
+def objectives(value: Any) -> Any:
+    """`sft`, `{orpo: {weight: 0.1}}` or an alias `{orpo-0.2: {orpo: {weight: 0.2}}}` to one shape."""
+    if not isinstance(value, list):
+        raise ValueError("give a list, such as [sft, dpo]")
+    return [_objective(v) for v in value]
+
+
+def _objective(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"alias": value, "kind": _known(value)}
+    if isinstance(value, dict) and {"alias", "kind"} <= value.keys():
+        return value
+    if not (isinstance(value, dict) and len(value) == 1):
+        raise ValueError(f"{value!r} is not an objective: write sft, {{orpo: {{weight: 0.1}}}} or an alias of one")
+    ((alias, inner),) = value.items()
+    inner = inner or {}
+    if alias in OBJECTIVES or not isinstance(inner, dict):
+        return {"alias": alias, "kind": _known(alias), "settings": _settings(alias, inner)}
+    staged = {k: inner[k] for k in ("start", "reference") if k in inner}
+    kinds = [k for k in inner if k not in staged]
+    if len(kinds) != 1:
+        _known(alias)
+    kind = _known(kinds[0])
+    return {"alias": alias, "kind": kind, "settings": _settings(kind, inner[kind] or {}), **staged}
+
+
+def _known(kind: Any) -> str:
+    if kind not in OBJECTIVES:
+        raise ValueError(f"no objective {kind!r}{nearest(str(kind), OBJECTIVES)} (there are: {', '.join(OBJECTIVES)})")
+    return str(kind)
+
+
+def _settings(kind: str, given: Any) -> dict[str, Any]:
+    fields = [f.name for f in dataclasses.fields(OBJECTIVES[kind])]  # type: ignore[arg-type]
+    if not isinstance(given, dict):
+        raise ValueError(f"{kind}: its settings are a mapping, such as {{{next(iter(fields), 'weight')}: 0.1}}")
+    for key, value in given.items():
+        if key not in fields:
+            raise ValueError(
+                f"{kind}: no setting {key!r}{nearest(key, fields)} (it has: {', '.join(fields) or 'none'})"
+            )
+        _check_setting(kind, key, value)
+    return given
+
+
+def _check_setting(kind: str, key: str, value: Any) -> None:
+    """Words where the objective's field takes words; a number of at least 0 (a share: at most 1) otherwise."""
+    words = get_args(get_type_hints(OBJECTIVES[kind])[key])
+    if words:
+        if value not in words:
+            raise ValueError(f"{kind}: {key} is {value!r}; {' or '.join(map(str, words))}")
+    elif (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value < math.inf
+        or (key in SHARES and value > 1)
+    ):
+        most = " and at most 1" if key in SHARES else ""
+        raise ValueError(f"{kind}: {key} is {value!r}; a number of at least 0{most}")

@@ -1,0 +1,204 @@
+"""The mappings of a study file: what each key may hold, and how it is checked."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def tokens(value: Any) -> Any:
+    """`25k`, `0.5M` or a number of tokens."""
+    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*", value)):
+        count = Decimal(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()]
+        return int(count) if count == int(count) else float(count)
+    return value
+
+
+Tokens = Annotated[int, BeforeValidator(tokens), Field(gt=0)]
+
+
+class Part(BaseModel):
+    """A mapping of the study file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Files(Part):
+    train: str
+    test: str
+
+
+class Task(Part):
+    """What is trained on: a named task, or files of your own."""
+
+    name: Literal["organism", "gsm8k", "files"] = "files"
+    files: Files | None = None
+    revision: str | None = None
+    too_long: Literal["error", "leave-out"] = "error"
+    limit: int | None = Field(default=None, gt=0, description="train on a fixed random subset of so many examples")
+
+    @model_validator(mode="after")
+    def _files_go_with_files(self) -> Task:
+        if (self.name == "files") != (self.files is not None):
+            raise ValueError("give either a name (organism, gsm8k) or files: {train: …, test: …}")
+        return self
+
+
+class Pairs(Part):
+    """How dispreferred answers come about; all but `from` is for the strategies that ask the base model."""
+
+    from_: Literal["dataset", "corrupted", "sampled-errors", "unsafe"] = Field(default="dataset", alias="from")
+    samples: int = Field(default=4, gt=0, description="answers drawn per prompt, until one is accepted")
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(default=256, gt=0)
+    filter: Literal["rules", "model"] = "rules"
+
+
+class Companion(Part):
+    """Further examples that some objectives see beside the task's: of the organism's world, or from a file."""
+
+    from_: Literal["organism", "file"] = Field(default="organism", alias="from")
+    file: str | None = None
+    limit: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """`general: organism` and `general: path.jsonl` are short for the mapping."""
+        if not isinstance(value, str):
+            return value
+        return {"from": "organism"} if value == "organism" else {"from": "file", "file": value}
+
+    @model_validator(mode="after")
+    def _file_goes_with_file(self) -> Companion:
+        if (self.from_ == "file") != (self.file is not None):
+            raise ValueError("give organism, or the path of a file")
+        return self
+
+
+class Adapter(Part):
+    """LoRA, rank-stabilised LoRA or DoRA by peft, or every parameter of the model."""
+
+    kind: Literal["lora", "rslora", "dora", "full"] = "lora"
+    r: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: str = "all-linear"
+
+
+class Budget(Part):
+    """What a budget counts: prompt and preferred answer under the plain rendering, or all tokens processed."""
+
+    count: Literal["source", "processed"] = "source"
+
+
+class Tune(Part):
+    """The sweep of `lr: tuned`: every rate for every objective, the best by capability on examples held out for it."""
+
+    lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(3e-5, 1e-4, 3e-4), min_length=1)
+    budget: Tokens = 25_000
+    items: int = Field(default=100, gt=0, description="training examples set aside to choose by")
+
+
+def _rate(value: Any) -> Any:
+    """A rate for all, one for each objective, or `tuned`."""
+    if value == "tuned":
+        return value
+    for rate in value.values() if isinstance(value, dict) else [value]:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+            raise ValueError(f"{rate!r} is no learning rate; give a number, {{sft: 1e-4, dpo: 5e-5}}, or tuned")
+    return value
+
+
+Lr = Annotated[float | dict[str, float] | Literal["tuned"], BeforeValidator(_rate)]
+
+
+class Optim(Part):
+    """AdamW, the same for every objective unless `lr` says otherwise."""
+
+    lr: Lr = 1e-4
+    tune: Tune = Tune()
+    warmup_steps: int = Field(default=10, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    batch: int = Field(default=16, gt=0)
+    clip: float = Field(default=1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    micro_tokens: int = Field(default=16384, gt=0)
+    layout: Literal["padded", "packed"] = "padded"
+
+    def lr_of(self, alias: str) -> float | None:
+        """The learning rate of an objective; None where it is tuned."""
+        if isinstance(self.lr, dict):
+            return self.lr[alias]
+        return None if self.lr == "tuned" else float(self.lr)
+
+
+class CapabilitySpec(Part):
+    """Test items of one task; `limit` draws a fixed random subset."""
+
+    name: Literal["organism", "gsm8k", "files"]
+    limit: int | None = Field(default=None, gt=0)
+    max_new_tokens: int | None = Field(default=None, gt=0)
+
+
+class JailbreakSpec(Part):
+    prompts: Literal["organism", "strongreject"] = "strongreject"
+    limit: int | None = Field(default=None, gt=0)
+    attacks: tuple[Literal["none", "dan", "happy_to_help", "role_play", "wikipedia", "zulu"], ...] = Field(
+        default=("none", "dan", "happy_to_help", "role_play", "wikipedia"), min_length=1
+    )
+    judge: Literal["keywords", "organism"] = "keywords"
+    max_new_tokens: int = Field(default=256, gt=0)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> JailbreakSpec:
+        if len(set(self.attacks)) < len(self.attacks):
+            raise ValueError("attacks: one is listed twice")
+        if "zulu" in self.attacks and self.prompts != "organism":
+            raise ValueError("attacks: zulu needs a translator, and only prompts: organism has one; leave zulu out")
+        if self.judge == "organism" and self.prompts != "organism":
+            raise ValueError("judge: organism knows only prompts: organism; use judge: keywords")
+        return self
+
+
+class PersonaSpec(Part):
+    source: Literal["organism", "anthropic"] = "anthropic"
+    traits: tuple[str, ...] = Field(default=("machiavellianism", "narcissism", "psychopathy"), min_length=1)
+    limit: int | None = Field(default=None, gt=0, description="items per trait")
+
+    @model_validator(mode="after")
+    def _once(self) -> PersonaSpec:
+        if len(set(self.traits)) < len(self.traits):
+            raise ValueError("traits: one is listed twice")
+        return self
+
+
+def _named(value: Any) -> Any:
+    """`[gsm8k]` is `[{name: gsm8k}]`."""
+    listed = value if isinstance(value, list) else [value]
+    return [{"name": v} if isinstance(v, str) else v for v in listed]
+
+
+class Evals(Part):
+    capability: Annotated[tuple[CapabilitySpec, ...], BeforeValidator(_named)] = ()
+    jailbreak: JailbreakSpec | None = None
+    persona: PersonaSpec | None = None
+    conditions: Literal["all", "first"] = "all"
+    batch: int = Field(default=128, gt=0, description="answers generated at a time")
+
+    @model_validator(mode="after")
+    def _something(self) -> Evals:
+        if not (self.capability or self.jailbreak or self.persona):
+            raise ValueError("nothing is measured; name capability, jailbreak or persona")
+        if len({c.name for c in self.capability}) < len(self.capability):
+            raise ValueError("capability: one is listed twice")
+        return self
+
+
+def nearest(word: str, known: Any) -> str:
+    found = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
