@@ -16,7 +16,7 @@ from leeway.model import adapters
 from leeway.model.load import load_model
 from leeway.model.reference import as_reference
 from leeway.objectives import OBJECTIVES, ip, kl, orpo, sft
-from leeway.training.loop import Optim, constant_after_warmup, micro_batches
+from leeway.training.loop import Optim, after_warmup, micro_batches
 from leeway.training.trajectory import Settings, Trajectory
 
 EXAMPLES = [
@@ -109,9 +109,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_examples(
 
 
 def test_the_learning_rate_warms_up_over_fixed_steps_and_stays() -> None:
-    lr_at = constant_after_warmup(0.4, 4)
+    lr_at = after_warmup(0.4, 4, "constant", 1000)
     assert [lr_at(step) for step in (1, 2, 4, 5, 1000)] == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4])
-    assert constant_after_warmup(0.4, 0)(1) == 0.4
+    assert after_warmup(0.4, 0, "constant", 10)(1) == 0.4
+
+
+def test_a_decay_goes_from_the_full_rate_to_zero_after_the_warm_up() -> None:
+    linear, cosine = after_warmup(0.4, 2, "linear", 9), after_warmup(0.4, 2, "cosine", 9)
+    assert [linear(step) for step in (1, 2, 4, 6, 8)] == pytest.approx([0.2, 0.4, 0.3, 0.2, 0.1])
+    assert [cosine(step) for step in (1, 2, 6)] == pytest.approx([0.2, 0.4, 0.2])
 
 
 def test_losses_are_those_of_the_model_s_own_loss(models: dict[str, Path], tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ LEDGER_SCHEMA = pa.schema(
         ("init_hash", pa.string()),
         ("reference_hash", pa.string()),
         ("adapter_hash", pa.string()),
+        ("lr", pa.float64()),
+        ("tuning_tokens", pa.int64()),
     ]
 )
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash"]

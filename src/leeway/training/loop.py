@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -19,6 +20,9 @@ from leeway.model.load import Model
 from leeway.model.reference import as_reference
 from leeway.model.tokenstats import token_logps
 from leeway.objectives.objective import Objective
+
+
+Decay = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,18 @@ def _autocast(model: Model, dtype: torch.dtype | None) -> torch.autocast | nullc
     return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype)
 
 
-def constant_after_warmup(lr: float, warmup_steps: int) -> Callable[[int], float]:
-    """Linear warm-up over fixed steps, then constant: a checkpoint at 25k tokens *is* the 25k run."""
-    return lambda step: lr * min(1.0, step / warmup_steps) if warmup_steps else lr
+def after_warmup(lr: float, warmup_steps: int, decay: Decay, steps: int) -> Callable[[int], float]:
+    """Linear warm-up over fixed steps, then constant, or down towards zero, which the step after `steps` would reach.
+
+    Constant: a checkpoint at 25k tokens *is* the 25k run. A decay makes it another thing: it needs a run of its own.
+    """
+
+    def lr_at(step: int) -> float:
+        if step < warmup_steps:
+            return lr * (step / warmup_steps)
+        along = (step - warmup_steps) / (steps - warmup_steps + 1)
+        if decay == "linear":
+            return lr * (1.0 - along)
+        return lr * 0.5 * (1.0 + math.cos(math.pi * along)) if decay == "cosine" else lr
+
+    return lr_at

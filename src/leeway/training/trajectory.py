@@ -18,7 +18,7 @@ from leeway.model import adapters
 from leeway.model.load import Model
 from leeway.objectives import Objective
 from leeway.training import checkpoints
-from leeway.training.loop import Batch, Optim, Step, constant_after_warmup, optimise
+from leeway.training.loop import Batch, Decay, Optim, Step, after_warmup, optimise
 from leeway.training.renderer import Renderer
 
 COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
@@ -26,13 +26,18 @@ COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
 
 @dataclass(frozen=True)
 class Settings:
-    """What every objective of a study shares."""
+    """How a trajectory is trained: the same for every objective of a study, but for a learning rate of its own.
+
+    `tuning_tokens` is what the sweep that chose `lr` processed, for the ledger.
+    """
 
     adapter: adapters.LoraSettings
     lr: float
     warmup_steps: int
     weight_decay: float
     loop: Optim
+    decay: Decay = "constant"
+    tuning_tokens: int = 0
 
 
 @dataclass
@@ -61,7 +66,8 @@ class Trajectory:
     def train_to(self, mark: Mark, log: Path, tick: Callable[[Step], None]) -> None:
         """Go on to the step of `mark`, one line per step into `log`, on disk before this returns."""
         batches = (self._batch(k) for k in range(self.step + 1, mark.step + 1))
-        lr_at = constant_after_warmup(self.settings.lr, self.settings.warmup_steps)
+        settings, steps = self.settings, len(self.schedule.steps)
+        lr_at = after_warmup(settings.lr, settings.warmup_steps, settings.decay, steps)
         with log.open("a", encoding="utf-8") as lines:
             for done in optimise(self.model, self.objective, batches, self.optimiser, lr_at, self.settings.loop):
                 self.step = done.step
@@ -105,6 +111,8 @@ class Trajectory:
             "data_hash": mark.data_hash,
             "init_hash": self.init_hash,
             "reference_hash": self.reference_hash,
+            "lr": self.settings.lr,
+            "tuning_tokens": self.settings.tuning_tokens,
         }
 
     def _batch(self, step: int) -> Batch:
