@@ -85,6 +85,61 @@ def test_a_trained_head_gets_its_gradient_too() -> None:
     assert torch.autograd.gradcheck(lambda w: token_logps(hidden.detach(), targets, Head(w)), (weight,))
 
 
+def other_weight(vocabulary: int = 11, width: int = 5) -> Tensor:
+    return torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.usefixtures("chunk")
+def test_the_reference_is_read_through_its_own_head(direction: Any) -> None:
+    hidden, weight, targets, reference = inputs()
+    head = Head(weight, reference=Head(other_weight()))
+    _, found = token_logps_and_kl(hidden, targets, head, reference, direction)
+    policy = torch.distributions.Categorical(logits=hidden @ weight.T)
+    ref = torch.distributions.Categorical(logits=reference @ other_weight().T)
+    a, b = (policy, ref) if direction == "reverse" else (ref, policy)
+    torch.testing.assert_close(found, torch.distributions.kl_divergence(a, b))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.usefixtures("chunk")
+def test_gradients_by_finite_differences_where_the_head_trains(direction: Any, softcap: float | None) -> None:
+    """For the hidden states and the weight, against a reference that keeps a head of its own."""
+    hidden, weight, targets, reference = inputs()
+    frozen = Head(other_weight(), softcap)
+
+    def stats(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logps_and_kl(h, targets, Head(w, softcap, reference=frozen), reference, direction)
+
+    assert torch.autograd.gradcheck(stats, (hidden, weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_gradients_by_finite_differences_where_the_head_is_the_embedding(direction: Any) -> None:
+    """One weight both embeds the tokens that are read and predicts the next: its two gradients add up."""
+    _, weight, targets, reference = inputs()
+    read, mix = targets.flip(0), torch.randn(5, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    frozen = Head(weight.clone())
+
+    def stats(w: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logps_and_kl(torch.tanh(w[read] @ mix), targets, Head(w, reference=frozen), reference, direction)
+
+    assert torch.autograd.gradcheck(stats, (weight.requires_grad_(),))
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_kl_of_a_trained_head_is_zero_in_value_and_gradient_at_its_start(direction: Any) -> None:
+    hidden, weight, targets, _ = inputs()
+    head = Head(weight.requires_grad_(), reference=Head(weight.detach().clone()))
+    _, divergence = token_logps_and_kl(hidden, targets, head, hidden, direction)
+    divergence.sum().backward()
+    assert torch.equal(divergence, torch.zeros_like(divergence))
+    for gradient in (hidden.grad, weight.grad):
+        assert gradient is not None
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+
+
 def test_a_blocked_id_has_no_share_in_the_distribution() -> None:
     hidden, weight, targets, reference = inputs()
     head, targets = Head(weight), targets.clamp(max=8)

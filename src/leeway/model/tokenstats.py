@@ -24,12 +24,15 @@ class Head:
     """The output layer: logits_TV = softcap(hidden_TD @ weight_VD.T).
 
     `softcap` is Gemma 2's final logit soft-capping, c * tanh(logits / c), or None. `blocked` are ids that are read but
-    never predicted (control tokens): they have no share in the distribution.
+    never predicted (control tokens): they have no share in the distribution. `reference` is the output layer that the
+    reference's hidden states are read through, where it is another one than this: a weight that trains, or that is
+    tied to an embedding that trains, is not the one that the reference had.
     """
 
     weight_VD: Tensor
     softcap: float | None = None
     blocked: tuple[int, ...] = ()
+    reference: Head | None = None
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
         """[C, V] logits in float32 (or float64)."""
@@ -57,7 +60,8 @@ def token_logps_and_kl(
     """Log-probability of each target token and the KL divergence of its whole next-token distribution, both [T], nats.
 
     `reverse` is D(policy || reference), `forward` is D(reference || policy). The reference's distribution is rebuilt
-    from its own final hidden states through the same head.
+    from its own final hidden states through its own head (`head.reference`; `head` itself where there is none), and no
+    gradient goes there.
     """
     logp_T, kl_T = _StreamedHead.apply(  # type: ignore[no-untyped-call]
         hidden_TD, head.weight_VD, targets_T, head, reference_hidden_TD.detach(), direction
@@ -80,6 +84,7 @@ class _StreamedHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, *([] if reference_TD is None else [reference_TD]))
         ctx.head, ctx.direction = head, direction
+        reference = head.reference or head
         wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         logp_T = torch.empty(len(targets_T), dtype=wide, device=hidden_TD.device)
         kl_T = torch.zeros_like(logp_T)
@@ -87,7 +92,7 @@ class _StreamedHead(torch.autograd.Function):
             logp_CV = head.logits(hidden_TD[s]).log_softmax(-1)
             logp_T[s] = logp_CV.gather(-1, targets_T[s, None])[:, 0]
             if reference_TD is not None:
-                ref_CV = head.logits(reference_TD[s]).log_softmax(-1)
+                ref_CV = reference.logits(reference_TD[s]).log_softmax(-1)
                 a, b = (logp_CV, ref_CV) if direction == "reverse" else (ref_CV, logp_CV)
                 kl_T[s] = (a.exp() * (a - b)).sum(-1)
         return logp_T, kl_T
@@ -104,7 +109,7 @@ class _StreamedHead(torch.autograd.Function):
             grad_CV = -logp_CV.exp() * g_logp_T[s, None]
             grad_CV.scatter_add_(-1, targets_T[s, None], g_logp_T[s, None])
             if rest:
-                ref_CV = head.logits(rest[0][s]).log_softmax(-1)
+                ref_CV = (head.reference or head).logits(rest[0][s]).log_softmax(-1)
                 grad_CV += g_kl_T[s, None] * _kl_gradient(logp_CV, ref_CV, ctx.direction)
             if head.softcap is not None:
                 grad_CV *= 1 - (capped_CV / head.softcap) ** 2
