@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leeway.data.chat import Sequence
-from leeway.model.layout import Padded
+from leeway.model.layout import Laid
 from leeway.model.load import Model, decoder
 from leeway.model.tokenstats import Direction, token_logps, token_logps_and_kl
 
@@ -71,24 +69,23 @@ class TokenStats:
         return self.sum_S() / self.count_S()
 
 
-def hidden_at_measured(model: Model, batch: Padded) -> Tensor:
+def hidden_at_measured(model: Model, batch: Laid) -> Tensor:
     """Final hidden states that predict the measured tokens, [T, D]."""
     lm: Any = model.lm.get_base_model() if hasattr(model.lm, "get_base_model") else model.lm
-    hidden_BLD = decoder(lm)(**batch.inputs(), use_cache=False).last_hidden_state
+    hidden_BLD = decoder(lm)(**batch.inputs(lm), use_cache=False).last_hidden_state
     hidden_TD: Tensor = hidden_BLD[batch.row_T, batch.before_T]
     return hidden_TD
 
 
 def target_stats(
     model: Model,
-    sequences: Seq[Sequence],
+    batch: Laid,
     totals: Totals,
     *,
     reference_hidden_TD: Tensor | None = None,
     direction: Direction = "reverse",
 ) -> TokenStats:
-    """Statistics of the sequences' measured tokens under the model as it stands, with gradients where they are on."""
-    batch = Padded.of(sequences, model.device)
+    """Statistics of the batch's measured tokens under the model as it stands, with gradients where they are on."""
     hidden_TD = hidden_at_measured(model, batch)
     kl_T = None
     if reference_hidden_TD is None:

@@ -1,32 +1,47 @@
 """How sequences lie in one micro-batch: where their tokens are, and which hidden state predicts each measured one.
 
-Shape legend: B rows, L positions, T measured tokens, D width.
+Shape legend: B rows, L positions, T measured tokens, D width. `Padded` gives each sequence a row; `Packed` puts several
+into one, and stores what the sequences of one example begin with alike once. The statistics are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from leeway.data.chat import Sequence
+from leeway.errors import LeewayError
+
+Layout = Literal["padded", "packed"]
+Examples = Seq[Seq[Sequence]]  # each example's sequences, in the order in which its objective rendered them
 
 
 @dataclass(frozen=True)
-class Padded:
-    """B sequences padded on the right to length L: one row each."""
+class Laid:
+    """S sequences as B rows of length L, and where their T measured tokens are, sequence by sequence."""
 
     ids_BL: Tensor
-    mask_BL: Tensor
     row_T: Tensor
     before_T: Tensor  # position whose hidden state predicts the measured token
     sequence_T: Tensor
     measured_T: Tensor  # the measured tokens' ids
     target_T: Tensor | None  # which of them are targets; None where all are
     sequences: int
+
+    def inputs(self, lm: Any) -> dict[str, Any]:
+        """What the decoder of `lm` is called with."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Padded(Laid):
+    """S sequences padded on the right to length L: one row each."""
+
+    mask_BL: Tensor
 
     @classmethod
     def of(cls, sequences: Seq[Sequence], device: torch.device) -> Padded:
@@ -40,11 +55,144 @@ class Padded:
             torch.tensor(x, device=device) for x in (ids, mask, rows, before, measured)
         )
         target_T = targets(sequences, device)
-        return cls(ids_BL, mask_BL, row_T, before_T, row_T, measured_T, target_T, len(sequences))
+        return cls(ids_BL, row_T, before_T, row_T, measured_T, target_T, len(sequences), mask_BL)
 
-    def inputs(self) -> dict[str, Any]:
-        """What the decoder is called with."""
+    def inputs(self, lm: Any) -> dict[str, Any]:  # noqa: ARG002
         return {"input_ids": self.ids_BL, "attention_mask": self.mask_BL}
+
+
+@dataclass(frozen=True)
+class Packed(Laid):
+    """Several sequences a row: a token sees its own sequence up to itself, and nothing else.
+
+    position_BL: each token's place in its own sequence, from 0. visible_BLL: which tokens (last) each token sees.
+    longest: tokens of the longest sequence.
+    """
+
+    position_BL: Tensor
+    visible_BLL: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, examples: Examples, device: torch.device, *, share: bool = True) -> Packed:
+        """Lay `examples` out; `share` stores what an example's sequences begin with alike once.
+
+        A shared beginning and what follows it form a tree: a token sees its ancestors. Trees go, longest first, into
+        the first row that has room; the longest one sets the length of all rows.
+        """
+        trees = [Tree.of(part) for e in examples for part in ([e] if share else [[s] for s in e]) if part]
+        places, rows = _place([len(t.ids) for t in trees])
+        length = max(len(t.ids) for t in trees)
+        ids_BL, position_BL = (torch.zeros(rows, length, dtype=torch.long) for _ in range(2))
+        visible_BLL = torch.eye(length, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself: no empty softmax
+        row, before = [], []
+        for tree, (b, at) in zip(trees, places, strict=True):
+            span = slice(at, at + len(tree.ids))
+            ids_BL[b, span], position_BL[b, span] = torch.tensor(tree.ids), torch.tensor(tree.positions)
+            visible_BLL[b, span, span] = tree.visible()
+            row += [b] * sum(s.measured for s in tree.sequences)
+            before += [at + n for s, p in zip(tree.sequences, tree.paths, strict=True) for n in p[s.start - 1 : -1]]
+        sequences = [s for t in trees for s in t.sequences]
+        number = [n for n, s in enumerate(sequences) for _ in range(s.measured)]
+        measured = [i for s in sequences for i in s.ids[s.start :]]
+        row_T, before_T, sequence_T, measured_T = (
+            torch.tensor(x, device=device) for x in (row, before, number, measured)
+        )
+        return cls(
+            ids_BL.to(device),
+            row_T,
+            before_T,
+            sequence_T,
+            measured_T,
+            targets(sequences, device),
+            len(sequences),
+            position_BL.to(device),
+            visible_BLL.to(device),
+            max(len(s.ids) for s in sequences),
+        )
+
+    def inputs(self, lm: Any) -> dict[str, Any]:
+        return {"input_ids": self.ids_BL, "position_ids": self.position_BL, "attention_mask": self._masks(lm)}
+
+    def _masks(self, lm: Any) -> Any:
+        """The mask [B, 1, L, L] as transformers takes a ready-made one, for each kind of layer where they differ.
+
+        A ready-made mask stands in place of the model's sliding window, so that the window is built in.
+        """
+        window = getattr(lm.config, "sliding_window", None)
+        full = self._formed(self.visible_BLL, lm)
+        if window is None or self.longest <= window:
+            return full
+        gap_BLL = self.position_BL[:, :, None] - self.position_BL[:, None, :]
+        sliding = self._formed(self.visible_BLL & (gap_BLL < window), lm)
+        kinds = getattr(lm.config, "layer_types", None)
+        return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
+
+    def _formed(self, visible_BLL: Tensor, lm: Any) -> Tensor:
+        """True and False for sdpa; 0 and the most negative number, to be added to the scores, for eager attention."""
+        kind, mask = lm.config._attn_implementation, visible_BLL[:, None]
+        if kind == "sdpa":
+            return mask
+        if kind != "eager":
+            raise LeewayError(f"optim.layout: packed does not go with {kind} attention", fix="use layout: padded")
+        return torch.zeros(mask.shape, dtype=lm.dtype, device=mask.device).masked_fill(~mask, torch.finfo(lm.dtype).min)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Sequences that begin alike, each token of a common beginning once: nodes in order, a node after its ancestors.
+
+    ids, positions: of each node. paths: the nodes that each sequence runs through.
+    """
+
+    sequences: Seq[Sequence]
+    ids: list[int]
+    positions: list[int]
+    paths: list[list[int]]
+
+    @classmethod
+    def of(cls, sequences: Seq[Sequence]) -> Tree:
+        """Each sequence branches off where it leaves the earlier one that it follows longest."""
+        ids: list[int] = []
+        positions: list[int] = []
+        paths: list[list[int]] = []
+        for k, s in enumerate(sequences):
+            shared = [common_prefix(s.ids, earlier.ids) for earlier in sequences[:k]]
+            best = max(range(k), key=shared.__getitem__, default=None)
+            trunk = [] if best is None else paths[best][: shared[best]]
+            tail = s.ids[len(trunk) :]
+            paths.append(trunk + list(range(len(ids), len(ids) + len(tail))))
+            positions += range(len(trunk), len(s.ids))
+            ids += tail
+        return cls(sequences, ids, positions, paths)
+
+    def visible(self) -> Tensor:
+        """Which nodes (columns) each node (row) sees: itself and its ancestors."""
+        seen = torch.zeros(len(self.ids), len(self.ids), dtype=torch.bool)
+        for path in self.paths:
+            nodes = torch.tensor(path)
+            seen[nodes[:, None], nodes] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+        return seen
+
+
+def common_prefix(a: Seq[int], b: Seq[int]) -> int:
+    """How many ids two sequences begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def lay(examples: Examples, device: torch.device, layout: Layout = "padded") -> Laid:
+    """The sequences of `examples` as one micro-batch."""
+    return Packed.of(examples, device) if layout == "packed" else Padded.of([s for e in examples for s in e], device)
+
+
+def longest(example: Seq[Sequence]) -> int:
+    """Tokens of the example's longest sequence."""
+    return max(len(s.ids) for s in example)
+
+
+def stored(example: Seq[Sequence]) -> int:
+    """Positions that the example takes when it is packed."""
+    return len(Tree.of(example).ids)
 
 
 def targets(sequences: Seq[Sequence], device: torch.device) -> Tensor | None:
@@ -53,3 +201,17 @@ def targets(sequences: Seq[Sequence], device: torch.device) -> Tensor | None:
         return None
     flags = [k >= s.target_start for s in sequences for k in range(s.start, len(s.ids))]
     return torch.tensor(flags, device=device)
+
+
+def _place(lengths: Seq[int]) -> tuple[list[tuple[int, int]], int]:
+    """(row, first position) of each item, and the number of rows, which are as long as the longest item."""
+    room: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    capacity = max(lengths)
+    for k in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        b = next((n for n, left in enumerate(room) if left >= lengths[k]), len(room))
+        if b == len(room):
+            room.append(capacity)
+        places[k] = (b, capacity - room[b])
+        room[b] -= lengths[k]
+    return places, len(room)

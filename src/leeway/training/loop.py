@@ -15,12 +15,11 @@ import torch
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
 from leeway.model.forward import TokenStats, Totals, hidden_at_measured, target_stats
-from leeway.model.layout import Padded
+from leeway.model.layout import Examples, Laid, Layout, lay, longest, stored
 from leeway.model.load import Model
 from leeway.model.reference import as_reference
 from leeway.model.tokenstats import token_logps
 from leeway.objectives.objective import Objective
-
 
 Decay = Literal["constant", "linear", "cosine"]
 
@@ -58,8 +57,9 @@ class Optim:
     """How every trajectory is optimised: AdamW, and what the loop does around it."""
 
     clip: float
-    micro_tokens: int  # padded tokens of one micro-batch; the optimiser step is the same however it is cut
+    micro_tokens: int  # positions of one micro-batch; the optimiser step is the same however it is cut
     autocast: torch.dtype | None = None
+    layout: Layout = "padded"
 
 
 def optimise(
@@ -82,9 +82,9 @@ def optimise(
         model.lm.train()
         totals = _totals(model, objective, batch, settings)
         loss, reference_tokens = 0.0, _tokens(batch.baseline)
-        for micro in micro_batches(batch.rendered, settings.micro_tokens):
+        for micro in micro_batches(batch.rendered, settings.micro_tokens, settings.layout):
             with _autocast(model, settings.autocast):
-                part = _loss(model, objective, [s for example in micro for s in example], totals)
+                part = _loss(model, objective, lay(micro, model.device, settings.layout), totals)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
             if objective.needs_reference != "nothing":
@@ -107,34 +107,38 @@ def optimise(
     model.lm.eval()
 
 
-def _loss(model: Model, objective: Objective, sequences: Seq[Sequence], totals: Totals) -> torch.Tensor:
+def _loss(model: Model, objective: Objective, batch: Laid, totals: Totals) -> torch.Tensor:
     if objective.needs_reference == "nothing":
-        return objective.loss(target_stats(model, sequences, totals), None)
-    reference, reference_TD = _reference(model, sequences, totals)
+        return objective.loss(target_stats(model, batch, totals), None)
+    reference, reference_TD = _reference(model, batch, totals)
     if objective.needs_reference == "logps":
-        return objective.loss(target_stats(model, sequences, totals), reference)
-    policy = target_stats(model, sequences, totals, reference_hidden_TD=reference_TD, direction=objective.direction)
+        return objective.loss(target_stats(model, batch, totals), reference)
+    policy = target_stats(model, batch, totals, reference_hidden_TD=reference_TD, direction=objective.direction)
     return objective.loss(policy, reference)
 
 
-def _reference(model: Model, sequences: Seq[Sequence], totals: Totals) -> tuple[TokenStats, torch.Tensor]:
+def _reference(model: Model, batch: Laid, totals: Totals) -> tuple[TokenStats, torch.Tensor]:
     """The reference's statistics, and its hidden states at the measured tokens."""
     with as_reference(model):
-        batch = Padded.of(sequences, model.device)
         hidden_TD = hidden_at_measured(model, batch)
         logp_T = token_logps(hidden_TD, batch.measured_T, model.head)
     return TokenStats(logp_T, batch.sequence_T, batch.sequences, totals, None, batch.target_T), hidden_TD
 
 
-def micro_batches(rendered: Seq[Seq[Sequence]], tokens: int) -> Iterator[list[Seq[Sequence]]]:
-    """Whole examples, shortest first, as many at a time as fit into `tokens` padded tokens (at least one)."""
+def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") -> Iterator[list[Seq[Sequence]]]:
+    """Whole examples, shortest first, as many at a time as fit into `tokens` positions (at least one).
+
+    Padded, each sequence takes as many positions as the longest of its micro-batch; packed, no more than are stored.
+    """
     group: list[Seq[Sequence]] = []
-    for example in sorted(rendered, key=lambda e: max(len(s.ids) for s in e)):
-        longest = max(len(s.ids) for s in example)  # the longest of the group too: they come in order
-        if group and longest * (sum(len(e) for e in group) + len(example)) > tokens:
+    count = 0
+    for example in sorted(rendered, key=longest):  # so that the example is the longest of its group too
+        packed, added = layout == "packed", stored(example) if layout == "packed" else len(example)
+        if group and (count + added) * (1 if packed else longest(example)) > tokens:
             yield group
-            group = []
+            group, count = [], 0
         group.append(example)
+        count += added
     if group:
         yield group
 
@@ -154,11 +158,11 @@ def _baseline(model: Model, objective: Objective, batch: Batch, totals: Totals, 
     """The objective's own pass over the whole batch: the policy without dropout and without a gradient."""
     found = 0.0
     model.lm.eval()
-    for micro in micro_batches(batch.baseline, settings.micro_tokens):
-        sequences = [s for example in micro for s in example]
+    for micro in micro_batches(batch.baseline, settings.micro_tokens, settings.layout):
+        laid = lay(micro, model.device, settings.layout)
         with torch.no_grad(), _autocast(model, settings.autocast):
-            policy = target_stats(model, sequences, totals)
-            reference, _ = _reference(model, sequences, totals)
+            policy = target_stats(model, laid, totals)
+            reference, _ = _reference(model, laid, totals)
         found += objective.baseline(policy, reference)
     model.lm.train()
     return found
