@@ -38,3 +38,13 @@ def real_data(monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.skip("no public data here: set LEEWAY_DATA")
     monkeypatch.setenv("LEEWAY_DATA", str(root))
     return Path(root)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests measured, one line each, whatever became of them: `record_property("measured", "what: value")`."""
+    reports = (r for kind in terminalreporter.stats.values() for r in kind if isinstance(r, pytest.TestReport))
+    lines = {str(v) for r in reports for name, v in r.user_properties if name == "measured"}
+    if lines:
+        terminalreporter.section("measured")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)
