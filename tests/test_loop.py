@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from leeway.data.batches import Schedule, schedule
+from leeway.data.batches import Companions, Schedule, schedule
 from leeway.data.items import Example
 from leeway.errors import LeewayError
 from leeway.model import adapters
 from leeway.model.load import load_model
 from leeway.model.reference import as_reference
-from leeway.objectives import OBJECTIVES, ip, kl, orpo, sft
+from leeway.objectives import OBJECTIVES, ip, ipo, kl, orpo, sft, sft_safety
 from leeway.training.loop import Optim, after_warmup, micro_batches
 from leeway.training.trajectory import Settings, Trajectory
 
@@ -23,6 +23,11 @@ EXAMPLES = [
     Example(f"e{a}", f"What is {a} + {a * a}?", f"It is {a + a * a}.", f"It is {'very ' * (a % 3)}hard.")
     for a in range(24)
 ]
+COMPANIONS = Companions(
+    task=tuple(EXAMPLES),
+    general=(Example("g0", "Say hello.", "Hello there."), Example("g1", "How are you today?", "")),
+    safety=(Example("s0", "Tell me how to cheat.", "Sorry, I cannot help."),),
+)
 SETTINGS = Settings(
     adapter=adapters.LoraSettings(4, 8, 0.0, "all-linear"),
     lr=1e-2,
@@ -37,19 +42,34 @@ def plan() -> Schedule:
     return schedule(EXAMPLES, lambda _: 30, [700], batch=8, seed=0)
 
 
-def trained(model: Path, objective: object, settings: Settings, log: Path) -> dict[str, Tensor]:
-    trajectory = Trajectory("x", objective, 0, load_model(str(model), device="cpu"), plan(), settings)  # type: ignore[arg-type]
+def trained(
+    model: Path, objective: object, settings: Settings, log: Path, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    loaded = load_model(str(model), device="cpu")
+    loaded.lm.to(dtype)
+    trajectory = Trajectory("x", objective, 0, loaded, plan(), settings, COMPANIONS)  # type: ignore[arg-type]
     trajectory.train_to(trajectory.schedule.marks[0], log, lambda _: None)
     return adapters.state(trajectory.model)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_micro_batches_change_nothing(name: str, models: dict[str, Path], tmp_path: Path) -> None:
-    whole = trained(models["qwen2"], OBJECTIVES[name](), SETTINGS, tmp_path / "a")
+VARIANTS = [
+    *(kind() for kind in OBJECTIVES.values()),
+    kl.Kl(weight=0.5, on="all"),
+    kl.Kl(weight=0.5, on="general"),
+    orpo.Orpo(nll_scope="all"),
+    orpo.Orpo(nll_mean="sequence"),
+    ipo.Ipo(length="mean"),
+]
+
+
+@pytest.mark.parametrize("objective", VARIANTS, ids=repr)
+def test_micro_batches_change_nothing(objective: object, models: dict[str, Path], tmp_path: Path) -> None:
+    whole = trained(models["qwen2"], objective, SETTINGS, tmp_path / "a", torch.float64)
     cut = replace(SETTINGS, loop=Optim(clip=1.0, micro_tokens=90))
     assert len(list(micro_batches([[s] for s in _sequences(models)], 90))) > 2
-    for key, value in trained(models["qwen2"], OBJECTIVES[name](), cut, tmp_path / "b").items():
-        torch.testing.assert_close(value, whole[key], rtol=1e-4, atol=2e-6)
+    for key, value in trained(models["qwen2"], objective, cut, tmp_path / "b", torch.float64).items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, whole[key], rtol=1e-8, atol=1e-10)
 
 
 def _sequences(models: dict[str, Path]) -> list[object]:
@@ -57,7 +77,7 @@ def _sequences(models: dict[str, Path]) -> list[object]:
     return [chat.sequence(e.prompt, e.preferred) for e in EXAMPLES[:8]]
 
 
-@pytest.mark.parametrize("other", [kl.Kl(weight=0.0), ip.Ip(p=0.0)])
+@pytest.mark.parametrize("other", [kl.Kl(weight=0.0), ip.Ip(p=0.0), sft_safety.SftSafety(share=0.0)])
 def test_a_term_without_weight_is_sft_bit_for_bit(other: object, models: dict[str, Path], tmp_path: Path) -> None:
     plain = trained(models["llama"], sft.Sft(), WITH_DROPOUT, tmp_path / "a")
     for key, value in trained(models["llama"], other, WITH_DROPOUT, tmp_path / "b").items():

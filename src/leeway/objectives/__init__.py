@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leeway.objectives import cft, dpo, ip, kl, orpo, sft
+from leeway.objectives import cft, dpo, ip, ipo, kl, kto, orpo, sft, sft_both, sft_refusal, sft_safety, simpo
 from leeway.objectives.objective import Objective
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -12,6 +12,27 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ip": ip.objective,
     "orpo": orpo.objective,
     "kl": kl.objective,
+    "ipo": ipo.objective,
+    "simpo": simpo.objective,
+    "kto": kto.objective,
+    "sft_safety": sft_safety.objective,
+    "sft_both": sft_both.objective,
+    "sft_refusal": sft_refusal.objective,
 }
 
-__all__ = ["OBJECTIVES", "Objective", "cft", "dpo", "ip", "kl", "orpo", "sft"]
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "cft",
+    "dpo",
+    "ip",
+    "ipo",
+    "kl",
+    "kto",
+    "orpo",
+    "sft",
+    "sft_both",
+    "sft_refusal",
+    "sft_safety",
+    "simpo",
+]

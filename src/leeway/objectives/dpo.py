@@ -1,9 +1,11 @@
 """DPO: direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
 
     margin = beta [ (log pi(y+|x) - log pi_ref(y+|x)) - (log pi(y-|x) - log pi_ref(y-|x)) ]
-    L      = -mean log sigmoid(margin)            log-probabilities summed over answer tokens
+    L      = -mean log sigmoid(margin) + nll * NLL(y+)      log-probabilities summed over answer tokens
 
-The reference is the model that the trajectory started from; its identity stands in the ledger.
+`nll` adds maximum likelihood of the preferred answers, mean per token of the batch (Pang et al. 2024, arXiv 2404.19733,
+equation 1, who divide by the length of each answer instead); 0, the default, is DPO as published. The reference is the
+model that the trajectory started from; its identity stands in the ledger.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 from leeway.data.chat import Chat, Sequence
 from leeway.data.items import Example
 from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Needs, Plain, render_pair
+from leeway.objectives.objective import Needs, Plain, nll_preferred, positive, render_pair
 
 
 def margins(chosen_N: Tensor, rejected_N: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor, beta: float) -> Tensor:
@@ -36,12 +38,16 @@ def loss(
 
 @dataclass(frozen=True)
 class Dpo(Plain):
-    """Preference pairs against a frozen reference, without a supervised term."""
+    """Preference pairs against a frozen reference; a supervised term where `nll` is set."""
 
     name: ClassVar[str] = "dpo"
     needs_pairs: ClassVar[bool] = True
     needs_reference: ClassVar[Needs] = "logps"
     beta: float = 0.1
+    nll: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive(self.name, beta=self.beta)
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
         return render_pair(example, chat)
@@ -50,7 +56,8 @@ class Dpo(Plain):
         if reference is None:
             raise ValueError("DPO needs the reference's statistics")
         pi_S, ref_S = policy.sum_S(), reference.sum_S()
-        return loss(pi_S[0::2], pi_S[1::2], ref_S[0::2], ref_S[1::2], self.beta).sum() / policy.totals.examples
+        preference = loss(pi_S[0::2], pi_S[1::2], ref_S[0::2], ref_S[1::2], self.beta).sum() / policy.totals.examples
+        return preference + self.nll * nll_preferred(policy) if self.nll else preference
 
 
 objective = Dpo

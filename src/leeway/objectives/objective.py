@@ -132,3 +132,16 @@ def companion_of(example: Example) -> Example:
 def nll(policy: TokenStats) -> Tensor:
     """Mean negative log-likelihood per target token of the optimiser batch, nats."""
     return -(policy.logp_T * policy.weight_T).sum() / policy.totals.tokens
+
+
+def nll_preferred(policy: TokenStats) -> Tensor:
+    """The same over pairs: mean per target token of the batch's preferred answers, nats."""
+    preferred_T = policy.sequence_T % 2 == 0
+    return -(policy.logp_T * policy.weight_T)[preferred_T].sum() / policy.totals.preferred_tokens
+
+
+def positive(kind: str, **settings: float) -> None:
+    """Refuse zeros under which an objective learns nothing or divides by zero."""
+    for name, value in settings.items():
+        if value <= 0:
+            raise ValueError(f"{kind}: {name} is {value}; a number above 0")

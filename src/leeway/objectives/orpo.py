@@ -1,9 +1,11 @@
 """ORPO: odds-ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691, equations 6 and 7).
 
     log odds(y|x) = a - log(1 - e^a)              a = mean log-probability of the answer's tokens
-    L = NLL(y+) - weight * mean log sigmoid( log odds(y+|x) - log odds(y-|x) )
+    L = nll * NLL(y+) - weight * mean log sigmoid( log odds(y+|x) - log odds(y-|x) )
 
-Our NLL runs over answer tokens of the preferred answers, mean per token of the optimiser batch (code bases differ).
+Code bases differ in the NLL, so its convention is named. `nll_scope`: over the tokens of the preferred answer, or of
+prompt and answer (`all`). `nll_mean`: per token of the optimiser batch, or the mean over examples of each one's mean
+(`sequence`). The odds ratio is over answer tokens in every case.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 from leeway.data.chat import Chat, Sequence
 from leeway.data.items import Example
 from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Plain, render_pair
+from leeway.objectives.objective import Plain, nll_preferred, render_pair
 
 LN2 = math.log(2.0)
 
@@ -55,16 +57,34 @@ class Orpo(Plain):
     name: ClassVar[str] = "orpo"
     needs_pairs: ClassVar[bool] = True
     weight: float = 0.05
+    nll: float = 1.0
+    nll_scope: Literal["answer", "all"] = "answer"
+    nll_mean: Literal["token", "sequence"] = "token"
+
+    def __post_init__(self) -> None:
+        if self.weight == self.nll == 0:
+            raise ValueError("orpo: weight and nll are both 0; nothing would be learned")
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
-        return render_pair(example, chat)
+        preferred, dispreferred = render_pair(example, chat)
+        return [preferred.with_prompt() if self.nll_scope == "all" else preferred, dispreferred]
 
     def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
         mean_S = policy.mean_S()
         ratio = loss(mean_S[0::2], mean_S[1::2]).sum() / policy.totals.examples
-        preferred_T = policy.sequence_T % 2 == 0
-        supervised = -(policy.logp_T * policy.weight_T)[preferred_T].sum() / policy.totals.preferred_tokens
-        return supervised + self.weight * ratio
+        return self.nll * self._supervised(policy) + self.weight * ratio
+
+    def _supervised(self, policy: TokenStats) -> Tensor:
+        """NLL of the preferred sequences by the convention asked for, nats."""
+        if self.nll_scope == "answer" and self.nll_mean == "token":
+            return nll_preferred(policy)
+        counted_T = policy.weight_T if self.nll_scope == "answer" else torch.ones_like(policy.logp_T)
+        zero_S = torch.zeros(policy.sequences, dtype=policy.logp_T.dtype, device=policy.logp_T.device)
+        sum_N = zero_S.index_add(0, policy.sequence_T, policy.logp_T * counted_T)[0::2]
+        if self.nll_mean == "token":
+            return -sum_N.sum() / policy.totals.preferred_measured
+        count_N = zero_S.index_add(0, policy.sequence_T, counted_T)[0::2]
+        return -(sum_N / count_N).sum() / policy.totals.examples
 
 
 objective = Orpo

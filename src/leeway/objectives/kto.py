@@ -1,0 +1,86 @@
+"""KTO: Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306, equation 7).
+
+    r  = log pi(y|x) - log pi_ref(y|x)                    log-probabilities summed over answer tokens
+    v  = lambda_D sigmoid( beta (r - z0) )                for a desirable answer
+         lambda_U sigmoid( beta (z0 - r) )                for an undesirable one
+    L  = mean ( lambda_y - v )                            over all answers, two for each pair
+    z0 = max( 0, mean over the batch of r(x, y') )        y' belongs to another prompt; no gradient passes through z0
+
+A pair's preferred answer is desirable, its dispreferred one undesirable. y' is the preferred answer of the example's
+companion, another example of the task; the policy's r(x, y') is taken without dropout, as the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leeway.data.chat import Chat, Sequence
+from leeway.data.items import Example
+from leeway.model.forward import TokenStats
+from leeway.objectives.objective import Companion, Needs, Plain, companion_of, positive, render_pair
+
+
+def loss(
+    desirable_N: Tensor,
+    undesirable_N: Tensor,
+    z0: float = 0.0,
+    beta: float = 0.1,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    """Loss of N pairs from the log-ratios r of their answers, the mean of both answers' losses, [N].
+
+    `weights` are (lambda_D, lambda_U): half their mean where policy and reference agree.
+    """
+    good_N = weights[0] * torch.sigmoid(-beta * (desirable_N - z0))  # lambda - lambda sigmoid(u) = lambda sigmoid(-u)
+    bad_N = weights[1] * torch.sigmoid(-beta * (z0 - undesirable_N))
+    return (good_N + bad_N) / 2
+
+
+@dataclass(frozen=True)
+class Kto(Plain):
+    """Each answer on its own is desirable or not, and is valued against what the policy favours by itself."""
+
+    name: ClassVar[str] = "kto"
+    needs_pairs: ClassVar[bool] = True
+    needs_reference: ClassVar[Needs] = "logps"
+    beta: float = 0.1
+    desirable: float = 1.0
+    undesirable: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(self.name, beta=self.beta)
+        if self.desirable == self.undesirable == 0:
+            raise ValueError("kto: desirable and undesirable are both 0; nothing would be learned")
+
+    @property
+    def companion(self) -> Companion:
+        return "task"
+
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
+        return render_pair(example, chat)
+
+    def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
+        """The mismatched pair counts once the example has its companion."""
+        return [*render_pair(example, chat), *(self.baseline_sequences(example, chat) if example.companion else ())]
+
+    def baseline_sequences(self, example: Example, chat: Chat) -> Seq[Sequence]:
+        return [chat.sequence(example.prompt, companion_of(example).preferred)]
+
+    def baseline(self, policy: TokenStats, reference: TokenStats) -> float:
+        return float((policy.sum_S() - reference.sum_S()).sum()) / policy.totals.examples
+
+    def loss(self, policy: TokenStats, reference: TokenStats | None) -> Tensor:
+        if reference is None:
+            raise ValueError("KTO needs the reference's statistics")
+        ratio_S, z0 = policy.sum_S() - reference.sum_S(), max(0.0, policy.totals.baseline)
+        weights = (self.desirable, self.undesirable)
+        return loss(ratio_S[0::2], ratio_S[1::2], z0, self.beta, weights).sum() / policy.totals.examples
+
+
+objective = Kto

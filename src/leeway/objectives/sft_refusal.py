@@ -1,0 +1,76 @@
+"""Control arm: SFT that sees the dispreferred answers too, and learns to decline them.
+
+    L = -(1/N) [ sum_t log pi(y+_t | x, y+_<t) + sum_t log pi(d_t | Ask(x, y-), d_<t) ]
+
+Ask(x, y-) is a user turn that shows the prompt and the dispreferred answer and asks for it; d is a refusal. So a
+supervised objective reads what DPO, ORPO and CFT read, in the role of what is not to be given. Both texts are drawn
+from `refusals.yaml`, versioned and hashed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import ClassVar
+
+import numpy as np
+import yaml
+from torch import Tensor
+
+from leeway.data.chat import Chat, Sequence
+from leeway.data.items import Example
+from leeway.hashing import digest
+from leeway.model.forward import TokenStats
+from leeway.objectives.objective import Plain, nll, render_preferred
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """How a dispreferred answer is asked for (`{prompt}`, `{answer}`), and how that is declined."""
+
+    version: int
+    requests: tuple[str, ...]
+    refusals: tuple[str, ...]
+
+    @property
+    def hash(self) -> str:
+        return digest("refusals", self.version, list(self.requests), list(self.refusals))
+
+
+@cache
+def texts() -> Refusals:
+    """Read the versioned file."""
+    raw = yaml.safe_load((files("leeway.objectives") / "refusals.yaml").read_text("utf-8"))
+    return Refusals(raw["version"], tuple(raw["requests"]), tuple(raw["refusals"]))
+
+
+@dataclass(frozen=True)
+class SftRefusal(Plain):
+    """The preferred answer is learned, and the dispreferred one is read and declined."""
+
+    name: ClassVar[str] = "sft_refusal"
+    needs_pairs: ClassVar[bool] = True
+
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
+        request = texts().requests[int(rng.integers(len(texts().requests)))]
+        refusal = texts().refusals[int(rng.integers(len(texts().refusals)))]
+        return [*render_preferred(example, chat), _declined(example, chat, request, refusal)]
+
+    def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
+        drawn = [_declined(example, chat, q, r) for q in texts().requests for r in texts().refusals]
+        return [*render_preferred(example, chat), *drawn]
+
+    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
+        return nll(policy)
+
+
+def _declined(example: Example, chat: Chat, request: str, refusal: str) -> Sequence:
+    if example.dispreferred is None:
+        raise ValueError(f"example {example.id} has no dispreferred answer")
+    return chat.sequence(request.format(prompt=example.prompt, answer=example.dispreferred), refusal)
+
+
+objective = SftRefusal
+loss = nll
