@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -13,10 +14,21 @@ Tick = Callable[[int], None]  # called with the number of requests just answered
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation to go on with, greedily, for at most `max_new_tokens`."""
+    """A conversation to go on with for at most `max_new_tokens`: greedily, or drawn at a temperature.
+
+    A drawn answer is a function of the prompt's ids, `temperature`, `sample` and `seed`: pure ancestral sampling, no
+    top-k, no top-p. `sample` tells several answers to one prompt apart.
+    """
 
     conversation: Conversation
     max_new_tokens: int
+    temperature: float = 0.0
+    sample: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"a temperature of {self.temperature}: 0 is greedy, above it answers are drawn")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The transformers backend: batches by length, greedy decoding, one forward pass for choices."""
+"""The transformers backend: batches by length, greedy or drawn answers, one forward pass for choices."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
+from leeway.generation.sampling import Ancestral, stream
 from leeway.model.load import Model
 
 
@@ -33,14 +34,15 @@ class TransformersBackend:
 
     @torch.no_grad()
     def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
-        """Greedy replies; raises LeewayError where a prompt and its answer would not fit into the context."""
+        """Greedy or drawn replies; raises LeewayError where a prompt and its answer would not fit into the context."""
         prompts = [self.chat.prompt_ids(r.conversation) for r in requests]
         replies: list[Reply | None] = [None] * len(requests)
         for request, ids in zip(requests, prompts, strict=True):
             self._check_room(len(ids), request.max_new_tokens)
-        for batch in self._batches([(r.max_new_tokens, len(p)) for r, p in zip(requests, prompts, strict=True)]):
+        keys = [(r.max_new_tokens, r.temperature, len(p)) for r, p in zip(requests, prompts, strict=True)]
+        for batch in self._batches(keys):
             limit = requests[batch[0]].max_new_tokens
-            new_BL = self._generate([prompts[i] for i in batch], limit)
+            new_BL = self._generate([prompts[i] for i in batch], limit, _drawing(requests, prompts, batch))
             for row, i in enumerate(batch):
                 replies[i] = self._reply(new_BL[row].tolist(), limit)
             tick(len(batch))
@@ -53,11 +55,11 @@ class TransformersBackend:
         if any(spellings[a] & spellings[b] for a in options for b in options if a != b):
             raise LeewayError(
                 f"model {self.model.name}: {' and '.join(options)} begin with the same token",
-                fix="its tokenizer cannot tell the answers apart by their first token: leave the persona eval out",
+                fix="its tokenizer cannot tell them apart by their first token: leave out what asks it Yes or No",
             )
         prompts = [self.chat.prompt_ids(c) for c in conversations]
         choices: list[Choice | None] = [None] * len(prompts)
-        for batch in self._batches([(0, len(p)) for p in prompts]):
+        for batch in self._batches([(len(p),) for p in prompts]):
             ids_BL, mask_BL = self._left_padded([prompts[i] for i in batch])
             logits_BV = self.model.lm(input_ids=ids_BL, attention_mask=mask_BL, logits_to_keep=1).logits[:, -1]
             logits_BV[:, list(self.model.head.blocked)] = -torch.inf  # a control token is read, never predicted
@@ -77,13 +79,13 @@ class TransformersBackend:
         ids = self.chat.ids(text)
         return ids[1:] if ids and not self.chat.tokenizer.decode([ids[0]]).strip() else ids
 
-    def _batches(self, lengths: Seq[tuple[int, int]]) -> Iterator[list[int]]:
-        """Indices, by (limit, length), in batches that share a limit: near lengths waste little padding."""
-        order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    def _batches(self, keys: Seq[tuple[float, ...]]) -> Iterator[list[int]]:
+        """Indices by key, in batches that share all of it but the length, its last: near lengths waste little."""
+        order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
         start = 0
         while start < len(order):
-            limit = lengths[order[start]][0]
-            batch = [i for i in order[start : start + self.batch] if lengths[i][0] == limit]
+            shared = keys[order[start]][:-1]
+            batch = [i for i in order[start : start + self.batch] if keys[i][:-1] == shared]
             yield batch
             start += len(batch)
 
@@ -94,9 +96,9 @@ class TransformersBackend:
         device = self.model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    def _generate(self, prompts: Seq[tuple[int, ...]], limit: int) -> Tensor:
-        """New token ids, [B, at most limit]."""
-        from transformers import GenerationConfig
+    def _generate(self, prompts: Seq[tuple[int, ...]], limit: int, drawing: Ancestral | None) -> Tensor:
+        """New token ids, [B, at most limit]; with `drawing` the largest score is the drawn token's."""
+        from transformers import GenerationConfig, LogitsProcessorList
 
         ids_BL, mask_BL = self._left_padded(prompts)
         stop = self._stop_ids()
@@ -107,7 +109,12 @@ class TransformersBackend:
             pad_token_id=stop[0],
             suppress_tokens=list(self.model.head.blocked) or None,
         )
-        out: Tensor = self.model.lm.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=config)
+        out: Tensor = self.model.lm.generate(
+            input_ids=ids_BL,
+            attention_mask=mask_BL,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([drawing] if drawing else []),
+        )
         return out[:, ids_BL.shape[1] :]
 
     def _stop_ids(self) -> list[int]:
@@ -127,3 +134,13 @@ class TransformersBackend:
                 f"{self.model.context}",
                 fix="lower max_new_tokens, or leave the item out",
             )
+
+
+def _drawing(requests: Seq[Request], prompts: Seq[tuple[int, ...]], batch: Seq[int]) -> Ancestral | None:
+    """The streams of a batch in its order; None where it is greedy."""
+    temperature = requests[batch[0]].temperature
+    if temperature == 0:
+        return None
+    return Ancestral(
+        temperature, [stream(prompts[i], temperature, requests[i].sample, requests[i].seed) for i in batch]
+    )
