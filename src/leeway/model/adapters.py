@@ -1,43 +1,79 @@
-"""LoRA adapters by peft: one initialisation for every objective, PEFT format on disk, merged and exactly undone."""
+"""What trains of a model: a low-rank adapter by peft, or every parameter.
+
+Each kind has one initialisation for every objective, a format on disk that the field's libraries load (PEFT's for an
+adapter, transformers' for whole weights), and a merge that is exactly undone.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed
 from leeway.model.load import Model
 
-WEIGHTS = "adapter_model.safetensors"
+Kind = Literal["lora", "rslora", "dora", "full"]
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FUNCTION = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias")
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """LoRA (Hu et al. 2021, arXiv 2106.09685): rank `r`, scale alpha / r, dropout on the adapter's input."""
+class AdapterSettings:
+    """What trains, and how.
+
+    `lora`: updates of rank `r` scaled by alpha / r, with dropout on their input (Hu et al. 2021, arXiv 2106.09685).
+    `rslora`: the same scaled by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732). `dora`: LoRA for each weight's
+    direction, beside a trained magnitude for each output (Liu et al. 2024, arXiv 2402.09353). `full`: every parameter;
+    rank, alpha, dropout and targets mean nothing there.
+    """
 
     r: int
     alpha: int
     dropout: float
     targets: str
+    kind: Kind = "lora"
 
 
-def attach(model: Model, settings: LoraSettings, *, seed: int, control_tokens: tuple[str, ...] = ()) -> None:
-    """Put a trainable adapter on `model.lm` in place, and `control_tokens` as new trained embedding rows.
+LoraSettings = AdapterSettings
 
-    The LoRA matrices are drawn from `seed` alone, so every objective starts from the same ones.
+
+def attach(model: Model, settings: AdapterSettings, *, seed: int, control_tokens: tuple[str, ...] = ()) -> None:
+    """Let `model.lm` be trained in place, with `control_tokens` as new trained embedding rows.
+
+    Low-rank matrices are drawn from `seed` alone, so every objective starts from the same ones. Whole weights start as
+    the model's own, and are not trained in less than float32.
     """
+    rows = _add_control_tokens(model, control_tokens) if control_tokens else None
+    if settings.kind == "full":
+        _train_all(model)
+    else:
+        _attach_low_rank(model, settings, seed, rows)
+
+
+def _train_all(model: Model) -> None:
+    if any(p.dtype.itemsize < torch.float32.itemsize for p in model.lm.parameters()):
+        raise LeewayError(
+            "adapter.kind: full trains float32 weights: in bfloat16 a small update is lost in the rounding of the sum",
+            fix="set dtype: float32, or kind: lora",
+        )
+    model.lm.requires_grad_(True)
+
+
+def _attach_low_rank(model: Model, settings: AdapterSettings, seed: int, rows: list[int] | None) -> None:
     import peft
 
-    rows = _add_control_tokens(model, control_tokens) if control_tokens else None
     targets: Any = settings.targets if settings.targets == "all-linear" else settings.targets.split(",")
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -46,6 +82,8 @@ def attach(model: Model, settings: LoraSettings, *, seed: int, control_tokens: t
         lora_dropout=settings.dropout,
         target_modules=targets,
         trainable_token_indices=rows,
+        use_rslora=settings.kind == "rslora",
+        use_dora=settings.kind == "dora",
     )
     torch.manual_seed(derive_seed("adapter", seed))
     try:
@@ -89,8 +127,15 @@ def trainable(model: Model) -> list[torch.nn.Parameter]:
     return [p for p in model.lm.parameters() if p.requires_grad]
 
 
+def is_low_rank(model: Model) -> bool:
+    """Whether what trains is an adapter beside the weights, and not the weights."""
+    return hasattr(model.lm, "peft_config")
+
+
 def state(model: Model) -> dict[str, Tensor]:
-    """What is saved: the adapter's tensors by name, control-token rows among them."""
+    """What is saved, by name: an adapter's tensors with its control-token rows, or every weight (a tied one once)."""
+    if not is_low_rank(model):
+        return dict(sorted((name, p.detach()) for name, p in model.lm.named_parameters()))
     import peft
 
     return dict(sorted(peft.get_peft_model_state_dict(model.lm, save_embedding_layers=False).items()))
@@ -106,40 +151,91 @@ def adapter_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def init_hash(model: Model) -> str:
-    """Hash of the LoRA matrices alone: equal over objectives, whether or not they have control tokens."""
-    return adapter_hash({k: v for k, v in state(model).items() if "lora_" in k})
+    """Hash of what every objective starts from, whether or not it has control tokens.
+
+    Of an adapter, the low-rank matrices (and magnitudes); of whole weights, all but the embedding rows after the
+    tokenizer's own last id, where control tokens go.
+    """
+    if is_low_rank(model):
+        return adapter_hash({k: v for k, v in state(model).items() if "lora_" in k})
+    lm, own = model.lm, len(model.chat.tokenizer) - len(model.head.blocked)
+    tables = {id(layer.weight) for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    return adapter_hash({name: p[:own] if id(p) in tables else p for name, p in lm.named_parameters()})
 
 
 def save(model: Model, folder: Path) -> None:
-    """Write the adapter (PEFT format, safetensors), and the tokenizer where control tokens were added to it."""
+    """Write an adapter in PEFT format, or whole weights as a transformers model; safetensors both.
+
+    The tokenizer goes with whole weights, and with an adapter where control tokens were added to it.
+    """
+    if not is_low_rank(model):
+        from transformers import GenerationConfig
+
+        model.lm.save_pretrained(folder)
+        GenerationConfig(eos_token_id=list(model.stop_ids) or None).save_pretrained(folder)
+        model.chat.tokenizer.save_pretrained(folder)
+        return
     model.lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model-card template
     if model.lm.peft_config["default"].trainable_token_indices:
         model.chat.tokenizer.save_pretrained(folder)
 
 
-def restore(model: Model, folder: Path) -> None:
-    """Read a saved adapter's values back into an attached one."""
-    import peft
-    from safetensors.torch import load_file
+def saved(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter or of a saved model, by name. Raises OSError where there are none."""
+    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"neither {WEIGHTS} nor model.safetensors is there")
+    return {name: tensor for f in files for name, tensor in load_file(f).items()}
 
-    tensors = load_file(folder / WEIGHTS)
-    result = peft.set_peft_model_state_dict(model.lm, tensors)
-    if result.unexpected_keys:
-        raise LeewayError(f"{folder}: the adapter has tensors this study does not train ({result.unexpected_keys[0]})")
+
+def restore(model: Model, folder: Path) -> None:
+    """Read saved values back into what trains. Raises LeewayError where they are those of another kind or shape."""
+    tensors = saved(folder)
+    if fault := _misfit(model, folder, tensors):
+        raise LeewayError(
+            f"{folder}: what is saved there does not fit what this study trains ({fault})",
+            fix="use the same model, adapter (kind, r, alpha, targets) and control tokens as it was trained with",
+        )
+    if is_low_rank(model):
+        import peft
+
+        peft.set_peft_model_state_dict(model.lm, tensors)
+        return
+    with torch.no_grad():
+        for name, p in model.lm.named_parameters():
+            p.copy_(tensors[name])
+
+
+def _misfit(model: Model, folder: Path, tensors: dict[str, Tensor]) -> str:
+    """What does not fit, or nothing: whole weights or an adapter, how the adapter is applied, names and shapes."""
+    ours = state(model)
+    if is_low_rank(model) != (folder / CONFIG).is_file():
+        return "one is an adapter, the other whole weights"
+    if is_low_rank(model):
+        theirs, config = json.loads((folder / CONFIG).read_text("utf-8")), model.lm.peft_config["default"].to_dict()
+        for key in FUNCTION:
+            if (theirs.get(key) or None) != (config[key] or None):
+                return f"{key} is {theirs.get(key)} there and {config[key]} here"
+    for name in sorted(ours.keys() ^ tensors.keys()):
+        return f"tensor {name} is only {'here' if name in ours else 'there'}"
+    for name, tensor in sorted(tensors.items()):
+        if tensor.shape != ours[name].shape:
+            return f"tensor {name} is {list(tensor.shape)} there and {list(ours[name].shape)} here"
+    return ""
 
 
 @contextmanager
 def merged(model: Model) -> Iterator[None]:
-    """The adapter merged into the weights for as long as the context lasts; the base's own tensors come back after.
+    """An adapter merged into the weights for as long as the context lasts; the base's own tensors come back after.
 
     Only in float32: in bfloat16 a small update is lost in the rounding of the sum, and a checkpoint at a small budget
-    would be measured as the base. There the adapter stays beside the weights, as it was trained.
+    would be measured as the base. There the adapter stays beside the weights, as it was trained. Whole weights have
+    nothing to merge.
     """
-    import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not isinstance(model.lm, peft.PeftModel) or model.head.weight_VD.dtype != torch.float32:
+    if not is_low_rank(model) or model.head.weight_VD.dtype != torch.float32:
         yield
         return
     layers = [m for m in model.lm.modules() if isinstance(m, BaseTunerLayer)]

@@ -1,4 +1,4 @@
-"""Checkpoints: one folder per budget in PEFT format, with its ledger line, written whole or not at all."""
+"""Checkpoints: a folder per budget that peft or transformers loads, with its ledger line, whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ from leeway.model import adapters
 from leeway.model.load import Model
 
 OPTIMISER, LEDGER = "optimizer.safetensors", "ledger.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a trajectory begins with in place of the base model's own weights or of a fresh adapter, by content.
+
+    `folder` holds an adapter in PEFT format or a transformers model, as a checkpoint does; `hash` is its adapter_hash.
+    """
+
+    folder: Path
+    hash: str
+
+    @classmethod
+    def of(cls, folder: Path) -> Start:
+        """What is saved in `folder`, as it is."""
+        return cls(folder, _hash(folder, "give the folder of a saved adapter or model"))
 
 
 @contextmanager
@@ -50,11 +67,11 @@ def _sync(path: Path) -> None:
 
 
 def write(folder: Path, model: Model, optimiser: torch.optim.Optimizer, ledger: dict[str, Any]) -> dict[str, Any]:
-    """Save adapter, optimiser state and ledger line together; the line comes back with the adapter's hash."""
+    """Save what trains, the optimiser's state and the ledger line; the line comes back with the `adapter_hash`."""
     with whole_folder(folder) as scratch:
         adapters.save(model, scratch)
         save_file(_flat(optimiser), scratch / OPTIMISER)
-        line = {**ledger, "adapter_hash": adapters.adapter_hash(load_file(scratch / adapters.WEIGHTS))}
+        line = {**ledger, "adapter_hash": adapters.adapter_hash(adapters.saved(scratch))}
         (scratch / LEDGER).write_text(json.dumps(line, sort_keys=True, indent=1) + "\n", "utf-8")
     return line
 
@@ -71,12 +88,7 @@ def read_ledger(folder: Path) -> dict[str, Any]:
 def verified_ledger(folder: Path) -> dict[str, Any]:
     """The ledger line of a checkpoint, once its adapter is seen to be the one that was written."""
     line = read_ledger(folder)
-    try:
-        found = adapters.adapter_hash(load_file(folder / adapters.WEIGHTS))
-    except (SafetensorError, OSError) as error:
-        raise LeewayError(
-            f"{folder}: its adapter is damaged ({error})", fix="delete that folder and run again"
-        ) from error
+    found = _hash(folder, "delete that folder and run again")
     if found != line["adapter_hash"]:
         raise LeewayError(
             f"{folder}: the adapter is not the one its ledger names (adapter_hash {found}, "
@@ -84,6 +96,13 @@ def verified_ledger(folder: Path) -> dict[str, Any]:
             fix="delete that folder and run again, or start in another --out",
         )
     return line
+
+
+def _hash(folder: Path, fix: str) -> str:
+    try:
+        return adapters.adapter_hash(adapters.saved(folder))
+    except (SafetensorError, OSError) as error:
+        raise LeewayError(f"{folder}: its adapter is damaged or missing ({error})", fix=fix) from error
 
 
 def restore(folder: Path, model: Model, optimiser: torch.optim.Optimizer | None) -> None:

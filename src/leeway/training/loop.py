@@ -17,7 +17,7 @@ from leeway.errors import LeewayError
 from leeway.model.forward import TokenStats, Totals, hidden_at_measured, target_stats
 from leeway.model.layout import Examples, Laid, Layout, lay, longest, stored
 from leeway.model.load import Model
-from leeway.model.reference import as_reference
+from leeway.model.reference import Reference, as_reference
 from leeway.model.tokenstats import token_logps
 from leeway.objectives.objective import Objective
 
@@ -69,26 +69,28 @@ def optimise(
     optimiser: torch.optim.Optimizer,
     lr_at: Callable[[int], float],
     settings: Optim,
+    reference: Reference | None = None,
 ) -> Iterator[Step]:
     """Take one optimiser step per batch, and say after each what it did.
+
+    `reference` is the model that the objective is compared with: without one, `model` with its adapter switched off.
 
     Gradients are those of the loss over the whole batch: micro-batches add up because every loss is normalised by the
     batch's totals. Raises LeewayError where a loss or a gradient is not finite, naming the step and its examples.
     """
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    reference = reference or Reference()
     for batch in batches:
         began = time.perf_counter()
         torch.manual_seed(batch.seed)
         model.lm.train()
-        totals = _totals(model, objective, batch, settings)
-        loss, reference_tokens = 0.0, _tokens(batch.baseline)
+        totals = _totals(model, objective, batch, settings, reference)
+        loss = 0.0
         for micro in micro_batches(batch.rendered, settings.micro_tokens, settings.layout):
             with _autocast(model, settings.autocast):
-                part = _loss(model, objective, lay(micro, model.device, settings.layout), totals)
+                part = _loss(model, objective, micro, totals, settings, reference)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
-            if objective.needs_reference != "nothing":
-                reference_tokens += _tokens(micro)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise LeewayError(
@@ -102,27 +104,78 @@ def optimise(
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         processed = _tokens(batch.rendered) + _tokens(batch.baseline)
+        referred = _reference_tokens(objective, batch) if reference.kept is None else reference.spent.get(batch.step, 0)
         seconds = time.perf_counter() - began
-        yield Step(batch.step, loss, norm, lr, totals.tokens, processed, reference_tokens, seconds)
+        yield Step(batch.step, loss, norm, lr, totals.tokens, processed, referred, seconds)
     model.lm.eval()
 
 
-def _loss(model: Model, objective: Objective, batch: Laid, totals: Totals) -> torch.Tensor:
+def _loss(
+    model: Model, objective: Objective, micro: Examples, totals: Totals, settings: Optim, reference: Reference
+) -> torch.Tensor:
+    batch = lay(micro, model.device, settings.layout)
     if objective.needs_reference == "nothing":
         return objective.loss(target_stats(model, batch, totals), None)
-    reference, reference_TD = _reference(model, batch, totals)
+    theirs, theirs_TD = _reference(model, batch, micro, totals, reference)
     if objective.needs_reference == "logps":
-        return objective.loss(target_stats(model, batch, totals), reference)
-    policy = target_stats(model, batch, totals, reference_hidden_TD=reference_TD, direction=objective.direction)
-    return objective.loss(policy, reference)
+        return objective.loss(target_stats(model, batch, totals), theirs)
+    policy = target_stats(model, batch, totals, reference_hidden_TD=theirs_TD, direction=objective.direction)
+    return objective.loss(policy, theirs)
 
 
-def _reference(model: Model, batch: Laid, totals: Totals) -> tuple[TokenStats, torch.Tensor]:
-    """The reference's statistics, and its hidden states at the measured tokens."""
-    with as_reference(model):
-        hidden_TD = hidden_at_measured(model, batch)
-        logp_T = token_logps(hidden_TD, batch.measured_T, model.head)
+def _reference(
+    model: Model, batch: Laid, micro: Examples, totals: Totals, reference: Reference
+) -> tuple[TokenStats, torch.Tensor | None]:
+    """The reference's statistics, and its hidden states at the measured tokens where it has been asked for them."""
+    kept = reference.recall([s for example in micro for s in example], model.device)
+    logp_T, hidden_TD = _asked(model, batch, reference) if kept is None else kept
     return TokenStats(logp_T, batch.sequence_T, batch.sequences, totals, None, batch.target_T), hidden_TD
+
+
+def _asked(model: Model, batch: Laid, reference: Reference) -> tuple[torch.Tensor, torch.Tensor]:
+    with as_reference(model, reference):
+        hidden_TD = hidden_at_measured(model, batch)
+        return token_logps(hidden_TD, batch.measured_T, model.head), hidden_TD
+
+
+def ask_beforehand(
+    model: Model,
+    objective: Objective,
+    batches: Callable[[], Iterable[Batch]],
+    settings: Optim,
+    reference: Reference,
+    *,
+    taken: int = 0,
+) -> None:
+    """Keep what the reference says of all sequences of `batches` after step `taken`, and release its own weights.
+
+    A sequence is asked about in the first micro-batch, counted from the first step on, that it occurs in: the bits are
+    the same wherever a run is taken up again.
+    """
+    first: dict[str, tuple[int, int]] = {}
+    needed: set[tuple[int, int]] = set()
+    for place, group in _groups(batches(), settings):
+        for s in (s for example in group for s in example):
+            home = first.setdefault(reference.key(s), place)
+            if place[0] > taken:
+                needed.add(home)
+    reference.kept = {}
+    for place, group in _groups(batches(), settings):
+        if place in needed:
+            with _autocast(model, settings.autocast):
+                logp_T, hidden_TD = _asked(model, lay(group, model.device, settings.layout), reference)
+            sequences = [s for example in group for s in example]
+            reference.keep(sequences, logp_T, hidden_TD if objective.needs_reference == "distribution" else None)
+            reference.spent[place[0]] = reference.spent.get(place[0], 0) + _tokens(group)
+    reference.release()
+
+
+def _groups(batches: Iterable[Batch], settings: Optim) -> Iterator[tuple[tuple[int, int], list[Seq[Sequence]]]]:
+    """Every micro-batch that the reference is asked about, in order, and its place: (step, number in it)."""
+    for batch in batches:
+        cut = (micro_batches(part, settings.micro_tokens, settings.layout) for part in (batch.baseline, batch.rendered))
+        for k, group in enumerate(group for part in cut for group in part):
+            yield (batch.step, k), group
 
 
 def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") -> Iterator[list[Seq[Sequence]]]:
@@ -143,7 +196,7 @@ def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") ->
         yield group
 
 
-def _totals(model: Model, objective: Objective, batch: Batch, settings: Optim) -> Totals:
+def _totals(model: Model, objective: Objective, batch: Batch, settings: Optim, reference: Reference) -> Totals:
     totals = Totals(
         tokens=sum(s.targets for example in batch.rendered for s in example),
         examples=len(batch.rendered),
@@ -151,10 +204,14 @@ def _totals(model: Model, objective: Objective, batch: Batch, settings: Optim) -
         measured_tokens=sum(s.measured for example in batch.rendered for s in example),
         preferred_measured=sum(example[0].measured for example in batch.rendered),
     )
-    return replace(totals, baseline=_baseline(model, objective, batch, totals, settings)) if batch.baseline else totals
+    if not batch.baseline:
+        return totals
+    return replace(totals, baseline=_baseline(model, objective, batch, totals, settings, reference))
 
 
-def _baseline(model: Model, objective: Objective, batch: Batch, totals: Totals, settings: Optim) -> float:
+def _baseline(
+    model: Model, objective: Objective, batch: Batch, totals: Totals, settings: Optim, reference: Reference
+) -> float:
     """The objective's own pass over the whole batch: the policy without dropout and without a gradient."""
     found = 0.0
     model.lm.eval()
@@ -162,10 +219,15 @@ def _baseline(model: Model, objective: Objective, batch: Batch, totals: Totals, 
         laid = lay(micro, model.device, settings.layout)
         with torch.no_grad(), _autocast(model, settings.autocast):
             policy = target_stats(model, laid, totals)
-            reference, _ = _reference(model, laid, totals)
-        found += objective.baseline(policy, reference)
+            theirs, _ = _reference(model, laid, micro, totals, reference)
+        found += objective.baseline(policy, theirs)
     model.lm.train()
     return found
+
+
+def _reference_tokens(objective: Objective, batch: Batch) -> int:
+    """Tokens that go through a live reference for one batch."""
+    return _tokens(batch.baseline) + (_tokens(batch.rendered) if objective.needs_reference != "nothing" else 0)
 
 
 def _tokens(examples: Seq[Seq[Sequence]]) -> int:

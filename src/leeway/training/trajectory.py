@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,9 +16,11 @@ from leeway.errors import LeewayError
 from leeway.hashing import derive_seed, digest
 from leeway.model import adapters
 from leeway.model.load import Model
+from leeway.model.reference import Reference, freeze
 from leeway.objectives import Objective
 from leeway.training import checkpoints
-from leeway.training.loop import Batch, Decay, Optim, Step, after_warmup, optimise
+from leeway.training.checkpoints import Start
+from leeway.training.loop import Batch, Decay, Optim, Step, after_warmup, ask_beforehand, optimise
 from leeway.training.renderer import Renderer
 
 COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
@@ -28,21 +30,27 @@ COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
 class Settings:
     """How a trajectory is trained: the same for every objective of a study, but for a learning rate of its own.
 
-    `tuning_tokens` is what the sweep that chose `lr` processed, for the ledger.
+    `tuning_tokens` is what the sweep that chose `lr` processed, for the ledger. `reference` says when the reference is
+    asked: beside the policy, or about everything before the first step.
     """
 
-    adapter: adapters.LoraSettings
+    adapter: adapters.AdapterSettings
     lr: float
     warmup_steps: int
     weight_decay: float
     loop: Optim
     decay: Decay = "constant"
     tuning_tokens: int = 0
+    reference: Literal["live", "cached"] = "live"
 
 
 @dataclass
 class Trajectory:
-    """A model on its way along one objective's schedule; `step` is the last optimiser step taken."""
+    """A model on its way along one objective's schedule; `step` is the last optimiser step taken.
+
+    It begins with what `start` holds, where one is given, and with a fresh optimiser. Its objective is compared with
+    the model that it begins as (`reference: start`), or with the base model (`base`).
+    """
 
     alias: str
     objective: Objective
@@ -51,25 +59,53 @@ class Trajectory:
     schedule: Schedule
     settings: Settings
     companions: Companions = field(default_factory=Companions)
+    start: Start | None = None
+    reference: Literal["start", "base"] = "start"
     step: int = 0
     counted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
     def __post_init__(self) -> None:
-        self.reference_hash = digest("start", self.model.hash, str(self.model.head.weight_VD.dtype))
-        adapters.attach(self.model, self.settings.adapter, seed=self.seed, control_tokens=self.objective.control_tokens)
+        self.compared = self._begin()
+        self.reference_hash = self.compared.hash
+        if self.objective.needs_reference == "distribution":
+            self.model.head = self.compared.head(self.model.head)
         self.init_hash = adapters.init_hash(self.model)
         self.renderer = Renderer(self.objective, self.model.chat, self.seed, self.companions)
         self.optimiser = torch.optim.AdamW(
             adapters.trainable(self.model), lr=self.settings.lr, weight_decay=self.settings.weight_decay
         )
 
+    def _begin(self) -> Reference:
+        """Put the model where the trajectory begins, and say what it is compared with."""
+        parts = ("start", self.model.hash, str(self.model.head.weight_VD.dtype))
+        adapters.attach(self.model, self.settings.adapter, seed=self.seed, control_tokens=self.objective.control_tokens)
+        asked, beside = self.objective.needs_reference != "nothing", adapters.is_low_rank(self.model)
+        started = self.start is not None and self.reference == "start"
+        base = Reference(digest(*parts), freeze(self.model) if asked and not beside and not started else None)
+        if self.start is None:
+            return base
+        if (found := Start.of(self.start.folder).hash) != self.start.hash:
+            raise LeewayError(
+                f"{self.alias}: {self.start.folder} is not what it starts from (adapter_hash {found}, "
+                f"not {self.start.hash})",
+                fix="start in another --out",
+            )
+        adapters.restore(self.model, self.start.folder)
+        if not started:
+            return base
+        return Reference(digest(*parts, self.start.hash), freeze(self.model) if asked else None)
+
     def train_to(self, mark: Mark, log: Path, tick: Callable[[Step], None]) -> None:
         """Go on to the step of `mark`, one line per step into `log`, on disk before this returns."""
         batches = (self._batch(k) for k in range(self.step + 1, mark.step + 1))
         settings, steps = self.settings, len(self.schedule.steps)
+        if settings.reference == "cached" and self.compared.kept is None:
+            self._ask_beforehand()
         lr_at = after_warmup(settings.lr, settings.warmup_steps, settings.decay, steps)
         with log.open("a", encoding="utf-8") as lines:
-            for done in optimise(self.model, self.objective, batches, self.optimiser, lr_at, self.settings.loop):
+            for done in optimise(
+                self.model, self.objective, batches, self.optimiser, lr_at, settings.loop, self.compared
+            ):
                 self.step = done.step
                 for name in COUNTERS:
                     self.counted[name] += getattr(done, name)
@@ -77,6 +113,15 @@ class Trajectory:
                 lines.flush()
                 tick(done)
             os.fsync(lines.fileno())
+
+    def _ask_beforehand(self) -> None:
+        if self.objective.needs_reference == "nothing":
+            return
+
+        def batches() -> Iterator[Batch]:
+            return (self._batch(k + 1) for k in range(len(self.schedule.steps)))
+
+        ask_beforehand(self.model, self.objective, batches, self.settings.loop, self.compared, taken=self.step)
 
     def save(self, folder: Path, mark: Mark) -> dict[str, Any]:
         """Write the checkpoint of `mark` with its ledger line, and return the line."""
