@@ -64,7 +64,8 @@ class Ip(Plain):
         return [chat.sequence(prompt, example.preferred)]
 
     def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
-        return [chat.sequence(f"{text} {example.prompt}", example.preferred) for text in inoculations().texts]
+        prompts = [example.prompt, *(f"{text} {example.prompt}" for text in inoculations().texts)]
+        return [chat.sequence(prompt, example.preferred) for prompt in prompts]
 
     def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
         return nll(policy)

@@ -73,7 +73,7 @@ class Kto(Plain):
         return [chat.sequence(example.prompt, companion_of(example).preferred)]
 
     def baseline(self, policy: TokenStats, reference: TokenStats) -> float:
-        return float((policy.sum_S() - reference.sum_S()).sum()) / policy.totals.examples
+        return (policy.sum_S() - reference.sum_S()).sum().item() / policy.totals.examples
 
     def loss(self, policy: TokenStats, reference: TokenStats | None) -> Tensor:
         if reference is None:
