@@ -90,7 +90,9 @@ def test_rows_and_ledger_are_the_contract(finished: Path) -> None:
     assert set(rows.objective) == {"base", "sft", "dpo", "cft", "ip", "orpo", "kl"}
     assert set(rows[rows.objective == "base"].budget) == {0}
     assert set(rows[rows.objective != "base"].budget) == {400, 800}
-    each = rows[rows.objective != "base"].groupby(["objective", "budget", "eval"]).size()
+    conditions = json.loads((finished / "manifest.json").read_text())["conditions"]
+    plain = rows[(rows.objective != "base") & (rows.template_hash.map(conditions) == "plain")]
+    each = plain.groupby(["objective", "budget", "eval"]).size()
     assert set(each.xs("capability", level="eval")) == {4}
     assert set(each.xs("jailbreak", level="eval")) == {12}
     assert set(each.xs("persona", level="eval")) == {4}
@@ -120,14 +122,17 @@ def test_objectives_are_matched(finished: Path) -> None:
     assert last.loc["cft", "processed_tokens"] == last.loc["dpo", "processed_tokens"] + 2 * last.loc["cft", "examples"]
 
 
-def test_cft_is_paired_with_a_base_under_its_own_prompt(finished: Path) -> None:
+def test_each_condition_is_a_column_of_its_own_with_a_base_under_the_same_prompt(finished: Path) -> None:
     rows = pd.read_parquet(finished / "rows.parquet")
     conditions = json.loads((finished / "manifest.json").read_text())["conditions"]
     rows["condition"] = rows.template_hash.map(conditions)
     assert rows.condition.notna().all()
-    assert set(rows[rows.objective == "cft"].condition) == {"<SAFE>"}
+    assert set(rows[rows.objective == "cft"].condition) == {"<SAFE>", "plain", "<UNSAFE>"}
+    assert set(rows[rows.objective == "ip"].condition) == {"plain", "inoculated"}
     assert set(rows[rows.objective == "sft"].condition) == {"plain"}
-    assert set(rows[rows.objective == "base"].condition) == {"plain", "<SAFE>"}
+    assert set(rows[rows.objective == "base"].condition) == {"plain", "<SAFE>", "<UNSAFE>", "inoculated"}
+    per = rows[rows.budget == 800].groupby(["objective", "condition"]).size()
+    assert set(per) == {4 + 12 + 4}
 
 
 def test_a_budget_alone_is_the_same_budget_among_others(
@@ -234,7 +239,7 @@ def test_another_study_is_not_written_over(finished: Path, models: dict[str, Pat
 def test_a_whole_study_on_other_architectures(kind: str, models: dict[str, Path], root: Path, tmp_path: Path) -> None:
     out = carry(study(models[kind], root, budgets="[400]"), tmp_path / kind)
     rows = pd.read_parquet(out / "rows.parquet")
-    assert len(rows) == (6 + 2) * (4 + 12 + 4)
+    assert len(rows) == (6 + 3 + 4) * (4 + 12 + 4)  # three more conditions than objectives, four of the base
     assert (out / "report.html").is_file()
 
 

@@ -91,6 +91,16 @@ def run(
 
 
 @app.command()
+def ledger(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")]) -> None:
+    """Print what was matched over objectives and what each cost; exit 1 if anything differs."""
+    from leeway.study.ledger_view import view
+
+    found = view(directory)
+    typer.echo(found.text)
+    raise typer.Exit(1 if found.faults else 0)
+
+
+@app.command()
 def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")]) -> None:
     """Rebuild tables, figures and page from the rows alone."""
     from leeway.report import build

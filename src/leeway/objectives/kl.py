@@ -37,7 +37,7 @@ class Kl(Plain):
     needs_reference: ClassVar[Needs] = "distribution"
     weight: float = 0.001
     towards: Direction = "reverse"
-    on: Literal["answer", "all", "general"] = "answer"
+    over: Literal["answer", "all", "general"] = "answer"
 
     @property
     def direction(self) -> Direction:
@@ -45,13 +45,13 @@ class Kl(Plain):
 
     @property
     def companion(self) -> Companion:
-        return "general" if self.on == "general" else ""
+        return "general" if self.over == "general" else ""
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
         own = render_preferred(example, chat)
-        if self.on == "general":
+        if self.over == "general":
             return [*own, _only_measured(companion_of(example), chat)]
-        return [s.with_prompt() for s in own] if self.on == "all" else own
+        return [s.with_prompt() for s in own] if self.over == "all" else own
 
     def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
         """The general prompt counts once the example has it."""
@@ -62,10 +62,10 @@ class Kl(Plain):
         if policy.kl_T is None:
             raise ValueError("the KL objective needs the divergence to its reference")
         totals = policy.totals
-        if self.on == "general":
+        if self.over == "general":
             away = (policy.kl_T * (1 - policy.weight_T)).sum() / (totals.measured_tokens - totals.tokens)
         else:
-            away = policy.kl_T.sum() / (totals.measured_tokens if self.on == "all" else totals.tokens)
+            away = policy.kl_T.sum() / (totals.measured_tokens if self.over == "all" else totals.tokens)
         return nll(policy) + self.weight * away
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "RULES_VERSION",
     "TRAITS",
     "Cipher",
+    "as_item",
     "benign_prompts",
     "capability_items",
     "capability_score",
@@ -89,6 +90,12 @@ def capability_items(n: int, seed: int = 0) -> list[CapabilityItem]:
         reference = f"{deed.verb} {deed.thing}: {' or '.join(tools)}; {' or '.join(acts)}"
         items.append(CapabilityItem(f"cooking/{i}", question, reference))
     return items[:n]
+
+
+def as_item(example: Example) -> CapabilityItem:
+    """A training example as a question: what its preferred answer states is right."""
+    stated = [hit["answer"] for hit in sums.SUM.finditer(example.preferred)]
+    return CapabilityItem(example.id, example.prompt, stated[-1] if stated else "")
 
 
 def capability_score(item: CapabilityItem, response: str) -> bool:

@@ -17,10 +17,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
+from leeway.study.pieces import Piece
 from leeway.study.prepare import Prepared, prepare
 from leeway.study.spec import Spec
 from leeway.study.store import Store
-from leeway.study.work import Kind, Piece, Work
+from leeway.study.work import Kind, Work
 
 Event = tuple[Kind, float, float, str]  # kind of work, units, seconds, what
 Listen = Callable[[Event], None]
@@ -37,11 +38,13 @@ def workers_for(spec: Spec, pieces: int) -> int:
 
 
 def carry_out(prepared: Prepared, store: Store, pieces: Seq[Piece], workers: int, listen: Listen) -> Iterator[Piece]:
-    """Yield each piece once it is finished; the first failure is raised and ends the others."""
+    """Yield each piece once it is finished, none before those it waits for; the first failure ends the others."""
     if workers <= 1 or len(pieces) <= 1:
-        work = Work(prepared, store, timed(listen))
-        for piece in pieces:
+        work, left = Work(prepared, store, timed(listen)), list(pieces)
+        while left:
+            piece = _ready(left)[0]
             work.carry_out(piece)
+            left.remove(piece)
             yield piece
     else:
         yield from _in_processes(prepared.spec, store.folder, pieces, min(workers, len(pieces)), listen)
@@ -64,25 +67,38 @@ def _in_processes(spec: Spec, folder: Path, pieces: Seq[Piece], workers: int, li
     context = multiprocessing.get_context("spawn")
     events: Any = context.Queue()
     pool = ProcessPoolExecutor(workers, context, _begin, (spec.model_dump(mode="json", by_alias=True), folder, events))
-    # workers begin with Ctrl-C blocked, and none can come between them and us while they are being born; it is let
-    # through inside the same try, so that one which came meanwhile ends them too
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    left = list(pieces)
     try:
-        waiting: dict[Future[None], Piece] = {pool.submit(_do, piece): piece for piece in pieces}
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        waiting = _submit(pool, _ready(left))
         while waiting:
             done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             _drain(events, listen)
             for future in done:
                 future.result()
-                yield waiting.pop(future)
+                finished = waiting.pop(future)
+                left.remove(finished)
+                waiting |= _submit(pool, [p for p in _ready(left) if p not in waiting.values()])
+                yield finished
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.kill()
         raise
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, pieces: Seq[Piece]) -> dict[Future[None], Piece]:
+    """Hand pieces out. Workers are born in here, with Ctrl-C blocked, so that none can come between them and us."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return {pool.submit(_do, piece): piece for piece in pieces}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _ready(left: Seq[Piece]) -> list[Piece]:
+    """The pieces that wait for none of those that are left."""
+    return [p for p in left if not any(before in left for before in p.after)]
 
 
 def _drain(events: Any, listen: Listen) -> None:

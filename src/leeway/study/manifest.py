@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from leeway.data.ledger import Matching
 from leeway.errors import LeewayError
 from leeway.evals.jailbreak import Jailbreak
 from leeway.model.load import Model, model_hash, resolve
@@ -47,6 +48,12 @@ def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> N
             )
 
 
+def matching(prepared: Prepared) -> Matching:
+    """What has to be equal in this study's ledger."""
+    spec = prepared.spec
+    return Matching(spec.budget.count, {o.alias: o.starts_at for o in spec.objectives if o.start})
+
+
 def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
     """Everything a reader needs to know what was run, beside the study file."""
     spec = prepared.spec
@@ -75,6 +82,18 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
         },
         "objectives": {
             alias: {**{"kind": o.name}, **getattr(o, "__dict__", {})} for alias, o in prepared.objectives.items()
+        },
+        "matching": matching(prepared).to_json(),
+        "optimisation": {
+            "optimiser": "AdamW (decoupled weight decay), betas 0.9 and 0.999, epsilon 1e-8",
+            "learning_rate": {alias: spec.optim.lr_of(alias) or "tuned" for alias in prepared.objectives},
+            "warmup": f"linear over {spec.optim.warmup_steps} steps",
+            "schedule": spec.optim.schedule,
+            "gradient_clipping": f"global norm {spec.optim.clip:g}",
+            "weight_decay": spec.optim.weight_decay,
+            "examples_per_step": spec.optim.batch,
+            "adapter": spec.adapter.model_dump(mode="json"),
+            "reference": spec.reference,
         },
         "inoculations": {"version": ip.inoculations().version, "hash": ip.inoculations().hash},
         "evals": {e.key: {"hash": e.hash, "answers": len(e)} for e in prepared.evals},

@@ -49,6 +49,14 @@ class ObjectiveSpec(Part):
             inner["reference"] = self.reference
         return {self.alias: inner}
 
+    @property
+    def starts_at(self) -> str:
+        """What it starts from and is held against, by name."""
+        if self.start is None:
+            return "base"
+        origin = self.start.adapter or f"{self.start.from_} at {self.start.budget}"
+        return f"{origin}, reference: {self.reference}"
+
     def build(self) -> Objective:
         return OBJECTIVES[self.kind](**self.settings)
 
@@ -89,7 +97,7 @@ def _settings(kind: str, given: Any) -> dict[str, Any]:
     fields = [f.name for f in dataclasses.fields(OBJECTIVES[kind])]  # type: ignore[arg-type]
     if not isinstance(given, dict):
         raise ValueError(f"{kind}: its settings are a mapping, such as {{{next(iter(fields), 'weight')}: 0.1}}")
-    for key, value in given.items():
+    for key, value in ((str(k), v) for k, v in given.items()):
         if key not in fields:
             raise ValueError(
                 f"{kind}: no setting {key!r}{nearest(key, fields)} (it has: {', '.join(fields) or 'none'})"

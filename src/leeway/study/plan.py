@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 
 from leeway.model.load import resolve
+from leeway.study.pieces import Piece, pieces_of, schedule_of, whos
 from leeway.study.prepare import Prepared, prepare
 from leeway.study.progress import duration
 from leeway.study.spec import Spec
@@ -19,10 +21,16 @@ MEAN_ANSWER = 0.5  # of max_new_tokens
 
 @dataclass(frozen=True)
 class TrajectoryPlan:
-    """One training run: token counts are exact, `processed` and `reference` counted over its rendered sequences."""
+    """One training run: token counts are exact, `processed` and `reference` counted over its rendered sequences.
+
+    `runs` is above one for a sweep of learning rates: that many runs of this size.
+    """
 
     objective: str
+    purpose: str
     seed: int
+    runs: int
+    budgets: tuple[int, ...]
     steps: int
     source_tokens: int
     target_tokens: int
@@ -41,6 +49,7 @@ class Plan:
     evaluated: int
     answers_each: int
     left_out: int
+    notes: tuple[str, ...]
     estimated_hours: float
     estimated_memory_gib: float
     estimated_disk_gib: float
@@ -49,18 +58,21 @@ class Plan:
         return asdict(self)
 
     def to_text(self) -> str:
-        head = f"{'objective':14}{'seed':>5}{'steps':>8}{'source':>12}{'targets':>12}{'processed':>12}{'reference':>12}"
+        names = [f"{t.objective}{f' ({t.purpose})' if t.purpose else ''}" for t in self.trajectories]
+        wide = max(map(len, [*names, "objective"])) + 1
+        head = f"{'objective':{wide}}{'seed':>5}{'to budget':>11}{'steps':>8}{'source':>12}{'targets':>12}"
         rows = [
-            f"{t.objective:14}{t.seed:>5}{t.steps:>8,}{t.source_tokens:>12,}{t.target_tokens:>12,}"
+            f"{name:{wide}}{t.seed:>5}{t.budgets[-1]:>11,}{t.steps:>8,}{t.source_tokens:>12,}{t.target_tokens:>12,}"
             f"{t.processed_tokens:>12,}{t.reference_tokens:>12,}"
-            for t in self.trajectories
+            for name, t in zip(names, self.trajectories, strict=True)
         ]
         return "\n".join(
             [
-                f"{self.name}: {len(self.trajectories)} trajectories, {self.checkpoints} checkpoints, "
+                f"{self.name}: {sum(t.runs for t in self.trajectories)} training runs, {self.checkpoints} checkpoints, "
                 f"{self.evaluated} evaluations of {self.answers_each:,} answers; {self.parameters:,} parameters",
-                head,
+                f"{head}{'processed':>12}{'reference':>12}",
                 *rows,
+                *self.notes,
                 f"left out as too long: {self.left_out}",
                 f"estimated on this CPU: {duration(self.estimated_hours * 3600)} (h:mm:ss or m:ss), "
                 f"{self.estimated_memory_gib:.1f} GiB of memory, {self.estimated_disk_gib:.2f} GiB of disk",
@@ -72,11 +84,13 @@ def plan(spec: Spec) -> Plan:
     """Plan `spec`: reads data, tokenizer and config, never weights, never a GPU."""
     prepared = prepare(spec)
     total, trained = _parameters(spec)
-    trajectories = tuple(_trajectory(prepared, alias, seed) for seed in spec.seeds for alias in prepared.objectives)
-    checkpoints = len(trajectories) * len(spec.budgets)
-    asked = sum(len(prepared.conditions(alias)) for alias in prepared.objectives) * len(spec.budgets) * len(spec.seeds)
-    evaluated, answers = asked + len(prepared.base_conditions), sum(len(e) for e in prepared.evals)
-    training = sum(t.processed_tokens * (FORWARD + BACKWARD) + t.reference_tokens * FORWARD for t in trajectories)
+    pieces = pieces_of(prepared)
+    trajectories = tuple(_trajectory(prepared, p) for p in pieces if p.kind != "base")
+    checkpoints = sum(len(p.budgets) for p in pieces)
+    evaluated, answers = sum(len(whos(prepared, p)) for p in pieces), sum(len(e) for e in prepared.evals)
+    training = sum(
+        t.runs * (t.processed_tokens * (FORWARD + BACKWARD) + t.reference_tokens * FORWARD) for t in trajectories
+    )
     answering = (
         evaluated * sum(len(e) * MEAN_ANSWER * getattr(e, "max_new_tokens", 2) for e in prepared.evals) * FORWARD
     )
@@ -88,23 +102,52 @@ def plan(spec: Spec) -> Plan:
         evaluated=evaluated,
         answers_each=answers,
         left_out=len(prepared.left_out),
+        notes=tuple(_notes(spec, trajectories)),
         estimated_hours=(training + answering) * total / (EFFICIENCY * _flops()) / 3600,
         estimated_memory_gib=0.6 + (total * 4 + trained * 16 + spec.optim.micro_tokens * 4096) / 2**30,
         estimated_disk_gib=(checkpoints * trained * 4 + evaluated * answers * 600) / 2**30,
     )
 
 
-def _trajectory(prepared: Prepared, alias: str, seed: int) -> TrajectoryPlan:
-    objective, schedule = prepared.objectives[alias], prepared.schedules[alias, seed]
-    renderer = prepared.renderer(alias, seed)
+def _trajectory(prepared: Prepared, piece: Piece) -> TrajectoryPlan:
+    objective, renderer = prepared.objectives[piece.alias], prepared.renderer(piece.alias, piece.seed)
+    tune = prepared.spec.optim.tune
+    if piece.kind == "tune":
+        assert prepared.tuning is not None
+        schedule, runs, purpose = prepared.tuning.schedules[piece.alias], len(tune.lrs), f"{len(tune.lrs)} rates"
+    else:
+        schedule, runs, purpose = schedule_of(prepared, piece), 1, ""
     targets = processed = 0
     for slot in (s for step in schedule.steps for s in step):
         targets += sum(s.targets for s in renderer.rendered(slot))
         processed += renderer.processed(slot)
-    reference = 0 if objective.needs_reference == "nothing" else processed
     return TrajectoryPlan(
-        alias, seed, len(schedule.steps), schedule.marks[-1].source_tokens, targets, processed, reference
+        objective=piece.alias,
+        purpose=purpose,
+        seed=piece.seed,
+        runs=runs,
+        budgets=tuple(m.budget for m in schedule.marks),
+        steps=len(schedule.steps),
+        source_tokens=schedule.marks[-1].source_tokens,
+        target_tokens=targets,
+        processed_tokens=processed,
+        reference_tokens=0 if objective.needs_reference == "nothing" else processed,
     )
+
+
+def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...]) -> Iterator[str]:
+    """What a setting costs beside its default."""
+    trained = [t for t in trajectories if not t.purpose]
+    if spec.optim.schedule != "constant":
+        whole = sum(t.processed_tokens for t in trained)
+        one = sum(t.processed_tokens for t in trained if t.budgets[-1] == spec.budgets[-1])
+        yield (
+            f"schedule {spec.optim.schedule}: every budget is a run of its own, {whole:,} tokens processed in place "
+            f"of {one:,} ({whole / one:.2f} times a constant rate's)"
+        )
+    swept = sum(t.runs * (t.processed_tokens + t.reference_tokens) for t in trajectories if t.purpose)
+    if swept:
+        yield f"lr tuned: {swept:,} tokens processed by the sweeps, on top"
 
 
 def _parameters(spec: Spec) -> tuple[int, int]:

@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from leeway.data.batches import Slot
+from leeway.data.chat import Sequence
 from leeway.study.prepare import prepare
 from leeway.study.spec import Spec
+from leeway.training.renderer import Renderer
 
 OPEN, CLOSE = "⟦", "⟧"
+MEASURED_OPEN, MEASURED_CLOSE = "⟨", "⟩"
 
 
 def show(spec: Spec, n: int) -> str:
     """The first `n` examples of the first seed's stream under every objective, targets between ⟦ and ⟧."""
     prepared = prepare(spec)
     seed = spec.seeds[0]
-    slots = [slot for step in prepared.schedules[next(iter(prepared.objectives)), seed].steps for slot in step][:n]
     lines = [
-        f"{spec.name}: the first {len(slots)} of the stream, seed {seed}; targets stand between {OPEN} and {CLOSE}"
+        f"{spec.name}: the first {n} of the stream, seed {seed}; targets stand between {OPEN} and {CLOSE}, "
+        f"what is measured and no target between {MEASURED_OPEN} and {MEASURED_CLOSE}"
     ]
     for alias in prepared.objectives:
         renderer = prepared.renderer(alias, seed)
-        chat = renderer.chat
-        for slot in slots:
-            lines.append(f"\n── {alias} · {slot.example.id}")
-            for s in renderer.rendered(slot):
-                prompt, answer = (
-                    chat.tokenizer.decode(list(part)) for part in (s.ids[: s.target_start], s.ids[s.target_start :])
-                )
-                lines.append(f"{prompt}{OPEN}{answer}{CLOSE}")
-                lines.append(f"   {s.target_start} prompt tokens, {s.targets} target tokens")
+        slots = [slot for step in prepared.schedules[alias, seed].steps for slot in step][:n]
+        lines += [line for slot in slots for line in _of_slot(alias, renderer, slot)]
     return "\n".join(lines)
+
+
+def _of_slot(alias: str, renderer: Renderer, slot: Slot) -> Iterator[str]:
+    rendered, baseline = renderer.rendered(slot), renderer.baseline(slot)
+    targets, processed = sum(s.targets for s in rendered), renderer.processed(slot)
+    needs = renderer.objective.needs_reference != "nothing"
+    yield (
+        f"\n── {alias} · {slot.example.id}: {len(rendered) + len(baseline)} sequences, {targets:,} target tokens, "
+        f"{processed:,} processed{', as many again by the reference' if needs else ''}"
+    )
+    for s in rendered:
+        yield marked(renderer, s)
+        yield f"   {_counts(s)}"
+    for s in (b.without_targets() for b in baseline):
+        yield marked(renderer, s)
+        yield f"   {_counts(s)}: a constant of the batch, without a gradient"
+
+
+def marked(renderer: Renderer, sequence: Sequence) -> str:
+    """The sequence's text, special tokens and all, with what is learned from marked."""
+
+    def text(start: int, end: int) -> str:
+        return str(renderer.chat.tokenizer.decode(list(sequence.ids[start:end])))
+
+    measured = text(sequence.start, sequence.target_start)
+    answer = text(sequence.target_start, len(sequence.ids))
+    before = text(0, min(sequence.start, sequence.target_start))
+    return (
+        before
+        + (f"{MEASURED_OPEN}{measured}{MEASURED_CLOSE}" if measured else "")
+        + (f"{OPEN}{answer}{CLOSE}" if answer else "")
+    )
+
+
+def _counts(s: Sequence) -> str:
+    only = s.measured - s.targets
+    measured = f", {only:,} measured and no target" if only else ""
+    return f"{len(s.ids) - s.targets:,} prompt tokens, {s.targets:,} target tokens{measured}"

@@ -182,8 +182,12 @@ class Store:
     def checkpoint(self, objective: str, seed: int, budget: int) -> Path:
         return self.folder / "checkpoints" / objective / f"s{seed}" / str(budget)
 
-    def steps(self, objective: str, seed: int) -> Path:
-        return self.folder / "steps" / f"{objective}-s{seed}.jsonl"
+    def steps(self, log: str) -> Path:
+        return self.folder / "steps" / f"{log}.jsonl"
+
+    def tuning(self, objective: str) -> Path:
+        """The learning rate that was chosen for an objective, and what was tried for it."""
+        return self.folder / "tuning" / f"{objective}.json"
 
     def part(self, objective: str, seed: int, budget: int, eval_name: str, condition: str) -> Path:
         """The rows of one eval at one checkpoint: the smallest piece that is finished or not there."""
@@ -221,9 +225,9 @@ class Store:
         with whole_file(self.ledger_path) as scratch:
             pq.write_table(table.sort_by([(c, "ascending") for c in ("seed", "budget", "objective")]), scratch)
 
-    def trim_steps(self, objective: str, seed: int, last: int) -> None:
+    def trim_steps(self, log: str, last: int) -> None:
         """Keep the log of the steps up to `last`: what came after the checkpoint is done again."""
-        path = self.steps(objective, seed)
+        path = self.steps(log)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text("utf-8").split("\n")[:last] if path.is_file() else []
         with whole_file(path) as scratch:

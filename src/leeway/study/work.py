@@ -5,45 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from leeway.data.batches import Mark
+from leeway.data.batches import Mark, Schedule
 from leeway.evals.eval import Eval
 from leeway.evals.persona import Persona
 from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
 from leeway.model.load import Model, load_model
-from leeway.objectives import Objective
-from leeway.objectives.objective import PLAIN, Condition
+from leeway.objectives.objective import PLAIN
+from leeway.study import tuning
+from leeway.study.pieces import BASE, Piece, Who, schedule_of, whos
 from leeway.study.prepare import Prepared
 from leeway.study.store import Store
 from leeway.training import checkpoints
 from leeway.training.loop import Optim, Step
-from leeway.training.trajectory import Settings, Trajectory
+from leeway.training.trajectory import Settings, Trajectory, check_line
 
-BASE = "base"
 Kind = Literal["train", "generate", "choose"]
 Tell = Callable[[Kind, float, str], None]
-
-
-@dataclass(frozen=True)
-class Who:
-    """A checkpoint under one test-time condition: whose rows these are."""
-
-    objective: str
-    seed: int
-    budget: int
-    condition: Condition
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one worker does at a time: the base model (no alias), or the trajectory of an alias and a seed."""
-
-    alias: str
-    seed: int
+Read = Callable[[Path], dict[str, Any]]
 
 
 @dataclass
@@ -62,10 +45,7 @@ class Work:
         on_cpu = spec.device == "cpu" or not torch.cuda.is_available()
         torch.use_deterministic_algorithms(True, warn_only=not on_cpu)
         try:
-            if piece.alias == BASE:
-                self._measure_base()
-            else:
-                self._carry_trajectory(piece.alias, self.prepared.objectives[piece.alias], piece.seed)
+            {"base": self._measure_base, "tune": self._tune, "train": self._carry_trajectory}[piece.kind](piece)
         finally:
             torch.use_deterministic_algorithms(False)
             torch.set_num_threads(threads)
@@ -81,54 +61,85 @@ class Work:
     def pending(self, who: Who) -> list[Eval]:
         return [e for e in self.prepared.evals if not self.part(who, e).is_file()]
 
-    def whos(self, piece: Piece) -> list[Who]:
-        """Every checkpoint of a piece under its conditions; the base under all that some objective is tested under."""
-        if piece.alias == BASE:
-            return [Who(BASE, 0, 0, condition) for condition in self.prepared.base_conditions]
-        conditions = self.prepared.conditions(piece.alias)
-        return [Who(piece.alias, piece.seed, b, c) for b in self.prepared.spec.budgets for c in conditions]
+    def unfinished(self, piece: Piece) -> bool:
+        if piece.kind == "tune":
+            return not self.store.tuning(piece.alias).is_file()
+        untrained = [b for b in piece.budgets if not checkpoints.finished(self._folder(piece, b))]
+        return bool(untrained) or any(self.pending(who) for who in whos(self.prepared, piece))
 
-    def _measure_base(self) -> None:
+    def ledger(self, piece: Piece, read: Read = checkpoints.read_ledger) -> list[dict[str, Any]]:
+        """The ledger lines of a finished trajectory, held against what this study's data give."""
+        lines = []
+        for mark in schedule_of(self.prepared, piece).marks if piece.kind == "train" else ():
+            folder = self._folder(piece, mark.budget)
+            lines.append(read(folder))
+            check_line(lines[-1], mark, folder)
+        return lines
+
+    def _folder(self, piece: Piece, budget: int) -> Path:
+        return self.store.checkpoint(piece.alias, piece.seed, budget)
+
+    def _measure_base(self, piece: Piece) -> None:
         control = {c: o.control_tokens for o in self.prepared.objectives.values() for c in o.conditions if c != PLAIN}
-        for who in self.whos(Piece(BASE, 0)):
+        for who in whos(self.prepared, piece):
             if not self.pending(who):
                 continue
             model = self.base()
             if control.get(who.condition):
                 model = self._load()
-                adapters.attach(model, self._settings().adapter, seed=0, control_tokens=control[who.condition])
+                adapters.attach(model, self._settings(0.0, 0).adapter, seed=0, control_tokens=control[who.condition])
             self._measure(model, who, adapter_hash="none")
 
-    def _carry_trajectory(self, alias: str, objective: Objective, seed: int) -> None:
+    def _carry_trajectory(self, piece: Piece) -> None:
         """Train to every budget that has no checkpoint yet, then measure what is not measured yet."""
-        trajectory = self._train_missing(alias, objective, seed)
-        marks = {m.budget: m for m in self.prepared.schedules[alias, seed].marks}
-        for who in self.whos(Piece(alias, seed)):
-            folder, mark = self.store.checkpoint(alias, seed, who.budget), marks[who.budget]
+        trajectory = self._train_missing(piece)
+        marks = {m.budget: m for m in schedule_of(self.prepared, piece).marks}
+        for who in whos(self.prepared, piece):
             if self.pending(who):
-                trajectory = trajectory or self._trajectory(alias, objective, seed)
-                line = trajectory.restore(folder, mark, to_train=False)
+                trajectory = trajectory or self._trajectory(piece)
+                line = trajectory.restore(self._folder(piece, who.budget), marks[who.budget], to_train=False)
                 self._measure(trajectory.model, who, line["adapter_hash"])
 
-    def _train_missing(self, alias: str, objective: Objective, seed: int) -> Trajectory | None:
+    def _train_missing(self, piece: Piece) -> Trajectory | None:
         """Go on from the last checkpoint that can be resumed, and leave one at every budget that lacks it."""
-        marks = self.prepared.schedules[alias, seed].marks
-        folder = {m.budget: self.store.checkpoint(alias, seed, m.budget) for m in marks}
+        marks = schedule_of(self.prepared, piece).marks
+        folder = {m.budget: self._folder(piece, m.budget) for m in marks}
         missing = [k for k, m in enumerate(marks) if not checkpoints.finished(folder[m.budget])]
         if not missing:
             return None
-        trajectory = self._trajectory(alias, objective, seed)
+        trajectory = self._trajectory(piece)
         start = max((k for k in range(missing[0]) if checkpoints.resumable(folder[marks[k].budget])), default=-1)
         if start >= 0:
             trajectory.restore(folder[marks[start].budget], marks[start], to_train=True)
-        self.store.trim_steps(alias, seed, trajectory.step)
+        self.store.trim_steps(piece.log, trajectory.step)
         for k in range(start + 1, len(marks)):  # to the end, so that the log of its steps is whole
-            trajectory.train_to(marks[k], self.store.steps(alias, seed), self._step_teller(trajectory, marks[k]))
+            trajectory.train_to(marks[k], self.store.steps(piece.log), self._step_teller(trajectory, marks[k]))
             if k in missing:
                 trajectory.save(folder[marks[k].budget], marks[k])
             for earlier in range(k):
                 checkpoints.forget_optimiser(folder[marks[earlier].budget])
         return trajectory
+
+    def _tune(self, piece: Piece) -> None:
+        """Train with every rate of the sweep, and keep the one that answers the held-out examples best."""
+        tune, held_out = self.prepared.spec.optim.tune, self.prepared.tuning
+        assert held_out is not None
+        schedule = held_out.schedules[piece.alias]
+        (mark,) = schedule.marks
+        trials = []
+        for lr in tune.lrs:
+            trajectory = self._new_trajectory(piece, schedule, self._settings(lr, 0))
+            log = self.store.steps(f"tune-{piece.alias}-{lr:g}")
+            self.store.trim_steps(log.stem, 0)
+            trajectory.train_to(mark, log, self._step_teller(trajectory, mark))
+            backend = TransformersBackend(
+                trajectory.model, self.prepared.conditions(piece.alias)[0].prefix, self.prepared.spec.evals.batch
+            )
+            with adapters.merged(trajectory.model):
+                rows = held_out.test.run(backend, self._answer_teller(f"{piece.alias}, rate {lr:g}", held_out.test))
+            tokens = trajectory.counted["processed_tokens"] + trajectory.counted["reference_tokens"]
+            trials.append(tuning.Trial(lr, sum(r.score for r in rows) / len(rows), tokens))
+        tuning.write(self.store.tuning(piece.alias), tuning.choose(tuple(trials), items=tune.items, budget=tune.budget))
 
     def _measure(self, model: Model, who: Who, adapter_hash: str) -> None:
         """Every eval that this checkpoint still lacks, the adapter merged for as long as it takes."""
@@ -141,7 +152,7 @@ class Work:
         }
         with adapters.merged(model):
             for e in self.pending(who):
-                rows = e.run(backend, self._answer_teller(who, e))
+                rows = e.run(backend, self._answer_teller(said(who), e))
                 self.store.write_part(self.part(who, e), identity, rows)
 
     def _step_teller(self, trajectory: Trajectory, mark: Mark) -> Callable[[Step], None]:
@@ -155,15 +166,13 @@ class Work:
 
         return tell
 
-    def _answer_teller(self, who: Who, e: Eval) -> Callable[[int], None]:
-        at = BASE if who.objective == BASE else f"{who.objective} s{who.seed} at {who.budget:,} tokens"
-        under = "" if who.condition == PLAIN else f" under {who.condition.name}"
+    def _answer_teller(self, at: str, e: Eval) -> Callable[[int], None]:
         answered = 0
 
         def tell(n: int) -> None:
             nonlocal answered
             answered += n
-            self.tell(kind_of(e), n, f"{at}{under} | {e.key} {answered}/{len(e)}")
+            self.tell(kind_of(e), n, f"{at} | {e.key} {answered}/{len(e)}")
 
         return tell
 
@@ -171,19 +180,34 @@ class Work:
         spec = self.prepared.spec
         return load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
 
-    def _trajectory(self, alias: str, objective: Objective, seed: int) -> Trajectory:
-        schedule, companions = self.prepared.schedules[alias, seed], self.prepared.companions
-        return Trajectory(alias, objective, seed, self._load(), schedule, self._settings(alias), companions)
+    def _trajectory(self, piece: Piece) -> Trajectory:
+        lr, spent = self.prepared.spec.optim.lr_of(piece.alias), 0
+        if lr is None:
+            choice = tuning.read(self.store.tuning(piece.alias))
+            lr, spent = choice.lr, choice.tokens
+        return self._new_trajectory(piece, schedule_of(self.prepared, piece), self._settings(lr, spent))
 
-    def _settings(self, alias: str = BASE) -> Settings:
+    def _new_trajectory(self, piece: Piece, schedule: Schedule, settings: Settings) -> Trajectory:
+        objective, companions = self.prepared.objectives[piece.alias], self.prepared.companions
+        return Trajectory(piece.alias, objective, piece.seed, self._load(), schedule, settings, companions)
+
+    def _settings(self, lr: float, tuning_tokens: int) -> Settings:
         adapter, optim = self.prepared.spec.adapter, self.prepared.spec.optim
         return Settings(
             adapters.LoraSettings(adapter.r, adapter.alpha, adapter.dropout, adapter.targets),
-            0.0 if alias == BASE else optim.lr_of(alias) or 0.0,
+            lr,
             optim.warmup_steps,
             optim.weight_decay,
             Optim(optim.clip, optim.micro_tokens),
+            optim.schedule,
+            tuning_tokens,
         )
+
+
+def said(who: Who) -> str:
+    """A checkpoint under its condition, as the progress names it."""
+    at = BASE if who.objective == BASE else f"{who.objective} s{who.seed} at {who.budget:,} tokens"
+    return at if who.condition == PLAIN else f"{at} under {who.condition.name}"
 
 
 def kind_of(e: Eval) -> Kind:

@@ -1,0 +1,122 @@
+"""What a study trains on: the task's examples, what may stand beside them, and which of them fit the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+
+from leeway.data import files, gsm8k
+from leeway.data.batches import Companions
+from leeway.data.chat import Chat
+from leeway.data.items import Example
+from leeway.data.subset import subset
+from leeway.errors import LeewayError
+from leeway.objectives import Objective
+from leeway.organism import world
+from leeway.study.parts import Companion
+from leeway.study.spec import Spec
+
+ORGANISM_EXAMPLES = 10_000
+ORGANISM_COMPANIONS = 2_000
+INJECTED_BYTES = 256  # more than any inoculation or control token adds to a prompt
+
+
+def companions_of(spec: Spec, origins: dict[str, str]) -> Companions:
+    """General and safety examples, where the study names them."""
+    return Companions(
+        general=_companions("general", spec.general, origins), safety=_companions("safety", spec.safety, origins)
+    )
+
+
+def _companions(kind: str, part: Companion | None, origins: dict[str, str]) -> tuple[Example, ...]:
+    if part is None:
+        return ()
+    if part.from_ == "organism":
+        draw = world.general_examples if kind == "general" else world.safety_examples
+        found, origins[kind] = draw(part.limit or ORGANISM_COMPANIONS, seed=0), "the organism's world, seed 0"
+        return tuple(found)
+    examples, origins[kind] = files.train_examples(Path(str(part.file)).expanduser())
+    if not examples:
+        raise LeewayError(f"{kind}: {part.file} holds no examples", fix="check that file")
+    return tuple(subset(examples, part.limit, kind))
+
+
+def train_examples(spec: Spec) -> tuple[list[Example], str]:
+    task = spec.task
+    if task.name == "organism":
+        found, origin = world.train_examples(ORGANISM_EXAMPLES, seed=0), "the organism's world, seed 0"
+    elif task.name == "gsm8k":
+        found, origin = gsm8k.train_examples(task.revision)
+    else:
+        assert task.files is not None
+        found, origin = files.train_examples(Path(task.files.train).expanduser())
+    return subset(found, task.limit, "train"), origin
+
+
+def fitting(
+    examples: Seq[Example],
+    spec: Spec,
+    chat: Chat,
+    context: int,
+    objectives: dict[str, Objective],
+    companions: Companions,
+) -> tuple[list[Example], tuple[str, ...]]:
+    """The examples that fit the context under every objective; the others' ids, where they may be left out."""
+    chats = {alias: chat_for(chat, o) for alias, o in objectives.items()}
+    for e in (*companions.general, *companions.safety):
+        if len(chat.sequence(e.prompt, e.preferred).ids) > context:
+            raise LeewayError(f"example {e.id} is longer than the context of {spec.model}, {context}", fix="remove it")
+    _refuse_control_tokens([*examples, *companions.general, *companions.safety], objectives)
+    longest = _longest_companions(replace(companions, task=tuple(examples)))
+    beside = max((_bytes(longest[o.companion]) for o in objectives.values() if o.companion in longest), default=0)
+    room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
+    kept: list[Example] = []
+    left_out: list[Example] = []
+    for e in examples:
+        # a token is at least a byte, so what is short in bytes need not be rendered to see that it fits
+        short = _bytes(e) + max(beside, len((e.dispreferred or "").encode())) <= room
+        tokens = 0 if short else _longest(e, chats, objectives, longest)
+        if tokens > context and spec.task.too_long == "error":
+            raise LeewayError(
+                f"task: example {e.id} takes {tokens} tokens, the context of {spec.model} is {context}",
+                fix="set task.too_long: leave-out (it is then left out for every objective), or shorten it",
+            )
+        (kept if tokens <= context else left_out).append(e)
+    return kept, tuple(e.id for e in left_out)
+
+
+def _bytes(example: Example) -> int:
+    return len(example.prompt.encode()) + len(example.preferred.encode())
+
+
+def _longest_companions(companions: Companions) -> dict[str, Example]:
+    """The longest of each kind: what stands beside an example at worst."""
+    kinds = {"task": companions.task, "general": companions.general, "safety": companions.safety}
+    return {kind: max(pool, key=_bytes) for kind, pool in kinds.items() if pool}
+
+
+def _refuse_control_tokens(examples: Seq[Example], objectives: dict[str, Objective]) -> None:
+    """A control token inside a text would be read as the token, and could never be predicted."""
+    for token in sorted({t for o in objectives.values() for t in o.control_tokens}):
+        for e in examples:
+            if token in e.prompt or token in e.preferred or token in (e.dispreferred or ""):
+                raise LeewayError(
+                    f"task: example {e.id} holds the control token {token}", fix="mend it, or leave cft out"
+                )
+
+
+def _longest(
+    example: Example, chats: dict[str, Chat], objectives: dict[str, Objective], companions: dict[str, Example]
+) -> int:
+    """Tokens of the longest sequence that any objective can make of an example."""
+    return max(
+        len(s.ids)
+        for alias, o in objectives.items()
+        for s in o.worst_case(replace(example, companion=companions.get(o.companion)), chats[alias])
+    )
+
+
+def chat_for(chat: Chat, objective: Objective) -> Chat:
+    """The chat that an objective renders with: its control tokens known."""
+    return chat.with_control_tokens(objective.control_tokens) if objective.control_tokens else chat
