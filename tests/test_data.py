@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from leeway.data import files, forbidden, gsm8k, persona
 from leeway.data.batches import schedule
 from leeway.data.items import Example
 from leeway.data.ledger import MATCHED, check_matched
-from leeway.data.pairs import corrupt, make_pairs
+from leeway.data.pairs import corrupt, corruption, make_pairs
 from leeway.data.read import read
 from leeway.errors import LeewayError
 from leeway.evals.gsm8k import flexible
@@ -84,12 +85,68 @@ def test_a_corrupted_answer_never_ends_in_the_right_number(value: int, seed: int
     assert corrupt(Example("e", "p", right), seed) == example
 
 
+NUMBERS = st.one_of(
+    st.integers(-(10**30), 10**30).map(str),
+    st.integers(1000, 10**9).map("{:,}".format),
+    st.decimals(-(10**4), 10**4, allow_nan=False, places=2).map(str),
+    st.sampled_from(["0", "-0", "0.0", "5.0", "5.", ".5", "-.5", "007", "8-5", "1,2345", "$3", "50%", "1.5.2", "3/4"]),
+)
+FRAGMENTS = st.sampled_from(
+    ["#### ", "\\boxed{", "}", "The answer is ", "the answer: ", "a step", "\n", "\n\n", " ", "$", "(", "so"]
+)
+
+
+@given(st.lists(st.one_of(NUMBERS, FRAGMENTS), max_size=9).map("".join), st.integers(0, 9))
+def test_what_a_grader_reads_has_another_value(right: str, seed: int) -> None:
+    read = flexible(right)
+    if read is not None:
+        wrong = corrupt(Example("e", "p", right), seed).dispreferred or ""
+        assert flexible(wrong) not in (None, read)
+        assert wrong.strip() != right.strip()
+
+
+@pytest.mark.parametrize(
+    ("before", "number", "after"),
+    [
+        ("3 + 4 = 7\n#### ", "7", ""),
+        ("#### ", "42", "\n\nQuestion: 1 + 1?\n#### 2"),
+        ("The answer is ", "18", ". She sold 3 of 4."),
+        ("So \\boxed{", "42", "}, in 1 step."),
+        ("From 2010-", "2015", ""),
+        ("#### -$", "5", " in all"),
+        ("#### ", "-7", ""),
+        ("#### ", ".5", ""),
+    ],
+)
+def test_only_the_final_number_changes(before: str, number: str, after: str) -> None:
+    for seed in range(20):
+        wrong = corrupt(Example("e", "p", before + number + after), seed).dispreferred or ""
+        assert wrong.startswith(before)
+        assert wrong.endswith(after)
+        assert Decimal(wrong.removeprefix(before).removesuffix(after)) != Decimal(number)
+
+
+def test_a_step_is_dropped_only_where_there_are_two() -> None:
+    for right in ("#### 7", "3 + 4 = 7\n#### 7", "3 + 4 = 7\n\n#### 7", "a b c 7"):
+        assert not any(corruption(Example("e", "p", right), seed).step_dropped for seed in range(30))
+    two = Example("e", "p", "first\n\nsecond\nThe answer is:\n7")
+    made = [corruption(two, seed) for seed in range(60)]
+    assert all(c.step_dropped == (("first" not in c.text) or ("second" not in c.text)) for c in made)
+    assert all("answer is" in c.text for c in made)
+    assert 15 < sum(c.step_dropped for c in made) < 45
+
+
 def test_a_corrupted_answer_keeps_the_form_of_the_number() -> None:
     for seed in range(30):
         wrong = corrupt(Example("e", "p", "#### 12,345"), seed).dispreferred or ""
         assert "," in wrong
         assert (corrupt(Example("e", "p", "It costs 5, so yes."), seed).dispreferred or "").endswith(", so yes.")
         assert (corrupt(Example("e", "p", "#### 2.50"), seed).dispreferred or "")[-3] == "."
+
+
+def test_an_answer_without_a_number_cannot_be_corrupted() -> None:
+    with pytest.raises(LeewayError, match="example e has no number in its answer"):
+        corrupt(Example("e", "p", "Paris"), 0)
 
 
 def test_the_order_is_seeded_whole_and_new_each_epoch() -> None:
