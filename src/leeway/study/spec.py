@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -98,9 +99,19 @@ class Spec(Part):
         for o in self.objectives:
             if o.start and o.start.from_ and o.start.from_ not in before:
                 yield f"{o.alias}: start.from {o.start.from_!r} is not listed before it{nearest(o.start.from_, before)}"
+            if o.start and o.start.adapter and not Path(o.start.adapter).expanduser().is_dir():
+                yield f"{o.alias}: start.adapter {o.start.adapter!r} is no folder: give that of a saved adapter"
             if o.start and o.start.from_ and o.start.budget not in self.budgets:
                 yield f"{o.alias}: start.budget {o.start.budget} is not among the budgets {list(self.budgets)}"
             before.add(o.alias)
+
+    def objective(self, alias: str) -> ObjectiveSpec:
+        return next(o for o in self.objectives if o.alias == alias)
+
+    @property
+    def weights(self) -> Literal["auto", "float32", "bfloat16"]:
+        """What the weights are loaded in: float32 where they all train, unless the study asks otherwise."""
+        return "float32" if self.adapter.kind == "full" and self.dtype == "auto" else self.dtype
 
     @property
     def hash(self) -> str:

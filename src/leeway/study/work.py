@@ -17,10 +17,12 @@ from leeway.model import adapters
 from leeway.model.load import Model, load_model
 from leeway.objectives.objective import PLAIN
 from leeway.study import tuning
+from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Piece, Who, schedule_of, whos
 from leeway.study.prepare import Prepared
 from leeway.study.store import Store
 from leeway.training import checkpoints
+from leeway.training.checkpoints import Start
 from leeway.training.loop import Optim, Step
 from leeway.training.trajectory import Settings, Trajectory, check_line
 
@@ -178,7 +180,7 @@ class Work:
 
     def _load(self) -> Model:
         spec = self.prepared.spec
-        return load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+        return load_model(spec.model, revision=spec.revision, dtype=spec.weights, device=spec.device)
 
     def _trajectory(self, piece: Piece) -> Trajectory:
         lr, spent = self.prepared.spec.optim.lr_of(piece.alias), 0
@@ -188,19 +190,41 @@ class Work:
         return self._new_trajectory(piece, schedule_of(self.prepared, piece), self._settings(lr, spent))
 
     def _new_trajectory(self, piece: Piece, schedule: Schedule, settings: Settings) -> Trajectory:
-        objective, companions = self.prepared.objectives[piece.alias], self.prepared.companions
-        return Trajectory(piece.alias, objective, piece.seed, self._load(), schedule, settings, companions)
+        asked = self.prepared.spec.objective(piece.alias)
+        return Trajectory(
+            piece.alias,
+            self.prepared.objectives[piece.alias],
+            piece.seed,
+            self._load(),
+            schedule,
+            settings,
+            self.prepared.companions,
+            self._start(asked, piece.seed),
+            asked.reference,
+        )
+
+    def _start(self, asked: ObjectiveSpec, seed: int) -> Start | None:
+        """What a trajectory starts from where that is not the base model, by the hash of what is there."""
+        if asked.start is None:
+            return None
+        if asked.start.adapter is not None:
+            return Start.of(Path(asked.start.adapter).expanduser())
+        assert asked.start.from_ is not None
+        assert asked.start.budget is not None
+        folder = self.store.checkpoint(asked.start.from_, seed, asked.start.budget)
+        return Start(folder, checkpoints.read_ledger(folder)["adapter_hash"])
 
     def _settings(self, lr: float, tuning_tokens: int) -> Settings:
         adapter, optim = self.prepared.spec.adapter, self.prepared.spec.optim
         return Settings(
-            adapters.LoraSettings(adapter.r, adapter.alpha, adapter.dropout, adapter.targets),
+            adapters.AdapterSettings(adapter.r, adapter.alpha, adapter.dropout, adapter.targets, adapter.kind),
             lr,
             optim.warmup_steps,
             optim.weight_decay,
-            Optim(optim.clip, optim.micro_tokens),
+            Optim(optim.clip, optim.micro_tokens, layout=optim.layout),
             optim.schedule,
             tuning_tokens,
+            self.prepared.spec.reference,
         )
 
 
