@@ -29,7 +29,7 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.develops: $(VENV)/.runs
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[dev,oracle]'
 	@touch $@
 
 clean:

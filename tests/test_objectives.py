@@ -93,12 +93,12 @@ BY_HAND: list[tuple[Objective, TokenStats, float]] = [
     ),
     (kl.Kl(weight=0.5), stats([[-1.0, -2.0], [-3.0]], kl=[[0.3, 0.0], [0.6]]), 2.0 + 0.5 * 0.3),
     (
-        kl.Kl(weight=0.5, on="all"),  # two prompt tokens are measured too: KL 2.0 / 5, NLL over the targets alone
+        kl.Kl(weight=0.5, over="all"),  # two prompt tokens are measured too: KL 2.0 / 5, NLL over the targets alone
         stats([[-7.0, -1.0, -2.0], [-8.0, -3.0]], kl=[[0.1, 0.3, 0.0], [1.0, 0.6]], prompt=[1, 1]),
         2.0 + 0.5 * 2.0 / 5,
     ),
     (
-        kl.Kl(weight=0.5, on="general"),  # the second of each two sequences has no target: KL 0.8 / 3
+        kl.Kl(weight=0.5, over="general"),  # the second of each two sequences has no target: KL 0.8 / 3
         stats(
             [[-1.0, -2.0], [-9.0], [-3.0], [-9.0, -9.0]],
             per_example=2,
@@ -242,8 +242,8 @@ def chat_of(objective: Objective, chat: Chat) -> Chat:
         (sft.Sft(), ["Two."]),
         (ip.Ip(), ["Two."]),
         (kl.Kl(), ["Two."]),
-        (kl.Kl(on="all"), ["Two."]),
-        (kl.Kl(on="general"), ["Two.", None]),
+        (kl.Kl(over="all"), ["Two."]),
+        (kl.Kl(over="general"), ["Two.", None]),
         (dpo.Dpo(), ["Two.", "Three."]),
         (ipo.Ipo(), ["Two.", "Three."]),
         (simpo.Simpo(), ["Two.", "Three."]),
@@ -288,7 +288,7 @@ def test_both_answers_without_a_condition_are_cft_minus_its_tokens(tiny_chat: Ch
 def test_a_general_prompt_is_measured_at_its_answer_or_else_at_the_prompt(tiny_chat: Chat) -> None:
     def beside(answer: str) -> list[int]:
         example = replace(EXAMPLES[0], companion=Example("g", "Hi?", answer))
-        measured = kl.Kl(on="general").render(example, tiny_chat, np.random.default_rng(0))[1]
+        measured = kl.Kl(over="general").render(example, tiny_chat, np.random.default_rng(0))[1]
         assert measured.targets == 0
         return list(measured.ids[measured.start :])
 
@@ -342,7 +342,7 @@ def test_a_share_is_the_share_of_examples(always: Objective, some: Objective, sh
 
 @pytest.mark.parametrize(
     "objective",
-    [*(kind() for kind in OBJECTIVES.values()), kl.Kl(on="general"), kl.Kl(on="all"), orpo.Orpo(nll_scope="all")],
+    [*(kind() for kind in OBJECTIVES.values()), kl.Kl(over="general"), kl.Kl(over="all"), orpo.Orpo(nll_scope="all")],
     ids=repr,
 )
 def test_the_worst_case_holds_every_sequence_that_can_be_rendered(objective: Objective, tiny_chat: Chat) -> None:

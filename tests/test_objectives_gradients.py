@@ -26,9 +26,9 @@ WHOLE: list[tuple[Objective, float]] = [  # with what the objective's own pass o
     (orpo.Orpo(weight=0.5, nll=0.0), 0.0),
     (kl.Kl(weight=0.5), 0.0),
     (kl.Kl(weight=0.5, towards="forward"), 0.0),
-    (kl.Kl(weight=0.5, on="all"), 0.0),
-    (kl.Kl(weight=0.5, on="all", towards="forward"), 0.0),
-    (kl.Kl(weight=0.5, on="general"), 0.0),
+    (kl.Kl(weight=0.5, over="all"), 0.0),
+    (kl.Kl(weight=0.5, over="all", towards="forward"), 0.0),
+    (kl.Kl(weight=0.5, over="general"), 0.0),
     (sft_safety.SftSafety(share=1.0), 0.0),
 ]
 
@@ -97,11 +97,11 @@ def test_the_two_directions_of_a_kl_differ(tiny_chat: Chat) -> None:
 
 def test_where_a_kl_is_taken_its_gradient_falls(tiny_chat: Chat) -> None:
     """What is only measured is moved by a KL, and by nothing where that has no weight; targets are learned anyway."""
-    for on in ("all", "general"):
-        batch = world(kl.Kl(on=on), tiny_chat).batch  # type: ignore[arg-type]
+    for over in ("all", "general"):
+        batch = world(kl.Kl(over=over), tiny_chat).batch  # type: ignore[arg-type]
         assert batch.target_T is not None
-        moved = gradient(kl.Kl(weight=1.0, on=on), tiny_chat)[1].abs().sum(-1) > 0  # type: ignore[arg-type]
-        unmoved = gradient(kl.Kl(weight=0.0, on=on), tiny_chat)[1].abs().sum(-1) > 0  # type: ignore[arg-type]
+        moved = gradient(kl.Kl(weight=1.0, over=over), tiny_chat)[1].abs().sum(-1) > 0  # type: ignore[arg-type]
+        unmoved = gradient(kl.Kl(weight=0.0, over=over), tiny_chat)[1].abs().sum(-1) > 0  # type: ignore[arg-type]
         assert moved.all()
         assert torch.equal(unmoved, batch.target_T)
 
