@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import killing
 from leeway.data.ledger import MATCHED
 from leeway.errors import LeewayError
 from leeway.study.parse import parse
@@ -156,40 +159,42 @@ def test_a_finished_study_is_not_done_again(
     assert contents(carry(study(models["llama"], root), finished)) == before
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_a_random_moment_it_goes_on_to_the_same_bytes(
-    seed: int, finished: Path, models: dict[str, Path], root: Path, tmp_path: Path
-) -> None:
-    path, out = tmp_path / "study.yaml", tmp_path / "killed"
-    path.write_text(study(models["llama"], root))
-    command = [
-        sys.executable,
-        "-m",
-        "leeway",
-        "run",
-        str(path),
-        "--out",
-        str(out),
-        "--quiet",
-        "--workers",
-        str(1 + seed % 2),
-    ]
-    rng = random.Random(seed)
-    kills = 0
-    for _ in range(4):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while not list(out.rglob("*.jsonl")) and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0.1, 3.0))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    subprocess.run(command, check=True, capture_output=True)
-    assert kills > 0
+def the_same(out: Path, finished: Path) -> None:
     assert contents(out) == contents(finished)
     assert losses(out) == losses(finished)
     assert not list(out.rglob(".partial-*"))
+
+
+def test_killed_at_twenty_random_moments_it_goes_on_to_the_same_bytes(
+    finished: Path, models: dict[str, Path], root: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    path, out = tmp_path / "study.yaml", tmp_path / "killed"
+    path.write_text(study(models["llama"], root))
+    seed = random.SystemRandom().randrange(10**6)
+    command = [sys.executable, killing.__file__, str(path), str(out), str(killing.done_in(finished)), str(seed)]
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **one_thread})
+    kills, code = map(int, done.stdout.split())
+    record_property("measured", f"killed at {kills} random moments (seed {seed}), then the same bytes (at least 20)")
+    assert kills >= 20, done.stderr
+    assert code == 0, done.stderr
+    the_same(out, finished)
+
+
+def test_killed_with_two_workers_it_goes_on_to_the_same_bytes(
+    finished: Path, models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "study.yaml", tmp_path / "killed"
+    path.write_text(study(models["llama"], root))
+    command = [sys.executable, "-m", "leeway", "run", str(path), "--out", str(out), "--quiet", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until = random.uniform(0.0, 0.8) * killing.done_in(finished)
+    while killing.done_in(out) <= until and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert killing.done_in(out) < killing.done_in(finished)
+    the_same(carry(path.read_text(), out), finished)
 
 
 def test_a_tampered_ledger_stops_the_study_naming_the_column(
