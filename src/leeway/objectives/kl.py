@@ -4,7 +4,7 @@
 
 The divergence is over the full vocabulary at each of M tokens: single-sample estimators on data tokens are not a KL
 (with k1 the gradient is a rescaled SFT). `towards`: `reverse`, D(policy || reference), is the default; `forward` is
-D(reference || policy). `on` says which tokens: the targets (`answer`), the prompt's as well (`all`), or those of a
+D(reference || policy). `over` says which tokens: the targets (`answer`), the prompt's as well (`all`), or those of a
 general prompt beside each example (`general`: its answer where it has one, else the prompt), which is not learned.
 """
 
