@@ -1,0 +1,212 @@
+"""What a study may vary: where trajectories start, how budgets count, rates and their decay; and how it is shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_study import carry, contents
+from typer.testing import CliRunner
+
+from leeway.cli import app
+from leeway.data.ledger import DATA, MATCHED, Matching, differences
+from leeway.errors import LeewayError
+from leeway.study.ledger_view import view
+from leeway.study.parse import parse
+from leeway.study.pieces import pieces_of
+from leeway.study.plan import plan
+from leeway.study.prepare import prepare
+from leeway.study.tuning import Trial, choose
+
+STUDY = """
+name: stages
+model: {model}
+device: cpu
+task: {{files: {{train: {root}/train.jsonl, test: {root}/test.jsonl}}}}
+objectives: {objectives}
+budgets: [300, 600]
+optim: {{lr: 3.0e-3, batch: 4, warmup_steps: 2}}
+evals: {{batch: 16, conditions: first, capability: [{{name: files, max_new_tokens: 4}}]}}
+"""
+STAGED = "[sft, {dpo-on-sft: {dpo: {}, start: {from: sft, budget: 300}, reference: REF}}, {kl: {weight: 0.1}}]"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    sums = [(a, b) for a in range(1, 9) for b in range(1, 6)]
+    train = [
+        {"prompt": f"{a} + {b}?", "completion": f"It is {a + b}.", "rejected": f"It is {a + b + 1}."} for a, b in sums
+    ]
+    test = [{"prompt": f"{a} + 7?", "answer": str(a + 7)} for a in range(4)]
+    for name, records in (("train", train), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    return folder
+
+
+def text(models: dict[str, Path], root: Path, objectives: str) -> str:
+    return STUDY.format(model=models["llama"], root=root, objectives=objectives)
+
+
+def ledger(out: Path) -> pd.DataFrame:
+    return pd.read_parquet(out / "ledger.parquet").set_index(["objective", "budget"])
+
+
+@pytest.mark.parametrize("reference", ["start", "base"])
+def test_dpo_starts_from_sft_and_is_held_against_what_it_says(
+    reference: str, models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    study = text(models, root, STAGED.replace("REF", reference)) + "adapter: {dropout: 0.0}\n"
+    out = carry(study, tmp_path / "one")
+    lines = ledger(out)
+    first = json.loads((out / "steps" / "dpo-on-sft-s0.jsonl").read_text().split("\n")[0])
+    # at its own start the margin is 0: ln 2; against the base it has moved already
+    assert (first["loss"] == pytest.approx(0.6931472, abs=2e-6)) == (reference == "start")
+    same = lines.loc[("dpo-on-sft", 300), "reference_hash"] == lines.loc[("sft", 300), "reference_hash"]
+    assert same == (reference == "base")
+    assert lines.loc[("dpo-on-sft", 300), "init_hash"] != lines.loc[("sft", 300), "init_hash"]
+    assert lines.loc[("kl", 300), "init_hash"] == lines.loc[("sft", 300), "init_hash"]
+    for column in DATA:
+        assert lines[column].groupby("budget").nunique().eq(1).all(), column
+    assert contents(carry(study, tmp_path / "two", workers=2)) == contents(out)
+
+
+def test_a_stopped_second_stage_goes_on_with_the_same_reference(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    study = text(models, root, STAGED.replace("REF", "start"))
+    out = carry(study, tmp_path / "run")
+    before = contents(out)
+    for gone in [*out.glob("checkpoints/dpo-on-sft/s0/600/*"), *out.glob("parts/dpo-on-sft-s0-600-*")]:
+        gone.unlink()
+    (out / "checkpoints" / "dpo-on-sft" / "s0" / "600").rmdir()
+    assert contents(carry(study, out)) == before  # no optimiser is left at 300: it starts from the start again
+
+
+def test_a_start_from_a_saved_adapter_is_the_start_from_the_checkpoint(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    inside = carry(text(models, root, STAGED.replace("REF", "start")), tmp_path / "inside")
+    saved = inside / "checkpoints" / "sft" / "s0" / "300"
+    outside = f"[{{dpo-on-sft: {{dpo: {{}}, start: {{adapter: {saved}}}}}}}]"
+    out = carry(text(models, root, outside), tmp_path / "outside")
+    at = Path("checkpoints") / "dpo-on-sft" / "s0" / "600" / "adapter_model.safetensors"
+    assert (out / at).read_bytes() == (inside / at).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("objectives", "fault"),
+    [
+        ("[{a: {dpo: {}, start: {from: sft, budget: 300}}}, sft]", "a: start.from 'sft' is not listed before it"),
+        ("[sft, {a: {dpo: {}, start: {from: sft, budget: 301}}}]", "start.budget 301 is not among the budgets"),
+        ("[sft, {a: {dpo: {}, start: {from: sft}}}]", "budget goes with from"),
+        ("[sft, {a: {dpo: {}, start: {}}}]", "give {from: OBJECTIVE, budget: …}, or {adapter: FOLDER}"),
+        ("[sft, {a: {dpo: {}, start: {adapter: nowhere}}}]", "'nowhere' is no folder"),
+        ("[sft_safety]", "safety is missing, and sft_safety needs it"),
+        ("[{kl: {over: general}}]", "general is missing, and kl needs it"),
+        ("[{kl: {over: sideways}}]", "answer or all or general"),
+    ],
+)
+def test_what_is_missing_is_named(objectives: str, fault: str, models: dict[str, Path], root: Path) -> None:
+    with pytest.raises(LeewayError) as found:
+        parse(text(models, root, objectives), "x")
+    assert fault in str(found.value)
+
+
+def test_budgets_of_processed_tokens_match_compute(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    study = text(models, root, "[sft, dpo, cft]") + "budget: {count: processed}\n"
+    lines = ledger(carry(study, tmp_path / "run"))
+    batch = 4 * 2 * 40  # examples a step, sequences of each, and no sequence here is as long as that
+    assert ((lines.processed_tokens >= lines.index.get_level_values("budget")).all()).all()
+    assert (lines.processed_tokens < lines.index.get_level_values("budget") + batch).all()
+    assert lines.loc[("dpo", 600), "step"] < lines.loc[("sft", 600), "step"]
+    for _, group in lines.reset_index().groupby("step"):
+        assert group.data_hash.nunique() == 1
+    assert view(tmp_path / "run").faults == ()
+
+
+def test_a_decay_takes_a_run_of_its_own_for_every_budget(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    constant, linear = text(models, root, "[sft]"), text(models, root, "[sft]").replace("lr:", "schedule: linear, lr:")
+    planned = plan(parse(linear, "x"))
+    assert [t.budgets for t in planned.trajectories] == [(600,), (300,)]
+    assert "every budget is a run of its own" in planned.to_text()
+    whole = sum(t.processed_tokens for t in planned.trajectories)
+    assert whole > 1.4 * plan(parse(constant, "x")).trajectories[0].processed_tokens
+    out, same = carry(linear, tmp_path / "linear"), carry(constant, tmp_path / "constant")
+    rates = [json.loads(line)["lr"] for line in (out / "steps" / "sft-s0-600.jsonl").read_text().splitlines()]
+    assert rates[1] == 3e-3
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] == pytest.approx(3e-3 / (len(rates) - 1))
+    assert (ledger(out).data_hash == ledger(same).data_hash).all()
+    assert (ledger(out).adapter_hash != ledger(same).adapter_hash).all()
+
+
+def test_the_sweep_takes_the_most_accurate_rate_and_of_equals_the_smallest() -> None:
+    trials = tuple(Trial(lr, accuracy, 10) for lr, accuracy in ((3e-4, 0.5), (1e-4, 0.5), (3e-5, 0.2)))
+    found = choose(trials, items=4, budget=9)
+    assert (found.lr, found.tokens) == (1e-4, 30)
+
+
+def test_tuned_rates_are_chosen_on_examples_that_nothing_is_trained_on(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    sweep = "tune: {lrs: [1.0e-3, 3.0e-3], budget: 200, items: 6}"
+    study = text(models, root, "[sft, dpo]").replace("lr: 3.0e-3", f"lr: tuned, {sweep}")
+    prepared = prepare(parse(study, "x"))
+    assert prepared.tuning is not None
+    trained = {e.id for s in prepared.schedules.values() for e in s.examples} | {e.id for e in prepared.companions.task}
+    assert len(prepared.tuning.test.items) == 6
+    assert not trained & {i.id for i in prepared.tuning.test.items}
+    assert [p.kind for p in pieces_of(prepared)] == ["base", "tune", "tune", "train", "train"]
+    out = carry(study, tmp_path / "one", workers=2)
+    lines, manifest = ledger(out), json.loads((out / "manifest.json").read_text())
+    for alias, choice in manifest["tuning"].items():
+        assert [t["lr"] for t in choice["trials"]] == [1e-3, 3e-3]
+        assert set(lines.loc[alias, "lr"]) == {choice["lr"]}
+        assert set(lines.loc[alias, "tuning_tokens"]) == {sum(t["tokens"] for t in choice["trials"])}
+    assert lines.loc[("dpo", 300), "tuning_tokens"] > lines.loc[("sft", 300), "tuning_tokens"] > 0
+    with pytest.raises(LeewayError, match="40 examples cannot be set aside, there are 40"):
+        prepare(parse(study.replace("items: 6", "items: 40"), "x"))
+
+
+def test_each_objective_may_have_its_own_rate(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    study = text(models, root, "[sft, dpo]")
+    own = study.replace("lr: 3.0e-3", "lr: {sft: 3.0e-3, dpo: 1.0e-3}")
+    lines, same = ledger(carry(own, tmp_path / "own")), ledger(carry(study, tmp_path / "same"))
+    assert (lines.loc["sft"].adapter_hash == same.loc["sft"].adapter_hash).all()
+    assert set(lines.loc["dpo", "lr"]) == {1e-3}
+    with pytest.raises(LeewayError, match="optim.lr: no rate for dpo"):
+        parse(study.replace("lr: 3.0e-3", "lr: {sft: 1.0e-3}"), "x")
+    with pytest.raises(LeewayError, match="optim.lr: 'dpoo' is no objective of this study; did you mean 'dpo'"):
+        parse(study.replace("lr: 3.0e-3", "lr: {sft: 1.0e-3, dpo: 1.0e-3, dpoo: 1.0e-3}"), "x")
+
+
+def test_the_ledger_command_shows_what_differs_and_exits_1(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    out = carry(text(models, root, "[sft, kl]"), tmp_path / "run")
+    whole = CliRunner().invoke(app, ["ledger", str(out)])
+    assert whole.exit_code == 0
+    assert "4 checkpoints: matched" in whole.output
+    path = out / "checkpoints" / "kl" / "s0" / "300" / "ledger.json"
+    line = json.loads(path.read_text())
+    path.write_text(json.dumps({**line, "data_hash": "0" * 16}))
+    broken = CliRunner().invoke(app, ["ledger", str(out)])
+    assert broken.exit_code == 1
+    assert "differs: data_hash differs at budget 300, seed 0: kl has '0000000000000000'" in broken.output
+    assert "data_hash of kl at budget 300, seed 0 is not its checkpoint's" in broken.output
+    path.write_text(json.dumps({**line, "adapter_hash": "f" * 16}))
+    assert any("the adapter is not the one its ledger names" in f for f in view(out).faults)
+    with pytest.raises(LeewayError, match="not a run directory"):
+        view(tmp_path)
+
+
+def test_differences_are_found_in_every_matched_column() -> None:
+    line = {c: 1 for c in MATCHED} | {"objective": "a", "seed": 0, "budget": 5}
+    for column in MATCHED:
+        other = {**line, "objective": "b", column: 2}
+        found = differences([line, other], Matching())
+        assert [d.column for d in found] == [column]
+        assert differences([line, {**other, "seed": 1}], Matching()) == []
+        apart = differences([line, other], Matching(starts={"b": "elsewhere"}))
+        assert bool(apart) == (column in DATA)
