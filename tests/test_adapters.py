@@ -83,6 +83,16 @@ def test_a_fresh_adapter_is_the_model_itself_and_training_moves_it(
     assert gap(logits(t.model), base) > 1e-4
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_a_fresh_adapter_is_the_model_itself_in_bfloat16_too(kind: Kind, arch: str, models: dict[str, Path]) -> None:
+    model = load_model(str(models[arch]), device="cpu", dtype="bfloat16")
+    base = logits(model)
+    adapters.attach(model, settings(kind).adapter, seed=0)
+    assert {p.dtype for p in adapters.trainable(model)} == {torch.float32}
+    assert torch.equal(logits(model), base)
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])  # the embedding grows, or has rows to spare
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_objective_has_the_same_start(kind: Kind, arch: str, models: dict[str, Path]) -> None:
@@ -199,6 +209,13 @@ def test_a_control_token_s_row_is_trained_with_all_else(models: dict[str, Path],
     go(t, 1, tmp_path)
     assert not torch.equal(table[rows[0]], table[rows[1]])
     assert not out[rows].any()  # read, never predicted
+
+
+def test_weights_in_several_files_are_read_as_one(models: dict[str, Path], tmp_path: Path) -> None:
+    model = moved(models["llama"], "full")
+    model.lm.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model*.safetensors"))) > 2
+    assert adapters.adapter_hash(adapters.saved(tmp_path)) == adapters.adapter_hash(adapters.state(model))
 
 
 def test_whole_weights_are_not_trained_in_bfloat16(models: dict[str, Path]) -> None:

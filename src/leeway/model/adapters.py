@@ -92,12 +92,25 @@ def _attach_low_rank(model: Model, settings: AdapterSettings, seed: int, rows: l
             model.lm = peft.get_peft_model(model.lm, config)
     except ValueError as error:
         raise LeewayError(f"adapter.targets: {settings.targets!r} ({error})", fix="use all-linear") from error
+    _true_magnitudes(model)
     table, out = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
     if any(hasattr(layer, "lora_A") for layer in (table, out)):
         raise LeewayError(
             f"adapter.targets: {settings.targets!r} reaches the embeddings or the output head, which stay frozen",
             fix="use all-linear, or name attention and MLP layers only",
         )
+
+
+@torch.no_grad()
+def _true_magnitudes(model: Model) -> None:
+    """Set DoRA's magnitudes to the norms of the weights' rows, in the magnitudes' own float32.
+
+    peft takes them in the weights' dtype: in bfloat16 they are off by up to 0.4%, and a fresh adapter is not the base.
+    """
+    for layer in model.lm.modules():
+        for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+            weight = layer.get_base_layer().weight
+            magnitude.weight.copy_(torch.linalg.norm(weight.to(magnitude.weight.dtype), dim=1))
 
 
 def _add_control_tokens(model: Model, tokens: tuple[str, ...]) -> list[int]:
