@@ -2,11 +2,10 @@
 
 dataset: the answer that the data set itself holds.
 corrupted: the preferred answer with another final number and, half of the time where it has at least two lines of
-reasoning, with one of those lines dropped. Drawn from (seed, example id) alone. The final number is the first one after
-the first `####`; where there is none, the one in the last `\\boxed{}`, else behind the last "answer is", else the last
-number of the answer: what a grader would read. The wrong number differs from it by value, not only by how it is written,
-and its sign, decimals and commas keep their form. Nothing else is changed, so the reasoning may still hold the right
-number.
+reasoning, with one of those lines dropped. Drawn from (seed, example id) alone. The final number is the one that a
+grader would read: behind the first `####`, else in the last `\\boxed{}`, else behind the last "answer is", else the
+last number of the answer. The wrong one differs from it by value, not only by how it is written; its sign, decimals
+and commas keep their form. Nothing else is changed, so the reasoning may still hold the right number.
 """
 
 from __future__ import annotations
