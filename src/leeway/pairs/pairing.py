@@ -41,13 +41,13 @@ def pair(
     """The examples with rejected answers made as `settings` say.
 
     `base` and `cache` (a folder) are for sampled-errors and unsafe; `grade` is for sampled-errors, and where unsafe
-    has it the report says how many accepted answers are right. What those two draw does not depend on `needed_by`, so that a study of SFT alone has the same examples as one of SFT beside DPO. Raises
-    LeewayError where an objective in `needed_by` would lack a rejected answer, where an example cannot be checked or
-    corrupted, and where nothing at all is accepted; NotDrawn where `base.load` is `not_to_be_drawn` and an answer is
-    not in the cache.
+    has it the report says how many accepted answers are right. What those two draw does not depend on `needed_by`, so
+    that a study of SFT alone has the same examples as one of SFT beside DPO. Raises LeewayError where an objective in
+    `needed_by` would lack a rejected answer, where an example cannot be checked or corrupted, and where nothing at all
+    is accepted; NotDrawn where `base.load` is `not_to_be_drawn` and an answer is not in the cache.
     """
-    if settings.filter == "model" and settings.strategy == "sampled-errors":
-        raise LeewayError("pairs: filter: model is for from: unsafe", fix="leave filter out: the grader is the filter")
+    if settings.filter == "model" and settings.strategy != "unsafe":
+        raise LeewayError(f"pairs: filter: model is for from: unsafe, not {settings.strategy}", fix="leave filter out")
     if settings.strategy == "dataset":
         return _from_dataset(examples, needed_by)
     if settings.strategy == "corrupted":
