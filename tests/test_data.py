@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from leeway.data import files, forbidden, gsm8k, persona
 from leeway.data.batches import schedule
 from leeway.data.items import Example
-from leeway.data.ledger import MATCHED, check_matched
+from leeway.data.ledger import DATA, MATCHED, Matching, check_matched
 from leeway.data.pairs import corrupt, corruption, make_pairs
 from leeway.data.read import read
 from leeway.errors import LeewayError
@@ -187,9 +187,24 @@ def test_the_data_hash_sees_every_text() -> None:
 @pytest.mark.parametrize("column", MATCHED)
 def test_a_difference_in_a_matched_column_is_named(column: str) -> None:
     line = dict.fromkeys(MATCHED, 1) | {"seed": 0, "budget": 8, "objective": "sft"}
-    check_matched([line, {**line, "objective": "dpo"}, {**line, "budget": 16, column: 2}])
+    other = {**line, "objective": "dpo", column: 2}
+    later = {**line, "budget": 16} | ({column: 2} if column in DATA else {})
+    check_matched([line, {**line, "objective": "dpo"}, later], Matching())
     with pytest.raises(LeewayError, match=f"ledger: {column} differs at budget 8, seed 0: sft has 1, dpo has 2"):
-        check_matched([line, {**line, "objective": "dpo", column: 2}])
+        check_matched([line, other], Matching())
+    check_matched([line, {**other, "seed": 1}], Matching())
+
+
+def test_by_processed_tokens_lines_match_where_their_steps_do() -> None:
+    line = dict.fromkeys(MATCHED, 1) | {"seed": 0, "budget": 8, "objective": "sft"}
+    check_matched([line, {**line, "objective": "dpo", "step": 2, "data_hash": 2}], Matching("processed"))
+    with pytest.raises(LeewayError, match="data_hash differs"):
+        check_matched([line, {**line, "objective": "dpo", "data_hash": 2}], Matching("processed"))
+
+
+def test_who_starts_elsewhere_is_held_against_those_alike() -> None:
+    line = dict.fromkeys(MATCHED, 1) | {"seed": 0, "budget": 8, "objective": "sft"}
+    check_matched([line, {**line, "objective": "dpo", "init_hash": 2}], Matching(starts={"dpo": "sft at 8"}))
 
 
 def test_gsm8k_as_published(real_data: Path) -> None:
