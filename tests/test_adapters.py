@@ -206,6 +206,7 @@ def test_a_control_token_s_row_is_trained_with_all_else(models: dict[str, Path],
     rows = list(t.model.head.blocked)
     table, out = t.model.lm.get_input_embeddings().weight, t.model.lm.get_output_embeddings().weight
     assert torch.equal(table[rows[0]], table[rows[1]])
+    torch.testing.assert_close(table[rows[0]], table[: rows[0]].mean(0), rtol=1e-5, atol=1e-7)
     go(t, 1, tmp_path)
     assert not torch.equal(table[rows[0]], table[rows[1]])
     assert not out[rows].any()  # read, never predicted

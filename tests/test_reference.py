@@ -251,6 +251,18 @@ def test_asked_beforehand_it_answers_what_it_would_have(
     assert most <= 1e-6
 
 
+@pytest.mark.parametrize("objective", [dpo.Dpo(), kl.Kl(weight=0.5)], ids=lambda o: o.name)
+def test_packed_rows_are_asked_beforehand_too(objective: object, models: dict[str, Path], tmp_path: Path) -> None:
+    found = []
+    for kept in (False, True):
+        t = trajectory(models["llama"], "lora", objective, kept=kept)
+        t.settings = replace(t.settings, loop=replace(t.settings.loop, layout="packed"))
+        go(t, 1, tmp_path / str(kept))
+        found.append(steps(tmp_path / str(kept)))
+    for live, asked in zip(*found, strict=True):
+        assert asked["loss"] == pytest.approx(live["loss"], rel=1e-5)
+
+
 def test_asked_beforehand_no_copy_of_the_weights_is_held(models: dict[str, Path], tmp_path: Path) -> None:
     t = trajectory(models["qwen2"], "full", dpo.Dpo(), kept=True)
     assert t.compared.frozen
