@@ -7,7 +7,7 @@ about 1e-6, so that the laws are held to 1e-6 on a float64 copy, and the float32
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,15 @@ SETTINGS = Settings(
 )
 BOUND, BOUND_FLOAT32 = 1e-6, 5e-6
 BOUND_BFLOAT16 = (0.02, 0.15)  # of a loss, of a gradient
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small are fastest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
