@@ -30,17 +30,12 @@ def train_examples(revision: str | None = None) -> tuple[list[Example], str]:
     return examples, loaded.origin
 
 
-def final_number(answer: str) -> str:
-    """What stands after the last `####`, without its commas."""
-    return answer.rsplit("####", 1)[-1].strip().replace(",", "")
-
-
 def held_out_items(revision: str | None = None) -> tuple[list[CapabilityItem], str]:
     """The official test split; the reference is the number after `####`."""
     loaded: Loaded = load(TEST, revision=revision)
     items = []
     for n, record in enumerate(loaded.records):
         where = f"gsm8k test, record {n + 1}"
-        gold = final_number(field(record, ("answer",), where))
+        gold = field(record, ("answer",), where).rsplit("####", 1)[-1].strip().replace(",", "")
         items.append(CapabilityItem(f"gsm8k/{n}", prompt(field(record, ("question",), where)), gold))
     return items, loaded.origin

@@ -123,7 +123,7 @@ def model_hash(name: str, revision: str | None, lm: Any) -> str:
     if folder.is_dir():
         files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
         return digest("files", [[f.name, file_digest(f)] for f in files])
-    return digest("hub", name, revision, getattr(lm.config, "_commit_hash", None))
+    return digest("hub", name, revision, getattr(getattr(lm, "config", None), "_commit_hash", None))
 
 
 def _context(config: Any) -> int:

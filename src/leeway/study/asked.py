@@ -91,9 +91,15 @@ def as_items(examples: Seq[Example], spec: Spec) -> list[CapabilityItem]:
     task = spec.task.name
     if task == "organism":
         return [world.as_item(e) for e in examples]
-    if task == "gsm8k":
-        return [CapabilityItem(e.id, e.prompt, gsm8k.final_number(e.preferred)) for e in examples]
-    return [CapabilityItem(e.id, e.prompt, e.preferred) for e in examples]
+    return [CapabilityItem(e.id, e.prompt, _checkable(e, task)) for e in examples]
+
+
+def _checkable(example: Example, task: str) -> str:
+    """The number that a preferred answer ends on; for files, the whole answer where it ends on none."""
+    found = gsm8k_grader.flexible(example.preferred) if task == "files" else gsm8k_grader.strict(example.preferred)
+    if found is None and task == "gsm8k":
+        raise LeewayError(f"example {example.id} has no number after ####", fix="mend or remove that record")
+    return example.preferred if found is None else str(found)
 
 
 def held_out_test(examples: Seq[Example], spec: Spec) -> Capability:

@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
+from leeway.study.drawing import Drawing
 from leeway.study.pieces import Piece
 from leeway.study.prepare import Prepared, prepare
 from leeway.study.spec import Spec
@@ -119,7 +120,8 @@ def _begin(raw_spec: dict[str, Any], folder: Path, events: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hold = (folder / ".workers").open("w")
     fcntl.flock(hold, fcntl.LOCK_SH)
-    _work = Work(prepare(Spec.model_validate(raw_spec)), Store(folder), timed(events.put))
+    store = Store(folder)
+    _work = Work(prepare(Spec.model_validate(raw_spec), Drawing(store.pairs)), store, timed(events.put))
     _work.__dict__["_hold"] = hold
 
 

@@ -14,8 +14,9 @@ import torch
 from leeway.data.ledger import Matching
 from leeway.errors import LeewayError
 from leeway.evals.jailbreak import Jailbreak
+from leeway.hashing import digest
 from leeway.model.load import Model, model_hash, resolve
-from leeway.objectives import ip
+from leeway.objectives import ip, sft_refusal
 from leeway.study.prepare import Prepared
 
 PACKAGES = (
@@ -78,7 +79,12 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
             "origins": prepared.origins,
             "examples": prepared.examples,
             "left_out": {"count": len(prepared.left_out), "ids": list(prepared.left_out)},
-            "pairs": spec.pairs.from_,
+            "pairs": prepared.pairs.to_json() if prepared.pairs else spec.pairs.from_,
+            "companions": {
+                kind: {"count": len(pool), "hash": digest(kind, [[e.id, e.prompt, e.preferred] for e in pool])}
+                for kind in ("general", "safety")
+                if (pool := getattr(prepared.companions, kind))
+            },
         },
         "objectives": {
             alias: {**{"kind": o.name}, **getattr(o, "__dict__", {})} for alias, o in prepared.objectives.items()
@@ -96,6 +102,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
             "reference": spec.reference,
         },
         "inoculations": {"version": ip.inoculations().version, "hash": ip.inoculations().hash},
+        "refusals": {"version": sft_refusal.texts().version, "hash": sft_refusal.texts().hash},
         "evals": {e.key: {"hash": e.hash, "answers": len(e)} for e in prepared.evals},
         "attacks": {
             a.name: {"version": a.version, "hash": a.hash, "origin": a.origin}

@@ -187,7 +187,9 @@ class Evals(Part):
     capability: Annotated[tuple[CapabilitySpec, ...], BeforeValidator(_named)] = ()
     jailbreak: JailbreakSpec | None = None
     persona: PersonaSpec | None = None
-    conditions: Literal["all", "first"] = "all"
+    conditions: Literal["all", "last", "first"] = Field(
+        default="all", description="test-time prompts: all, the others at the last budget only, or the first alone"
+    )
     batch: int = Field(default=128, gt=0, description="answers generated at a time")
 
     @model_validator(mode="after")

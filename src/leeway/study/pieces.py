@@ -76,7 +76,7 @@ def whos(prepared: Prepared, piece: Piece) -> list[Who]:
     return [
         Who(piece.alias, piece.seed, budget, condition)
         for budget in piece.budgets
-        for condition in prepared.conditions(piece.alias)
+        for condition in prepared.conditions(piece.alias, budget)
     ]
 
 
@@ -88,8 +88,8 @@ def schedule_of(prepared: Prepared, piece: Piece) -> Schedule:
 
 
 def relative_cost(objective: Objective) -> float:
-    """Training work per source token: a pair is two sequences, a reference pass about half of one."""
-    sequences = 2.0 if objective.needs_pairs else 1.0
+    """Training work per source token: a pair is two sequences, a companion one more, a reference pass about half."""
+    sequences = (2.0 if objective.needs_pairs else 1.0) + (1.0 if objective.companion else 0.0)
     return sequences * (1.0 if objective.needs_reference == "nothing" else 1.5)
 
 

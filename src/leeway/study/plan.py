@@ -102,7 +102,7 @@ def plan(spec: Spec) -> Plan:
         evaluated=evaluated,
         answers_each=answers,
         left_out=len(prepared.left_out),
-        notes=tuple(_notes(spec, trajectories)),
+        notes=(*_undrawn(prepared), *_notes(spec, trajectories)),
         estimated_hours=(training + answering) * total / (EFFICIENCY * _flops()) / 3600,
         estimated_memory_gib=0.6 + (total * 4 + trained * 16 + spec.optim.micro_tokens * 4096) / 2**30,
         estimated_disk_gib=(checkpoints * trained * 4 + evaluated * answers * 600) / 2**30,
@@ -133,6 +133,15 @@ def _trajectory(prepared: Prepared, piece: Piece) -> TrajectoryPlan:
         processed_tokens=processed,
         reference_tokens=0 if objective.needs_reference == "nothing" else processed,
     )
+
+
+def _undrawn(prepared: Prepared) -> Iterator[str]:
+    if prepared.pairs is None:
+        pairs = prepared.spec.pairs
+        yield (
+            f"pairs {pairs.from_}: drawn when the study runs, up to {pairs.samples * prepared.examples:,} answers; "
+            "until then a rejected answer is counted as long as the preferred one, and no example is left out"
+        )
 
 
 def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...]) -> Iterator[str]:

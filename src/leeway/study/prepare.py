@@ -9,7 +9,6 @@ from functools import cache
 from leeway.data.batches import Companions, Schedule, Slot, schedule
 from leeway.data.chat import Chat
 from leeway.data.items import Example
-from leeway.data.pairs import make_pairs
 from leeway.data.subset import subset
 from leeway.errors import LeewayError
 from leeway.evals.capability import Capability
@@ -17,7 +16,9 @@ from leeway.evals.eval import Eval
 from leeway.model.load import load_chat, load_context
 from leeway.objectives import Objective
 from leeway.objectives.objective import PLAIN, Condition
+from leeway.pairs import PairReport
 from leeway.study.asked import evals_of, held_out_test
+from leeway.study.drawing import Drawing, pairs_of
 from leeway.study.spec import Spec
 from leeway.study.training_data import chat_for, companions_of, fitting, train_examples
 from leeway.training.renderer import Renderer
@@ -45,38 +46,45 @@ class Prepared:
     evals: tuple[Eval, ...]
     examples: int
     left_out: tuple[str, ...]
+    pairs: PairReport | None  # none where they are still to be drawn
     origins: dict[str, str]
 
     def renderer(self, alias: str, seed: int) -> Renderer:
         objective = self.objectives[alias]
         return Renderer(objective, chat_for(self.chat, objective), seed, self.companions)
 
-    def conditions(self, alias: str) -> tuple[Condition, ...]:
-        """What an objective's checkpoints are measured under."""
-        conditions = self.objectives[alias].conditions
-        return conditions if self.spec.evals.conditions == "all" else conditions[:1]
+    def conditions(self, alias: str, budget: int) -> tuple[Condition, ...]:
+        """What an objective's checkpoint at a budget is measured under."""
+        conditions, asked = self.objectives[alias].conditions, self.spec.evals.conditions
+        everything = asked == "all" or (asked == "last" and budget == self.spec.budgets[-1])
+        return conditions if everything else conditions[:1]
 
     @property
     def base_conditions(self) -> tuple[Condition, ...]:
         """Plain, and all that some objective is measured under: each is compared with the base under its own."""
-        return tuple(dict.fromkeys([PLAIN, *(c for alias in self.objectives for c in self.conditions(alias))]))
+        return tuple(
+            dict.fromkeys(
+                [PLAIN, *(c for alias in self.objectives for c in self.conditions(alias, self.spec.budgets[-1]))]
+            )
+        )
 
 
-def prepare(spec: Spec) -> Prepared:
-    """Load and check everything that the study names, weights aside."""
+def prepare(spec: Spec, drawing: Drawing | None = None) -> Prepared:
+    """Load and check everything that the study names; weights only where `drawing` says that pairs may be drawn."""
     chat, context = load_chat(spec.model, spec.revision), load_context(spec.model, spec.revision)
     objectives = {o.alias: o.build() for o in spec.objectives}
     origins: dict[str, str] = {}
     raw, origins["train"] = train_examples(spec)
     needed_by = [alias for alias, o in objectives.items() if o.needs_pairs]
-    assert spec.pairs.from_ in ("dataset", "corrupted")
-    examples = make_pairs(raw, spec.pairs.from_, needed_by=needed_by)
+    examples, pairs = pairs_of(spec, raw, needed_by, chat, drawing)
     beside = companions_of(spec, origins)
     kept, left_out = fitting(examples, spec, chat, context, objectives, beside)
     kept, held_out = _set_aside(kept, spec)
     companions = replace(beside, task=tuple(kept))
     evals = tuple(evals_of(spec, origins))
-    prepared = Prepared(spec, chat, context, objectives, companions, {}, None, evals, len(kept), left_out, origins)
+    prepared = Prepared(
+        spec, chat, context, objectives, companions, {}, None, evals, len(kept), left_out, pairs, origins
+    )
     cutter = _Cutter(prepared, kept)
     schedules = {(alias, seed): cutter.cut(alias, seed, spec.budgets) for alias in objectives for seed in spec.seeds}
     tuning = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
 from leeway.study import tuning
+from leeway.study.drawing import Drawing
 from leeway.study.executor import carry_out, workers_for
 from leeway.study.manifest import check_unchanged, manifest, matching
 from leeway.study.pieces import Piece, pieces_of, relative_cost, schedule_of, whos
@@ -27,10 +29,10 @@ def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | 
     from leeway.report import build
 
     store = Store(out)
-    reporter.say(f"{spec.name}: reading the data")
-    prepared = prepare(spec)
     with store.claimed(spec.hash, spec.to_yaml()):
         _check_disk(out)
+        reporter.say(f"{spec.name}: reading the data")
+        prepared = prepare(spec, Drawing(store.pairs, may_draw=True, tick=_drawing_teller(spec, reporter)))
         work = Work(prepared, store, lambda *_: None)
         pieces = pieces_of(prepared)
         _count_work(work, pieces, reporter)
@@ -51,6 +53,19 @@ def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | 
         rows = _collect(work, pieces, facts)
         reporter.say(f"{spec.name}: {rows:,} rows; drawing the report")
         return build(out)
+
+
+def _drawing_teller(spec: Spec, reporter: Reporter) -> Callable[[int], None]:
+    """A line for every thousand answers that the base model was asked for."""
+    asked = 0
+
+    def tell(n: int) -> None:
+        nonlocal asked
+        if (asked + n) // 1000 > asked // 1000 or asked == 0:
+            reporter.say(f"{spec.name}: {asked + n:,} answers of the base model drawn for {spec.pairs.from_}")
+        asked += n
+
+    return tell
 
 
 def _collect(work: Work, pieces: list[Piece], facts: dict[str, Any]) -> int:

@@ -22,6 +22,10 @@ def show(spec: Spec, n: int) -> str:
         f"{spec.name}: the first {n} of the stream, seed {seed}; targets stand between {OPEN} and {CLOSE}, "
         f"what is measured and no target between {MEASURED_OPEN} and {MEASURED_CLOSE}"
     ]
+    if prepared.pairs is None:
+        lines.append(
+            f"rejected answers ({spec.pairs.from_}) are drawn when the study runs: preferred ones stand in here"
+        )
     for alias in prepared.objectives:
         renderer = prepared.renderer(alias, seed)
         slots = [slot for step in prepared.schedules[alias, seed].steps for slot in step][:n]

@@ -98,6 +98,7 @@ class Store:
         self.manifest_path = folder / "manifest.json"
         self.rows_path = folder / "rows.parquet"
         self.ledger_path = folder / "ledger.parquet"
+        self.pairs = folder / "pairs"  # what the base model was asked for, where pairs are drawn from it
 
     @contextmanager
     def claimed(self, study_hash: str, study_yaml: str) -> Iterator[None]:
@@ -131,7 +132,7 @@ class Store:
             try:
                 yield
             except LeewayError:
-                if known is None and not any(self.folder.rglob("ledger.json")):
+                if known is None and not self.pairs.exists() and not any(self.folder.rglob("ledger.json")):
                     self._vacate()  # a mistake found before the first checkpoint leaves the folder as it was
                 raise
 

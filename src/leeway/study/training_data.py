@@ -91,9 +91,12 @@ def _bytes(example: Example) -> int:
 
 
 def _longest_companions(companions: Companions) -> dict[str, Example]:
-    """The longest of each kind: what stands beside an example at worst."""
-    kinds = {"task": companions.task, "general": companions.general, "safety": companions.safety}
-    return {kind: max(pool, key=_bytes) for kind, pool in kinds.items() if pool}
+    """The longest of each kind: what stands beside an example at worst. Of another task example it is the answer."""
+    others = {"general": companions.general, "safety": companions.safety}
+    found = {kind: max(pool, key=_bytes) for kind, pool in others.items() if pool}
+    if companions.task:
+        found["task"] = max(companions.task, key=lambda e: len(e.preferred.encode()))
+    return found
 
 
 def _refuse_control_tokens(examples: Seq[Example], objectives: dict[str, Objective]) -> None:

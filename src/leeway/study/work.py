@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from leeway.data.batches import Mark, Schedule
 from leeway.evals.eval import Eval
 from leeway.evals.persona import Persona
@@ -17,6 +15,7 @@ from leeway.model import adapters
 from leeway.model.load import Model, load_model
 from leeway.objectives.objective import PLAIN
 from leeway.study import tuning
+from leeway.study.computing import computing
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Piece, Who, schedule_of, whos
 from leeway.study.prepare import Prepared
@@ -41,16 +40,8 @@ class Work:
     _base: Model | None = field(default=None, repr=False)
 
     def carry_out(self, piece: Piece) -> None:
-        spec = self.prepared.spec
-        threads = torch.get_num_threads()
-        torch.set_num_threads(spec.threads)
-        on_cpu = spec.device == "cpu" or not torch.cuda.is_available()
-        torch.use_deterministic_algorithms(True, warn_only=not on_cpu)
-        try:
+        with computing(self.prepared.spec):
             {"base": self._measure_base, "tune": self._tune, "train": self._carry_trajectory}[piece.kind](piece)
-        finally:
-            torch.use_deterministic_algorithms(False)
-            torch.set_num_threads(threads)
 
     def base(self) -> Model:
         if self._base is None:
@@ -135,7 +126,9 @@ class Work:
             self.store.trim_steps(log.stem, 0)
             trajectory.train_to(mark, log, self._step_teller(trajectory, mark))
             backend = TransformersBackend(
-                trajectory.model, self.prepared.conditions(piece.alias)[0].prefix, self.prepared.spec.evals.batch
+                trajectory.model,
+                self.prepared.objectives[piece.alias].conditions[0].prefix,
+                self.prepared.spec.evals.batch,
             )
             with adapters.merged(trajectory.model):
                 rows = held_out.test.run(backend, self._answer_teller(f"{piece.alias}, rate {lr:g}", held_out.test))
