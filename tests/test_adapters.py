@@ -267,6 +267,20 @@ def test_what_does_not_fit_is_told_in_one_line(
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"), [('{"r": 4', "is damaged"), ('"pissa_niter_4"', "altered the base's own weights")]
+)
+def test_a_config_that_means_another_function_is_told(
+    text: str, fault: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = go(trajectory(models["llama"], "lora", sft.Sft()), 0, tmp_path)
+    config = folder / "adapter_config.json"
+    changed = config.read_text().replace('"init_lora_weights": true', f'"init_lora_weights": {text}')
+    config.write_text(text if fault == "is damaged" else changed)
+    with pytest.raises(LeewayError, match=fault):
+        adapters.restore(moved(models["llama"], "lora"), folder)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_tokens_that_are_not_there_are_told(kind: Kind, models: dict[str, Path], tmp_path: Path) -> None:
     folder = go(trajectory(models["llama"], kind, sft.Sft()), 0, tmp_path)

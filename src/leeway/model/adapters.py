@@ -28,6 +28,8 @@ Kind = Literal["lora", "rslora", "dora", "full"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FUNCTION = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias")
 
+ALTERING = ("pissa", "olora", "corda", "loftq")  # ways to draw LoRA's matrices that take them out of the base
+
 
 @dataclass(frozen=True)
 class AdapterSettings:
@@ -225,16 +227,28 @@ def _misfit(model: Model, folder: Path, tensors: dict[str, Tensor]) -> str:
     ours = state(model)
     if is_low_rank(model) != (folder / CONFIG).is_file():
         return "one is an adapter, the other whole weights"
-    if is_low_rank(model):
-        theirs, config = json.loads((folder / CONFIG).read_text("utf-8")), model.lm.peft_config["default"].to_dict()
-        for key in FUNCTION:
-            if (theirs.get(key) or None) != (config[key] or None):
-                return f"{key} is {theirs.get(key)} there and {config[key]} here"
+    if is_low_rank(model) and (fault := _config_misfit(model, folder)):
+        return fault
     for name in sorted(ours.keys() ^ tensors.keys()):
         return f"tensor {name} is only {'here' if name in ours else 'there'}"
     for name, tensor in sorted(tensors.items()):
         if tensor.shape != ours[name].shape:
             return f"tensor {name} is {list(tensor.shape)} there and {list(ours[name].shape)} here"
+    return ""
+
+
+def _config_misfit(model: Model, folder: Path) -> str:
+    """What makes the same tensors another function, or nothing."""
+    ours = model.lm.peft_config["default"].to_dict()
+    try:
+        theirs = json.loads((folder / CONFIG).read_text("utf-8"))
+    except ValueError:
+        return f"its {CONFIG} is damaged"
+    for key in FUNCTION:
+        if (theirs.get(key) or None) != (ours[key] or None):
+            return f"{key} is {theirs.get(key)} there and {ours[key]} here"
+    if str(drawn := theirs.get("init_lora_weights")).startswith(ALTERING):
+        return f"init_lora_weights: {drawn} has altered the base's own weights"
     return ""
 
 
