@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_study import carry, contents
 from typer.testing import CliRunner
 
 from leeway.cli import app
@@ -19,6 +18,7 @@ from leeway.study.pieces import pieces_of
 from leeway.study.plan import plan
 from leeway.study.prepare import prepare
 from leeway.study.tuning import Trial, choose
+from test_study import carry, contents
 
 STUDY = """
 name: stages
@@ -177,9 +177,9 @@ def test_each_objective_may_have_its_own_rate(models: dict[str, Path], root: Pat
     lines, same = ledger(carry(own, tmp_path / "own")), ledger(carry(study, tmp_path / "same"))
     assert (lines.loc["sft"].adapter_hash == same.loc["sft"].adapter_hash).all()
     assert set(lines.loc["dpo", "lr"]) == {1e-3}
-    with pytest.raises(LeewayError, match="optim.lr: no rate for dpo"):
+    with pytest.raises(LeewayError, match=r"optim\.lr: no rate for dpo"):
         parse(study.replace("lr: 3.0e-3", "lr: {sft: 1.0e-3}"), "x")
-    with pytest.raises(LeewayError, match="optim.lr: 'dpoo' is no objective of this study; did you mean 'dpo'"):
+    with pytest.raises(LeewayError, match=r"optim\.lr: 'dpoo' is no objective of this study; did you mean 'dpo'"):
         parse(study.replace("lr: 3.0e-3", "lr: {sft: 1.0e-3, dpo: 1.0e-3, dpoo: 1.0e-3}"), "x")
 
 
@@ -202,7 +202,7 @@ def test_the_ledger_command_shows_what_differs_and_exits_1(models: dict[str, Pat
 
 
 def test_differences_are_found_in_every_matched_column() -> None:
-    line = {c: 1 for c in MATCHED} | {"objective": "a", "seed": 0, "budget": 5}
+    line = dict.fromkeys(MATCHED, 1) | {"objective": "a", "seed": 0, "budget": 5}
     for column in MATCHED:
         other = {**line, "objective": "b", column: 2}
         found = differences([line, other], Matching())

@@ -60,7 +60,7 @@ def test_verdict_names_what_moved_and_claims_no_stability():
     )
     first, second, third = verdict(table, [0])
     assert first == (
-        "At 400k source tokens, capability (accuracy) differs significantly from the base for 1 of 2 "
+        "At 400k tokens, capability (accuracy) differs significantly from the base for 1 of 2 "
         "objectives (SFT +20.0 points)."
     )
     assert second.startswith("Attack success (mean over attacks) differs significantly from the base for none of 2")

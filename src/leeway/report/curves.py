@@ -16,6 +16,8 @@ from leeway.report.figures import FAINT, INK, PERCENT, WIDTH, Drawing, finish, g
 from leeway.report.series import Series
 from leeway.stats.measures import BASE, PLAIN
 
+NAME = 0.18  # inches that a line's name takes
+
 
 def tradeoff(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
     """Capability against ASR, one panel per objective, its trajectory from the base through the budgets."""
@@ -70,18 +72,18 @@ def by_budget(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
     names = list(dict.fromkeys(primary["measure"]))
     if not lines or not names:
         return None
-    height = 2.75
+    height = max(2.75, 0.6 + NAME * (len(lines) + 1))  # every line's name finds room at the right
     figure = Figure(figsize=(WIDTH, height * len(names) + 0.25))
     panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
     total = figure.get_figheight()
-    figure.subplots_adjust(left=0.075, right=0.86, top=1 - 0.3 / total, bottom=0.48 / total, hspace=0.34)
+    figure.subplots_adjust(left=0.075, right=0.84, top=1 - 0.3 / total, bottom=0.48 / total, hspace=0.34)
     for ax, measure in zip(panels, names, strict=True):
         table = primary[primary["measure"] == measure]
         spread(ax, table, lines, bars=True)
         ax.set_title(str(table["label"].iloc[0]))
         _name_lines(ax, table, lines)
         ax.yaxis.set_major_formatter(PERCENT)
-    panels[-1].set_xlabel("Training budget, source tokens (logarithmic)")
+    panels[-1].set_xlabel("Training budget, tokens (logarithmic)")
     return finish(
         figure,
         "by-budget",
@@ -105,7 +107,7 @@ def traits(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
         ax.set_title(measure.split(":", 1)[1].replace("-", " ").capitalize())
         ax.yaxis.set_major_formatter(PERCENT)
         ax.tick_params(axis="x", labelsize=7)
-    _axis_names(figure, "Training budget, source tokens", "Endorsement")
+    _axis_names(figure, "Training budget, tokens", "Endorsement")
     legend(figure, lines)
     return finish(
         figure,
@@ -213,7 +215,8 @@ def _name_lines(ax: Axes, table: pd.DataFrame, lines: list[Series]) -> None:
     if len(base):
         ends.append((float(base.iloc[0]), "base", INK))
     low, high = ax.get_ylim()
-    heights = apart([e[0] for e in ends], 0.082 * (high - low), low, high)
+    tall = ax.get_window_extent().height / ax.figure.dpi
+    heights = apart([e[0] for e in ends], NAME / tall * (high - low), low, high)
     right = ax.get_xlim()[1]
     for (rate, label, colour), height in zip(ends, heights, strict=True):
         ax.annotate(
@@ -224,7 +227,14 @@ def _name_lines(ax: Axes, table: pd.DataFrame, lines: list[Series]) -> None:
             va="center",
             color=colour,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 1},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": FAINT,
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            },
         )
 
 

@@ -84,7 +84,8 @@ def _page(results: Results, made: dict[str, pd.DataFrame], lines: list[Series], 
     ):
         environment.filters[words.__name__] = words
     environment.filters["p"] = wording.p_value
-    columns, matched = summary.matched(results.ledger)
+    rule = summary.matching(results.manifest)
+    columns, matched = summary.matched(results.ledger, rule)
     rank = {(s.objective, s.condition): n for n, s in enumerate(lines)}
     contrasts = tables.records(made["contrasts"])
     contrasts.sort(key=lambda c: (rank[c["objective"], c["condition"]], c["budget"]))
@@ -106,6 +107,8 @@ def _page(results: Results, made: dict[str, pd.DataFrame], lines: list[Series], 
         "unscored": tables.records(made["unscored"]),
         "matched_columns": columns,
         "matched": matched,
+        "rule": rule,
+        "by_objective": summary.BY_OBJECTIVE,
         "cost": tables.records(summary.cost(results.ledger, [s.objective for s in lines])),
         "transcripts": transcripts(results.rows, results.conditions, lines),
         "provenance": summary.provenance(results.manifest),

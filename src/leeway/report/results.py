@@ -20,6 +20,7 @@ ROW_COLUMNS += ["adapter_hash", "new_tokens"]
 LEDGER_COLUMNS = ["objective", "seed", "budget", "step", "source_tokens", "target_tokens", "processed_tokens"]
 LEDGER_COLUMNS += ["reference_tokens", "examples", "epochs", "data_hash", "init_hash", "reference_hash"]
 LEDGER_COLUMNS += ["adapter_hash"]
+OPTIONAL = ["lr", "tuning_tokens"]  # of the ledger: older runs lack them
 
 
 class ReportError(LeewayError):
@@ -116,7 +117,7 @@ def _table(path: Path, columns: list[str]) -> pd.DataFrame:
     if missing:
         what = f"{path} lacks the columns {', '.join(missing)}: leeway run did not write it"
         raise ReportError(what, fix="give the directory of a `leeway run`")
-    return table[columns]
+    return table[columns + [c for c in OPTIONAL if c in table.columns]]
 
 
 def _manifest(path: Path) -> dict[str, Any]:

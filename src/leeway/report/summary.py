@@ -6,10 +6,12 @@ from typing import Any
 
 import pandas as pd
 
-from leeway.data.ledger import MATCHED
+from leeway.data.ledger import DATA, MATCHED, Matching
 from leeway.report import wording
 from leeway.report.results import Results
 from leeway.stats.measures import BASE, DIRECT
+
+BY_OBJECTIVE = "by objective"
 
 
 def asked(results: Results) -> list[tuple[str, str]]:
@@ -22,10 +24,13 @@ def asked(results: Results) -> list[tuple[str, str]]:
     found.append(("Task", _task(study.get("task"), manifest.get("data"))))
     found.append(("Objectives", wording.listed([wording.name(o) for o in objectives]) or "none"))
     if budgets:
-        found.append(("Budgets", ", ".join(wording.budget(b) for b in budgets) + " source tokens"))
+        counted = "processed tokens" if matching(manifest).count == "processed" else "source tokens"
+        found.append(("Budgets", ", ".join(wording.budget(b) for b in budgets) + f" {counted}"))
+    starts = [f"{wording.name(o)} from {s}" for o, s in matching(manifest).starts.items()]
+    found += [("Starts", "; ".join(starts))] if starts else []
     seeds = ", ".join(map(str, results.seeds))
     found.append(("Training seeds", f"{len(results.seeds)} ({seeds})" if seeds else "none"))
-    settings = {"Adapter": study.get("adapter"), "Optimiser": study.get("optim")}
+    settings = {"Adapter": study.get("adapter"), "Optimiser": _optimiser(_dict(study.get("optim")))}
     found += [(term, _settings(value)) for term, value in settings.items() if isinstance(value, dict)]
     found += [(axis.capitalize(), _items(rows[rows["eval"] == axis])) for axis in rows["eval"].unique()]
     found += [(f"Judge, {axis}", _judge(judge)) for axis, judge in _dict(manifest.get("judges")).items()]
@@ -42,14 +47,28 @@ def ordered(objectives: list[str], study: dict[str, Any]) -> list[str]:
     return [o for o in order if o in objectives] + sorted(set(objectives) - set(order))
 
 
-def matched(ledger: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
-    """Per budget the value that all objectives share, or None where they differ (never expected)."""
+def matching(manifest: dict[str, Any]) -> Matching:
+    """What had to be equal between which objectives."""
+    known = _dict(manifest.get("matching"))
+    return Matching(str(known.get("count", "source")), {str(k): str(v) for k, v in _dict(known.get("starts")).items()})
+
+
+def matched(ledger: pd.DataFrame, rule: Matching) -> tuple[list[str], list[dict[str, Any]]]:
+    """Per budget and start the value that all objectives share; BY_OBJECTIVE where it may differ, None where not."""
     columns = [c for c in MATCHED if c in ledger.columns]
     lines = []
+    starts = ledger["objective"].map(lambda o: rule.starts.get(str(o), BASE))
     for (seed, budget), group in ledger.groupby(["seed", "budget"], sort=True):
-        shared = {c: group[c].iloc[0] if group[c].nunique(dropna=False) == 1 else None for c in columns}
-        lines.append({"seed": seed, "budget": budget, "objectives": len(group), "shared": shared})
+        for start, alike in group.groupby(starts[group.index], sort=False):
+            shared: dict[str, Any] = {c: _shared(group[c] if c in DATA else alike[c]) for c in columns}
+            if rule.count == "processed":
+                shared |= {c: BY_OBJECTIVE for c in columns if c in DATA and shared[c] is None}
+            lines.append({"seed": seed, "budget": budget, "start": start, "objectives": len(alike), "shared": shared})
     return columns, lines
+
+
+def _shared(values: pd.Series[Any]) -> Any:
+    return values.iloc[0] if values.nunique(dropna=False) == 1 else None
 
 
 def cost(ledger: pd.DataFrame, order: list[str]) -> pd.DataFrame:
@@ -97,7 +116,25 @@ def _task(task: object, data: object) -> str:
         text += f", {known['examples']:,} training examples"
     left_out = _dict(known.get("left_out")).get("count")
     text += f", {left_out:,} left out of every objective" if isinstance(left_out, int) and left_out else ""
-    return text + (f", pairs: {known['pairs']}" if known.get("pairs") else "")
+    return text + _pairs(known.get("pairs"))
+
+
+def _pairs(pairs: object) -> str:
+    """The strategy, and where answers were tried the share of them that was accepted."""
+    known = _dict(pairs)
+    if not known:
+        return f", pairs: {pairs}" if pairs else ""
+    text = f", pairs: {known.get('strategy')}"
+    if known.get("rejected"):
+        left_out = _dict(known.get("left_out")).get("count", 0)
+        text += f" ({known['accepted']:,} of {known['attempted']:,} answers accepted, {left_out:,} examples left out)"
+    return text
+
+
+def _optimiser(optim: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were in use: the sweep's only where rates were tuned."""
+    shown = {k: v for k, v in optim.items() if k != "tune" or optim.get("lr") == "tuned"}
+    return {k: _settings(v) if isinstance(v, dict) else v for k, v in shown.items()}
 
 
 def _items(rows: pd.DataFrame) -> str:

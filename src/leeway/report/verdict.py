@@ -20,7 +20,7 @@ def verdict(contrasts: pd.DataFrame, seeds: list[int]) -> list[str]:
     direct = (table["measure"] == "asr:none").any()
     asr = "harmful answers to direct requests" if direct else "attack success (mean over attacks)"
     others = [a for a in dict.fromkeys(table["axis"]) if a not in ("capability", "jailbreak", "persona")]
-    first = f"At {wording.budget(largest)} source tokens, {_axis(table, 'capability', 'capability (accuracy)')}"
+    first = f"At {wording.budget(largest)} tokens, {_axis(table, 'capability', 'capability (accuracy)')}"
     second = [_axis(table, "jailbreak", asr), _axis(table, "persona", "persona endorsement")]
     second += [_axis(table, axis, axis) for axis in others]
     return [f"{first}.", f"{_upper('; '.join(second))}{_incoherent(at_largest)}.", _limits(table, seeds)]
@@ -34,7 +34,8 @@ def _axis(table: pd.DataFrame, axis: str, called: str) -> str:
     if tested.empty:
         return f"{called} could not be compared for any objective ({own['note'].iloc[0]})"
     moved = tested[tested["p_holm"] < LEVEL]
-    of = f"{len(moved) or 'none'} of {len(tested)} objectives" if len(tested) > 1 else "the one objective"
+    several = "objectives" if (tested.groupby("objective").size() == 1).all() else "objectives and test prompts"
+    of = f"{len(moved) or 'none'} of {len(tested)} {several}" if len(tested) > 1 else "the one objective"
     if len(tested) == 1 and moved.empty:
         return f"{called} does not differ significantly from the base"
     text = f"{called} differs significantly from the base for {of}"

@@ -5,7 +5,21 @@ from __future__ import annotations
 import math
 import re
 
-KNOWN = {"sft": "SFT", "dpo": "DPO", "cft": "CFT", "ip": "IP", "orpo": "ORPO", "kl": "KL", "base": "base"}
+KNOWN = {
+    "sft": "SFT",
+    "dpo": "DPO",
+    "cft": "CFT",
+    "ip": "IP",
+    "orpo": "ORPO",
+    "kl": "KL",
+    "ipo": "IPO",
+    "simpo": "SimPO",
+    "kto": "KTO",
+    "sft_safety": "SFT + safety",
+    "sft_both": "SFT both",
+    "sft_refusal": "SFT + refusal",
+    "base": "base",
+}
 ATTACKS = {
     "none": "asked directly",
     "dan": "DAN",
