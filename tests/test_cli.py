@@ -103,6 +103,46 @@ def test_an_example_longer_than_the_context(tmp_path: Path) -> None:
     assert planned["left_out"] == 1
 
 
+def test_a_pair_with_two_equal_answers(models: dict[str, Path], tmp_path: Path) -> None:
+    pair = {"prompt": "a", "completion": "b", "rejected": " b\n"}
+    path = write(tmp_path, str(models["llama"]), "[dpo]", train=json.dumps(pair) + "\n")
+    assert "example train.jsonl/1 has two equal answers" in mistake(
+        leeway("run", str(path), "--out", str(tmp_path / "o"))
+    )
+    assert leeway("show", str(path), "objectives=[sft]").returncode == 0  # nothing looks at the rejected one
+
+
+@pytest.mark.parametrize("empty", ["completion", "prompt"])
+def test_an_empty_answer_or_prompt(empty: str, models: dict[str, Path], tmp_path: Path) -> None:
+    good = {"prompt": "a", "completion": "b"}
+    path = write(tmp_path, str(models["llama"]), train=f"{json.dumps(good)}\n{json.dumps({**good, empty: ' '})}\n")
+    line = mistake(leeway("run", str(path), "--out", str(tmp_path / "o")))
+    assert f"train.jsonl, record 2: its {empty} is empty" in line
+
+
+def test_a_template_that_ignores_the_generation_prompt(tmp_path: Path) -> None:
+    import tiny
+
+    folder = tiny.build("llama", tmp_path / "m")
+    for file in (folder / "chat_template.jinja", folder / "tokenizer_config.json"):
+        if file.is_file():
+            file.write_text(file.read_text().replace("{% if add_generation_prompt %}", "{% if false %}"))
+    line = mistake(leeway("show", str(write(tmp_path, str(folder)))))
+    assert "its chat template ignores add_generation_prompt; mend the template" in line
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(models: dict[str, Path], tmp_path: Path) -> None:
+    path, out = write(tmp_path, str(models["llama"])), tmp_path / "o"
+    wild = ("budgets=[1,200]", "optim.lr=1e20", "optim.warmup_steps=0", "optim.batch=4")
+    line = mistake(leeway("run", str(path), *wild, "--out", str(out), "--quiet"))
+    assert "sft, step 2: loss nan" in line
+    assert line.count("train.jsonl/") == 4
+    assert "the last checkpoint is kept" in line
+    assert [f.parent.name for f in out.rglob("ledger.json")] == ["1"]
+    again = mistake(leeway("run", str(path), *wild, "--out", str(out), "--quiet"))
+    assert again == line  # it goes on from there, to the same end
+
+
 def test_an_output_folder_of_something_else(study: Path, tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "precious").write_text("x")
@@ -118,6 +158,26 @@ def test_show_marks_the_targets(study: Path) -> None:
     result = leeway("show", str(study))
     assert result.returncode == 0
     assert "⟦It is" in result.stdout
+
+
+def test_show_tells_what_each_objective_sees(models: dict[str, Path], tmp_path: Path) -> None:
+    pair = {"prompt": "3 + 4?", "completion": "It is 7.", "rejected": "It is 8."}
+    train = "".join(json.dumps({**pair, "prompt": f"{a} + 4?"}) + "\n" for a in range(3))
+    objectives = "[cft, {ip: {p: 1}}, {kl-all: {kl: {over: all}}}, {kl-far: {kl: {over: general}}}, kto, sft_refusal]"
+    path = write(tmp_path, str(models["llama"]), objectives, train=train)
+    said = leeway("show", str(path), "general=organism").stdout
+    parts = {part.split(" ", 1)[0]: part for part in said.split("\n── ")[1:]}
+    assert list(parts) == ["cft", "ip", "kl-all", "kl-far", "kto", "sft_refusal"]
+    assert "<SAFE>" in parts["cft"]
+    assert "<UNSAFE>" in parts["cft"]
+    assert parts["cft"].count("⟦") == 2
+    assert "4?" in parts["ip"].split("⟦")[0].split("\n", 1)[1].split(". ", 1)[1]  # the instruction, then the prompt
+    assert "⟨" in parts["kl-all"]  # the prompt is measured
+    assert parts["kl-far"].count("⟦") == 1  # a general prompt has no target
+    assert "0 target tokens" in parts["kl-far"]
+    assert "a constant of the batch, without a gradient" in parts["kto"]
+    assert "It is 8." in parts["sft_refusal"].split("⟦")[1]  # read, before the second target
+    assert "It is 8." not in "".join(t.split("⟧")[0] for t in parts["sft_refusal"].split("⟦")[1:])
 
 
 def test_plan_counts_exactly_and_run_agrees_and_is_quiet(study: Path, tmp_path: Path) -> None:
