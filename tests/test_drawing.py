@@ -61,5 +61,5 @@ def test_errors_are_sampled_only_where_answers_can_be_checked(models: dict[str, 
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "Why?", "completion": "Because."}) + "\n")
     study = STUDY.format(strategy="sampled-errors").replace("organism", str(models["llama"]), 1)
     study = study.replace("{name: organism, limit: 40}", f"{{files: {{train: {tmp_path}/train.jsonl, test: x}}}}")
-    with pytest.raises(LeewayError, match="train.jsonl/1"):
+    with pytest.raises(LeewayError, match=r"train\.jsonl/1"):
         prepare(parse(study, "x"), Drawing(tmp_path / "pairs", may_draw=True))
