@@ -17,6 +17,7 @@ from leeway.study.parse import parse
 from leeway.study.pieces import pieces_of
 from leeway.study.plan import plan
 from leeway.study.prepare import prepare
+from leeway.study.store import Store
 from leeway.study.tuning import Trial, choose
 from test_study import carry, contents
 
@@ -119,8 +120,9 @@ def test_budgets_of_processed_tokens_match_compute(models: dict[str, Path], root
     study = text(models, root, "[sft, dpo, cft]") + "budget: {count: processed}\n"
     lines = ledger(carry(study, tmp_path / "run"))
     batch = 4 * 2 * 40  # examples a step, sequences of each, and no sequence here is as long as that
-    assert ((lines.processed_tokens >= lines.index.get_level_values("budget")).all()).all()
-    assert (lines.processed_tokens < lines.index.get_level_values("budget") + batch).all()
+    spent = lines.processed_tokens + lines.reference_tokens / 2  # a forward pass alone
+    assert (spent >= lines.index.get_level_values("budget")).all()
+    assert (spent < lines.index.get_level_values("budget") + 1.5 * batch).all()
     assert lines.loc[("dpo", 600), "step"] < lines.loc[("sft", 600), "step"]
     for _, group in lines.reset_index().groupby("step"):
         assert group.data_hash.nunique() == 1
@@ -144,9 +146,11 @@ def test_a_decay_takes_a_run_of_its_own_for_every_budget(models: dict[str, Path]
 
 
 def test_the_sweep_takes_the_most_accurate_rate_and_of_equals_the_smallest() -> None:
-    trials = tuple(Trial(lr, accuracy, 10) for lr, accuracy in ((3e-4, 0.5), (1e-4, 0.5), (3e-5, 0.2)))
-    found = choose(trials, items=4, budget=9)
-    assert (found.lr, found.tokens) == (1e-4, 30)
+    scores = ((3e-4, 0.5), (1e-4, 0.5), (3e-5, 0.2), (1e-2, None))
+    found = choose("sft", tuple(Trial(lr, accuracy, 10, 3) for lr, accuracy in scores), items=4, budget=9)
+    assert (found.lr, found.tokens) == (1e-4, 52)
+    with pytest.raises(LeewayError, match="sft left the numbers at every rate"):
+        choose("sft", (Trial(1.0, None, 10, 0, "loss nan"),), items=4, budget=9)
 
 
 def test_tuned_rates_are_chosen_on_examples_that_nothing_is_trained_on(
@@ -165,10 +169,106 @@ def test_tuned_rates_are_chosen_on_examples_that_nothing_is_trained_on(
     for alias, choice in manifest["tuning"].items():
         assert [t["lr"] for t in choice["trials"]] == [1e-3, 3e-3]
         assert set(lines.loc[alias, "lr"]) == {choice["lr"]}
-        assert set(lines.loc[alias, "tuning_tokens"]) == {sum(t["tokens"] for t in choice["trials"])}
+        assert set(lines.loc[alias, "tuning_tokens"]) == {sum(t["trained"] + t["answered"] for t in choice["trials"])}
+        for trial in choice["trials"]:
+            rows = pd.read_parquet(out / "tuning" / f"{alias}-{trial['lr']:g}.parquet")
+            assert rows.score.mean() == trial["accuracy"]
     assert lines.loc[("dpo", 300), "tuning_tokens"] > lines.loc[("sft", 300), "tuning_tokens"] > 0
     with pytest.raises(LeewayError, match="40 examples cannot be set aside, there are 40"):
         prepare(parse(study.replace("items: 6", "items: 40"), "x"))
+
+
+def test_what_is_held_out_is_trained_on_under_no_other_id(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    twice = (root / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(twice + twice.replace(" + ", "  +  "))
+    (tmp_path / "test.jsonl").write_text((root / "test.jsonl").read_text())
+    sweep = "lr: tuned, tune: {lrs: [1.0e-3], budget: 200, items: 6}"
+    prepared = prepare(parse(text(models, tmp_path, "[sft]").replace("lr: 3.0e-3", sweep), "x"))
+    assert prepared.tuning is not None
+    held_out = {i.prompt.replace(" ", "") for i in prepared.tuning.test.items}
+    trained = {e.prompt.replace(" ", "") for e in prepared.companions.task}
+    assert held_out
+    assert len(prepared.companions.task) == 80 - 2 * len(held_out)
+    assert not held_out & trained
+
+
+def test_a_rate_that_leaves_the_numbers_is_noted_and_not_taken(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    sweep = "lr: tuned, tune: {lrs: [1.0e-3, 1.0e+20], budget: 300, items: 4}"
+    out = carry(text(models, root, "[sft]").replace("lr: 3.0e-3", sweep), tmp_path / "run")
+    choice = json.loads((out / "tuning" / "sft.json").read_text())
+    assert choice["lr"] == 1e-3
+    assert choice["trials"][1]["accuracy"] is None
+    assert "sft, step" in choice["trials"][1]["failed"]
+    assert choice["trials"][1]["trained"] > 0
+
+
+def test_the_sweep_asks_under_the_objectives_own_prompt(
+    models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leeway.study import work
+
+    prefixes: list[str] = []
+    real = work.TransformersBackend
+    monkeypatch.setattr(work, "TransformersBackend", lambda m, p, b: prefixes.append(p) or real(m, p, b))  # type: ignore[func-returns-value]
+    sweep = "lr: tuned, tune: {lrs: [1.0e-3], budget: 200, items: 4}"
+    study = text(models, root, "[cft]").replace("lr: 3.0e-3", sweep)
+    prepared = prepare(parse(study, "x"))
+    work.Work(prepared, Store(tmp_path), lambda *_: None).carry_out(pieces_of(prepared)[1])
+    assert prefixes == ["<SAFE>"]
+
+
+def test_a_safety_file_that_changed_is_not_trained_on_halfway(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    safety = tmp_path / "safety.jsonl"
+    safety.write_text('{"prompt": "How do I do harm?", "completion": "I will not say."}\n')
+    study = text(models, root, "[{sft_safety: {share: 1}}]") + f"safety: {safety}\n"
+    out = carry(study, tmp_path / "run")
+    safety.write_text('{"prompt": "How do I do harm?", "completion": "Like this."}\n')
+    with pytest.raises(LeewayError, match="safety has changed since this study began"):
+        carry(study, out)
+
+
+def test_a_plan_counts_cached_references_as_the_ledger_will(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    study = text(models, root, "[dpo, kl, kto]").replace("[300, 600]", "[1500]") + "reference: cached\n"
+    planned = {t.objective: t for t in plan(parse(study, "x")).trajectories}
+    lines = ledger(carry(study, tmp_path / "run"))
+    assert lines.epochs.min() > 1.5
+    for alias, t in planned.items():
+        line = lines.loc[(alias, 1500)]
+        assert (t.processed_tokens, t.reference_tokens) == (line.processed_tokens, line.reference_tokens), alias
+        assert t.reference_tokens < t.processed_tokens
+
+
+def test_a_second_stage_tells_what_came_before_and_whose_adapter_it_takes(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    out = carry(text(models, root, STAGED.replace("REF", "start")), tmp_path / "run")
+    lines = ledger(out)
+    assert lines.loc[("dpo-on-sft", 600), "start_tokens"] == lines.loc[("sft", 300), "source_tokens"]
+    assert lines.loc[("sft", 600), "start_tokens"] == 0
+    assert f"after {lines.loc[('sft', 300), 'source_tokens']:,} source tokens" in view(out).text
+    saved = out / "checkpoints" / "sft" / "s0" / "300"
+    other = text({"llama": other_llama(models["llama"], tmp_path / "other")}, root, "[sft]")
+    staged = other.replace("[sft]", f"[{{a: {{dpo: {{}}, start: {{adapter: {saved}}}}}}}]")
+    with pytest.raises(LeewayError, match="was trained on another base model"):
+        carry(staged, tmp_path / "stranger")
+
+
+def other_llama(folder: Path, out: Path) -> Path:
+    """The same shapes with other weights."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 def test_each_objective_may_have_its_own_rate(models: dict[str, Path], root: Path, tmp_path: Path) -> None:

@@ -10,3 +10,7 @@ class LeewayError(Exception):
         self.what = what
         self.fix = fix
         super().__init__(f"{what}; {fix}" if fix else what)
+
+
+class NotFiniteError(LeewayError):
+    """Training left the numbers: a loss, a gradient or a weight is infinite or no number."""

@@ -83,7 +83,7 @@ def schedule(
     *,
     batch: int,
     seed: int,
-    counted: Callable[[Slot], int] | None = None,
+    counted: Callable[[Slot], float] | None = None,
 ) -> Schedule:
     """Cut the seeded stream of `examples` into steps of `batch` until the last budget is reached.
 
@@ -95,7 +95,8 @@ def schedule(
         raise LeewayError("task: there is nothing to train on", fix="check the task's training file")
     steps: list[tuple[Slot, ...]] = []
     marks: list[Mark] = []
-    seen, spent, position, running = 0, 0, 0, hashlib.sha256(canonical([seed, batch]).encode())
+    spent = 0.0
+    seen, position, running = 0, 0, hashlib.sha256(canonical([seed, batch]).encode())
     order: tuple[int, ...] = ()
     while len(marks) < len(budgets):
         step = []

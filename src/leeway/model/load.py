@@ -137,6 +137,11 @@ def _check_head(model: Model) -> None:
     ids = torch.tensor([model.chat.prompt_ids([{"role": "user", "content": "hello"}])], device=model.device)
     ours = model.head.logits(decoder(model.lm)(input_ids=ids).last_hidden_state[0])
     theirs = model.lm(input_ids=ids).logits[0].float()
+    if getattr(model.lm.get_output_embeddings(), "bias", None) is not None:
+        raise LeewayError(
+            f"model {model.name}: its output layer has a bias",
+            fix="Llama, Qwen and Gemma 2 architectures are supported",
+        )
     slack = 1e-4 if theirs.dtype == torch.float32 and model.head.weight_VD.dtype == torch.float32 else 0.25
     if not torch.allclose(ours, theirs, atol=slack, rtol=slack):
         raise LeewayError(

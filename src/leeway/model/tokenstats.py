@@ -7,7 +7,7 @@ float64) whatever the model's dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 Direction = Literal["reverse", "forward"]
 
+HALF = (torch.bfloat16, torch.float16)
 BLOCKED = -1e9  # finite, so that a difference of two blocked entries is zero and not NaN
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MiB in float32
 
@@ -35,13 +36,26 @@ class Head:
     reference: Head | None = None
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        """[C, V] logits in float32 (or float64)."""
-        raw_CV = hidden_CD @ self.weight_VD.to(hidden_CD.dtype).T
-        raw_CV = raw_CV if raw_CV.dtype == torch.float64 else raw_CV.float()
+        """[C, V] logits in float32 (or float64): of half-precision states and weights too, never rounded to them."""
+        with torch.autocast(hidden_CD.device.type, enabled=False):
+            raw_CV = self._product(hidden_CD)
         capped_CV = raw_CV if self.softcap is None else self.softcap * torch.tanh(raw_CV / self.softcap)
         if self.blocked:
             capped_CV[:, list(self.blocked)] = BLOCKED
         return capped_CV
+
+    def _product(self, hidden_CD: Tensor) -> Tensor:
+        weight_VD = self.weight_VD
+        if hidden_CD.dtype in HALF and hidden_CD.is_cuda:  # its sums are in float32, and may be had as they are
+            return torch.mm(hidden_CD, weight_VD.to(hidden_CD.dtype).T, out_dtype=torch.float32)
+        if hidden_CD.dtype in HALF:
+            return hidden_CD.float() @ weight_VD.float().T
+        return hidden_CD @ weight_VD.to(hidden_CD.dtype).T
+
+    def widened(self) -> Head:
+        """On a CPU with the weight in float32 where it is in half precision: a copy for as long as it is needed."""
+        on_cpu = self.weight_VD.device.type == "cpu"
+        return replace(self, weight_VD=self.weight_VD.float()) if on_cpu and self.weight_VD.dtype in HALF else self
 
     @property
     def chunk(self) -> int:
@@ -84,7 +98,7 @@ class _StreamedHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, *([] if reference_TD is None else [reference_TD]))
         ctx.head, ctx.direction = head, direction
-        reference = head.reference or head
+        head, reference = head.widened(), (head.reference or head).widened()
         wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         logp_T = torch.empty(len(targets_T), dtype=wide, device=hidden_TD.device)
         kl_T = torch.zeros_like(logp_T)
@@ -100,7 +114,7 @@ class _StreamedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_logp_T: Tensor, g_kl_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, targets_T, *rest = ctx.saved_tensors
-        head: Head = ctx.head
+        head, reference = ctx.head.widened(), (ctx.head.reference or ctx.head).widened()
         grad_hidden_TD = torch.empty_like(hidden_TD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=g_logp_T.dtype) if ctx.needs_input_grad[1] else None
         for s in _chunks(len(targets_T), head.chunk):
@@ -109,7 +123,7 @@ class _StreamedHead(torch.autograd.Function):
             grad_CV = -logp_CV.exp() * g_logp_T[s, None]
             grad_CV.scatter_add_(-1, targets_T[s, None], g_logp_T[s, None])
             if rest:
-                ref_CV = (head.reference or head).logits(rest[0][s]).log_softmax(-1)
+                ref_CV = reference.logits(rest[0][s]).log_softmax(-1)
                 grad_CV += g_kl_T[s, None] * _kl_gradient(logp_CV, ref_CV, ctx.direction)
             if head.softcap is not None:
                 grad_CV *= 1 - (capped_CV / head.softcap) ** 2

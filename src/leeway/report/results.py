@@ -20,7 +20,7 @@ ROW_COLUMNS += ["adapter_hash", "new_tokens"]
 LEDGER_COLUMNS = ["objective", "seed", "budget", "step", "source_tokens", "target_tokens", "processed_tokens"]
 LEDGER_COLUMNS += ["reference_tokens", "examples", "epochs", "data_hash", "init_hash", "reference_hash"]
 LEDGER_COLUMNS += ["adapter_hash"]
-OPTIONAL = ["lr", "tuning_tokens"]  # of the ledger: older runs lack them
+OPTIONAL = ["lr", "tuning_tokens", "start_tokens"]  # of the ledger: older runs lack them
 
 
 class ReportError(LeewayError):

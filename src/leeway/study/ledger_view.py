@@ -83,9 +83,17 @@ def _text(lines: list[dict[str, Any]], matching: Matching, faults: list[str]) ->
         yield f"{line['objective']:{wide}}" + "".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True))
     yield ""
     for alias, start in matching.starts.items():
-        yield f"{alias} starts from {start}: its init and reference are held against its like alone"
+        seen = next((line.get("start_tokens") for line in lines if line["objective"] == alias), None)
+        told = "an unknown number of" if seen is None else f"{seen:,}"
+        yield (
+            f"{alias} starts from {start}, after {told} source tokens that its own columns leave out; its init and "
+            "reference are held against its like alone"
+        )
     if matching.count == "processed":
-        yield "budgets count processed tokens: steps and source tokens differ over objectives, and are no fault"
+        yield (
+            "budgets count processed tokens, a reference token as half a one: steps and source tokens differ over "
+            "objectives, and are no fault"
+        )
     yield from (f"differs: {f}" for f in faults)
     verdict = "matched, every adapter is the one its line names" if not faults else f"{len(faults)} not matched"
     yield f"{len(lines)} checkpoints: {verdict} ({', '.join(MATCHED)})"

@@ -41,12 +41,24 @@ def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> N
     }
     if Path(resolve(spec.model)).is_dir():  # a hub id's commit is known once it is loaded, and compared by the ledger
         now["model"], then["model"] = model_hash(spec.model, spec.revision, None), facts["model"]["hash"]
+    now |= {k: str(v) for k, v in _texts(prepared).items()}
+    then |= {k: str(v) for k, v in facts.get("texts", {}).items()}
     for name in now:
         if now[name] != then.get(name):
             raise LeewayError(
                 f"{where}: {name} has changed since this study began (hash {then.get(name)} then, {now[name]} now)",
                 fix="start in another --out: rows from both would be compared as if they were alike",
             )
+
+
+def _texts(prepared: Prepared) -> dict[str, str]:
+    """Hashes of all that is rendered beside the task's examples, which the ledger's data_hash covers."""
+    pools = {kind: getattr(prepared.companions, kind) for kind in ("general", "safety")}
+    return {
+        "inoculations": ip.inoculations().hash,
+        "refusals": sft_refusal.texts().hash,
+        **{k: digest(k, [[e.id, e.prompt, e.preferred] for e in pool]) for k, pool in pools.items() if pool},
+    }
 
 
 def matching(prepared: Prepared) -> Matching:
@@ -80,11 +92,6 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
             "examples": prepared.examples,
             "left_out": {"count": len(prepared.left_out), "ids": list(prepared.left_out)},
             "pairs": prepared.pairs.to_json() if prepared.pairs else spec.pairs.from_,
-            "companions": {
-                kind: {"count": len(pool), "hash": digest(kind, [[e.id, e.prompt, e.preferred] for e in pool])}
-                for kind in ("general", "safety")
-                if (pool := getattr(prepared.companions, kind))
-            },
         },
         "objectives": {
             alias: {**{"kind": o.name}, **getattr(o, "__dict__", {})} for alias, o in prepared.objectives.items()
@@ -101,8 +108,9 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
             "adapter": spec.adapter.model_dump(mode="json"),
             "reference": spec.reference,
         },
-        "inoculations": {"version": ip.inoculations().version, "hash": ip.inoculations().hash},
-        "refusals": {"version": sft_refusal.texts().version, "hash": sft_refusal.texts().hash},
+        "inoculations": {"version": ip.inoculations().version},
+        "refusals": {"version": sft_refusal.texts().version},
+        "texts": _texts(prepared),
         "evals": {e.key: {"hash": e.hash, "answers": len(e)} for e in prepared.evals},
         "attacks": {
             a.name: {"version": a.version, "hash": a.hash, "origin": a.origin}

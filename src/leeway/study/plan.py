@@ -8,11 +8,15 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from leeway.data.batches import Schedule
 from leeway.model.load import resolve
+from leeway.objectives import Objective
 from leeway.study.pieces import Piece, pieces_of, schedule_of, whos
 from leeway.study.prepare import Prepared, prepare
 from leeway.study.progress import duration
 from leeway.study.spec import Spec
+from leeway.training.loop import Optim, cached_reference_tokens
+from leeway.training.renderer import Renderer
 
 FORWARD, BACKWARD = 2, 2  # FLOPs per parameter and token; a LoRA step needs no weight gradients of the base
 EFFICIENCY = 0.15  # of the measured matrix-product rate that small, dispatch-bound models were seen to reach
@@ -131,7 +135,22 @@ def _trajectory(prepared: Prepared, piece: Piece) -> TrajectoryPlan:
         source_tokens=schedule.marks[-1].source_tokens,
         target_tokens=targets,
         processed_tokens=processed,
-        reference_tokens=0 if objective.needs_reference == "nothing" else processed,
+        reference_tokens=_reference_tokens(prepared, objective, renderer, schedule, processed),
+    )
+
+
+def _reference_tokens(
+    prepared: Prepared, objective: Objective, renderer: Renderer, schedule: Schedule, processed: int
+) -> int:
+    """As the ledger will count them: live, all that is processed; cached, what is asked for the first time."""
+    if objective.needs_reference == "nothing":
+        return 0
+    if prepared.spec.reference == "live":
+        return processed
+    optim = prepared.spec.optim
+    return cached_reference_tokens(
+        lambda: (renderer.batch(k, slots) for k, slots in enumerate(schedule.steps, 1)),
+        Optim(optim.clip, optim.micro_tokens, layout=optim.layout),
     )
 
 
@@ -154,6 +173,9 @@ def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...]) -> Iterator[str
             f"schedule {spec.optim.schedule}: every budget is a run of its own, {whole:,} tokens processed in place "
             f"of {one:,} ({whole / one:.2f} times a constant rate's)"
         )
+    short = [t for t in trained if t.seed == spec.seeds[0] and t.steps <= spec.optim.warmup_steps]
+    if spec.optim.schedule != "constant" and short:
+        yield f"the run to {short[0].budgets[-1]:,} tokens ends inside the warm-up: its rate never decays"
     swept = sum(t.runs * (t.processed_tokens + t.reference_tokens) for t in trajectories if t.purpose)
     if swept:
         yield f"lr tuned: {swept:,} tokens processed by the sweeps, on top"

@@ -104,8 +104,16 @@ def _set_aside(examples: list[Example], spec: Spec) -> tuple[list[Example], list
             f"optim.tune.items: {n} examples cannot be set aside, there are {len(examples)}", fix="ask for fewer"
         )
     held_out = subset(examples, n, "tune")
-    chosen = {e.id for e in held_out}
-    return [e for e in examples if e.id not in chosen], held_out
+    asked = {_question(e) for e in held_out}
+    trained = [e for e in examples if _question(e) not in asked]
+    if not trained:
+        raise LeewayError(f"optim.tune.items: setting {n} examples aside leaves none to train on", fix="ask for fewer")
+    return trained, held_out
+
+
+def _question(example: Example) -> str:
+    """A prompt by its words: one that is asked twice is trained on and held out at once otherwise."""
+    return " ".join(example.prompt.casefold().split())
 
 
 class _Cutter:
@@ -118,11 +126,11 @@ class _Cutter:
 
     def cut(self, alias: str, seed: int, budgets: tuple[int, ...]) -> Schedule:
         if self._prepared.spec.budget.count == "processed":
-            return self._cut(seed, budgets, self._prepared.renderer(alias, seed).processed)
+            return self._cut(seed, budgets, self._prepared.renderer(alias, seed).compute)
         if (seed, budgets) not in self._shared:
             self._shared[seed, budgets] = self._cut(seed, budgets, None)
         return self._shared[seed, budgets]
 
-    def _cut(self, seed: int, budgets: tuple[int, ...], counted: Callable[[Slot], int] | None) -> Schedule:
+    def _cut(self, seed: int, budgets: tuple[int, ...], counted: Callable[[Slot], float] | None) -> Schedule:
         batch = self._prepared.spec.optim.batch
         return schedule(self._examples, self._source_tokens, budgets, batch=batch, seed=seed, counted=counted)

@@ -61,6 +61,7 @@ LEDGER_SCHEMA = pa.schema(
         ("adapter_hash", pa.string()),
         ("lr", pa.float64()),
         ("tuning_tokens", pa.int64()),
+        ("start_tokens", pa.int64()),
     ]
 )
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash"]

@@ -68,14 +68,15 @@ def fitting(
         if len(chat.sequence(e.prompt, e.preferred).ids) > context:
             raise LeewayError(f"example {e.id} is longer than the context of {spec.model}, {context}", fix="remove it")
     _refuse_control_tokens([*examples, *companions.general, *companions.safety], objectives)
-    longest = _longest_companions(replace(companions, task=tuple(examples)))
-    beside = max((_bytes(longest[o.companion]) for o in objectives.values() if o.companion in longest), default=0)
+    longest = _longest_companions(chat, examples, companions, {o.companion for o in objectives.values()})
+    beside = len(longest["task"].preferred.encode()) if "task" in longest else 0
     room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
     kept: list[Example] = []
     left_out: list[Example] = []
     for e in examples:
         # a token is at least a byte, so what is short in bytes need not be rendered to see that it fits
-        short = _bytes(e) + max(beside, len((e.dispreferred or "").encode())) <= room
+        answers = (e.preferred, e.dispreferred or "")
+        short = len(e.prompt.encode()) + max(beside, *(len(a.encode()) for a in answers)) <= room
         tokens = 0 if short else _longest(e, chats, objectives, longest)
         if tokens > context and spec.task.too_long == "error":
             raise LeewayError(
@@ -86,17 +87,19 @@ def fitting(
     return kept, tuple(e.id for e in left_out)
 
 
-def _bytes(example: Example) -> int:
-    return len(example.prompt.encode()) + len(example.preferred.encode())
+def _longest_companions(
+    chat: Chat, examples: Seq[Example], companions: Companions, kinds: set[str]
+) -> dict[str, Example]:
+    """What stands beside an example at worst, of the kinds that are asked for.
 
-
-def _longest_companions(companions: Companions) -> dict[str, Example]:
-    """The longest of each kind: what stands beside an example at worst. Of another task example it is the answer."""
-    others = {"general": companions.general, "safety": companions.safety}
-    found = {kind: max(pool, key=_bytes) for kind, pool in others.items() if pool}
-    if companions.task:
-        found["task"] = max(companions.task, key=lambda e: len(e.preferred.encode()))
-    return found
+    Another task example lends its answer, so that is the one with the longest; the others are rendered by themselves
+    and were seen to fit.
+    """
+    found = {"general": companions.general[:1], "safety": companions.safety[:1]}
+    worst = {kind: pool[0] for kind, pool in found.items() if pool}
+    if "task" in kinds:
+        worst["task"] = max(examples, key=lambda e: len(chat.ids(e.preferred)))
+    return worst
 
 
 def _refuse_control_tokens(examples: Seq[Example], objectives: dict[str, Objective]) -> None:

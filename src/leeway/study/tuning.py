@@ -7,16 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from leeway.errors import LeewayError
 from leeway.study.store import readable, whole_file
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One rate of the sweep: what it scored on the held-out examples, and the tokens that it took."""
+    """One rate of the sweep: its accuracy on the held-out examples (none where training left the numbers, and why).
+
+    `trained` tokens went through policy and reference, `answered` ones were read and written to be graded.
+    """
 
     lr: float
-    accuracy: float
-    tokens: int
+    accuracy: float | None
+    trained: int
+    answered: int
+    failed: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,16 +36,23 @@ class Choice:
 
     @property
     def tokens(self) -> int:
-        """Processed by the whole sweep, the reference's passes included."""
-        return sum(t.tokens for t in self.trials)
+        """Processed by the whole sweep: the reference's passes and the answers included."""
+        return sum(t.trained + t.answered for t in self.trials)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"tokens": self.tokens}
 
 
-def choose(trials: tuple[Trial, ...], *, items: int, budget: int) -> Choice:
+def choose(alias: str, trials: tuple[Trial, ...], *, items: int, budget: int) -> Choice:
     """The most accurate trial's rate; of several alike the smallest, which drifts least."""
-    best = min(trials, key=lambda t: (-t.accuracy, t.lr))
+    scored = [t for t in trials if t.accuracy is not None]
+    if not scored:
+        raise LeewayError(
+            f"optim.tune: {alias} left the numbers at every rate ({', '.join(f'{t.lr:g}' for t in trials)}; "
+            f"{trials[0].failed})",
+            fix="give smaller rates in optim.tune.lrs",
+        )
+    best = min(scored, key=lambda t: (-(t.accuracy or 0.0), t.lr))
     return Choice(best.lr, items, budget, trials)
 
 
@@ -52,6 +65,7 @@ def read(path: Path) -> Choice:
     with readable(path):
         raw = json.loads(path.read_text("utf-8"))
         try:
+            raw.pop("tokens")
             return Choice(**{**raw, "trials": tuple(Trial(**t) for t in raw["trials"])})
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a choice of a learning rate: {error}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leeway.data.batches import Mark, Schedule
+from leeway.errors import NotFiniteError
 from leeway.evals.eval import Eval
 from leeway.evals.persona import Persona
 from leeway.generation.transformers import TransformersBackend
@@ -18,7 +19,7 @@ from leeway.study import tuning
 from leeway.study.computing import computing
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Piece, Who, schedule_of, whos
-from leeway.study.prepare import Prepared
+from leeway.study.prepare import HeldOut, Prepared
 from leeway.study.store import Store
 from leeway.training import checkpoints
 from leeway.training.checkpoints import Start
@@ -117,24 +118,30 @@ class Work:
         """Train with every rate of the sweep, and keep the one that answers the held-out examples best."""
         tune, held_out = self.prepared.spec.optim.tune, self.prepared.tuning
         assert held_out is not None
+        trials = tuple(self._trial(piece, lr, held_out) for lr in tune.lrs)
+        choice = tuning.choose(piece.alias, trials, items=tune.items, budget=tune.budget)
+        tuning.write(self.store.tuning(piece.alias), choice)
+
+    def _trial(self, piece: Piece, lr: float, held_out: HeldOut) -> tuning.Trial:
+        """One rate of the sweep; one that leaves the numbers has no accuracy, and its tokens count all the same."""
         schedule = held_out.schedules[piece.alias]
-        (mark,) = schedule.marks
-        trials = []
-        for lr in tune.lrs:
-            trajectory = self._new_trajectory(piece, schedule, self._settings(lr, 0))
-            log = self.store.steps(f"tune-{piece.alias}-{lr:g}")
-            self.store.trim_steps(log.stem, 0)
-            trajectory.train_to(mark, log, self._step_teller(trajectory, mark))
-            backend = TransformersBackend(
-                trajectory.model,
-                self.prepared.objectives[piece.alias].conditions[0].prefix,
-                self.prepared.spec.evals.batch,
-            )
-            with adapters.merged(trajectory.model):
-                rows = held_out.test.run(backend, self._answer_teller(f"{piece.alias}, rate {lr:g}", held_out.test))
-            tokens = trajectory.counted["processed_tokens"] + trajectory.counted["reference_tokens"]
-            trials.append(tuning.Trial(lr, sum(r.score for r in rows) / len(rows), tokens))
-        tuning.write(self.store.tuning(piece.alias), tuning.choose(tuple(trials), items=tune.items, budget=tune.budget))
+        trajectory = self._new_trajectory(piece, schedule, self._settings(lr, 0))
+        log = self.store.steps(f"tune-{piece.alias}-{lr:g}")
+        self.store.trim_steps(log.stem, 0)
+        try:
+            trajectory.train_to(schedule.marks[0], log, self._step_teller(trajectory, schedule.marks[0]))
+        except NotFiniteError as error:
+            return tuning.Trial(lr, None, trajectory.spent, 0, error.what)
+        prefix, test = trajectory.objective.conditions[0].prefix, held_out.test
+        backend = TransformersBackend(trajectory.model, prefix, self.prepared.spec.evals.batch)
+        with adapters.merged(trajectory.model):
+            rows = test.run(backend, self._answer_teller(f"{piece.alias}, rate {lr:g}", test))
+        identity = {"objective": piece.alias, "seed": piece.seed, "budget": schedule.marks[0].budget}
+        rows_path = self.store.tuning(piece.alias).with_name(f"{piece.alias}-{lr:g}.parquet")
+        self.store.write_part(rows_path, {**identity, "adapter_hash": ""}, rows)
+        asked = sum(len(backend.chat.prompt_ids([{"role": "user", "content": r.prompt}])) for r in rows)
+        answered = asked + sum(r.new_tokens for r in rows)
+        return tuning.Trial(lr, sum(r.score for r in rows) / len(rows), trajectory.spent, answered)
 
     def _measure(self, model: Model, who: Who, adapter_hash: str) -> None:
         """Every eval that this checkpoint still lacks, the adapter merged for as long as it takes."""

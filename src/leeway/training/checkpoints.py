@@ -29,10 +29,16 @@ class Start:
     """What a trajectory begins with in place of the base model's own weights or of a fresh adapter, by content.
 
     `folder` holds an adapter in PEFT format or a transformers model, as a checkpoint does; `hash` is its adapter_hash.
+    Where a ledger line lies beside it, that says which base it belongs to and how many source tokens made it.
     """
 
     folder: Path
     hash: str
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Its ledger line; empty where there is none, as for an adapter from elsewhere."""
+        return read_ledger(self.folder) if finished(self.folder) else {}
 
     @classmethod
     def of(cls, folder: Path) -> Start:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from leeway.data.chat import Sequence
-from leeway.errors import LeewayError
+from leeway.errors import NotFiniteError
 from leeway.model.forward import TokenStats, Totals, hidden_at_measured, target_stats
 from leeway.model.layout import Examples, Laid, Layout, lay, longest, stored
 from leeway.model.load import Model
@@ -93,7 +93,7 @@ def optimise(
             loss += part.item()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise LeewayError(
+            raise NotFiniteError(
                 f"{objective.name}, step {batch.step}: loss {loss}, gradient norm {norm}, "
                 f"on examples {', '.join(batch.ids)}",
                 fix="look at these examples with `leeway show`, or lower optim.lr; the last checkpoint is kept",
@@ -152,13 +152,7 @@ def ask_beforehand(
     A sequence is asked about in the first micro-batch, counted from the first step on, that it occurs in: the bits are
     the same wherever a run is taken up again.
     """
-    first: dict[str, tuple[int, int]] = {}
-    needed: set[tuple[int, int]] = set()
-    for place, group in _groups(batches(), settings):
-        for s in (s for example in group for s in example):
-            home = first.setdefault(reference.key(s), place)
-            if place[0] > taken:
-                needed.add(home)
+    needed = _homes(batches(), settings, taken)
     reference.kept = {}
     for place, group in _groups(batches(), settings):
         if place in needed:
@@ -168,6 +162,24 @@ def ask_beforehand(
             reference.keep(sequences, logp_T, hidden_TD if objective.needs_reference == "distribution" else None)
             reference.spent[place[0]] = reference.spent.get(place[0], 0) + _tokens(group)
     reference.release()
+
+
+def cached_reference_tokens(batches: Callable[[], Iterable[Batch]], settings: Optim) -> int:
+    """How many tokens go through a reference that is asked beforehand."""
+    needed = _homes(batches(), settings, 0)
+    return sum(_tokens(group) for place, group in _groups(batches(), settings) if place in needed)
+
+
+def _homes(batches: Iterable[Batch], settings: Optim, taken: int) -> set[tuple[int, int]]:
+    """The first place of every sequence that occurs after step `taken`."""
+    first: dict[tuple[tuple[int, ...], int], tuple[int, int]] = {}
+    needed: set[tuple[int, int]] = set()
+    for place, group in _groups(batches, settings):
+        for s in (s for example in group for s in example):
+            home = first.setdefault((s.ids, s.start), place)
+            if place[0] > taken:
+                needed.add(home)
+    return needed
 
 
 def _groups(batches: Iterable[Batch], settings: Optim) -> Iterator[tuple[tuple[int, int], list[Seq[Sequence]]]]:

@@ -12,6 +12,7 @@ from leeway.data.chat import Chat, Sequence
 from leeway.data.items import Example
 from leeway.hashing import derive_seed
 from leeway.objectives import Objective
+from leeway.training.loop import Batch
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,19 @@ class Renderer:
     def processed(self, slot: Slot) -> int:
         """Tokens that go through the policy for one slot."""
         return sum(len(s.ids) for s in (*self.rendered(slot), *self.baseline(slot)))
+
+    def batch(self, step: int, slots: Seq[Slot]) -> Batch:
+        """One optimiser step's examples, rendered."""
+        return Batch(
+            step,
+            derive_seed("dropout", self.seed, step),
+            tuple(s.example.id for s in slots),
+            tuple(tuple(self.rendered(slot)) for slot in slots),
+            tuple(found for slot in slots if (found := tuple(self.baseline(slot)))),
+        )
+
+    def compute(self, slot: Slot) -> float:
+        """Work for one slot, in policy tokens: a reference token is a forward pass alone, and counts half."""
+        policy, baseline = self.processed(slot), sum(len(s.ids) for s in self.baseline(slot))
+        reference = policy if self.objective.needs_reference != "nothing" else baseline
+        return policy + reference / 2

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from leeway.data.batches import Companions, Mark, Schedule
-from leeway.errors import LeewayError
-from leeway.hashing import derive_seed, digest
+from leeway.errors import LeewayError, NotFiniteError
+from leeway.hashing import digest
 from leeway.model import adapters
 from leeway.model.load import Model
 from leeway.model.reference import Reference, freeze
@@ -90,6 +90,12 @@ class Trajectory:
                 f"not {self.start.hash})",
                 fix="start in another --out",
             )
+        if (theirs := self.start.told.get("base_hash", self.model.hash)) != self.model.hash:
+            raise LeewayError(
+                f"{self.alias}: {self.start.folder} was trained on another base model (hash {theirs}, "
+                f"this study's is {self.model.hash})",
+                fix="start from an adapter of this study's model",
+            )
         adapters.restore(self.model, self.start.folder)
         if not started:
             return base
@@ -123,10 +129,15 @@ class Trajectory:
 
         ask_beforehand(self.model, self.objective, batches, self.settings.loop, self.compared, taken=self.step)
 
+    @property
+    def spent(self) -> int:
+        """Tokens that went through policy and reference so far."""
+        return self.counted["processed_tokens"] + self.counted["reference_tokens"]
+
     def save(self, folder: Path, mark: Mark) -> dict[str, Any]:
         """Write the checkpoint of `mark` with its ledger line, and return the line."""
         if not all(torch.isfinite(t).all() for t in adapters.state(self.model).values()):
-            raise LeewayError(
+            raise NotFiniteError(
                 f"{self.alias}, step {self.step}: the adapter holds values that are not finite",
                 fix="lower optim.lr; the last checkpoint is kept",
             )
@@ -158,17 +169,19 @@ class Trajectory:
             "reference_hash": self.reference_hash,
             "lr": self.settings.lr,
             "tuning_tokens": self.settings.tuning_tokens,
+            "start_tokens": self._start_tokens(),
+            "base_hash": self.model.hash,
         }
 
+    def _start_tokens(self) -> int | None:
+        """Source tokens that the start had been trained on: none of the base's, unknown (None) of a stranger's."""
+        if self.start is None:
+            return 0
+        told = self.start.told
+        return int(told["source_tokens"]) + int(told.get("start_tokens") or 0) if told else None
+
     def _batch(self, step: int) -> Batch:
-        slots = self.schedule.steps[step - 1]
-        return Batch(
-            step,
-            derive_seed("dropout", self.seed, step),
-            tuple(s.example.id for s in slots),
-            tuple(tuple(self.renderer.rendered(slot)) for slot in slots),
-            tuple(found for slot in slots if (found := tuple(self.renderer.baseline(slot)))),
-        )
+        return self.renderer.batch(step, self.schedule.steps[step - 1])
 
 
 def check_line(line: dict[str, Any], mark: Mark, folder: Path) -> None:
