@@ -93,11 +93,19 @@ class World:
         return self.objective.loss(policy, reference)
 
 
-def world(objective: Objective, chat: Chat, *, seed: int = 0, baseline: float = 0.0, width: int = 3) -> World:
-    """Render the three examples with `objective` and draw everything else in float64."""
+def world(
+    objective: Objective,
+    chat: Chat,
+    *,
+    seed: int = 0,
+    baseline: float = 0.0,
+    width: int = 3,
+    examples: list[Example] = EXAMPLES,
+) -> World:
+    """Render the examples with `objective` and draw everything else in float64."""
     chat = chat.with_control_tokens(objective.control_tokens) if objective.control_tokens else chat
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    rendered = [list(objective.render(with_companion(objective, e, k), chat, rng)) for k, e in enumerate(EXAMPLES)]
+    rendered = [list(objective.render(with_companion(objective, e, k), chat, rng)) for k, e in enumerate(examples)]
     batch = Padded.of([s for e in rendered for s in e], torch.device("cpu"))
     make: dict[str, Any] = {"generator": g, "dtype": torch.float64}
     blocked = tuple(chat.tokenizer.convert_tokens_to_ids(list(objective.control_tokens)))

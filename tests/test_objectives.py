@@ -203,18 +203,21 @@ def test_ktos_mismatched_answer_is_another_examples(tiny_chat: Chat) -> None:
     assert kto.Kto().baseline_sequences(example, tiny_chat) == [tiny_chat.sequence("0 + 4?", "It is 6.")]
 
 
-PROMPT = [-0.7, -0.9]
-COUNTED = [[*PROMPT, *s] for s in POLICY], [[*PROMPT, *s] for s in REFERENCE]
+PROMPT, ITS_REFERENCE = [-0.7, -0.9], [-0.2, -0.3]  # a pair shares its prompt, and policy and reference differ on it
+COUNTED = [[*PROMPT, *s] for s in POLICY], [[*ITS_REFERENCE, *s] for s in REFERENCE]
 
 
-@pytest.mark.parametrize("objective", [dpo.Dpo(), ipo.Ipo(), kto.Kto()], ids=repr)
-def test_what_sums_is_unmoved_by_counting_the_shared_prompt(objective: Objective) -> None:
+@pytest.mark.parametrize("objective", [dpo.Dpo(), ipo.Ipo()], ids=repr)
+def test_what_holds_two_sums_against_each_other_is_unmoved_by_counting_the_shared_prompt(objective: Objective) -> None:
     bare = objective.loss(pairs(POLICY), pairs(REFERENCE)).item()
     assert bare == pytest.approx(objective.loss(*map(pairs, COUNTED)).item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("objective", [orpo.Orpo(), simpo.Simpo(), ipo.Ipo(length="mean"), dpo.Dpo(nll=1.0)], ids=repr)
-def test_what_averages_is_moved_by_counting_the_shared_prompt(objective: Objective) -> None:
+MOVED = [orpo.Orpo(), simpo.Simpo(), ipo.Ipo(length="mean"), dpo.Dpo(nll=1.0), kto.Kto(undesirable=2.0)]
+
+
+@pytest.mark.parametrize("objective", MOVED, ids=repr)
+def test_what_averages_or_takes_answers_alone_is_moved_by_counting_the_shared_prompt(objective: Objective) -> None:
     bare = objective.loss(pairs(POLICY), pairs(REFERENCE)).item()
     assert bare != pytest.approx(objective.loss(*map(pairs, COUNTED)).item(), rel=1e-3)
 

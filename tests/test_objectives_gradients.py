@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from handmade import gradient_error, world
+from handmade import EXAMPLES, gradient_error, world
 from leeway.data.chat import Chat
 from leeway.objectives import OBJECTIVES, Objective, dpo, ipo, kl, kto, orpo, sft, sft_safety, simpo
 
@@ -112,3 +114,20 @@ def test_orpos_odds_ratio_stays_on_answers_where_its_nll_runs_over_prompts(tiny_
     assert (gradient(orpo.Orpo(nll_scope="all"), tiny_chat)[1].abs().sum(-1) > 0).all()
     only_odds = gradient(orpo.Orpo(nll_scope="all", nll=0.0), tiny_chat)[1].abs().sum(-1) > 0
     assert torch.equal(only_odds, target_T)
+
+
+@pytest.mark.parametrize("objective", [dpo.Dpo(beta=0.7), simpo.Simpo(gamma=0.0)], ids=repr)
+def test_a_swapped_pair_negates_the_margin_from_rendering_to_loss(objective: Objective, tiny_chat: Chat) -> None:
+    """The loss of one pair is softplus(-margin), its states those of the same tokens either way round."""
+    example = EXAMPLES[1]
+    there = world(objective, tiny_chat, examples=[example])
+    turned = replace(example, preferred=example.dispreferred or "", dispreferred=example.preferred)
+    back = world(objective, tiny_chat, examples=[turned])
+    first = there.batch.sequence_T == 0
+    order = torch.cat([(~first).nonzero(), first.nonzero()])[:, 0]
+    assert torch.equal(back.batch.measured_T, there.batch.measured_T[order])
+    back = replace(back, reference_TD=there.reference_TD[order])
+    losses = there.loss(there.hidden_TD).item(), back.loss(there.hidden_TD[order]).item()
+    margins = [-math.log(math.expm1(loss)) for loss in losses]
+    assert margins[0] == pytest.approx(-margins[1], rel=1e-9)
+    assert abs(margins[0]) > 0.1

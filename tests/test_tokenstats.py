@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -152,3 +153,25 @@ def test_a_blocked_id_has_no_share_in_the_distribution() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_a_small_kl_survives_half_precision_states(
+    direction: Any, dtype: torch.dtype, record_property: Callable[[str, object], None]
+) -> None:
+    """Logits near 30 rounded to bfloat16 are off by up to 0.06; what two near policies differ by is smaller."""
+    g = torch.Generator().manual_seed(5)
+    hidden = torch.randn(64, 32, generator=g).to(dtype)
+    near = (hidden.float() + 0.02 * torch.randn(64, 32, generator=g)).to(dtype)
+    weight, targets = (2 * torch.randn(101, 32, generator=g)).to(dtype), torch.randint(101, (64,), generator=g)
+    _, found = token_logps_and_kl(hidden, targets, Head(weight), near, direction)
+    states, head = (hidden.double(), near.double()), Head(weight.double())
+    _, exact = token_logps_and_kl(states[0], targets, head, states[1], direction)
+    error = float((found.sum() / exact.sum() - 1).abs())
+    record_property("measured", f"KL {direction} of {dtype} states against float64: {error:.1e} (1e-4)")
+    assert found.dtype == torch.float32
+    assert error < 1e-4
+    rounded = [(h.float() @ weight.float().T).to(dtype).double().log_softmax(-1) for h in (hidden, near)]
+    p, q = rounded if direction == "reverse" else rounded[::-1]
+    assert abs(float((p.exp() * (p - q)).sum() / exact.sum()) - 1) > 1e-3

@@ -59,7 +59,7 @@ class Companions:
     safety: tuple[Example, ...] = ()
 
     def beside(self, slot: Slot, kind: Literal["task", "general", "safety"], seed: int) -> Example:
-        """One example of `kind`, from (seed, position) alone; of the task's, never the slot's own.
+        """One example of `kind`, from (seed, position) alone; of the task's, never one answered like the slot's own.
 
         General and safety examples come in passes, each in an order of its own, as the task's do.
         """
@@ -67,12 +67,15 @@ class Companions:
         if kind == "task":
             rng = np.random.default_rng(derive_seed("companion", seed, slot.position))
             others = (pool[int(rng.integers(len(pool)))] for _ in range(100))
-            found = next((e for e in others if e.id != slot.example.id), None)
+            found = next((e for e in others if e.preferred != slot.example.preferred), None)
         else:
             epoch, k = divmod(slot.position, max(1, len(pool)))
             found = pool[_order(len(pool), seed, epoch, kind)[k]] if pool else None
         if found is None:
-            raise LeewayError(f"there is no {kind} example to put beside {slot.example.id}", fix="give more of them")
+            raise LeewayError(
+                f"there is no {kind} example to put beside {slot.example.id}",
+                fix="give more of them, with other answers",
+            )
         return found
 
 
