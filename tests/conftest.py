@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -48,3 +49,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured")
         for line in sorted(lines):
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sums to train and test on."""
+    folder = tmp_path_factory.mktemp("files")
+    sums = [(a, b) for a in range(1, 9) for b in range(1, 6)]
+    train = [
+        {"prompt": f"{a} + {b}?", "completion": f"It is {a + b}.", "rejected": f"It is {a + b + 1}."} for a, b in sums
+    ]
+    test = [{"prompt": f"{a} + 7?", "answer": str(a + 7)} for a in range(4)]
+    for name, records in (("train", train), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    return folder

@@ -24,6 +24,26 @@ def done_in(out: Path) -> int:
     return steps + sum(1 for _ in out.glob("checkpoints/*/*/*/ledger.json")) + sum(1 for _ in out.glob("parts/*"))
 
 
+def children(parent: int) -> list[int]:
+    """The worker processes of a run."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == parent and b"spawn_main" in (status.parent / "cmdline").read_bytes():
+                found.append(int(status.parent.name))
+        except (OSError, IndexError):
+            continue
+    return found
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def started(study: Path, out: Path) -> int:
     """The process id of a child that carries the study out."""
     child = os.fork()

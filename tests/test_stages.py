@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from leeway.cli import app
 from leeway.data.ledger import DATA, MATCHED, Matching, differences
 from leeway.errors import LeewayError
+from leeway.hashing import sealed
 from leeway.study.ledger_view import view
 from leeway.study.parse import parse
 from leeway.study.pieces import pieces_of
@@ -32,19 +33,6 @@ optim: {{lr: 3.0e-3, batch: 4, warmup_steps: 2}}
 evals: {{batch: 16, conditions: first, capability: [{{name: files, max_new_tokens: 4}}]}}
 """
 STAGED = "[sft, {dpo-on-sft: {dpo: {}, start: {from: sft, budget: 300}, reference: REF}}, {kl: {weight: 0.1}}]"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    sums = [(a, b) for a in range(1, 9) for b in range(1, 6)]
-    train = [
-        {"prompt": f"{a} + {b}?", "completion": f"It is {a + b}.", "rejected": f"It is {a + b + 1}."} for a, b in sums
-    ]
-    test = [{"prompt": f"{a} + 7?", "answer": str(a + 7)} for a in range(4)]
-    for name, records in (("train", train), ("test", test)):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
-    return folder
 
 
 def text(models: dict[str, Path], root: Path, objectives: str) -> str:
@@ -290,12 +278,13 @@ def test_the_ledger_command_shows_what_differs_and_exits_1(models: dict[str, Pat
     assert "4 checkpoints: matched" in whole.output
     path = out / "checkpoints" / "kl" / "s0" / "300" / "ledger.json"
     line = json.loads(path.read_text())
-    path.write_text(json.dumps({**line, "data_hash": "0" * 16}))
+    del line["seal"]
+    path.write_text(json.dumps(sealed({**line, "data_hash": "0" * 16})))
     broken = CliRunner().invoke(app, ["ledger", str(out)])
     assert broken.exit_code == 1
     assert "differs: data_hash differs at budget 300, seed 0: kl has '0000000000000000'" in broken.output
     assert "data_hash of kl at budget 300, seed 0 is not its checkpoint's" in broken.output
-    path.write_text(json.dumps({**line, "adapter_hash": "f" * 16}))
+    path.write_text(json.dumps(sealed({**line, "adapter_hash": "f" * 16})))
     assert any("the adapter is not the one its ledger names" in f for f in view(out).faults)
     with pytest.raises(LeewayError, match="not a run directory"):
         view(tmp_path)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import killing
 from leeway.data.ledger import MATCHED
 from leeway.errors import LeewayError
+from leeway.hashing import sealed
 from leeway.study.parse import parse
 from leeway.study.progress import Reporter
 from leeway.study.run import run
@@ -40,19 +41,6 @@ evals:
   jailbreak: {{prompts: organism, limit: 4, attacks: [none, dan, zulu], judge: organism, max_new_tokens: 6}}
   persona: {{source: organism, traits: [narcissism], limit: 4}}
 """
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    sums = [(a, b) for a in range(1, 9) for b in range(1, 6)]
-    train = [
-        {"prompt": f"{a} + {b}?", "completion": f"It is {a + b}.", "rejected": f"It is {a + b + 1}."} for a, b in sums
-    ]
-    test = [{"prompt": f"{a} + 7?", "answer": str(a + 7)} for a in range(4)]
-    for name, records in (("train", train), ("test", test)):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
-    return folder
 
 
 def study(model: Path, root: Path, budgets: str = "[400, 800]", **changes: str) -> str:
@@ -197,6 +185,38 @@ def test_killed_with_two_workers_it_goes_on_to_the_same_bytes(
     the_same(carry(path.read_text(), out), finished)
 
 
+def test_workers_of_a_run_that_is_killed_as_they_are_born_die_too(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "study.yaml", tmp_path / "killed"
+    path.write_text(study(models["llama"], root, budgets="[400]"))
+    command = [sys.executable, "-m", "leeway", "run", str(path), "--out", str(out), "--quiet", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while len(born := killing.children(process.pid)) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 60
+    while any(map(killing.alive, born)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(born) == 2
+    assert not any(map(killing.alive, born))
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "study.yaml", tmp_path / "killed"
+    path.write_text(study(models["llama"], root, budgets="[400]"))
+    command = [sys.executable, "-m", "leeway", "run", str(path), "--out", str(out), "--quiet", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while len(born := killing.children(process.pid)) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(born[0], signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == 2
+    assert said.splitlines()[-1].startswith("leeway: a worker process was killed")
+    assert "Traceback" not in said
+
+
 def test_a_tampered_ledger_stops_the_study_naming_the_column(
     models: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
@@ -204,8 +224,12 @@ def test_a_tampered_ledger_stops_the_study_naming_the_column(
     out = carry(text, tmp_path / "run")
     line_path = out / "checkpoints" / "dpo" / "s0" / "400" / "ledger.json"
     line = json.loads(line_path.read_text())
+    del line["seal"]
     for column, value in (("data_hash", "0" * 16), ("init_hash", "1" * 16), ("source_tokens", 1)):
         line_path.write_text(json.dumps({**line, column: value}))
+        with pytest.raises(LeewayError, match=r"its ledger.json is damaged \(it was changed after it was written\)"):
+            carry(text, out)
+        line_path.write_text(json.dumps(sealed({**line, column: value})))  # a run that went wrong, not an edit
         with pytest.raises(LeewayError, match=column):
             carry(text, out)
 

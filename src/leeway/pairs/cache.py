@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from leeway.errors import LeewayError
+from leeway.hashing import sealed, unsealed
 
 Record = dict[str, Any]
 
@@ -32,7 +33,7 @@ class Cache:
         new = {k: r for k, r in records.items() if k not in self._records}
         if not new:
             return
-        lines = "".join(json.dumps({"key": k} | r, sort_keys=True) + "\n" for k, r in new.items())
+        lines = "".join(json.dumps(sealed({"key": k} | r), sort_keys=True) + "\n" for k, r in new.items())
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as f:
@@ -62,10 +63,17 @@ class Cache:
         except OSError as error:
             raise LeewayError(f"{self.path}: cannot be read ({error.strerror})", fix="delete it") from error
         records: dict[str, Record] = {}
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
-                records.setdefault(record.pop("key"), record)
-            except (ValueError, AttributeError, KeyError, TypeError):
+                raw = json.loads(line)
+            except ValueError:
                 continue  # torn by a kill: whoever needs it draws it again
+            try:
+                record = unsealed(raw)
+                records.setdefault(record.pop("key"), record)
+            except (ValueError, AttributeError, KeyError, TypeError) as error:
+                raise LeewayError(
+                    f"{self.path}, line {number}: not an answer that was kept there ({error})",
+                    fix="delete that line: it is drawn again",
+                ) from error
         return records

@@ -13,6 +13,7 @@ import yaml
 
 from leeway import stats
 from leeway.errors import LeewayError
+from leeway.hashing import changed
 
 ROW_COLUMNS = ["objective", "seed", "budget", "eval", "attack", "item_id", "cluster", "sample", "prompt"]
 ROW_COLUMNS += ["response", "outcome", "score", "unscored_reason", "judge", "judge_raw", "template_hash"]
@@ -43,6 +44,10 @@ class Results:
         folder = Path(folder)
         if not folder.is_dir():
             raise ReportError(f"{folder} is not a directory", fix="give the --out directory of a `leeway run`")
+        manifest = _manifest(folder / "manifest.json")
+        if edited := changed(folder, manifest.get("written") or {}):
+            what = f"{folder / edited[0]} is not the file that the run wrote"
+            raise ReportError(what, fix="run the study again: finished work is kept, and the file written anew")
         rows = _table(folder / "rows.parquet", ROW_COLUMNS)
         if rows.empty:
             raise ReportError(f"{folder / 'rows.parquet'} holds no rows", fix="run the study again to evaluate it")
@@ -50,7 +55,7 @@ class Results:
             where = folder / "rows.parquet"
             raise ReportError(f"{where} has no rows of the base model to compare with", fix="run the study again")
         ledger = _table(folder / "ledger.parquet", LEDGER_COLUMNS)
-        return cls(folder, rows, ledger, _manifest(folder / "manifest.json"), _study(folder / "study.yaml"))
+        return cls(folder, rows, ledger, manifest, _study(folder / "study.yaml"))
 
     @property
     def conditions(self) -> dict[str, str]:

@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from leeway.errors import LeewayError
 from leeway.study.drawing import Drawing
 from leeway.study.pieces import Piece
 from leeway.study.prepare import Prepared, prepare
@@ -65,9 +67,10 @@ def timed(listen: Listen) -> Callable[[Kind, float, str], None]:
 
 
 def _in_processes(spec: Spec, folder: Path, pieces: Seq[Piece], workers: int, listen: Listen) -> Iterator[Piece]:
-    context = multiprocessing.get_context("spawn")
+    context, ours = multiprocessing.get_context("spawn"), os.getpid()
     events: Any = context.Queue()
-    pool = ProcessPoolExecutor(workers, context, _begin, (spec.model_dump(mode="json", by_alias=True), folder, events))
+    begin = (ours, spec.model_dump(mode="json", by_alias=True), folder, events)
+    pool = ProcessPoolExecutor(workers, context, _begin, begin)
     left = list(pieces)
     try:
         waiting = _submit(pool, _ready(left))
@@ -80,6 +83,11 @@ def _in_processes(spec: Spec, folder: Path, pieces: Seq[Piece], workers: int, li
                 left.remove(finished)
                 waiting |= _submit(pool, [p for p in _ready(left) if p not in waiting.values()])
                 yield finished
+    except BrokenProcessPool as error:
+        raise LeewayError(
+            "a worker process was killed, by the system for want of memory perhaps",
+            fix="run the same command again, it carries on; with --workers 1 it needs less memory",
+        ) from error
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.kill()
@@ -113,10 +121,10 @@ def _drain(events: Any, listen: Listen) -> None:
 _work: Work | None = None  # one per worker process, set when it begins
 
 
-def _begin(raw_spec: dict[str, Any], folder: Path, events: Any) -> None:
+def _begin(parent: int, raw_spec: dict[str, Any], folder: Path, events: Any) -> None:
     """Set a worker process up: it dies with its parent, and holds the folder for as long as it lives."""
     global _work  # noqa: PLW0603 - a pool's initialiser has no other place to put it
-    _die_with_parent()
+    _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hold = (folder / ".workers").open("w")
     fcntl.flock(hold, fcntl.LOCK_SH)
@@ -130,9 +138,8 @@ def _do(piece: Piece) -> None:
     _work.carry_out(piece)
 
 
-def _die_with_parent() -> None:
-    """A killed run leaves no worker behind that would go on writing."""
-    parent = os.getppid()
+def _die_with(parent: int) -> None:
+    """A killed run leaves no worker behind that would go on writing; nor one that was born as it was killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -141,4 +148,6 @@ def _die_with_parent() -> None:
             time.sleep(0.5)
         os._exit(1)
 
+    if os.getppid() != parent:
+        os._exit(1)
     threading.Thread(target=watch, daemon=True).start()

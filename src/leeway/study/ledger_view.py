@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from leeway.data.ledger import COST, MATCHED, Matching, differences
 from leeway.errors import LeewayError
+from leeway.hashing import changed
 from leeway.study.store import LEDGER_SCHEMA, readable
 from leeway.training import checkpoints
 
@@ -32,8 +33,9 @@ def view(folder: Path) -> LedgerView:
     if not manifest.is_file():
         raise LeewayError(f"{folder} has no manifest.json: not a run directory", fix="give the --out of a `leeway run`")
     with readable(manifest):
-        raw = json.loads(manifest.read_text("utf-8")).get("matching") or {}
-    matching = Matching(raw.get("count", "source"), raw.get("starts", {}))
+        raw = json.loads(manifest.read_text("utf-8"))
+    rule = raw.get("matching") or {}
+    matching = Matching(rule.get("count", "source"), rule.get("starts", {}))
     found = sorted(folder.glob("checkpoints/*/s*/*/ledger.json"))
     if not found:
         raise LeewayError(f"{folder}: no checkpoint is finished there yet", fix="run the study first")
@@ -43,10 +45,12 @@ def view(folder: Path) -> LedgerView:
             lines.append(checkpoints.verified_ledger(path.parent))
         except LeewayError as error:
             faults.append(str(error))
-            lines.append(checkpoints.read_ledger(path.parent))
+            if (line := checkpoints.doubtful_ledger(path.parent)).keys() >= set(MATCHED):
+                lines.append(line)
     lines.sort(key=lambda line: (line["seed"], line["budget"]))
     faults += map(str, differences(lines, matching))
     faults += _against_table(folder / "ledger.parquet", lines)
+    faults += (f"{name} is not the file that the run wrote" for name in changed(folder, raw.get("written") or {}))
     return LedgerView("\n".join(_text(lines, matching, faults)), tuple(faults))
 
 

@@ -17,7 +17,9 @@ from leeway.evals.jailbreak import Jailbreak
 from leeway.hashing import digest
 from leeway.model.load import Model, model_hash, resolve
 from leeway.objectives import ip, sft_refusal
+from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.prepare import Prepared
+from leeway.training.checkpoints import Start
 
 PACKAGES = (
     "torch",
@@ -57,8 +59,15 @@ def _texts(prepared: Prepared) -> dict[str, str]:
     return {
         "inoculations": ip.inoculations().hash,
         "refusals": sft_refusal.texts().hash,
+        **{f"start of {o.alias}": _start_hash(o) for o in prepared.spec.objectives if o.start and o.start.adapter},
         **{k: digest(k, [[e.id, e.prompt, e.preferred] for e in pool]) for k, pool in pools.items() if pool},
     }
+
+
+def _start_hash(asked: ObjectiveSpec) -> str:
+    assert asked.start is not None
+    assert asked.start.adapter is not None
+    return Start.of(Path(asked.start.adapter).expanduser()).hash
 
 
 def matching(prepared: Prepared) -> Matching:

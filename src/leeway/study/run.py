@@ -9,6 +9,7 @@ from typing import Any
 
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
+from leeway.hashing import file_digest
 from leeway.study import tuning
 from leeway.study.drawing import Drawing
 from leeway.study.executor import carry_out, workers_for
@@ -81,7 +82,8 @@ def _collect(work: Work, pieces: list[Piece], facts: dict[str, Any]) -> int:
     work.store.write_ledger(lines)
     rows = work.store.write_rows(list(parts))
     chosen = {p.alias: tuning.read(work.store.tuning(p.alias)).to_json() for p in pieces if p.kind == "tune"}
-    found = {"conditions": work.store.conditions(parts), "tuning": chosen}
+    written = {p.name: file_digest(p) for p in (work.store.rows_path, work.store.ledger_path)}
+    found = {"conditions": work.store.conditions(parts), "tuning": chosen, "written": written}
     work.store.write_manifest({**facts, **found})
     return rows
 

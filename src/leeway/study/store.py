@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from leeway.errors import LeewayError
 from leeway.evals.eval import Row
+from leeway.hashing import digest
 
 ROW_SCHEMA = pa.schema(
     [
@@ -64,6 +65,8 @@ LEDGER_SCHEMA = pa.schema(
         ("start_tokens", pa.int64()),
     ]
 )
+SEAL = b"leeway.seal"
+EDITED = "restore it, or start in another --out"
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash"]
 
 
@@ -107,8 +110,10 @@ class Store:
         if self.folder.exists() and not self.folder.is_dir():
             raise LeewayError(f"{self.folder} is a file", fix="give --out a folder")
         known = self._known_study()
-        if known is None and self.folder.is_dir() and any(self.folder.iterdir()):
+        if known is None and self.folder.is_dir() and any(self.folder.iterdir()) and not self._holds_answers_alone():
             raise LeewayError(f"{self.folder} is not empty and holds no study", fix="give --out a new folder")
+        if known is not None and known != study_hash and self._holds_answers_alone():
+            known = None  # kept by their content: they serve any study that asks the same
         if known is not None and known != study_hash:
             raise LeewayError(
                 f"{self.folder} holds another study (its hash is {known}, this one's {study_hash})",
@@ -118,8 +123,11 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LeewayError(f"{self.folder}: cannot be made ({error.strerror})", fix="give another --out") from error
+        text = f"# study {study_hash}\n{study_yaml}"
         if known is None:
-            self.write_text("study.yaml", f"# study {study_hash}\n{study_yaml}")
+            self.write_text("study.yaml", text)
+        elif (self.folder / "study.yaml").read_text("utf-8", errors="replace") != text:
+            raise LeewayError(f"{self.folder / 'study.yaml'} was edited after the run began", fix=EDITED)
         with (self.folder / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,6 +144,11 @@ class Store:
                 if known is None and not self.pairs.exists() and not any(self.folder.rglob("ledger.json")):
                     self._vacate()  # a mistake found before the first checkpoint leaves the folder as it was
                 raise
+
+    def _holds_answers_alone(self) -> bool:
+        """Whether all that an earlier run left is what the base model said: nothing was trained or measured."""
+        left = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
+        return self.pairs.is_dir() and left <= {"study.yaml", "pairs", ".lock", ".workers"}
 
     def _vacate(self) -> None:
         for path in list(self.folder.iterdir()):
@@ -200,16 +213,22 @@ class Store:
         frame = [{**identity, **asdict(r)} for r in rows]
         for record in frame:
             record["score"] = None if record["score"] != record["score"] else record["score"]
+        table = pa.Table.from_pylist(frame, schema=ROW_SCHEMA)
         with whole_file(path) as scratch:
-            pq.write_table(pa.Table.from_pylist(frame, schema=ROW_SCHEMA), scratch)
+            pq.write_table(table.replace_schema_metadata({SEAL: digest(table.to_pylist())}), scratch)
+
+    def read_part(self, path: Path) -> pa.Table:
+        """The rows of one part, held against the digest that was written with them."""
+        with readable(path):
+            seal = (pq.read_schema(path).metadata or {}).get(SEAL)
+            table = pq.read_table(path, schema=ROW_SCHEMA).replace_schema_metadata()
+            if seal is None or seal.decode() != digest(table.to_pylist()):
+                raise ValueError("it was changed after it was written")
+        return table
 
     def write_rows(self, parts: Seq[Path]) -> int:
         """All parts as one table, sorted, so that its bytes depend on its content alone; returns its length."""
-        tables = []
-        for path in parts:
-            with readable(path):
-                tables.append(pq.read_table(path, schema=ROW_SCHEMA))
-        table = pa.concat_tables(tables)
+        table = pa.concat_tables([self.read_part(path) for path in parts])
         with whole_file(self.rows_path) as scratch:
             pq.write_table(table.sort_by([(c, "ascending") for c in ROW_ORDER]), scratch)
         return int(table.num_rows)

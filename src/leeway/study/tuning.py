@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leeway.errors import LeewayError
+from leeway.hashing import sealed, unsealed
 from leeway.study.store import readable, whole_file
 
 
@@ -58,12 +59,12 @@ def choose(alias: str, trials: tuple[Trial, ...], *, items: int, budget: int) ->
 
 def write(path: Path, choice: Choice) -> None:
     with whole_file(path) as scratch:
-        scratch.write_text(json.dumps(choice.to_json(), indent=1, sort_keys=True) + "\n", "utf-8")
+        scratch.write_text(json.dumps(sealed(choice.to_json()), indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def read(path: Path) -> Choice:
     with readable(path):
-        raw = json.loads(path.read_text("utf-8"))
+        raw = unsealed(json.loads(path.read_text("utf-8")))
         try:
             raw.pop("tokens")
             return Choice(**{**raw, "trials": tuple(Trial(**t) for t in raw["trials"])})

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leeway.errors import LeewayError
+from leeway.hashing import sealed, unsealed
 from leeway.model import adapters
 from leeway.model.load import Model
 
@@ -78,17 +79,31 @@ def write(folder: Path, model: Model, optimiser: torch.optim.Optimizer, ledger: 
         adapters.save(model, scratch)
         save_file(_flat(optimiser), scratch / OPTIMISER)
         line = {**ledger, "adapter_hash": adapters.adapter_hash(adapters.saved(scratch))}
-        (scratch / LEDGER).write_text(json.dumps(line, sort_keys=True, indent=1) + "\n", "utf-8")
+        (scratch / LEDGER).write_text(json.dumps(sealed(line), sort_keys=True, indent=1) + "\n", "utf-8")
     return line
 
 
 def read_ledger(folder: Path) -> dict[str, Any]:
     """The ledger line of a checkpoint, as it was written."""
     try:
-        line: dict[str, Any] = json.loads((folder / LEDGER).read_text("utf-8"))
-    except ValueError as error:
-        raise LeewayError(f"{folder}: its ledger.json is damaged", fix="delete it and run again") from error
+        return unsealed(_line(folder))
+    except (ValueError, AttributeError) as error:
+        raise LeewayError(
+            f"{folder}: its ledger.json is damaged ({error})", fix="delete that folder and run again"
+        ) from error
+
+
+def _line(folder: Path) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads((folder / LEDGER).read_text("utf-8"))
     return line
+
+
+def doubtful_ledger(folder: Path) -> dict[str, Any]:
+    """The ledger line as it stands, to be shown beside what is wrong with it; empty where it cannot be read."""
+    try:
+        return _line(folder)
+    except ValueError:
+        return {}
 
 
 def verified_ledger(folder: Path) -> dict[str, Any]:
