@@ -99,7 +99,7 @@ def test_an_example_longer_than_the_context(tmp_path: Path) -> None:
     line = mistake(leeway("run", str(path), "--out", str(tmp_path / "o")))
     assert "example train.jsonl/2 takes" in line
     assert "the context of" in line
-    planned = json.loads(leeway("plan", str(path), "task.too_long=leave-out", "--json").stdout)
+    planned = json.loads(leeway("plan", str(path), "task.too_long=leave-out", "optim.batch=1", "--json").stdout)
     assert planned["left_out"] == 1
 
 
@@ -109,7 +109,9 @@ def test_a_pair_with_two_equal_answers(models: dict[str, Path], tmp_path: Path) 
     assert "example train.jsonl/1 has two equal answers" in mistake(
         leeway("run", str(path), "--out", str(tmp_path / "o"))
     )
-    assert leeway("show", str(path), "objectives=[sft]").returncode == 0  # nothing looks at the rejected one
+    assert (
+        leeway("show", str(path), "objectives=[sft]", "optim.batch=1").returncode == 0
+    )  # nothing looks at the rejected one
 
 
 @pytest.mark.parametrize("empty", ["completion", "prompt"])
@@ -165,7 +167,7 @@ def test_show_tells_what_each_objective_sees(models: dict[str, Path], tmp_path: 
     train = "".join(json.dumps({**pair, "prompt": f"{a} + 4?"}) + "\n" for a in range(3))
     objectives = "[cft, {ip: {p: 1}}, {kl-all: {kl: {over: all}}}, {kl-far: {kl: {over: general}}}, kto, sft_refusal]"
     path = write(tmp_path, str(models["llama"]), objectives, train=train)
-    said = leeway("show", str(path), "general=organism").stdout
+    said = leeway("show", str(path), "general=organism", "optim.batch=3").stdout
     parts = {part.split(" ", 1)[0]: part for part in said.split("\n── ")[1:]}
     assert list(parts) == ["cft", "ip", "kl-all", "kl-far", "kto", "sft_refusal"]
     assert "<SAFE>" in parts["cft"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from leeway.errors import LeewayError
@@ -75,6 +77,32 @@ def test_all_faults_at_once_with_the_nearest_known_key() -> None:
         ("budgets=100", "give a list, such as [100]"),
         ("pairs=corrupted", "give a mapping (from, "),
         ("pairs={from: thin-air}", "pairs.from"),
+        ("budgets=[true]", "budgets.0: true is no number of tokens"),
+        ("optim.batch=true", "optim.batch: true is no value here"),
+        ("name=no", "name: false is no value here; a word such as yes or no goes into quotes"),
+        ("name=2024-13-01", "month must be in 1..12"),
+        ("seeds=[-1]", "seeds.0: input should be greater than or equal to 0"),
+        ("seeds=[9223372036854775808]", "seeds.0: input should be less than 9223372036854775808"),
+        ("objectives=[{alias: x, kind: sfx}]", "{'alias': 'x', 'kind': 'sfx'} is not an objective: write"),
+        ("objectives=[{alias: x, kind: sft}]", "is not an objective: write"),
+        ("objectives=[{alias: x, kind: sft, settings: {}, start: null, reference: start}]", "is not an objective"),
+        (f"objectives=[{{{'a' * 65}: {{sft: {{}}}}}}]", "has 65 characters; at most 64"),
+        ("objectives=[{dpo: {start: {from: sft, budget: 1k}}}]", "write {my-dpo: {dpo: {}, start: …}}"),
+        ("objectives=[{dpo: {}, start: {from: sft, budget: 1k}}]", "write {my-dpo: {dpo: {}, start: …}}"),
+        ("objectives=[{dpo: {reference: base}}]", "write {my-dpo: {dpo: {}, reference: …}}"),
+        ("objectives=[{a: {dpo: {}, start: }}]", "a: its start is empty"),
+        ("objectives=[{a: {dpo: {}, reference: base}}]", "reference: base goes with a start"),
+        (
+            "objectives=[sft, {a: {cft: {}, start: {from: sft, budget: 1k}}}]",
+            "start it from the base model or from cft",
+        ),
+        ("objectives=[cft, {a: {dpo: {}, start: {from: cft, budget: 1k}}}]", "from an objective without them"),
+        ('objectives=[{a: {dpo: {}, start: {adapter: ""}}}]', "a: start.adapter '' is no folder"),
+        ("optim={lr: 1e-4, tune: {items: 3}}", "tune is for lr: tuned"),
+        ("optim={lr: 1, lr: 2}", "'lr' is given twice"),
+        ("pairs={filter: model}", "filter: model is for from: unsafe"),
+        ("pairs={from: sampled-errors, filter: model}", "filter: model is for from: unsafe"),
+        ("pairs={from: corrupted, samples: 2}", "samples is for answers that are drawn"),
         ("nonsense", "is not an override"),
         ("name.x=1", "override"),
     ],
@@ -99,8 +127,74 @@ def test_aliases_run_an_objective_twice() -> None:
     assert [getattr(o.build(), "weight", None) for o in spec.objectives] == [0.05, 0.2, 1.0]
 
 
-def test_scientific_notation_in_an_override_is_a_number() -> None:
+def test_scientific_notation_is_a_number_wherever_it_stands() -> None:
     assert parse(GOOD, "x", ("optim.lr=1e-3",)).optim.lr == 1e-3
+    assert parse(GOOD, "x", ("optim.lr={sft: 1e-4, dpo: 5E-5}",)).optim.lr == {"sft": 1e-4, "dpo": 5e-5}
+    assert parse(GOOD + "optim: {lr: {sft: 1e-4, dpo: 5e-5}}\n", "x").optim.lr == {"sft": 1e-4, "dpo": 5e-5}
+    tune = parse(GOOD, "x", ("optim={lr: tuned, tune: {lrs: [1e-4, .5, +2.e-4, 3]}}",)).optim.tune
+    assert tune.lrs == (1e-4, 0.5, 2e-4, 3.0)
+    assert parse(GOOD, "x", ("budgets=[1e3, 2k]",)).budgets == (1000, 2000)
+
+
+@pytest.mark.parametrize("name", ["1e5", "1.5", "0x1", "2024-01-02", "no", "x1e5", "1e", "12"])
+def test_a_name_that_looks_like_something_else_comes_back_as_a_name(name: str) -> None:
+    spec = parse(GOOD.replace("name: x", f"name: '{name}'"), "x")
+    assert spec.name == name
+    assert parse(spec.to_yaml(), "x").hash == spec.hash
+
+
+def test_a_repeated_key_is_named_with_its_line() -> None:
+    assert "x.yaml, line 8: 'budgets' is given twice; mend that line" in fault(GOOD + "budgets: [3k]\n")
+    assert "line 8: 'r' is given twice" in fault(GOOD + "adapter: {r: 1, r: 1}\n")
+
+
+def test_the_resolved_study_and_the_one_that_workers_get_are_the_study() -> None:
+    staged = "objectives=[sft, {a: {dpo: {beta: 0.2}, start: {from: sft, budget: 1k}, reference: base}}]"
+    for overrides in ((), (staged,), ("optim.lr=tuned", "optim.tune.items=3"), ("pairs={from: unsafe, samples: 2}",)):
+        spec = parse(GOOD, "x", overrides)
+        assert parse(spec.to_yaml(), "x").hash == spec.hash
+        assert Spec.model_validate(spec.model_dump(mode="json", by_alias=True)) == spec
+
+
+def test_full_training_is_not_asked_for_in_bfloat16() -> None:
+    assert "too coarse for adapter.kind: full" in fault(GOOD, "adapter.kind=full", "dtype=bfloat16")
+    assert parse(GOOD, "x", ("adapter.kind=full", "dtype=float32")).weights == "float32"
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "objective", "part"),
+    [
+        ({}, "lora", "dpo", "holds no weights: give the folder of a saved adapter"),
+        ({"adapter_model.safetensors": ""}, "lora", "dpo", "holds no weights"),
+        ({"model.safetensors": ""}, "lora", "dpo", "holds whole weights, and an adapter would be trained"),
+        (
+            {"adapter_model.safetensors": "", "adapter_config.json": "{}"},
+            "full",
+            "dpo",
+            "holds an adapter, and whole weights would be trained",
+        ),
+        (
+            {"adapter_model.safetensors": "", "adapter_config.json": "{"},
+            "lora",
+            "dpo",
+            "adapter_config.json is damaged",
+        ),
+        ({"adapter_model.safetensors": "", "adapter_config.json": "{}"}, "lora", "cft", "has no control tokens"),
+        (
+            {"adapter_model.safetensors": "", "adapter_config.json": '{"trainable_token_indices": [300, 301]}'},
+            "lora",
+            "dpo",
+            "has trained control tokens",
+        ),
+    ],
+)
+def test_a_folder_to_start_from_is_looked_into(
+    files: dict[str, str], kind: str, objective: str, part: str, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    start = f"objectives=[{{a: {{{objective}: {{}}, start: {{adapter: {tmp_path}}}}}}}]"
+    assert part in fault(GOOD, start, f"adapter.kind={kind}")
 
 
 def test_broken_yaml_is_named_by_its_line() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from leeway.cli import app
-from leeway.data.ledger import DATA, MATCHED, Matching, differences
+from leeway.data.ledger import COST, DATA, MATCHED, Matching, differences
 from leeway.errors import LeewayError
 from leeway.hashing import sealed
+from leeway.study import ledger_view
 from leeway.study.ledger_view import view
 from leeway.study.parse import parse
 from leeway.study.pieces import pieces_of
@@ -122,6 +124,12 @@ def test_a_decay_takes_a_run_of_its_own_for_every_budget(models: dict[str, Path]
     planned = plan(parse(linear, "x"))
     assert [t.budgets for t in planned.trajectories] == [(600,), (300,)]
     assert "every budget is a run of its own" in planned.to_text()
+    assert "warm-up" not in planned.to_text()
+    late = plan(
+        parse(linear.replace("[sft]", "[sft, kl]"), "x", (f"optim.warmup_steps={planned.trajectories[1].steps}",))
+    )
+    assert "kl, sft: the run to 300 tokens ends inside the warm-up" in late.to_text()
+    assert "run to 600 tokens ends" not in late.to_text()
     whole = sum(t.processed_tokens for t in planned.trajectories)
     assert whole > 1.4 * plan(parse(constant, "x")).trajectories[0].processed_tokens
     out, same = carry(linear, tmp_path / "linear"), carry(constant, tmp_path / "constant")
@@ -162,6 +170,17 @@ def test_tuned_rates_are_chosen_on_examples_that_nothing_is_trained_on(
             rows = pd.read_parquet(out / "tuning" / f"{alias}-{trial['lr']:g}.parquet")
             assert rows.score.mean() == trial["accuracy"]
     assert lines.loc[("dpo", 300), "tuning_tokens"] > lines.loc[("sft", 300), "tuning_tokens"] > 0
+    planned = plan(parse(study, "x"))
+    assert "sft (each of 2 rates)" in planned.to_text()
+    said = re.search(r"lr tuned: ([\d,]+) tokens of training by the sweeps, and up to ([\d,]+) of", planned.to_text())
+    assert said
+    trained, answered = (int(n.replace(",", "")) for n in said.groups())
+    trials = [t for choice in manifest["tuning"].values() for t in choice["trials"]]
+    assert trained == sum(t["trained"] for t in trials)
+    limit = sum(t["answered"] for t in trials) + sum(  # had every answer been as long as it may be
+        4 - n for f in (out / "tuning").glob("*.parquet") for n in pd.read_parquet(f).new_tokens
+    )
+    assert answered == limit
     with pytest.raises(LeewayError, match="40 examples cannot be set aside, there are 40"):
         prepare(parse(study.replace("items: 6", "items: 40"), "x"))
 
@@ -239,7 +258,7 @@ def test_a_second_stage_tells_what_came_before_and_whose_adapter_it_takes(
     lines = ledger(out)
     assert lines.loc[("dpo-on-sft", 600), "start_tokens"] == lines.loc[("sft", 300), "source_tokens"]
     assert lines.loc[("sft", 600), "start_tokens"] == 0
-    assert f"after {lines.loc[('sft', 300), 'source_tokens']:,} source tokens" in view(out).text
+    assert f"after {lines.loc[('sft', 300), 'source_tokens']:,} source tokens" in " ".join(view(out).text.split())
     saved = out / "checkpoints" / "sft" / "s0" / "300"
     other = text({"llama": other_llama(models["llama"], tmp_path / "other")}, root, "[sft]")
     staged = other.replace("[sft]", f"[{{a: {{dpo: {{}}, start: {{adapter: {saved}}}}}}}]")
@@ -288,6 +307,23 @@ def test_the_ledger_command_shows_what_differs_and_exits_1(models: dict[str, Pat
     assert any("the adapter is not the one its ledger names" in f for f in view(out).faults)
     with pytest.raises(LeewayError, match="not a run directory"):
         view(tmp_path)
+
+
+def test_the_ledger_is_no_wider_than_a_screen_whatever_the_names() -> None:
+    names = ("a" * 64, "b" * 45, "sft")
+    numbers = dict.fromkeys(DATA[:3] + COST, 123_456_789) | {"epochs": 1234.5678, "lr": 3.0e-5, "start_tokens": 5}
+    hashes = dict.fromkeys(("data_hash", "init_hash", "reference_hash"), "0123456789abcdef")
+    told = [{"objective": n, "seed": s, "budget": 9_000_000_000, **numbers, **hashes} for n in names for s in (0, 1)]
+    text = "\n".join(ledger_view._text(told, Matching("processed", {names[0]: "sft at 300, reference: start"}), []))
+    assert max(map(len, text.splitlines())) <= 100
+    for name in names:
+        told_of = [line for line in text.splitlines() if line.split()[:1] == [name]]
+        assert len(told_of) == 4 + (name == names[0])  # two seeds, what is matched and what it cost; and its start
+    assert text.count("123,456,789") == 3 * 2 * (3 + len(COST))
+    assert text.count("01234567") == 3 * 2 * 3
+    assert "012345678" not in text
+    head = next(line for line in text.splitlines() if line.startswith("cost"))
+    assert head.split() == ["cost", "target", "processed", "reference", "tuning", "lr"]
 
 
 def test_differences_are_found_in_every_matched_column() -> None:

@@ -1,8 +1,12 @@
+import itertools
+
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from leeway.report import wording
-from leeway.report.curves import apart
+from leeway.report.curves import _name_ends, apart
 from leeway.report.verdict import verdict
 
 
@@ -33,6 +37,27 @@ def test_labels_keep_their_order_and_distance():
     placed = apart([0.5, 0.5, 0.1, 0.98], 0.1, 0, 1)
     assert placed[2] < placed[0] < placed[1] < placed[3] <= 1
     assert min(abs(a - b) for a in placed for b in placed if a != b) >= 0.1 - 1e-12
+
+
+@pytest.mark.parametrize("names", [2, 9, 20, 40])
+def test_labels_that_are_too_many_stand_evenly_and_none_on_another(names: int):
+    placed = apart([0.1] * names, 0.1, 0, 1)
+    assert len(set(placed)) == names
+    assert min(b - a for a, b in itertools.pairwise(placed)) >= min(0.1, 1 / (names - 1)) - 1e-9
+    assert min(placed) >= -1e-9
+    assert max(placed) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("last", [(0.5, 0.5), (0.5, 0.52), (0.52, 0.5), (0.47, 0.49), (0.9, 0.1)])
+def test_the_first_and_the_last_budget_are_named_apart(last: tuple[float, float]):
+    figure = Figure(figsize=(8, 2.4))
+    ax = figure.subplots(1, 3)[0]
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    path = pd.DataFrame([(0, 0.1, 0.1), (200_000, 0.5, 0.5), (400_000, *last)], columns=["budget", "x", "y"])
+    _name_ends(ax, path)
+    first, second = (t.get_window_extent(FigureCanvasAgg(figure).get_renderer()) for t in ax.texts)
+    assert [t.get_text() for t in ax.texts] == ["200k", "400k"]
+    assert not first.overlaps(second)
 
 
 def line(objective: str, axis: str, measure: str, difference: float, p: float) -> dict[str, object]:

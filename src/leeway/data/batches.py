@@ -101,6 +101,7 @@ def schedule(
     spent = 0.0
     seen, position, running = 0, 0, hashlib.sha256(canonical([seed, batch]).encode())
     order: tuple[int, ...] = ()
+    prints = [_fingerprint(e) for e in examples]
     while len(marks) < len(budgets):
         step = []
         for _ in range(batch):
@@ -110,7 +111,7 @@ def schedule(
             example = examples[order[k]]
             step.append(Slot(example, epoch, position))
             spent += counted(step[-1]) if counted else 0
-            running.update(_fingerprint(example))
+            running.update(prints[order[k]])
             seen += source_tokens(example)
             position += 1
         steps.append(tuple(step))

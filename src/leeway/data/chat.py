@@ -8,6 +8,7 @@ special token is ever added on top.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from leeway.hashing import digest
 
 PROBE_QUESTION = "leeway-probe-question"
 PROBE_ANSWER = "leeway-probe-answer"
+KEPT = 4096  # rendered sequences
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class Chat:
     prefix: str = ""
     closing_ids: tuple[int, ...] = field(init=False)
     _lead: str = field(init=False)
+    _special: dict[int, str] = field(init=False, repr=False)
+    _spellings: re.Pattern[str] = field(init=False, repr=False)
+    _rendered: dict[tuple[str, str, str], Sequence] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if "strftime_now" in str(getattr(self.tokenizer, "chat_template", None) or ""):
@@ -77,6 +82,7 @@ class Chat:
                 f"model {self.tokenizer.name_or_path}: its tokenizer has no chat template",
                 fix="put chat_template into tokenizer_config.json (or chat_template.jinja), or use the chat model",
             )
+        self._know_special_tokens()
         self._lead, closing = self._turn_shape()
         self.closing_ids = self._closing(closing)
 
@@ -99,6 +105,8 @@ class Chat:
         other = copy.copy(self)
         other.tokenizer = copy.deepcopy(self.tokenizer)
         other.tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
+        other._know_special_tokens()
+        other._rendered = {}
         return other
 
     @property
@@ -118,13 +126,30 @@ class Chat:
         return self.ids(self.prompt_text(conversation)) + (self.ids(self._lead) if self._lead else ())
 
     def sequence(self, prompt: str, answer: str) -> Sequence:
-        """One user turn and its answer; the targets are the answer and the token that ends the turn."""
+        """One user turn and its answer; the targets are the answer and the token that ends the turn.
+
+        What was rendered is kept: an epoch renders what the one before it did.
+        """
+        key = (self.prefix, prompt, answer)
+        if key not in self._rendered:
+            if len(self._rendered) >= KEPT:
+                self._rendered.clear()
+            self._rendered[key] = self._sequence(prompt, answer)
+        return self._rendered[key]
+
+    def _sequence(self, prompt: str, answer: str) -> Sequence:
         prompt_ids = self.prompt_ids([{"role": "user", "content": prompt}])
         answer_ids = self.ids(answer) + self.closing_ids
         return Sequence(prompt_ids + answer_ids, len(prompt_ids))
 
     def ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def spelled(self, text: str) -> str | None:
+        """A special token that `text` spells, so that it would be read as that token; none is the rule."""
+        if not self._spellings.search(text):
+            return None
+        return next((self._special[i] for i in self.ids(text) if i in self._special), None)
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -155,12 +180,9 @@ class Chat:
 
     def _closing(self, text: str) -> tuple[int, ...]:
         """Ids that end the turn: up to the first special token after the answer, else the tokenizer's EOS."""
-        special = set(self.tokenizer.all_special_ids) | {
-            i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special
-        }
         ids = self.ids(text)
         for k, i in enumerate(ids):
-            if i in special:
+            if i in self._special:
                 return ids[: k + 1]
         if self.tokenizer.eos_token_id is None:
             raise LeewayError(
@@ -168,6 +190,12 @@ class Chat:
                 fix="set eos_token in tokenizer_config.json",
             )
         return (*ids, int(self.tokenizer.eos_token_id))
+
+    def _know_special_tokens(self) -> None:
+        added = {i: str(t.content) for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        own = zip(self.tokenizer.all_special_ids, map(str, self.tokenizer.all_special_tokens), strict=True)
+        self._special = dict(own) | added
+        self._spellings = re.compile("|".join(map(re.escape, self._special.values())) or "(?!)")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

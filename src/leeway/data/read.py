@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from leeway.errors import LeewayError
 
 Record = dict[str, Any]
+HALF = re.compile("[\\ud800-\\udfff]")
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,32 @@ def read(path: Path) -> Iterator[Record]:
             if path.suffix == ".gz"
             else path.open(encoding="utf-8-sig", newline="") as f
         ):
-            if kind == ".jsonl":
-                yield from _jsonl(path, f)
-            elif kind == ".json":
-                yield from _json(path, f.read())
-            elif kind in (".csv", ".tsv"):
-                yield from _csv(path, f, "\t" if kind == ".tsv" else ",")
-            else:
-                raise LeewayError(f"{path}: unknown kind of file", fix="use .jsonl, .json, .csv or .tsv (or .gz of it)")
+            for number, record in enumerate(_records(path, kind, f), 1):
+                _refuse_half_characters(record, f"{path}, record {number}")
+                yield record
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
     except (gzip.BadGzipFile, EOFError) as error:
         raise LeewayError(f"{path}: broken gzip file ({error})", fix="fetch it again") from error
+
+
+def _records(path: Path, kind: str, f: Any) -> Iterator[Record]:
+    if kind == ".jsonl":
+        return _jsonl(path, f)
+    if kind == ".json":
+        return _json(path, f.read())
+    if kind in (".csv", ".tsv"):
+        return _csv(path, f, "\t" if kind == ".tsv" else ",")
+    raise LeewayError(f"{path}: unknown kind of file", fix="use .jsonl, .json, .csv or .tsv (or .gz of it)")
+
+
+def _refuse_half_characters(record: Record, where: str) -> None:
+    """JSON can spell one half of a surrogate pair, which is no text: no tokenizer and no file takes it."""
+    for name, value in record.items():
+        if isinstance(value, str) and (half := HALF.search(value)):
+            raise LeewayError(
+                f"{where}: its {name} holds \\u{ord(half[0]):04x}, one half of a character", fix="mend that record"
+            )
 
 
 def _jsonl(path: Path, lines: Any) -> Iterator[Record]:

@@ -17,6 +17,8 @@ from leeway.report.series import Series
 from leeway.stats.measures import BASE, PLAIN
 
 NAME = 0.18  # inches that a line's name takes
+NAMED = 7.5  # points, the size of a budget's name beside its mark
+BETWEEN = 0.71  # inches between one panel and the next
 
 
 def tradeoff(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
@@ -37,6 +39,8 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
         ax.xaxis.set_major_formatter(PERCENT)
         ax.yaxis.set_major_formatter(PERCENT)
         ax.set_ylim(bottom=0)
+    for ax, own in zip(panels, lines, strict=True):  # once the axes are what they stay
+        _name_ends(ax, _path(wide, own))
     return finish(
         figure,
         "tradeoff",
@@ -63,7 +67,6 @@ def _way(ax: Axes, own: Series, path: pd.DataFrame) -> None:
     trained, base = path[path["budget"] > 0], path[path["budget"] == 0]
     ax.plot(trained["x"], trained["y"], linestyle="", zorder=4, **_marker(own))
     ax.plot(base["x"], base["y"], linestyle="", marker="*", markersize=10, color=INK, zorder=5)
-    _name_ends(ax, trained)
 
 
 def by_budget(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
@@ -72,11 +75,11 @@ def by_budget(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
     names = list(dict.fromkeys(primary["measure"]))
     if not lines or not names:
         return None
-    height = max(2.75, 0.6 + NAME * (len(lines) + 1))  # every line's name finds room at the right
-    figure = Figure(figsize=(WIDTH, height * len(names) + 0.25))
+    tall = max(2.1, NAME * (len(lines) + 1))  # every line's name finds room at the right
+    total = tall * len(names) + BETWEEN * (len(names) - 1) + 0.78
+    figure = Figure(figsize=(WIDTH, total))
     panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
-    total = figure.get_figheight()
-    figure.subplots_adjust(left=0.075, right=0.84, top=1 - 0.3 / total, bottom=0.48 / total, hspace=0.34)
+    figure.subplots_adjust(left=0.075, right=0.84, top=1 - 0.3 / total, bottom=0.48 / total, hspace=BETWEEN / tall)
     for ax, measure in zip(panels, names, strict=True):
         table = primary[primary["measure"] == measure]
         spread(ax, table, lines, bars=True)
@@ -190,15 +193,22 @@ def _path(wide: pd.DataFrame, one: Series) -> pd.DataFrame:
     return pd.concat([one.base_of(wide), one.of(wide)])
 
 
-def _name_ends(ax: Axes, trained: pd.DataFrame) -> None:
-    for n in sorted({0, len(trained) - 1}) if len(trained) else []:
-        point = trained.iloc[n]
+def _name_ends(ax: Axes, path: pd.DataFrame) -> None:
+    """Name the first and the last budget; where the two are too close for both names, the lower one from below."""
+    trained = path[path["budget"] > 0]
+    ends = [trained.iloc[n] for n in sorted({0, len(trained) - 1})] if len(trained) else []
+    places = ax.transData.transform([(e["x"], e["y"]) for e in ends]) if ends else np.empty((0, 2))
+    apart_x, apart_y = np.abs(places[0] - places[-1]) * 72 / ax.figure.dpi if ends else (0.0, 0.0)  # points
+    close = len(ends) > 1 and apart_x < 6 * NAMED and apart_y < 1.4 * NAMED
+    lower = int(np.argmin(places[:, 1])) if close else -1
+    for n, end in enumerate(ends):
         ax.annotate(
-            wording.budget(int(point["budget"])),
-            (point["x"], point["y"]),
-            xytext=(5, 5),
+            wording.budget(int(end["budget"])),
+            (end["x"], end["y"]),
+            xytext=(5, -5 if n == lower else 5),
+            va="top" if n == lower else "baseline",
             textcoords="offset points",
-            fontsize=7.5,
+            fontsize=NAMED,
             zorder=6,
         )
 
@@ -239,7 +249,8 @@ def _name_lines(ax: Axes, table: pd.DataFrame, lines: list[Series]) -> None:
 
 
 def apart(heights: list[float], gap: float, low: float, high: float) -> list[float]:
-    """The same heights in the same order, at least `gap` from each other, inside the panel if they fit."""
+    """The same heights in the same order, inside the panel and at least `gap` from each other; evenly if too many."""
+    gap = min(gap, (high - low) / max(1, len(heights) - 1))
     order = np.argsort(heights, kind="stable")
     placed = np.array(heights, dtype=float)[order]
     for n in range(1, len(placed)):
@@ -249,7 +260,7 @@ def apart(heights: list[float], gap: float, low: float, high: float) -> list[flo
         for n in range(len(placed) - 2, -1, -1):
             placed[n] = min(placed[n], placed[n + 1] - gap)
     found = np.empty_like(placed)
-    found[order] = np.maximum(placed, low - gap) if len(placed) else placed
+    found[order] = placed
     return [float(h) for h in found]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,12 @@ from leeway.hashing import changed
 from leeway.study.store import LEDGER_SCHEMA, readable
 from leeway.training import checkpoints
 
-SHOWN = ("step", "source_tokens", "examples", "epochs", *COST, "lr", "data_hash", "init_hash", "reference_hash")
+WIDTH = 100  # columns
+HASH = 8  # hex digits that are printed; what differs is found by all of them
+BLOCKS = {
+    "matched": ("step", "source_tokens", "examples", "epochs", "data_hash", "init_hash", "reference_hash"),
+    "cost": (*COST, "lr"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,37 +79,51 @@ def _against_table(path: Path, lines: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _text(lines: list[dict[str, Any]], matching: Matching, faults: list[str]) -> Iterator[str]:
-    names = [line["objective"] for line in lines]
-    wide = max(map(len, [*names, "objective"])) + 2
-    head = [c.replace("_tokens", "").replace("_hash", "") for c in SHOWN]
-    cells = [[_cell(line.get(c)) for c in SHOWN] for line in lines]
-    widths = [max(len(r[k]) for r in [head, *cells]) + 2 for k in range(len(SHOWN))]
-    before = None
-    for line, row in zip(lines, cells, strict=True):
-        if (at := (line["seed"], line["budget"])) != before:
-            yield f"\nseed {at[0]}, budget {at[1]:,}" if before else f"seed {at[0]}, budget {at[1]:,}"
-            yield f"{'objective':{wide}}" + "".join(f"{h:>{w}}" for h, w in zip(head, widths, strict=True))
-            before = at
-        yield f"{line['objective']:{wide}}" + "".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True))
-    yield ""
+    for seed, budget in dict.fromkeys((line["seed"], line["budget"]) for line in lines):
+        here = [line for line in lines if (line["seed"], line["budget"]) == (seed, budget)]
+        yield f"seed {seed}, budget {budget:,}"
+        for title, columns in BLOCKS.items():
+            yield from _block(title, columns, here)
+        yield ""
     for alias, start in matching.starts.items():
         seen = next((line.get("start_tokens") for line in lines if line["objective"] == alias), None)
         told = "an unknown number of" if seen is None else f"{seen:,}"
-        yield (
+        yield from _wrapped(
             f"{alias} starts from {start}, after {told} source tokens that its own columns leave out; its init and "
             "reference are held against its like alone"
         )
     if matching.count == "processed":
-        yield (
+        yield from _wrapped(
             "budgets count processed tokens, a reference token as half a one: steps and source tokens differ over "
             "objectives, and are no fault"
         )
     yield from (f"differs: {f}" for f in faults)
     verdict = "matched, every adapter is the one its line names" if not faults else f"{len(faults)} not matched"
-    yield f"{len(lines)} checkpoints: {verdict} ({', '.join(MATCHED)})"
+    yield from _wrapped(f"{len(lines)} checkpoints: {verdict} ({', '.join(MATCHED)})")
 
 
-def _cell(value: Any) -> str:
+def _block(title: str, columns: tuple[str, ...], lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Some columns of the lines under their heads; a name too long to stand before its numbers stands above them."""
+    head = [c.replace("_tokens", "").replace("_hash", "") for c in columns]
+    cells = [[_cell(c, line.get(c)) for c in columns] for line in lines]
+    widths = [max(len(r[k]) for r in [head, *cells]) + 2 for k in range(len(columns))]
+    names = [str(line["objective"]) for line in lines]
+    room = max(WIDTH - sum(widths), len(title))
+    wide = max(len(n) for n in [title, *names] if len(n) <= room)
+    for name, row in zip([title, *names], [head, *cells], strict=True):
+        if len(name) > room:
+            yield name
+        before = name if len(name) <= room else ""
+        yield f"{before:{wide}}" + "".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True))
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _cell(column: str, value: Any) -> str:
+    if column.endswith("_hash"):
+        return str(value)[:HASH]
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -6,12 +6,14 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args, get_type_hints
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from leeway.objectives import OBJECTIVES, Objective
 from leeway.study.parts import Part, Tokens, nearest
 
 SHARES = ("p", "share")  # settings that are probabilities
+WRITTEN = "written"  # the context under which a study file is checked
+STAGE = ("start", "reference")  # what says that an objective goes on from elsewhere
 
 
 class Start(Part):
@@ -49,6 +51,12 @@ class ObjectiveSpec(Part):
             inner["reference"] = self.reference
         return {self.alias: inner}
 
+    @model_validator(mode="after")
+    def _reference_is_a_choice(self) -> ObjectiveSpec:
+        if self.reference == "base" and self.start is None:
+            raise ValueError("reference: base goes with a start, and without one it is the base anyway; leave it out")
+        return self
+
     @property
     def starts_at(self) -> str:
         """What it starts from and is held against, by name."""
@@ -61,30 +69,49 @@ class ObjectiveSpec(Part):
         return OBJECTIVES[self.kind](**self.settings)
 
 
-def objectives(value: Any) -> Any:
-    """`sft`, `{orpo: {weight: 0.1}}` or an alias `{orpo-0.2: {orpo: {weight: 0.2}}}` to one shape."""
+def objectives(value: Any, info: ValidationInfo) -> Any:
+    """`sft`, `{orpo: {weight: 0.1}}` or an alias `{orpo-0.2: {orpo: {weight: 0.2}}}` to one shape.
+
+    A study that was checked and dumped, as workers get it, has that shape already; a study file may not have it.
+    """
     if not isinstance(value, list):
         raise ValueError("give a list, such as [sft, dpo]")
-    return [_objective(v) for v in value]
+    dumped = info.context != WRITTEN and all(isinstance(v, dict) and {"alias", "kind"} <= v.keys() for v in value)
+    return value if dumped else [_objective(v) for v in value]
 
 
 def _objective(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {"alias": value, "kind": _known(value)}
-    if isinstance(value, dict) and {"alias", "kind"} <= value.keys():
-        return value
+    if isinstance(value, dict) and len(value) > 1 and (kind := next((k for k in value if k in OBJECTIVES), None)):
+        _no_stage(kind, value)
     if not (isinstance(value, dict) and len(value) == 1):
-        raise ValueError(f"{value!r} is not an objective: write sft, {{orpo: {{weight: 0.1}}}} or an alias of one")
+        raise ValueError(
+            f"{value!r} is not an objective: write sft, {{orpo: {{weight: 0.1}}}} or, under a name of your own, "
+            "{my-orpo: {orpo: {weight: 0.1}}}"
+        )
     ((alias, inner),) = value.items()
     inner = inner or {}
+    if alias in OBJECTIVES and isinstance(inner, dict):
+        _no_stage(alias, inner)
     if alias in OBJECTIVES or not isinstance(inner, dict):
         return {"alias": alias, "kind": _known(alias), "settings": _settings(alias, inner)}
-    staged = {k: inner[k] for k in ("start", "reference") if k in inner}
+    staged = {k: inner[k] for k in STAGE if k in inner}
     kinds = [k for k in inner if k not in staged]
     if len(kinds) != 1:
         _known(alias)
     kind = _known(kinds[0])
+    if "start" in staged and staged["start"] is None:
+        raise ValueError(f"{alias}: its start is empty; give {{from: OBJECTIVE, budget: …}} or leave it out")
     return {"alias": alias, "kind": kind, "settings": _settings(kind, inner[kind] or {}), **staged}
+
+
+def _no_stage(kind: str, given: dict[str, Any]) -> None:
+    """A second stage is told from the first by its name."""
+    if stage := next((k for k in STAGE if k in given), None):
+        raise ValueError(
+            f"{kind}: a {stage} needs a name of its own: write {{my-{kind}: {{{kind}: {{}}, {stage}: …}}}}"
+        )
 
 
 def _known(kind: Any) -> str:

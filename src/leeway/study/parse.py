@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,27 +9,51 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from leeway.errors import LeewayError
+from leeway.study.objective_spec import WRITTEN
 from leeway.study.parts import nearest
 from leeway.study.presets import PRESETS, preset_text
-from leeway.study.spec import Spec
+from leeway.study.spec import FLOAT, Spec
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two differences: floats are read as in YAML 1.2 (`1e-4` is one), and no key may be repeated."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the library's own name for them
+        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:float"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise _RepeatedError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+
+
+class _RepeatedError(yaml.constructor.ConstructorError):
+    """A key that a mapping holds twice."""
 
 
 def parse(text: str, where: str, overrides: tuple[str, ...] = ()) -> Spec:
     """A study from YAML and `key=value` overrides; all faults in one LeewayError."""
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        raw = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that does not exist, an endless number
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
-        raise LeewayError(
-            f"{where}{at}: not YAML ({getattr(error, 'problem', None) or error})", fix="mend that line"
-        ) from error
+        raise LeewayError(f"{where}{at}: {_problem(error)}", fix="mend that line") from error
     if not isinstance(raw, dict):
         raise LeewayError(f"{where}: not a study", fix="start from `leeway studies demo`")
     for override in overrides:
         _override(raw, override)
     try:
-        return Spec.model_validate(raw)
+        return Spec.model_validate(raw, context=WRITTEN)
     except ValidationError as error:
         faults = [line for e in error.errors() for line in _fault(e)]
         raise LeewayError(f"{where}: " + "; ".join(faults)) from error
@@ -47,11 +70,15 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise LeewayError(f"override {override!r}: {name} holds no keys", fix=f"override {name} as a whole")
     try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise LeewayError(f"override {override!r}: its value is not YAML", fix="quote it") from error
-    if isinstance(place[last], str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", place[last]):
-        place[last] = float(place[last])  # YAML 1.1 reads 1e-4 as text
+        place[last] = yaml.load(value, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise LeewayError(f"override {override!r}: {_problem(error)}", fix="quote or mend its value") from error
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a text, in a line."""
+    said = " ".join(str(getattr(error, "problem", None) or error).split())
+    return said if isinstance(error, _RepeatedError) else f"not YAML ({said})"
 
 
 def _fault(error: Any) -> list[str]:

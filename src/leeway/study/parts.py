@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 def tokens(value: Any) -> Any:
     """`25k`, `0.5M` or a number of tokens."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is no number of tokens; give one, such as 25k")
     if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*", value)):
         count = Decimal(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()]
         return int(count) if count == int(count) else float(count)
@@ -25,6 +27,19 @@ class Part(BaseModel):
     """A mapping of the study file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is no 1, and `no`, which YAML reads as false, no word."""
+        if isinstance(value, bool) and bool not in _kinds(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(f"{str(value).lower()} is no value here; a word such as yes or no goes into quotes")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types inside an annotation."""
+    return {annotation}.union(*(_kinds(a) for a in get_args(annotation))) if get_args(annotation) else {annotation}
 
 
 class Files(Part):
@@ -56,6 +71,18 @@ class Pairs(Part):
     temperature: float = Field(default=1.0, gt=0)
     max_new_tokens: int = Field(default=256, gt=0)
     filter: Literal["rules", "model"] = "rules"
+
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> Pairs:
+        if self.filter == "model" and self.from_ != "unsafe":
+            raise ValueError(f"filter: model is for from: unsafe, and {self.from_} filters by rules; leave it out")
+        given = {name: getattr(self, name) for name in ("samples", "temperature", "max_new_tokens")}
+        idle = [name for name, value in given.items() if value != type(self).model_fields[name].default]
+        if self.from_ in ("dataset", "corrupted") and idle:
+            raise ValueError(
+                f"{idle[0]} is for answers that are drawn, and from: {self.from_} draws none; leave it out"
+            )
+        return self
 
 
 class Companion(Part):
@@ -129,6 +156,12 @@ class Optim(Part):
     weight_decay: float = Field(default=0.0, ge=0)
     micro_tokens: int = Field(default=16384, gt=0)
     layout: Literal["padded", "packed"] = "padded"
+
+    @model_validator(mode="after")
+    def _tune_is_used(self) -> Optim:
+        if self.tune != Tune() and self.lr != "tuned":
+            raise ValueError("tune is for lr: tuned, and a rate is given; set lr: tuned, or leave tune out")
+        return self
 
     def lr_of(self, alias: str) -> float | None:
         """The learning rate of an objective; None where it is tuned."""

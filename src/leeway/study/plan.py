@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from leeway.data.batches import Schedule
-from leeway.model.load import resolve
 from leeway.objectives import Objective
+from leeway.objectives.objective import Plain
 from leeway.study.pieces import Piece, pieces_of, schedule_of, whos
-from leeway.study.prepare import Prepared, prepare
+from leeway.study.prepare import Prepared, prepare, skeleton, targeted
 from leeway.study.progress import duration
 from leeway.study.spec import Spec
+from leeway.study.training_data import chat_for
 from leeway.training.loop import Optim, cached_reference_tokens
 from leeway.training.renderer import Renderer
 
@@ -92,6 +94,7 @@ def plan(spec: Spec) -> Plan:
     trajectories = tuple(_trajectory(prepared, p) for p in pieces if p.kind != "base")
     checkpoints = sum(len(p.budgets) for p in pieces)
     evaluated, answers = sum(len(whos(prepared, p)) for p in pieces), sum(len(e) for e in prepared.evals)
+    answered = _sweep_answers(prepared)
     training = sum(
         t.runs * (t.processed_tokens * (FORWARD + BACKWARD) + t.reference_tokens * FORWARD) for t in trajectories
     )
@@ -106,8 +109,8 @@ def plan(spec: Spec) -> Plan:
         evaluated=evaluated,
         answers_each=answers,
         left_out=len(prepared.left_out),
-        notes=(*_undrawn(prepared), *_notes(spec, trajectories)),
-        estimated_hours=(training + answering) * total / (EFFICIENCY * _flops()) / 3600,
+        notes=(*_undrawn(prepared), *_notes(spec, trajectories, answered)),
+        estimated_hours=(training + answering + answered * FORWARD) * total / (EFFICIENCY * _flops()) / 3600,
         estimated_memory_gib=0.6 + (total * 4 + trained * 16 + spec.optim.micro_tokens * 4096) / 2**30,
         estimated_disk_gib=(checkpoints * trained * 4 + evaluated * answers * 600) / 2**30,
     )
@@ -118,13 +121,14 @@ def _trajectory(prepared: Prepared, piece: Piece) -> TrajectoryPlan:
     tune = prepared.spec.optim.tune
     if piece.kind == "tune":
         assert prepared.tuning is not None
-        schedule, runs, purpose = prepared.tuning.schedules[piece.alias], len(tune.lrs), f"{len(tune.lrs)} rates"
+        schedule, runs, purpose = (
+            prepared.tuning.schedules[piece.alias],
+            len(tune.lrs),
+            f"each of {len(tune.lrs)} rates",
+        )
     else:
         schedule, runs, purpose = schedule_of(prepared, piece), 1, ""
-    targets = processed = 0
-    for slot in (s for step in schedule.steps for s in step):
-        targets += sum(s.targets for s in renderer.rendered(slot))
-        processed += renderer.processed(slot)
+    targets, processed = _rendered_tokens(renderer, schedule)
     return TrajectoryPlan(
         objective=piece.alias,
         purpose=purpose,
@@ -137,6 +141,24 @@ def _trajectory(prepared: Prepared, piece: Piece) -> TrajectoryPlan:
         processed_tokens=processed,
         reference_tokens=_reference_tokens(prepared, objective, renderer, schedule, processed),
     )
+
+
+def _rendered_tokens(renderer: Renderer, schedule: Schedule) -> tuple[int, int]:
+    """(target tokens, processed tokens); an example is rendered once where every epoch renders it alike."""
+    objective: Any = renderer.objective
+    alike = not objective.companion and type(objective).worst_case is Plain.worst_case  # nothing is drawn
+    known: dict[str, tuple[int, int]] = {}
+    targets = processed = 0
+    for slot in (s for step in schedule.steps for s in step):
+        found = known.get(slot.example.id)
+        if found is None:
+            rendered = renderer.rendered(slot)
+            lengths = [len(s.ids) for s in (*rendered, *renderer.baseline(slot))]
+            found = sum(s.targets for s in rendered), sum(lengths)
+            if alike:
+                known[slot.example.id] = found
+        targets, processed = targets + found[0], processed + found[1]
+    return targets, processed
 
 
 def _reference_tokens(
@@ -163,7 +185,19 @@ def _undrawn(prepared: Prepared) -> Iterator[str]:
         )
 
 
-def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...]) -> Iterator[str]:
+def _sweep_answers(prepared: Prepared) -> int:
+    """Tokens that the sweeps' held-out questions and answers take at most: every answer as long as it may be."""
+    if prepared.tuning is None:
+        return 0
+    test, found = prepared.tuning.test, 0
+    for o in prepared.objectives.values():
+        chat = chat_for(prepared.chat, o).with_prefix(o.conditions[0].prefix)
+        asked = (len(chat.prompt_ids([{"role": "user", "content": i.prompt}])) for i in test.items)
+        found += sum(asked) + len(test) * test.max_new_tokens
+    return found * len(prepared.spec.optim.tune.lrs)
+
+
+def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...], answered: int) -> Iterator[str]:
     """What a setting costs beside its default."""
     trained = [t for t in trajectories if not t.purpose]
     if spec.optim.schedule != "constant":
@@ -173,25 +207,24 @@ def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...]) -> Iterator[str
             f"schedule {spec.optim.schedule}: every budget is a run of its own, {whole:,} tokens processed in place "
             f"of {one:,} ({whole / one:.2f} times a constant rate's)"
         )
-    short = [t for t in trained if t.seed == spec.seeds[0] and t.steps <= spec.optim.warmup_steps]
-    if spec.optim.schedule != "constant" and short:
-        yield f"the run to {short[0].budgets[-1]:,} tokens ends inside the warm-up: its rate never decays"
+    short: dict[int, list[str]] = {}
+    for t in trained if spec.optim.schedule != "constant" else ():
+        if t.seed == spec.seeds[0] and t.steps <= spec.optim.warmup_steps:
+            short.setdefault(t.budgets[-1], []).append(t.objective)
+    for budget, names in sorted(short.items()):
+        yield f"{', '.join(names)}: the run to {budget:,} tokens ends inside the warm-up, its rate never decays"
     swept = sum(t.runs * (t.processed_tokens + t.reference_tokens) for t in trajectories if t.purpose)
     if swept:
-        yield f"lr tuned: {swept:,} tokens processed by the sweeps, on top"
+        yield f"lr tuned: {swept:,} tokens of training by the sweeps, and up to {answered:,} of answers, on top"
 
 
 def _parameters(spec: Spec) -> tuple[int, int]:
-    """(all parameters, those of the adapter), from the config alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(resolve(spec.model), revision=spec.revision, trust_remote_code=False)
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-    head = lm.get_output_embeddings()
-    linears = [m for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    adapter = sum(spec.adapter.r * (m.in_features + m.out_features) for m in linears)
-    return sum(p.numel() for p in lm.parameters()), adapter
+    """(all parameters, those that train), from the config alone."""
+    lm = skeleton(spec)
+    total = sum(p.numel() for p in lm.parameters())
+    if spec.adapter.kind == "full":
+        return total, total
+    return total, sum(spec.adapter.r * (m.in_features + m.out_features) for m in targeted(spec, lm))
 
 
 def _flops(size: int = 768) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,25 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, model_validator
 
 from leeway.hashing import digest
+from leeway.model import adapters
 from leeway.study.objective_spec import ObjectiveSpec, objectives
 from leeway.study.parts import Adapter, Budget, Companion, Evals, Optim, Pairs, Part, Task, Tokens, nearest
 
 ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]*")
+LONGEST_ALIAS = 64  # characters: it is part of file names
+
+# YAML 1.2, 10.3.2; an integer matches YAML's own pattern before it
+FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|\.(?:inf|Inf|INF))$"
+    r"|\.(?:nan|NaN|NAN)$"
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that would be read as a float."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
 # checks of one key stand with the key, so that a fault elsewhere in the file does not hide theirs
@@ -36,9 +52,48 @@ def _distinct(objectives: tuple[ObjectiveSpec, ...]) -> tuple[ObjectiveSpec, ...
     faults = [f"{n!r} is listed twice; give one an alias" for n in sorted({n for n in names if names.count(n) > 1})]
     faults += [f"{n!r} is the base model's name" for n in names if n == "base"]
     faults += [f"alias {n!r} must be lower-case letters, digits, . _ -" for n in names if not ALIAS.fullmatch(n)]
+    faults += [f"alias {n!r} has {len(n)} characters; at most {LONGEST_ALIAS}" for n in names if len(n) > LONGEST_ALIAS]
     if faults:
         raise ValueError("\n".join(faults))
     return objectives
+
+
+def _no_adapter(name: str) -> str:
+    """Why nothing can be started from there, or nothing."""
+    folder = Path(name).expanduser()
+    if not (name.strip() and folder.is_dir()):
+        return "is no folder"
+    adapter = (folder / adapters.WEIGHTS).is_file() and (folder / adapters.CONFIG).is_file()
+    return "" if adapter or any(folder.glob("model*.safetensors")) else "holds no weights"
+
+
+def _unlike(o: ObjectiveSpec, control: tuple[str, ...], *, whole: bool) -> Iterator[str]:
+    """What a saved adapter has that this study does not train, as far as its settings tell."""
+    assert o.start is not None
+    config = Path(str(o.start.adapter)).expanduser() / adapters.CONFIG
+    if config.is_file() == whole and not _no_adapter(str(o.start.adapter)):
+        kinds = ("an adapter", "whole weights") if whole else ("whole weights", "an adapter")
+        yield f"{o.alias}: start.adapter {o.start.adapter!r} holds {kinds[0]}, and {kinds[1]} would be trained"
+    if whole or not config.is_file():
+        return
+    try:
+        has = bool(json.loads(config.read_text("utf-8")).get("trainable_token_indices"))
+    except (ValueError, AttributeError):
+        yield f"{o.alias}: start.adapter {o.start.adapter!r}: its {adapters.CONFIG} is damaged"
+        return
+    if has != bool(control):
+        yield f"{o.alias}: {_only_one(o.start.adapter, control)}; start it from {_alike(control)}"
+
+
+def _only_one(start: str | None, control: tuple[str, ...]) -> str:
+    return f"its start {start!r} has {'no' if control else 'trained'} control tokens"
+
+
+def _alike(control: tuple[str, ...]) -> str:
+    return "the base model or from cft" if control else "the base model or from an objective without them"
+
+
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 
 class Spec(Part):
@@ -60,7 +115,7 @@ class Spec(Part):
     ]
     budgets: Annotated[tuple[Tokens, ...], Field(min_length=1), AfterValidator(_rising)]
     budget: Budget = Budget()
-    seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1), AfterValidator(_once_each)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_once_each)] = (0,)
     optim: Optim = Optim()
     reference: Literal["live", "cached"] = Field(
         default="live", description="computed beside the policy, or beforehand and kept"
@@ -71,7 +126,15 @@ class Spec(Part):
 
     @model_validator(mode="after")
     def _whole(self) -> Spec:
-        faults = [*self._evals_fit(), *self._companions_are_there(), *self._rates_fit(), *self._starts_are_there()]
+        faults = [
+            *self._evals_fit(),
+            *self._companions_are_there(),
+            *self._rates_fit(),
+            *self._starts_are_there(),
+            *self._starts_fit(),
+        ]
+        if self.adapter.kind == "full" and self.dtype == "bfloat16":
+            faults.append("dtype: bfloat16 is too coarse for adapter.kind: full; leave dtype out, or use kind: lora")
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -99,11 +162,23 @@ class Spec(Part):
         for o in self.objectives:
             if o.start and o.start.from_ and o.start.from_ not in before:
                 yield f"{o.alias}: start.from {o.start.from_!r} is not listed before it{nearest(o.start.from_, before)}"
-            if o.start and o.start.adapter and not Path(o.start.adapter).expanduser().is_dir():
-                yield f"{o.alias}: start.adapter {o.start.adapter!r} is no folder: give that of a saved adapter"
+            if o.start and o.start.adapter is not None and (fault := _no_adapter(o.start.adapter)):
+                yield f"{o.alias}: start.adapter {o.start.adapter!r} {fault}: give the folder of a saved adapter"
             if o.start and o.start.from_ and o.start.budget not in self.budgets:
                 yield f"{o.alias}: start.budget {o.start.budget} is not among the budgets {list(self.budgets)}"
             before.add(o.alias)
+
+    def _starts_fit(self) -> Iterator[str]:
+        """A trajectory trains what its start has trained: control tokens are new rows, and cannot come or go."""
+        control = {o.alias: o.build().control_tokens for o in self.objectives}
+        for o in self.objectives:
+            if o.start is None:
+                continue
+            if o.start.adapter is not None:
+                yield from _unlike(o, control[o.alias], whole=self.adapter.kind == "full")
+            elif control[o.alias] != control.get(str(o.start.from_), control[o.alias]):
+                fault = _only_one(o.start.from_, control[o.alias])
+                yield f"{o.alias}: {fault}; start it from {_alike(control[o.alias])}"
 
     def objective(self, alias: str) -> ObjectiveSpec:
         return next(o for o in self.objectives if o.alias == alias)
@@ -121,4 +196,4 @@ class Spec(Part):
         """The resolved study: every default written out."""
         plain = self.model_dump(mode="json", by_alias=True)
         plain["objectives"] = [o.to_plain() for o in self.objectives]
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
+        return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

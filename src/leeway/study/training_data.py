@@ -39,6 +39,11 @@ def _companions(kind: str, part: Companion | None, origins: dict[str, str]) -> t
     examples, origins[kind] = files.train_examples(Path(str(part.file)).expanduser())
     if not examples:
         raise LeewayError(f"{kind}: {part.file} holds no examples", fix="check that file")
+    if part.limit and part.limit > len(examples):
+        raise LeewayError(
+            f"{kind}.limit: {part.limit:,} is more than the {len(examples):,} examples of {part.file}",
+            fix="lower it, or leave it out",
+        )
     return tuple(subset(examples, part.limit, kind))
 
 
@@ -64,10 +69,11 @@ def fitting(
 ) -> tuple[list[Example], tuple[str, ...]]:
     """The examples that fit the context under every objective; the others' ids, where they may be left out."""
     chats = {alias: chat_for(chat, o) for alias, o in objectives.items()}
+    for kind, pool in (("task", examples), ("general", companions.general), ("safety", companions.safety)):
+        _refuse_special_tokens(kind, pool, chat, objectives)
     for e in (*companions.general, *companions.safety):
         if len(chat.sequence(e.prompt, e.preferred).ids) > context:
             raise LeewayError(f"example {e.id} is longer than the context of {spec.model}, {context}", fix="remove it")
-    _refuse_control_tokens([*examples, *companions.general, *companions.safety], objectives)
     longest = _longest_companions(chat, examples, companions, {o.companion for o in objectives.values()})
     beside = len(longest["task"].preferred.encode()) if "task" in longest else 0
     room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
@@ -102,14 +108,25 @@ def _longest_companions(
     return worst
 
 
-def _refuse_control_tokens(examples: Seq[Example], objectives: dict[str, Objective]) -> None:
-    """A control token inside a text would be read as the token, and could never be predicted."""
+def _refuse_special_tokens(kind: str, examples: Seq[Example], chat: Chat, objectives: dict[str, Objective]) -> None:
+    for e in examples:
+        for name, text in (("prompt", e.prompt), ("answer", e.preferred), ("rejected answer", e.dispreferred or "")):
+            if fault := misread(text, chat, objectives):
+                raise LeewayError(f"{kind}: example {e.id}, in its {name}: {fault[0]}", fix=fault[1])
+
+
+def misread(text: str, chat: Chat, objectives: dict[str, Objective]) -> tuple[str, str] | None:
+    """What in a text would be read as more than text, and what helps: a special token, or one of cft's.
+
+    A turn that ends in the middle of an answer, or a control token that is no instruction, would change what is learned
+    and measured without a word.
+    """
+    if token := chat.spelled(text):
+        return f"it spells the special token {token}, and would be read as that", "mend or remove that record"
     for token in sorted({t for o in objectives.values() for t in o.control_tokens}):
-        for e in examples:
-            if token in e.prompt or token in e.preferred or token in (e.dispreferred or ""):
-                raise LeewayError(
-                    f"task: example {e.id} holds the control token {token}", fix="mend it, or leave cft out"
-                )
+        if token in text:
+            return f"it holds the control token {token}", "mend it, or leave cft out"
+    return None
 
 
 def _longest(
