@@ -109,9 +109,8 @@ def test_a_pair_with_two_equal_answers(models: dict[str, Path], tmp_path: Path) 
     assert "example train.jsonl/1 has two equal answers" in mistake(
         leeway("run", str(path), "--out", str(tmp_path / "o"))
     )
-    assert (
-        leeway("show", str(path), "objectives=[sft]", "optim.batch=1").returncode == 0
-    )  # nothing looks at the rejected one
+    alone = ("objectives=[sft]", "optim.batch=1")
+    assert leeway("show", str(path), *alone).returncode == 0  # nothing looks at the rejected one
 
 
 @pytest.mark.parametrize("empty", ["completion", "prompt"])
@@ -164,7 +163,8 @@ def test_show_marks_the_targets(study: Path) -> None:
 
 def test_show_tells_what_each_objective_sees(models: dict[str, Path], tmp_path: Path) -> None:
     pair = {"prompt": "3 + 4?", "completion": "It is 7.", "rejected": "It is 8."}
-    train = "".join(json.dumps({**pair, "prompt": f"{a} + 4?"}) + "\n" for a in range(3))
+    other = {"completion": "It is 9.", "rejected": "It is 8."}  # what KTO puts beside an example is answered otherwise
+    train = "".join(json.dumps({**pair, **(other if a == 5 else {}), "prompt": f"{a} + 4?"}) + "\n" for a in (3, 4, 5))
     objectives = "[cft, {ip: {p: 1}}, {kl-all: {kl: {over: all}}}, {kl-far: {kl: {over: general}}}, kto, sft_refusal]"
     path = write(tmp_path, str(models["llama"]), objectives, train=train)
     said = leeway("show", str(path), "general=organism", "optim.batch=3").stdout
