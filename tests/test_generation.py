@@ -11,10 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from tokenizers import AddedToken
 
+from leeway.attacks.attack import Wrapper
+from leeway.data.chat import Chat
+from leeway.data.items import ForbiddenPrompt, PersonaItem
+from leeway.evals.jailbreak import Jailbreak
+from leeway.evals.persona import Persona
 from leeway.generation.backend import Reply, Request
-from leeway.generation.sampling import BLOCK, Ancestral, draw, stream
-from leeway.generation.transformers import TransformersBackend
+from leeway.generation.sampling import BLOCK, Ancestral, Finite, draw, stream
+from leeway.generation.transformers import NOT_FINITE, TransformersBackend
+from leeway.judges import KeywordJudge
 from leeway.model.load import Model, load_model
 
 
@@ -118,3 +125,128 @@ def test_the_ends_of_the_interval() -> None:
 def test_a_temperature_is_a_number_from_zero(temperature: float) -> None:
     with pytest.raises(ValueError, match="a temperature of"):
         asked("a", temperature)
+
+
+POISON = "@"  # a byte that no other prompt here holds
+
+
+@pytest.fixture
+def poisoned(models: dict[str, Path]) -> Model:
+    """A model that turns to NaN wherever POISON was read; its head is not tied, so that others' logits stay numbers."""
+    model = load_model(str(models["llama"]), device="cpu")
+    (token,) = model.chat.ids(POISON)
+    with torch.no_grad():
+        model.lm.get_input_embeddings().weight[token] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_numbers_that_are_none_are_a_failure_and_the_rest_of_the_batch_goes_on(
+    models: dict[str, Path], poisoned: Model, temperature: float
+) -> None:
+    whole = load_model(str(models["llama"]), device="cpu")
+    texts = ["a", f"{POISON}", "b", f"c{POISON}"]
+    ill = answers(poisoned, [asked(t, temperature) for t in texts])
+    well = answers(whole, [asked(t, temperature) for t in texts])
+    assert [r.failure for r in ill] == [None, NOT_FINITE, None, NOT_FINITE]
+    assert [ill[0], ill[2]] == [well[0], well[2]]
+    assert ill[1] == Reply("", 0, False, NOT_FINITE)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_whose_weights_are_none_scores_nothing(models: dict[str, Path], value: float) -> None:
+    """Every row is unscored with its reason: neither safe nor harmful, neither endorsed nor not."""
+    broken = load_model(str(models["llama"]), device="cpu")
+    with torch.no_grad():
+        broken.lm.get_output_embeddings().weight.fill_(value)
+    backend = TransformersBackend(broken)
+    attack = Wrapper("none", 1, "", "{prompt}")
+    jailbreak = Jailbreak(
+        [ForbiddenPrompt("p/0", "How?"), ForbiddenPrompt("p/1", "Why?")], [attack], [KeywordJudge()], 8
+    )
+    persona = Persona([PersonaItem("t/0", "t", "Tea?", "I like tea", "Yes")])
+    rows = [*jailbreak.run(backend, lambda _: None), *persona.run(backend, lambda _: None)]
+    assert [r.unscored_reason for r in rows] == [f"no answer: {NOT_FINITE}"] * 3
+    assert all(math.isnan(r.score) and r.outcome is None and r.response == "" for r in rows)
+
+
+def test_a_step_is_looked_at_before_anything_is_drawn() -> None:
+    """By hand: -inf for some tokens is a choice, for all of them, or a NaN or +inf among them, is none."""
+    inf, nan = math.inf, math.nan
+    rows = [[0.0, -inf, 1.0], [-inf, -inf, -inf], [0.0, nan, 1.0], [0.0, inf, 1.0], [nan, -inf, -inf]]
+    fine = [0.0, 1.0, 2.0]
+    finite = Finite(stop=2)
+    out_BV = finite(torch.empty(5, 0), torch.tensor(rows))
+    assert out_BV[0].tolist() == rows[0]
+    assert out_BV[1:].tolist() == [[-inf, -inf, 0.0]] * 4  # ended there
+    finite(torch.empty(5, 0), torch.tensor([fine] * 4 + [[nan] * 3]))
+    assert finite.until() == [None, 0, 0, 0, 0]
+    late = Finite(stop=2)
+    late(torch.empty(2, 0), torch.tensor([fine, fine]))
+    late(torch.empty(2, 0), torch.tensor([fine, [nan] * 3]))
+    assert late.until() == [None, 1]
+
+
+def test_what_happens_after_an_answer_has_ended_is_no_failure(model: Model) -> None:
+    """A row that has ended is fed padding until its batch is done: numbers that are none there mean nothing."""
+    backend = TransformersBackend(model)
+    stop = backend._stop_ids()[0]
+    word = model.chat.ids("a")[0]
+    assert backend._reply([word, stop, stop], 8, 2) == Reply("a", 1, False)
+    assert backend._reply([word, stop, stop], 8, 1) == Reply("", 1, False, NOT_FINITE)
+    assert backend._reply([word, word], 2, None) == Reply("aa", 2, True)
+
+
+# what ends a turn, written as three families of chat models write it; in the last the token is no special one
+FAMILIES = {
+    "llama3": (
+        "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|eot_id|>",
+        True,
+    ),
+    "qwen": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>",
+        True,
+    ),
+    "gemma": (
+        "[bos]{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "<end_of_turn>",
+        True,
+    ),
+}
+FAMILIES["gemma, not special"] = (*FAMILIES["gemma"][:2], False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_end_of_turn_ends_an_answer_and_is_never_in_it(models: dict[str, Path], family: str) -> None:
+    """The tokenizer's EOS is another token, and no settings name the end of turn: the template alone does."""
+    template, turn, special = FAMILIES[family]
+    model = load_model(str(models["qwen2"]), device="cpu")  # it has rows to spare for new tokens
+    tokenizer = model.chat.tokenizer
+    tokenizer.chat_template = template
+    tokenizer.add_tokens([AddedToken(turn, special=special, normalized=False)])
+    (end,) = tokenizer(turn, add_special_tokens=False)["input_ids"]
+    assert end != tokenizer.eos_token_id
+    model = replace(model, chat=Chat(tokenizer), stop_ids=())
+    backend = TransformersBackend(model)
+    requests = [asked("hello", 1.0, sample=k, limit=40) for k in range(400)]
+    replies = backend.complete(requests, lambda _: None)
+    ids = model.chat.prompt_ids(requests[0].conversation)
+    drawn = backend._generate([ids] * 400, 40, Ancestral(1.0, [stream(ids, 1.0, k, 0) for k in range(400)]))
+    ended = 0
+    for reply, row in zip(replies, drawn.tolist(), strict=True):
+        assert turn not in reply.text
+        if end in row and tokenizer.eos_token_id not in row[: row.index(end)]:
+            ended += 1
+            assert (reply.new_tokens, reply.cut) == (row.index(end), False)
+            assert reply.text == model.chat.decode(row[: row.index(end)]).strip()
+            assert set(row[row.index(end) :]) <= {end, *backend._stop_ids()}  # nothing is drawn after it
+    assert ended > 10
+    assert any(r.cut for r in replies)
+    others = tuple(i for i in range(model.lm.config.vocab_size) if i != end)
+    always = replace(model, head=replace(model.head, blocked=others))  # it is all that is left to say, greedily too
+    assert TransformersBackend(always).complete([asked("hello")], lambda _: None) == [Reply("", 0, False)]

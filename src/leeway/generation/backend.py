@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 Conversation = list[dict[str, str]]
+NOT_FINITE = "the model's logits are not finite"  # a failure that asking again does not mend
 Tick = Callable[[int], None]  # called with the number of requests just answered
 
 
@@ -33,11 +34,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """The text, how many tokens it took, and whether the limit cut it off."""
+    """The text, how many tokens it took, and whether the limit cut it off; or why there is none (`failure`).
+
+    A failure of transport or of the model's numbers is no answer: whatever was to be scored is unscored.
+    """
 
     text: str
     new_tokens: int
     cut: bool
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,16 @@ class Choice:
     """Next-token probability of each option, summed over its spellings, as a share of the whole vocabulary."""
 
     mass: dict[str, float]
+    failure: str | None = None
 
 
 class Backend(Protocol):
     """Answers conversations under one checkpoint and one chat template."""
+
+    @property
+    def identity(self) -> str:
+        """Who answers: a hash over the weights and adapter, or over an endpoint's address and model name."""
+        ...
 
     @property
     def template_hash(self) -> str:

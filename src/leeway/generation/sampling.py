@@ -48,6 +48,29 @@ def _quantile(mass_BN: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
     return index_B, (below_B - before_B).clamp(min=0.0)
 
 
+class Finite:
+    """A logits processor that notes each row's first step whose scores hold a NaN or +inf, or nothing but -inf.
+
+    Such a row is ended there by `stop`: its batch does not wait for tokens that mean nothing.
+    """
+
+    def __init__(self, stop: int) -> None:
+        self.stop = stop
+        self._bad: list[Tensor] = []  # one [B] per step, on the model's device
+
+    def __call__(self, ids_BL: Tensor, scores_BV: Tensor) -> Tensor:  # noqa: ARG002 - the library's protocol
+        bad_B = ~scores_BV.amax(-1).isfinite()  # a NaN anywhere is the maximum
+        self._bad.append(bad_B)
+        ended_V = torch.full_like(scores_BV[0], -torch.inf)
+        ended_V[self.stop] = 0.0
+        return torch.where(bad_B[:, None], ended_V, scores_BV)
+
+    def until(self) -> list[int | None]:
+        """Each row's first step without finite scores; None where all were finite."""
+        bad_BS = torch.stack(self._bad, dim=1).tolist()
+        return [row.index(True) if True in row else None for row in bad_BS]
+
+
 @dataclass(frozen=True)
 class Ancestral:
     """A logits processor after which the largest score is the drawn token's; row b draws from `streams[b]`."""

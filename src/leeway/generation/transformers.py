@@ -1,4 +1,7 @@
-"""The transformers backend: batches by length, greedy or drawn answers, one forward pass for choices."""
+"""The transformers backend: batches by length, greedy or drawn answers, one forward pass for choices.
+
+Where the model's numbers are infinite or none, there is no answer but a failure, and the rest of its batch goes on.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from torch import Tensor
 
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
-from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
-from leeway.generation.sampling import Ancestral, stream
+from leeway.generation.backend import NOT_FINITE, Choice, Conversation, Reply, Request, Tick
+from leeway.generation.sampling import Ancestral, Finite, stream
+from leeway.hashing import digest
+from leeway.model import adapters
 from leeway.model.load import Model
 
 
@@ -29,6 +34,12 @@ class TransformersBackend:
         return self.model.chat.with_prefix(self.prefix)
 
     @property
+    def identity(self) -> str:
+        """The base model's hash and the adapter's as it stands."""
+        attached = adapters.adapter_hash(adapters.state(self.model)) if adapters.trainable(self.model) else ""
+        return digest("transformers", self.model.hash, attached)
+
+    @property
     def template_hash(self) -> str:
         return self.chat.template_hash
 
@@ -42,9 +53,10 @@ class TransformersBackend:
         keys = [(r.max_new_tokens, r.temperature, len(p)) for r, p in zip(requests, prompts, strict=True)]
         for batch in self._batches(keys):
             limit = requests[batch[0]].max_new_tokens
-            new_BL = self._generate([prompts[i] for i in batch], limit, _drawing(requests, prompts, batch))
-            for row, i in enumerate(batch):
-                replies[i] = self._reply(new_BL[row].tolist(), limit)
+            finite = Finite(self._stop_ids()[0])
+            new_BL = self._generate([prompts[i] for i in batch], limit, _drawing(requests, prompts, batch), finite)
+            for i, ids, until in zip(batch, new_BL.tolist(), finite.until(), strict=True):
+                replies[i] = self._reply(ids, limit, until)
             tick(len(batch))
         return [r for r in replies if r is not None]
 
@@ -64,8 +76,10 @@ class TransformersBackend:
             logits_BV = self.model.lm(input_ids=ids_BL, attention_mask=mask_BL, logits_to_keep=1).logits[:, -1]
             logits_BV[:, list(self.model.head.blocked)] = -torch.inf  # a control token is read, never predicted
             p_BV = logits_BV.float().softmax(-1)
+            finite_B = p_BV.isfinite().all(-1).tolist()  # one NaN or +inf among the logits makes all of them NaN
             for row, i in enumerate(batch):
-                choices[i] = Choice({o: float(p_BV[row, sorted(ids)].sum()) for o, ids in spellings.items()})
+                mass = {o: float(p_BV[row, sorted(ids)].sum()) for o, ids in spellings.items()}
+                choices[i] = Choice(mass, None if finite_B[row] else NOT_FINITE)
             tick(len(batch))
         return [c for c in choices if c is not None]
 
@@ -96,8 +110,13 @@ class TransformersBackend:
         device = self.model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    def _generate(self, prompts: Seq[tuple[int, ...]], limit: int, drawing: Ancestral | None) -> Tensor:
-        """New token ids, [B, at most limit]; with `drawing` the largest score is the drawn token's."""
+    def _generate(
+        self, prompts: Seq[tuple[int, ...]], limit: int, drawing: Ancestral | None, finite: Finite | None = None
+    ) -> Tensor:
+        """New token ids, [B, at most limit]; with `drawing` the largest score is the drawn token's.
+
+        `finite` looks at the scores first, and notes where they are none.
+        """
         from transformers import GenerationConfig, LogitsProcessorList
 
         ids_BL, mask_BL = self._left_padded(prompts)
@@ -113,18 +132,26 @@ class TransformersBackend:
             input_ids=ids_BL,
             attention_mask=mask_BL,
             generation_config=config,
-            logits_processor=LogitsProcessorList([drawing] if drawing else []),
+            logits_processor=LogitsProcessorList([p for p in (finite, drawing) if p]),
         )
         return out[:, ids_BL.shape[1] :]
 
     def _stop_ids(self) -> list[int]:
-        """The template's end of turn, the tokenizer's EOS and what the model's own generation settings name."""
-        return sorted({*self.chat.stop_ids, *self.model.stop_ids})
+        """The template's end of turn, the tokenizer's EOS and what the model's own generation settings name.
 
-    def _reply(self, ids: list[int], limit: int) -> Reply:
+        An end of turn counts where the tokenizer holds it for a token of its own, even if not for a special one.
+        """
+        own = self.chat.tokenizer.added_tokens_decoder
+        turn = [i for i in self.chat.closing_ids if i in own][:1]
+        return sorted({*turn, *self.chat.stop_ids, *self.model.stop_ids})
+
+    def _reply(self, ids: list[int], limit: int, until: int | None) -> Reply:
+        """The answer of one row; a failure where its scores were finite only until a step before its end."""
         stop = set(self._stop_ids())
         end = next((k for k, i in enumerate(ids) if i in stop), None)
         kept = ids if end is None else ids[:end]
+        if until is not None and until <= len(kept):
+            return Reply("", until, False, NOT_FINITE)
         return Reply(self.chat.decode(kept).strip(), len(kept), end is None and len(ids) >= limit)
 
     def _check_room(self, prompt: int, new: int) -> None:
