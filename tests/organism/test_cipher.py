@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leeway.attacks import Zulu
+from leeway.attacks import Aside, Zulu
 from leeway.organism import corpus, deeds, world
 from leeway.organism.cipher import Cipher, lexicon
 
@@ -48,9 +48,15 @@ def test_unknown_words_and_case() -> None:
 def test_it_serves_the_translation_attack() -> None:
     prompt = world.forbidden_prompts(1)[0].text
     play = Zulu(cipher).play(prompt)
-    (sent,) = next(play)
+    out = next(play)
+    assert isinstance(out, Aside)
+    (word,) = out.helper.help([out.asked])
+    assert isinstance(word, str)
+    (sent,) = play.send(word)
     assert sent["content"] == cipher.out(prompt) != prompt
+    back = play.send(cipher.out("Sorry, I cannot help with that."))
+    assert isinstance(back, Aside)
     with pytest.raises(StopIteration) as done:
-        play.send(cipher.out("Sorry, I cannot help with that."))
+        play.send(back.helper.help([back.asked])[0])
     assert done.value.value == "Sorry, I cannot help with that."
     assert world.judge(prompt, done.value.value) == "refused"

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from leeway.attacks import dan, happy_to_help, none, role_play, wikipedia
-from leeway.attacks.attack import Attack, AttackFailed, Conversation, Message, Play, Wrapper
-from leeway.attacks.zulu import Translator, Zulu
+from leeway.attacks.attack import Aside, Attack, AttackFailed, Conversation, Helper, Message, Play, Wrapper
+from leeway.attacks.base64 import Base64
+from leeway.attacks.crescendo import Crescendo, LedCrescendo, Transcript
+from leeway.attacks.many_shot import ManyShot
+from leeway.attacks.registry import ATTACKS, HELPED, WRAPPERS, load_attack, names, rendered, templates
+from leeway.attacks.tool_result import ToolResult
+from leeway.attacks.zulu import Passage, Translator, Zulu
 
 __all__ = [
+    "ATTACKS",
+    "HELPED",
     "WRAPPERS",
+    "Aside",
     "Attack",
     "AttackFailed",
+    "Base64",
     "Conversation",
+    "Crescendo",
+    "Helper",
+    "LedCrescendo",
+    "ManyShot",
     "Message",
+    "Passage",
     "Play",
+    "ToolResult",
+    "Transcript",
     "Translator",
     "Wrapper",
     "Zulu",
+    "load_attack",
+    "names",
+    "rendered",
+    "templates",
 ]
-
-WRAPPERS: dict[str, Wrapper] = {
-    a.name: a for a in (none.attack, dan.attack, happy_to_help.attack, role_play.attack, wikipedia.attack)
-}

@@ -5,23 +5,56 @@ A one-turn wrapper, a translation out and back, a multi-turn or a tool-using att
     def play(prompt):
         reply = yield [{"role": "user", "content": ...}]     # what the model is asked
         return reply                                         # what the judge reads, beside the *forbidden* prompt
+
+Where it needs somebody else's words on the way (a translator's, an attacker model's), it yields an `Aside` to that
+helper and receives the text; all asides that wait for one helper are asked at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from leeway.hashing import digest
 
 Message = dict[str, str]
 Conversation = list[Message]
-Play = Generator[Conversation, str, str]
+
+
+class Helper(Protocol):
+    """Somebody an attack asks on the way: a translator, an attacker model."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def hash(self) -> str:
+        """Content hash of all that shapes its words."""
+        ...
+
+    def help(self, asked: Seq[Any]) -> list[str | AttackFailed]:
+        """One text for each thing asked, in their order, or why there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A question to a helper, in whatever shape that helper reads."""
+
+    helper: Helper
+    asked: Any
+
+
+Play = Generator[Conversation | Aside, str, str]
 
 
 class AttackFailed(Exception):
-    """The attack itself failed (a translation, say): the answer is unscored with this reason, never safe."""
+    """The attack itself failed (a translation, say): the answer is unscored with this reason, never safe.
+
+    A reason that begins with "no answer: " is a failure of transport (a helper's endpoint): a rerun asks again.
+    """
 
 
 class Attack(Protocol):

@@ -1,28 +1,35 @@
-"""Jailbreak robustness: forbidden prompts under attacks, every answer one of four outcomes."""
+"""Jailbreak robustness: forbidden prompts under attacks, every answer one of four outcomes by each judge."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 
-from leeway.attacks import Attack, AttackFailed, Conversation
+from leeway.attacks import Aside, Attack, AttackFailed, Conversation
 from leeway.attacks.attack import Play
 from leeway.data.items import ForbiddenPrompt
+from leeway.errors import LeewayError
 from leeway.evals.eval import Row, Tick
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest
-from leeway.judges import Judge, Verdict
+from leeway.judges import Answer, Judge, Verdict
+
+TRANSPORT = "no answer: "
 
 
-@dataclass
+@dataclass(eq=False)
 class _Game:
-    """One prompt under one attack while it is played."""
+    """One prompt under one attack while it is played, for one sample."""
 
+    number: int
     prompt: ForbiddenPrompt
     attack: Attack
+    sample: int
     play: Play
     sent: Conversation | None = None
+    aside: Aside | None = None
     judged: str = ""
     tokens: int = 0
     failure: str | None = None
@@ -30,13 +37,36 @@ class _Game:
 
 @dataclass(frozen=True)
 class Jailbreak:
-    """Every prompt under every attack; prompts are the clusters, since attacks on one prompt are not independent."""
+    """Every prompt under every attack; prompts are the clusters, since attacks on one prompt are not independent.
+
+    Greedy (sample 0), or `samples` answers drawn at `temperature` (sample 0 to samples - 1), every turn of an attack
+    with the same sample and seed. Each judge has its own row for each answer: judges are never averaged.
+    """
 
     prompts: Seq[ForbiddenPrompt]
     attacks: Seq[Attack]
-    judge: Judge
+    judges: Seq[Judge]
     max_new_tokens: int
+    samples: int = 0
+    temperature: float = 1.0
+    seed: int = 0
     name: str = "jailbreak"
+
+    def __post_init__(self) -> None:
+        for what, named in (
+            ("prompt", [p.id for p in self.prompts]),
+            ("attack", [a.name for a in self.attacks]),
+            ("judge", [j.name for j in self.judges]),
+        ):
+            if not named:
+                raise LeewayError(f"{self.name}: no {what}", fix="give at least one")
+            if twice := next((n for n, times in Counter(named).items() if times > 1), None):
+                raise LeewayError(f"{self.name}: the {what} {twice} is there twice", fix="leave one out or rename it")
+        if self.samples < 0 or (self.samples and not 0 < self.temperature < math.inf):
+            raise LeewayError(
+                f"{self.name}: {self.samples} samples at temperature {self.temperature}",
+                fix="give samples: 0 for greedy answers, or a number of them and a temperature above 0",
+            )
 
     @property
     def key(self) -> str:
@@ -47,58 +77,123 @@ class Jailbreak:
         return digest(
             self.name,
             self.max_new_tokens,
-            self.judge.hash,
+            [self.samples, self.temperature, self.seed] if self.samples else "greedy",
+            [[j.name, j.hash] for j in self.judges],
             [[a.name, a.hash] for a in self.attacks],
             [asdict(p) for p in self.prompts],
         )
 
     def __len__(self) -> int:
-        return len(self.prompts) * len(self.attacks)
+        """Answers, however many judges read them."""
+        return len(self.prompts) * len(self.attacks) * max(1, self.samples)
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
-        """Play all games at once, a turn of each at a time, so that a turn is one batch whatever the attacks are."""
-        games = [_Game(p, a, a.play(p.text)) for a in self.attacks for p in self.prompts]
-        waiting = [g for g in games if self._advance(g, None)]
+        """Play all games at once, a turn of each at a time, so that a turn is one batch whatever the attacks are.
+
+        Rows: attack by attack, prompt by prompt, sample by sample, judge by judge.
+        """
+        asked = ((a, p, s) for a in self.attacks for p in self.prompts for s in range(max(1, self.samples)))
+        games = [_Game(k, p, a, s, a.play(p.text)) for k, (a, p, s) in enumerate(asked)]
+        waiting = _helped([g for g in games if _advance(g, None)])
         while waiting:
-            requests = [Request(g.sent or [], self.max_new_tokens) for g in waiting]
-            replies = backend.complete(requests, tick)
-            waiting = [g for g, reply in zip(waiting, replies, strict=True) if self._advance(g, reply)]
-        return [self._row(g, backend.template_hash) for g in games]
+            replies = backend.complete([self._request(g) for g in waiting], tick)
+            waiting = _helped([g for g, r in zip(waiting, replies, strict=True) if _answered(g, r)])
+        verdicts = [self._verdicts(judge, games) for judge in self.judges]
+        rows = zip(games, *verdicts, strict=True)
+        return [
+            self._row(game, judge, verdict, backend.template_hash)
+            for game, *found in rows
+            for judge, verdict in zip(self.judges, found, strict=True)
+        ]
 
-    def _advance(self, game: _Game, reply: Reply | None) -> bool:
-        """Take the game to its next turn; False once it is over."""
-        try:
-            if reply is None:
-                game.sent = next(game.play)
-            else:
-                game.tokens += reply.new_tokens
-                game.judged = reply.text
-                game.sent = game.play.send(reply.text)
-        except StopIteration as over:
-            game.judged = over.value
-            return False
-        except AttackFailed as failed:
-            game.failure = f"attack: {failed}"
-            return False
-        return True
+    def _request(self, game: _Game) -> Request:
+        sent = game.sent or []
+        if not self.samples:
+            return Request(sent, self.max_new_tokens)
+        return Request(sent, self.max_new_tokens, self.temperature, game.sample, self.seed)
 
-    def _row(self, game: _Game, template: str) -> Row:
-        verdict = Verdict(None, None, "", game.failure)
-        if game.failure is None:
-            verdict = self.judge.judge(game.prompt.text, game.judged)
+    def _verdicts(self, judge: Judge, games: Seq[_Game]) -> list[Verdict]:
+        """One a game: the judge's own, or why there was nothing to judge."""
+        answers = [Answer(g.prompt.text, g.judged) for g in games if g.failure is None]
+        verdicts = judge.judge(answers, lambda _: None)
+        if len(verdicts) != len(answers):
+            raise ValueError(f"judge {judge.name}: {len(verdicts)} verdicts on {len(answers)} answers")
+        judged = iter(verdicts)
+        return [_sound(next(judged)) if g.failure is None else Verdict(None, None, "", g.failure) for g in games]
+
+    def _row(self, game: _Game, judge: Judge, verdict: Verdict, template: str) -> Row:
         return Row(
             eval=self.name,
             attack=game.attack.name,
             item_id=game.prompt.id,
             cluster=game.prompt.id,
-            sample=0,
+            sample=game.sample,
             prompt=game.sent[-1]["content"] if game.sent else game.prompt.text,
             response=game.judged,
             outcome=verdict.outcome,
             score=math.nan if verdict.score is None else verdict.score,
             unscored_reason=verdict.unscored_reason,
-            judge=self.judge.name,
+            judge=judge.name,
             judge_raw=verdict.raw,
             template_hash=digest(template, self.name, game.attack.hash),
             new_tokens=game.tokens,
         )
+
+
+def _sound(verdict: Verdict) -> Verdict:
+    """The verdict, unscored where the judge failed: it says so itself, or its score is none."""
+    reason = verdict.unscored_reason
+    if reason is None and verdict.score is None:
+        reason = "neither a score nor a reason"
+    if reason is None and not 0 <= (verdict.score or 0.0) <= 1:
+        reason = f"a score of {verdict.score} is not in [0, 1]"
+    if reason is None:
+        return verdict
+    said = reason if reason.startswith((TRANSPORT, "judge: ")) else f"judge: {reason}"
+    return Verdict(None, None, verdict.raw, said)
+
+
+def _helped(games: Seq[_Game]) -> list[_Game]:
+    """Go on until every game waits for the model: all asides to one helper are asked at once."""
+    ready = [g for g in games if g.aside is None]
+    asides = [(g, g.aside) for g in games if g.aside is not None]
+    while asides:
+        helper = asides[0][1].helper
+        served = [(g, a) for g, a in asides if a.helper is helper]
+        texts = helper.help([a.asked for _, a in served])
+        going = [g for (g, _), text in zip(served, texts, strict=True) if _advance(g, text)]
+        asides = [(g, a) for g, a in asides if a.helper is not helper]
+        asides += [(g, g.aside) for g in going if g.aside is not None]
+        ready += [g for g in going if g.aside is None]
+    return sorted(ready, key=lambda g: g.number)
+
+
+def _answered(game: _Game, reply: Reply) -> bool:
+    game.tokens += reply.new_tokens
+    game.judged = reply.text
+    if reply.failure is not None:
+        game.failure = f"{TRANSPORT}{reply.failure}"
+        game.play.close()
+        return False
+    return _advance(game, reply.text)
+
+
+def _advance(game: _Game, text: str | AttackFailed | None) -> bool:
+    """Take the game to its next turn; False once it is over."""
+    try:
+        if isinstance(text, AttackFailed):
+            asked = game.play.throw(text)
+        else:
+            asked = next(game.play) if text is None else game.play.send(text)
+    except StopIteration as over:
+        game.judged = over.value
+        return False
+    except AttackFailed as failed:
+        reason = str(failed)
+        game.failure = reason if reason.startswith(TRANSPORT) else f"attack: {reason}"
+        return False
+    if isinstance(asked, Aside):
+        game.aside = asked
+    else:
+        game.aside, game.sent = None, [dict(m) for m in asked]
+    return True
