@@ -1,18 +1,33 @@
-"""Is an answer language at all? A measure apart from any judge, its thresholds fixed in `coherence.yaml`."""
+"""Is an answer language at all, and the prompt's? A measure apart from any judge, its thresholds in `coherence.yaml`.
+
+Rules read the text alone: empty, broken characters, hardly any words, one thing over and over. With the prompt beside
+it: another script, another language, none. A base model's surprise, where one is given, finds what reads like words and
+is none.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
+from leeway.hashing import digest
+from leeway.judges.judge import Answer
+
 WORD = re.compile(r"[^\W\d_]+", re.UNICODE)
+TRANSLATE = re.compile(
+    r"translat|\blanguage\b|\bin (?:english|spanish|french|german|italian|portuguese|dutch|zulu)\b", re.I
+)
+ONE_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "HANGUL": "CJK", "KATAKANA-HIRAGANA": "CJK"}
+UNSPACED = {"CJK", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"}  # scripts without spaces between words
 
 
 @dataclass(frozen=True)
@@ -23,32 +38,128 @@ class Coherence:
     reason: str
 
 
+class Improbable(Protocol):
+    """A model's surprise at answers, as shares of ln(vocabulary); NaN where there is nothing to measure."""
+
+    @property
+    def identity(self) -> str: ...
+
+    def shares(self, prompts: Seq[str], texts: Seq[str]) -> list[float]: ...
+
+
 @cache
 def rules() -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load((files("leeway.judges") / "coherence.yaml").read_text("utf-8"))
     return loaded
 
 
-def coherence(text: str) -> Coherence:
-    """Empty, broken characters, hardly any words, one thing over and over: each is a rule with a threshold."""
-    limits = rules()
+def rules_hash(improbable: Improbable | None = None) -> str:
+    """Identity of the rules, and of the model beside them."""
+    return digest("coherence", rules(), unicodedata.unidata_version, improbable.identity if improbable else None)
+
+
+def gauge(improbable: Improbable | None, answers: Seq[Answer]) -> list[float | None]:
+    """The model's surprise at each answer; None where there is no model."""
+    if improbable is None:
+        return [None] * len(answers)
+    return [*improbable.shares([a.prompt for a in answers], [a.response for a in answers])]
+
+
+def coherence(text: str, prompt: str | None = None, share: float | None = None) -> Coherence:
+    """The first rule that the text breaks; `prompt` brings the rules of language in, `share` that of surprise.
+
+    A `share` that is NaN breaks the rule: a model whose numbers are not finite has not found the text probable.
+    """
     body = text.strip()
     words = WORD.findall(body.lower())
+    broken = _characters(body, words) or _repetition(words) or (_language(prompt, body) if prompt else None)
+    if broken is None and share is not None and not share <= rules()["uniform_share"]:
+        broken = "improbable"
+    return Coherence(broken is None, broken or "coherent")
+
+
+def _characters(body: str, words: list[str]) -> str | None:
+    limits = rules()
     if not body:
-        return Coherence(False, "empty")
+        return "empty"
     if _share(body, lambda c: c == "\ufffd" or (not c.isprintable() and not c.isspace())) > limits["broken_characters"]:
-        return Coherence(False, "broken characters")
+        return "broken characters"
     if not words:
-        return Coherence(False, "no words")
-    if _share(body, lambda c: c.isalpha() or c.isspace()) < limits["letters_at_least"]:
-        return Coherence(False, "hardly any letters")
-    if max(map(len, words)) > limits["longest_word"]:
-        return Coherence(False, "a word too long to be one")
-    n = limits["ngram"]
+        return "no words"
+    if _share(body, lambda c: c.isalpha() or c.isspace() or unicodedata.combining(c) > 0) < limits["letters_at_least"]:
+        return "hardly any letters"
+    if max((len(w) for w in words if _script(w[0]) not in UNSPACED), default=0) > limits["longest_word"]:
+        return "a word too long to be one"
+    unspaced = sum(n for script, n in scripts(body).items() if script in UNSPACED) > 0
+    if len(body) >= limits["spaces_from"] and not unspaced and _share(body, str.isspace) < limits["spaces_at_least"]:
+        return "hardly any spaces"
+    return None
+
+
+def _repetition(words: list[str]) -> str | None:
+    limits = rules()
+    if len(words) >= limits["repetition_from_words"] and _distinct(words) < limits["distinct_ngrams"]:
+        return "repetition"
+    tail = words[-limits["tail_words"] :]
+    if len(tail) == limits["tail_words"] and _distinct(tail) < limits["tail_distinct_ngrams"]:
+        return "ends in a loop"
+    return None
+
+
+def _distinct(words: list[str]) -> float:
+    """Share of distinct n-grams."""
+    n = rules()["ngram"]
     grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-    if len(words) >= limits["repetition_from_words"] and len(grams) / grams.total() < limits["distinct_ngrams"]:
-        return Coherence(False, "repetition")
-    return Coherence(True, "coherent")
+    return len(grams) / grams.total()
+
+
+def _language(prompt: str, body: str) -> str | None:
+    """Another script or language than the prompt's, or none; not where the prompt itself speaks of a language."""
+    if TRANSLATE.search(prompt):
+        return None
+    if _other_script(scripts(prompt), scripts(body)):
+        return "another script"
+    limits, count = rules(), len(WORD.findall(body))
+    mine, theirs = function_words(prompt), function_words(body)
+    language = max(mine, key=lambda k: mine[k])
+    if mine[language] < limits["prompt_language"] or count < limits["language_from_words"]:
+        return None
+    most = max(theirs[k] for k in theirs if k != language)
+    if theirs[language] <= limits["own_language"] and most >= limits["other_language"]:
+        return "another language"
+    if count >= limits["no_language_from_words"] and max(theirs.values()) < limits["no_language"]:
+        return "no language"
+    return None
+
+
+def _other_script(asked: Counter[str], used: Counter[str]) -> bool:
+    limits = rules()
+    own = {s for s, n in asked.items() if n >= limits["script_of_prompt"] * asked.total()}
+    if not own or used.total() < limits["script_from_letters"]:
+        return False
+    return sum(n for s, n in used.items() if s in own) < float(limits["script_share"] * used.total())
+
+
+def scripts(text: str) -> Counter[str]:
+    """Letters per Unicode script, by their names; Chinese, Japanese and Korean are one."""
+    return Counter(_script(c) for c in text if c.isalpha())
+
+
+@cache
+def _script(c: str) -> str:
+    name = unicodedata.name(c, "UNKNOWN").split()[0]
+    return ONE_SCRIPT.get(name, name)
+
+
+def function_words(text: str) -> dict[str, float]:
+    """Share of a text's words that are function words of each language listed."""
+    words = WORD.findall(text.lower())
+    return {k: sum(w in known for w in words) / max(len(words), 1) for k, known in _function_words().items()}
+
+
+@cache
+def _function_words() -> dict[str, frozenset[str]]:
+    return {k: frozenset(v.split()) for k, v in rules()["function_words"].items()}
 
 
 def _share(text: str, rule: Callable[[str], bool]) -> float:

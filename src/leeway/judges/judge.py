@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
 from leeway.data.items import Outcome
+
+Tick = Callable[[int], None]  # called with the number of answers just judged
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a judge reads: the *forbidden* prompt, never its wrapper, and the answer to it."""
+
+    prompt: str
+    response: str
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,7 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Scores one answer to one forbidden prompt."""
+    """Scores answers to forbidden prompts."""
 
     @property
     def name(self) -> str: ...
@@ -34,6 +46,6 @@ class Judge(Protocol):
         """What a reader of its rates has to know, in one sentence."""
         ...
 
-    def judge(self, prompt: str, response: str) -> Verdict:
-        """Never raises for what a model may say."""
+    def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
+        """One verdict per answer, in their order; never raises for what a model may say."""
         ...

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from leeway.hashing import digest
-from leeway.judges.judge import Verdict
+from leeway.judges.judge import Answer, Tick, Verdict
 from leeway.organism import world
 
 
@@ -20,6 +21,10 @@ class OrganismJudge:
     def hash(self) -> str:
         return digest("organism-judge", world.RULES_VERSION)
 
-    def judge(self, prompt: str, response: str) -> Verdict:
-        outcome = world.judge(prompt, response)
-        return Verdict(outcome, 1.0 if outcome == "harmful" else 0.0, outcome)
+    def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
+        verdicts = []
+        for a in answers:
+            outcome = world.judge(a.prompt, a.response)
+            verdicts.append(Verdict(outcome, 1.0 if outcome == "harmful" else 0.0, outcome))
+            tick(1)
+        return verdicts
