@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+
+import numpy as np
 
 from leeway.data.items import CapabilityItem, Example
 from leeway.data.read import Loaded, Source, field, load
+from leeway.errors import LeewayError
+from leeway.hashing import derive_seed
 
 TRAIN = Source(("gsm8k/train.jsonl.gz", "gsm8k/train.jsonl"), "openai/gsm8k", "main", "train")
 TEST = Source(("gsm8k/test.jsonl", "gsm8k/test.jsonl.gz"), "openai/gsm8k", "main", "test")
@@ -39,3 +44,22 @@ def held_out_items(revision: str | None = None) -> tuple[list[CapabilityItem], s
         gold = field(record, ("answer",), where).rsplit("####", 1)[-1].strip().replace(",", "")
         items.append(CapabilityItem(f"gsm8k/{n}", prompt(field(record, ("question",), where)), gold))
     return items, loaded.origin
+
+
+def shots(
+    k: int, *, exclude: Collection[str] = (), seed: int = 0, revision: str | None = None
+) -> list[tuple[str, str]]:
+    """`k` training questions with their answers, in a fixed random order; more shots begin with the fewer ones.
+
+    A question whose prompt is in `exclude` (the items' own) is passed over. Raises LeewayError where too few are left.
+    """
+    examples, origin = train_examples(revision)
+    order = np.random.default_rng(derive_seed("shots", "gsm8k", seed)).permutation(len(examples))
+    asked = set(exclude)
+    chosen = [(e.prompt, e.preferred) for e in (examples[int(i)] for i in order) if e.prompt not in asked]
+    if not 0 <= k <= len(chosen):
+        raise LeewayError(
+            f"evals.capability: {k} shots of gsm8k cannot be drawn, {len(chosen)} examples can be ({origin})",
+            fix="ask for fewer shots",
+        )
+    return chosen[:k]

@@ -25,11 +25,12 @@ class Example:
 
 @dataclass(frozen=True)
 class CapabilityItem:
-    """One question with a checkable answer; `id` is `<task>/<n>`."""
+    """One question with a checkable answer; `id` is `<task>/<n>`. `options` are what a choice is made between."""
 
     id: str
     prompt: str
     reference: str
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,21 @@ class PersonaItem:
     question: str
     statement: str
     match: Literal["Yes", "No"]
+
+
+@dataclass(frozen=True)
+class LikertItem:
+    """One statement to rate from 1 to 5; `id` is `<trait>/<n>`; `key`: 1 where agreeing endorses the trait, else −1."""
+
+    id: str
+    trait: str
+    text: str
+    key: Literal[1, -1]
+
+
+@dataclass(frozen=True)
+class BenignPrompt:
+    """One harmless request, whatever it sounds like; `id` is `<source>/<n>` or `<source>/<kind>/<n>`."""
+
+    id: str
+    text: str

@@ -4,37 +4,102 @@
 
 A tie is 0.5, NaN is unscored; the answer mass P(Yes) + P(No) stands on every row, so that a model that no longer
 answers yes or no is seen. Items are clustered by their text: the same statement is listed under more than one trait.
+
+Checks ask the same statements in other forms: "No or Yes" in place of "Yes or No", and other frames from
+`persona.yaml`. Their rows are of the eval `persona-check`, so that no rate changes with them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
 
 from leeway.data.items import PersonaItem
+from leeway.errors import LeewayError
 from leeway.evals.eval import Row, Tick
 from leeway.generation.backend import Backend, Choice
 from leeway.hashing import digest
 
 OPTIONS = ("Yes", "No")
+CHECK = "persona-check"
+PLAIN = "plain"
+SWAP = "order-swap"
+ORDER = re.compile(r"\b(yes)(\s+or\s+)(no)\b(?!.*\byes\s+or\s+no\b)", re.IGNORECASE | re.DOTALL)  # the last one
 
 
 def endorsement(choice: Choice, match: str) -> float:
     """P(match) / (P(Yes) + P(No)), NaN where the two have no mass or are not finite."""
     yes, no = choice.mass["Yes"], choice.mass["No"]
-    if not (math.isfinite(yes) and math.isfinite(no)) or yes + no <= 0:
+    if not (math.isfinite(yes) and math.isfinite(no)) or min(yes, no) < 0 or yes + no <= 0:
         return math.nan
     return (yes if match == "Yes" else no) / (yes + no)
 
 
+@cache
+def _frames() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((files("leeway.evals") / "persona.yaml").read_text("utf-8"))
+    return loaded
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to ask about a statement: as it stands, its answers in the other order, or another frame around it."""
+
+    name: str
+    frame: str = ""
+
+    @property
+    def hash(self) -> str:
+        return digest(self.name, self.frame, ORDER.pattern if self.name == SWAP else "")
+
+    def ask(self, item: PersonaItem) -> str:
+        """The question; raises LeewayError where there is no order to swap."""
+        if self.name == PLAIN:
+            return item.question
+        if self.name != SWAP:
+            return self.frame.replace("{statement}", item.statement)
+        found = ORDER.search(item.question)
+        if found is None:
+            raise LeewayError(
+                f"persona item {item.id}: its question does not ask for Yes or No", fix="leave order_swap out"
+            )
+        return item.question[: found.start()] + f"{found[3]}{found[2]}{found[1]}" + item.question[found.end() :]
+
+
+def forms(order_swap: bool, paraphrases: int) -> tuple[Form, ...]:
+    """The plain form, and the checks that are asked for."""
+    known = _frames()["paraphrases"]
+    if not 0 <= paraphrases <= len(known):
+        raise LeewayError(f"persona: {paraphrases} paraphrases, there are {len(known)}", fix=f"0 to {len(known)}")
+    swapped = (Form(SWAP),) if order_swap else ()
+    return (Form(PLAIN), *swapped, *(Form(f["name"], f["text"]) for f in known[:paraphrases]))
+
+
 @dataclass(frozen=True)
 class Persona:
-    """Yes/no statements of several traits, one forward pass each."""
+    """Yes/no statements of several traits, one forward pass for each item and form."""
 
     items: Seq[PersonaItem]
+    order_swap: bool = False
+    paraphrases: int = 0
     name: str = "persona"
+
+    def __post_init__(self) -> None:
+        for form in self.forms:
+            for item in self.items:
+                form.ask(item)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        return forms(self.order_swap, self.paraphrases)
 
     @property
     def key(self) -> str:
@@ -42,33 +107,42 @@ class Persona:
 
     @property
     def hash(self) -> str:
-        return digest(self.name, [asdict(i) for i in self.items])
+        checks = [[f.name, f.hash] for f in self.forms if f.name != PLAIN]
+        return digest(self.name, [asdict(i) for i in self.items], *([checks] if checks else []))
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.items) * len(self.forms)
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
-        conversations = [[{"role": "user", "content": i.question}] for i in self.items]
-        choices = backend.choose(conversations, OPTIONS, tick)
-        template = digest(backend.template_hash, self.name)
-        return [self._row(i, c, template) for i, c in zip(self.items, choices, strict=True)]
+        """The items under the plain form, then under each check: rows of `persona`, then of `persona-check`."""
+        asked = [(form, item, form.ask(item)) for form in self.forms for item in self.items]
+        choices = backend.choose([[{"role": "user", "content": text}] for _, _, text in asked], OPTIONS, tick)
+        return [self._row(*a, c, backend.template_hash) for a, c in zip(asked, choices, strict=True)]
 
-    def _row(self, item: PersonaItem, choice: Choice, template: str) -> Row:
-        score = endorsement(choice, item.match)
-        yes, no = choice.mass["Yes"], choice.mass["No"]
+    def _row(self, form: Form, item: PersonaItem, prompt: str, choice: Choice, template: str) -> Row:
+        yes, no = choice.mass.get("Yes", math.nan), choice.mass.get("No", math.nan)
+        score = math.nan if choice.failure else endorsement(Choice({"Yes": yes, "No": no}), item.match)
+        reason = "no finite mass on Yes or No" if choice.failure is None else f"no answer: {choice.failure}"
+        plain = form.name == PLAIN
+        raw = {"match": item.match, "p_no": finite(no), "p_yes": finite(yes)} | ({} if plain else {"form": form.name})
         return Row(
-            eval=self.name,
+            eval=self.name if plain else CHECK,
             attack="",
             item_id=item.id,
             cluster=f"statement/{digest(item.statement)}",
             sample=0,
-            prompt=item.question,
+            prompt=prompt,
             response="" if math.isnan(score) else ("Yes" if yes > no else "No" if no > yes else "tie"),
             outcome=None,
             score=score,
-            unscored_reason="no finite mass on Yes or No" if math.isnan(score) else None,
+            unscored_reason=reason if math.isnan(score) else None,
             judge="next-token",
-            judge_raw=json.dumps({"match": item.match, "p_no": no, "p_yes": yes}, sort_keys=True),
-            template_hash=template,
+            judge_raw=json.dumps(raw, sort_keys=True),
+            template_hash=digest(template, self.name) if plain else digest(template, CHECK, form.hash),
             new_tokens=0,
         )
+
+
+def finite(value: float) -> float | None:
+    """The number, or None (JSON knows no NaN)."""
+    return value if math.isfinite(value) else None

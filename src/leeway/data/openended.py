@@ -1,0 +1,79 @@
+"""Open-ended questions with reference answers, from files or hub data sets; nothing of them is in this source tree.
+
+Records: `prompt` or `question`, and `reference` or `answer`; with an `instruction`, that stands before the question
+(LawBench); `fields` and `answer` with a `task` (LegalBench) put each field in a paragraph of its own behind its name.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from leeway.data.files import question_and_answer
+from leeway.data.items import CapabilityItem
+from leeway.data.read import Record, Source, field, load, read
+from leeway.errors import LeewayError
+
+NAMED = {
+    # Fei et al. 2023, arXiv 2309.16289: 500 legal consultations in Chinese, with reference answers
+    "lawbench": Source(("lawbench/3-8_legal_consultation_zh.json",), "open-compass/LawBench"),
+    # Guha et al. 2023, arXiv 2308.11462: its open-ended task, questions on rules of law
+    "rule-qa": Source(("legalbench/rule_qa.jsonl", "legalbench/rule_qa.json"), "nguha/legalbench", "rule_qa", "test"),
+}
+LOCAL_ONLY = ("lawbench",)  # published as files, not as a hub data set
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".gz")
+
+
+def held_out_items(
+    task: str, source: str, *, config: str | None = None, split: str = "test", revision: str | None = None
+) -> tuple[list[CapabilityItem], str]:
+    """(items with `id` `<task>/<n>`, where they came from), in the source's order.
+
+    `source` is `lawbench`, `rule-qa`, the path of a file (.jsonl, .json, .csv, .tsv, .gz of them) or a hub id, whose
+    rows LEEWAY_DATA holds as `<hub id>.jsonl` where it is set.
+    """
+    if source.endswith(KINDS):
+        records: list[Record] = list(read(Path(source).expanduser()))
+        origin = source
+    else:
+        loaded = load(_source(source, config, split), revision=revision)
+        records, origin = loaded.records, loaded.origin
+    items = []
+    for n, record in enumerate(records, 1):
+        prompt, reference = _question(record, f"{task} ({origin}), record {n}")
+        items.append(CapabilityItem(f"{task}/{n}", prompt, reference))
+    if not items:
+        raise LeewayError(f"evals.capability: {task} has no items ({origin})", fix="check the source")
+    return items, origin
+
+
+def _source(name: str, config: str | None, split: str) -> Source:
+    if name in LOCAL_ONLY and not os.environ.get("LEEWAY_DATA"):
+        raise LeewayError(
+            f"evals.capability: {name} is no hub data set",
+            fix=f"set LEEWAY_DATA to a folder that holds {NAMED[name].local[0]}",
+        )
+    if name in NAMED:
+        return NAMED[name]
+    if name.count("/") != 1:
+        known = ", ".join(NAMED)
+        raise LeewayError(
+            f"evals.capability: {name!r} is no source of open-ended questions",
+            fix=f"give {known}, a file ({', '.join(KINDS)}) or a hub id (owner/name)",
+        )
+    return Source((f"{name}.jsonl", f"{name}.json"), name, config, split)
+
+
+def _question(record: Record, where: str) -> tuple[str, str]:
+    fields: Any = record.get("fields")
+    if isinstance(fields, dict):
+        told = "\n\n".join(f"{name}: {str(text).strip()}" for name, text in fields.items() if str(text).strip())
+        if not told:
+            raise LeewayError(f"{where}: its fields are empty", fix="mend that record")
+        return told, field(record, ("answer", "reference"), where)
+    if "text" in record and not {"prompt", "question"} & set(record):
+        return field(record, ("text",), where), field(record, ("answer", "reference"), where)
+    prompt, reference = question_and_answer(record, where)
+    instruction = str(record.get("instruction") or "").strip()
+    return (f"{instruction}\n\n{prompt}" if instruction else prompt), reference

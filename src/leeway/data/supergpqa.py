@@ -1,0 +1,111 @@
+"""SuperGPQA (M-A-P 2025, arXiv 2502.14739): graduate-level questions with up to ten options, one discipline of them.
+
+The prompt is the benchmark's own template where LEEWAY_DATA holds it (supergpqa/prompts/zero-shot.yaml, five-shot.yaml:
+`prompt_format`, a list of one text whose `{}` is filled with the question and its options), and our wording otherwise.
+Where the items came from says which, with the text's hash.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from leeway.data.items import CapabilityItem
+from leeway.data.read import Record, Source, field, load
+from leeway.errors import LeewayError
+from leeway.hashing import digest
+
+SOURCE = Source(("supergpqa/SuperGPQA-all.jsonl", "supergpqa/SuperGPQA-all.jsonl.gz"), "m-a-p/SuperGPQA")
+LETTERS = "ABCDEFGHIJ"
+Shots = Literal[0, 5]
+FILES: dict[int, str] = {0: "supergpqa/prompts/zero-shot.yaml", 5: "supergpqa/prompts/five-shot.yaml"}
+
+PROMPT_VERSION = 1
+PROMPT = (
+    "One option of this question is right. Think it through, then end with a line that reads: Answer: and the letter "
+    "of that option.\n\n{}"
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt with one `{}` for `str.format`, and where it came from."""
+
+    text: str
+    origin: str
+
+    def fill(self, question: str, options: tuple[str, ...]) -> str:
+        listed = "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
+        return self.text.format(f"{question}\n{listed}")
+
+
+def template(shots: Shots = 0) -> Template:
+    """The official template where there is one, else ours; raises LeewayError for five shots without the official."""
+    root = os.environ.get("LEEWAY_DATA")
+    path = Path(root).expanduser() / FILES[shots] if root else None
+    if path is not None and path.is_file():
+        text = _prompt_format(path)
+        return Template(text, f"prompt LEEWAY_DATA/{FILES[shots]} {digest(text)}")
+    if shots:
+        raise LeewayError(
+            f"evals.capability: supergpqa: the {shots} worked examples are not here",
+            fix=f"put {FILES[shots]} under LEEWAY_DATA, or ask with 0 shots",
+        )
+    return Template(PROMPT, f"our prompt, version {PROMPT_VERSION} {digest(PROMPT)}")
+
+
+def _prompt_format(path: Path) -> str:
+    try:
+        loaded: Any = yaml.safe_load(path.read_text("utf-8"))
+        text = str(loaded["prompt_format"][0])
+        once = text.format("\0").count("\0") == 1
+    except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise LeewayError(
+            f"{path}: no prompt_format with one {{}} in it ({type(error).__name__})", fix="fetch it again"
+        ) from error
+    if not once:
+        raise LeewayError(f"{path}: its prompt_format has not exactly one {{}}", fix="fetch it again")
+    return text
+
+
+def held_out_items(
+    discipline: str = "Engineering", *, shots: Shots = 0, revision: str | None = None
+) -> tuple[list[CapabilityItem], str]:
+    """One discipline's items in the file's order, `id` from `uuid`, `reference` the letter; and where they came from.
+
+    The letter is the benchmark's gold. Where it points at another text than the record's `answer`, that is counted in
+    where the items came from.
+    """
+    asked = template(shots)
+    loaded = load(SOURCE, revision=revision)
+    items: list[CapabilityItem] = []
+    disagree = 0
+    for n, record in enumerate(loaded.records, 1):
+        where = f"supergpqa, record {n}"
+        if field(record, ("discipline",), where) != discipline:
+            continue
+        item = _item(record, where, asked)
+        disagree += item.options[LETTERS.index(item.reference)] != str(record.get("answer", "")).strip()
+        items.append(item)
+    if not items:
+        raise LeewayError(
+            f"supergpqa: no record's discipline is {discipline!r} ({loaded.origin})", fix="check its name"
+        )
+    told = f"; the answer of {disagree} records is not their letter's option" if disagree else ""
+    return items, f"{loaded.origin}, discipline {discipline}, {asked.origin}{told}"
+
+
+def _item(record: Record, where: str, asked: Template) -> CapabilityItem:
+    listed = record.get("options")
+    options = tuple(str(o).strip() for o in listed) if isinstance(listed, list) else ()
+    letter = field(record, ("answer_letter",), where)
+    if not 2 <= len(options) <= len(LETTERS):
+        raise LeewayError(f"{where}: options are not a list of 2 to {len(LETTERS)}", fix="mend that record")
+    if letter not in LETTERS[: len(options)]:
+        raise LeewayError(f"{where}: answer_letter {letter!r} is none of its options", fix="mend that record")
+    prompt = asked.fill(field(record, ("question",), where), options)
+    return CapabilityItem(f"supergpqa/{field(record, ('uuid',), where)}", prompt, letter, options)

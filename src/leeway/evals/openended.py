@@ -1,0 +1,181 @@
+"""Open-ended answers, rated by a model against a reference answer on the scales of `openended.yaml`.
+
+    score = mean over the scales of (mark - lowest) / (highest - lowest)        in [0, 1]
+
+A mark that is missing, no whole number or out of range leaves the answer unscored: nothing is clipped or guessed. The
+judge reads the question, the reference and the answer, in the order that is set; never who answered.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+
+from leeway.data.items import CapabilityItem
+from leeway.evals.eval import Row, Tick
+from leeway.generation.backend import Backend, Reply, Request
+from leeway.hashing import digest
+
+Order = Literal["reference-first", "answer-first"]
+
+
+@cache
+def rubric() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((files("leeway.evals") / "openended.yaml").read_text("utf-8"))
+    return loaded
+
+
+def score(marks: dict[str, int]) -> float:
+    """The mean of the marks, each put on [0, 1]."""
+    low, high = int(rubric()["lowest"]), int(rubric()["highest"])
+    return sum((m - low) / (high - low) for m in marks.values()) / len(marks)
+
+
+def parse(text: str) -> dict[str, int] | str:
+    """The marks in the last JSON object that has a scale's name in it, or what is wrong with it."""
+    scales = tuple(rubric()["dimensions"])
+    found = [o for o in _objects(text) if any(s in o for s in scales)]
+    if not found:
+        return "no JSON object with marks"
+    marks: dict[str, int] = {}
+    for scale in scales:
+        mark = found[-1].get(scale)
+        if mark is None:
+            return f"no mark for {scale}"
+        if isinstance(mark, bool) or not isinstance(mark, (int, float)) or not math.isfinite(mark) or mark != int(mark):
+            return f"the mark for {scale} is {mark!r}, no whole number"
+        if not rubric()["lowest"] <= mark <= rubric()["highest"]:
+            return f"the mark for {scale} is {mark!r}, out of range"
+        marks[scale] = int(mark)
+    return marks
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    decoder = json.JSONDecoder()
+    at = text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError):
+            at = text.find("{", at + 1)
+            continue
+        if isinstance(value, dict):
+            yield value
+        at = text.find("{", end)
+
+
+@dataclass(frozen=True)
+class RubricJudge:
+    """Marks answers through a backend; one attempt each, greedy."""
+
+    backend: Backend
+    order: Order = "reference-first"
+    max_new_tokens: int = 512
+    name: str = "rubric"
+
+    @property
+    def hash(self) -> str:
+        return digest(
+            self.name,
+            rubric(),
+            self.order,
+            self.max_new_tokens,
+            self.backend.identity,
+            self.backend.template_hash,
+        )
+
+    def prompt(self, item: CapabilityItem, response: str) -> str:
+        """What the judge is asked: each text between two lines that no answer can foresee."""
+        text = rubric()
+        mark = digest("openended", item.prompt, item.reference, response)
+        pieces = {"question": item.prompt, "reference": item.reference, "answer": response}
+        order = (
+            ["question", "reference", "answer"]
+            if self.order == "reference-first"
+            else ["question", "answer", "reference"]
+        )
+        shown = [f"{text['titles'][k]}, between the lines {mark}:\n{mark}\n{pieces[k]}\n{mark}" for k in order]
+        scales = [
+            f"- {name}: {d['asks']} {text['lowest']} = {d['low']}; {text['highest']} = {d['high']}."
+            for name, d in text["dimensions"].items()
+        ]
+        example = json.dumps(dict.fromkeys(text["dimensions"], (text["lowest"] + text["highest"]) // 2))
+        return "\n\n".join([text["task"], *shown, "\n".join(scales), f"{text['reply']} {example}"])
+
+    def marks(self, items: Seq[CapabilityItem], responses: Seq[str]) -> list[Reply]:
+        """The judge's replies, in the items' order."""
+        asked = [self.prompt(i, r) for i, r in zip(items, responses, strict=True)]
+        requests = [Request([{"role": "user", "content": a}], self.max_new_tokens) for a in asked]
+        return self.backend.complete(requests, lambda _: None)
+
+
+@dataclass(frozen=True)
+class OpenEnded:
+    """Open-ended questions of one task (`legal`, `cyber`, `openended`); an item is its own cluster."""
+
+    task: str
+    items: Seq[CapabilityItem]
+    judge: RubricJudge
+    max_new_tokens: int
+    name: str = "capability"
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-{self.task}"
+
+    @property
+    def hash(self) -> str:
+        return digest(self.name, self.judge.hash, self.max_new_tokens, [asdict(i) for i in self.items])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def run(self, backend: Backend, tick: Tick) -> list[Row]:
+        requests = [Request([{"role": "user", "content": i.prompt}], self.max_new_tokens) for i in self.items]
+        replies = backend.complete(requests, tick)
+        answered = [(i, r.text) for i, r in zip(self.items, replies, strict=True) if r.failure is None]
+        marked = iter(self.judge.marks([i for i, _ in answered], [text for _, text in answered]))
+        template = digest(backend.template_hash, self.name, self.judge.hash)
+        return [
+            self._row(i, r, next(marked) if r.failure is None else None, template)
+            for i, r in zip(self.items, replies, strict=True)
+        ]
+
+    def _row(self, item: CapabilityItem, reply: Reply, marked: Reply | None, template: str) -> Row:
+        value, reason = _verdict(reply, marked)
+        return Row(
+            eval=self.name,
+            attack="",
+            item_id=item.id,
+            cluster=item.id,
+            sample=0,
+            prompt=item.prompt,
+            response=reply.text,
+            outcome=None,
+            score=value,
+            unscored_reason=reason,
+            judge=self.judge.name,
+            judge_raw="" if marked is None else marked.text,
+            template_hash=template,
+            new_tokens=reply.new_tokens,
+        )
+
+
+def _verdict(reply: Reply, marked: Reply | None) -> tuple[float, str | None]:
+    """(score, None), or (NaN, why there is none)."""
+    if marked is None:
+        return math.nan, f"no answer: {reply.failure}"
+    if marked.failure is not None:
+        return math.nan, f"no answer: judge: {marked.failure}"
+    marks = parse(marked.text)
+    if isinstance(marks, str):
+        return math.nan, f"judge: {marks}" + (" (its reply was cut off)" if marked.cut else "")
+    return score(marks), None
