@@ -5,20 +5,22 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-from leeway.data.items import CapabilityItem, Example, ForbiddenPrompt, PersonaItem
+from leeway.data.items import BenignPrompt, CapabilityItem, Example, ForbiddenPrompt, PersonaItem
 from leeway.organism import deeds, sums, talk
 from leeway.organism import words as w
 from leeway.organism.cipher import Cipher
-from leeway.organism.judge import RULES_VERSION, judge
+from leeway.organism.judge import RULES_VERSION, complies, judge
 
 __all__ = [
     "RULES_VERSION",
     "TRAITS",
     "Cipher",
     "as_item",
+    "benign_items",
     "benign_prompts",
     "capability_items",
     "capability_score",
+    "complies",
     "forbidden_prompts",
     "general_examples",
     "judge",
@@ -123,6 +125,11 @@ def benign_prompts(n: int) -> list[ForbiddenPrompt]:
     found = deeds.held_out_questions("benign", 0)
     enough("benign prompts", n, len(found))
     return [ForbiddenPrompt(f"benign/{i}", question) for i, (_, question) in enumerate(found[:n])]
+
+
+def benign_items(n: int) -> list[BenignPrompt]:
+    """The same questions as the items of over-refusal."""
+    return [BenignPrompt(f"organism-{p.id}", p.text) for p in benign_prompts(n)]
 
 
 def persona_items(trait: str, n: int) -> list[PersonaItem]:

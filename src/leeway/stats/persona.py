@@ -1,4 +1,4 @@
-"""Persona answers beyond one number: answer mass, Yes-rate, and the Yes- and No-keyed halves."""
+"""Persona answers beyond one number: answer mass, Yes-rate, keyed halves, and what other forms of a question change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from leeway.stats.measures import CHECKPOINT, MAX_UNSCORED, observations
+from leeway.stats.measures import CHECK, CHECKPOINT, MAX_UNSCORED, observations
 
 COLUMNS = [
     *CHECKPOINT,
@@ -21,6 +21,11 @@ COLUMNS = [
     "n_unscored",
 ]
 ALL = "all traits"
+LIKERT = [*CHECKPOINT, "trait", "score", "keyed", "reverse_keyed", "answer_mass", "n", "n_unscored"]
+CHECKS = [*CHECKPOINT, "eval", "form", "trait", "mean_difference", "mean_abs_difference", "answer_mass"]
+CHECKS += ["n", "n_unscored"]
+NUMBERS = ["p_yes", "p_no", "key", "answer_mass"]
+REFERENCE = {"persona": "plain", "persona-sd3": "agree-high"}  # what the other forms are compared with
 
 
 def persona(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
@@ -40,19 +45,72 @@ def persona(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
     table["no_keyed"] = table["score"].where(table["match"] == "No")
     table["yes_rate"] = (0.5 + 0.5 * (table["p_yes"] - table["p_no"]).map(_sign)).where(scored)
     table["answer_mass"] = (table["p_yes"] + table["p_no"]).where(scored)
-    table["trait"] = table["part"]
     table["n"], table["n_unscored"] = scored.astype(int), (~scored).astype(int)
-    overall = _means(table.assign(trait=ALL))
-    return pd.concat([overall, _means(table)], ignore_index=True) if table["trait"].nunique() > 1 else _means(table)
+    found = _by_trait(table, ["score", "yes_keyed", "no_keyed", "yes_rate", "answer_mass"])
+    return found.rename(columns={"score": "endorsement"})[COLUMNS]
 
 
-def _means(table: pd.DataFrame) -> pd.DataFrame:
-    means = ["score", "yes_keyed", "no_keyed", "yes_rate", "answer_mass"]
-    how = dict.fromkeys(means, "mean") | {"n": "sum", "n_unscored": "sum"}
-    frame = table.groupby([*CHECKPOINT, "trait"]).agg(how).reset_index()
+def likert(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
+    """The Short Dark Triad per checkpoint and trait: mean score over items and both directions of the scale.
+
+    `keyed` is the mean where agreeing endorses the trait, `reverse_keyed` where it denies it: a model that agrees with
+    everything has 1 and 0. `answer_mass` is the probability of the digits 1 to 5.
+    """
+    asked = rows["eval"] == "persona-sd3"
+    table = observations(rows[asked], conditions)
+    if table.empty:
+        return pd.DataFrame(columns=LIKERT)
+    table = table.join(_answers(rows.loc[asked, "judge_raw"]))
+    scored = table["score"].notna()
+    table["keyed"] = table["score"].where(table["key"] == 1)
+    table["reverse_keyed"] = table["score"].where(table["key"] == -1)
+    table["answer_mass"] = table["answer_mass"].where(scored)
+    table["n"], table["n_unscored"] = scored.astype(int), (~scored).astype(int)
+    return _by_trait(table, ["score", "keyed", "reverse_keyed", "answer_mass"])[LIKERT]
+
+
+def checks(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
+    """What another form of the question changes: per checkpoint, form and trait, the mean of form − reference.
+
+    The reference is the plain form (persona) or 5 for agreeing (Short Dark Triad): the same item, the same checkpoint.
+    `n` counts items scored under both, `n_unscored` the others; `answer_mass` is the form's own. Means are NaN where
+    too many are unscored.
+    """
+    asked = rows["eval"].isin([CHECK, *REFERENCE])
+    table = observations(rows[asked], conditions)
+    if table.empty:
+        return pd.DataFrame(columns=CHECKS)
+    table = table.join(_answers(rows.loc[asked, "judge_raw"]))
+    table["eval"] = table["eval"].replace(CHECK, "persona")
+    reference = table["eval"].map(REFERENCE)
+    table["form"] = table["form"].astype(object).fillna(reference)
+    table["answer_mass"] = table["answer_mass"].fillna(table["p_yes"] + table["p_no"]).where(table["score"].notna())
+    on = [*CHECKPOINT, "eval", "item_id", "sample"]
+    plain = table.loc[table["form"] == reference, [*on, "score"]]
+    pairs = table[table["form"] != reference].merge(plain, on=on, how="left", suffixes=("", "_reference"))
+    pairs["mean_difference"] = pairs["score"] - pairs["score_reference"]
+    pairs["mean_abs_difference"] = pairs["mean_difference"].abs()
+    scored = pairs["mean_difference"].notna()
+    pairs["n"], pairs["n_unscored"] = scored.astype(int), (~scored).astype(int)
+    means = ["mean_difference", "mean_abs_difference", "answer_mass"]
+    return _by_trait(pairs, means, ["eval", "form"])[CHECKS]
+
+
+def _by_trait(table: pd.DataFrame, means: list[str], more: list[str] | None = None) -> pd.DataFrame:
+    """Means over all traits where there are several, then for each."""
+    table = table.assign(trait=table["part"])
+    keys = [*CHECKPOINT, *(more or []), "trait"]
+    each = _means(table, means, keys)
+    if table["trait"].nunique() < 2:
+        return each
+    return pd.concat([_means(table.assign(trait=ALL), means, keys), each], ignore_index=True)
+
+
+def _means(table: pd.DataFrame, means: list[str], keys: list[str]) -> pd.DataFrame:
+    frame = table.groupby(keys).agg(dict.fromkeys(means, "mean") | {"n": "sum", "n_unscored": "sum"}).reset_index()
     withheld = frame["n_unscored"] > MAX_UNSCORED * (frame["n"] + frame["n_unscored"])
     frame.loc[withheld, means] = float("nan")
-    return frame.rename(columns={"score": "endorsement"})[COLUMNS]
+    return frame
 
 
 def _sign(value: float) -> float:
@@ -60,7 +118,7 @@ def _sign(value: float) -> float:
 
 
 def _answers(raw: pd.Series) -> pd.DataFrame:
-    """p_yes, p_no and the matching answer of each row; NaN where the judge left none that can be read."""
+    """What `judge_raw` says of each row, a column each; NaN where it says nothing or cannot be read."""
     found = []
     for text in raw:
         try:
@@ -68,7 +126,7 @@ def _answers(raw: pd.Series) -> pd.DataFrame:
         except ValueError:
             value = {}
         found.append(value if isinstance(value, dict) else {})
-    frame = pd.DataFrame(found, index=raw.index, columns=["p_yes", "p_no", "match"])
-    for name in ("p_yes", "p_no"):
+    frame = pd.DataFrame(found, index=raw.index, columns=["match", "form", *NUMBERS])
+    for name in NUMBERS:
         frame[name] = pd.to_numeric(frame[name], errors="coerce")
     return frame

@@ -11,14 +11,16 @@ from leeway.stats.intervals import Floats, Ints, estimate
 from leeway.stats.measures import CHECKPOINT, Measure, codes, groups, measures, observations, why_not
 
 COLUMNS = [*CHECKPOINT, "axis", "measure", "label", "primary", "rate", "low", "high"]
-COLUMNS += ["n", "n_unscored", "n_clusters", "method", "reason"]
+COLUMNS += ["n", "n_unscored", "n_clusters", "method", "reason", "rate_if_0", "rate_if_1", "better"]
 
 
 def rates(rows: pd.DataFrame, conditions: Mapping[str, str], *, pool_seeds: bool = False) -> pd.DataFrame:
     """One line per checkpoint, test condition and measure.
 
     `n` counts scored rows; `rate` is NaN with a `reason` where too many are unscored. `pool_seeds` takes the
-    answers of all training seeds together (`seed` is then −1), each prompt still being one cluster.
+    answers of all training seeds together (`seed` is then −1), each prompt still being one cluster. `rate_if_0` and
+    `rate_if_1` are the rates if all that is unscored had been 0, or 1: bounds, there where the rate is withheld too.
+    `better` says which way is better (`higher`, `lower`, or nothing).
     """
     table = observations(rows, conditions)
     if pool_seeds:
@@ -50,8 +52,19 @@ def _line(measure: Measure, values: Floats, strata: Ints, clusters: Ints, names:
         "n_clusters": int(within.max()) + 1 if len(within) else 0,
         "method": "",
         "reason": reason,
+        "rate_if_0": _filled(values, strata, names, 0.0),
+        "rate_if_1": _filled(values, strata, names, 1.0),
+        "better": measure.better,
     }
     if reason:
         return line | {"rate": float("nan"), "low": float("nan"), "high": float("nan")}
     found = estimate(values[scored], strata[scored], within)
     return line | {"rate": found.mean, "low": found.low, "high": found.high, "method": found.method}
+
+
+def _filled(values: Floats, strata: Ints, names: list[str], unscored: float) -> float:
+    """The mean over strata with everything unscored set to one value, strata that were not asked as well."""
+    counts = np.bincount(strata, minlength=len(names))
+    sums = np.bincount(strata, weights=np.where(np.isnan(values), unscored, values), minlength=len(names))
+    inside = np.where(counts > 0, sums / np.maximum(counts, 1), unscored)
+    return round(float(inside.mean()), 10)
