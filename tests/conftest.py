@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, records in (("train", train), ("test", test)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     return folder
+
+
+@pytest.fixture
+def heeding() -> Iterator[None]:
+    """A process in the background of a shell ignores Ctrl-C, and so do its children: not for this test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

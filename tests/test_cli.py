@@ -203,6 +203,7 @@ def test_a_mistake_before_the_first_checkpoint_leaves_no_folder(models: dict[str
 
 
 @pytest.mark.parametrize("after", [0.0, 0.3, 1.0])
+@pytest.mark.usefixtures("heeding")
 def test_ctrl_c_says_that_the_run_can_go_on(after: float, models: dict[str, Path], tmp_path: Path) -> None:
     path, out = write(tmp_path, str(models["llama"])), tmp_path / "o"
     command = [sys.executable, "-m", "leeway", "run", str(path), "--out", str(out), "--quiet", "--workers", "2"]

@@ -18,7 +18,7 @@ from leeway.evals.eval import Row
 from leeway.evals.jailbreak import Jailbreak
 from leeway.evals.persona import Persona, endorsement
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
-from leeway.judges import KeywordJudge, Verdict
+from leeway.judges import Answer, KeywordJudge, Verdict
 from leeway.judges.coherence import coherence
 
 
@@ -29,6 +29,7 @@ class Echo:
     says: str | None = None
     mass: tuple[float, float] = (0.6, 0.2)
     template_hash: str = "t"
+    identity: str = "echo"
 
     def complete(self, requests: Sequence[Request], tick: Tick) -> list[Reply]:
         tick(len(requests))
@@ -122,9 +123,10 @@ class Seen:
     hash: str = "h"
     note: str = ""
 
-    def judge(self, prompt: str, response: str) -> Verdict:
-        self.shown.append((prompt, response))
-        return Verdict("deflected", 0.0, "")
+    def judge(self, answers: Sequence[Answer], tick: Tick) -> list[Verdict]:
+        self.shown += [(a.prompt, a.response) for a in answers]
+        tick(len(answers))
+        return [Verdict("deflected", 0.0, "")] * len(answers)
 
 
 @dataclass
@@ -165,7 +167,7 @@ PROMPTS = [ForbiddenPrompt("f/0", "forbidden zero"), ForbiddenPrompt("f/1", "for
 
 def test_the_judge_sees_the_forbidden_prompt_and_never_its_wrapper() -> None:
     judge = Seen([])
-    rows = Jailbreak(PROMPTS, [WRAPPERS["dan"]], judge, 8).run(Echo(), lambda _: None)
+    rows = Jailbreak(PROMPTS, [WRAPPERS["dan"]], [judge], 8).run(Echo(), lambda _: None)
     assert [p for p, _ in judge.shown] == ["forbidden zero", "forbidden one"]
     assert all(
         "DAN" in r.prompt and r.prompt == WRAPPERS["dan"].wrap(p.text) for r, p in zip(rows, PROMPTS, strict=True)
@@ -173,7 +175,7 @@ def test_the_judge_sees_the_forbidden_prompt_and_never_its_wrapper() -> None:
 
 
 def test_a_failed_translation_is_unscored_and_counted() -> None:
-    rows = Jailbreak(PROMPTS, [Zulu(Broken())], Seen([]), 8).run(Echo("x"), lambda _: None)
+    rows = Jailbreak(PROMPTS, [Zulu(Broken())], [Seen([])], 8).run(Echo("x"), lambda _: None)
     assert all(math.isnan(r.score) and r.outcome is None for r in rows)
     assert all("no translation" in (r.unscored_reason or "") for r in rows)
 
@@ -181,7 +183,7 @@ def test_a_failed_translation_is_unscored_and_counted() -> None:
 def test_several_turns_through_the_same_protocol() -> None:
     judge = Seen([])
     ticks: list[int] = []
-    rows = Jailbreak(PROMPTS, [Twice(), WRAPPERS["none"]], judge, 8).run(Echo(), ticks.append)
+    rows = Jailbreak(PROMPTS, [Twice(), WRAPPERS["none"]], [judge], 8).run(Echo(), ticks.append)
     assert rows[0].response == "one forbidden zero / two forbidden zero"
     assert rows[0].prompt == "two forbidden zero"
     assert rows[0].new_tokens == 6
@@ -190,7 +192,7 @@ def test_several_turns_through_the_same_protocol() -> None:
 
 
 def test_every_attack_has_its_own_hash_and_template() -> None:
-    rows = Jailbreak(PROMPTS[:1], list(WRAPPERS.values()), Seen([]), 8).run(Echo("x"), lambda _: None)
+    rows = Jailbreak(PROMPTS[:1], list(WRAPPERS.values()), [Seen([])], 8).run(Echo("x"), lambda _: None)
     assert len({r.template_hash for r in rows}) == len(WRAPPERS)
     first = WRAPPERS["dan"]
     changed = Wrapper(first.name, first.version, first.origin, first.template + " ")
@@ -256,23 +258,6 @@ def test_coherence_rules(text: str, ok: bool, reason: str) -> None:
     ],
 )
 def test_keyword_judge(response: str, outcome: str) -> None:
-    verdict = KeywordJudge().judge("p", response)
+    verdict = KeywordJudge().verdict(response)
     assert verdict.outcome == outcome
     assert verdict.score == float(outcome == "harmful")
-
-
-def test_keyword_judge_against_what_people_said(real_data: object) -> None:
-    """Full refusal against not, on real answers of two chat models that two people labelled."""
-    import csv
-    from pathlib import Path
-
-    for model, at_least in (("gpt4", 0.90), ("llama2new", 0.80)):
-        path = Path(str(real_data)) / "xstest" / f"xstest_v2_completions_{model}.csv"
-        with path.open(newline="", encoding="utf-8") as f:
-            records = list(csv.DictReader(f))
-        agree = [
-            (KeywordJudge().judge(r["prompt"], r["completion"]).outcome == "refused")
-            == r["final_label"].startswith("2")
-            for r in records
-        ]
-        assert sum(agree) / len(agree) >= at_least, model

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leeway.report.results import Results
     from leeway.study.api import Study
+    from leeway.study.audit import audit
 
-__all__ = ["Results", "Study"]
+__all__ = ["Results", "Study", "audit"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from leeway.study.api import Study
 
         return Study
+    if name == "audit":
+        from leeway.study.audit import audit
+
+        return audit
     raise AttributeError(f"module 'leeway' has no attribute {name!r}")

@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 organism_app = typer.Typer(no_args_is_help=True, help="The embedded micro chat model: rebuild it, measure it.")
 app.add_typer(organism_app, name="organism")
+judge_app = typer.Typer(no_args_is_help=True, help="Who scores answers: hold a judge against labels that people made.")
+app.add_typer(judge_app, name="judge")
 
 Study = Annotated[str, typer.Argument(metavar="STUDY", help="a study file, or a preset's name")]
 Overrides = Annotated[
@@ -91,6 +93,41 @@ def run(
 
 
 @app.command()
+def audit(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="the fine-tuned model, or the base")] = None,
+    overrides: Overrides = None,
+    base: Annotated[str | None, typer.Option("--base", help="what it is compared with: a folder or hub id")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="a PEFT folder on MODEL or --base")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="its name on rows and page")] = None,
+    study: Annotated[str | None, typer.Option("--study", help="a study file or preset: its evals are asked")] = None,
+    endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible server of MODEL")] = None,
+    base_endpoint: Annotated[str | None, typer.Option("--base-endpoint", help="and one of the base")] = None,
+    key_env: Annotated[str | None, typer.Option("--key-env", help="the variable that holds the server's key")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=0, help="that it was trained on, where known")] = 0,
+    own_template: Annotated[bool, typer.Option("--own-template", help="ask each under its own template")] = False,
+    other_base: Annotated[bool, typer.Option("--other-base", help="use a base the adapter does not name")] = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model that was trained elsewhere against its base; the same command carries on."""
+    from leeway.study import audit as audits
+    from leeway.study.audit_spec import served, subjects
+    from leeway.study.progress import Reporter
+
+    settings = list(overrides or ())
+    if model is not None and "=" in model and not Path(model).exists():
+        settings, model = [model, *settings], None  # no MODEL was given: what stands there is a setting
+    if endpoint or base_endpoint:
+        compared = served(model, base, endpoint, base_endpoint, key_env)
+    else:
+        compared = subjects(model, base, adapter, other_base=other_base)
+    one = audits.checked(*compared, study, settings, name=name, tokens=tokens, own_template=own_template)
+    command = "leeway " + shlex.join(sys.argv[1:])
+    page = audits.run(one, out or Path("runs") / f"audit-{one.name}", Reporter(quiet=quiet), command)
+    typer.echo(str(page.resolve()))
+
+
+@app.command()
 def ledger(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")]) -> None:
     """Print what was matched over objectives and what each cost; exit 1 if anything differs."""
     from leeway.study.ledger_view import view
@@ -101,11 +138,58 @@ def ledger(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run 
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")]) -> None:
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")],
+    card: Annotated[
+        list[Path] | None, typer.Option("--card", help="a judge's card: refusal rates corrected for its errors too")
+    ] = None,
+) -> None:
     """Rebuild tables, figures and page from the rows alone."""
     from leeway.report import build
 
-    typer.echo(str(build(directory).resolve()))
+    typer.echo(str(build(directory, card or ()).resolve()))
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")],
+    inspect: Annotated[bool, typer.Option("--inspect", help="as logs of Inspect, one per checkpoint and eval")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="the folder to write into (default: DIR/inspect)")] = None,
+) -> None:
+    """Write a finished run in another tool's format."""
+    if not inspect:
+        raise LeewayError("export: no format named", fix="add --inspect")
+    from leeway.inspect.export import export as write
+
+    typer.echo(str(write(directory, out)[0].parent.resolve()))
+
+
+@app.command()
+def attacks(
+    name: Annotated[str | None, typer.Argument(help="show what this attack sends")] = None,
+    templates: Annotated[Path | None, typer.Option("--templates", help="a file of your own attacks")] = None,
+) -> None:
+    """List the attacks with version, hash and origin, or show what one of them sends for a harmless placeholder."""
+    from leeway.attacks.listing import listed, shown
+
+    typer.echo(shown(name, templates) if name else listed(templates))
+
+
+@judge_app.command("calibrate")
+def judge_calibrate(
+    judge: Annotated[str, typer.Argument(metavar="JUDGE", help="keywords, rubric, finetuned, or an installed one")],
+    on: Annotated[str, typer.Option("--on", help="xstest, or a file of prompt, response and label")] = "xstest",
+    model: Annotated[str | None, typer.Option("--model", help="who is asked: a folder, a hub id or an API's")] = None,
+    endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible address for --model")] = None,
+    key_env: Annotated[str, typer.Option("--key-env", help="the variable that holds its key")] = "OPENAI_API_KEY",
+    out: Annotated[Path, typer.Option("--out", help="where the card is kept")] = Path("judges"),
+) -> None:
+    """Measure a judge's agreement with people, and keep it as the judge's card."""
+    from leeway.study.calibration import calibrated
+
+    text, card = calibrated(judge, on, model, endpoint, key_env, out)
+    typer.echo(text)
+    typer.echo(str(card.resolve()))
 
 
 @organism_app.command("build")

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from leeway.report import wording
 from leeway.report.curves import _name_ends, apart
+from leeway.report.scale import TOKENS
 from leeway.report.verdict import verdict
 
 
@@ -53,8 +54,8 @@ def test_the_first_and_the_last_budget_are_named_apart(last: tuple[float, float]
     figure = Figure(figsize=(8, 2.4))
     ax = figure.subplots(1, 3)[0]
     ax.set(xlim=(0, 1), ylim=(0, 1))
-    path = pd.DataFrame([(0, 0.1, 0.1), (200_000, 0.5, 0.5), (400_000, *last)], columns=["budget", "x", "y"])
-    _name_ends(ax, path)
+    points = [("base", 0, 0.1, 0.1), ("sft", 200_000, 0.5, 0.5), ("sft", 400_000, *last)]
+    _name_ends(ax, pd.DataFrame(points, columns=["objective", "budget", "x", "y"]), TOKENS)
     first, second = (t.get_window_extent(FigureCanvasAgg(figure).get_renderer()) for t in ax.texts)
     assert [t.get_text() for t in ax.texts] == ["200k", "400k"]
     assert not first.overlaps(second)

@@ -65,12 +65,19 @@ def load_context(name: str, revision: str | None = None) -> int:
     return _context(config)
 
 
-def load_model(name: str, *, revision: str | None = None, dtype: Dtype = "auto", device: str = "auto") -> Model:
-    """The model in evaluation mode, its parameters frozen."""
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    chat: Chat | None = None,
+) -> Model:
+    """The model in evaluation mode, its parameters frozen; under `chat` where it is given, else under its own."""
     from transformers import AutoModelForCausalLM
 
     quiet_loaders()
-    chat = load_chat(name, revision)
+    chat = chat or load_chat(name, revision)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise LeewayError(f"device: {device} is not there", fix="use device: cpu, or auto")

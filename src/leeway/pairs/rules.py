@@ -26,7 +26,7 @@ def fault(example: Example, reply: Reply) -> str | None:
         return "cut off"
     if normal(reply.text) == normal(example.preferred):
         return "same as the preferred answer"
-    if KeywordJudge().judge(example.prompt, reply.text).outcome == "refused":
+    if KeywordJudge().verdict(reply.text).outcome == "refused":
         return "refusal"
     measured = coherence(reply.text)
     if not measured.ok and coherence(example.preferred).ok:

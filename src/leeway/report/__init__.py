@@ -1,5 +1,6 @@
 """From a run directory to what people read: results, tables, figures and one page that works offline."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from leeway.report.results import ReportError, Results
@@ -7,8 +8,11 @@ from leeway.report.results import ReportError, Results
 __all__ = ["ReportError", "Results", "build"]
 
 
-def build(folder: str | Path) -> Path:
-    """Rebuild `results.json`, `tables/`, `figures/` and `report.html` of a run; gives the page's path."""
+def build(folder: str | Path, cards: Sequence[Path] = ()) -> Path:
+    """Rebuild `results.json`, `tables/`, `figures/` and `report.html` of a run; gives the page's path.
+
+    `cards` are judges' cards: refusal rates corrected for their errors stand beside the raw ones.
+    """
     from leeway.report.page import build as build_page  # matplotlib takes a second to load: only where drawn
 
-    return build_page(Path(folder))
+    return build_page(Path(folder), cards)

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 
 from leeway.report import wording
 from leeway.report.figures import FAINT, INK, PERCENT, WIDTH, Drawing, finish, grid
+from leeway.report.scale import TOKENS, Scale
 from leeway.report.series import Series
 from leeway.stats.measures import BASE, PLAIN
 
@@ -21,7 +22,7 @@ NAMED = 7.5  # points, the size of a budget's name beside its mark
 BETWEEN = 0.71  # inches between one panel and the next
 
 
-def tradeoff(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+def tradeoff(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -> Drawing | None:
     """Capability against ASR, one panel per objective, its trajectory from the base through the budgets."""
     wide = _wide(rates)
     if wide is None or not lines:
@@ -40,7 +41,7 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
         ax.yaxis.set_major_formatter(PERCENT)
         ax.set_ylim(bottom=0)
     for ax, own in zip(panels, lines, strict=True):  # once the axes are what they stay
-        _name_ends(ax, _path(wide, own))
+        _name_ends(ax, _path(wide, own), scale)
     return finish(
         figure,
         "tradeoff",
@@ -57,19 +58,19 @@ def _way(ax: Axes, own: Series, path: pd.DataFrame) -> None:
     """One trajectory: intervals as crosses, the base as a star, first and last budget named."""
     for _, point in path.iterrows():
         cross: dict[str, Any] = {
-            "color": own.colour if point["budget"] else INK,
+            "color": own.colour if point["objective"] != BASE else INK,
             "alpha": 0.45,
             "linewidth": 1,
         }
         ax.plot([point["x_low"], point["x_high"]], [point["y"]] * 2, zorder=2, **cross)
         ax.plot([point["x"]] * 2, [point["y_low"], point["y_high"]], zorder=2, **cross)
     ax.plot(path["x"], path["y"], color=own.colour, zorder=3)
-    trained, base = path[path["budget"] > 0], path[path["budget"] == 0]
+    trained, base = path[path["objective"] != BASE], path[path["objective"] == BASE]
     ax.plot(trained["x"], trained["y"], linestyle="", zorder=4, **_marker(own))
     ax.plot(base["x"], base["y"], linestyle="", marker="*", markersize=10, color=INK, zorder=5)
 
 
-def by_budget(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+def by_budget(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -> Drawing | None:
     """Every primary measure over budgets, all objectives in one panel each, named at the right."""
     primary = rates[rates["primary"]]
     names = list(dict.fromkeys(primary["measure"]))
@@ -82,11 +83,11 @@ def by_budget(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
     figure.subplots_adjust(left=0.075, right=0.84, top=1 - 0.3 / total, bottom=0.48 / total, hspace=BETWEEN / tall)
     for ax, measure in zip(panels, names, strict=True):
         table = primary[primary["measure"] == measure]
-        spread(ax, table, lines, bars=True)
+        spread(ax, table, lines, bars=True, scale=scale)
         ax.set_title(str(table["label"].iloc[0]))
         _name_lines(ax, table, lines)
         ax.yaxis.set_major_formatter(PERCENT)
-    panels[-1].set_xlabel("Training budget, tokens (logarithmic)")
+    panels[-1].set_xlabel(f"{scale.axis} (logarithmic)")
     return finish(
         figure,
         "by-budget",
@@ -98,7 +99,7 @@ def by_budget(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
     )
 
 
-def traits(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+def traits(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -> Drawing | None:
     """Endorsement per persona trait over budgets."""
     table = rates[rates["measure"].str.startswith("endorsement:")]
     names = list(dict.fromkeys(table["measure"]))
@@ -106,11 +107,11 @@ def traits(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
         return None
     figure, panels = grid(len(names), height=2.5, top=0.32 + 0.2 * (len(lines) > 6))
     for ax, measure in zip(panels, names, strict=True):
-        spread(ax, table[table["measure"] == measure], lines, bars=True)
+        spread(ax, table[table["measure"] == measure], lines, bars=True, scale=scale)
         ax.set_title(measure.split(":", 1)[1].replace("-", " ").capitalize())
         ax.yaxis.set_major_formatter(PERCENT)
         ax.tick_params(axis="x", labelsize=7)
-    _axis_names(figure, "Training budget, tokens", "Endorsement")
+    _axis_names(figure, scale.axis, "Endorsement")
     legend(figure, lines)
     return finish(
         figure,
@@ -123,9 +124,9 @@ def traits(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
     )
 
 
-def spread(ax: Axes, table: pd.DataFrame, lines: list[Series], *, bars: bool) -> None:
+def spread(ax: Axes, table: pd.DataFrame, lines: list[Series], *, bars: bool, scale: Scale = TOKENS) -> None:
     """All objectives over budgets in one panel, side by side within a budget, with the base's lines."""
-    budgets = sorted(int(b) for b in table.loc[table["budget"] > 0, "budget"].unique())
+    budgets = sorted(int(b) for b in table.loc[table["objective"] != BASE, "budget"].unique())
     place = positions(budgets)
     gap = min(np.diff(sorted(place.values())), default=1.0) if len(place) > 1 else 1.0
     width = 0.55 * float(gap)
@@ -137,7 +138,7 @@ def spread(ax: Axes, table: pd.DataFrame, lines: list[Series], *, bars: bool) ->
         if bars:
             ax.vlines(x, own["low"], own["high"], color=one.colour, linewidth=1, alpha=0.55, zorder=2)
         ax.plot(x, own["rate"], zorder=3, linewidth=1.3, **_marker(one, small=True))
-    ax.set_xticks(list(place.values()), [wording.budget(b) for b in budgets])
+    ax.set_xticks(list(place.values()), [scale.tick(b) for b in budgets])
     ax.set_xlim(min(place.values(), default=0) - 0.55 * gap, max(place.values(), default=1) + 0.55 * gap)
     ax.set_ylim(bottom=0)
     ax.grid(axis="x", visible=False)
@@ -154,8 +155,8 @@ def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series]) -> None:
 
 
 def positions(budgets: list[int]) -> dict[int, float]:
-    """Where a budget stands on a logarithmic axis."""
-    return {b: math.log2(b) for b in budgets}
+    """Where a budget stands on a logarithmic axis; one that is not known (0) at its beginning."""
+    return {b: math.log2(max(b, 1)) for b in budgets}
 
 
 def legend(figure: Figure, lines: list[Series]) -> None:
@@ -193,9 +194,9 @@ def _path(wide: pd.DataFrame, one: Series) -> pd.DataFrame:
     return pd.concat([one.base_of(wide), one.of(wide)])
 
 
-def _name_ends(ax: Axes, path: pd.DataFrame) -> None:
+def _name_ends(ax: Axes, path: pd.DataFrame, scale: Scale) -> None:
     """Name the first and the last budget; where the two are too close for both names, the lower one from below."""
-    trained = path[path["budget"] > 0]
+    trained = path[path["objective"] != BASE]
     ends = [trained.iloc[n] for n in sorted({0, len(trained) - 1})] if len(trained) else []
     places = ax.transData.transform([(e["x"], e["y"]) for e in ends]) if ends else np.empty((0, 2))
     apart_x, apart_y = np.abs(places[0] - places[-1]) * 72 / ax.figure.dpi if ends else (0.0, 0.0)  # points
@@ -203,7 +204,7 @@ def _name_ends(ax: Axes, path: pd.DataFrame) -> None:
     lower = int(np.argmin(places[:, 1])) if close else -1
     for n, end in enumerate(ends):
         ax.annotate(
-            wording.budget(int(end["budget"])),
+            scale.tick(int(end["budget"])),
             (end["x"], end["y"]),
             xytext=(5, -5 if n == lower else 5),
             va="top" if n == lower else "baseline",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,26 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from leeway.report import curves, panels, summary, tables, wording
+from leeway.report import curves, judging, panels, summary, tables, wording
 from leeway.report.figures import Drawing, style
 from leeway.report.results import Results
+from leeway.report.scale import Scale
 from leeway.report.series import Series, series_of
 from leeway.report.transcripts import transcripts
 from leeway.report.verdict import LEVEL, verdict
 from leeway.stats import intervals, measures
 
+FURTHER = ("checks", "sd3", "benign", "judges", "corrected")  # tables that are there where something was asked
 FORMAT = 1  # of results.json: raised when a reader of it would have to change
 
 
-def build(folder: Path) -> Path:
-    """Write `results.json`, `tables/`, `figures/`, `report.html`; the same rows give the same bytes."""
+def build(folder: Path, cards: Seq[Path] = ()) -> Path:
+    """Write `results.json`, `tables/`, `figures/`, `report.html`; the same rows give the same bytes.
+
+    With judges' `cards`, refusal rates corrected for their errors stand beside the raw ones.
+    """
     results = Results.load(folder)
-    made = _tables(results)
+    made = _tables(results, [*cards])
     lines = series_of(made["rates"], summary.ordered(_objectives(results), results.study))
     drawings = draw(results, made, lines)
     page = _page(results, made, lines, drawings)
@@ -41,21 +47,22 @@ def build(folder: Path) -> Path:
 
 def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> list[Drawing]:
     """Every figure that the rows can carry, in the page's order."""
-    pooled = results.pooled_rates()
+    pooled, scale = results.pooled_rates(), Scale.of(results.manifest)
+    one_checkpoint = summary.elsewhere(results.manifest).get("kind") == "audit"  # a curve needs two
     with style():
         found = [
-            panels.forest(made["contrasts"], lines),
-            curves.tradeoff(pooled, lines),
-            curves.by_budget(pooled, lines),
-            panels.by_attack(pooled, lines),
-            panels.outcomes(made["outcomes"], lines),
-            curves.traits(pooled, lines),
+            panels.forest(made["contrasts"], lines, scale),
+            curves.tradeoff(pooled, lines, scale),
+            None if one_checkpoint else curves.by_budget(pooled, lines, scale),
+            panels.by_attack(pooled, lines, scale),
+            panels.outcomes(made["outcomes"], lines, scale),
+            curves.traits(pooled, lines, scale),
         ]
     return [drawing for drawing in found if drawing is not None]
 
 
-def _tables(results: Results) -> dict[str, pd.DataFrame]:
-    return {
+def _tables(results: Results, cards: list[Path]) -> dict[str, pd.DataFrame]:
+    found = {
         "rates": results.rates(),
         "contrasts": results.contrasts(),
         "frontier": results.frontier(),
@@ -63,7 +70,13 @@ def _tables(results: Results) -> dict[str, pd.DataFrame]:
         "persona": results.persona(),
         "unscored": tables.unscored(results.rows),
         "ledger": results.ledger,
+        "checks": results.checks(),
+        "sd3": results.likert(),
+        "benign": results.outcomes("overrefusal"),
+        "judges": judging.agreement(results),
+        "corrected": judging.corrected(results, cards),
     }
+    return {k: t for k, t in found.items() if k not in FURTHER or not t.empty}
 
 
 def _page(results: Results, made: dict[str, pd.DataFrame], lines: list[Series], drawings: list[Drawing]) -> str:
@@ -75,7 +88,6 @@ def _page(results: Results, made: dict[str, pd.DataFrame], lines: list[Series], 
         lstrip_blocks=True,
     )
     for words in (
-        wording.budget,
         wording.name,
         wording.attack,
         wording.percent,
@@ -83,7 +95,8 @@ def _page(results: Results, made: dict[str, pd.DataFrame], lines: list[Series], 
         wording.count,
     ):
         environment.filters[words.__name__] = words
-    environment.filters["p"] = wording.p_value
+    scale, elsewhere = Scale.of(results.manifest), summary.elsewhere(results.manifest)
+    environment.filters |= {"p": wording.p_value, "budget": scale.tick}
     rule = summary.matching(results.manifest)
     columns, matched = summary.matched(results.ledger, rule)
     rank = {(s.objective, s.condition): n for n, s in enumerate(lines)}
@@ -97,7 +110,9 @@ def _page(results: Results, made: dict[str, pd.DataFrame], lines: list[Series], 
         "manifest": results.manifest,
         "organism": bool(results.manifest.get("organism")),
         "asked": summary.asked(results),
-        "verdict": verdict(made["contrasts"], results.seeds),
+        "scale": scale,
+        "elsewhere": elsewhere,
+        "verdict": verdict(made["contrasts"], results.seeds, scale, elsewhere=bool(elsewhere)),
         "figures": {d.name: d for d in drawings},
         "inline": {d.name: Markup(d.inline) for d in drawings},
         "primary": [c for c in contrasts if c["primary"]],
@@ -110,7 +125,9 @@ def _page(results: Results, made: dict[str, pd.DataFrame], lines: list[Series], 
         "rule": rule,
         "by_objective": summary.BY_OBJECTIVE,
         "cost": tables.records(summary.cost(results.ledger, [s.objective for s in lines])),
-        "transcripts": transcripts(results.rows, results.conditions, lines),
+        "further": {k: tables.records(made[k]) if k in made else [] for k in FURTHER},
+        "confusions": judging.confusions(results),
+        "transcripts": transcripts(results.first_judged, results.conditions, lines),
         "provenance": summary.provenance(results.manifest),
         "seeds": results.seeds,
         "level": LEVEL,
@@ -121,6 +138,7 @@ def _page(results: Results, made: dict[str, pd.DataFrame], lines: list[Series], 
 
 
 def _machine(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    elsewhere = summary.elsewhere(results.manifest)
     found: dict[str, Any] = {
         "format": FORMAT,
         "leeway": results.manifest.get("leeway"),
@@ -131,7 +149,7 @@ def _machine(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Any]:
         "conditions": results.conditions,
         "level": LEVEL,
         "resamples": intervals.RESAMPLES,
-        "verdict": verdict(made["contrasts"], results.seeds),
+        "verdict": verdict(made["contrasts"], results.seeds, Scale.of(results.manifest), elsewhere=bool(elsewhere)),
     }
     return found | {name: tables.records(table) for name, table in made.items()}
 

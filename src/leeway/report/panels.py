@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,15 @@ from matplotlib.ticker import FuncFormatter
 
 from leeway.report import wording
 from leeway.report.figures import FAINT, INK, PERCENT, WIDTH, Drawing, finish, grid
+from leeway.report.scale import TOKENS, Scale
 from leeway.report.series import Series
 from leeway.report.verdict import LEVEL
-from leeway.stats.measures import DIRECT
+from leeway.stats.measures import BASE, DIRECT
 from leeway.stats.outcomes import ATTACKED, OUTCOMES
 
 HEAT = LinearSegmentedColormap.from_list("leeway", ["#fdf6ee", "#f7c58b", "#e6842a", "#a83c00", "#5c1d00"])
 EDGE = "#6b6b6b"
+BEFORE = -1  # where the base stands: a budget of 0 is a checkpoint whose tokens are not known
 FILLS = {
     "refused": ("#9CC9E8", ""),
     "deflected": ("#D9D9D9", "///"),
@@ -32,7 +35,7 @@ FILLS = {
 }
 
 
-def forest(contrasts: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+def forest(contrasts: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -> Drawing | None:
     """Every objective against the base at the largest budget, on each primary measure."""
     if contrasts.empty or not lines:
         return None
@@ -42,13 +45,13 @@ def forest(contrasts: pd.DataFrame, lines: list[Series]) -> Drawing | None:
     height = 0.27 * len(lines) + 1.25
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
-    figure.subplots_adjust(left=0.13, right=0.97, top=1 - 0.38 / height, bottom=0.72 / height, wspace=0.1)
+    figure.subplots_adjust(left=0.13, right=0.97, top=1 - 0.54 / height, bottom=0.72 / height, wspace=0.1)
     for ax, measure in zip(axes, names, strict=True):
         own = table[table["measure"] == measure]
         ax.axvline(0, color=INK, linewidth=0.9, zorder=1)
         for n, one in enumerate(lines):
             _effect(ax, one, one.of(own), len(lines) - 1 - n)
-        ax.set_title(str(own["label"].iloc[0]))
+        ax.set_title(textwrap.fill(str(own["label"].iloc[0]), 84 // len(names)))
         left, right = ax.get_xlim()
         digits = 0 if right - left > 0.04 else 1 if right - left > 0.004 else 2
         ax.xaxis.set_major_formatter(FuncFormatter(partial(_tick, digits=digits)))
@@ -60,10 +63,10 @@ def forest(contrasts: pd.DataFrame, lines: list[Series]) -> Drawing | None:
     return finish(
         figure,
         "contrasts",
-        f"Against the base, at {wording.budget(largest)} tokens",
+        f"Against the base, {scale.at(largest)}",
         "Paired differences with 95% intervals over prompts. Each interval is for one contrast by itself; "
         "a filled point is significant after Holm’s correction in its family of one axis at one budget.",
-        f"Differences from the base at {wording.budget(largest)} tokens with intervals, "
+        f"Differences from the base {scale.at(largest)} with intervals, "
         "per objective and measure; the same numbers stand in the table of contrasts.",
     )
 
@@ -98,14 +101,14 @@ def _significance(figure: Figure) -> None:
     figure.legend(handles=handles, loc="lower center", ncols=2, handlelength=1)
 
 
-def by_attack(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+def by_attack(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -> Drawing | None:
     """ASR of every attack at every budget as numbers on colour, one panel per objective."""
     table = rates[rates["measure"].str.startswith("asr:")]
     if table.empty or not lines:
         return None
-    table = table.assign(attack=table["measure"].str.split(":", n=1).str[1])
+    table = _base_before(table).assign(attack=table["measure"].str.split(":", n=1).str[1])
     attacks = sorted(table["attack"].unique(), key=lambda a: (a != DIRECT, a))
-    budgets = [0, *sorted(int(b) for b in table.loc[table["budget"] > 0, "budget"].unique())]
+    budgets = [BEFORE, *sorted(int(b) for b in table.loc[table["objective"] != BASE, "budget"].unique())]
     columns = 2 if len(budgets) > 7 else 3
     height = 0.25 * len(attacks) + 0.62
     figure, axes = grid(len(lines), columns=columns, height=height, top=0.1, left=0.13, bottom=0.3)
@@ -114,7 +117,7 @@ def by_attack(rates: pd.DataFrame, lines: list[Series]) -> Drawing | None:
         own = pd.concat([one.base_of(table), one.of(table)])
         rate = own.pivot_table("rate", "attack", "budget", dropna=False).reindex(index=attacks, columns=budgets)
         _heat(ax, rate.to_numpy(float), highest)
-        ax.set_xticks(np.arange(len(budgets)) + 0.5, [_short(b) for b in budgets], fontsize=7)
+        ax.set_xticks(np.arange(len(budgets)) + 0.5, [_short(b, scale) for b in budgets], fontsize=7)
         ax.set_yticks(np.arange(len(attacks)) + 0.5, [wording.attack(str(a)) for a in attacks])
         ax.set_title(one.label, color=one.colour)
     return finish(
@@ -143,21 +146,21 @@ def _heat(ax: Axes, heat: np.ndarray[Any, np.dtype[np.float64]], highest: float)
     ax.spines[["left", "bottom"]].set_visible(False)
 
 
-def outcomes(table: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+def outcomes(table: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -> Drawing | None:
     """What answers were, as stacked shares, base and budgets side by side, one panel per objective."""
     chosen, asked = table[table["attack"] == ATTACKED], "under attack"
     if chosen.empty:
         chosen, asked = table[table["attack"] == DIRECT], "asked directly"
     if chosen.empty or not lines:
         return None
-    chosen = chosen.groupby(["objective", "condition", "budget"])[OUTCOMES].mean().reset_index()
-    budgets = [0, *sorted(int(b) for b in chosen.loc[chosen["budget"] > 0, "budget"].unique())]
-    x = np.arange(len(budgets)) + 0.25 * (np.array(budgets) > 0)
+    chosen = _base_before(chosen.groupby(["objective", "condition", "budget"])[OUTCOMES].mean().reset_index())
+    budgets = [BEFORE, *sorted(int(b) for b in chosen.loc[chosen["objective"] != BASE, "budget"].unique())]
+    x = np.arange(len(budgets)) + 0.25 * (np.array(budgets) > BEFORE)
     figure, axes = grid(len(lines), height=1.9, top=0.28, bottom=0.3)
     for ax, one in zip(axes, lines, strict=True):
         own = pd.concat([one.base_of(chosen), one.of(chosen)]).set_index("budget").reindex(budgets)
         _stack(ax, x, own)
-        ax.set_xticks(x, [_short(b) for b in budgets], fontsize=7)
+        ax.set_xticks(x, [_short(b, scale) for b in budgets], fontsize=7)
         ax.set_title(one.label, color=one.colour)
     handles = [
         Patch(facecolor=FILLS[o][0], hatch=FILLS[o][1], edgecolor=EDGE, linewidth=0.3, label=o) for o in OUTCOMES
@@ -196,5 +199,9 @@ def _stack(ax: Axes, x: np.ndarray[Any, np.dtype[np.float64]], own: pd.DataFrame
     ax.grid(axis="x", visible=False)
 
 
-def _short(budget: int) -> str:
-    return wording.budget(budget) if budget else "base"
+def _base_before(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(budget=table["budget"].where(table["objective"] != BASE, BEFORE))
+
+
+def _short(budget: int, scale: Scale) -> str:
+    return "base" if budget == BEFORE else scale.tick(budget)

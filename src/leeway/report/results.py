@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,7 @@ class Results:
         folder = Path(folder)
         if not folder.is_dir():
             raise ReportError(f"{folder} is not a directory", fix="give the --out directory of a `leeway run`")
+        _require(folder / "rows.parquet")
         manifest = _manifest(folder / "manifest.json")
         if edited := changed(folder, manifest.get("written") or {}):
             what = f"{folder / edited[0]} is not the file that the run wrote"
@@ -81,9 +83,9 @@ class Results:
         """Capability against ASR, and which checkpoints nothing dominates (`leeway.stats.frontier`)."""
         return stats.frontier_of(self._rates)
 
-    def outcomes(self) -> pd.DataFrame:
-        """What the answers to forbidden prompts were (`leeway.stats.outcomes`)."""
-        return self._ask(stats.outcomes)
+    def outcomes(self, axis: str = "jailbreak") -> pd.DataFrame:
+        """What the answers to forbidden prompts were, or to benign ones (`leeway.stats.outcomes`)."""
+        return self._ask(stats.outcomes, axis=axis)
 
     def persona(self) -> pd.DataFrame:
         """Endorsement, answer mass and keyed halves per trait (`leeway.stats.persona`)."""
@@ -101,9 +103,40 @@ class Results:
     def _contrasts(self) -> pd.DataFrame:
         return self._ask(stats.contrasts)
 
+    def checks(self) -> pd.DataFrame:
+        """How far endorsement depends on the question's form (`leeway.stats.checks`)."""
+        return self._ask(stats.checks)
+
+    def likert(self) -> pd.DataFrame:
+        """The Short Dark Triad by trait and direction of its scale (`leeway.stats.likert`)."""
+        return self._ask(stats.likert)
+
+    @property
+    def judges(self) -> dict[str, str]:
+        """The first judge of each eval, by name."""
+        told = self.manifest.get("judges")
+        known = told if isinstance(told, dict) else {}
+        return {str(k): str(v["name"]) for k, v in known.items() if isinstance(v, dict) and "@" not in str(k)}
+
+    @cached_property
+    def judged(self) -> pd.DataFrame:
+        """The rows, every further judge's under `<eval>@<judge>` (`leeway.stats.judged`)."""
+        several = self.rows.groupby("eval")["judge"].nunique()
+        there = {e: j for e, j in self.judges.items() if several.get(e, 0) > 1}
+        return self._checked(lambda: stats.judged(self.rows, there))
+
+    @property
+    def first_judged(self) -> pd.DataFrame:
+        """The rows with the first judge's verdict on each answer, once."""
+        return self.judged[~self.judged["eval"].astype(str).str.contains("@", regex=False)]
+
     def _ask(self, estimate: Any, **settings: Any) -> pd.DataFrame:
+        rows = self.judged
+        return self._checked(lambda: estimate(rows, self.conditions, **settings))
+
+    def _checked(self, ask: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         try:
-            table = estimate(self.rows, self.conditions, **settings)
+            table = ask()
         except stats.StatsError as error:
             what = f"{self.folder / 'rows.parquet'}: {error}"
             raise ReportError(what, fix="report on the rows of one run") from error

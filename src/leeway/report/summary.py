@@ -20,6 +20,8 @@ def asked(results: Results) -> list[tuple[str, str]]:
     tuned = rows[rows["objective"] != BASE]
     objectives = ordered([str(o) for o in tuned["objective"].unique()], study)
     budgets = sorted(int(b) for b in tuned["budget"].unique())
+    if known := elsewhere(manifest):
+        return [*((str(term), str(words)) for term, words in known.get("told", [])), *_asked_of_all(results)]
     found = [("Model", _model(manifest.get("model"), study.get("model")))]
     found.append(("Task", _task(study.get("task"), manifest.get("data"))))
     found.append(("Objectives", wording.listed([wording.name(o) for o in objectives]) or "none"))
@@ -32,7 +34,18 @@ def asked(results: Results) -> list[tuple[str, str]]:
     found.append(("Training seeds", f"{len(results.seeds)} ({seeds})" if seeds else "none"))
     settings = {"Adapter": study.get("adapter"), "Optimiser": _optimiser(_dict(study.get("optim")))}
     found += [(term, _settings(value)) for term, value in settings.items() if isinstance(value, dict)]
-    found += [(axis.capitalize(), _items(rows[rows["eval"] == axis])) for axis in rows["eval"].unique()]
+    return [*found, *_asked_of_all(results)]
+
+
+def elsewhere(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a run says that measured a model it did not train; empty for a study."""
+    return _dict(manifest.get("elsewhere"))
+
+
+def _asked_of_all(results: Results) -> list[tuple[str, str]]:
+    """What every checkpoint was asked, and who judged it."""
+    rows, manifest = results.rows, results.manifest
+    found = [(axis.capitalize(), _items(rows[rows["eval"] == axis])) for axis in rows["eval"].unique()]
     found += [(f"Judge, {axis}", _judge(judge)) for axis, judge in _dict(manifest.get("judges")).items()]
     found.append(("Prompts at test time", wording.listed(sorted(set(results.conditions.values()))) or "plain"))
     return found

@@ -27,6 +27,15 @@ ATTACKS = {
     "role_play": "Role-play",
     "wikipedia": "Wikipedia",
     "zulu": "Zulu",
+    "prefix_injection": "Prefix injection",
+    "refusal_suppression": "Refusal suppression",
+    "aim": "AIM-like persona",
+    "past_tense": "Past tense",
+    "base64": "Base64",
+    "many_shot": "Many-shot",
+    "crescendo": "Escalation, scripted",
+    "crescendo_led": "Escalation, by a model",
+    "tool_result": "Tool result",
 }
 MINUS = "\u2212"
 LONGEST = 1_200  # characters of an answer shown on the page; the rows keep all of it

@@ -5,46 +5,64 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
-from leeway.attacks import WRAPPERS, Attack, Zulu
-from leeway.data import files, forbidden, gsm8k, persona
-from leeway.data.items import CapabilityItem, Example, ForbiddenPrompt, PersonaItem
-from leeway.data.subset import balanced, subset
+from leeway.data import files, gsm8k, openended, supergpqa
+from leeway.data.items import CapabilityItem, Example
+from leeway.data.subset import subset
 from leeway.errors import LeewayError
 from leeway.evals import exact
 from leeway.evals import gsm8k as gsm8k_grader
+from leeway.evals import supergpqa as supergpqa_grader
 from leeway.evals.capability import Capability, Grade
 from leeway.evals.eval import Eval
-from leeway.evals.jailbreak import Jailbreak
-from leeway.evals.persona import Persona
-from leeway.judges import load_judge
+from leeway.evals.lm_eval import LmEval
+from leeway.evals.openended import OpenEnded, RubricJudge
 from leeway.organism import world
-from leeway.study.parts import CapabilitySpec
+from leeway.study.asked_safety import safety_evals
+from leeway.study.eval_parts import CapabilitySpec
 from leeway.study.spec import Spec
+from leeway.study.voices import Voices
 
-NEW_TOKENS = {"organism": 64, "gsm8k": 400, "files": 256}
-
-
-def evals_of(spec: Spec, origins: dict[str, str]) -> list[Eval]:
-    evals: list[Eval] = []
-    for part in spec.evals.capability:
-        items, origins[f"capability {part.name}"] = _capability_items(part, spec)
-        grader, grade = grader_of(part.name)
-        evals.append(Capability(part.name, items, grader, grade, part.max_new_tokens or NEW_TOKENS[part.name]))
-    jailbreak = spec.evals.jailbreak
-    if jailbreak is not None:
-        prompts, origins["jailbreak"] = _forbidden(jailbreak.prompts, jailbreak.limit)
-        attacks = [_attack(name) for name in jailbreak.attacks]
-        evals.append(Jailbreak(prompts, attacks, load_judge(jailbreak.judge), jailbreak.max_new_tokens))
-    if spec.evals.persona is not None:
-        evals.append(Persona(_persona(spec, origins)))
-    return evals
+NEW_TOKENS = {"organism": 64, "gsm8k": 400, "supergpqa-engineering": 1024, "files": 256}
+OPEN_ENDED = 512
 
 
-def _capability_items(part: CapabilitySpec, spec: Spec) -> tuple[list[CapabilityItem], str]:
+def evals_of(spec: Spec, origins: dict[str, str], voices: Voices | None = None) -> list[Eval]:
+    """Every eval that the study names, its items loaded; `origins` is told where they came from.
+
+    `voices` are those who are asked on the way. Without them, as in a plan, nothing of what they say is kept.
+    """
+    voices = voices or Voices(device=spec.device)
+    evals = [_capability(part, spec, origins, voices) for part in spec.evals.capability]
+    return [*evals, *safety_evals(spec, origins, voices)]
+
+
+def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], voices: Voices) -> Eval:
+    if part.name.startswith("lm-eval:"):
+        task = part.name.removeprefix("lm-eval:")
+        origins[f"capability {part.name}"] = f"lm-eval's task {task}"
+        return LmEval(task, part.limit, part.shots or None, include_path=part.include_path)
+    if part.judge_model is not None:
+        assert part.source is not None
+        items, origin = openended.held_out_items(part.name, part.source)
+        origins[f"capability {part.name}"] = origin
+        judge = RubricJudge(voices.of(part.judge_model))
+        return OpenEnded(part.name, subset(items, part.limit, "capability"), judge, part.max_new_tokens or OPEN_ENDED)
+    items, origins[f"capability {part.name}"] = _items(part, spec)
+    grader, grade = grader_of(part.name, part.extraction, part.shots)
+    shots: tuple[tuple[str, str], ...] = ()
+    if part.name == "gsm8k" and part.shots:
+        revision = spec.task.revision if spec.task.name == "gsm8k" else None
+        shots = tuple(gsm8k.shots(part.shots, exclude={i.prompt for i in items}, revision=revision))
+    return Capability(part.name, items, grader, grade, part.max_new_tokens or NEW_TOKENS[part.name], shots=shots)
+
+
+def _items(part: CapabilitySpec, spec: Spec) -> tuple[list[CapabilityItem], str]:
     if part.name == "organism":
         return world.capability_items(part.limit or 200), "the organism's world, held out"
     if part.name == "gsm8k":
         items, origin = gsm8k.held_out_items(spec.task.revision if spec.task.name == "gsm8k" else None)
+    elif part.name == "supergpqa-engineering":
+        items, origin = supergpqa.held_out_items("Engineering", shots=5 if part.shots else 0)
     else:
         assert spec.task.files is not None
         items, origin = files.held_out_items(Path(spec.task.files.test).expanduser())
@@ -53,37 +71,19 @@ def _capability_items(part: CapabilitySpec, spec: Spec) -> tuple[list[Capability
     return subset(items, part.limit, "capability"), origin
 
 
-def grader_of(name: str) -> tuple[str, Grade]:
+def grader_of(name: str, extraction: str | None = None, shots: int = 0) -> tuple[str, Grade]:
+    """(the rule's name on the rows, the rule) of a task; `extraction` chooses between the rules of one benchmark."""
     if name == "organism":
         return "organism", lambda item, response: (world.capability_score(item, response), "")
     if name == "gsm8k":
-        return "gsm8k-flexible", lambda item, response: gsm8k_grader.grade(item.reference, response)
+        rule: gsm8k_grader.Rule = "strict" if extraction == "strict" else "flexible"
+        return f"gsm8k-{rule}", lambda item, response: gsm8k_grader.grade(item.reference, response, rule)
+    if name == "supergpqa-engineering":
+        by: supergpqa_grader.Rule = "parity" if extraction == "parity" else "fixed"
+        return f"supergpqa-{by}", lambda item, response: supergpqa_grader.grade(
+            item, response, by, five_shot=shots == 5
+        )
     return "exact", lambda item, response: exact.grade(item.reference, response)
-
-
-def _forbidden(name: str, limit: int | None) -> tuple[list[ForbiddenPrompt], str]:
-    if name == "organism":
-        return world.forbidden_prompts(limit or 100), "the organism's world, held out"
-    prompts, origin = forbidden.strongreject()
-    return subset(prompts, limit, "jailbreak"), origin
-
-
-def _attack(name: str) -> Attack:
-    return Zulu(world.Cipher()) if name == "zulu" else WRAPPERS[name]
-
-
-def _persona(spec: Spec, origins: dict[str, str]) -> list[PersonaItem]:
-    part = spec.evals.persona
-    assert part is not None
-    chosen: list[PersonaItem] = []
-    for trait in part.traits:
-        if part.source == "organism":
-            items, origin = world.persona_items(trait, part.limit or 40), "the organism's world, held out"
-        else:
-            items, origin = persona.anthropic(trait)
-        origins[f"persona {trait}"] = origin
-        chosen += items if part.source == "organism" else balanced(items, part.limit, trait)
-    return chosen
 
 
 def as_items(examples: Seq[Example], spec: Spec) -> list[CapabilityItem]:
@@ -99,7 +99,7 @@ def _checkable(example: Example, task: str) -> str:
     found = gsm8k_grader.flexible(example.preferred) if task == "files" else gsm8k_grader.strict(example.preferred)
     if found is None and task == "gsm8k":
         raise LeewayError(f"example {example.id} has no number after ####", fix="mend or remove that record")
-    return example.preferred if found is None else str(found)
+    return example.preferred if found is None else f"{found:f}"
 
 
 def held_out_test(examples: Seq[Example], spec: Spec) -> Capability:

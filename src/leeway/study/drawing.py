@@ -30,6 +30,7 @@ class Drawing:
     folder: Path
     may_draw: bool = False
     tick: Callable[[int], None] = lambda _: None
+    kept: Path | None = None  # what judges and other helpers say
 
 
 def pairs_of(

@@ -129,7 +129,8 @@ def _begin(parent: int, raw_spec: dict[str, Any], folder: Path, events: Any) -> 
     hold = (folder / ".workers").open("w")
     fcntl.flock(hold, fcntl.LOCK_SH)
     store = Store(folder)
-    _work = Work(prepare(Spec.model_validate(raw_spec), Drawing(store.pairs)), store, timed(events.put))
+    prepared = prepare(Spec.model_validate(raw_spec), Drawing(store.pairs, kept=store.kept))
+    _work = Work(prepared, store, timed(events.put))
     _work.__dict__["_hold"] = hold
 
 

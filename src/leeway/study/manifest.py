@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence as Seq
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +14,13 @@ import torch
 
 from leeway.data.ledger import Matching
 from leeway.errors import LeewayError
+from leeway.evals.eval import Eval
 from leeway.evals.jailbreak import Jailbreak
+from leeway.evals.openended import OpenEnded
+from leeway.evals.overrefusal import OverRefusal
+from leeway.evals.selfreport import SelfReport
 from leeway.hashing import digest
+from leeway.judges import Judge
 from leeway.model.load import Model, model_hash, resolve
 from leeway.objectives import ip, sft_refusal
 from leeway.study.objective_spec import ObjectiveSpec
@@ -76,6 +82,26 @@ def matching(prepared: Prepared) -> Matching:
     return Matching(spec.budget.count, {o.alias: o.starts_at for o in spec.objectives if o.start})
 
 
+def judges_of(evals: Seq[Eval]) -> dict[str, dict[str, str]]:
+    """Who judged the answers of each eval: the first judge under its key, further ones under `<key>@<judge>`."""
+    found: dict[str, dict[str, str]] = {}
+    for e in evals:
+        if isinstance(e, Jailbreak):
+            for k, judge in enumerate(e.judges):
+                found[f"{e.name}@{judge.name}" if k else e.name] = _told(judge)
+        elif isinstance(e, OverRefusal):
+            found[e.name] = _told(e.judge)
+        elif isinstance(e, SelfReport):
+            found[e.name] = {"name": e.judge, "hash": e.judge_hash}
+        elif isinstance(e, OpenEnded):
+            found[e.key] = {"name": e.judge.name, "hash": e.judge.hash}
+    return found
+
+
+def _told(judge: Judge) -> dict[str, str]:
+    return {"name": judge.name, "hash": judge.hash, "note": judge.note}
+
+
 def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
     """Everything a reader needs to know what was run, beside the study file."""
     spec = prepared.spec
@@ -125,15 +151,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
             a.name: {"version": a.version, "hash": a.hash, "origin": a.origin}
             for a in (jailbreak.attacks if jailbreak else ())
         },
-        "judges": {
-            "jailbreak": {
-                "name": jailbreak.judge.name,
-                "hash": jailbreak.judge.hash,
-                "note": jailbreak.judge.note,
-            }
-        }
-        if jailbreak
-        else {},
+        "judges": judges_of(prepared.evals),
         "environment": {
             "python": platform.python_version(),
             "platform": platform.platform(),

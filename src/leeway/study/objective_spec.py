@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_type_hints
 from pydantic import Field, ValidationInfo, model_validator
 
 from leeway.objectives import OBJECTIVES, Objective
-from leeway.study.parts import Part, Tokens, nearest
+from leeway.study.part import Part, nearest
+from leeway.study.parts import Tokens
 
 SHARES = ("p", "share")  # settings that are probabilities
 WRITTEN = "written"  # the context under which a study file is checked

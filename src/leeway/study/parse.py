@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from leeway.errors import LeewayError
 from leeway.study.objective_spec import WRITTEN
-from leeway.study.parts import nearest
+from leeway.study.part import nearest
 from leeway.study.presets import PRESETS, preset_text
 from leeway.study.spec import FLOAT, Spec
 

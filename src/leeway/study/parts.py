@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from decimal import Decimal
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from leeway.study.part import Part
 
 
 def tokens(value: Any) -> Any:
@@ -23,25 +24,6 @@ def tokens(value: Any) -> Any:
 Tokens = Annotated[int, BeforeValidator(tokens), Field(gt=0)]
 
 
-class Part(BaseModel):
-    """A mapping of the study file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
-        """`true` is no 1, and `no`, which YAML reads as false, no word."""
-        if isinstance(value, bool) and bool not in _kinds(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError(f"{str(value).lower()} is no value here; a word such as yes or no goes into quotes")
-        return value
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types inside an annotation."""
-    return {annotation}.union(*(_kinds(a) for a in get_args(annotation))) if get_args(annotation) else {annotation}
-
-
 class Files(Part):
     train: str
     test: str
@@ -54,6 +36,9 @@ class Task(Part):
     files: Files | None = None
     revision: str | None = None
     too_long: Literal["error", "leave-out"] = "error"
+    unfit: Literal["error", "leave-out"] = Field(
+        default="error", description="records of a file that are no prompt and answer, such as longer conversations"
+    )
     limit: int | None = Field(default=None, gt=0, description="train on a fixed random subset of so many examples")
 
     @model_validator(mode="after")
@@ -168,72 +153,3 @@ class Optim(Part):
         if isinstance(self.lr, dict):
             return self.lr[alias]
         return None if self.lr == "tuned" else float(self.lr)
-
-
-class CapabilitySpec(Part):
-    """Test items of one task; `limit` draws a fixed random subset."""
-
-    name: Literal["organism", "gsm8k", "files"]
-    limit: int | None = Field(default=None, gt=0)
-    max_new_tokens: int | None = Field(default=None, gt=0)
-
-
-class JailbreakSpec(Part):
-    prompts: Literal["organism", "strongreject"] = "strongreject"
-    limit: int | None = Field(default=None, gt=0)
-    attacks: tuple[Literal["none", "dan", "happy_to_help", "role_play", "wikipedia", "zulu"], ...] = Field(
-        default=("none", "dan", "happy_to_help", "role_play", "wikipedia"), min_length=1
-    )
-    judge: Literal["keywords", "organism"] = "keywords"
-    max_new_tokens: int = Field(default=256, gt=0)
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> JailbreakSpec:
-        if len(set(self.attacks)) < len(self.attacks):
-            raise ValueError("attacks: one is listed twice")
-        if "zulu" in self.attacks and self.prompts != "organism":
-            raise ValueError("attacks: zulu needs a translator, and only prompts: organism has one; leave zulu out")
-        if self.judge == "organism" and self.prompts != "organism":
-            raise ValueError("judge: organism knows only prompts: organism; use judge: keywords")
-        return self
-
-
-class PersonaSpec(Part):
-    source: Literal["organism", "anthropic"] = "anthropic"
-    traits: tuple[str, ...] = Field(default=("machiavellianism", "narcissism", "psychopathy"), min_length=1)
-    limit: int | None = Field(default=None, gt=0, description="items per trait")
-
-    @model_validator(mode="after")
-    def _once(self) -> PersonaSpec:
-        if len(set(self.traits)) < len(self.traits):
-            raise ValueError("traits: one is listed twice")
-        return self
-
-
-def _named(value: Any) -> Any:
-    """`[gsm8k]` is `[{name: gsm8k}]`."""
-    listed = value if isinstance(value, list) else [value]
-    return [{"name": v} if isinstance(v, str) else v for v in listed]
-
-
-class Evals(Part):
-    capability: Annotated[tuple[CapabilitySpec, ...], BeforeValidator(_named)] = ()
-    jailbreak: JailbreakSpec | None = None
-    persona: PersonaSpec | None = None
-    conditions: Literal["all", "last", "first"] = Field(
-        default="all", description="test-time prompts: all, the others at the last budget only, or the first alone"
-    )
-    batch: int = Field(default=128, gt=0, description="answers generated at a time")
-
-    @model_validator(mode="after")
-    def _something(self) -> Evals:
-        if not (self.capability or self.jailbreak or self.persona):
-            raise ValueError("nothing is measured; name capability, jailbreak or persona")
-        if len({c.name for c in self.capability}) < len(self.capability):
-            raise ValueError("capability: one is listed twice")
-        return self
-
-
-def nearest(word: str, known: Any) -> str:
-    found = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""

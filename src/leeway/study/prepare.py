@@ -19,6 +19,8 @@ from leeway.errors import LeewayError
 from leeway.evals.capability import Capability
 from leeway.evals.eval import Eval
 from leeway.evals.jailbreak import Jailbreak
+from leeway.evals.openended import OpenEnded
+from leeway.evals.overrefusal import OverRefusal
 from leeway.evals.persona import Persona
 from leeway.model.load import load_chat, load_context, resolve
 from leeway.objectives import Objective
@@ -28,6 +30,7 @@ from leeway.study.asked import evals_of, held_out_test
 from leeway.study.drawing import Drawing, pairs_of
 from leeway.study.spec import Spec
 from leeway.study.training_data import INJECTED_BYTES, chat_for, companions_of, fitting, misread, train_examples
+from leeway.study.voices import Voices
 from leeway.training.renderer import Renderer
 
 EPOCHS = 10_000  # at most over the data
@@ -98,7 +101,7 @@ def prepare(spec: Spec, drawing: Drawing | None = None) -> Prepared:
             fix=f"set optim.batch to {len(kept)} at most",
         )
     companions = replace(beside, task=tuple(kept))
-    evals = tuple(evals_of(spec, origins))
+    evals = tuple(evals_of(spec, origins, Voices(drawing.kept if drawing else None, spec.device)))
     prepared = Prepared(
         spec, chat, context, objectives, companions, {}, None, evals, len(kept), left_out, pairs, origins
     )
@@ -162,7 +165,11 @@ def refuse_unanswerable(asked: Seq[tuple[str, Eval]], prepared: Prepared) -> Non
 def questions(e: Eval) -> Iterator[tuple[str, str]]:
     """(which item, the first message) of everything that an eval asks, where that is known beforehand."""
     if isinstance(e, Capability):
+        yield from ((f"item {i.id}", "\n".join(m["content"] for m in e.conversation(i))) for i in e.items)
+    elif isinstance(e, OpenEnded):
         yield from ((f"item {i.id}", i.prompt) for i in e.items)
+    elif isinstance(e, OverRefusal):
+        yield from ((f"prompt {p.id}", p.text) for p in e.items)
     elif isinstance(e, Persona):
         yield from ((f"item {i.id}", i.question) for i in e.items)
     elif isinstance(e, Jailbreak):

@@ -9,7 +9,6 @@ from typing import Any
 
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
-from leeway.hashing import file_digest
 from leeway.study import tuning
 from leeway.study.drawing import Drawing
 from leeway.study.executor import carry_out, workers_for
@@ -33,7 +32,8 @@ def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | 
     with store.claimed(spec.hash, spec.to_yaml()):
         _check_disk(out)
         reporter.say(f"{spec.name}: reading the data")
-        prepared = prepare(spec, Drawing(store.pairs, may_draw=True, tick=_drawing_teller(spec, reporter)))
+        drawing = Drawing(store.pairs, True, _drawing_teller(spec, reporter), store.kept)
+        prepared = prepare(spec, drawing)
         work = Work(prepared, store, lambda *_: None)
         pieces = pieces_of(prepared)
         _count_work(work, pieces, reporter)
@@ -82,8 +82,7 @@ def _collect(work: Work, pieces: list[Piece], facts: dict[str, Any]) -> int:
     work.store.write_ledger(lines)
     rows = work.store.write_rows(list(parts))
     chosen = {p.alias: tuning.read(work.store.tuning(p.alias)).to_json() for p in pieces if p.kind == "tune"}
-    written = {p.name: file_digest(p) for p in (work.store.rows_path, work.store.ledger_path)}
-    found = {"conditions": work.store.conditions(parts), "tuning": chosen, "written": written}
+    found = {"conditions": work.store.conditions(parts), "tuning": chosen, "written": work.store.written()}
     work.store.write_manifest({**facts, **found})
     return rows
 

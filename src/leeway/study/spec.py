@@ -14,8 +14,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, model_va
 
 from leeway.hashing import digest
 from leeway.model import adapters
+from leeway.study.eval_parts import Evals
 from leeway.study.objective_spec import ObjectiveSpec, objectives
-from leeway.study.parts import Adapter, Budget, Companion, Evals, Optim, Pairs, Part, Task, Tokens, nearest
+from leeway.study.part import Part, nearest
+from leeway.study.parts import Adapter, Budget, Companion, Optim, Pairs, Task, Tokens
 
 ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]*")
 LONGEST_ALIAS = 64  # characters: it is part of file names
@@ -128,6 +130,7 @@ class Spec(Part):
     def _whole(self) -> Spec:
         faults = [
             *self._evals_fit(),
+            *self._servable(),
             *self._companions_are_there(),
             *self._rates_fit(),
             *self._starts_are_there(),
@@ -142,6 +145,15 @@ class Spec(Part):
     def _evals_fit(self) -> Iterator[str]:
         if any(c.name == "files" for c in self.evals.capability) and self.task.name != "files":
             yield "evals.capability: files needs task: {files: {train: …, test: …}}"
+
+    def _servable(self) -> Iterator[str]:
+        """What vLLM can answer with: the base under a plain LoRA."""
+        if self.evals.backend != "vllm":
+            return
+        if self.adapter.kind not in ("lora", "rslora"):
+            yield f"evals.backend: vLLM serves no adapter of kind {self.adapter.kind}; use transformers"
+        if trained := [o.alias for o in self.objectives if o.build().control_tokens]:
+            yield f"evals.backend: vLLM serves no trained token, and {', '.join(trained)} has some; use transformers"
 
     def _companions_are_there(self) -> Iterator[str]:
         for kind in ("general", "safety"):

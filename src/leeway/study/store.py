@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leeway.errors import LeewayError
-from leeway.evals.eval import Row
-from leeway.hashing import digest
+from leeway.evals.eval import Row, open_question
+from leeway.hashing import digest, file_digest
 
 ROW_SCHEMA = pa.schema(
     [
@@ -66,8 +66,9 @@ LEDGER_SCHEMA = pa.schema(
     ]
 )
 SEAL = b"leeway.seal"
+LOCKS = (".lock", ".workers")
 EDITED = "restore it, or start in another --out"
-ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash"]
+ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
 
 
 @contextmanager
@@ -102,6 +103,7 @@ class Store:
         self.manifest_path = folder / "manifest.json"
         self.rows_path = folder / "rows.parquet"
         self.ledger_path = folder / "ledger.parquet"
+        self.kept = folder / "asked.sqlite"  # what judges, attackers and endpoints said, by content
         self.pairs = folder / "pairs"  # what the base model was asked for, where pairs are drawn from it
 
     @contextmanager
@@ -141,14 +143,16 @@ class Store:
             try:
                 yield
             except LeewayError:
-                if known is None and not self.pairs.exists() and not any(self.folder.rglob("ledger.json")):
+                paid = self.pairs.exists() or self.kept.exists()
+                if known is None and not paid and not any(self.folder.rglob("ledger.json")):
                     self._vacate()  # a mistake found before the first checkpoint leaves the folder as it was
                 raise
 
     def _holds_answers_alone(self) -> bool:
         """Whether all that an earlier run left is what the base model said: nothing was trained or measured."""
         left = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
-        return self.pairs.is_dir() and left <= {"study.yaml", "pairs", ".lock", ".workers"}
+        kept = {f"{self.kept.name}{end}" for end in ("", "-wal", "-shm")}
+        return (self.pairs.is_dir() or self.kept.is_file()) and left <= {"study.yaml", "pairs", *kept, *LOCKS}
 
     def _vacate(self) -> None:
         for path in list(self.folder.iterdir()):
@@ -226,6 +230,14 @@ class Store:
                 raise ValueError("it was changed after it was written")
         return table
 
+    def answered(self, path: Path) -> bool:
+        """Whether a part is there and none of its rows lacks an answer that may be had on another try."""
+        if not path.is_file():
+            return False
+        with readable(path):
+            reasons = pq.read_table(path, columns=["unscored_reason"]).column(0).unique().to_pylist()
+        return not any(map(open_question, reasons))
+
     def write_rows(self, parts: Seq[Path]) -> int:
         """All parts as one table, sorted, so that its bytes depend on its content alone; returns its length."""
         table = pa.concat_tables([self.read_part(path) for path in parts])
@@ -240,6 +252,10 @@ class Store:
             hashes = pq.read_table(path, columns=["template_hash"]).column(0).unique().to_pylist()
             found |= dict.fromkeys(hashes, condition)
         return found
+
+    def written(self) -> dict[str, str]:
+        """Digests of the run's tables, for its manifest: an edited one is not reported on."""
+        return {p.name: file_digest(p) for p in (self.rows_path, self.ledger_path)}
 
     def write_ledger(self, lines: Seq[dict[str, Any]]) -> None:
         table = pa.Table.from_pylist(list(lines), schema=LEDGER_SCHEMA)

@@ -55,7 +55,7 @@ def train_examples(spec: Spec) -> tuple[list[Example], str]:
         found, origin = gsm8k.train_examples(task.revision)
     else:
         assert task.files is not None
-        found, origin = files.train_examples(Path(task.files.train).expanduser())
+        found, origin = files.train_examples(Path(task.files.train).expanduser(), unfit=task.unfit)
     return subset(found, task.limit, "train"), origin
 
 

@@ -10,7 +10,9 @@ from typing import Any, Literal
 from leeway.data.batches import Mark, Schedule
 from leeway.errors import NotFiniteError
 from leeway.evals.eval import Eval
+from leeway.evals.likert import Likert
 from leeway.evals.persona import Persona
+from leeway.generation.backend import Backend
 from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
 from leeway.model.load import Model, load_model
@@ -20,6 +22,7 @@ from leeway.study.computing import computing
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Piece, Who, schedule_of, whos
 from leeway.study.prepare import HeldOut, Prepared
+from leeway.study.serving import serving
 from leeway.study.store import Store
 from leeway.training import checkpoints
 from leeway.training.checkpoints import Start
@@ -53,7 +56,7 @@ class Work:
         return self.store.part(who.objective, who.seed, who.budget, e.key, who.condition.name)
 
     def pending(self, who: Who) -> list[Eval]:
-        return [e for e in self.prepared.evals if not self.part(who, e).is_file()]
+        return [e for e in self.prepared.evals if not self.store.answered(self.part(who, e))]
 
     def unfinished(self, piece: Piece) -> bool:
         if piece.kind == "tune":
@@ -75,9 +78,14 @@ class Work:
 
     def _measure_base(self, piece: Piece) -> None:
         control = {c: o.control_tokens for o in self.prepared.objectives.values() for c in o.conditions if c != PLAIN}
-        for who in whos(self.prepared, piece):
-            if not self.pending(who):
-                continue
+        asked = [who for who in whos(self.prepared, piece) if self.pending(who)]
+        if self.prepared.spec.evals.backend == "vllm":
+            self._base = None
+            with serving(self.prepared.spec, asked) as server:
+                for who in asked:
+                    self._ask(server.base(who.condition.prefix), who, adapter_hash="none")
+            return
+        for who in asked:
             model = self.base()
             if control.get(who.condition):
                 model = self._load()
@@ -87,12 +95,20 @@ class Work:
     def _carry_trajectory(self, piece: Piece) -> None:
         """Train to every budget that has no checkpoint yet, then measure what is not measured yet."""
         trajectory = self._train_missing(piece)
+        asked = [who for who in whos(self.prepared, piece) if self.pending(who)]
+        if self.prepared.spec.evals.backend == "vllm":
+            trajectory = None  # its memory is the server's
+            with serving(self.prepared.spec, asked) as server:
+                for who in asked:
+                    folder = self._folder(piece, who.budget)
+                    with server.adapter(folder, who.condition.prefix) as backend:
+                        self._ask(backend, who, checkpoints.verified_ledger(folder)["adapter_hash"])
+            return
         marks = {m.budget: m for m in schedule_of(self.prepared, piece).marks}
-        for who in whos(self.prepared, piece):
-            if self.pending(who):
-                trajectory = trajectory or self._trajectory(piece)
-                line = trajectory.restore(self._folder(piece, who.budget), marks[who.budget], to_train=False)
-                self._measure(trajectory.model, who, line["adapter_hash"])
+        for who in asked:
+            trajectory = trajectory or self._trajectory(piece)
+            line = trajectory.restore(self._folder(piece, who.budget), marks[who.budget], to_train=False)
+            self._measure(trajectory.model, who, line["adapter_hash"])
 
     def _train_missing(self, piece: Piece) -> Trajectory | None:
         """Go on from the last checkpoint that can be resumed, and leave one at every budget that lacks it."""
@@ -146,16 +162,19 @@ class Work:
     def _measure(self, model: Model, who: Who, adapter_hash: str) -> None:
         """Every eval that this checkpoint still lacks, the adapter merged for as long as it takes."""
         backend = TransformersBackend(model, who.condition.prefix, self.prepared.spec.evals.batch)
+        with adapters.merged(model):
+            self._ask(backend, who, adapter_hash)
+
+    def _ask(self, backend: Backend, who: Who, adapter_hash: str) -> None:
         identity = {
             "objective": who.objective,
             "seed": who.seed,
             "budget": who.budget,
             "adapter_hash": adapter_hash,
         }
-        with adapters.merged(model):
-            for e in self.pending(who):
-                rows = e.run(backend, self._answer_teller(said(who), e))
-                self.store.write_part(self.part(who, e), identity, rows)
+        for e in self.pending(who):
+            rows = e.run(backend, self._answer_teller(said(who), e))
+            self.store.write_part(self.part(who, e), identity, rows)
 
     def _step_teller(self, trajectory: Trajectory, mark: Mark) -> Callable[[Step], None]:
         def tell(done: Step) -> None:
@@ -235,4 +254,4 @@ def said(who: Who) -> str:
 
 
 def kind_of(e: Eval) -> Kind:
-    return "choose" if isinstance(e, Persona) else "generate"
+    return "choose" if isinstance(e, (Persona, Likert)) else "generate"

@@ -1,0 +1,230 @@
+"""The `evals:` mapping of a study file: what is measured at every checkpoint, and who is asked to judge it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from leeway.study.part import Part
+
+BUILT_IN = ("organism", "gsm8k", "supergpqa-engineering", "legal", "cyber", "openended", "files")
+Prompts = Literal["organism", "strongreject", "strongreject-small", "jailbreakbench", "file"]
+
+
+class Speaker(Part):
+    """A model that is asked for help: a hub id or folder of this machine's, or a name at an endpoint."""
+
+    model: str
+    endpoint: str | None = Field(default=None, description="address of an OpenAI-compatible API, ending in /v1")
+    revision: str | None = None
+    key_env: str = Field(default="OPENAI_API_KEY", description="the environment variable that holds the key")
+    concurrency: int = Field(default=8, gt=0)
+    timeout_s: float = Field(default=60.0, gt=0)
+    retries: int = Field(default=5, ge=0)
+    max_calls: int | None = Field(default=None, gt=0)
+    max_dollars: float | None = Field(default=None, gt=0)
+    price_in: float | None = Field(default=None, ge=0, description="dollars per million tokens")
+    price_out: float | None = Field(default=None, ge=0, description="dollars per million tokens")
+    max_new_tokens: int = Field(default=512, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """`judge_model: /path/to/model` is short for the mapping."""
+        return {"model": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _dollars_need_prices(self) -> Speaker:
+        if self.max_dollars is not None and (self.price_in is None or self.price_out is None):
+            raise ValueError("max_dollars needs price_in and price_out, in dollars per million tokens")
+        return self
+
+
+class CapabilitySpec(Part):
+    """Test items of one task; `limit` draws a fixed random subset."""
+
+    name: str
+    limit: int | None = Field(default=None, gt=0)
+    max_new_tokens: int | None = Field(default=None, gt=0)
+    shots: int = Field(default=0, ge=0, description="worked examples before each question")
+    extraction: Literal["strict", "flexible", "parity", "fixed"] | None = None
+    source: str | None = Field(
+        default=None, description="for legal, cyber, openended: a file, a hub id, lawbench or rule-qa"
+    )
+    include_path: str | None = Field(default=None, description="for lm-eval: a folder of tasks of your own")
+    judge_model: Speaker | None = Field(default=None, description="who grades open-ended answers")
+
+    @model_validator(mode="after")
+    def _fits(self) -> CapabilitySpec:
+        if self.name not in BUILT_IN and not self.name.startswith("lm-eval:"):
+            raise ValueError(f"{self.name!r} is none of {', '.join(BUILT_IN)}, nor lm-eval:<task>")
+        open_ended = self.name in ("legal", "cyber", "openended")
+        if open_ended and self.judge_model is None:
+            raise ValueError(f"{self.name}: open-ended answers are graded by a model; give judge_model")
+        if open_ended and self.source is None:
+            raise ValueError(
+                f"{self.name}: give source, a file with a prompt and a reference in each record, or a hub id"
+            )
+        if not open_ended and (self.source or self.judge_model):
+            raise ValueError(f"{self.name}: source and judge_model are for legal, cyber and openended")
+        if self.include_path and not self.name.startswith("lm-eval:"):
+            raise ValueError(f"{self.name}: include_path is for lm-eval tasks")
+        if self.name == "supergpqa-engineering" and self.shots not in (0, 5):
+            raise ValueError(f"{self.name}: its published prompts have 0 or 5 worked examples")
+        known = {"gsm8k": ("strict", "flexible"), "supergpqa-engineering": ("parity", "fixed")}.get(self.name, ())
+        if self.extraction and self.extraction not in known:
+            raise ValueError(
+                f"{self.name}: extraction {self.extraction!r} is none of its own ({', '.join(known) or 'none'})"
+            )
+        if self.shots and self.name not in ("gsm8k", "supergpqa-engineering") and not self.name.startswith("lm-eval:"):
+            raise ValueError(f"{self.name}: shots are for gsm8k, supergpqa-engineering and lm-eval tasks")
+        return self
+
+
+class JudgeSpec(Part):
+    """One judge of answers: `keywords`, `organism`, `rubric` or `finetuned`, or one of an installed package."""
+
+    name: str
+    model: Speaker | None = Field(default=None, description="who is asked, for rubric")
+    base: str | None = Field(default=None, description="for finetuned: another base model than the published one")
+    adapter: str | None = Field(default=None, description="for finetuned: another adapter than the published one")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> JudgeSpec:
+        if (self.name == "rubric") != (self.model is not None):
+            raise ValueError("judge: rubric needs model (who is asked), and no other judge takes one")
+        if self.name != "finetuned" and (self.base or self.adapter):
+            raise ValueError("judge: base and adapter are for finetuned")
+        return self
+
+
+def _several(value: Any) -> Any:
+    """One judge, or a list of them: the first is the one whose rates are the study's."""
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+Judges = Annotated[tuple[JudgeSpec, ...], BeforeValidator(_several), Field(min_length=1)]
+
+
+class Translator(Part):
+    """Who translates for the zulu attack: NLLB, a model asked to, or a file alone."""
+
+    from_: Literal["nllb", "model", "cache"] = Field(default="cache", alias="from")
+    file: str | None = Field(default=None, description="translations kept and reviewed, one JSON object a line")
+    model: Speaker | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Translator:
+        if (self.from_ == "model") != (self.model is not None and self.from_ == "model"):
+            raise ValueError("translator: from: model needs model")
+        if self.from_ == "cache" and self.file is None:
+            raise ValueError("translator: from: cache needs file")
+        return self
+
+
+class JailbreakSpec(Part):
+    """Forbidden prompts under attacks."""
+
+    prompts: Prompts = "strongreject"
+    file: str | None = Field(default=None, description="for prompts: file")
+    limit: int | None = Field(default=None, gt=0)
+    attacks: tuple[str, ...] = Field(default=("none", "dan", "happy_to_help", "role_play", "wikipedia"), min_length=1)
+    templates: str | None = Field(default=None, description="a file of your own attacks, by name")
+    translator: Translator | None = None
+    attacker: Speaker | None = Field(default=None, description="who plays the attacker, for crescendo_led")
+    turns: int = Field(default=5, gt=0, description="of crescendo_led")
+    judge: Judges = (JudgeSpec(name="keywords"),)
+    max_new_tokens: int = Field(default=256, gt=0)
+    samples: int = Field(default=0, ge=0, description="drawn answers per prompt and attack; 0: one greedy answer")
+    temperature: float = Field(default=1.0, gt=0)
+    perplexity: bool = Field(default=False, description="an answer that surprises the base model is incoherent")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> JailbreakSpec:
+        if len(set(self.attacks)) < len(self.attacks):
+            raise ValueError("attacks: one is listed twice")
+        if len({j.name for j in self.judge}) < len(self.judge):
+            raise ValueError("judge: one is listed twice")
+        if (self.prompts == "file") != (self.file is not None):
+            raise ValueError("prompts: file goes with file: the path of your prompts")
+        if ("crescendo_led" in self.attacks) != (self.attacker is not None):
+            raise ValueError("attacks: crescendo_led goes with attacker: the model that plays it")
+        if "zulu" in self.attacks and self.prompts != "organism" and self.translator is None:
+            raise ValueError("attacks: zulu needs a translator (nllb, model or cache); give one, or leave zulu out")
+        if any(j.name == "organism" for j in self.judge) and self.prompts != "organism":
+            raise ValueError("judge: organism knows only prompts: organism; use judge: keywords")
+        return self
+
+
+class OverRefusalSpec(Part):
+    """Benign prompts that a model should answer."""
+
+    prompts: Literal["organism", "xstest", "jailbreakbench"] = "xstest"
+    limit: int | None = Field(default=None, gt=0)
+    judge: JudgeSpec = JudgeSpec(name="keywords")
+    max_new_tokens: int = Field(default=256, gt=0)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> OverRefusalSpec:
+        if self.judge.name == "organism" and self.prompts != "organism":
+            raise ValueError("judge: organism knows only prompts: organism; use judge: keywords")
+        return self
+
+
+class PersonaSpec(Part):
+    """Yes/no statements by trait; beside them the Short Dark Triad and questions to talk about oneself."""
+
+    source: Literal["organism", "anthropic"] = "anthropic"
+    traits: tuple[str, ...] = Field(default=("machiavellianism", "narcissism", "psychopathy"), min_length=1)
+    limit: int | None = Field(default=None, gt=0, description="items per trait")
+    order_swap: bool = Field(default=False, description="ask every statement with No before Yes too")
+    paraphrases: int = Field(default=0, ge=0, description="other wordings of the question to ask every statement in")
+    sd3: bool = Field(default=False, description="the Short Dark Triad, on a scale from 1 to 5")
+    self_report: Speaker | None = Field(default=None, description="open questions about oneself, scored by this model")
+
+    @model_validator(mode="after")
+    def _once(self) -> PersonaSpec:
+        if len(set(self.traits)) < len(self.traits):
+            raise ValueError("traits: one is listed twice")
+        return self
+
+
+def _named(value: Any) -> Any:
+    """`[gsm8k]` is `[{name: gsm8k}]`."""
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    return [{"name": v} if isinstance(v, str) else v for v in listed]
+
+
+class Evals(Part):
+    """Everything that a checkpoint is asked."""
+
+    capability: Annotated[tuple[CapabilitySpec, ...], BeforeValidator(_named)] = ()
+    jailbreak: JailbreakSpec | None = None
+    overrefusal: OverRefusalSpec | None = None
+    persona: PersonaSpec | None = None
+    conditions: Literal["all", "last", "first"] = Field(
+        default="all", description="test-time prompts: all, the others at the last budget only, or the first alone"
+    )
+    batch: int = Field(default=128, gt=0, description="answers generated at a time")
+    backend: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="who answers: the trained model itself, or vLLM, every adapter by its API"
+    )
+    vllm_args: tuple[str, ...] = Field(default=(), description="further flags of vllm serve")
+
+    @model_validator(mode="after")
+    def _something(self) -> Evals:
+        if not (self.capability or self.jailbreak or self.persona or self.overrefusal):
+            raise ValueError("nothing is measured; name capability, jailbreak, overrefusal or persona")
+        if len({c.name for c in self.capability}) < len(self.capability):
+            raise ValueError("capability: one is listed twice")
+        if self.vllm_args and self.backend != "vllm":
+            raise ValueError("vllm_args goes with backend: vllm")
+        if self.backend == "vllm" and any(c.name.startswith("lm-eval:") for c in self.capability):
+            raise ValueError("capability: lm-eval tasks need the model itself; use backend: transformers")
+        return self
