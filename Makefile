@@ -29,7 +29,7 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.develops: $(VENV)/.runs
-	@$(PIP) --editable '.[dev,oracle]'
+	@$(PIP) --editable '.[dev,oracle,api,serve,inspect,lm-eval]'
 	@touch $@
 
 clean:
