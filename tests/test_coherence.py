@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from leeway.data import xstest
-from leeway.errors import LeewayError
 from leeway.generation.backend import Request
 from leeway.generation.transformers import TransformersBackend
 from leeway.judges import Answer, KeywordJudge
@@ -226,10 +225,11 @@ def test_the_base_is_asked_under_an_adapter(models: dict[str, Path]) -> None:
     assert mean_nll(model, ["a"], ["some text"]) == before
 
 
-def test_a_text_that_does_not_fit_is_told(models: dict[str, Path]) -> None:
+def test_a_text_that_does_not_fit_has_no_measure_and_the_others_have_theirs(models: dict[str, Path]) -> None:
     model = load_model(str(models["llama"]), device="cpu")
-    with pytest.raises(LeewayError, match="exceed its context"):
-        mean_nll(model, ["a"], ["word " * 3000])
+    found = mean_nll(model, ["a", "a"], ["word " * 3000, "some text"])
+    assert math.isnan(found[0])
+    assert found[1:] == mean_nll(model, ["a"], ["some text"])
 
 
 def test_rules_are_in_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from tokenizers import AddedToken
 from leeway.attacks.attack import Wrapper
 from leeway.data.chat import Chat
 from leeway.data.items import ForbiddenPrompt, PersonaItem
+from leeway.errors import LeewayError
+from leeway.evals.eval import open_question
 from leeway.evals.jailbreak import Jailbreak
 from leeway.evals.persona import Persona
 from leeway.generation.backend import Reply, Request
@@ -250,3 +252,18 @@ def test_the_end_of_turn_ends_an_answer_and_is_never_in_it(models: dict[str, Pat
     others = tuple(i for i in range(model.lm.config.vocab_size) if i != end)
     always = replace(model, head=replace(model.head, blocked=others))  # it is all that is left to say, greedily too
     assert TransformersBackend(always).complete([asked("hello")], lambda _: None) == [Reply("", 0, False)]
+
+
+def test_a_prompt_without_room_is_an_error_or_that_requests_failure(models: dict[str, Path]) -> None:
+    model = load_model(str(models["llama"]), device="cpu")
+    asked = [Request([{"role": "user", "content": text}], 4) for text in ("3 + 4?", "word " * 3000, "1 + 1?")]
+    with pytest.raises(LeewayError, match="exceed its context of 2048"):
+        TransformersBackend(model).complete(asked, lambda _: None)
+    answered: list[int] = []
+    replies = TransformersBackend(model, overlong="failure").complete(asked, answered.append)
+    assert sum(answered) == 3
+    assert replies[1].failure is not None
+    assert "exceed its context of 2048" in replies[1].failure
+    assert [replies[0], replies[2]] == TransformersBackend(model).complete([asked[0], asked[2]], lambda _: None)
+    assert not open_question(f"no answer: {replies[1].failure}")
+    assert open_question("no answer: HTTP 500")

@@ -141,7 +141,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
             identity["adapter_hash"] = "none" if at_start else model.hash
             with self._store.claimed(self._hash(args), self._as_yaml(args)):
                 for e in self._evals:
-                    rows = e.run(TransformersBackend(model, "", self._batch), lambda _: None)
+                    rows = e.run(TransformersBackend(model, "", self._batch, "failure"), lambda _: None)
                     self._store.write_part(self._store.part(objective, seed, budget, e.key, "plain"), identity, rows)
                 self._write(args, state, model)
         self._measured_at = state.global_step

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from leeway.generation.backend import NOT_FINITE, Backend
+from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend
 
 NO_ANSWER = "no answer: "
 Tick = Callable[[int], None]
 
 
 def open_question(reason: str | None) -> bool:
-    """Whether what was not answered may be on another try: an endpoint that failed, not a model without numbers."""
-    return reason is not None and reason.startswith(NO_ANSWER) and NOT_FINITE not in reason
+    """Whether another try may answer it: an endpoint failed, not a model without numbers or room."""
+    return reason is not None and reason.startswith(NO_ANSWER) and not any(f in reason for f in (NOT_FINITE, OVERLONG))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 Conversation = list[dict[str, str]]
 NOT_FINITE = "the model's logits are not finite"  # a failure that asking again does not mend
+OVERLONG = "exceed its context of"  # nor this one
 Tick = Callable[[int], None]  # called with the number of requests just answered
 
 

@@ -52,7 +52,7 @@ class LocalBackend:
     @cached_property
     def _backend(self) -> TransformersBackend:
         model = load_model(self.name, revision=self.revision, dtype=self.dtype, device=self.device)
-        return TransformersBackend(model, prefix=self.prefix, batch=self.batch)
+        return TransformersBackend(model, self.prefix, self.batch, overlong="failure")
 
 
 def weights_hash(name: str, revision: str | None = None) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
-from leeway.generation.backend import NOT_FINITE, Choice, Conversation, Reply, Request, Tick
+from leeway.generation.backend import NOT_FINITE, OVERLONG, Choice, Conversation, Reply, Request, Tick
 from leeway.generation.sampling import Ancestral, Finite, stream
 from leeway.hashing import digest
 from leeway.model import adapters
@@ -23,11 +24,16 @@ from leeway.model.load import Model
 
 @dataclass
 class TransformersBackend:
-    """Answers with `model` as it stands (adapter merged or not); batches depend on the requests alone."""
+    """Answers with `model` as it stands (adapter merged or not); batches depend on the requests alone.
+
+    A prompt that leaves no room for its answer is an error, or that request's failure where `overlong` says so:
+    a conversation may outgrow the context turn by turn, and a judge's prompt with the answer in it.
+    """
 
     model: Model
     prefix: str = ""
     batch: int = 128
+    overlong: Literal["error", "failure"] = "error"
 
     @property
     def chat(self) -> Chat:
@@ -48,10 +54,21 @@ class TransformersBackend:
         """Greedy or drawn replies; raises LeewayError where a prompt and its answer would not fit into the context."""
         prompts = [self.chat.prompt_ids(r.conversation) for r in requests]
         replies: list[Reply | None] = [None] * len(requests)
-        for request, ids in zip(requests, prompts, strict=True):
-            self._check_room(len(ids), request.max_new_tokens)
-        keys = [(r.max_new_tokens, r.temperature, len(p)) for r, p in zip(requests, prompts, strict=True)]
-        for batch in self._batches(keys):
+        fits = []
+        for i, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
+            fault = self._lacks_room(len(ids), request.max_new_tokens)
+            if fault and self.overlong == "error":
+                raise LeewayError(
+                    f"model {self.model.name}: {fault}", fix="lower max_new_tokens, or leave the item out"
+                )
+            if fault:
+                replies[i] = Reply("", 0, False, fault)
+                tick(1)
+            else:
+                fits.append(i)
+        keys = [(requests[i].max_new_tokens, requests[i].temperature, len(prompts[i])) for i in fits]
+        for places in self._batches(keys):
+            batch = [fits[k] for k in places]
             limit = requests[batch[0]].max_new_tokens
             finite = Finite(self._stop_ids()[0])
             new_BL = self._generate([prompts[i] for i in batch], limit, _drawing(requests, prompts, batch), finite)
@@ -154,13 +171,10 @@ class TransformersBackend:
             return Reply("", until, False, NOT_FINITE)
         return Reply(self.chat.decode(kept).strip(), len(kept), end is None and len(ids) >= limit)
 
-    def _check_room(self, prompt: int, new: int) -> None:
-        if prompt + new > self.model.context:
-            raise LeewayError(
-                f"model {self.model.name}: a prompt of {prompt} tokens and {new} new ones exceed its context of "
-                f"{self.model.context}",
-                fix="lower max_new_tokens, or leave the item out",
-            )
+    def _lacks_room(self, prompt: int, new: int) -> str:
+        if prompt + new <= self.model.context:
+            return ""
+        return f"a prompt of {prompt} tokens and {new} new ones {OVERLONG} {self.model.context}"
 
 
 def _drawing(requests: Seq[Request], prompts: Seq[tuple[int, ...]], batch: Seq[int]) -> Ancestral | None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from leeway.data.chat import Sequence
-from leeway.errors import LeewayError
 from leeway.hashing import digest
 from leeway.model.adapters import is_low_rank
 from leeway.model.forward import Totals, target_stats
@@ -22,22 +21,17 @@ NO_TOTALS = Totals(0, 0, 0, 0, 0)  # statistics are asked for, no loss
 
 @torch.no_grad()
 def mean_nll(model: Model, prompts: Seq[str], texts: Seq[str], *, batch: int = 32) -> list[float]:
-    """Nats per token of each text as an answer to its prompt, the end of the turn left out; float32; NaN for no tokens.
+    """Nats per token of each text as an answer to its prompt, the end of the turn left out; float32; NaN for no tokens
+    and for more than fit into the context.
 
     An adapter is switched off, so that the base's opinion is asked. Where every weight was trained there is no base
-    left: pass the base as a Model of its own. Raises LeewayError where a text does not fit into the context.
+    left: pass the base as a Model of its own.
     """
     closing = len(model.chat.closing_ids)
     sequences = [_without_closing(model.chat.sequence(p, t), closing) for p, t in zip(prompts, texts, strict=True)]
-    for s in sequences:
-        if len(s.ids) > model.context:
-            raise LeewayError(
-                f"model {model.name}: a prompt and its answer of {len(s.ids)} tokens exceed its context of "
-                f"{model.context}",
-                fix="measure perplexity with a model of a longer context",
-            )
     found = [math.nan] * len(sequences)
-    order = sorted((i for i, s in enumerate(sequences) if s.targets), key=lambda i: (len(sequences[i].ids), i))
+    fits = [i for i, s in enumerate(sequences) if s.targets and len(s.ids) <= model.context]
+    order = sorted(fits, key=lambda i: (len(sequences[i].ids), i))
     with model.lm.disable_adapter() if is_low_rank(model) else nullcontext():
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]

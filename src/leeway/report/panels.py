@@ -77,7 +77,7 @@ def _tick(value: float, _: int, digits: int) -> str:
 
 def _effect(ax: Axes, one: Series, line: pd.DataFrame, y: int) -> None:
     if line.empty or math.isnan(line["difference"].iloc[0]):
-        ax.text(0, y, " not printed: see the table", va="center", fontsize=7.5, color=FAINT)
+        ax.text(0, y, " not printed", va="center", fontsize=7.5, color=FAINT)
         return
     found = line.iloc[0]
     face = one.colour if found["p_holm"] < LEVEL else "white"

@@ -84,7 +84,7 @@ class Weights:
             model.hash = self.identity
         try:
             with adapters.merged(model):
-                yield TransformersBackend(model, "", spec.evals.batch)
+                yield TransformersBackend(model, "", spec.evals.batch, "failure")
         finally:
             del model
             gc.collect()

@@ -161,7 +161,8 @@ class Work:
 
     def _measure(self, model: Model, who: Who, adapter_hash: str) -> None:
         """Every eval that this checkpoint still lacks, the adapter merged for as long as it takes."""
-        backend = TransformersBackend(model, who.condition.prefix, self.prepared.spec.evals.batch)
+        batch = self.prepared.spec.evals.batch
+        backend = TransformersBackend(model, who.condition.prefix, batch, overlong="failure")
         with adapters.merged(model):
             self._ask(backend, who, adapter_hash)
 
