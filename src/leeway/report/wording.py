@@ -33,8 +33,8 @@ ATTACKS = {
     "past_tense": "Past tense",
     "base64": "Base64",
     "many_shot": "Many-shot",
-    "crescendo": "Escalation, scripted",
-    "crescendo_led": "Escalation, by a model",
+    "crescendo": "Escalation",
+    "crescendo_led": "Led escalation",
     "tool_result": "Tool result",
 }
 MINUS = "\u2212"
