@@ -7,11 +7,8 @@ What is sent and read: https://platform.openai.com/docs/api-reference/chat. A re
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
-import math
 import random
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
@@ -21,32 +18,16 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from leeway.errors import LeewayError
+from leeway.generation.api_reply import TOP, Body, Heard, NoAnswer, choice_of, parsed, reply_of, retry_after, usage_of
 from leeway.generation.api_settings import ApiSettings, Gate, Spent
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.hashing import derive_seed, digest
 
-Body = dict[str, Any]
 Said = TypeVar("Said", Reply, Choice)
 
 AGAIN = (408, 409, 425, 429)  # and every 5xx
 LONGEST_WAIT_S = 300.0  # an endpoint that asks for more is not waited for
 LONGEST_BACKOFF_S = 60.0
-TOP = 20  # next tokens that endpoints tell the probability of, at most
-
-
-@dataclass(frozen=True)
-class _Heard:
-    """What one try brought: a body, or why there is none, whether to try again, and not before when."""
-
-    data: Body | None = None
-    why: str = ""
-    again: bool = False
-    wait_s: float = 0.0
-    free: bool = False  # surely not billed
-
-
-class _NoAnswer(Exception):
-    """What the endpoint sent is no answer, and why."""
 
 
 @dataclass
@@ -98,7 +79,7 @@ class OpenAIBackend:
 
     def complete_each(self, requests: Seq[Request], told: Callable[[int, Reply], None]) -> None:
         """Call `told(place, reply)` as each reply comes."""
-        self._drive([self._asking(r) for r in requests], _reply, lambda why: Reply("", 0, False, why), told)
+        self._drive([self._asking(r) for r in requests], reply_of, lambda why: Reply("", 0, False, why), told)
 
     def choose_each(
         self, conversations: Seq[Conversation], options: Seq[str], told: Callable[[int, Choice], None]
@@ -106,7 +87,7 @@ class OpenAIBackend:
         """Call `told(place, choice)` as each choice comes."""
         drawing = {"temperature": 1.0, "top_p": 1.0, "logprobs": True, "top_logprobs": TOP}
         bodies = [self._body(c, 1, drawing) for c in conversations]
-        self._drive(bodies, lambda data: _choice(data, options), lambda why: Choice({}, why), told)
+        self._drive(bodies, lambda data: choice_of(data, options), lambda why: Choice({}, why), told)
 
     def _asking(self, request: Request) -> Body:
         if request.temperature == 0:
@@ -148,19 +129,19 @@ class OpenAIBackend:
 
         _run(ask_all)
 
-    def _read(self, heard: _Heard, read: Callable[[Body], Said], failed: Callable[[str], Said]) -> Said:
+    def _read(self, heard: Heard, read: Callable[[Body], Said], failed: Callable[[str], Said]) -> Said:
         if heard.data is None:
             return failed(heard.why)
         name = str(heard.data.get("model") or "")
         self.served |= {name} - {""}
         if self.settings.served and name != self.settings.served:
             return failed(f"answered by {name or 'nobody named'}, not by {self.settings.served}")
-        usage = _usage(heard.data)
+        usage = usage_of(heard.data)
         self.spent.tokens_in += usage[0] if usage else 0
         self.spent.tokens_out += usage[1] if usage else 0
         try:
             return read(heard.data)
-        except _NoAnswer as why:
+        except NoAnswer as why:
             return failed(str(why))
 
 
@@ -173,24 +154,24 @@ class _Line:
     key: str
     gate: Gate
 
-    async def ask(self, body: Body) -> _Heard:
+    async def ask(self, body: Body) -> Heard:
         bound = self._bound(body)
-        heard = _Heard(why="never asked")
+        heard = Heard(why="never asked")
         for tried in range(1 + self.settings.retries):
             if tried:
                 await asyncio.sleep(max(heard.wait_s, self._backoff(tried)))
             if spent := await self.gate.enter(bound):
-                return _Heard(why=f"{spent} (before that: {heard.why})" if tried else spent)
+                return Heard(why=f"{spent} (before that: {heard.why})" if tried else spent)
             cost = bound
             try:
                 heard = await self._try(body)
-                usage = _usage(heard.data) if heard.data else None
+                usage = usage_of(heard.data) if heard.data else None
                 cost = 0.0 if heard.free else self.settings.price(*usage) if usage else bound
             finally:
                 await self.gate.leave(bound, cost)
             if not heard.again:
                 return heard
-        return _Heard(why=f"{heard.why} ({1 + self.settings.retries} tries)")
+        return Heard(why=f"{heard.why} ({1 + self.settings.retries} tries)")
 
     def _bound(self, body: Body) -> float:
         """Dollars at most: no tokenizer makes more tokens than bytes, but for what a template adds."""
@@ -203,7 +184,7 @@ class _Line:
         jitter = random.SystemRandom().uniform(0.5, 1.0)  # nobody else's random numbers are spent
         return min(self.settings.backoff_s * 2.0 ** (tried - 1), LONGEST_BACKOFF_S) * jitter
 
-    async def _try(self, body: Body) -> _Heard:
+    async def _try(self, body: Body) -> Heard:
         openai: Any = import_module("openai")
         try:
             async with asyncio.timeout(self.settings.timeout_s):
@@ -212,14 +193,14 @@ class _Line:
                 )
                 heard = await sent
         except (TimeoutError, openai.APITimeoutError):
-            return _Heard(why=f"no answer within {self.settings.timeout_s:g} s", again=True)
+            return Heard(why=f"no answer within {self.settings.timeout_s:g} s", again=True)
         except openai.APIStatusError as error:
             return self._refused(error)
         except openai.APIConnectionError as error:
-            return _Heard(why=f"the connection broke ({type(error.__cause__ or error).__name__})", again=True)
-        return _parsed(heard.content)
+            return Heard(why=f"the connection broke ({type(error.__cause__ or error).__name__})", again=True)
+        return parsed(heard.content)
 
-    def _refused(self, error: Any) -> _Heard:
+    def _refused(self, error: Any) -> Heard:
         """An HTTP error: not billed; tried again where that may help."""
         told = error.body.get("message") or error.body.get("detail") if isinstance(error.body, dict) else error.body
         said = " ".join(str(told or "").replace(self.key, "[key]").split())[:200]
@@ -234,10 +215,10 @@ class _Line:
                 f"{self.settings.base_url}: no model {self.settings.model!r} there, or no such address (HTTP 404)",
                 fix="check model and base_url (it ends before /chat/completions, mostly with /v1)",
             )
-        wait = _retry_after(error.response.headers)
+        wait = retry_after(error.response.headers)
         if wait > LONGEST_WAIT_S:
-            return _Heard(why=f"HTTP {code}: asks to come back in {wait:.0f} s", free=True)
-        return _Heard(
+            return Heard(why=f"HTTP {code}: asks to come back in {wait:.0f} s", free=True)
+        return Heard(
             why=f"HTTP {code}: {said or 'no reason given'}", again=code in AGAIN or code >= 500, wait_s=wait, free=True
         )
 
@@ -277,87 +258,3 @@ def _run(work: Callable[[], Awaitable[None]]) -> None:
         return
     with ThreadPoolExecutor(1) as pool:
         pool.submit(asyncio.run, main()).result()
-
-
-def _retry_after(headers: Any) -> float:
-    """Seconds from a Retry-After header in either of its forms; 0 where there is none."""
-    value = str(headers.get("retry-after") or "")
-    try:
-        wait = float(value)
-    except ValueError:
-        try:
-            wait = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
-            return 0.0
-    return max(0.0, wait) if math.isfinite(wait) else 0.0
-
-
-def _parsed(raw: bytes) -> _Heard:
-    """A body that is a JSON object; anything else is a failure, and may have been billed."""
-    try:
-        data = json.loads(raw)
-    except ValueError:
-        return _Heard(why="what the endpoint sent is not JSON")
-    return _Heard(data=data) if isinstance(data, dict) else _Heard(why="what the endpoint sent is no JSON object")
-
-
-def _usage(data: Body) -> tuple[int, int] | None:
-    """Tokens read and written, as the endpoint counts them."""
-    usage = data.get("usage")
-    if not isinstance(usage, dict):
-        return None
-    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if not (isinstance(read, int) and isinstance(written, int) and read >= 0 and written >= 0):
-        return None
-    return read, written
-
-
-def _first(data: Body) -> Body:
-    choices = data.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise _NoAnswer("what the endpoint sent holds no choices")
-    return choices[0]
-
-
-def _reply(data: Body) -> Reply:
-    """The text of an answer; a refusal in a field of its own is what the model said, and so an answer."""
-    choice = _first(data)
-    message, reason = choice.get("message"), str(choice.get("finish_reason"))
-    if not isinstance(message, dict):
-        raise _NoAnswer("what the endpoint sent holds no message")
-    if reason == "content_filter":
-        raise _NoAnswer("the endpoint's content filter stopped the answer")
-    text = message.get("content")
-    if not text and isinstance(message.get("refusal"), str):
-        text = message["refusal"]
-    if text is None and reason == "length":
-        text = ""  # the limit was reached before the answer began (in a thought, say)
-    if not isinstance(text, str):
-        raise _NoAnswer(f"the endpoint sent no text (finish_reason {reason})")
-    usage = _usage(data)
-    return Reply(text.strip(), usage[1] if usage else 0, reason == "length")
-
-
-def _choice(data: Body, options: Seq[str]) -> Choice:
-    """exp(logprob) summed over an option's spellings, each with or without a space before it."""
-    logprobs = _first(data).get("logprobs")
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    if not isinstance(content, list) or not content or not isinstance(content[0], dict):
-        raise _NoAnswer("the endpoint tells no logprobs")
-    try:
-        told = [(str(t["token"]), float(t["logprob"])) for t in content[0]["top_logprobs"]]
-    except (KeyError, TypeError, ValueError):
-        told = []
-    if not told or not all(p <= 1e-3 for _, p in told):  # NaN fails too
-        raise _NoAnswer("the endpoint's logprobs are none")
-    top = sorted(told, key=lambda t: -t[1])[:TOP]
-    mass = {}
-    for option in options:
-        forms = {option, option.lower(), option.upper()}
-        mass[option] = math.fsum(math.exp(p) for t, p in top if _plain(t) in forms)
-    return Choice(mass)
-
-
-def _plain(token: str) -> str:
-    """A token without the one space before it, in whichever way a tokenizer writes that."""
-    return token[1:] if token[:1] in (" ", "▁", "Ġ") else token

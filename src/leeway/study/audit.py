@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval, Tick
 from leeway.evals.jailbreak import Jailbreak
-from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request
+from leeway.generation.backend import Backend
 from leeway.generation.kept import Kept, KeptBackend
 from leeway.hashing import digest
-from leeway.model.load import load_chat, resolve, resolve_dtype
+from leeway.model.load import resolve, resolve_dtype
 from leeway.study.asked import evals_of
-from leeway.study.audit_spec import Given, Subject, Weights, name_of, own_tokenizer, subjects
+from leeway.study.audit_spec import Subject, Weights, name_of, subjects
+from leeway.study.audit_templates import Templates, alike, templates_of
 from leeway.study.computing import computing
 from leeway.study.executor import timed
 from leeway.study.manifest import PACKAGES, judges_of
@@ -43,7 +43,6 @@ from leeway.study.work import kind_of
 if TYPE_CHECKING:
     from leeway.report.results import Results
 
-OWN = "own template"  # the condition's name where each model is asked under its own
 TRAINING: tuple[str, ...] = (
     "model",
     "revision",
@@ -58,17 +57,6 @@ TRAINING: tuple[str, ...] = (
 )
 TRAINING += ("general", "safety", "name")
 EvalsAsked = str | Path | Mapping[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Templates:
-    """Under which chat template each model is asked, and what a reader has to be told about it."""
-
-    condition: str
-    base: Chat | None = None
-    audited: Chat | None = None
-    shared_hash: str | None = None  # what stands on both models' rows where no one template does
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -208,7 +196,7 @@ def run(one: Audit, out: Path, reporter: Reporter, command: str) -> Path:
     store, origins = Store(out), dict[str, str]()
     reporter.say(f"audit of {one.name}: reading the data")
     evals = tuple(evals_of(one.spec, origins, Voices(store.kept, one.spec.device)))
-    templates = templates_of(one)
+    templates = templates_of(one.base, one.audited, own_template=one.own_template)
     identity = _identity(one, evals, templates)
     _check_same(store, identity)
     failure: LeewayError | None = None
@@ -232,77 +220,6 @@ def run(one: Audit, out: Path, reporter: Reporter, command: str) -> Path:
             return build(out)
     assert failure is not None
     raise failure
-
-
-def templates_of(one: Audit) -> Templates:
-    """The base's template for both where their vocabularies agree; else an error, unless each is to have its own."""
-    base, audited = one.base, one.audited
-    if not isinstance(base, Weights) or not isinstance(audited, Weights):
-        return _rendered_elsewhere(one)
-    chat = load_chat(base.model)
-    where, tokenizer = own_tokenizer(audited)
-    if tokenizer is None:
-        return Templates("plain", chat, chat)
-    same_words = chat.tokenizer.get_vocab() == tokenizer.get_vocab()
-    if same_words and not tokenizer.chat_template:
-        return Templates("plain", chat, chat)
-    other = Chat(tokenizer)
-    if same_words and chat.template_hash == other.template_hash:
-        return Templates("plain", chat, chat)
-    if one.own_template:
-        shared = digest("own templates", chat.template_hash, other.template_hash, base.identity, audited.identity)
-        note = "Each model was asked under its own chat template and tokenizer: a difference is that of both together."
-        return Templates(OWN, chat, other, shared, note)
-    if not same_words:
-        more = len(tokenizer) - len(chat.tokenizer)
-        differs = f"{more:+d} tokens" if more else "other tokens"
-        raise LeewayError(
-            f"{where}: its vocabulary is not that of {base.model} ({differs}), so both cannot read the same prompts",
-            fix="give --own-template to ask each under its own, and read a difference as that of both together",
-        )
-    note = f"{where} brings a chat template of its own; both models were asked under that of {base.model}."
-    return Templates("plain", chat, chat, None, note)
-
-
-def _rendered_elsewhere(one: Audit) -> Templates:
-    """Backends render for themselves: theirs is one template where they say the same hash, and unknown of servers."""
-    base, audited = one.base, one.audited
-    if isinstance(base, Given) and isinstance(audited, Given):
-        if base.backend.template_hash == audited.backend.template_hash:
-            return Templates("plain")
-        if not one.own_template:
-            raise LeewayError(
-                "the two backends have different chat templates "
-                f"({base.backend.template_hash}, {audited.backend.template_hash})",
-                fix="give both the same, or own_template",
-            )
-    shared = digest("templates not seen", base.identity, audited.identity)
-    note = "A server renders the prompts: whether both models were asked under one chat template cannot be seen here."
-    if one.own_template:
-        return Templates(OWN, shared_hash=shared, note="Each model was asked under its own chat template.")
-    return Templates("plain", shared_hash=shared, note=note)
-
-
-@dataclass(frozen=True)
-class _Alike:
-    """A backend whose rows carry a template hash that both models of an audit share."""
-
-    backend: Backend
-    template_hash: str
-
-    @property
-    def identity(self) -> str:
-        return self.backend.identity
-
-    def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
-        return self.backend.complete(requests, tick)
-
-    def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
-        return self.backend.choose(conversations, options, tick)
-
-
-def alike(backend: Backend, template_hash: str | None) -> Backend:
-    return backend if template_hash is None else _Alike(backend, template_hash)
 
 
 def _is_organism(subject: Subject) -> bool:
