@@ -302,7 +302,7 @@ def test_epochs_are_answers_of_one_prompt(inspected: Any) -> None:
 
 
 def test_settings_are_those_of_a_study() -> None:
-    with pytest.raises(LeewayError, match=r"evals.jailbreak.judge: no judge"):
+    with pytest.raises(LeewayError, match=r"no judge"):
         tasks.jailbreak(judge="nobody")
     with pytest.raises(LeewayError, match="zulu needs a translator"):
         tasks.jailbreak(prompts="strongreject", attacks=["none", "zulu"])

@@ -58,7 +58,7 @@ def _installed(name: str) -> Callable[..., Judge]:
     found = entry_points(group=GROUP)
     if name not in found.names:
         known = ", ".join(sorted({*JUDGES, *found.names}))
-        raise LeewayError(f"evals.jailbreak.judge: no judge {name!r}", fix=f"one of: {known}")
+        raise LeewayError(f"there is no judge {name!r}", fix=f"one of: {known}")
     loaded: Callable[..., Judge] = found[name].load()
     return loaded
 

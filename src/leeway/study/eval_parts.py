@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from leeway.study.part import Part
+from leeway.study.part import Part, nearest
 
 BUILT_IN = ("organism", "gsm8k", "supergpqa-engineering", "legal", "cyber", "openended", "files")
 Prompts = Literal["organism", "strongreject", "strongreject-small", "jailbreakbench", "file"]
@@ -58,7 +58,9 @@ class CapabilitySpec(Part):
     @model_validator(mode="after")
     def _fits(self) -> CapabilitySpec:
         if self.name not in BUILT_IN and not self.name.startswith("lm-eval:"):
-            raise ValueError(f"{self.name!r} is none of {', '.join(BUILT_IN)}, nor lm-eval:<task>")
+            raise ValueError(
+                f"{self.name!r} is none of {', '.join(BUILT_IN)}, nor lm-eval:<task>{nearest(self.name, BUILT_IN)}"
+            )
         open_ended = self.name in ("legal", "cyber", "openended")
         if open_ended and self.judge_model is None:
             raise ValueError(f"{self.name}: open-ended answers are graded by a model; give judge_model")
@@ -184,7 +186,9 @@ class PersonaSpec(Part):
     traits: tuple[str, ...] = Field(default=("machiavellianism", "narcissism", "psychopathy"), min_length=1)
     limit: int | None = Field(default=None, gt=0, description="items per trait")
     order_swap: bool = Field(default=False, description="ask every statement with No before Yes too")
-    paraphrases: int = Field(default=0, ge=0, description="other wordings of the question to ask every statement in")
+    paraphrases: int = Field(
+        default=0, ge=0, le=4, description="other wordings of the question to ask every statement in"
+    )
     sd3: bool = Field(default=False, description="the Short Dark Triad, on a scale from 1 to 5")
     self_report: Speaker | None = Field(default=None, description="open questions about oneself, scored by this model")
 
