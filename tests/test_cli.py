@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -200,6 +202,27 @@ def test_a_mistake_before_the_first_checkpoint_leaves_no_folder(models: dict[str
     path, out = write(tmp_path, str(models["llama"])), tmp_path / "o"
     assert "adapter.targets" in mistake(leeway("run", str(path), "adapter.targets=foo", "--out", str(out), "--quiet"))
     assert not out.exists()
+
+
+@pytest.mark.usefixtures("heeding")
+def test_ctrl_c_waits_while_workers_are_born_whichever_thread_takes_it() -> None:
+    from leeway.study.executor import _undisturbed
+
+    blocked = threading.Event()
+    taker = threading.Thread(target=lambda: (blocked.wait(5), os.kill(os.getpid(), signal.SIGINT)))
+    taker.start()
+    born: list[int] = []
+
+    def bear() -> None:
+        with _undisturbed():
+            blocked.set()
+            taker.join()
+            born.extend(range(1000))  # bytecode in which it would have been raised
+
+    with pytest.raises(KeyboardInterrupt):
+        bear()
+    assert len(born) == 1000
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("after", [0.0, 0.3, 1.0])

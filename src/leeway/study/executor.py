@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,31 @@ def _in_processes(spec: Spec, folder: Path, pieces: Seq[Piece], workers: int, li
 
 
 def _submit(pool: ProcessPoolExecutor, pieces: Seq[Piece]) -> dict[Future[None], Piece]:
-    """Hand pieces out. Workers are born in here, with Ctrl-C blocked, so that none can come between them and us."""
+    """Hand pieces out. Workers are born in here, and a Ctrl-C waits until each of them is known to the pool."""
+    with _undisturbed():
+        return {pool.submit(_do, piece): piece for piece in pieces}
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C is heeded at the end. What is born in here has it blocked until it says otherwise.
+
+    Blocking it does not keep it from us: another thread may take it, and Python still raises in this one. So it is
+    also taken down in place of raised.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return {pool.submit(_do, piece): piece for piece in pieces}
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # runs the handler for what had to wait
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if heard and before is not signal.SIG_IGN:
+        raise KeyboardInterrupt
 
 
 def _ready(left: Seq[Piece]) -> list[Piece]:
