@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+settings.register_profile("busy", deadline=None)  # a machine shared with others has no steady pace
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")
