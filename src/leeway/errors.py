@@ -12,5 +12,10 @@ class LeewayError(Exception):
         super().__init__(f"{what}; {fix}" if fix else what)
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class NotFiniteError(LeewayError):
     """Training left the numbers: a loss, a gradient or a weight is infinite or no number."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, first_line
 
 Record = dict[str, Any]
 HALF = re.compile("[\\ud800-\\udfff]")
@@ -160,9 +160,8 @@ def _hub(source: Source, revision: str | None) -> Loaded:
         else:
             data = datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=revision)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LeewayError(
-            f"data set {source.hub_id}: cannot be loaded from the hub ({type(error).__name__}: {first})",
+            f"data set {source.hub_id}: cannot be loaded from the hub ({type(error).__name__}: {first_line(error)})",
             fix="check the network, or set LEEWAY_DATA to a folder that holds " + source.local[0],
         ) from error
     commit = next(iter(getattr(data, "download_checksums", None) or {}), None)

@@ -30,7 +30,7 @@ import torch
 
 from leeway.data.chat import Chat
 from leeway.data.subset import subset
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, first_line
 from leeway.evals.eval import Row, Tick
 from leeway.evals.lm_eval_model import Answers
 from leeway.generation.backend import Backend, Conversation
@@ -128,9 +128,8 @@ class LmEval:
         except LeewayError:
             raise
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise LeewayError(
-                f"evals.capability: lm-eval:{self.task} cannot be run ({type(error).__name__}: {first})",
+                f"evals.capability: lm-eval:{self.task} cannot be run ({type(error).__name__}: {first_line(error)})",
                 fix="check the task's name (lm_eval --tasks list), include_path, and the network or its data files",
             ) from error
         samples: dict[str, list[Sample]] = found["samples"]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from leeway.attacks import AttackFailed, Passage
 from leeway.attacks.kept_translations import Cached
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, first_line
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest, file_digest
 
@@ -285,7 +285,7 @@ class _named:  # noqa: N801 - reads as a verb at its use
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> None:
         if isinstance(error, (OSError, ValueError, ImportError, KeyError)):
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LeewayError(
-                f"translator {self.model}: cannot be loaded ({first})", fix="check the name, the files and the network"
+                f"translator {self.model}: cannot be loaded ({first_line(error)})",
+                fix="check the name, the files and the network",
             ) from error

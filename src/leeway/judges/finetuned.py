@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
 from leeway.judges import keywords, outcome, templates
 from leeway.judges.coherence import Improbable, coherence, gauge, rules_hash
@@ -171,9 +171,8 @@ def _load(model: str, adapter: str, device: str) -> _Loaded:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             lm = peft.PeftModel.from_pretrained(lm, beside)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LeewayError(
-            f"judge finetuned: {model} with {adapter} cannot be loaded ({first})",
+            f"judge finetuned: {model} with {adapter} cannot be loaded ({first_line(error)})",
             fix="check both names (folders or hub ids), the licence of gemma-2b on the hub, and the network",
         ) from error
     digits = [tokenizer.convert_tokens_to_ids(d) for d in DIGITS]

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from leeway.data.chat import Chat
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
 from leeway.model.tokenstats import Head
 
@@ -183,8 +183,7 @@ class _told:  # noqa: N801 - reads as a verb at its use
         if isinstance(error, (OSError, ValueError, ImportError, KeyError, SafetensorError)) and not isinstance(
             error, LeewayError
         ):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise LeewayError(
-                f"model {self.name}: cannot be loaded ({first})",
+                f"model {self.name}: cannot be loaded ({first_line(error)})",
                 fix="check the name, the files (safetensors, tokenizer, config) and the network",
             ) from error

@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from leeway import stats
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, first_line
 from leeway.hashing import changed
 
 ROW_COLUMNS = ["objective", "seed", "budget", "eval", "attack", "item_id", "cluster", "sample", "prompt"]
@@ -149,7 +149,7 @@ def _table(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path)
     except Exception as error:  # pyarrow raises many kinds; to a reader they are all one
-        what = f"{path} cannot be read as Parquet ({_first_line(error)})"
+        what = f"{path} cannot be read as Parquet ({_cut(error)})"
         raise ReportError(what, fix="run the study again") from error
     missing = [c for c in columns if c not in table.columns]
     if missing:
@@ -163,7 +163,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        what = f"{path} is not valid JSON ({_first_line(error)})"
+        what = f"{path} is not valid JSON ({_cut(error)})"
         raise ReportError(what, fix="run the study again") from error
     if not isinstance(found, dict):
         raise ReportError(f"{path} holds {type(found).__name__}, not an object", fix="run the study again")
@@ -175,7 +175,7 @@ def _study(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        what = f"{path} is not readable YAML ({_first_line(error)})"
+        what = f"{path} is not readable YAML ({_cut(error)})"
         raise ReportError(what, fix="restore it, or run the study again") from error
     return found if isinstance(found, dict) else {}
 
@@ -185,5 +185,5 @@ def _require(path: Path) -> None:
         raise ReportError(f"{path.parent} has no {path.name}: not a finished run", fix="run the study into it")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+def _cut(error: Exception) -> str:
+    return first_line(error)[:160]
