@@ -16,7 +16,9 @@ import torch
 
 from leeway.errors import LeewayError
 from leeway.evals import lm_eval as ours
+from leeway.evals.eval import open_question
 from leeway.evals.lm_eval import LmEval
+from leeway.evals.lm_eval_harness import kept_apart
 from leeway.generation.transformers import TransformersBackend
 from leeway.model.load import load_model
 
@@ -81,7 +83,7 @@ def theirs(backend: TransformersBackend, task: str, include: str, **other: Any) 
     from lm_eval.tasks import TaskManager
 
     lm = HFLM(pretrained=backend.model.lm, tokenizer=backend.model.chat.tokenizer, batch_size=4)
-    with ours._kept_apart():
+    with kept_apart():
         found: dict[str, Any] = lm_eval.simple_evaluate(
             model=lm,
             tasks=[task],
@@ -184,7 +186,19 @@ def test_what_cannot_be_scored_says_why(backend: TransformersBackend, tasks: str
     assert {r.unscored_reason for r in rows} == {"lm-eval: own_say computes no f1 per item (it has: exact_match)"}
     monkeypatch.setattr(ours.Answers, "loglikelihood", lambda _self, pairs: [(math.nan, False)] * len(pairs))
     rows = LmEval("own_choice", include_path=tasks).run(backend, lambda _: None)
-    assert {r.unscored_reason for r in rows} == {"no answer: a log-likelihood is no number"}
+    assert {r.unscored_reason for r in rows} == {"no answer: the model's logits are not finite"}
+    assert not any(open_question(r.unscored_reason) for r in rows)
+
+
+@needs
+@pytest.mark.parametrize("task", ["own_choice", "own_say"])
+def test_a_model_without_numbers_has_no_answers(models: dict[str, Path], tasks: str, task: str) -> None:
+    model = load_model(str(models["llama"]), device="cpu")
+    with torch.no_grad():
+        model.lm.get_output_embeddings().weight.fill_(math.nan)
+    rows = LmEval(task, include_path=tasks).run(TransformersBackend(model, batch=3), lambda _: None)
+    assert {r.unscored_reason for r in rows} == {"no answer: the model's logits are not finite"}
+    assert all(math.isnan(r.score) and not open_question(r.unscored_reason) for r in rows)
 
 
 @needs

@@ -12,33 +12,27 @@ numbers, leave items unscored.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import json
-import logging
 import math
-import random
-from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
-from leeway.data.chat import Chat
 from leeway.data.subset import subset
 from leeway.errors import LeewayError, first_line
-from leeway.evals.eval import Row, Tick
+from leeway.evals.eval import NO_ANSWER, Row, Tick
+from leeway.evals.lm_eval_harness import SEED, Recorder, as_lm, harness, kept_apart, manager, version
 from leeway.evals.lm_eval_model import Answers
-from leeway.generation.backend import Backend, Conversation
+from leeway.generation.backend import NOT_FINITE, Backend
+from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
-from leeway.model.load import Model
 
 PRIMARY = ("acc", "acc_norm", "exact_match")
-SEED = 1234  # of lm-eval's own draws: which examples are shots, say
 Sample = dict[str, Any]
 
 
@@ -64,7 +58,7 @@ class LmEval:
 
     @property
     def hash(self) -> str:
-        return digest(self.name, self.judge, self.chat, self.shots, _version(), self.prepared.content)
+        return digest(self.name, self.judge, self.chat, self.shots, version(), self.prepared.content)
 
     def __len__(self) -> int:
         return len(self.prepared.items)
@@ -75,8 +69,8 @@ class LmEval:
 
     @cached_property
     def prepared(self) -> Prepared:
-        stand_in = _Recorder()
-        samples = self._evaluate(_as_lm(stand_in), None)
+        stand_in = Recorder()
+        samples = self._evaluate(as_lm(stand_in), None)
         items = tuple(dict.fromkeys((task, s["doc_id"]) for task, found in samples.items() for s in found))
         if not items:
             raise LeewayError(f"evals.capability: lm-eval:{self.task} has no items", fix="check the task")
@@ -89,21 +83,19 @@ class LmEval:
         return Prepared(kept, content, chosen if self.limit is not None else None, max(1, requests))
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
-        model = getattr(backend, "model", None)
-        if not isinstance(model, Model):
+        if not isinstance(backend, TransformersBackend):
             raise LeewayError(
                 f"evals.capability: lm-eval:{self.task} needs the model itself, and {type(backend).__name__} has none",
                 fix="use the transformers backend for it, or leave it out",
             )
-        chat: Chat = getattr(backend, "chat", model.chat)
-        if chat.prefix and not self.chat:
+        if backend.prefix and not self.chat:
             raise LeewayError(
                 f"evals.capability: lm-eval:{self.task} asks without a chat template, where no prefix can stand",
                 fix="set chat: true for it, or leave out what is measured under a prefix",
             )
         told = _Told(tick, len(self), self.prepared.requests)
-        answers = Answers(model, chat, self.chat, int(getattr(backend, "batch", 16)), told)
-        samples = self._evaluate(_as_lm(answers), self.prepared.chosen)
+        answers = Answers(backend, self.chat, told)
+        samples = self._evaluate(as_lm(answers), self.prepared.chosen)
         told.finish()
         template = digest(backend.template_hash, self.name, self.judge, self.chat, self.shots)
         return [
@@ -114,9 +106,9 @@ class LmEval:
 
     def _evaluate(self, lm: Any, chosen: dict[str, list[int]] | None) -> dict[str, list[Sample]]:
         """lm-eval's samples by task. Its seeds, log and bars stay inside."""
-        _harness()
+        harness()
         try:
-            with _kept_apart():
+            with kept_apart():
                 found = importlib.import_module("lm_eval.evaluator").evaluate(
                     lm=lm,
                     task_dict=self._loaded(),
@@ -150,11 +142,11 @@ class LmEval:
 
     @cached_property
     def _tasks(self) -> dict[str, Any]:
-        loaded: dict[str, Any] = _manager(self.task, self.include_path).load([self.task])
+        loaded: dict[str, Any] = manager(self.task, self.include_path).load([self.task])
         return loaded
 
     def _row(self, task: str, sample: Sample, template: str, answers: Answers) -> Row:
-        score, metric, reason = self._scored(task, sample)
+        score, metric, reason = self._scored(task, sample, answers.failed)
         said = sample["filtered_resps"]
         arguments = [list(a) for a in sample["arguments"]]
         generated = [r for resps in sample["resps"] for r in resps if isinstance(r, str)]
@@ -183,7 +175,7 @@ class LmEval:
             new_tokens=sum(len(answers.chat.ids(g)) for g in generated),
         )
 
-    def _scored(self, task: str, sample: Sample) -> tuple[float, str | None, str | None]:
+    def _scored(self, task: str, sample: Sample, failed: Mapping[str, str]) -> tuple[float, str | None, str | None]:
         """(score, its metric, None), or (NaN, the metric where there is one, why it is not scored)."""
         wanted = (self.metric,) if self.metric else PRIMARY
         metric = next((m for m in sample["metrics"] if m in wanted), None)
@@ -192,7 +184,9 @@ class LmEval:
             return math.nan, None, f"lm-eval: {task} computes no {' or '.join(wanted)} per item (it has: {has})"
         numbers = [r[0] for resps in sample["resps"] for r in resps if isinstance(r, (tuple, list))]
         if any(math.isnan(float(n)) for n in numbers):
-            return math.nan, metric, "no answer: a log-likelihood is no number"
+            return math.nan, metric, NO_ANSWER + NOT_FINITE
+        if failure := next((failed[a[0]] for a in sample["arguments"] if a[0] in failed), None):
+            return math.nan, metric, NO_ANSWER + failure
         value = sample.get(metric)
         if not isinstance(value, (bool, int, float, np.number)) or not 0 <= float(value) <= 1:
             return math.nan, metric, f"lm-eval: {metric} is {_plain(value)!r}, not a value in [0, 1]"
@@ -207,55 +201,6 @@ class Prepared:
     content: str
     chosen: dict[str, list[int]] | None
     requests: int
-
-
-def _harness() -> Any:
-    try:
-        return importlib.import_module("lm_eval")
-    except ImportError as error:
-        raise LeewayError(
-            f"evals.capability: lm-eval is not installed ({error})", fix="pip install 'leeway[lm-eval]'"
-        ) from error
-
-
-def _manager(task: str, include_path: str | None) -> Any:
-    """The index of tasks: a folder of one's own where the task is there, else lm-eval's too (a minute to read)."""
-    if include_path and task in (own := _index(include_path, False)).all_tasks:
-        return own
-    return _index(include_path, True)
-
-
-@cache
-def _index(include_path: str | None, defaults: bool) -> Any:
-    tasks = importlib.import_module("lm_eval.tasks")
-    return tasks.TaskManager(include_path=include_path, include_defaults=defaults)
-
-
-def _version() -> str:
-    _harness()
-    return importlib.import_module("importlib.metadata").version("lm_eval")  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _kept_apart() -> Iterator[None]:
-    """Leave the random numbers of others as they were, and keep lm-eval's log and bars from between our lines."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    random.seed(SEED)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_gpu:
-            torch.cuda.set_rng_state_all(on_gpu)
 
 
 def _first_filter(samples: Seq[Sample]) -> list[Sample]:
@@ -292,47 +237,3 @@ class _Told:
         if until > self.given:
             self.tick(until - self.given)
             self.given = until
-
-
-class _Recorder:
-    """Stands in for a model: keeps what it is asked and says nothing."""
-
-    def __init__(self) -> None:
-        self.asked: list[list[Any]] = []
-
-    def render(self, history: Conversation, generate: bool) -> str:
-        return json.dumps([history, generate], ensure_ascii=False)
-
-    def loglikelihood(self, pairs: Seq[tuple[str, str]]) -> list[tuple[float, bool]]:
-        self.asked += [list(p) for p in pairs]
-        return [(0.0, False)] * len(pairs)
-
-    def generate(self, pairs: Seq[tuple[str, dict[str, Any]]]) -> list[str]:
-        self.asked += [[context, json.dumps(settings, sort_keys=True, default=str)] for context, settings in pairs]
-        return [""] * len(pairs)
-
-
-def _as_lm(answers: _Recorder | Answers) -> Any:
-    """lm-eval's model protocol over one of ours; its class exists only where the extra is installed."""
-    _harness()
-    base = importlib.import_module("lm_eval.api.model").LM
-
-    class Adapter(base):  # type: ignore[misc, valid-type]
-        tokenizer_name = "leeway"
-
-        def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
-            return answers.loglikelihood([r.args for r in requests])
-
-        def generate_until(self, requests: Any) -> list[str]:
-            return answers.generate([r.args for r in requests])
-
-        def loglikelihood_rolling(self, requests: Any) -> list[float]:
-            raise LeewayError(
-                f"evals.capability: lm-eval:{requests[0].task_name} measures perplexity, which is no score in [0, 1]",
-                fix="use a task with acc, acc_norm or exact_match",
-            )
-
-        def apply_chat_template(self, chat_history: Conversation, add_generation_prompt: bool = True) -> str:
-            return answers.render([dict(m) for m in chat_history], add_generation_prompt)
-
-    return Adapter()

@@ -9,19 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.generation.backend import Conversation
-from leeway.model.load import Model, decoder
+from leeway.generation.transformers import TransformersBackend
+from leeway.model.load import decoder
 
 
 class Answers:
-    """Answers lm-eval's requests with a model; batches depend on the requests alone."""
+    """Answers lm-eval's requests with the transformers backend; batches depend on the requests alone.
 
-    def __init__(self, model: Model, chat: Chat, in_chat: bool, batch: int, told: Callable[[int], None]) -> None:
-        self.model, self.chat, self.in_chat, self.batch, self.told = model, chat, in_chat, batch, told
+    `failed` holds the contexts to which the model had no answer, with the reason: lm-eval itself is told an empty one.
+    """
+
+    def __init__(self, backend: TransformersBackend, in_chat: bool, told: Callable[[int], None]) -> None:
+        self.backend, self.in_chat, self.told = backend, in_chat, told
+        self.model, self.chat, self.batch = backend.model, backend.chat, backend.batch
         self.rendered: dict[str, tuple[int, ...]] = {}
+        self.failed: dict[str, str] = {}
 
     def render(self, history: Conversation, generate: bool) -> str:
         """The prompt as text, its ids kept; an opening that the task puts into the answer's mouth is joined to it."""
@@ -104,36 +111,16 @@ class Answers:
             settings = asked[order[0]][1]
             chosen = [i for i in order[: self.batch] if asked[i][1] == settings]
             order = order[len(chosen) :]
-            for i, text in zip(chosen, self._continue([asked[i][0] for i in chosen], *settings), strict=True):
-                out[i] = text
+            limit, until = settings
+            said = _Said(self.chat, max(len(asked[i][0]) for i in chosen), until)
+            answers = self.backend.greedy([asked[i][0] for i in chosen], limit, [said] if until else [])
+            for i, (new, failure) in zip(chosen, answers, strict=True):
+                if failure:
+                    self.failed[pairs[i][0]] = failure
+                else:
+                    out[i] = _before(until, self.chat.decode(new))
             self.told(len(chosen))
         return out
-
-    def _continue(self, prompts: Seq[tuple[int, ...]], limit: int, until: tuple[str, ...]) -> list[str]:
-        from transformers import GenerationConfig, StoppingCriteriaList
-
-        stop = sorted({*self.chat.stop_ids, *self.model.stop_ids})
-        length = max(map(len, prompts))
-        device = self.model.device
-        config = GenerationConfig(
-            max_new_tokens=limit,
-            do_sample=False,
-            eos_token_id=stop,
-            pad_token_id=stop[0],
-            suppress_tokens=list(self.model.head.blocked) or None,
-        )
-        out_BL = self.model.lm.generate(
-            input_ids=torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device),
-            attention_mask=torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([_Said(self.chat, length, until)] if until else []),
-        )
-        texts = []
-        for ids in out_BL[:, length:].tolist():
-            end = next((k for k, i in enumerate(ids) if i in stop), len(ids))
-            text = self.chat.decode(ids[:end])
-            texts.append(text[: min([at for u in until if (at := text.find(u)) >= 0], default=len(text))])
-        return texts
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.model.context:
@@ -143,12 +130,16 @@ class Answers:
             )
 
 
-class _Said:
+def _before(until: Seq[str], text: str) -> str:
+    return text[: min([at for u in until if (at := text.find(u)) >= 0], default=len(text))]
+
+
+class _Said(StoppingCriteria):  # type: ignore[misc] # the library is untyped
     """Ends an answer once one of the stop strings stands in it."""
 
     def __init__(self, chat: Chat, start: int, until: tuple[str, ...]) -> None:
         self.chat, self.start, self.until = chat, start, until
-        self.window = max(len(u.encode()) for u in until) + 4  # a token is at least a byte
+        self.window = max((len(u.encode()) for u in until), default=0) + 4  # a token is at least a byte
 
     def __call__(self, ids_BL: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002 - the library's protocol
         new = ids_BL[:, max(self.start, ids_BL.shape[1] - self.window) :].tolist()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from leeway.generation.sampling import Ancestral, Finite, stream
 from leeway.hashing import digest
 from leeway.model import adapters
 from leeway.model.load import Model
+
+if TYPE_CHECKING:
+    from transformers import StoppingCriteria
 
 
 @dataclass
@@ -78,6 +81,15 @@ class TransformersBackend:
         return [r for r in replies if r is not None]
 
     @torch.no_grad()
+    def greedy(
+        self, prompts: Seq[tuple[int, ...]], limit: int, stopping: Seq[StoppingCriteria] = ()
+    ) -> list[tuple[list[int], str | None]]:
+        """Per prompt, in one batch, the ids up to the end of the answer, and why there is none where there is none."""
+        finite = Finite(self._stop_ids()[0])
+        new_BL = self._generate(prompts, limit, None, finite, stopping)
+        return [self._kept(ids, until) for ids, until in zip(new_BL.tolist(), finite.until(), strict=True)]
+
+    @torch.no_grad()
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
         """One forward pass per batch; an option's spellings are itself, capitalised or not, with or without a space."""
         spellings = {o: self._first_tokens(o) for o in options}
@@ -128,13 +140,18 @@ class TransformersBackend:
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _generate(
-        self, prompts: Seq[tuple[int, ...]], limit: int, drawing: Ancestral | None, finite: Finite | None = None
+        self,
+        prompts: Seq[tuple[int, ...]],
+        limit: int,
+        drawing: Ancestral | None,
+        finite: Finite | None = None,
+        stopping: Seq[StoppingCriteria] = (),
     ) -> Tensor:
         """New token ids, [B, at most limit]; with `drawing` the largest score is the drawn token's.
 
         `finite` looks at the scores first, and notes where they are none.
         """
-        from transformers import GenerationConfig, LogitsProcessorList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         ids_BL, mask_BL = self._left_padded(prompts)
         stop = self._stop_ids()
@@ -150,6 +167,7 @@ class TransformersBackend:
             attention_mask=mask_BL,
             generation_config=config,
             logits_processor=LogitsProcessorList([p for p in (finite, drawing) if p]),
+            stopping_criteria=StoppingCriteriaList(stopping),
         )
         return out[:, ids_BL.shape[1] :]
 
@@ -164,12 +182,15 @@ class TransformersBackend:
 
     def _reply(self, ids: list[int], limit: int, until: int | None) -> Reply:
         """The answer of one row; a failure where its scores were finite only until a step before its end."""
+        kept, failure = self._kept(ids, until)
+        if failure:
+            return Reply("", until or 0, False, failure)
+        return Reply(self.chat.decode(kept).strip(), len(kept), len(kept) == len(ids) >= limit)
+
+    def _kept(self, ids: list[int], until: int | None) -> tuple[list[int], str | None]:
         stop = set(self._stop_ids())
-        end = next((k for k, i in enumerate(ids) if i in stop), None)
-        kept = ids if end is None else ids[:end]
-        if until is not None and until <= len(kept):
-            return Reply("", until, False, NOT_FINITE)
-        return Reply(self.chat.decode(kept).strip(), len(kept), end is None and len(ids) >= limit)
+        end = next((k for k, i in enumerate(ids) if i in stop), len(ids))
+        return ids[:end], NOT_FINITE if until is not None and until <= end else None
 
     def _lacks_room(self, prompt: int, new: int) -> str:
         if prompt + new <= self.model.context:
