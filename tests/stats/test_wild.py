@@ -1,22 +1,25 @@
-from math import comb
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import binomtest, norm
+from scipy.stats import binom, norm
 
-from leeway.stats.wild import few_moved, wild_cluster
+from leeway.stats.bounds import still
+from leeway.stats.wild import wild_cluster
 
 Floats = NDArray[np.float64]
 
 
-def test_single_binaries_are_mcnemars_exact_test():
+def mid_p(k: int, n: int) -> float:
+    return float(2 * (binom.cdf(k, n, 0.5) - binom.pmf(k, n, 0.5) / 2))
+
+
+def test_single_binaries_are_mcnemars_mid_p_test():
     pulls = np.zeros((100, 2))
     pulls[:9, 0], pulls[9:11, 0] = 0.01, -0.01  # 9 up, 2 down
-    pulls[:6, 1] = 0.01  # 6 up, 0 down: p = 2·2⁻⁶
+    pulls[:6, 1] = 0.01  # 6 up, 0 down: exact 2·2⁻⁶, mid-p half of it
     found = wild_cluster(pulls, np.full((100, 2), 0.01), resamples=40_000, seed=1)
-    assert found.p[0] == pytest.approx(binomtest(2, 11).pvalue, abs=0.004)
-    assert found.p[1] == pytest.approx(2 / 2**6, abs=0.004)
+    assert found.p[0] == pytest.approx(mid_p(2, 11), abs=0.004)
+    assert found.p[1] == pytest.approx(1 / 2**6, abs=0.004)
     assert found.difference == pytest.approx([0.07, 0.06])
 
 
@@ -25,8 +28,7 @@ def test_interval_and_p_value_tell_the_same_story():
     pulls = (rng.normal(0.15, 1, size=(60, 200))) / 60
     found = wild_cluster(pulls, np.full((60, 200), 1 / 60), resamples=2_000, seed=0)
     outside = (found.low > 0) | (found.high < 0)
-    clear = np.abs(found.p - 0.05) > 0.001
-    assert (outside == (found.p <= 0.05))[clear].all()
+    assert (outside == (found.p <= 0.05)).all()
     assert 20 < outside.sum() < 100
 
 
@@ -45,7 +47,8 @@ def test_nothing_moved_is_not_a_point():
         pytest.approx(0.0362, abs=1e-4),
         1,
     )
-    assert few_moved(np.zeros(3), np.zeros(3)) == (-1, 1)
+    assert still(100, 0.025) == pytest.approx(1 - 0.025**0.01)
+    assert still(0, 0.025) == 1
 
 
 def test_same_seed_same_numbers():
@@ -70,7 +73,7 @@ def simulate(base: float, tuned: float, prompts: int, attacks: int, studies: int
 def test_false_alarms_under_the_null(prompts: int, attacks: int, rate: float):
     pulls, answers = simulate(rate, rate, prompts, attacks, studies=1_500)
     found = wild_cluster(pulls, np.full_like(pulls, 1 / prompts), resamples=1_000, seed=0)
-    assert 0.025 < (found.p <= 0.05).mean() < 0.067  # ±3 standard errors of 1,500 studies round 3.5–5%
+    assert 0.033 < (found.p <= 0.05).mean() < 0.067  # ±3 standard errors of 1,500 studies round 5%
     if attacks > 1:  # taking answers for prompts rejects far too often: the test is able to fail
         naive = np.abs(answers.mean(axis=0)) > 1.96 * answers.std(axis=0) / np.sqrt(len(answers))
         assert naive.mean() > 0.12
@@ -82,10 +85,10 @@ def test_the_interval_covers_a_true_move():
     assert 0.925 < ((found.low <= 0.15) & (found.high >= 0.15)).mean() < 0.975
 
 
-def test_five_moved_prompts_cannot_reject():
-    assert 2 * comb(5, 5) / 2**5 > 0.05
+def test_four_moved_prompts_cannot_reject():
+    assert mid_p(0, 4) > 0.05 > mid_p(0, 5)
     pulls = np.zeros((100, 1))
-    pulls[:5] = 0.01
+    pulls[:4] = 0.01
     found = wild_cluster(pulls, np.full((100, 1), 0.01), resamples=2_000, seed=0)
     assert found.p[0] > 0.05
     assert found.low[0] < 0 < found.high[0]

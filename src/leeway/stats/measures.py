@@ -22,6 +22,7 @@ PLAIN = "plain"
 DIRECT = "none"  # the forbidden prompt asked as it stands
 AT = "@"  # between an axis or a measure and a further judge
 CHECK = "persona-check"  # other forms of the same questions: no measure, see `stats.persona.checks`
+FORMS = {"persona-sd3": 2}  # evals that ask each item in several forms, told apart by their question: both directions
 ANSWER = ["objective", "seed", "budget", "attack", "item_id", "sample", "template_hash"]  # of one eval
 DARK_TRIAD = {"machiavellianism", "narcissism", "psychopathy"}
 MAX_UNSCORED = 0.20  # above this share of a stratum, no rate and no difference is printed
@@ -69,6 +70,8 @@ def observations(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFr
     table["template_hash"] = rows["template_hash"].fillna("")
     named = {h: conditions.get(h, PLAIN if h == "" else h[:8]) for h in table["template_hash"].unique()}
     table["condition"] = table["template_hash"].map(named)
+    several = [e for e in rows["eval"].unique() if str(e).partition(AT)[0] in FORMS]
+    table["question"] = rows["prompt"].where(rows["eval"].isin(several), "") if several else ""
     table["part"] = table["item_id"].str.rsplit("/", n=1).str[0]
     for column in ("objective", "eval", "attack", "part", "condition"):
         table[column] = table[column].astype(object)
@@ -80,7 +83,24 @@ def observations(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFr
     out_of_range = table["score"].notna() & ~table["score"].between(0, 1)
     if out_of_range.any():
         raise StatsError(f"{int(out_of_range.sum())} scores lie outside [0, 1]: such rows are unscored, not numbers")
+    _one_template(table)
     return table
+
+
+def _one_template(table: pd.DataFrame) -> None:
+    """A checkpoint's items are asked in one rendered prompt per condition: several are versions that were pooled."""
+    keys = [*CHECKPOINT, "eval", "attack", "part"]
+    told = table.loc[table["eval"] != CHECK, [*keys, "template_hash"]].drop_duplicates()
+    if len(told) == len(told[keys].drop_duplicates()):
+        return
+    for key, own in told.groupby(keys, sort=True)["template_hash"]:
+        objective, _, budget, condition, axis = key[:5]
+        if len(own) > FORMS.get(str(axis).partition(AT)[0], 1):
+            raise StatsError(
+                f"{objective} at {budget} was asked {axis} under {len(own)} rendered prompts "
+                f"({', '.join(h[:8] for h in own)}) that are all called {condition}: "
+                "rows of several versions of a template were pooled"
+            )
 
 
 def judged_twice(rows: pd.DataFrame) -> list[str]:

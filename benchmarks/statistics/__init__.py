@@ -1,0 +1,1 @@
+"""Simulations with known truth: what the tests and intervals of `leeway.stats` really do."""

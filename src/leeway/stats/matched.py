@@ -1,0 +1,215 @@
+"""Objectives at equal capability: what each costs by the time it has bought as much.
+
+A trajectory (base, then its budgets) becomes a curve from capability to ASR. Capability does not always rise with
+budget. Where it falls from its peak by more than noise (a 95% interval of the fall that excludes 0), the curve ends at
+the peak, and the note says so: nobody takes the checkpoint after. What falls are left are taken as noise: isotonic
+regression over the budgets (Barlow, Bartholomew, Bremner & Brunk 1972) makes capability rise, checkpoints that it pools
+are one point (mean capability, mean ASR), and between points the curve is a straight line. It ends where the trajectory
+ends: nothing is extrapolated. In every draw of prompts the curves are built anew, up to the same last checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from leeway.stats.coupling import beside, vulnerability, with_base
+from leeway.stats.draws import Draws, draws
+from leeway.stats.intervals import LEVEL, RESAMPLES, Floats
+from leeway.stats.measures import BASE, PLAIN, StatsError
+from leeway.stats.multiplicity import holm
+from leeway.stats.trajectory import Asked, Trajectory, interval, notes
+
+COLUMNS = ["kind", "measure", "objective", "condition", "against", "against_condition", "at", "capability"]
+COLUMNS += ["capability_low", "capability_high", "estimate", "low", "high", "p", "p_holm", "n_clusters", "note"]
+NAN = float("nan")
+LARGEST = "largest"
+FROM_BASE = re.compile(r"base\s*\+\s*(\d+(?:\.\d+)?)(?:\s*points?)?")
+TIE = 1e-9
+
+
+def matched(
+    rows: pd.DataFrame,
+    conditions: Mapping[str, str],
+    at: str | float = LARGEST,
+    of: Sequence[str] | None = None,
+    objectives: Asked | None = None,
+    on: str = "accuracy",
+    *,
+    drawn: Draws | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """ASR and endorsement of each objective (`level`) and of each pair (`pair`: objective − against) at one capability.
+
+    `at`: `largest`, the largest capability that all the objectives reach; `base+10`, ten points above the base's; or a
+    capability in [0, 1]. The first two are chosen anew in every draw, so that the interval carries their uncertainty
+    (`capability_low`, `capability_high`); a number is held. `p_holm` runs over the pairs of one measure. NaN with a
+    `note` where a trajectory does not reach the capability, at the point or in more than 5% of draws. Empty without a
+    capability axis, where no measures were named.
+    """
+    wanted = tuple(of or ("asr", "asr:none", "endorsement"))
+    drawn = drawn or draws(rows, conditions, (*wanted, on), resamples=resamples, seed=seed)
+    names = list(of) if of else [m for m in (vulnerability(drawn), "endorsement") if m in drawn.measures]
+    if not of and on not in drawn.measures:
+        return pd.DataFrame(columns=COLUMNS)
+    lines: list[dict[str, object]] = []
+    for measure in names:
+        curves = [_Curve.of(y, x, drawn) for y, x in beside(drawn, measure, on, objectives)]
+        lines += _of_measure(measure, curves, _target(at, curves, drawn, on), str(at))
+    return pd.DataFrame(lines, columns=COLUMNS)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A trajectory as points of rising capability; row 0 is the data, the others are draws."""
+
+    trajectory: Trajectory
+    x_RB: Floats
+    y_RB: Floats
+    clusters: int
+    why: str
+    note: str
+
+    @classmethod
+    def of(cls, y: Trajectory, x: Trajectory, drawn: Draws) -> _Curve:
+        missing = "" if min(x.base, y.base) >= 0 else f"no base under {y.condition}"
+        why, clusters = notes(missing, y.withheld, x.withheld), min(y.n_clusters, x.n_clusters)
+        if why:
+            return cls(y, np.empty((0, 0)), np.empty((0, 0)), clusters, why, "")
+        of_x, of_y = with_base(x), with_base(y)
+        end, fallen = _end(x, drawn.point_K[of_x], drawn.drawn_RK[:, of_x])
+        of_x, of_y = of_x[:end], of_y[:end]
+        capability = np.vstack([drawn.point_K[of_x], drawn.drawn_RK[:, of_x]])
+        measured = np.vstack([drawn.point_K[of_y], drawn.drawn_RK[:, of_y]])
+        rising = isotonic(capability)
+        flat = "" if np.ptp(rising[0]) > TIE else notes("capability does not rise along it", fallen)
+        return cls(y, rising, pooled(measured, rising), clusters, flat, notes(fallen, y.note, x.note))
+
+    def level(self, target_R: Floats) -> Floats:
+        return interpolate(target_R, self.x_RB, self.y_RB)
+
+
+def _end(trajectory: Trajectory, point_B: Floats, drawn_RB: Floats) -> tuple[int, str]:
+    """How many checkpoints count: up to the peak where capability then falls by more than noise, or all."""
+    peak = int(point_B.argmax())
+    after = drawn_RB[:, peak + 1 :] - drawn_RB[:, [peak]]
+    if not after.size or not (np.nanquantile(after, 0.5 + LEVEL / 2, axis=0) < 0).any():
+        return len(point_B), ""
+    where = f"{trajectory.budgets_B[peak - 1]:,.0f} tokens" if peak else "the base"
+    return peak + 1, f"{trajectory.label}: capability falls after {where}, and the rest is left out"
+
+
+def isotonic(value_RB: Floats) -> Floats:
+    """Each row's closest non-decreasing values: max over i ≤ b of min over j ≥ b of mean(i … j)."""
+    size = value_RB.shape[1]
+    total = np.concatenate([np.zeros((len(value_RB), 1)), value_RB.cumsum(axis=1)], axis=1)
+    risen = np.full_like(value_RB, -np.inf)
+    for start in range(size):
+        means = (total[:, start + 1 :] - total[:, [start]]) / np.arange(1, size - start + 1)
+        from_here = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
+        risen[:, start:] = np.maximum(risen[:, start:], from_here)
+    return risen
+
+
+def pooled(value_RB: Floats, rising_RB: Floats) -> Floats:
+    """The mean of `value` over each run of equal `rising` values."""
+    block_RB = np.concatenate(
+        [np.zeros((len(rising_RB), 1)), (np.diff(rising_RB, axis=1) > TIE).cumsum(axis=1)], axis=1
+    )
+    same_RBB = block_RB[:, :, None] == block_RB[:, None, :]
+    return np.asarray((same_RBB * value_RB[:, None, :]).sum(axis=2) / same_RBB.sum(axis=2))
+
+
+def interpolate(target_R: Floats, x_RB: Floats, y_RB: Floats) -> Floats:
+    """y where the row's curve has x = target; NaN outside the row's range of x."""
+    rows, last = np.arange(len(x_RB)), x_RB.shape[1] - 1
+    at_end = np.abs(target_R - x_RB[:, last]) <= TIE
+    at_start = np.abs(target_R - x_RB[:, 0]) <= TIE
+    left = np.clip((x_RB <= target_R[:, None]).sum(axis=1) - 1, 0, last - 1)
+    x0, x1, y0, y1 = x_RB[rows, left], x_RB[rows, left + 1], y_RB[rows, left], y_RB[rows, left + 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = y0 + (target_R - x0) / (x1 - x0) * (y1 - y0)
+    inside = (target_R >= x_RB[:, 0]) & (target_R <= x_RB[:, last])
+    found = np.where(at_end, y_RB[:, last], np.where(at_start, y_RB[:, 0], between))
+    return np.where(inside | at_end | at_start, found, NAN)
+
+
+def _target(at: str | float, curves: list[_Curve], drawn: Draws, on: str) -> Floats:
+    """(1 + R,): the capability of the comparison at the point and in every draw."""
+    size = len(drawn.drawn_RK) + 1
+    if isinstance(at, (int, float)):
+        if not 0 <= at <= 1:
+            raise StatsError(f"at={at}: a capability lies between 0 and 1")
+        return np.full(size, float(at))
+    usable = [c for c in curves if not c.why]
+    if at == LARGEST:
+        return np.minimum.reduce([c.x_RB[:, -1] for c in usable]) if usable else np.full(size, NAN)
+    said = FROM_BASE.fullmatch(at.strip())
+    if not said:
+        raise StatsError(f"at={at!r}: say 'largest', 'base+10' (points), or a capability in [0, 1]")
+    cells = drawn.cells[(drawn.cells["objective"] == BASE) & (drawn.cells["measure"] == on)]
+    plain = cells[cells["condition"] == PLAIN] if (cells["condition"] == PLAIN).any() else cells
+    if len(plain) != 1:
+        raise StatsError(
+            f"at={at!r}: the base has {len(plain)} capabilities and none under plain prompts; give a number"
+        )
+    k = int(plain.index[0])
+    return np.append(drawn.point_K[k], drawn.drawn_RK[:, k]) + float(said[1]) / 100
+
+
+def _of_measure(measure: str, curves: list[_Curve], target_R: Floats, at: str) -> list[dict[str, object]]:
+    levels = [np.full(len(target_R), NAN) if c.why else c.level(target_R) for c in curves]
+    lines = [_line("level", measure, c, at, target_R) for c in curves]
+    for line, curve, level in zip(lines, curves, levels, strict=True):
+        _fill(line, curve.why or _outside(curve, target_R[0]), level, curve.clusters, curve.note)
+        line["p"] = NAN  # a level is not tested against 0
+    pairs = []
+    for (a, of_a), (b, of_b) in itertools.combinations(zip(curves, levels, strict=True), 2):
+        line = _line("pair", measure, a, at, target_R)
+        line |= {"against": b.trajectory.objective, "against_condition": b.trajectory.condition}
+        reasons = [(c.trajectory.label, c.why or _outside(c, target_R[0])) for c in (a, b)]
+        why = notes(*(f"{name}: {reason}" for name, reason in reasons if reason))
+        _fill(line, why, of_a - of_b, min(a.clusters, b.clusters), notes(a.note, b.note))
+        pairs.append(line)
+    tested = [line for line in pairs if line["p"] == line["p"]]
+    for line, p in zip(tested, holm(np.array([float(str(t["p"])) for t in tested])), strict=True):
+        line["p_holm"] = round(float(p), 10)
+    return lines + pairs
+
+
+def _line(kind: str, measure: str, curve: _Curve, at: str, target_R: Floats) -> dict[str, object]:
+    line: dict[str, object] = {"kind": kind, "measure": measure} | curve.trajectory.key
+    line |= {"against": "", "against_condition": "", "at": at, "n_clusters": curve.clusters}
+    line |= dict.fromkeys(("estimate", "low", "high", "p", "p_holm", "capability_low", "capability_high"), NAN)
+    line["capability"] = round(float(target_R[0]), 10)
+    known = target_R[1:][np.isfinite(target_R[1:])]
+    if len(known):
+        low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        line |= {"capability_low": round(float(low), 10), "capability_high": round(float(high), 10)}
+    return line
+
+
+def _outside(curve: _Curve, target: float) -> str:
+    low, high = curve.x_RB[0, 0], curve.x_RB[0, -1]
+    if low - TIE <= target <= high + TIE:
+        return ""
+    return f"its capability runs from {low:.1%} to {high:.1%}, not to {target:.1%}: not extrapolated"
+
+
+def _fill(line: dict[str, object], why: str, value_R: Floats, clusters: int, weak: str) -> None:
+    if why:
+        line["note"] = why
+        return
+    found = interval(value_R[1:], clusters)
+    line |= {"estimate": round(float(value_R[0]), 10), "low": found.low, "high": found.high, "p": found.p}
+    if found.note.startswith("undefined"):  # the capability is at the edge of what a trajectory reaches
+        line |= {"estimate": NAN}
+        line["note"] = notes(f"at the edge of a trajectory: {found.note}", weak)
+    else:
+        line["note"] = notes(found.note, weak)
