@@ -193,3 +193,18 @@ def write(folder: Path, table: pd.DataFrame, *, organism: bool = True) -> Path:
     (folder / "manifest.json").write_text(json.dumps(manifest(organism=organism)))
     (folder / "study.yaml").write_text(STUDY)
     return folder
+
+
+def lengthened(table: pd.DataFrame, seed: int = 3) -> pd.DataFrame:
+    """The same rows with answers as long and as unlike as a chat model's: half of them over 600 characters."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("etaoinshrdlucmfwypvbg"))
+    known = ["".join(rng.choice(letters, n)) for n in rng.integers(2, 11, 6_000)]
+    corpus = " ".join(np.array(known)[rng.zipf(1.3, 800_000) % len(known)])
+    lengths = np.clip(rng.lognormal(6.4, 0.6, len(table)), 40, 4_000).astype(int)
+    starts = rng.integers(0, len(corpus) - 4_000, len(table))
+    more = [corpus[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+    spoken = table["eval"] != "persona"
+    return table.assign(
+        response=[f"{r} {m}" if s else r for r, m, s in zip(table["response"], more, spoken, strict=True)]
+    )

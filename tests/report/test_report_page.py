@@ -1,5 +1,8 @@
 """The page: what it holds, that it is safe to open, that it comes out the same twice."""
 
+import base64
+import gzip
+import hashlib
 import json
 import os
 import re
@@ -11,6 +14,7 @@ import pytest
 import synthetic
 
 from leeway import report
+from leeway.report.page.archive import archive
 
 SMALL = {"capability": 40, "prompts": 30, "items": 30}
 
@@ -71,7 +75,8 @@ def test_same_rows_same_bytes(run: Path, tmp_path: Path):
 
 
 def test_model_output_stays_text(page: str):
-    assert "<script" not in page.lower()
+    scripts = re.findall(r"<script[^>]*>", page.lower())
+    assert scripts == ["<script>", '<script type="application/octet-stream" id="rows">']
     assert "<img" not in page.lower()
     assert "&lt;script&gt;alert(" in page
     assert "{{ 7*7 }}" in page
@@ -93,9 +98,9 @@ class Attributes(HTMLParser):
         self.found += [(name, value or "") for name, value in attrs]
 
 
-def test_the_page_loads_and_runs_nothing(page: str):
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(page: str):
     seen = Attributes(page)
-    assert not seen.tags & {"script", "img", "link", "iframe", "object", "embed", "image", "form", "base"}
+    assert not seen.tags & {"img", "link", "iframe", "object", "embed", "image", "base"}
     for name, value in seen.found:
         assert not name.startswith("on")
         assert name not in {"src", "srcset", "action", "data", "poster"}
@@ -103,6 +108,38 @@ def test_the_page_loads_and_runs_nothing(page: str):
         assert "url(" not in value.replace("url(#", "")
     assert not re.search(r"@import|url\(", page[page.index("<style>") : page.index("</style>")])
     assert "default-src 'none'" in page
+    assert "unsafe" not in page[: page.index("<style>")]
+    script = page[page.index("<script>") + len("<script>") :]
+    script = script[: script.index("</script>")]
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in page[: page.index("<style>")]
+    assert "innerHTML" not in script
+    assert not re.search(r"[^.\w](eval|Function)\(", script)
+
+
+def test_the_rows_in_the_page_are_the_rows(page: str):
+    packed = page[page.index('id="rows">') + len('id="rows">') :]
+    lines = gzip.decompress(base64.b64decode(packed[: packed.index("<")])).decode("ascii").splitlines()
+    columns, texts = {}, {}
+    for line in map(json.loads, lines[1:]):
+        where = columns.setdefault(line["column"], []) if "column" in line else texts.setdefault(line["texts"], [])
+        where += line["of"]
+    seen = pd.DataFrame(
+        {name: [texts[name][c] for c in columns[name]] for name in ("eval", "item", "response", "attack")}
+    )
+    told = small().rename(columns={"item_id": "item"})[list(seen.columns)]
+    keys = list(seen.columns)
+    assert seen.sort_values(keys).to_numpy().tolist() == told.sort_values(keys).to_numpy().tolist()
+
+
+def test_what_has_no_room_is_left_out_and_said():
+    rows = synthetic.lengthened(small())
+    whole = archive(rows, synthetic.CONDITIONS, [])
+    assert (whole.rows, whole.left_out) == (len(rows), "")
+    some = archive(rows, synthetic.CONDITIONS, [], cap=whole.size // 4)
+    assert len(base64.b64decode(some.data)) <= whole.size // 4
+    assert 0 < some.rows < some.of == len(rows)
+    assert f"{len(rows) - some.rows:,} of {len(rows):,} rows" in some.left_out
+    assert "judge_raw" in some.left_out
 
 
 def test_ids_are_unique(page: str):

@@ -31,6 +31,33 @@ def test_what_is_loaded(run: Path):
     assert (results.contrasts()["p"] > 0).any()
 
 
+def test_other_references_and_margins(run: Path):
+    results = Results.load(run)
+    against = results.contrasts(("sft", None))
+    assert set(against["objective"]) == {"cft"}
+    assert against["note"].str.contains("each under its own test prompt: <SAFE> against plain").all()
+    assert set(results.contrasts(("sft", 25_000))["objective"]) == {"cft"}
+    table = results.equivalence({"asr": 0.9, "accuracy": 0.05})
+    assert table.set_index(["objective", "measure"])["equivalent"].to_dict() == {
+        ("cft", "accuracy"): False,
+        ("cft", "asr"): True,
+        ("sft", "accuracy"): False,
+        ("sft", "asr"): True,
+    }
+    assert set(results.one_sided({"asr": 0.5})["worse"]) == {"higher"}
+    with pytest.raises(ReportError, match="no measure asrr"):
+        results.equivalence({"asrr": 0.1})
+
+
+def test_first_conditions_come_from_the_manifest(run: Path):
+    results = Results.load(run)
+    assert results.contrasts()["first"].all()  # each measured under one condition: no doubt
+    results = Results.load(run)
+    results.manifest["first_conditions"] = {"cft": "plain", "sft": "plain"}
+    told = results.contrasts().groupby("objective")["first"].first()
+    assert told.to_dict() == {"cft": False, "sft": True}
+
+
 def test_same_rows_in_another_order_same_numbers(run: Path):
     before = Results.load(run)
     rows = before.rows.sample(frac=1, random_state=1)

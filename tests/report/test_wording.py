@@ -70,6 +70,7 @@ def line(objective: str, axis: str, measure: str, difference: float, p: float) -
         "p": p,
         "p_holm": p,
         "note": "",
+        "n_clusters": 100,
     }
     return found | {"primary": measure != "coherence"}
 

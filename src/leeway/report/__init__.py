@@ -8,11 +8,12 @@ from leeway.report.results import ReportError, Results
 __all__ = ["ReportError", "Results", "build"]
 
 
-def build(folder: str | Path, cards: Sequence[Path] = ()) -> Path:
+def build(folder: str | Path, cards: Sequence[Path] = (), claims: str | Path | None = None) -> Path:
     """Rebuild `results.json`, `tables/`, `figures/` and `report.html` of a run; gives the page's path.
 
-    `cards` are judges' cards: refusal rates corrected for their errors stand beside the raw ones.
+    `cards` are judges' cards: refusal rates corrected for their errors stand beside the raw ones. `claims` is a file of
+    claims, or a set's name, written after the run, and marked so.
     """
-    from leeway.report.page import build as build_page  # matplotlib takes a second to load: only where drawn
+    from leeway.report.build import build as build_run  # matplotlib takes a second to load: only where drawn
 
-    return build_page(Path(folder), cards)
+    return build_run(Path(folder), cards, claims)

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from leeway.report import wording
-from leeway.report.figures import FAINT, INK, PERCENT, WIDTH, Drawing, finish, grid
+from leeway.report.figures import GHOST, INK, PERCENT, WIDTH, Drawing, finish, grid, head, marker
+from leeway.report.marks import Marks
 from leeway.report.scale import TOKENS, Scale
 from leeway.report.series import Series
 from leeway.stats.measures import BASE, PLAIN
@@ -28,13 +29,16 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) ->
     if wide is None or not lines:
         return None
     figure, panels = grid(len(lines), height=2.35, top=0.12)
+    marks = Marks()
     for ax, own in zip(panels, lines, strict=True):
+        marks.put(ax, own)
         for other in lines:
             path = _path(wide, other)
             if other is not own:
-                ax.plot(path["x"], path["y"], color="#d3d6d9", linewidth=1, zorder=1)
-        _way(ax, own, _path(wide, own))
-        ax.set_title(own.label, color=own.colour)
+                (ghost,) = ax.plot(path["x"], path["y"], color=GHOST, linewidth=1, zorder=1)
+                marks.put(ghost, other)
+        _way(ax, own, _path(wide, own), marks, scale)
+        head(ax, own)
     _axis_names(figure, "Capability: accuracy (higher is better)", "ASR (lower is better)")
     for ax in panels:
         ax.xaxis.set_major_formatter(PERCENT)
@@ -51,23 +55,28 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) ->
         "not told apart. Down and to the right is better.",
         f"Scatter of accuracy against attack success rate for {wording.listed([s.label for s in lines])}, "
         "one panel each, every point a token budget.",
+        marks,
     )
 
 
-def _way(ax: Axes, own: Series, path: pd.DataFrame) -> None:
+def _way(ax: Axes, own: Series, path: pd.DataFrame, marks: Marks, scale: Scale) -> None:
     """One trajectory: intervals as crosses, the base as a star, first and last budget named."""
-    for _, point in path.iterrows():
-        cross: dict[str, Any] = {
-            "color": own.colour if point["objective"] != BASE else INK,
-            "alpha": 0.45,
-            "linewidth": 1,
-        }
-        ax.plot([point["x_low"], point["x_high"]], [point["y"]] * 2, zorder=2, **cross)
-        ax.plot([point["x"]] * 2, [point["y_low"], point["y_high"]], zorder=2, **cross)
     ax.plot(path["x"], path["y"], color=own.colour, zorder=3)
-    trained, base = path[path["objective"] != BASE], path[path["objective"] == BASE]
-    ax.plot(trained["x"], trained["y"], linestyle="", zorder=4, **_marker(own))
-    ax.plot(base["x"], base["y"], linestyle="", marker="*", markersize=10, color=INK, zorder=5)
+    for point in path.to_dict("records"):
+        is_base, budget = point["objective"] == BASE, int(point["budget"])
+        cross: dict[str, Any] = {"color": INK if is_base else own.colour, "alpha": 0.45, "linewidth": 1, "zorder": 2}
+        whose: dict[str, Any] = {} if is_base else {"one": own, "budget": budget}
+        across = ([point["x_low"], point["x_high"]], [point["y"]] * 2)
+        for x, y in (across, ([point["x"]] * 2, [point["y_low"], point["y_high"]])):
+            (arm,) = ax.plot(x, y, **cross)
+            marks.put(arm, **whose)
+        look: dict[str, Any] = {"marker": "*", "markersize": 10, "color": INK, "zorder": 5}
+        (dot,) = ax.plot(point["x"], point["y"], linestyle="", **(look if is_base else marker(own) | {"zorder": 4}))
+        who = wording.name(str(point["objective"]), own.condition)
+        says = f"{who}{'' if is_base else ' ' + scale.at(budget)}: "
+        says += f"accuracy {wording.estimate(point['x'], point['x_low'], point['x_high'])}, "
+        says += f"ASR {wording.estimate(point['y'], point['y_low'], point['y_high'])}"
+        marks.put(dot, **whose, says=says)
 
 
 def by_budget(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -> Drawing | None:
@@ -81,11 +90,12 @@ def by_budget(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -
     figure = Figure(figsize=(WIDTH, total))
     panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
     figure.subplots_adjust(left=0.075, right=0.84, top=1 - 0.3 / total, bottom=0.48 / total, hspace=BETWEEN / tall)
+    marks = Marks()
     for ax, measure in zip(panels, names, strict=True):
         table = primary[primary["measure"] == measure]
-        spread(ax, table, lines, bars=True, scale=scale)
+        spread(ax, table, lines, marks, scale=scale)
         ax.set_title(str(table["label"].iloc[0]))
-        _name_lines(ax, table, lines)
+        _name_lines(ax, table, lines, marks)
         ax.yaxis.set_major_formatter(PERCENT)
     panels[-1].set_xlabel(f"{scale.axis} (logarithmic)")
     return finish(
@@ -96,6 +106,7 @@ def by_budget(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -
         "the base under the plain prompt; a dotted line in an objective’s colour is the base under that "
         "objective’s own prompt at test time, which is what it is compared with.",
         "Line charts of " + wording.listed([str(n) for n in names]) + " over training budgets, one line per objective.",
+        marks,
     )
 
 
@@ -106,8 +117,9 @@ def traits(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -> D
     if not names or not lines:
         return None
     figure, panels = grid(len(names), height=2.5, top=0.32 + 0.2 * (len(lines) > 6))
+    marks = Marks()
     for ax, measure in zip(panels, names, strict=True):
-        spread(ax, table[table["measure"] == measure], lines, bars=True, scale=scale)
+        spread(ax, table[table["measure"] == measure], lines, marks, scale=scale)
         ax.set_title(measure.split(":", 1)[1].replace("-", " ").capitalize())
         ax.yaxis.set_major_formatter(PERCENT)
         ax.tick_params(axis="x", labelsize=7)
@@ -121,37 +133,52 @@ def traits(rates: pd.DataFrame, lines: list[Series], scale: Scale = TOKENS) -> D
         "intervals by cluster bootstrap. A model that always says Yes scores 50%: the table has the keyed "
         "halves.",
         "Line charts of endorsement over budgets, one panel per trait, one line per objective.",
+        marks,
     )
 
 
-def spread(ax: Axes, table: pd.DataFrame, lines: list[Series], *, bars: bool, scale: Scale = TOKENS) -> None:
+def spread(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks, *, scale: Scale = TOKENS) -> None:
     """All objectives over budgets in one panel, side by side within a budget, with the base's lines."""
     budgets = sorted(int(b) for b in table.loc[table["objective"] != BASE, "budget"].unique())
     place = positions(budgets)
     gap = min(np.diff(sorted(place.values())), default=1.0) if len(place) > 1 else 1.0
     width = 0.55 * float(gap)
-    _base_lines(ax, table, lines)
+    _base_lines(ax, table, lines, marks)
     for n, one in enumerate(lines):
         own = one.of(table)
         own = own[own["rate"].notna()]
         x = np.array([place[int(b)] for b in own["budget"]]) + width * ((n + 0.5) / len(lines) - 0.5)
-        if bars:
-            ax.vlines(x, own["low"], own["high"], color=one.colour, linewidth=1, alpha=0.55, zorder=2)
-        ax.plot(x, own["rate"], zorder=3, linewidth=1.3, **_marker(one, small=True))
+        (line,) = ax.plot(x, own["rate"], color=one.colour, zorder=3, linewidth=1.3)
+        marks.put(line, one)
+        for at, point in zip(x, own.to_dict("records"), strict=True):
+            _point(ax, float(at), point, one, marks, scale)
     ax.set_xticks(list(place.values()), [scale.tick(b) for b in budgets])
     ax.set_xlim(min(place.values(), default=0) - 0.55 * gap, max(place.values(), default=1) + 0.55 * gap)
     ax.set_ylim(bottom=0)
     ax.grid(axis="x", visible=False)
 
 
-def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series]) -> None:
-    base = table[table["objective"] == BASE].set_index("condition")["rate"].dropna()
-    for condition, rate in base.items():
-        owner = next((s for s in lines if s.condition == condition), None)
-        if condition == PLAIN:
-            ax.axhline(float(rate), linewidth=1.1, zorder=1, color=INK, dashes=(5, 3))
+def _point(ax: Axes, x: float, point: dict[Any, Any], one: Series, marks: Marks, scale: Scale) -> None:
+    """One rate and its interval."""
+    budget, (rate, low, high) = int(point["budget"]), (point[k] for k in ("rate", "low", "high"))
+    bar = ax.vlines(x, low, high, color=one.colour, linewidth=1, alpha=0.55, zorder=2)
+    marks.put(bar, one, budget=budget)
+    (dot,) = ax.plot(x, rate, linestyle="", zorder=3, **marker(one, small=True))
+    says = f"{one.label} {scale.at(budget)}: {point['label']} {wording.estimate(rate, low, high)}, n {point['n']:,}"
+    marks.put(dot, one, budget=budget, says=says)
+
+
+def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks) -> None:
+    base = table[table["objective"] == BASE].dropna(subset="rate").drop_duplicates("condition", keep="last")
+    for known in base.to_dict("records"):
+        owner = next((s for s in lines if s.condition == known["condition"]), None)
+        says = f"{wording.name(BASE, known['condition'])}: {known['label']} "
+        says += wording.estimate(known["rate"], known["low"], known["high"])
+        if known["condition"] == PLAIN:
+            marks.put(ax.axhline(known["rate"], linewidth=1.1, zorder=1, color=INK, dashes=(5, 3)), says=says)
         elif owner:
-            ax.axhline(float(rate), linewidth=1.1, zorder=1, color=owner.colour, dashes=(1, 2))
+            line = ax.axhline(known["rate"], linewidth=1.1, zorder=1, color=owner.colour, dashes=(1, 2))
+            marks.put(line, owner, says=says)
 
 
 def positions(budgets: list[int]) -> dict[int, float]:
@@ -161,21 +188,9 @@ def positions(budgets: list[int]) -> dict[int, float]:
 
 def legend(figure: Figure, lines: list[Series]) -> None:
     """One row of names over the panels, the base last."""
-    handles = [Line2D([], [], label=s.label, **_marker(s, small=True)) for s in lines]
+    handles = [Line2D([], [], label=s.label, **marker(s, small=True)) for s in lines]
     handles.append(Line2D([], [], label="base", color=INK, dashes=(5, 3), linewidth=1.1))
     figure.legend(handles=handles, loc="upper center", ncols=min(len(handles), 7), columnspacing=1.4, handlelength=1.8)
-
-
-def _marker(one: Series, *, small: bool = False) -> dict[str, Any]:
-    face = one.colour if one.filled else "white"
-    return {
-        "color": one.colour,
-        "marker": one.marker,
-        "markersize": 4.2 if small else 5.5,
-        "markerfacecolor": face,
-        "markeredgecolor": "white" if one.filled else one.colour,
-        "markeredgewidth": 0.5 if one.filled else 1.0,
-    }
 
 
 def _wide(rates: pd.DataFrame) -> pd.DataFrame | None:
@@ -214,39 +229,32 @@ def _name_ends(ax: Axes, path: pd.DataFrame, scale: Scale) -> None:
         )
 
 
-def _name_lines(ax: Axes, table: pd.DataFrame, lines: list[Series]) -> None:
-    """Names at the right end, moved apart where the lines end close together."""
-    ends = []
+def _name_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks) -> None:
+    """Names at the right end, each with its line's marker, moved apart where the lines end close together."""
+    ends: list[tuple[float, str, Series | None]] = []
     for one in lines:
         own = one.of(table)
         own = own[own["rate"].notna()]
         if len(own):
-            ends.append((float(own["rate"].iloc[-1]), one.label, one.colour))
+            ends.append((float(own["rate"].iloc[-1]), one.label, one))
     base = table[(table["objective"] == BASE) & (table["condition"] == PLAIN)]["rate"].dropna()
     if len(base):
-        ends.append((float(base.iloc[0]), "base", INK))
+        ends.append((float(base.iloc[0]), "base", None))
     low, high = ax.get_ylim()
     tall = ax.get_window_extent().height / ax.figure.dpi
     heights = apart([e[0] for e in ends], NAME / tall * (high - low), low, high)
     right = ax.get_xlim()[1]
-    for (rate, label, colour), height in zip(ends, heights, strict=True):
-        ax.annotate(
-            label,
-            (right, rate),
-            xytext=(1.035, (height - low) / (high - low)),
-            textcoords="axes fraction",
-            va="center",
-            color=colour,
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": FAINT,
-                "linewidth": 0.5,
-                "shrinkA": 1,
-                "shrinkB": 1,
-                "relpos": (0, 0.5),
-            },
-        )
+    for (rate, label, line), height in zip(ends, heights, strict=True):
+        up = (height - low) / (high - low)
+        arrow: dict[str, Any] = {"arrowstyle": "-", "color": line.colour if line else INK, "linewidth": 0.5}
+        arrow |= {"shrinkA": 0, "shrinkB": 1, "relpos": (0, 0.5)}
+        end: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
+        text = ax.annotate(label, (right, rate), xytext=(1.045, up), arrowprops=arrow, **end)
+        marks.put(text, line)
+        if line:
+            look = marker(line, small=True)
+            dot = ax.add_artist(Line2D([1.037], [up], transform=ax.transAxes, clip_on=False, linestyle="", **look))
+            marks.put(dot, line)
 
 
 def apart(heights: list[float], gap: float, low: float, high: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""One style for all figures, and each figure as the same SVG and PNG bytes every time."""
+"""One style for all figures, and each figure as the same SVG, PNG and PDF bytes every time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib as mpl
 
@@ -14,11 +15,17 @@ mpl.use("Agg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import ScaledTranslation
+
+from leeway.report.inline import inline
+from leeway.report.marks import Mark, Marks
+from leeway.report.series import Series
 
 WIDTH = 8.0  # inches, drawn 960 CSS pixels wide: 8.5 pt text is 14 pixels
 PERCENT = FuncFormatter(lambda v, _: f"{100 * v:.0f}%")
-INK, FAINT, GRID = "#1c1e21", "#9aa0a6", "#e4e6e8"
+INK, SOFT, FAINT, GRID, GHOST = "#1c1e21", "#5b6168", "#9aa0a6", "#e4e6e8", "#d3d6d9"
 FONTS = "'DejaVu Sans', Verdana, 'Segoe UI', Helvetica, Arial, sans-serif"
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -48,6 +55,7 @@ STYLE = {
     "savefig.facecolor": "white",
     "svg.fonttype": "none",  # words stay words: searchable, a tenth of the size
     "svg.hashsalt": "leeway",
+    "pdf.fonttype": 42,  # TrueType: journals refuse Type 3
     "hatch.linewidth": 0.5,
 }
 
@@ -62,16 +70,13 @@ class Drawing:
     alt: str
     svg: str
     png: bytes
+    pdf: bytes
+    marks: dict[str, Mark] = field(default_factory=dict)
 
     @property
     def inline(self) -> str:
-        """The SVG for inside an HTML page: no prolog, no namespaces, ids of its own, named for a reader."""
-        body = self.svg[self.svg.index("<svg") :]
-        body = re.sub(r' xmlns(:xlink)?="[^"]*"', "", body)
-        body = body.replace("xlink:href=", "href=")
-        title = f'<title id="{self.name}-title">{_escape(self.alt)}</title>'
-        opened = f'<svg role="img" aria-labelledby="{self.name}-title" '
-        return re.sub(r"<svg ([^>]*)>", lambda m: f"{opened}{m.group(1)}>{title}", body, count=1)
+        """The SVG for inside an HTML page."""
+        return inline(self.svg, self.name, self.alt, self.marks)
 
 
 @contextmanager
@@ -83,13 +88,44 @@ def style() -> Iterator[None]:
         yield
 
 
-def finish(figure: Figure, name: str, title: str, caption: str, alt: str) -> Drawing:
-    """Render to SVG and PNG; the bytes hold no date and no random id."""
-    svg, png = io.BytesIO(), io.BytesIO()
+def finish(figure: Figure, name: str, title: str, caption: str, alt: str, marks: Marks | None = None) -> Drawing:
+    """Render to SVG, PNG and PDF; the bytes hold no date and no random id."""
+    svg, png, pdf = io.BytesIO(), io.BytesIO(), io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(svg, format="svg", metadata=nothing)
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
-    return Drawing(name, title, caption, alt, _tidy(svg.getvalue().decode("utf-8"), name), png.getvalue())
+    figure.savefig(pdf, format="pdf", metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
+    drawn = _tidy(svg.getvalue().decode("utf-8"), name)
+    return Drawing(name, title, caption, alt, drawn, png.getvalue(), pdf.getvalue(), marks.found if marks else {})
+
+
+def marker(one: Series, *, small: bool = False) -> dict[str, Any]:
+    """How a line's points look: filled under plain prompts, open under others."""
+    return {
+        "color": one.colour,
+        "marker": one.marker,
+        "markersize": 4.2 if small else 5.5,
+        "markerfacecolor": one.colour if one.filled else "white",
+        "markeredgecolor": "white" if one.filled else one.colour,
+        "markeredgewidth": 0.5 if one.filled else 1.0,
+    }
+
+
+def head(ax: Axes, one: Series) -> None:
+    """A panel's title: the line's marker in its colour, its name in ink (pale colours are no colours for words)."""
+    figure = ax.figure
+    where = ax.transAxes + ScaledTranslation(4 / 72, 9.5 / 72, figure.dpi_scale_trans)
+    ax.add_artist(Line2D([0], [1], linestyle="", transform=where, clip_on=False, **marker(one)))
+    ax.annotate(
+        one.label,
+        (0, 1),
+        xytext=(12, 6),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=9.5,
+        weight="bold",
+        annotation_clip=False,
+    )
 
 
 def grid(
@@ -127,7 +163,3 @@ def _tidy(svg: str, name: str) -> str:
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     return re.sub(r"'DejaVu Sans'(, sans-serif)?", FONTS, svg)
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

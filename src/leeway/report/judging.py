@@ -58,6 +58,40 @@ def corrected(results: Results, cards: list[Path]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=CORRECTED)
 
 
+def shown(results: Results, cards: list[Path]) -> list[dict[str, Any]]:
+    """Who judged what in this run, and what each judge's card, where one was given, measured of its errors."""
+    told = results.manifest.get("judges") or {}
+    read = [_card(path) for path in cards]
+    found = []
+    for axis, judge in told.items():
+        known = judge if isinstance(judge, dict) else {"name": str(judge)}
+        own = [c for c in read if c["judge_hash"] == known.get("hash")]
+        facts = [(str(k), str(v)) for k, v in known.items() if k != "name" and v not in (None, "", [], {})]
+        found.append(
+            {"axis": str(axis), "name": str(known.get("name", "not named")), "facts": facts, "parts": _parts(own)}
+        )
+    return found
+
+
+def _parts(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A card's lines: what it was measured on, the two rates, and the counts that they come from."""
+    found = []
+    for card in cards:
+        for part in card["parts"]:
+            n = {k: int(v) for k, v in part["counts"].items()}
+            hits, missed = n["true_positive"], n["false_negative"]
+            right, false = n["true_negative"], n["false_positive"]
+            found.append(
+                {
+                    "on": str(part.get("model") or card.get("on") or "its answers"),
+                    "sensitivity": hits / (hits + missed) if hits + missed else None,
+                    "specificity": right / (right + false) if right + false else None,
+                    "n": hits + missed + right + false,
+                }
+            )
+    return found
+
+
 def _line(rate: dict[str, Any], hits: int, positives: int, right: int, negatives: int) -> dict[str, object]:
     found = None
     if rate["n"] and rate["rate"] == rate["rate"]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import yaml
@@ -15,6 +15,8 @@ import yaml
 from leeway import stats
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import changed
+from leeway.stats.onset import Move
+from leeway.stats.trajectory import Asked
 
 ROW_COLUMNS = ["objective", "seed", "budget", "eval", "attack", "item_id", "cluster", "sample", "prompt"]
 ROW_COLUMNS += ["response", "outcome", "score", "unscored_reason", "judge", "judge_raw", "template_hash"]
@@ -22,6 +24,8 @@ ROW_COLUMNS += ["adapter_hash", "new_tokens"]
 LEDGER_COLUMNS = ["objective", "seed", "budget", "step", "source_tokens", "target_tokens", "processed_tokens"]
 LEDGER_COLUMNS += ["reference_tokens", "examples", "epochs", "data_hash", "init_hash", "reference_hash"]
 LEDGER_COLUMNS += ["adapter_hash"]
+DRAWN = ("accuracy", "asr", "asr:none", "endorsement", "coherence")
+Estimate = TypeVar("Estimate")
 OPTIONAL = ["lr", "tuning_tokens", "start_tokens"]  # of the ledger: older runs lack them
 
 
@@ -57,7 +61,19 @@ class Results:
             where = folder / "rows.parquet"
             raise ReportError(f"{where} has no rows of the base model to compare with", fix="run the study again")
         ledger = _table(folder / "ledger.parquet", LEDGER_COLUMNS)
-        return cls(folder, rows, ledger, manifest, _study(folder / "study.yaml"))
+        found = cls(folder, rows, ledger, manifest, _study(folder / "study.yaml"))
+        found._check_prompts()
+        return found
+
+    def _check_prompts(self) -> None:
+        """Every row was asked under a rendered prompt that this run knows; a run that names none has one alone."""
+        known = self.conditions
+        strange = sorted(set(self.rows["template_hash"].dropna().unique()) - {"", *known})
+        if known and strange:
+            count = int(self.rows["template_hash"].isin(strange).sum())
+            what = f"{self.folder / 'rows.parquet'}: {count} rows were asked under a prompt ({strange[0][:8]}) that the"
+            what += " manifest does not name: rows of another version of a template were pooled"
+            raise ReportError(what, fix="report on the rows of one run")
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -75,13 +91,78 @@ class Results:
         """Every measure at every checkpoint, with its interval (`leeway.stats.rates`)."""
         return self._rates.copy()
 
-    def contrasts(self) -> pd.DataFrame:
-        """Every checkpoint against the base (`leeway.stats.contrasts`)."""
-        return self._contrasts.copy()
+    @property
+    def first_conditions(self) -> dict[str, str]:
+        """The condition each objective is meant to be used under; older runs do not say, and the rows have to."""
+        found = self.manifest.get("first_conditions")
+        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+    def contrasts(self, against: stats.Against | None = None) -> pd.DataFrame:
+        """Every checkpoint against the base, or `("sft", None)`, or `("sft", 400_000)` (`leeway.stats.contrasts`)."""
+        if against is None:
+            return self._contrasts.copy()
+        return self._ask(stats.contrasts, against=against, first=self.first_conditions)
+
+    def equivalence(self, margins: Mapping[str, float], against: stats.Against | None = None) -> pd.DataFrame:
+        """Which checkpoints did not move by as much as a margin: `{"asr": 0.05}` (`leeway.stats.equivalence`)."""
+        return self._ask(stats.equivalence, margins=margins, against=against, first=self.first_conditions)
+
+    def one_sided(self, bounds: Mapping[str, stats.Bound], against: stats.Against | None = None) -> pd.DataFrame:
+        """Which checkpoints are not worse by as much as a bound (`leeway.stats.one_sided`)."""
+        return self._ask(stats.one_sided, bounds=bounds, against=against, first=self.first_conditions)
 
     def frontier(self) -> pd.DataFrame:
         """Capability against ASR, and which checkpoints nothing dominates (`leeway.stats.frontier`)."""
-        return stats.frontier_of(self._rates)
+        rows, wanted = self.judged, ("accuracy", "asr", "asr:none")
+        drawn = self._checked(lambda: stats.draws(rows, self.conditions, wanted, by_seed=True))
+        return stats.frontier_of(self._rates, drawn)
+
+    def divergence(self, measure: str = "asr", objectives: Asked | None = None) -> pd.DataFrame:
+        """Slopes over log2(budget), and whether objectives differ in them (`leeway.stats.divergence`)."""
+        return self._ask(stats.divergence, measure=measure, objectives=self._meant(objectives), drawn=self._of(measure))
+
+    def onset(self, measure: str = "asr", threshold: float = 0.0, move: Move | None = None) -> pd.DataFrame:
+        """From which budget on a difference to the base holds (`leeway.stats.onset`)."""
+        settings = {"measure": measure, "threshold": threshold, "move": move}
+        return self._ask(stats.onset, **settings, objectives=self._meant(None), drawn=self._of(measure))
+
+    def coupling(self, measure: str | None = None) -> pd.DataFrame:
+        """Points of ASR per point of capability along each trajectory (`leeway.stats.coupling`)."""
+        return self._ask(stats.coupling, measure=measure, objectives=self._meant(None), drawn=self._of(measure))
+
+    def matched(self, at: str | float = "largest", objectives: Asked | None = None) -> pd.DataFrame:
+        """Objectives at equal capability (`leeway.stats.matched`)."""
+        return self._ask(stats.matched, at=at, objectives=self._meant(objectives), drawn=self._drawn)
+
+    def recommend(self, budget: int | None = None, tolerance: Mapping[str, float] | None = None) -> pd.DataFrame:
+        """Which objective to take at a budget (`leeway.stats.recommend`)."""
+        settings = {"budget": budget, "tolerance": tolerance, "objectives": self._meant(None)}
+        return self._ask(stats.recommend, **settings, drawn=self._drawn)
+
+    @cached_property
+    def _drawn(self) -> stats.Draws:
+        """One set of draws for all that is asked of the main measures."""
+        rows = self.judged
+        return self._checked(lambda: stats.draws(rows, self.conditions, DRAWN))
+
+    def _of(self, measure: str | None) -> stats.Draws | None:
+        """The common draws where they hold the measure."""
+        return self._drawn if measure is None or measure in DRAWN else None
+
+    def _meant(self, objectives: Asked | None) -> Asked | None:
+        """Objectives under the condition that each is meant to be used under, where the run says so."""
+        first = self.first_conditions
+        if not first:
+            return objectives
+        tuned = self.rows.loc[self.rows["objective"] != "base", "objective"]
+        asked = objectives if objectives is not None else sorted(map(str, tuned.unique()))
+        return [(o, first[o]) if isinstance(o, str) and o in first else o for o in asked]
+
+    def claims(self, later: str | Path | None = None) -> pd.DataFrame:
+        """The study's claims and their verdicts; `later` is a file of further ones, written after the run."""
+        from leeway.report.claims import table
+
+        return table(self, later)
 
     def outcomes(self, axis: str = "jailbreak") -> pd.DataFrame:
         """What the answers to forbidden prompts were, or to benign ones (`leeway.stats.outcomes`)."""
@@ -101,7 +182,7 @@ class Results:
 
     @cached_property
     def _contrasts(self) -> pd.DataFrame:
-        return self._ask(stats.contrasts)
+        return self._ask(stats.contrasts, first=self.first_conditions)
 
     def checks(self) -> pd.DataFrame:
         """How far endorsement depends on the question's form (`leeway.stats.checks`)."""
@@ -132,16 +213,16 @@ class Results:
 
     def _ask(self, estimate: Any, **settings: Any) -> pd.DataFrame:
         rows = self.judged
-        return self._checked(lambda: estimate(rows, self.conditions, **settings))
+        table = self._checked(lambda: estimate(rows, self.conditions, **settings))
+        assert isinstance(table, pd.DataFrame)
+        return table
 
-    def _checked(self, ask: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    def _checked(self, ask: Callable[[], Estimate]) -> Estimate:
         try:
-            table = ask()
+            return ask()
         except stats.StatsError as error:
             what = f"{self.folder / 'rows.parquet'}: {error}"
             raise ReportError(what, fix="report on the rows of one run") from error
-        assert isinstance(table, pd.DataFrame)
-        return table
 
 
 def _table(path: Path, columns: list[str]) -> pd.DataFrame:

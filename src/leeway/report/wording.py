@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
+
+from leeway.claims.words import written
 
 KNOWN = {
     "sft": "SFT",
@@ -40,7 +43,9 @@ ATTACKS = {
 MINUS = "\u2212"
 LONGEST = 1_200  # characters of an answer shown on the page; the rows keep all of it
 HIDDEN = re.compile(
+    r"[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180e\u3164\uffa0]|"  # drawn as nothing
     r"[\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]"  # no width, or turns the text
+    r"|[\U000e0000-\U000e0fff\ud800-\udfff]"  # tags that spell text nobody sees; halves of a character
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]"  # control characters but tab and line feed
 )
 
@@ -69,12 +74,36 @@ def percent(value: float, digits: int = 1) -> str:
     return "–" if _missing(value) else f"{100 * value:.{digits}f}%"
 
 
+def estimate(value: float, low: float, high: float) -> str:
+    """31.4% (95% interval 20.1% to 44.0%)."""
+    return percent(value) + ("" if _missing(low) else f" (95% interval {percent(low)} to {percent(high)})")
+
+
 def points(value: float, digits: int = 1) -> str:
     """A difference of rates in percentage points, signed: +3.1, −0.4, 0.0."""
     if _missing(value):
         return "–"
     text = f"{100 * abs(value):.{digits}f}"
     return text if float(text) == 0 else ("+" if value > 0 else MINUS) + text
+
+
+def plain_points(value: float, digits: int = 1) -> str:
+    """A size in percentage points, without a sign: 3.1."""
+    return "–" if _missing(value) else f"{100 * value:.{digits}f}"
+
+
+def remark(note: str) -> str:
+    """A note without what is said once for the whole page."""
+    return "; ".join(part for part in note.split("; ") if part and not part.startswith("one training seed"))
+
+
+def effect(line: dict[str, Any], key: str) -> str:
+    """A number of a claim's line in its unit: points, or points per point of capability."""
+    value = line[key]
+    if value is None or _missing(value):
+        return "–"
+    text = written(value, str(line["unit"]), with_unit=False)
+    return text.removeprefix("+") if key == "mde" else text
 
 
 def p_value(value: float) -> str:

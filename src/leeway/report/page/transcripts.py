@@ -12,6 +12,7 @@ from leeway.stats.measures import BASE, PLAIN
 
 WANTED = {"capability": 2, "jailbreak": 4}
 PROMPT_LONGEST = 2_000
+OPEN = ["refused", "deflected", "incoherent"]  # answers to forbidden prompts that are not folded
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,16 @@ def _transcript(axis: str, attack: str, item: str, same: pd.DataFrame, lines: li
 
 def _answer(who: str, row: pd.Series) -> Answer:
     text, cut = wording.visible(str(row["response"]))
-    if isinstance(row["outcome"], str):
-        verdict = row["outcome"]
-    elif pd.isna(row["score"]):
-        verdict = "unscored" + (f": {row['unscored_reason']}" if isinstance(row["unscored_reason"], str) else "")
-    else:
-        verdict = {1.0: "right", 0.0: "wrong"}.get(float(row["score"]), f"score {row['score']:.2f}")
-    unsafe = row["eval"] == "jailbreak" and verdict not in ("refused", "deflected", "incoherent")
-    return Answer(who, verdict, text, cut, folded=unsafe)
+    verdict = str(said(row.to_frame().T).iloc[0])
+    shown = f"score {row['score']:.2f}" if verdict == "graded" else verdict
+    return Answer(who, shown, text, cut, folded=row["eval"] == "jailbreak" and verdict not in OPEN)
+
+
+def said(rows: pd.DataFrame) -> pd.Series[str]:
+    """What each answer was found to be: its outcome; unscored, and why; right, wrong, or graded in between."""
+    reason = rows["unscored_reason"].map(lambda r: f"unscored: {r}" if isinstance(r, str) and r else "unscored")
+    score = rows["score"].astype(float)
+    graded = score.map({1.0: "right", 0.0: "wrong"}).fillna("graded").where(score.notna(), reason)
+    outcome = rows["outcome"].astype(object)
+    found: pd.Series[str] = outcome.where(outcome.notna(), graded)
+    return found

@@ -1,0 +1,94 @@
+"""Everything in a run directory that is made for readers, rebuilt from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import pandas as pd
+
+from leeway.report import curves, judging, panels, summary, tables
+from leeway.report.figures import Drawing, style
+from leeway.report.files import exports, machine
+from leeway.report.page import analyses
+from leeway.report.page.context import FURTHER, context
+from leeway.report.page.page import page
+from leeway.report.results import Results
+from leeway.report.scale import Scale
+from leeway.report.series import Series, series_of
+
+
+def build(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = None) -> Path:
+    """Write `results.json`, `tables/`, `figures/`, `citation.bib`, model cards, `report.html`; same rows, same bytes.
+
+    With judges' `cards`, refusal rates corrected for their errors stand beside the raw ones; `claims` written after the
+    run stand beside the study's own.
+    """
+    results = Results.load(folder)
+    made, why_not = _tables(results, [*cards], claims)
+    lines = series_of(made["rates"], summary.ordered(_objectives(results), results.study))
+    drawings = draw(results, made, lines)
+    shown = page(context(results, made, lines, drawings, cards, why_not))
+    _clear(folder, set(made), {d.name for d in drawings})
+    exports.write(results, made, lines)
+    for name, table in made.items():
+        tables.write_atomically(folder / "tables" / f"{name}.csv", tables.csv(table))
+    for drawing in drawings:
+        tables.write_atomically(folder / "figures" / f"{drawing.name}.svg", drawing.svg)
+        tables.write_atomically(folder / "figures" / f"{drawing.name}.png", drawing.png)
+        tables.write_atomically(folder / "figures" / f"{drawing.name}.pdf", drawing.pdf)
+    tables.write_atomically(folder / "results.json", tables.dump(machine.results_json(results, made)))
+    tables.write_atomically(folder / "report.html", shown)
+    return folder / "report.html"
+
+
+def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> list[Drawing]:
+    """Every figure that the rows can carry, in the page's order."""
+    pooled, scale = results.pooled_rates(), Scale.of(results.manifest)
+    one_checkpoint = summary.elsewhere(results.manifest).get("kind") == "audit"  # a curve needs two
+    with style():
+        found = [
+            panels.forest(made["contrasts"], lines, scale),
+            curves.tradeoff(pooled, lines, scale),
+            None if one_checkpoint else curves.by_budget(pooled, lines, scale),
+            panels.by_attack(pooled, lines, scale),
+            panels.outcomes(made["outcomes"], lines, scale),
+            curves.traits(pooled, lines, scale),
+        ]
+    return [drawing for drawing in found if drawing is not None]
+
+
+def _tables(
+    results: Results, cards: list[Path], claims: str | Path | None
+) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
+    """Every table by name, and why an analysis that was asked for is not there."""
+    found = {
+        "rates": results.rates(),
+        "contrasts": results.contrasts(),
+        "frontier": results.frontier(),
+        "outcomes": results.outcomes(),
+        "persona": results.persona(),
+        "unscored": tables.unscored(results.rows),
+        "ledger": results.ledger,
+        "checks": results.checks(),
+        "sd3": results.likert(),
+        "benign": results.outcomes("overrefusal"),
+        "judges": judging.agreement(results),
+        "corrected": judging.corrected(results, cards),
+        "claims": results.claims(claims),
+    }
+    kept = {k: t for k, t in found.items() if k not in FURTHER or not t.empty}
+    more, why_not = analyses.analyses(results)
+    return kept | more, why_not
+
+
+def _objectives(results: Results) -> list[str]:
+    return [str(o) for o in results.rows["objective"].unique()]
+
+
+def _clear(folder: Path, tables_made: set[str], figures_made: set[str]) -> None:
+    """Remove what an earlier report left and this one does not make: a stale figure would look current."""
+    for kind, made, ends in (("tables", tables_made, {".csv"}), ("figures", figures_made, {".svg", ".png", ".pdf"})):
+        for old in sorted((folder / kind).glob("*")) if (folder / kind).is_dir() else []:
+            if old.suffix in ends and old.stem not in made:
+                old.unlink()

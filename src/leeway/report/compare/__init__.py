@@ -1,0 +1,1 @@
+"""Several studies: their effects side by side, pooled, and over studies."""

@@ -1,0 +1,351 @@
+"""The page in a browser: it works without the world outside, for every reader, and hostile answers do nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import browser as chrome
+import pandas as pd
+import pytest
+import synthetic
+
+from leeway import report
+from leeway.report import wording
+from leeway.report.page.archive import archive
+
+HERE = Path(__file__).parent
+SMALL = {"capability": 24, "prompts": 16, "items": 12}
+TEMPLATE = "{{ 7*7 }} ${7*7} {% raw %}"
+NASTY = "</script><script>document.title='owned';alert(1)</script><img src=x onerror=alert(2)>\u202egpj.exe\x00\u200b"
+
+
+def rows() -> pd.DataFrame:
+    made = synthetic.rows(("sft", "cft", "kl"), (25_000, 100_000), **SMALL)
+    capability = made["eval"] == "capability"
+    made.loc[capability, "response"] = NASTY + TEMPLATE + made.loc[capability, "response"]
+    made.loc[capability, "judge_raw"] = '<b onmouseover="alert(3)">raw</b>'
+    made.loc[made.index[capability][0], "response"] = "long " * 200_000  # one line of a megabyte
+    return made
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chrome.running() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report.build(synthetic.write(tmp_path_factory.mktemp("run"), rows()))
+
+
+@pytest.fixture(scope="module")
+def tab(browser: Any, page: Path) -> Iterator[Any]:
+    found, seen = chrome.opened(browser, page)
+    yield found
+    assert seen.console == []
+
+
+def counted(tab: Any) -> int:
+    chrome.until(tab, "/^(No|[0-9])/.test(document.getElementById('audit-count').textContent)")
+    text = tab.locator("#audit-count").inner_text()
+    return 0 if text.startswith("No ") else int(text.split(" ")[0].replace(",", ""))
+
+
+def asked(tab: Any, **filters: str) -> int:
+    """How many answers fit, with these filters and no others."""
+    tab.evaluate("document.getElementById('audit-count').textContent = ''")
+    tab.locator("#audit-form button[type=reset]").click()
+    counted(tab)
+    for name, value in filters.items():
+        tab.evaluate("document.getElementById('audit-count').textContent = ''")
+        field = tab.locator(f"#f-{name}")
+        field.fill(value) if name == "text" else field.select_option(value)
+        counted(tab)
+    return counted(tab)
+
+
+def test_it_asks_the_world_for_nothing_and_complains_of_nothing(browser: Any, page: Path):
+    tab, seen = chrome.opened(browser, page)
+    tab.locator("#audit-form button.main").click()
+    counted(tab)
+    assert seen.requests == [page.as_uri()]
+    assert seen.console == []
+    assert tab.evaluate("document.querySelectorAll('script').length") == 2
+    tab.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.bad = 1'}))"
+    )
+    assert tab.evaluate("window.bad") is None  # the policy lets no other script run
+    assert any("Content Security Policy" in line for line in seen.console)
+
+
+def test_filters_find_what_pandas_finds(tab: Any):
+    found = rows()
+    outcome, attack = found["outcome"].fillna(""), found["attack"].fillna("")
+    unscored = found["score"].isna() & (outcome == "")
+    assert asked(tab) == len(found)
+    assert asked(tab, eval="jailbreak") == (found["eval"] == "jailbreak").sum()
+    assert (
+        asked(tab, eval="jailbreak", attack="dan", verdict="harmful")
+        == ((attack == "dan") & (outcome == "harmful")).sum()
+    )
+    assert asked(tab, verdict="unscored") == unscored.sum() > 0
+    assert (
+        asked(tab, line="sft|plain", budget="100000")
+        == ((found["objective"] == "sft") & (found["budget"] == 100_000)).sum()
+    )
+    words = found["prompt"].str.contains("LOCK NUMBER 7?", case=False, regex=False)
+    words |= found["response"].str.contains("LOCK NUMBER 7?", case=False, regex=False)
+    assert asked(tab, text="LOCK NUMBER 7?") == words.sum() > 0
+    assert asked(tab, text="no such words") == 0
+
+
+def test_pages_of_answers_can_be_turned(tab: Any):
+    asked(tab, eval="persona")
+    first = tab.locator("#audit-list article h4").first.inner_text()
+    tab.locator("#next").click()
+    assert tab.locator("#audit-list article h4").first.inner_text() != first
+    assert "21 to 40 shown" in tab.locator("#audit-count").inner_text()
+    assert tab.evaluate("document.activeElement.id") == "audit-list"
+    tab.locator("#previous").click()
+    assert tab.locator("#previous").is_disabled()
+
+
+def test_two_checkpoints_side_by_side(tab: Any):
+    found = rows()
+    jailbreak = found[(found["eval"] == "jailbreak") & (found["objective"].isin(["base", "sft"]))]
+    base = jailbreak[(jailbreak["objective"] == "base") & (jailbreak["template_hash"] == synthetic.PLAIN)]
+    both = base.merge(jailbreak[jailbreak["budget"] == 100_000], on=["item_id", "attack"])
+    differ = (both["outcome_x"].fillna("?") != both["outcome_y"].fillna("?")).sum()
+    tab.locator("#audit-form button[type=reset]").click()
+    tab.locator("input[name=mode][value=two]").check()
+    tab.locator("#f-left").select_option(label="base")
+    tab.locator("#f-right").select_option(label="SFT at 100k tokens")
+    tab.locator("#f-eval").select_option("jailbreak")
+    tab.wait_for_timeout(200)
+    assert counted(tab) == len(both)
+    tab.locator("#f-differ").check()
+    tab.wait_for_timeout(200)
+    assert counted(tab) == differ > 0
+    card = tab.locator("#audit-list article").first
+    assert [w.inner_text().split("\n")[0] for w in card.locator(".who").all()] == ["base", "SFT at 100k tokens"]
+    left, right = (card.locator(".answer").nth(n).bounding_box() for n in (0, 1))
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] <= right["x"]
+    card.get_by_text("Every checkpoint on this prompt").click()
+    tab.wait_for_timeout(300)
+    item = found[(found["item_id"] == both["item_id"].iloc[0]) & (found["attack"] == both["attack"].iloc[0])]
+    assert counted(tab) == len(item)
+
+
+def test_harmful_answers_are_folded_until_asked_for(tab: Any):
+    asked(tab, eval="jailbreak", verdict="harmful")
+    card = tab.locator("#audit-list article").first
+    assert synthetic.REPLY["harmful"] not in card.inner_text()
+    card.locator("details > summary").first.click()
+    assert synthetic.REPLY["harmful"] in card.inner_text()
+
+
+def test_hostile_answers_are_only_text(browser: Any, page: Path):
+    tab, seen = chrome.opened(browser, page)
+    tab.locator("#f-eval").select_option("capability")
+    counted(tab)
+    tab.locator("#audit-list article").first.wait_for()
+    for fold in tab.locator("#audit-list details").all():
+        fold.evaluate("d => { d.open = true; }")
+    text = tab.locator("#audit-list").inner_text()
+    assert "</script><script>document.title" in text
+    assert TEMPLATE in text
+    assert "⟨U+202E⟩gpj.exe⟨U+0000⟩⟨U+200B⟩" in text
+    assert "\u202e" not in text
+    assert tab.title() != "owned"
+    assert tab.evaluate("document.querySelectorAll('#audit-list :is(script, img, b)').length") == 0
+    assert (seen.dialogs, seen.console) == ([], [])
+
+
+def test_a_line_of_a_megabyte_is_cut_and_can_be_had_whole(tab: Any):
+    assert asked(tab, text="long long long") == 1
+    pre = tab.locator("#audit-list .answer pre").first
+    assert pre.evaluate("p => p.textContent.length") == wording.LONGEST
+    button = tab.locator("#audit-list .answer button.more").first
+    for _ in range(5):
+        button.click()
+    assert pre.evaluate("p => p.textContent.length") == 1_000_000
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def test_invisible_characters_are_spelled_out_as_in_python(tab: Any):
+    source = (Path(report.__file__).parent / "page/scripts/text.js").read_text(encoding="utf-8")
+    ask = (
+        "() => {"
+        + source
+        + """
+      const found = [];
+      const as = String.fromCodePoint;
+      for (let c = 0; c < 0x110000; c += 1) if (visible(as(c)) !== as(c)) found.push(c);
+      return [found, visible(as(0x202e) + "a" + as(0xe0041)), cutAt("a\\u{1f600}b", 2)];
+    }"""
+    )
+    changed, shown, cut = tab.evaluate(ask)
+    assert changed == [c for c in range(0x110000) if wording.visible(chr(c)) != (chr(c), 0)]
+    assert len(changed) > 6_000
+    assert (shown, cut) == (wording.visible("\u202ea\U000e0041")[0], 1)
+
+
+def test_objectives_budgets_and_attacks_can_be_picked(browser: Any, page: Path):
+    tab, seen = chrome.opened(browser, page)
+    tab.locator("#pick summary").click()
+    for value in ("kl|plain", "25000", "dan"):
+        tab.locator(f"#pick input[value='{value}']").uncheck()
+    out = (
+        "[...document.querySelectorAll('#evidence svg .mark')].filter(m => m.closest('.out')).map(m => m.dataset.says)"
+    )
+    gone = tab.evaluate(out)
+    left = tab.evaluate(out.replace("m.closest", "!m.closest"))
+    assert gone
+    assert not [s for s in left if re.search(r"\bKL\b|25k|DAN", s)]
+    assert [s for s in left if "SFT at 100k" in s]
+    visible = tab.evaluate(
+        "[...document.querySelectorAll('#contrasts tr[data-line]')].filter(r => !r.hidden)"
+        ".map(r => [r.dataset.line, r.dataset.budget])"
+    )
+    assert visible
+    assert {tuple(v) for v in visible} == {("sft|plain", "100000"), ("cft|<SAFE>", "100000")}
+    assert re.search(
+        r"2 of 3 objectives, 1 of 2 budgets, 5 of 6 attacks \(\d+ of \d+ table rows\)",
+        tab.locator("#picked").inner_text(),
+    )
+    tab.locator("#pick button[type=reset]").click()
+    chrome.until(tab, "document.getElementById('picked').textContent === 'everything'")
+    assert seen.console == []
+
+
+def test_the_budget_of_the_decision_can_be_picked(tab: Any):
+    assert [tab.locator(f".advice[data-at='{b}']").is_visible() for b in (25_000, 100_000)] == [False, True]
+    tab.locator("#budget-picker input[value='25000']").check()
+    assert [tab.locator(f".at-budget[data-at='{b}']").is_visible() for b in (25_000, 100_000)] == [True, False]
+    assert "At 25k tokens" in tab.locator(".advice:visible h3").inner_text()
+
+
+def test_intervals_are_said_at_the_pointer_and_at_the_keyboard(tab: Any):
+    mark = tab.locator("#figure-contrasts .mark").first
+    mark.scroll_into_view_if_needed()
+    mark.hover()
+    assert re.search(r"SFT, .*points \(95% interval .* to .*\), p after Holm", tab.locator("#tip").inner_text())
+    mark.focus()
+    tab.keyboard.press("ArrowRight")
+    assert tab.evaluate("document.activeElement.dataset.says") == tab.locator("#tip").inner_text()
+    assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == tab.locator("#tip").inner_text()
+    tab.keyboard.press("Escape")
+    assert not tab.locator("#tip").is_visible()
+
+
+def test_the_tab_key_reaches_everything_and_shows_where_it_is(browser: Any, page: Path):
+    tab, _ = chrome.opened(browser, page)
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.textContent") == "Skip to the verdict"
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("document.activeElement.id") == "main"
+    stops = tab.evaluate(
+        "[...document.querySelectorAll('a[href], button, input, select, summary, [tabindex=\"0\"]')]"
+        ".filter(e => e.checkVisibility() && !e.disabled && !e.closest('.skip'))"
+        ".filter(e => e.type !== 'radio' || e.checked).length"
+    )
+    reached, ringless = set(), set()
+    tab.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+    tab.evaluate("document.querySelectorAll('*').forEach((e, n) => { e.__n = n; })")
+    for _ in range(stops + 12):
+        tab.keyboard.press("Tab")
+        n, ring, tag = tab.evaluate(
+            "(e => [e.__n, getComputedStyle(e).outlineStyle, e.tagName])(document.activeElement)"
+        )
+        reached.add(n)
+        ringless |= {tag} if ring == "none" else set()
+    assert len(reached) >= stops
+    assert ringless <= {"BODY"}  # between the last stop and the first
+
+
+def test_what_is_seen_has_a_name_for_those_who_do_not(tab: Any):
+    assert tab.evaluate((HERE / "names.js").read_text(encoding="utf-8")) == []
+
+
+CONTRAST = (HERE / "contrast.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_words_can_be_read_and_nothing_runs_off_the_side(browser: Any, page: Path, scheme: str, width: int):
+    tab, seen = chrome.opened(browser, page, width, 844, color_scheme=scheme)
+    tab.locator("#audit-form button.main").click()
+    counted(tab)
+    assert tab.evaluate(CONTRAST) == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert seen.console == []
+
+
+def test_the_switch_of_colours_overrules_the_system(browser: Any, page: Path):
+    tab, _ = chrome.opened(browser, page, color_scheme="light")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = tab.evaluate(paper)
+    tab.locator("#theme").select_option("dark")
+    assert tab.evaluate(paper) != light
+    tab.locator("#theme").select_option("light")
+    assert tab.evaluate(paper) == light
+
+
+def test_on_paper_every_table_is_open_and_nothing_asks_to_be_clicked(browser: Any, page: Path):
+    tab, _ = chrome.opened(browser, page)
+    tab.emulate_media(media="print")
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert (
+        tab.evaluate(
+            "[...document.querySelectorAll('#decide table, #evidence table')].filter(t => !t.checkVisibility()).length"
+        )
+        == 0
+    )
+    assert (
+        tab.evaluate(
+            "[...document.querySelectorAll('button, input, select, nav')].filter(e => e.checkVisibility()).length"
+        )
+        == 0
+    )
+    assert len(tab.pdf(format="A4")) > 50_000
+
+
+def test_without_its_script_it_is_still_a_report(browser: Any, page: Path):
+    tab = browser.new_context(java_script_enabled=False).new_page()
+    tab.goto(page.as_uri())
+    assert tab.locator("#figure-tradeoff svg").is_visible()
+    assert tab.locator("#transcripts article").first.is_visible()
+    assert not tab.locator("#audit-form").is_visible()
+    assert "needs JavaScript" in tab.locator("noscript p").inner_text()
+    assert tab.locator(".advice").count() == 2
+    assert tab.locator(".advice").first.is_visible()
+
+
+def test_a_hundred_thousand_rows_open_at_once(browser: Any, page: Path, tmp_path: Path):
+    """Generous bounds for a busy machine; docs/log.md has what was measured of a whole report."""
+    many = synthetic.lengthened(synthetic.rows(capability=1_000, prompts=310, items=400))
+    assert len(many) > 100_000
+    packed = archive(many, synthetic.CONDITIONS, [])
+    assert (packed.rows, packed.left_out) == (len(many), "")
+    small = page.read_text(encoding="utf-8")
+    large = tmp_path / "large.html"
+    large.write_text(re.sub(r'(id="rows">)[^<]*', lambda m: m.group(1) + packed.data, small), encoding="utf-8")
+    tab, seen = chrome.opened(browser, large)
+    load = tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+    assert 0 < load < 4_000
+    watch = (
+        "new PerformanceObserver((l) => { for (const e of l.getEntries()) longest = Math.max(longest, e.duration); })"
+    )
+    tab.evaluate(f"window.longest = 0; {watch}.observe({{ type: 'longtask' }})")
+    tab.locator("#audit-form button.main").click()
+    chrome.until(tab, "/^[0-9]/.test(document.getElementById('audit-count').textContent)", 30)
+    assert tab.locator("#audit-count").inner_text().startswith(f"{len(many):,} of {len(many):,} answers")
+    tab.locator("#f-text").fill("no such words")
+    chrome.until(tab, "/^No /.test(document.getElementById('audit-count').textContent)", 30)
+    assert tab.evaluate("window.longest") < 1_000
+    assert seen.console == []
