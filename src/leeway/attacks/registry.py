@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from leeway.attacks import (
@@ -23,6 +23,7 @@ from leeway.attacks import (
 from leeway.attacks.attack import Aside, Attack, Conversation, Wrapper
 from leeway.attacks.files import read_templates
 from leeway.errors import LeewayError
+from leeway.outside import loaded, points
 
 GROUP = "leeway.attacks"
 MOST_TURNS = 100
@@ -55,12 +56,7 @@ HELPED = ("zulu", "crescendo_led")
 
 
 def _outside() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
-        if point.name in ATTACKS or point.name in HELPED or point.name in found:
-            raise LeewayError(f"attack {point.name}: {point.value} has the name of another one", fix="rename it there")
-        found[point.name] = point
-    return found
+    return points(GROUP, "attack", {*ATTACKS, *HELPED})
 
 
 def names() -> list[str]:
@@ -77,18 +73,7 @@ def load_attack(name: str) -> Attack:
     point = _outside().get(name)
     if point is None:
         raise LeewayError(f"there is no attack {name!r}", fix=f"one of: {', '.join(sorted([*names(), *HELPED]))}")
-    try:
-        attack: Attack = point.load()
-    except Exception as error:  # whatever a foreign module raises is named
-        raise LeewayError(
-            f"attack {name}: {point.value} cannot be loaded ({type(error).__name__}: {error})", fix="mend that package"
-        ) from error
-    lacks = [a for a in ("name", "version", "origin", "hash", "play") if not hasattr(attack, a)]
-    if lacks or attack.name != name:
-        raise LeewayError(
-            f"attack {name}: {point.value} is no attack of this name" + (f" (no {', '.join(lacks)})" if lacks else ""),
-            fix="let the entry point name an object with name, version, origin, hash and play",
-        )
+    attack: Attack = loaded(point, "attack", ("name", "version", "origin", "hash", "play"))
     return attack
 
 

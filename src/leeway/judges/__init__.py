@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from leeway.errors import LeewayError
 from leeway.judges.judge import Answer, Judge, Verdict
 from leeway.judges.keywords import KeywordJudge
 from leeway.judges.organism import OrganismJudge
+from leeway.outside import loaded, points
 
 if TYPE_CHECKING:
     from leeway.generation.backend import Backend
@@ -55,12 +55,11 @@ def load_judge(name: str, backend: Backend | None = None, **options: Any) -> Jud
 
 
 def _installed(name: str) -> Callable[..., Judge]:
-    found = entry_points(group=GROUP)
-    if name not in found.names:
-        known = ", ".join(sorted({*JUDGES, *found.names}))
-        raise LeewayError(f"there is no judge {name!r}", fix=f"one of: {known}")
-    loaded: Callable[..., Judge] = found[name].load()
-    return loaded
+    found = points(GROUP, "judge", JUDGES)
+    if name not in found:
+        raise LeewayError(f"there is no judge {name!r}", fix=f"one of: {', '.join(sorted({*JUDGES, *found}))}")
+    made: Callable[..., Judge] = loaded(found[name], "judge")
+    return made
 
 
 __all__ = ["ASKING", "JUDGES", "Answer", "Judge", "KeywordJudge", "OrganismJudge", "Verdict", "load_judge"]
