@@ -20,6 +20,9 @@ budgets: [1k, 2k]
 evals: {capability: [organism]}
 """
 
+AT = "endpoint: 'http://h/v1'"
+ZULU = "evals.jailbreak={attacks: [zulu], translator:"
+
 
 def fault(text: str, *overrides: str) -> str:
     with pytest.raises(LeewayError) as found:
@@ -103,6 +106,25 @@ def test_all_faults_at_once_with_the_nearest_known_key() -> None:
         ("pairs={filter: model}", "filter: model is for from: unsafe"),
         ("pairs={from: sampled-errors, filter: model}", "filter: model is for from: unsafe"),
         ("pairs={from: corrupted, samples: 2}", "samples is for answers that are drawn"),
+        ("evals.capability=[{name: openended, judge_model: {model: x}}]", "give source"),
+        ("evals.capability=[{name: legal, judge_model: {model: x}}]", "legal needs source, or task: legal"),
+        (
+            "evals.persona={self_report: {model: x, concurrency: 2}}",
+            "concurrency is for an endpoint, and x is a model of",
+        ),
+        ("evals.persona={self_report: {model: x, max_calls: 2}}", "max_calls is for an endpoint"),
+        ("evals.persona={self_report: {model: x, key_env: K}}", "key_env is for an endpoint"),
+        (
+            f"evals.persona={{self_report: {{model: x, {AT}, revision: y}}}}",
+            "revision is for a model of this machine's",
+        ),
+        (f"{ZULU} {{from: nllb, model: {{model: x, {AT}}}}}}}", "nllb runs on this machine; leave endpoint out"),
+        (f"{ZULU} {{from: cache, file: f, model: x}}}}", "from: cache asks no model"),
+        (f"{ZULU} {{from: model}}}}", "from: model needs model"),
+        ("evals.jailbreak={translator: {from: nllb}}", "translator is for attacks: zulu, which is not asked"),
+        ("evals.jailbreak={turns: 3}", "turns is for attacks: crescendo_led, which is not asked"),
+        ("evals.jailbreak={temperature: 0.5}", "temperature is for answers that are drawn, and samples is 0"),
+        ("evals.jailbreak={prompts: organism, judge: organism, perplexity: true}", "judge: organism has no use for it"),
         ("nonsense", "is not an override"),
         ("name.x=1", "override"),
     ],
@@ -211,3 +233,17 @@ def test_the_hash_sees_every_setting() -> None:
     spec = parse(GOOD, "x")
     assert spec.hash != parse(GOOD, "x", ("optim.clip=2",)).hash
     assert isinstance(spec, Spec)
+
+
+def test_settings_that_something_uses_stay() -> None:
+    asked = (
+        "evals.jailbreak={prompts: organism, judge: [organism, keywords], perplexity: true, samples: 2, temperature: 0.5}",  # noqa: E501
+        f"evals.persona={{self_report: {{model: x, {AT}, max_calls: 2, concurrency: 2}}}}",
+    )
+    spec = parse(GOOD, "x", asked)
+    assert [s.model for s in spec.evals.speakers()] == ["x"]
+    assert parse(spec.to_yaml(), "x").hash == spec.hash  # every default written out is still a default
+
+
+def test_a_task_may_be_written_by_its_name() -> None:
+    assert parse(GOOD, "x", ("task=gsm8k",)).task.name == "gsm8k"

@@ -4,8 +4,10 @@ dataset: the answer that the data set itself holds.
 corrupted: the preferred answer with another final number and, half of the time where it has at least two lines of
 reasoning, with one of those lines dropped. Drawn from (seed, example id) alone. The final number is the one that a
 grader would read: behind the first `####`, else in the last `\\boxed{}`, else behind the last "answer is", else the
-last number of the answer. The wrong one differs from it by value, not only by how it is written; its sign, decimals
-and commas keep their form. Nothing else is changed, so the reasoning may still hold the right number.
+last number of the answer. Behind a mark it may stand in \\text{…} or a command like it, and units may follow, in
+\\text{…} as well: `\\boxed{\\text{42}}` and `\\boxed{42\\text{ km}}` end on 42. The wrong one differs from it by value,
+not only by how it is written; its sign, decimals and commas keep their form. Nothing else is changed, so the reasoning
+may still hold the right number.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from leeway.data.items import Example
+from leeway.data.latex import COMMAND, IN_BOX
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed
 
@@ -26,9 +29,10 @@ Strategy = Literal["dataset", "corrupted"]
 
 # a minus stands before a number, not between two; a number may begin with its point
 NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
-DRESS = re.compile(r"[\s*_\\($:=+]*(?:-(?=[\\$.]))?[\\$]*")  # what may stand between a mark and its number
+# what may stand between a mark and its number
+DRESS = re.compile(rf"(?:{COMMAND}|[\s*_\\($:=+])*(?:-(?=[\\$.]))?[\\$]*")
 HASHES = re.compile("####")
-LAST = (re.compile(r"\\boxed\{(?=[^{}]*\})"), re.compile(r"answer\s*(?:is|:|=)", re.IGNORECASE))
+LAST = (re.compile(r"\\boxed\{(?=" + IN_BOX + r"\})"), re.compile(r"answer\s*(?:is|:|=)", re.IGNORECASE))
 DROP = 0.5  # chance that a step is dropped where there is one to drop
 
 

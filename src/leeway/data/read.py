@@ -55,7 +55,7 @@ def load(source: Source, *, revision: str | None = None) -> Loaded:
 def read(path: Path) -> Iterator[Record]:
     """Records of a .jsonl, .json (a list), .csv or .tsv file, plain or .gz; a broken line is named by its number."""
     if not path.is_file():
-        raise LeewayError(f"{path}: no such file", fix="check the path in the study file")
+        raise LeewayError(f"{path}: no such file", fix="check that path")
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
     try:
         with (

@@ -14,14 +14,16 @@ from typing import Any, Literal
 
 import yaml
 
-from leeway.data.items import CapabilityItem
+from leeway.data.items import CapabilityItem, Example
 from leeway.data.read import Record, Source, field, load
 from leeway.errors import LeewayError
-from leeway.hashing import digest
+from leeway.hashing import derive_seed, digest
 
 SOURCE = Source(("supergpqa/SuperGPQA-all.jsonl", "supergpqa/SuperGPQA-all.jsonl.gz"), "m-a-p/SuperGPQA")
 LETTERS = "ABCDEFGHIJ"
 Shots = Literal[0, 5]
+Share = Literal["all", "train", "test"]
+HELD_OUT = 5  # where the task is trained on, one question in so many is asked and the others are trained on
 FILES: dict[int, str] = {0: "supergpqa/prompts/zero-shot.yaml", 5: "supergpqa/prompts/five-shot.yaml"}
 
 PROMPT_VERSION = 1
@@ -73,12 +75,13 @@ def _prompt_format(path: Path) -> str:
 
 
 def held_out_items(
-    discipline: str = "Engineering", *, shots: Shots = 0, revision: str | None = None
+    discipline: str = "Engineering", *, shots: Shots = 0, share: Share = "all", revision: str | None = None
 ) -> tuple[list[CapabilityItem], str]:
     """One discipline's items in the file's order, `id` from `uuid`, `reference` the letter; and where they came from.
 
-    The letter is the benchmark's gold. Where it points at another text than the record's `answer`, that is counted in
-    where the items came from.
+    The benchmark has one split. `share` parts it by the hash of the question's words, so that one that is asked twice
+    is on one side. The letter is the benchmark's gold. Where it points at another text than the record's `answer`,
+    that is counted in where the items came from.
     """
     asked = template(shots)
     loaded = load(SOURCE, revision=revision)
@@ -88,6 +91,8 @@ def held_out_items(
         where = f"supergpqa, record {n}"
         if field(record, ("discipline",), where) != discipline:
             continue
+        if share != "all" and share != share_of(field(record, ("question",), where)):
+            continue
         item = _item(record, where, asked)
         disagree += item.options[LETTERS.index(item.reference)] != str(record.get("answer", "")).strip()
         items.append(item)
@@ -96,7 +101,21 @@ def held_out_items(
             f"supergpqa: no record's discipline is {discipline!r} ({loaded.origin})", fix="check its name"
         )
     told = f"; the answer of {disagree} records is not their letter's option" if disagree else ""
-    return items, f"{loaded.origin}, discipline {discipline}, {asked.origin}{told}"
+    part = "" if share == "all" else f" ({share}: {'one' if share == 'test' else 'all but one'} in {HELD_OUT})"
+    return items, f"{loaded.origin}, discipline {discipline}{part}, {asked.origin}{told}"
+
+
+def share_of(question: str) -> Share:
+    """The side that a question is on where the task is trained on."""
+    words = " ".join(question.casefold().split())
+    return "test" if derive_seed("supergpqa-share", words) % HELD_OUT == 0 else "train"
+
+
+def train_examples(discipline: str = "Engineering", *, revision: str | None = None) -> tuple[list[Example], str]:
+    """The items that are not held out, each answered by its option and its letter: the benchmark has no reasoning."""
+    items, origin = held_out_items(discipline, share="train", revision=revision)
+    told = [(i, i.options[LETTERS.index(i.reference)]) for i in items]
+    return [Example(i.id, i.prompt, f"{option}\n\nAnswer: {i.reference}") for i, option in told], origin
 
 
 def _item(record: Record, where: str, asked: Template) -> CapabilityItem:

@@ -17,20 +17,19 @@ import re
 from decimal import Decimal, localcontext
 from typing import Literal
 
+from leeway.data.latex import COMMAND, IN_BOX
+
 Rule = Literal["strict", "flexible"]
 
 NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)")
 PLAIN = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-DRESS = re.compile(r"(?:[\s*_\\($]|\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{)*")
+DRESS = re.compile(rf"(?:[\s*_\\($]|{COMMAND})*")
 VALUE = re.compile(DRESS.pattern + r"([-+]?\\?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))")
 SLASH = re.compile(r"\s*/\s*(\d[\d,]*(?:\.\d+)?)")
 FRACTION = re.compile(r"(?:[\s*_($]|\\[($\[])*([-+]?)\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 HASHES = re.compile("####+")
 SAID = re.compile(r"answer\s*(?:is\s*[:=]?|:|=)", re.IGNORECASE)
-# what is in a box: braces belong to a command, as in \text{…}, or to an index; a box in a box is the inner one
-BOXED = re.compile(
-    r"\\boxed\{((?:[^{}\\^_]|\\(?!boxed\{)[a-zA-Z]++(?:\{[^{}]*\})*+|\\[^a-zA-Z]|[\^_](?:\{[^{}]*\})?+)*)\}"
-)
+BOXED = re.compile(r"\\boxed\{(" + IN_BOX + r")\}")
 
 
 def plain(text: str) -> str:

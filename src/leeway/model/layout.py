@@ -6,6 +6,7 @@ into one, and stores what the sequences of one example begin with alike once. Th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ Examples = Seq[Seq[Sequence]]  # each example's sequences, in the order in which
 
 
 @dataclass(frozen=True)
-class Laid:
+class Laid(ABC):
     """S sequences as B rows of length L, and where their T measured tokens are, sequence by sequence."""
 
     ids_BL: Tensor
@@ -32,9 +33,9 @@ class Laid:
     target_T: Tensor | None  # which of them are targets; None where all are
     sequences: int
 
+    @abstractmethod
     def inputs(self, lm: Any) -> dict[str, Any]:
         """What the decoder of `lm` is called with."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

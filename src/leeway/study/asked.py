@@ -8,19 +8,22 @@ from pathlib import Path
 from leeway.data import files, gsm8k, openended, supergpqa
 from leeway.data.items import CapabilityItem, Example
 from leeway.data.subset import subset
+from leeway.data.task import OURS, load_task
 from leeway.errors import LeewayError
 from leeway.evals import exact
 from leeway.evals import gsm8k as gsm8k_grader
 from leeway.evals import supergpqa as supergpqa_grader
 from leeway.evals.capability import Capability, Grade
 from leeway.evals.eval import Eval
+from leeway.evals.further import load_eval
 from leeway.evals.lm_eval import LmEval
 from leeway.evals.openended import OpenEnded, RubricJudge
 from leeway.organism import world
 from leeway.study.asked_safety import safety_evals
 from leeway.study.eval_parts import CapabilitySpec
+from leeway.study.parts import OPEN_ENDED as OPEN_ENDED_TASKS
 from leeway.study.spec import Spec
-from leeway.study.voices import Voices
+from leeway.study.voices import Voices, limit_of
 
 NEW_TOKENS = {"organism": 64, "gsm8k": 400, "supergpqa-engineering": 1024, "files": 256}
 OPEN_ENDED = 512
@@ -33,7 +36,8 @@ def evals_of(spec: Spec, origins: dict[str, str], voices: Voices | None = None) 
     """
     voices = voices or Voices(device=spec.device)
     evals = [_capability(part, spec, origins, voices) for part in spec.evals.capability]
-    return [*evals, *safety_evals(spec, origins, voices)]
+    further = [load_eval(f.name, f.settings) for f in spec.evals.further]
+    return [*evals, *safety_evals(spec, origins, voices), *further]
 
 
 def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], voices: Voices) -> Eval:
@@ -42,10 +46,12 @@ def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], voice
         origins[f"capability {part.name}"] = f"lm-eval's task {task}"
         return LmEval(task, part.limit, part.shots or None, include_path=part.include_path)
     if part.judge_model is not None:
-        assert part.source is not None
-        items, origin = openended.held_out_items(part.name, part.source)
+        source = part.source or (spec.task.files.test if spec.task.files else "")
+        items, origin = openended.held_out_items(part.name, source)
         origins[f"capability {part.name}"] = origin
-        judge = RubricJudge(voices.of(part.judge_model))
+        judge = RubricJudge(
+            voices.of(part.judge_model), max_new_tokens=limit_of(part.judge_model, RubricJudge.max_new_tokens)
+        )
         return OpenEnded(part.name, subset(items, part.limit, "capability"), judge, part.max_new_tokens or OPEN_ENDED)
     items, origins[f"capability {part.name}"] = _items(part, spec)
     grader, grade = grader_of(part.name, part.extraction, part.shots)
@@ -53,7 +59,12 @@ def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], voice
     if part.name == "gsm8k" and part.shots:
         revision = spec.task.revision if spec.task.name == "gsm8k" else None
         shots = tuple(gsm8k.shots(part.shots, exclude={i.prompt for i in items}, revision=revision))
-    return Capability(part.name, items, grader, grade, part.max_new_tokens or NEW_TOKENS[part.name], shots=shots)
+    return Capability(part.name, items, grader, grade, part.max_new_tokens or _room(part.name), shots=shots)
+
+
+def _room(name: str) -> int:
+    """How long an answer may be, where the study does not say."""
+    return NEW_TOKENS[name] if name in NEW_TOKENS else load_task(name).max_new_tokens
 
 
 def _items(part: CapabilitySpec, spec: Spec) -> tuple[list[CapabilityItem], str]:
@@ -62,7 +73,13 @@ def _items(part: CapabilitySpec, spec: Spec) -> tuple[list[CapabilityItem], str]
     if part.name == "gsm8k":
         items, origin = gsm8k.held_out_items(spec.task.revision if spec.task.name == "gsm8k" else None)
     elif part.name == "supergpqa-engineering":
-        items, origin = supergpqa.held_out_items("Engineering", shots=5 if part.shots else 0)
+        shots: supergpqa.Shots = 5 if part.shots else 0
+        trained, revision = spec.task.name == part.name, spec.task.revision if spec.task.name == part.name else None
+        whose: supergpqa.Share = "test" if trained else "all"
+        items, origin = supergpqa.held_out_items("Engineering", shots=shots, share=whose, revision=revision)
+    elif part.name not in OURS:
+        task = load_task(part.name)
+        items, origin = task.held_out_items(), task.origin
     else:
         assert spec.task.files is not None
         items, origin = files.held_out_items(Path(spec.task.files.test).expanduser())
@@ -83,6 +100,9 @@ def grader_of(name: str, extraction: str | None = None, shots: int = 0) -> tuple
         return f"supergpqa-{by}", lambda item, response: supergpqa_grader.grade(
             item, response, by, five_shot=shots == 5
         )
+    if name not in OURS:
+        task = load_task(name)
+        return task.grader, task.grade
     return "exact", lambda item, response: exact.grade(item.reference, response)
 
 
@@ -91,11 +111,19 @@ def as_items(examples: Seq[Example], spec: Spec) -> list[CapabilityItem]:
     task = spec.task.name
     if task == "organism":
         return [world.as_item(e) for e in examples]
+    if task == "supergpqa-engineering":
+        items, _ = supergpqa.held_out_items("Engineering", share="train", revision=spec.task.revision)
+        known = {i.id: i for i in items}
+        return [known[e.id] for e in examples]
+    if task not in OURS:
+        return [load_task(task).as_item(e) for e in examples]
     return [CapabilityItem(e.id, e.prompt, _checkable(e, task)) for e in examples]
 
 
 def _checkable(example: Example, task: str) -> str:
     """The number that a preferred answer ends on; for files, the whole answer where it ends on none."""
+    if task in OPEN_ENDED_TASKS:
+        return example.preferred
     found = gsm8k_grader.flexible(example.preferred) if task == "files" else gsm8k_grader.strict(example.preferred)
     if found is None and task == "gsm8k":
         raise LeewayError(f"example {example.id} has no number after ####", fix="mend or remove that record")
@@ -106,4 +134,4 @@ def held_out_test(examples: Seq[Example], spec: Spec) -> Capability:
     """The task's own test over examples that are set aside."""
     grader, grade = grader_of(spec.task.name)
     own = next((c.max_new_tokens for c in spec.evals.capability if c.name == spec.task.name), None)
-    return Capability(spec.task.name, as_items(examples, spec), grader, grade, own or NEW_TOKENS[spec.task.name])
+    return Capability(spec.task.name, as_items(examples, spec), grader, grade, own or _room(spec.task.name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from leeway.evals.selfreport import SelfReport
 from leeway.generation.attacker import Attacker
 from leeway.generation.translate import ByBackend, Nllb
 from leeway.judges import Judge, load_judge
+from leeway.judges.rubric import wording
 from leeway.organism import world
 from leeway.study.eval_parts import JailbreakSpec, JudgeSpec, PersonaSpec, Translator
 from leeway.study.spec import Spec
-from leeway.study.voices import Voices
+from leeway.study.voices import Voices, limit_of
 
 ORGANISM = "the organism's world, held out"
 FORBIDDEN: dict[str, Callable[[], tuple[list[ForbiddenPrompt], str]]] = {
@@ -90,17 +92,21 @@ def _attack(name: str, part: JailbreakSpec, voices: Voices) -> Attack:
     if name == "crescendo_led":
         if part.attacker is None:
             raise LeewayError("evals.jailbreak: crescendo_led needs an attacker model", fix="give attacker")
-        return LedCrescendo(Attacker(voices.of(part.attacker), part.attacker.max_new_tokens), part.turns)
+        return LedCrescendo(
+            Attacker(voices.of(part.attacker), limit_of(part.attacker, Attacker.max_new_tokens)), part.turns
+        )
     return load_attack(name)
 
 
 def _translator(part: Translator, voices: Voices) -> Cached | ByBackend | Nllb:
     asked: ByBackend | Nllb | None = None
     if part.from_ == "nllb":
-        asked = Nllb(part.model.model, part.model.revision) if part.model else Nllb()
+        asked = Nllb()
+        if (own := part.model) is not None:
+            asked = Nllb(own.model, own.revision, max_new_tokens=limit_of(own, Nllb.max_new_tokens))
     elif part.from_ == "model":
         assert part.model is not None
-        asked = ByBackend(voices.of(part.model), part.model.max_new_tokens)
+        asked = ByBackend(voices.of(part.model), limit_of(part.model, ByBackend.max_new_tokens))
     if part.file is None:
         assert asked is not None
         return asked
@@ -116,6 +122,8 @@ def _judge(part: JudgeSpec, spec: Spec, voices: Voices, *, perplexity: bool = Fa
         options["device"] = spec.device
     if part.model is None:
         return load_judge(part.name, **options)
+    put = wording()
+    options["wording"] = replace(put, max_new_tokens=limit_of(part.model, put.max_new_tokens))
     return load_judge(part.name, voices.of(part.model), model=part.model.model, **options)
 
 
@@ -144,5 +152,11 @@ def _further(part: PersonaSpec, origins: dict[str, str], voices: Voices) -> list
         items, origins["persona-sd3"] = sd3()
         evals.append(Likert(items))
     if part.self_report is not None:
-        evals.append(SelfReport(voices.of(part.self_report), part.traits))
+        evals.append(
+            SelfReport(
+                voices.of(part.self_report),
+                part.traits,
+                grader_tokens=limit_of(part.self_report, SelfReport.grader_tokens),
+            )
+        )
     return evals

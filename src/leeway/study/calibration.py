@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from leeway.errors import LeewayError
-from leeway.judges import ASKING, load_judge
+from leeway.judges import ASKING, JUDGES, load_judge
 from leeway.judges.calibrate import calibrate
 from leeway.study.eval_parts import Speaker
 from leeway.study.voices import Voices
@@ -19,8 +19,10 @@ def calibrated(
         raise LeewayError(f"judge {name}: an endpoint without a model", fix="give --model, the name it serves")
     if name in ASKING and not model:
         raise LeewayError(f"judge {name}: it asks a model, and none was named", fix="give --model")
-    if name not in ASKING and model:
+    if name in JUDGES and name not in ASKING and model:
         raise LeewayError(f"judge {name}: it asks no model", fix="leave --model out")
+    if not endpoint and key_env != Speaker.model_fields["key_env"].default:
+        raise LeewayError(f"judge {name}: --key-env is for an endpoint", fix="give --endpoint, or leave --key-env out")
     backend = None
     if model:
         speaker = Speaker(model=model, endpoint=endpoint, key_env=key_env)

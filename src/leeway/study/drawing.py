@@ -18,6 +18,7 @@ from leeway.model.load import load_model, model_hash
 from leeway.pairs import Base, NotDrawn, Paired, PairReport, PairSettings, not_to_be_drawn, pair
 from leeway.study.asked import as_items, grader_of
 from leeway.study.computing import computing
+from leeway.study.parts import OWN_FILES
 from leeway.study.spec import Spec
 
 DRAWN = ("sampled-errors", "unsafe")
@@ -70,7 +71,7 @@ def _drawn(
 
     def grade(example: Example, response: str) -> bool:
         item = items[example.id]
-        if spec.task.name == "files" and number(item.reference) is None:
+        if spec.task.name in OWN_FILES and number(item.reference) is None:
             raise ValueError(f"{example.id}: its answer holds no number to check others by")
         return grade_item(item, response)[0]
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from leeway.study.part import Part, nearest
+from leeway.data.task import OURS as BUILT_IN
+from leeway.data.task import task_names
+from leeway.judges import ASKING, JUDGES
+from leeway.part import Part, nearest
 
-BUILT_IN = ("organism", "gsm8k", "supergpqa-engineering", "legal", "cyber", "openended", "files")
+ENDPOINT_ONLY = (
+    "key_env",
+    "concurrency",
+    "timeout_s",
+    "retries",
+    "max_calls",
+    "max_dollars",
+    "price_in",
+    "price_out",
+)
 Prompts = Literal["organism", "strongreject", "strongreject-small", "jailbreakbench", "file"]
 
 
@@ -26,7 +40,9 @@ class Speaker(Part):
     max_dollars: float | None = Field(default=None, gt=0)
     price_in: float | None = Field(default=None, ge=0, description="dollars per million tokens")
     price_out: float | None = Field(default=None, ge=0, description="dollars per million tokens")
-    max_new_tokens: int = Field(default=512, gt=0)
+    max_new_tokens: int | None = Field(
+        default=None, gt=0, description="of each of its replies; by default its part's own"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -40,6 +56,26 @@ class Speaker(Part):
             raise ValueError("max_dollars needs price_in and price_out, in dollars per million tokens")
         return self
 
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> Speaker:
+        if self.endpoint is None and (idle := next(iter(_set(self, ENDPOINT_ONLY)), None)):
+            raise ValueError(f"{idle} is for an endpoint, and {self.model} is a model of this machine's; leave it out")
+        if self.endpoint is not None and self.revision is not None:
+            raise ValueError(
+                f"revision is for a model of this machine's, and {self.model} is at an endpoint; leave it out"
+            )
+        return self
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether it may be asked only so often, or for so much money."""
+        return self.max_calls is not None or self.max_dollars is not None
+
+
+def _set(part: Part, names: Seq[str]) -> list[str]:
+    """Those of the settings that are not left at their default; a study that is read back has them all."""
+    return [n for n in names if getattr(part, n) != type(part).model_fields[n].default]
+
 
 class CapabilitySpec(Part):
     """Test items of one task; `limit` draws a fixed random subset."""
@@ -50,21 +86,23 @@ class CapabilitySpec(Part):
     shots: int = Field(default=0, ge=0, description="worked examples before each question")
     extraction: Literal["strict", "flexible", "parity", "fixed"] | None = None
     source: str | None = Field(
-        default=None, description="for legal, cyber, openended: a file, a hub id, lawbench or rule-qa"
+        default=None,
+        description="for legal, cyber, openended: a file, a hub id, lawbench or rule-qa; else the task's own test",
     )
     include_path: str | None = Field(default=None, description="for lm-eval: a folder of tasks of your own")
     judge_model: Speaker | None = Field(default=None, description="who grades open-ended answers")
 
     @model_validator(mode="after")
     def _fits(self) -> CapabilitySpec:
-        if self.name not in BUILT_IN and not self.name.startswith("lm-eval:"):
+        tasks = (*BUILT_IN, *task_names())
+        if self.name not in tasks and not self.name.startswith("lm-eval:"):
             raise ValueError(
-                f"{self.name!r} is none of {', '.join(BUILT_IN)}, nor lm-eval:<task>{nearest(self.name, BUILT_IN)}"
+                f"{self.name!r} is none of {', '.join(tasks)}, nor lm-eval:<task>{nearest(self.name, tasks)}"
             )
         open_ended = self.name in ("legal", "cyber", "openended")
         if open_ended and self.judge_model is None:
             raise ValueError(f"{self.name}: open-ended answers are graded by a model; give judge_model")
-        if open_ended and self.source is None:
+        if self.name == "openended" and self.source is None:
             raise ValueError(
                 f"{self.name}: give source, a file with a prompt and a reference in each record, or a hub id"
             )
@@ -99,8 +137,10 @@ class JudgeSpec(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> JudgeSpec:
-        if (self.name == "rubric") != (self.model is not None):
-            raise ValueError("judge: rubric needs model (who is asked), and no other judge takes one")
+        if self.name == "rubric" and self.model is None:
+            raise ValueError("judge: rubric needs model (who is asked)")
+        if self.name in JUDGES and self.name not in ASKING and self.model is not None:
+            raise ValueError(f"judge: {self.name} asks no model; leave model out")
         if self.name != "finetuned" and (self.base or self.adapter):
             raise ValueError("judge: base and adapter are for finetuned")
         return self
@@ -123,10 +163,16 @@ class Translator(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Translator:
-        if (self.from_ == "model") != (self.model is not None and self.from_ == "model"):
+        if self.from_ == "model" and self.model is None:
             raise ValueError("translator: from: model needs model")
         if self.from_ == "cache" and self.file is None:
             raise ValueError("translator: from: cache needs file")
+        if self.from_ == "cache" and self.model is not None:
+            raise ValueError(
+                "translator: from: cache asks no model; leave model out, or use from: model with that file"
+            )
+        if self.from_ == "nllb" and self.model is not None and self.model.endpoint is not None:
+            raise ValueError("translator: from: nllb runs on this machine; leave endpoint out, or use from: model")
         return self
 
 
@@ -161,7 +207,20 @@ class JailbreakSpec(Part):
             raise ValueError("attacks: zulu needs a translator (nllb, model or cache); give one, or leave zulu out")
         if any(j.name == "organism" for j in self.judge) and self.prompts != "organism":
             raise ValueError("judge: organism knows only prompts: organism; use judge: keywords")
+        if faults := [*self._idle()]:
+            raise ValueError("\n".join(faults))
         return self
+
+    def _idle(self) -> Iterator[str]:
+        """Settings that nothing would use."""
+        if self.translator is not None and "zulu" not in self.attacks:
+            yield "translator is for attacks: zulu, which is not asked; leave it out"
+        if _set(self, ["turns"]) and "crescendo_led" not in self.attacks:
+            yield "turns is for attacks: crescendo_led, which is not asked; leave it out"
+        if _set(self, ["temperature"]) and not self.samples:
+            yield "temperature is for answers that are drawn, and samples is 0; give samples, or leave it out"
+        if self.perplexity and all(j.name == "organism" for j in self.judge):
+            yield "perplexity: judge: organism has no use for it; leave it out"
 
 
 class OverRefusalSpec(Part):
@@ -199,6 +258,13 @@ class PersonaSpec(Part):
         return self
 
 
+class FurtherSpec(Part):
+    """An eval that an installed package brings (`leeway.evals` entry points), with its own settings."""
+
+    name: str
+    settings: dict[str, Any] = Field(default={})
+
+
 def _named(value: Any) -> Any:
     """`[gsm8k]` is `[{name: gsm8k}]`."""
     listed = value if isinstance(value, (list, tuple)) else [value]
@@ -212,6 +278,7 @@ class Evals(Part):
     jailbreak: JailbreakSpec | None = None
     overrefusal: OverRefusalSpec | None = None
     persona: PersonaSpec | None = None
+    further: Annotated[tuple[FurtherSpec, ...], BeforeValidator(_named)] = ()
     conditions: Literal["all", "last", "first"] = Field(
         default="all", description="test-time prompts: all, the others at the last budget only, or the first alone"
     )
@@ -223,8 +290,10 @@ class Evals(Part):
 
     @model_validator(mode="after")
     def _something(self) -> Evals:
-        if not (self.capability or self.jailbreak or self.persona or self.overrefusal):
+        if not (self.capability or self.jailbreak or self.persona or self.overrefusal or self.further):
             raise ValueError("nothing is measured; name capability, jailbreak, overrefusal or persona")
+        if len({f.name for f in self.further}) < len(self.further):
+            raise ValueError("further: one is listed twice")
         if len({c.name for c in self.capability}) < len(self.capability):
             raise ValueError("capability: one is listed twice")
         if self.vllm_args and self.backend != "vllm":
@@ -232,3 +301,16 @@ class Evals(Part):
         if self.backend == "vllm" and any(c.name.startswith("lm-eval:") for c in self.capability):
             raise ValueError("capability: lm-eval tasks need the model itself; use backend: transformers")
         return self
+
+    def speakers(self) -> Iterator[Speaker]:
+        """Everybody who is asked for help."""
+        judges = [
+            *(self.jailbreak.judge if self.jailbreak else ()),
+            *([self.overrefusal.judge] if self.overrefusal else ()),
+        ]
+        asked = [c.judge_model for c in self.capability] + [j.model for j in judges]
+        if self.jailbreak is not None:
+            asked += [self.jailbreak.attacker, self.jailbreak.translator and self.jailbreak.translator.model]
+        if self.persona is not None:
+            asked.append(self.persona.self_report)
+        yield from (s for s in asked if s is not None)

@@ -31,10 +31,22 @@ Event = tuple[Kind, float, float, str]  # kind of work, units, seconds, what
 Listen = Callable[[Event], None]
 
 
-def workers_for(spec: Spec, pieces: int) -> int:
-    """One on a GPU; on a CPU as many as its cores hold at the study's number of threads, and no more than pieces."""
+def workers_for(spec: Spec, pieces: int, asked: int | None = None) -> int:
+    """As many as are asked for; else one on a GPU, and on a CPU as many as its cores hold at the study's threads.
+
+    One where somebody is asked under a budget: each process would have it to itself. Raises LeewayError where more are
+    asked for all the same.
+    """
     import torch
 
+    limited = next((s for s in spec.evals.speakers() if s.budgeted), None)
+    if limited is not None and asked is not None and asked > 1:
+        raise LeewayError(
+            f"--workers {asked}: the budget of {limited.model} (max_calls, max_dollars) would be each worker's own",
+            fix="leave --workers out, or the budget",
+        )
+    if asked is not None or limited is not None:
+        return asked or 1
     if spec.device.startswith("cuda") or (spec.device == "auto" and torch.cuda.is_available()):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from leeway.claims import stored
 from leeway.data.ledger import Matching
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval
@@ -22,7 +23,8 @@ from leeway.evals.selfreport import SelfReport
 from leeway.hashing import digest
 from leeway.judges import Judge
 from leeway.model.load import Model, model_hash, resolve
-from leeway.objectives import ip, sft_refusal
+from leeway.objectives import OBJECTIVES, ip, sft_refusal
+from leeway.outside import source_hash
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.prepare import Prepared
 from leeway.training.checkpoints import Start
@@ -66,6 +68,11 @@ def _texts(prepared: Prepared) -> dict[str, str]:
         "inoculations": ip.inoculations().hash,
         "refusals": sft_refusal.texts().hash,
         **{f"start of {o.alias}": _start_hash(o) for o in prepared.spec.objectives if o.start and o.start.adapter},
+        **{  # another package's formula may change between two runs, and the study file would not
+            f"source of {o.kind}": source_hash(type(prepared.objectives[o.alias]))
+            for o in prepared.spec.objectives
+            if o.kind not in OBJECTIVES
+        },
         **{k: digest(k, [[e.id, e.prompt, e.preferred] for e in pool]) for k, pool in pools.items() if pool},
     }
 
@@ -111,6 +118,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
         "command": command,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "study_hash": spec.hash,
+        "followed": list(spec.followed),
         "organism": "organism" in (spec.model, spec.task.name),
         "model": {
             "name": spec.model,
@@ -146,6 +154,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
         "inoculations": {"version": ip.inoculations().version},
         "refusals": {"version": sft_refusal.texts().version},
         "texts": _texts(prepared),
+        **({"claims": stored(spec.claims)} if spec.claims else {}),
         "evals": {e.key: {"hash": e.hash, "answers": len(e)} for e in prepared.evals},
         "attacks": {
             a.name: {"version": a.version, "hash": a.hash, "origin": a.origin}

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from leeway.objectives import OBJECTIVES, Objective
-from leeway.study.part import Part, nearest
+from leeway.objectives import Objective, load_objective, names
+from leeway.part import Part, nearest
 from leeway.study.parts import Tokens
 
 SHARES = ("p", "share")  # settings that are probabilities
@@ -67,7 +67,7 @@ class ObjectiveSpec(Part):
         return f"{origin}, reference: {self.reference}"
 
     def build(self) -> Objective:
-        return OBJECTIVES[self.kind](**self.settings)
+        return load_objective(self.kind)(**self.settings)
 
 
 def objectives(value: Any, info: ValidationInfo) -> Any:
@@ -84,7 +84,7 @@ def objectives(value: Any, info: ValidationInfo) -> Any:
 def _objective(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {"alias": value, "kind": _known(value)}
-    if isinstance(value, dict) and len(value) > 1 and (kind := next((k for k in value if k in OBJECTIVES), None)):
+    if isinstance(value, dict) and len(value) > 1 and (kind := next((k for k in value if k in names()), None)):
         _no_stage(kind, value)
     if not (isinstance(value, dict) and len(value) == 1):
         raise ValueError(
@@ -93,9 +93,10 @@ def _objective(value: Any) -> dict[str, Any]:
         )
     ((alias, inner),) = value.items()
     inner = inner or {}
-    if alias in OBJECTIVES and isinstance(inner, dict):
+    known = alias in names()
+    if known and isinstance(inner, dict):
         _no_stage(alias, inner)
-    if alias in OBJECTIVES or not isinstance(inner, dict):
+    if known or not isinstance(inner, dict):
         return {"alias": alias, "kind": _known(alias), "settings": _settings(alias, inner)}
     staged = {k: inner[k] for k in STAGE if k in inner}
     kinds = [k for k in inner if k not in staged]
@@ -116,13 +117,14 @@ def _no_stage(kind: str, given: dict[str, Any]) -> None:
 
 
 def _known(kind: Any) -> str:
-    if kind not in OBJECTIVES:
-        raise ValueError(f"no objective {kind!r}{nearest(str(kind), OBJECTIVES)} (there are: {', '.join(OBJECTIVES)})")
+    if kind not in (known := names()):
+        raise ValueError(f"no objective {kind!r}{nearest(str(kind), known)} (there are: {', '.join(known)})")
     return str(kind)
 
 
 def _settings(kind: str, given: Any) -> dict[str, Any]:
-    fields = [f.name for f in dataclasses.fields(OBJECTIVES[kind])]  # type: ignore[arg-type]
+    made = load_objective(kind)
+    fields = [f.name for f in dataclasses.fields(made)]  # type: ignore[arg-type]
     if not isinstance(given, dict):
         raise ValueError(f"{kind}: its settings are a mapping, such as {{{next(iter(fields), 'weight')}: 0.1}}")
     for key, value in ((str(k), v) for k, v in given.items()):
@@ -130,13 +132,13 @@ def _settings(kind: str, given: Any) -> dict[str, Any]:
             raise ValueError(
                 f"{kind}: no setting {key!r}{nearest(key, fields)} (it has: {', '.join(fields) or 'none'})"
             )
-        _check_setting(kind, key, value)
+        _check_setting(kind, made, key, value)
     return given
 
 
-def _check_setting(kind: str, key: str, value: Any) -> None:
+def _check_setting(kind: str, made: Any, key: str, value: Any) -> None:
     """Words where the objective's field takes words; a number of at least 0 (a share: at most 1) otherwise."""
-    words = get_args(get_type_hints(OBJECTIVES[kind])[key])
+    words = get_args(get_type_hints(made)[key])
     if words:
         if value not in words:
             raise ValueError(f"{kind}: {key} is {value!r}; {' or '.join(map(str, words))}")

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from leeway.study.part import Part
+from leeway.data.task import task_names
+from leeway.part import Part, Tokens, nearest, tokens
 
+__all__ = ["Adapter", "Budget", "Companion", "Files", "Optim", "Pairs", "Task", "Tokens", "Tune", "tokens"]
 
-def tokens(value: Any) -> Any:
-    """`25k`, `0.5M` or a number of tokens."""
-    if isinstance(value, bool):
-        raise ValueError(f"{str(value).lower()} is no number of tokens; give one, such as 25k")
-    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*", value)):
-        count = Decimal(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()]
-        return int(count) if count == int(count) else float(count)
-    return value
-
-
-Tokens = Annotated[int, BeforeValidator(tokens), Field(gt=0)]
+OPEN_ENDED = ("legal", "cyber")  # tasks whose answers a model grades against references
+OWN_FILES = (*OPEN_ENDED, "files")
+TRAINED = ("organism", "gsm8k", "supergpqa-engineering", *OWN_FILES)  # without another package
 
 
 class Files(Part):
@@ -30,9 +22,9 @@ class Files(Part):
 
 
 class Task(Part):
-    """What is trained on: a named task, or files of your own."""
+    """What is trained on: a named task, or files of your own. `task: gsm8k` is short for the mapping."""
 
-    name: Literal["organism", "gsm8k", "files"] = "files"
+    name: str = Field(default="files", description="organism, gsm8k, files, or one of an installed package")
     files: Files | None = None
     revision: str | None = None
     too_long: Literal["error", "leave-out"] = "error"
@@ -41,10 +33,34 @@ class Task(Part):
     )
     limit: int | None = Field(default=None, gt=0, description="train on a fixed random subset of so many examples")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in (known := [*TRAINED, *task_names()]):
+            raise ValueError(f"no task {name!r}{nearest(name, known)} (there are: {', '.join(known)})")
+        return name
+
+    @model_validator(mode="after")
+    def _revision_is_read(self) -> Task:
+        if self.revision and self.name not in TRAINED:
+            raise ValueError(f"revision: {self.name} says itself where its data come from; leave it out")
+        return self
+
     @model_validator(mode="after")
     def _files_go_with_files(self) -> Task:
-        if (self.name == "files") != (self.files is not None):
-            raise ValueError("give either a name (organism, gsm8k) or files: {train: …, test: …}")
+        if self.name in OPEN_ENDED and self.files is None:
+            raise ValueError(
+                f"{self.name} has no data of its own: give {{name: {self.name}, files: {{train: …, test: …}}}}"
+            )
+        if (self.name in OWN_FILES) != (self.files is not None):
+            raise ValueError(
+                "give either a name (organism, gsm8k, supergpqa-engineering) or files: {train: …, test: …}"
+            )
         return self
 
 

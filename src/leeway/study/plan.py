@@ -1,52 +1,36 @@
-"""What a study takes, before anything is trained: trajectories, exact tokens, estimated hours, memory and disk."""
+"""What a study takes, before anything is trained: trajectories, tokens, hours, memory, dollars, disk."""
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
-import torch
-
-from leeway.data.batches import Schedule
-from leeway.objectives import Objective
-from leeway.objectives.objective import Plain
-from leeway.study.pieces import Piece, pieces_of, schedule_of, whos
-from leeway.study.prepare import Prepared, prepare, skeleton, targeted
-from leeway.study.progress import duration
+from leeway.errors import LeewayError
+from leeway.study import costs, gpus
+from leeway.study.answering import eval_costs, pair_cost
+from leeway.study.bill import Bill, bill
+from leeway.study.costs import EvalCost, Shape
+from leeway.study.gpus import Machine
+from leeway.study.pieces import pieces_of, whos
+from leeway.study.prepare import Prepared, prepare, targeted
 from leeway.study.spec import Spec
+from leeway.study.standin import Subject, subject
 from leeway.study.training_data import chat_for
-from leeway.training.loop import Optim, cached_reference_tokens
-from leeway.training.renderer import Renderer
-
-FORWARD, BACKWARD = 2, 2  # FLOPs per parameter and token; a LoRA step needs no weight gradients of the base
-EFFICIENCY = 0.15  # of the measured matrix-product rate that small, dispatch-bound models were seen to reach
-MEAN_ANSWER = 0.5  # of max_new_tokens
+from leeway.study.trajectories import TrajectoryPlan, trajectory
 
 
 @dataclass(frozen=True)
-class TrajectoryPlan:
-    """One training run: token counts are exact, `processed` and `reference` counted over its rendered sequences.
+class Prices:
+    """Dollars that the user names: of a GPU for an hour, of a judge's million tokens, read and written."""
 
-    `runs` is above one for a sweep of learning rates: that many runs of this size.
-    """
-
-    objective: str
-    purpose: str
-    seed: int
-    runs: int
-    budgets: tuple[int, ...]
-    steps: int
-    source_tokens: int
-    target_tokens: int
-    processed_tokens: int
-    reference_tokens: int
+    hour: float | None = None
+    judge: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole study. Hours are estimates from this machine's CPU rate; everything counted in tokens is exact."""
+    """The whole study. Tokens are exact unless something is `missing`; hours, memory and disk are estimates."""
 
     name: str
     parameters: int
@@ -54,8 +38,13 @@ class Plan:
     checkpoints: int
     evaluated: int
     answers_each: int
+    evals: tuple[EvalCost, ...]
     left_out: int
+    followed: tuple[str, ...]
+    missing: tuple[str, ...]
+    counts_exactly: bool
     notes: tuple[str, ...]
+    bill: Bill
     estimated_hours: float
     estimated_memory_gib: float
     estimated_disk_gib: float
@@ -64,116 +53,122 @@ class Plan:
         return asdict(self)
 
     def to_text(self) -> str:
+        about = "" if self.counts_exactly else "~"
         names = [f"{t.objective}{f' ({t.purpose})' if t.purpose else ''}" for t in self.trajectories]
         wide = max(map(len, [*names, "objective"])) + 1
         head = f"{'objective':{wide}}{'seed':>5}{'to budget':>11}{'steps':>8}{'source':>12}{'targets':>12}"
         rows = [
-            f"{name:{wide}}{t.seed:>5}{t.budgets[-1]:>11,}{t.steps:>8,}{t.source_tokens:>12,}{t.target_tokens:>12,}"
-            f"{t.processed_tokens:>12,}{t.reference_tokens:>12,}"
+            f"{name:{wide}}{t.seed:>5}{t.budgets[-1]:>11,}{about + f'{t.steps:,}':>8}"
+            + "".join(
+                f"{about + f'{n:,}':>12}"
+                for n in (t.source_tokens, t.target_tokens, t.processed_tokens, t.reference_tokens)
+            )
             for name, t in zip(names, self.trajectories, strict=True)
         ]
         return "\n".join(
             [
                 f"{self.name}: {sum(t.runs for t in self.trajectories)} training runs, {self.checkpoints} checkpoints, "
                 f"{self.evaluated} evaluations of {self.answers_each:,} answers; {self.parameters:,} parameters",
+                *(f"missing: {m}" for m in self.missing),
+                *(f"follows: {f}" for f in self.followed),
                 f"{head}{'processed':>12}{'reference':>12}",
                 *rows,
+                *(_told(e, about) for e in self.evals),
                 *self.notes,
                 f"left out as too long: {self.left_out}",
-                f"estimated on this CPU: {duration(self.estimated_hours * 3600)} (h:mm:ss or m:ss), "
-                f"{self.estimated_memory_gib:.1f} GiB of memory, {self.estimated_disk_gib:.2f} GiB of disk",
+                *self.bill.lines(),
             ]
         )
 
 
-def plan(spec: Spec) -> Plan:
-    """Plan `spec`: reads data, tokenizer and config, never weights, never a GPU."""
-    prepared = prepare(spec)
-    total, trained = _parameters(spec)
+def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) -> Plan:
+    """Plan `spec` on `machine` (this CPU): reads data, tokenizer and config, never weights, never a GPU."""
+    model = subject(spec)
+    prepared = prepare(spec, model=model)
+    on = machine or gpus.this_cpu()
+    size = _shape(spec, model, on)
     pieces = pieces_of(prepared)
-    trajectories = tuple(_trajectory(prepared, p) for p in pieces if p.kind != "base")
+    trajectories = tuple(trajectory(prepared, p) for p in pieces if p.kind != "base")
     checkpoints = sum(len(p.budgets) for p in pieces)
     evaluated, answers = sum(len(whos(prepared, p)) for p in pieces), sum(len(e) for e in prepared.evals)
     answered = _sweep_answers(prepared)
-    training = sum(
-        t.runs * (t.processed_tokens * (FORWARD + BACKWARD) + t.reference_tokens * FORWARD) for t in trajectories
-    )
-    answering = (
-        evaluated * sum(len(e) * MEAN_ANSWER * getattr(e, "max_new_tokens", 2) for e in prepared.evals) * FORWARD
+    evals, unpriced = eval_costs(prepared)
+    found = bill(
+        prepared,
+        size,
+        on,
+        training=sum(
+            t.runs * costs.training_flops(size, t.processed_tokens, t.target_tokens, t.reference_tokens)
+            for t in trajectories
+        ),
+        sweeps=answered * 2.0 * (size.body + size.head),
+        evals=evals,
+        evaluated=evaluated,
+        pairs=pair_cost(prepared),
+        disk=checkpoints * size.trained * costs.FLOAT32 + evaluated * answers * costs.ROW_BYTES,
+        hour=prices.hour,
+        judge=prices.judge,
     )
     return Plan(
         name=spec.name,
-        parameters=total,
+        parameters=size.total,
         trajectories=trajectories,
         checkpoints=checkpoints,
         evaluated=evaluated,
         answers_each=answers,
+        evals=evals,
         left_out=len(prepared.left_out),
-        notes=(*_undrawn(prepared), *_notes(spec, trajectories, answered)),
-        estimated_hours=(training + answering + answered * FORWARD) * total / (EFFICIENCY * _flops()) / 3600,
-        estimated_memory_gib=0.6 + (total * 4 + trained * 16 + spec.optim.micro_tokens * 4096) / 2**30,
-        estimated_disk_gib=(checkpoints * trained * 4 + evaluated * answers * 600) / 2**30,
+        followed=spec.followed,
+        missing=model.missing,
+        counts_exactly=model.counts_exactly,
+        notes=(*_undrawn(prepared), *unpriced, *_notes(spec, trajectories, answered), *claimed(spec)),
+        bill=found,
+        estimated_hours=found.hours,
+        estimated_memory_gib=found.memory_gib,
+        estimated_disk_gib=found.disk_gib,
     )
 
 
-def _trajectory(prepared: Prepared, piece: Piece) -> TrajectoryPlan:
-    objective, renderer = prepared.objectives[piece.alias], prepared.renderer(piece.alias, piece.seed)
-    tune = prepared.spec.optim.tune
-    if piece.kind == "tune":
-        assert prepared.tuning is not None
-        schedule, runs, purpose = (
-            prepared.tuning.schedules[piece.alias],
-            len(tune.lrs),
-            f"each of {len(tune.lrs)} rates",
+def priced(
+    gpu: str | None, mfu: float | None, mbu: float | None, hour: float | None, judge: str | None
+) -> tuple[Machine | None, Prices]:
+    """The machine and the prices that the command line names; raises LeewayError where they make no sense."""
+    for option, value in (("--mfu", mfu), ("--mbu", mbu), ("--price", hour)):
+        if gpu is None and value is not None:
+            raise LeewayError(f"{option} is for a GPU, and none is named", fix="add --gpu NAME")
+    machine = None
+    if gpu is not None:
+        machine = gpus.on_gpu(gpu, gpus.MFU if mfu is None else mfu, gpus.MBU if mbu is None else mbu)
+    return machine, Prices(hour, None if judge is None else _judge_price(judge))
+
+
+def _judge_price(text: str) -> tuple[float, float]:
+    """`0.15/0.60`, or one number for both."""
+    try:
+        parts = [float(part) for part in text.split("/")]
+    except ValueError:
+        parts = []
+    if len(parts) not in (1, 2) or not all(0 <= p < math.inf for p in parts):
+        raise LeewayError(
+            f"--judge-price {text!r} is no price", fix="give dollars per million tokens, such as 0.15/0.6"
         )
-    else:
-        schedule, runs, purpose = schedule_of(prepared, piece), 1, ""
-    targets, processed = _rendered_tokens(renderer, schedule)
-    return TrajectoryPlan(
-        objective=piece.alias,
-        purpose=purpose,
-        seed=piece.seed,
-        runs=runs,
-        budgets=tuple(m.budget for m in schedule.marks),
-        steps=len(schedule.steps),
-        source_tokens=schedule.marks[-1].source_tokens,
-        target_tokens=targets,
-        processed_tokens=processed,
-        reference_tokens=_reference_tokens(prepared, objective, renderer, schedule, processed),
-    )
+    return parts[0], parts[-1]
 
 
-def _rendered_tokens(renderer: Renderer, schedule: Schedule) -> tuple[int, int]:
-    """(target tokens, processed tokens); an example is rendered once where every epoch renders it alike."""
-    objective: Any = renderer.objective
-    alike = not objective.companion and type(objective).worst_case is Plain.worst_case  # nothing is drawn
-    known: dict[str, tuple[int, int]] = {}
-    targets = processed = 0
-    for slot in (s for step in schedule.steps for s in step):
-        found = known.get(slot.example.id)
-        if found is None:
-            rendered = renderer.rendered(slot)
-            lengths = [len(s.ids) for s in (*rendered, *renderer.baseline(slot))]
-            found = sum(s.targets for s in rendered), sum(lengths)
-            if alike:
-                known[slot.example.id] = found
-        targets, processed = targets + found[0], processed + found[1]
-    return targets, processed
+def _told(e: EvalCost, about: str) -> str:
+    """A line for an eval at one checkpoint."""
+    said = f"{e.name}: {e.answers:,} answers a checkpoint, {about}{e.prompt_tokens:,} tokens of prompts"
+    said += f", up to {e.max_new_tokens} tokens each" if e.max_new_tokens else ", one forward pass each"
+    return said + (f"; {e.judge_calls:,} calls of {e.judge}" if e.judge_calls else "")
 
 
-def _reference_tokens(
-    prepared: Prepared, objective: Objective, renderer: Renderer, schedule: Schedule, processed: int
-) -> int:
-    """As the ledger will count them: live, all that is processed; cached, what is asked for the first time."""
-    if objective.needs_reference == "nothing":
-        return 0
-    if prepared.spec.reference == "live":
-        return processed
-    optim = prepared.spec.optim
-    return cached_reference_tokens(
-        lambda: (renderer.batch(k, slots) for k, slots in enumerate(schedule.steps, 1)),
-        Optim(optim.clip, optim.micro_tokens, layout=optim.layout),
-    )
+def _shape(spec: Spec, model: Subject, machine: Machine) -> Shape:
+    """The model in numbers, its weights as wide as they would be on that machine."""
+    lm = model.skeleton()
+    full = spec.adapter.kind == "full"
+    on_gpu = machine.memory is not None
+    wide = 4 if spec.weights == "float32" or (spec.weights == "auto" and not on_gpu) else 2
+    return costs.shape(lm, [] if full else targeted(spec, lm), spec.adapter.r, full=full, width=wide)
 
 
 def _undrawn(prepared: Prepared) -> Iterator[str]:
@@ -197,6 +192,13 @@ def _sweep_answers(prepared: Prepared) -> int:
     return found * len(prepared.spec.optim.tune.lrs)
 
 
+def claimed(spec: Spec) -> Iterator[str]:
+    """Which claims the study begins with, and the hash that says so."""
+    if spec.claims is not None:
+        set_ = f"{spec.claims.name}, version {spec.claims.version}"
+        yield f"claims: {len(spec.claims.claims)} ({set_}), hash {spec.claims.hash}: publish it before the run"
+
+
 def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...], answered: int) -> Iterator[str]:
     """What a setting costs beside its default."""
     trained = [t for t in trajectories if not t.purpose]
@@ -216,23 +218,3 @@ def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...], answered: int) 
     swept = sum(t.runs * (t.processed_tokens + t.reference_tokens) for t in trajectories if t.purpose)
     if swept:
         yield f"lr tuned: {swept:,} tokens of training by the sweeps, and up to {answered:,} of answers, on top"
-
-
-def _parameters(spec: Spec) -> tuple[int, int]:
-    """(all parameters, those that train), from the config alone."""
-    lm = skeleton(spec)
-    total = sum(p.numel() for p in lm.parameters())
-    if spec.adapter.kind == "full":
-        return total, total
-    return total, sum(spec.adapter.r * (m.in_features + m.out_features) for m in targeted(spec, lm))
-
-
-def _flops(size: int = 768) -> float:
-    """Matrix-product rate of this CPU in float32, FLOP/s: the best of five."""
-    a = torch.randn(size, size)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 / min(times)

@@ -29,6 +29,7 @@ from leeway.pairs import PairReport
 from leeway.study.asked import evals_of, held_out_test
 from leeway.study.drawing import Drawing, pairs_of
 from leeway.study.spec import Spec
+from leeway.study.standin import Subject
 from leeway.study.training_data import INJECTED_BYTES, chat_for, companions_of, fitting, misread, train_examples
 from leeway.study.voices import Voices
 from leeway.training.renderer import Renderer
@@ -81,11 +82,17 @@ class Prepared:
         )
 
 
-def prepare(spec: Spec, drawing: Drawing | None = None) -> Prepared:
-    """Load and check everything that the study names; weights only where `drawing` says that pairs may be drawn."""
-    chat, context = load_chat(spec.model, spec.revision), load_context(spec.model, spec.revision)
+def prepare(spec: Spec, drawing: Drawing | None = None, model: Subject | None = None) -> Prepared:
+    """Load and check everything that the study names; weights only where `drawing` says that pairs may be drawn.
+
+    `model` stands in for the study's own where a plan has been told that it is not at hand.
+    """
+    if model is None:
+        chat, context = load_chat(spec.model, spec.revision), load_context(spec.model, spec.revision)
+    else:
+        chat, context = model.chat, model.context
     if spec.adapter.targets != "all-linear" and spec.adapter.kind != "full":
-        targeted(spec, skeleton(spec))
+        targeted(spec, model.skeleton() if model else skeleton(spec))
     objectives = {o.alias: o.build() for o in spec.objectives}
     origins: dict[str, str] = {}
     raw, origins["train"] = train_examples(spec)

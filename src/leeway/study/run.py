@@ -28,6 +28,7 @@ def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | 
     """Run `spec` into `out`, going on where an earlier run stopped; returns the report's path."""
     from leeway.report import build
 
+    workers_for(spec, 1, workers)  # a number of workers that cannot be is refused before anything is written
     store = Store(out)
     with store.claimed(spec.hash, spec.to_yaml()):
         _check_disk(out)
@@ -44,7 +45,7 @@ def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | 
             facts = manifest(prepared, work.base(), command)
             store.write_manifest(facts)
         busy = [p for p in pieces if work.unfinished(p)]
-        reporter.workers = min(workers or workers_for(spec, len(pieces)), max(1, len(busy)))
+        reporter.workers = min(workers_for(spec, len(pieces), workers), max(1, len(busy)))
         with reporter:
             lines = [line for p in pieces if p not in busy for line in work.ledger(p, checkpoints.verified_ledger)]
             check_matched(lines, matching(prepared))
@@ -83,7 +84,8 @@ def _collect(work: Work, pieces: list[Piece], facts: dict[str, Any]) -> int:
     rows = work.store.write_rows(list(parts))
     chosen = {p.alias: tuning.read(work.store.tuning(p.alias)).to_json() for p in pieces if p.kind == "tune"}
     found = {"conditions": work.store.conditions(parts), "tuning": chosen, "written": work.store.written()}
-    work.store.write_manifest({**facts, **found})
+    first = {alias: objective.conditions[0].name for alias, objective in work.prepared.objectives.items()}
+    work.store.write_manifest({**facts, **found, "first_conditions": first})
     return rows
 
 

@@ -6,27 +6,25 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, StrictInt, model_validator
 
+from leeway.claims import Claims, build
 from leeway.hashing import digest
+from leeway.loader import FLOAT
 from leeway.model import adapters
+from leeway.part import Part, nearest
 from leeway.study.eval_parts import Evals
+from leeway.study.measured import measured
 from leeway.study.objective_spec import ObjectiveSpec, objectives
-from leeway.study.part import Part, nearest
-from leeway.study.parts import Adapter, Budget, Companion, Optim, Pairs, Task, Tokens
+from leeway.study.parts import OPEN_ENDED, OWN_FILES, Adapter, Budget, Companion, Optim, Pairs, Task, Tokens
 
 ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]*")
 LONGEST_ALIAS = 64  # characters: it is part of file names
-
-# YAML 1.2, 10.3.2; an integer matches YAML's own pattern before it
-FLOAT = re.compile(
-    r"[-+]?(?:\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|\.(?:inf|Inf|INF))$"
-    r"|\.(?:nan|NaN|NAN)$"
-)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -58,6 +56,11 @@ def _distinct(objectives: tuple[ObjectiveSpec, ...]) -> tuple[ObjectiveSpec, ...
     if faults:
         raise ValueError("\n".join(faults))
     return objectives
+
+
+def _claims(value: Any) -> Any:
+    """A list, or a mapping that holds one; a path or a name is read by the parser, which knows where the file is."""
+    return value if value is None else build(value)
 
 
 def _no_adapter(name: str) -> str:
@@ -125,6 +128,8 @@ class Spec(Part):
     general: Companion | None = None
     safety: Companion | None = None
     evals: Evals
+    claims: Annotated[Claims | None, BeforeValidator(_claims)] = None
+    _followed: tuple[str, ...] = PrivateAttr(())
 
     @model_validator(mode="after")
     def _whole(self) -> Spec:
@@ -135,6 +140,7 @@ class Spec(Part):
             *self._rates_fit(),
             *self._starts_are_there(),
             *self._starts_fit(),
+            *self._claims_fit(),
         ]
         if self.adapter.kind == "full" and self.dtype == "bfloat16":
             faults.append("dtype: bfloat16 is too coarse for adapter.kind: full; leave dtype out, or use kind: lora")
@@ -143,8 +149,12 @@ class Spec(Part):
         return self
 
     def _evals_fit(self) -> Iterator[str]:
-        if any(c.name == "files" for c in self.evals.capability) and self.task.name != "files":
-            yield "evals.capability: files needs task: {files: {train: …, test: …}}"
+        for name in (c.name for c in self.evals.capability if c.source is None):
+            if name in OWN_FILES and self.task.name != name:
+                give = "task: {files: {train: …, test: …}}" if name == "files" else f"source, or task: {name}"
+                yield f"evals.capability: {name} needs {give}"
+        if self.task.name in OPEN_ENDED and self.optim.lr == "tuned":
+            yield f"optim.lr: tuned chooses by exact answers, and {self.task.name} has none; give a rate"
 
     def _servable(self) -> Iterator[str]:
         """What vLLM can answer with: the base under a plain LoRA."""
@@ -192,6 +202,22 @@ class Spec(Part):
                 fault = _only_one(o.start.from_, control[o.alias])
                 yield f"{o.alias}: {fault}; start it from {_alike(control[o.alias])}"
 
+    def followed_by(self, chosen: Seq[str]) -> Spec:
+        """The same study, with what of it followed from its model and task."""
+        self._followed = tuple(chosen)
+        return self
+
+    @property
+    def followed(self) -> tuple[str, ...]:
+        """What of the study followed from its model and task (`by-model`, `by-task`), a line for each place."""
+        return self._followed
+
+    def _claims_fit(self) -> Iterator[str]:
+        if self.claims is not None:
+            aliases = [o.alias for o in self.objectives]
+            for fault in self.claims.absent(aliases, measured(self.evals), self.budgets):
+                yield f"claims: {fault}"
+
     def objective(self, alias: str) -> ObjectiveSpec:
         return next(o for o in self.objectives if o.alias == alias)
 
@@ -202,10 +228,15 @@ class Spec(Part):
 
     @property
     def hash(self) -> str:
-        return digest("study", self.model_dump(mode="json", by_alias=True))
+        """Of everything that was asked; the claims are part of it where there are any."""
+        return digest("study", self._plain())
+
+    def _plain(self) -> dict[str, Any]:
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"claims"})
+        return plain if self.claims is None else {**plain, "claims": self.claims.to_plain()}
 
     def to_yaml(self) -> str:
         """The resolved study: every default written out."""
-        plain = self.model_dump(mode="json", by_alias=True)
+        plain = self._plain()
         plain["objectives"] = [o.to_plain() for o in self.objectives]
         return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -6,11 +6,12 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 
-from leeway.data import files, gsm8k
+from leeway.data import files, gsm8k, supergpqa
 from leeway.data.batches import Companions
 from leeway.data.chat import Chat
 from leeway.data.items import Example
 from leeway.data.subset import subset
+from leeway.data.task import load_task
 from leeway.errors import LeewayError
 from leeway.objectives import Objective
 from leeway.organism import world
@@ -53,8 +54,12 @@ def train_examples(spec: Spec) -> tuple[list[Example], str]:
         found, origin = world.train_examples(ORGANISM_EXAMPLES, seed=0), "the organism's world, seed 0"
     elif task.name == "gsm8k":
         found, origin = gsm8k.train_examples(task.revision)
+    elif task.name == "supergpqa-engineering":
+        found, origin = supergpqa.train_examples("Engineering", revision=task.revision)
+    elif task.files is None:
+        outside = load_task(task.name)
+        found, origin = outside.train_examples(), outside.origin
     else:
-        assert task.files is not None
         found, origin = files.train_examples(Path(task.files.train).expanduser(), unfit=task.unfit)
     return subset(found, task.limit, "train"), origin
 

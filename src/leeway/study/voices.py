@@ -57,6 +57,11 @@ class Voices:
         return _Surprise(spec.model, spec.revision, spec.weights, spec.device)
 
 
+def limit_of(speaker: Speaker, own: int) -> int:
+    """The limit of each of its replies: as the study has it, else `own`, of whoever asks."""
+    return own if speaker.max_new_tokens is None else speaker.max_new_tokens
+
+
 @dataclass
 class _Surprise:
     """The base model as a reader of answers, loaded when it is first asked."""

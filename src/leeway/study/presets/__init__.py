@@ -9,6 +9,7 @@ from leeway.errors import LeewayError
 PRESETS: dict[str, str] = {
     "demo": "the embedded organism, six objectives, a few minutes on a CPU, no download",
     "real-data": "GSM8K, StrongREJECT and Anthropic's persona statements, on any local or hub model",
+    "objective-matters": "the study of arXiv 2601.12639 on Llama-3.1-8B-Instruct; scales down to the organism",
 }
 
 
