@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= leeway-demo
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check screenshots clean
+.PHONY: demo test check docs screenshots clean
 
 demo: $(VENV)/.runs
 	@$(VENV)/bin/leeway demo --out $(OUT)
@@ -18,6 +18,10 @@ check: $(VENV)/.develops
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+docs: $(VENV)/.documents
+	$(VENV)/bin/python -m mkdocs build --strict
+	@echo "$(CURDIR)/site/index.html"
+
 # torch first and pinned: another package's request for it would take a build with gigabytes of GPU libraries
 $(VENV)/.runs: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -29,8 +33,12 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.develops: $(VENV)/.runs
-	@$(PIP) --editable '.[dev,oracle,api,serve,inspect,lm-eval]'
+	@$(PIP) --editable '.[dev,oracle,api,serve,inspect,lm-eval,docs]'
+	@touch $@
+
+$(VENV)/.documents: $(VENV)/.runs
+	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist
+	rm -rf $(VENV) $(OUT) build dist site
