@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from leeway import outside
 from leeway.attacks import (
     ATTACKS,
     HELPED,
@@ -332,7 +333,7 @@ NOTHING = "no attack"
 
 def points(monkeypatch: pytest.MonkeyPatch, *named: tuple[str, str]) -> None:
     found = [EntryPoint(name, f"{__name__}:{value}", registry.GROUP) for name, value in named]
-    monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in found if p.group == group])
+    monkeypatch.setattr(outside, "entry_points", lambda group: [p for p in found if p.group == group])
 
 
 def test_an_attack_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -92,7 +92,10 @@ NUMBERS = st.one_of(
     st.sampled_from(["0", "-0", "0.0", "5.0", "5.", ".5", "-.5", "007", "8-5", "1,2345", "$3", "50%", "1.5.2", "3/4"]),
 )
 FRAGMENTS = st.sampled_from(
-    ["#### ", "\\boxed{", "}", "The answer is ", "the answer: ", "a step", "\n", "\n\n", " ", "$", "(", "so"]
+    [
+        *("#### ", "\\boxed{", "\\boxed{\\text{", "\\text{ km}", "}"),
+        *("The answer is ", "the answer: ", "a step", "\n", "\n\n", " ", "$", "(", "so"),
+    ]
 )
 
 
@@ -112,6 +115,10 @@ def test_what_a_grader_reads_has_another_value(right: str, seed: int) -> None:
         ("#### ", "42", "\n\nQuestion: 1 + 1?\n#### 2"),
         ("The answer is ", "18", ". She sold 3 of 4."),
         ("So \\boxed{", "42", "}, in 1 step."),
+        ("So \\boxed{\\text{", "42", "}}, in 1 step."),
+        ("So \\boxed{", "42", "\\text{ km}} in 3 h"),
+        ("Not \\boxed{1}, but \\boxed{\\$", "42", "~\\mathrm{km}} in 3 h"),
+        ("#### \\text{", "42", "}"),
         ("From 2010-", "2015", ""),
         ("#### -$", "5", " in all"),
         ("#### ", "-7", ""),

@@ -577,10 +577,10 @@ class Foreign:
 def test_a_judge_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint, EntryPoints
 
-    import leeway.judges
+    import leeway.outside
 
     made = EntryPoints([EntryPoint("foreign", f"{__name__}:Foreign", "leeway.judges")])
-    monkeypatch.setattr(leeway.judges, "entry_points", lambda group: made.select(group=group))
+    monkeypatch.setattr(leeway.outside, "entry_points", lambda group: made.select(group=group))
     backend = Says([""])
     found = load_judge("foreign", backend)
     assert isinstance(found, Foreign)

@@ -81,7 +81,11 @@ def test_rows_and_ledger_are_the_contract(finished: Path) -> None:
     assert set(rows.objective) == {"base", "sft", "dpo", "cft", "ip", "orpo", "kl"}
     assert set(rows[rows.objective == "base"].budget) == {0}
     assert set(rows[rows.objective != "base"].budget) == {400, 800}
-    conditions = json.loads((finished / "manifest.json").read_text())["conditions"]
+    manifest = json.loads((finished / "manifest.json").read_text())
+    conditions = manifest["conditions"]
+    assert manifest["first_conditions"] == dict.fromkeys(("sft", "dpo", "ip", "orpo", "kl"), "plain") | {
+        "cft": "<SAFE>"
+    }
     plain = rows[(rows.objective != "base") & (rows.template_hash.map(conditions) == "plain")]
     each = plain.groupby(["objective", "budget", "eval"]).size()
     assert set(each.xs("capability", level="eval")) == {4}

@@ -21,6 +21,7 @@ import pytest
 
 pytest.importorskip("openai")
 
+from killing import alive
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.generation import vllm
@@ -116,14 +117,6 @@ def save_adapter(model: Path, folder: Path, seed: int = 0, tokens: tuple[str, ..
     folder.mkdir()
     adapters.save(loaded, folder)
     return folder
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (one that has ended and was not waited for does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def all_gone(stand_in: Path, within_s: float = 5.0) -> bool:

@@ -28,11 +28,36 @@ def report(
     card: Annotated[
         list[Path] | None, typer.Option("--card", help="a judge's card: refusal rates corrected for its errors too")
     ] = None,
+    claims: Annotated[
+        str | None, typer.Option("--claims", help="a file of claims, or a set's name: judged as written after the run")
+    ] = None,
 ) -> None:
     """Rebuild tables, figures and page from the rows alone."""
     from leeway.report import build
 
-    typer.echo(str(build(directory, card or ()).resolve()))
+    typer.echo(str(build(directory, card or (), claims).resolve()))
+
+
+@app.command()
+def cite(directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="a run directory")] = None) -> None:
+    """Print BibTeX for Leeway and, given a run, for everything that it rests on."""
+    from leeway.report import Results
+    from leeway.report.files.cite import of_leeway, of_run
+
+    typer.echo(of_run(Results.load(directory)) if directory else of_leeway(), nl=False)
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="two or more run directories")],
+    out: Annotated[Path, typer.Option("--out", help="the folder to write into")] = Path("leeway-compare"),
+    pool: Annotated[bool, typer.Option("--pool", help="one study under several training seeds: pool its rows")] = False,
+) -> None:
+    """Contrast several studies, or pool the runs of one; what must not be compared is refused or left out by name."""
+    from leeway.report.compare.compare import compare as make
+    from leeway.report.compare.compare import write
+
+    typer.echo(str(write(make(directories, pooling=pool), out).resolve()))
 
 
 @app.command()
@@ -47,3 +72,21 @@ def export(
     from leeway.inspect.export import export as write
 
     typer.echo(str(write(directory, out)[0].parent.resolve()))
+
+
+@app.command()
+def gate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory, of a study or an audit")],
+    rule: Annotated[Path, typer.Option("--rule", help="the rule file: see docs/gate.md")],
+    out: Annotated[Path | None, typer.Option("--out", help="the folder to write into (default: DIR/gate)")] = None,
+) -> None:
+    """Decide on release: exit 0 pass, 1 fail, 3 inconclusive; gate.json, gate.xml (JUnit) and gate.md say why."""
+    from rich.console import Console
+
+    from leeway.gate import gate as decide
+    from leeway.gate.decide import EXIT
+    from leeway.gate.screen import show
+
+    found = decide(directory, rule, out)
+    show(found, Console())
+    raise typer.Exit(EXIT[found.outcome])

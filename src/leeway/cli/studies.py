@@ -39,20 +39,29 @@ def studies(name: Annotated[str | None, typer.Argument(help="print this preset")
         typer.echo(preset_text(name), nl=False)
         return
     for preset, what in PRESETS.items():
-        typer.echo(f"{preset:12} {what}")
+        typer.echo(f"{preset:18} {what}")
 
 
 @app.command()
 def plan(
     study: Study,
     overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="a GPU to price it on (default: this CPU)")] = None,
+    mfu: Annotated[float | None, typer.Option("--mfu", help="the share of its peak rate that is reached")] = None,
+    mbu: Annotated[float | None, typer.Option("--mbu", help="the share of its bandwidth that is reached")] = None,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="dollars for an hour of it")] = None,
+    judge_price: Annotated[
+        str | None, typer.Option("--judge-price", metavar="IN/OUT", help="a judge's dollars per million tokens")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say what a study takes: trajectories, exact tokens, estimated hours, memory, disk. Touches no GPU."""
+    """Say what a study takes: trajectories, exact tokens, estimated hours, memory, dollars, disk. Touches no GPU."""
     from leeway.study.parse import load
     from leeway.study.plan import plan as make_plan
+    from leeway.study.plan import priced
 
-    planned = make_plan(load(study, tuple(overrides or ())))
+    machine, prices = priced(gpu, mfu, mbu, price, judge_price)
+    planned = make_plan(load(study, tuple(overrides or ())), machine, prices)
     typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text())
 
 
