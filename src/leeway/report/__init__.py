@@ -14,6 +14,6 @@ def build(folder: str | Path, cards: Sequence[Path] = (), claims: str | Path | N
     `cards` are judges' cards: refusal rates corrected for their errors stand beside the raw ones. `claims` is a file of
     claims, or a set's name, written after the run, and marked so.
     """
-    from leeway.report.build import build as build_run  # matplotlib takes a second to load: only where drawn
+    from leeway.report.rebuild import rebuild  # matplotlib takes a second to load: only where drawn
 
-    return build_run(Path(folder), cards, claims)
+    return rebuild(Path(folder), cards, claims)

@@ -30,7 +30,6 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
         "study": results.study.get("name"),
         "study_hash": results.manifest.get("study_hash"),
         "organism": bool(results.manifest.get("organism")),
-        "claims_hash": claims.about(results).get("hash"),
         "seeds": results.seeds,
         "conditions": results.conditions,
         "level": LEVEL,
@@ -44,6 +43,8 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
         ),
         "columns": {name: column_types(lines, [str(c) for c in made[name].columns]) for name, lines in records.items()},
     }
+    if declared := claims.about(results).get("hash"):
+        found["claims_hash"] = declared
     return found | records
 
 

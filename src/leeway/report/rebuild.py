@@ -18,7 +18,7 @@ from leeway.report.scale import Scale
 from leeway.report.series import Series, series_of
 
 
-def build(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = None) -> Path:
+def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = None) -> Path:
     """Write `results.json`, `tables/`, `figures/`, `citation.bib`, model cards, `report.html`; same rows, same bytes.
 
     With judges' `cards`, refusal rates corrected for their errors stand beside the raw ones; `claims` written after the
