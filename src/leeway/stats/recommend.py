@@ -45,9 +45,8 @@ def recommend(
     endorsement and coherence; where no direction is worse, a move either way). An objective `qualifies` unless it is
     shown to be worse than that or a rate was withheld; it is `within` where being worse is excluded for all of them
     that were measured, and one was. Both by one-sided 95% bounds, the wider of the joint draws' and `equivalence`'s:
-    draws know of training seeds, and are too narrow where few prompts moved. The two differ where the data are few, and
-    `why` says so. `recommended` is the most capable of those that are `within`, at the point; the line `none` is
-    recommended where none is.
+    draws know of training seeds, and are too narrow where few prompts moved. `why` says where data are few.
+    `recommended` is the most capable of those that are `within`, at the point; the line `none` where none is.
     `p_best` is the share of draws in which an objective is the most capable of those inside the margins in that draw;
     for `none`, in which nothing is inside. No correction for looking at several objectives. Raises StatsError for a
     budget that no objective has; empty without a capability axis.
