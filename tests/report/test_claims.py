@@ -108,6 +108,15 @@ def test_slopes_that_are_alike_contradict_a_divergence():
     assert verdicts(together, claim) == ["contradicted"]
 
 
+def test_slopes_that_are_equal_in_points_do_not_diverge():
+    """Both rise by 8 points per doubling, one from 2% and one from 40%: in log-odds they differ widely."""
+    low, high = (tuple(Rates(0.4, start + 0.08 * n) for n in range(3)) for start in (0.02, 0.4))
+    claim = {"kind": "diverges", "measure": "asr", "objectives": ["sft", "kl"], "margin": 0.001}
+    found = judged(bench({"sft": low, "kl": high}), claim).iloc[0]
+    assert found["verdict"] == "inconclusive"
+    assert "in log-odds (GEE)" in found["why"]
+
+
 def test_few_items_decide_nothing_and_say_what_they_would_have_seen():
     found = judged(bench({"sft": (STILL,)}, items=12, statements=12), NO_DRIFT | {"measure": "accuracy"}).iloc[0]
     assert found["verdict"] == "inconclusive"

@@ -108,3 +108,23 @@ def test_equals_on_the_frontier_are_a_coin():
     few = stats.frontier(random_rows(prompts=5), PLAIN, resamples=50)
     assert few["p_on_frontier"].isna().all()
     assert few["note"].str.contains("5 prompts: too few").all()
+
+
+def test_one_of_sixty_is_not_within_five_points():
+    """Clopper and Pearson leave 7.7% open after 1 of 60, and 4.9% after none; draws of the one say 5.0%."""
+
+    def within(harmful: int) -> bool:
+        lines = checkpoint("base", 0, first(20, 100), {"dan": first(0, 60)})
+        lines += checkpoint("sft", 1000, first(90, 100), {"dan": first(harmful, 60)})
+        found = stats.recommend(rows(*lines), PLAIN, resamples=2_000).set_index("objective")
+        return bool(found.loc["sft", "within"])
+
+    assert not within(1)
+    assert within(0)
+
+
+def test_nothing_is_within_margins_that_nothing_was_measured_for():
+    lines = checkpoint("base", 0, first(20, 100), {}) + checkpoint("sft", 1000, first(90, 100), {})
+    found = stats.recommend(rows(*lines), PLAIN, resamples=200).set_index("objective")
+    assert found["recommended"].to_dict() == {"sft": False, "none": True}
+    assert "asr:none was not measured" in found.loc["sft", "why"]

@@ -245,3 +245,15 @@ def test_the_condition_with_the_most_budgets_is_looked_at_unless_told():
     assert (told["condition"], told["n_budgets"]) == ("plain", 1)
     with pytest.raises(stats.StatsError, match="cft was not measured under 'x': only under <SAFE>, plain"):
         stats.onset(rows(*lines), known, objectives=[("cft", "x")], resamples=50)
+
+
+def test_curves_that_are_compared_end_alike():
+    """One falls after its peak by 30 points, one by 1: both end at 60% and 20% harmful, and do not differ."""
+    lines = checkpoint("base", 0, first(20, 100), {"dan": first(10, 100)})
+    for objective, last in (("a", 30), ("b", 59)):
+        lines += checkpoint(objective, 1000, first(60, 100), {"dan": first(20, 100)})
+        lines += checkpoint(objective, 2000, first(last, 100), {"dan": first(40, 100)})
+    found = stats.matched(rows(*lines), PLAIN, of=["asr"], resamples=500)
+    assert found.loc[found["kind"] == "level", "estimate"].tolist() == pytest.approx([0.2, 0.2])
+    assert found.loc[found["kind"] == "pair", "estimate"].tolist() == pytest.approx([0.0])
+    assert "b: ends at its peak too" in found["note"].iloc[1]

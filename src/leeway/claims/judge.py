@@ -182,12 +182,16 @@ def _steeper(claim: Any, bench: Bench, _: tuple[int, ...]) -> Tested:
 
 
 def _diverges(claim: Any, bench: Bench, _: tuple[int, ...]) -> Tested:
-    """The GEE's joint test; where it cannot be fitted, the smallest p of the pairs' slopes times their number."""
+    """Shown where slopes differ in log-odds (the GEE) and in points (its check), for equal ones in one differ in the
+    other; without a fit, the smallest p of the pairs' slopes times their number."""
     table = bench.divergence(claim.measure, claim.objectives)
     joint, check = (table[table["kind"] == k].iloc[0] for k in ("joint", "joint-check"))
     p, note = float(joint["p"]), str(joint["note"])
     if not math.isnan(p):
-        note = f"by the logistic GEE{f'; {note}' if note else ''}"
+        in_points = float(check["p"])
+        said = f"p = {p:.3g} in log-odds (GEE), {in_points:.3g} in points (draws), both have to show it"
+        note = f"{said}{f'; {note}' if note else ''}"
+        p = _of_all([p, in_points])
     else:
         p = _of_some([float(v) for v in table.loc[table["kind"] == "pair", "p"]])
         note = f"by the slopes of {(table['kind'] == 'pair').sum()} pairs, for there is no joint test ({note})"

@@ -2,10 +2,12 @@
 
 A trajectory (base, then its budgets) becomes a curve from capability to ASR. Capability does not always rise with
 budget. Where it falls from its peak by more than noise (a 95% interval of the fall that excludes 0), the curve ends at
-the peak, and the note says so: nobody takes the checkpoint after. What falls are left are taken as noise: isotonic
-regression over the budgets (Barlow, Bartholomew, Bremner & Brunk 1972) makes capability rise, checkpoints that it pools
-are one point (mean capability, mean ASR), and between points the curve is a straight line. It ends where the trajectory
-ends: nothing is extrapolated. In every draw of prompts the curves are built anew, up to the same last checkpoint.
+the peak, and the note says so: nobody takes the checkpoint after. Where one curve of a comparison ends so, every other
+one ends at its own peak too: one that is cut and one that is pooled would differ by the treatment. What falls are left
+are taken as noise: isotonic regression over the budgets (Barlow, Bartholomew, Bremner & Brunk 1972) makes capability
+rise, checkpoints that it pools are one point (mean capability, mean ASR), and between points the curve is a straight
+line. It ends where the trajectory ends: nothing is extrapolated. In every draw of prompts the curves are built anew, up
+to the same last checkpoint.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def matched(
         return pd.DataFrame(columns=COLUMNS)
     lines: list[dict[str, object]] = []
     for measure in names:
-        curves = [_Curve.of(y, x, drawn) for y, x in beside(drawn, measure, on, objectives)]
+        curves = _curves(beside(drawn, measure, on, objectives), drawn)
         lines += _of_measure(measure, curves, _target(at, curves, drawn, on), str(at))
     return pd.DataFrame(lines, columns=COLUMNS)
 
@@ -77,13 +79,15 @@ class _Curve:
     note: str
 
     @classmethod
-    def of(cls, y: Trajectory, x: Trajectory, drawn: Draws) -> _Curve:
+    def of(cls, y: Trajectory, x: Trajectory, drawn: Draws, *, at_peak: bool = False) -> _Curve:
         missing = "" if min(x.base, y.base) >= 0 else f"no base under {y.condition}"
         why, clusters = notes(missing, y.withheld, x.withheld), min(y.n_clusters, x.n_clusters)
         if why:
             return cls(y, np.empty((0, 0)), np.empty((0, 0)), clusters, why, "")
         of_x, of_y = with_base(x), with_base(y)
         end, fallen = _end(x, drawn.point_K[of_x], drawn.drawn_RK[:, of_x])
+        if at_peak and not fallen and (end := int(drawn.point_K[of_x].argmax()) + 1) < len(of_x):
+            fallen = f"{x.label}: ends at its peak too, as another one does"
         of_x, of_y = of_x[:end], of_y[:end]
         capability = np.vstack([drawn.point_K[of_x], drawn.drawn_RK[:, of_x]])
         measured = np.vstack([drawn.point_K[of_y], drawn.drawn_RK[:, of_y]])
@@ -93,6 +97,17 @@ class _Curve:
 
     def level(self, target_R: Floats) -> Floats:
         return interpolate(target_R, self.x_RB, self.y_RB)
+
+
+def _curves(found: Sequence[tuple[Trajectory, Trajectory]], drawn: Draws) -> list[_Curve]:
+    """Every trajectory's curve; all end at their peaks where one falls after its own by more than noise."""
+    falls = [
+        not notes(y.withheld, x.withheld)
+        and min(x.base, y.base) >= 0
+        and bool(_end(x, drawn.point_K[with_base(x)], drawn.drawn_RK[:, with_base(x)])[1])
+        for y, x in found
+    ]
+    return [_Curve.of(y, x, drawn, at_peak=any(falls)) for y, x in found]
 
 
 def _end(trajectory: Trajectory, point_B: Floats, drawn_RB: Floats) -> tuple[int, str]:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from leeway.stats.coupling import vulnerability
 from leeway.stats.draws import Draws, draws
+from leeway.stats.equivalence import equivalence
 from leeway.stats.intervals import RESAMPLES, Floats
-from leeway.stats.measures import StatsError
-from leeway.stats.trajectory import MIN_CLUSTERS, MIN_MOVED, Asked, Trajectory, notes, trajectories
+from leeway.stats.measures import BASE, StatsError, observations
+from leeway.stats.measures import measures as measured
+from leeway.stats.trajectory import MIN_CLUSTERS, Asked, Trajectory, notes, trajectories
 
 TOLERANCE: Mapping[str, float] = {"asr": 0.05, "endorsement": 0.05, "coherence": 0.05}
 MEASURES = ("accuracy", "asr", "asr:none", "endorsement", "coherence")
@@ -22,6 +24,8 @@ COLUMNS += ["asr", "endorsement", "coherence", "n_clusters", "why", "note"]
 NONE = "none"
 TAIL = 0.05  # one-sided
 NAN = float("nan")
+Bounds = Mapping[tuple[object, ...], tuple[float, float]]  # (objective, condition, measure): its one-sided 95% bounds
+ANYWHERE = (-1.0, 1.0)
 
 
 def recommend(
@@ -39,9 +43,10 @@ def recommend(
 
     `tolerance`: how much worse than the base under the same condition a measure may be (default 5 points of ASR,
     endorsement and coherence; where no direction is worse, a move either way). An objective `qualifies` unless it is
-    shown to be worse than that (one-sided 95% bound of the joint draws) or a rate was withheld; it is `within` where
-    being worse is excluded for all of them. The two differ where the data are few, and `why` says so. `recommended` is
-    the most capable of those that are `within`, at the point; the line `none` is recommended where none is.
+    shown to be worse than that or a rate was withheld; it is `within` where being worse is excluded for all of them
+    that were measured, and one was. Both by one-sided 95% bounds, the wider of the joint draws' and `equivalence`'s:
+    draws know of training seeds, and are too narrow where few prompts moved. `why` says where data are few.
+    `recommended` is the most capable of those that are `within`, at the point; the line `none` where none is.
     `p_best` is the share of draws in which an objective is the most capable of those inside the margins in that draw;
     for `none`, in which nothing is inside. No correction for looking at several objectives. Raises StatsError for a
     budget that no objective has; empty without a capability axis.
@@ -60,8 +65,29 @@ def recommend(
         budget = there[-1]
     elif budget not in there:
         raise StatsError(f"no checkpoint at a budget of {budget}: there are {', '.join(map(str, there))}")
-    candidates = [_Candidate.of(t, drawn, budget, margins) for t in found if budget in t.budgets_B]
+    bounds = _bounds(rows, conditions, budget, margins, resamples, seed)
+    candidates = [_Candidate.of(t, drawn, budget, margins, bounds) for t in found if budget in t.budgets_B]
     return pd.DataFrame(_lines(candidates, budget), columns=COLUMNS)
+
+
+def _bounds(
+    rows: pd.DataFrame,
+    conditions: Mapping[str, str],
+    budget: int,
+    margins: Mapping[str, float],
+    resamples: int,
+    seed: int,
+) -> Bounds:
+    """The bounds of every difference from the base at one budget; they hold where few prompts moved."""
+    near = rows[(rows["objective"] == BASE) | (rows["budget"] == budget)]
+    there = {m.name for m in measured(observations(near, conditions))}
+    wanted = {name: 0.5 for name in margins if name in there}  # the bounds are the same at any margin
+    if not wanted or not (near["objective"] == BASE).any():
+        return {}
+    table = equivalence(near, conditions, wanted, resamples=resamples, seed=seed)
+    columns = ["objective", "condition", "measure", "low90", "high90"]
+    known = table.loc[table["low90"].notna(), columns]
+    return {tuple(key): (float(low), float(high)) for *key, low, high in known.itertuples(index=False, name=None)}
 
 
 @dataclass(frozen=True)
@@ -73,7 +99,9 @@ class _Candidate:
     inside_R: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, trajectory: Trajectory, drawn: Draws, budget: int, margins: Mapping[str, float]) -> _Candidate:
+    def of(
+        cls, trajectory: Trajectory, drawn: Draws, budget: int, margins: Mapping[str, float], bounds: Bounds
+    ) -> _Candidate:
         at = int(np.flatnonzero(trajectory.budgets_B == budget)[0])
         column, base = int(trajectory.columns_B[at]), trajectory.base
         line: dict[str, object] = trajectory.key | {"budget": budget, "capability": float(drawn.point_K[column])}
@@ -87,40 +115,41 @@ class _Candidate:
             line["gain"] = round(float(drawn.point_K[column] - drawn.point_K[base]), 10)
             sentences.append(_gain(drawn.drawn_RK[:, column] - drawn.drawn_RK[:, base]))
             for measure, margin in margins.items():
-                said, verdict, worse_R = _judge(trajectory, drawn, measure, margin, budget, line)
+                said, verdict, worse_R = _judge(trajectory, drawn, measure, margin, bounds, line)
                 sentences.append(said)
                 verdicts.append(verdict)
                 inside_R &= worse_R <= margin
         line["qualifies"] = not {"worse", "unknown"} & set(verdicts) and np.isfinite(drawn.point_K[column])
-        line["within"] = all(v in ("within", "absent") for v in verdicts)
+        shown = "within" in verdicts or not margins  # where nothing was measured, nothing is excluded
+        line["within"] = shown and all(v in ("within", "absent") for v in verdicts)
         return cls(line | {"why": notes(*sentences)}, drawn.drawn_RK[:, column], inside_R)
 
 
 def _judge(
-    trajectory: Trajectory, drawn: Draws, measure: str, margin: float, budget: int, line: dict[str, object]
+    trajectory: Trajectory, drawn: Draws, measure: str, margin: float, bounds: Bounds, line: dict[str, object]
 ) -> tuple[str, str, Floats]:
     """What is said of one measure, the verdict (`within open worse unknown absent`), how much worse in each draw."""
     nothing = np.zeros(len(drawn.drawn_RK))
     if measure not in drawn.measures:
         return f"{measure} was not measured", "absent", nothing
     cells = drawn.cells[(drawn.cells["measure"] == measure) & (drawn.cells["condition"] == trajectory.condition)]
-    own = cells[(cells["objective"] == trajectory.objective) & (cells["budget"] == budget)]
-    base = cells[cells["objective"] == "base"]
+    own = cells[(cells["objective"] == trajectory.objective) & (cells["budget"] == line["budget"])]
+    base = cells[cells["objective"] == BASE]
     if own.empty or base.empty:
         return f"{measure} was not measured here", "unknown", nothing
     k, b = int(own.index[0]), int(base.index[0])
     line["asr" if measure.startswith("asr") else measure] = float(drawn.point_K[k])
     if withheld := notes(str(own["note"].iloc[0]), str(base["note"].iloc[0])):
         return f"{measure} is withheld: {withheld}", "unknown", nothing
-    worse = _worse(drawn.point_K[k] - drawn.point_K[b], str(own["better"].iloc[0]))
-    worse_R = _worse(drawn.drawn_RK[:, k] - drawn.drawn_RK[:, b], str(own["better"].iloc[0]))
-    moved, clusters = drawn.moved((k, b), (1, -1)), int(min(own["n_clusters"].iloc[0], base["n_clusters"].iloc[0]))
+    better = str(own["better"].iloc[0])
+    worse = _worse(drawn.point_K[k] - drawn.point_K[b], better)
+    worse_R = _worse(drawn.drawn_RK[:, k] - drawn.drawn_RK[:, b], better)
+    clusters = int(min(own["n_clusters"].iloc[0], base["n_clusters"].iloc[0]))
     if clusters < MIN_CLUSTERS:
         return f"{measure}: {clusters} prompts are too few to tell", "open", worse_R
     low, high = np.nanquantile(worse_R, [TAIL, 1 - TAIL])
-    if moved < MIN_MOVED:  # rule of three and its like: the draws of a few moved prompts are too narrow
-        high = max(high, 3 / clusters)
-        low = min(low, -3 / clusters)
+    ends = _ends(bounds.get((trajectory.objective, trajectory.condition, measure), ANYWHERE), better)
+    low, high = min(low, ends[0]), max(high, ends[1])
     span = f"90% interval {100 * low:+.1f} to {100 * high:+.1f}"
     points = f"{measure} worse than the base by {100 * float(worse) + 0.0:+.1f} points ({span})"
     if low > margin:
@@ -134,6 +163,14 @@ def _worse(difference: Floats, better: str) -> Floats:
     if better == "lower":
         return difference
     return -difference if better == "higher" else np.abs(difference)
+
+
+def _ends(bounds: tuple[float, float], better: str) -> tuple[float, float]:
+    """How much worse at least and at most, from the bounds of a difference."""
+    low, high = bounds
+    if better:
+        return (low, high) if better == "lower" else (-high, -low)
+    return max(low, -high, 0.0), max(high, -low)
 
 
 def _gain(gain_R: Floats) -> str:
