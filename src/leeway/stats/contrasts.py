@@ -106,12 +106,14 @@ class Columns:
             line["note"] = note(line, clusters, moved, se)
 
 
-def note(line: Mapping[str, object], clusters: int, moved: int, se: float) -> str:
-    """What weakens a contrast."""
+def note(line: Mapping[str, object], clusters: int, moved: int, se: float, *, at_a_margin: bool = False) -> str:
+    """What weakens a contrast; tests at a margin can tell where those of no difference cannot."""
     notes = [] if "," in str(line["seeds"]) else ["one training seed"]
     if line["prompts"]:
         notes.append(str(line["prompts"]))
-    if clusters < MIN_MOVED:
+    if at_a_margin and moved < MIN_MOVED:
+        notes.append(f"only {_prompts(moved)} of {clusters} moved: interval and p are from a bound")
+    elif clusters < MIN_MOVED:
         notes.append(f"only {_prompts(clusters)}: no test can reject, whatever they say")
     elif moved < MIN_MOVED:
         notes.append(f"only {_prompts(moved)} moved: no test can reject, the interval is a bound")

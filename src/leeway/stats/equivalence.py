@@ -140,7 +140,7 @@ def _fill(contrast: Contrast, difference: float, moved: int) -> None:
     assert scored is not None
     se = standard_error(scored)
     line |= rates_of(scored) | {"difference": round(difference, 10), "n_moved": moved, "error": round(se, 10)}
-    line["note"] = note(line, len(np.unique(scored.clusters)), moved, se)
+    line["note"] = note(line, len(np.unique(scored.clusters)), moved, se, at_a_margin=True)
 
 
 def _told(bound: Bound, measure: Measure) -> tuple[float, Worse]:
