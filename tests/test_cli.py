@@ -57,6 +57,14 @@ def test_usage_mistakes() -> None:
     assert "neither a study file nor a preset" in mistake(leeway("run", "nowhere.yaml"))
 
 
+def test_what_is_given_twice_is_an_error_and_not_the_last_of_two() -> None:
+    for command, option in (("gate", "--rule"), ("run", "--out"), ("plan", "--gpu")):
+        assert f"{option} is given twice" in mistake(leeway(command, "x", option, "a", f"{option}=b"))
+    assert "no preset" not in mistake(leeway("report", "nowhere", "--card", "a", "--card", "b"))  # takes several
+    assert "override seeds is given twice" in mistake(leeway("plan", "demo", "seeds=[0]", "seeds=[1]"))
+    assert "--price inf is no price" in mistake(leeway("plan", "demo", "--gpu", "L4", "--price", "inf"))
+
+
 def test_a_traceback_when_asked_for() -> None:
     result = leeway("run", "nowhere.yaml", "-v")
     assert result.returncode == 2

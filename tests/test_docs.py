@@ -170,6 +170,12 @@ def test_python_that_is_not_run_imports_what_there_is(block: Block) -> None:
 # --- links and the site
 
 
+def test_the_hash_of_the_bundled_claims_is_the_one_that_a_plan_prints() -> None:
+    claims = load("objective-matters").claims
+    assert claims is not None
+    assert f"hash {claims.hash}:" in (ROOT / "docs" / "objective-matters.md").read_text("utf-8")
+
+
 def test_links_of_the_readme_lead_somewhere() -> None:
     text = (ROOT / "README.md").read_text()
     found = re.findall(r"\]\(([^)\s]+)\)", text)

@@ -285,7 +285,9 @@ def test_later_claims_are_marked_and_do_not_weaken_the_declared(run: Path, tmp_p
     assert list(both["written"]) == ["before the run"] * 2 + ["after the run"]
     assert both["family_size"].iloc[2] == 1
     assert "CFT <SAFE>" in both["where"].iloc[2]
-    assert "written after the run" in report(run, claims=later).read_text()
+    page = report(run, claims=later).read_text()
+    assert "<strong>Some of these were written after the run" in page
+    assert "90% of a difference" in page
 
 
 def test_a_later_file_names_what_is_not_there_or_what_was_declared(run: Path, tmp_path: Path):

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from leeway.cli.once import Verbs
 from leeway.errors import LeewayError
 
-app = typer.Typer()
+app = Verbs()
 
 
 @app.command()

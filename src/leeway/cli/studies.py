@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer()
+from leeway.cli.once import Verbs
+
+app = Verbs()
 Study = Annotated[str, typer.Argument(metavar="STUDY", help="a study file, or a preset's name")]
 Overrides = Annotated[
     list[str] | None,
@@ -46,12 +48,19 @@ def studies(name: Annotated[str | None, typer.Argument(help="print this preset")
 def plan(
     study: Study,
     overrides: Overrides = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="a GPU to price it on (default: this CPU)")] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="a GPU to price it on, such as H100-80, A100-40, L4 (default: this CPU)")
+    ] = None,
     mfu: Annotated[float | None, typer.Option("--mfu", help="the share of its peak rate that is reached")] = None,
     mbu: Annotated[float | None, typer.Option("--mbu", help="the share of its bandwidth that is reached")] = None,
     price: Annotated[float | None, typer.Option("--price", min=0, help="dollars for an hour of it")] = None,
     judge_price: Annotated[
-        str | None, typer.Option("--judge-price", metavar="IN/OUT", help="a judge's dollars per million tokens")
+        str | None,
+        typer.Option(
+            "--judge-price",
+            metavar="IN/OUT",
+            help="a judge's dollars per million tokens, read and written; one number for both",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:

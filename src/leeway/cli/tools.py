@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer()
-organism_app = typer.Typer(no_args_is_help=True, help="The embedded micro chat model: rebuild it, measure it.")
+from leeway.cli.once import Verbs
+
+app = Verbs()
+organism_app = Verbs(no_args_is_help=True, help="The embedded micro chat model: rebuild it, measure it.")
 app.add_typer(organism_app, name="organism")
-judge_app = typer.Typer(no_args_is_help=True, help="Who scores answers: hold a judge against labels that people made.")
+judge_app = Verbs(no_args_is_help=True, help="Who scores answers: hold a judge against labels that people made.")
 app.add_typer(judge_app, name="judge")
 
 

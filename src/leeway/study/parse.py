@@ -28,6 +28,7 @@ def parse(text: str, where: str, overrides: tuple[str, ...] = (), folder: Path |
     raw = read(text, where)
     if not isinstance(raw, dict):
         raise LeewayError(f"{where}: not a study", fix="start from `leeway studies demo`")
+    _once(overrides)
     first = tuple(o for o in overrides if follow.chooses(o.partition("=")[0]))
     then = tuple(o for o in overrides if o not in first)
     for override in first:
@@ -49,6 +50,13 @@ def _claims(raw: dict[str, Any], folder: Path | None) -> None:
     """What a path or a set's name stands for, in its place."""
     if isinstance(raw.get("claims"), str):
         raw["claims"] = read(*text_of(raw["claims"], folder))
+
+
+def _once(overrides: tuple[str, ...]) -> None:
+    """Of two values for one key the first would be dropped without a word."""
+    keys = [o.partition("=")[0] for o in overrides]
+    if twice := next((k for k in keys if keys.count(k) > 1), None):
+        raise LeewayError(f"override {twice} is given twice", fix="give it once")
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

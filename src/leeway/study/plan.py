@@ -136,6 +136,8 @@ def priced(
     for option, value in (("--mfu", mfu), ("--mbu", mbu), ("--price", hour)):
         if gpu is None and value is not None:
             raise LeewayError(f"{option} is for a GPU, and none is named", fix="add --gpu NAME")
+    if hour is not None and not math.isfinite(hour):
+        raise LeewayError(f"--price {hour:g} is no price", fix="give dollars for an hour, such as 2.5")
     machine = None
     if gpu is not None:
         machine = gpus.on_gpu(gpu, gpus.MFU if mfu is None else mfu, gpus.MBU if mbu is None else mbu)

@@ -11,8 +11,16 @@ from leeway.errors import LeewayError
 from leeway.report.compare.check import Study, not_poolable
 from leeway.report.results import Results
 from leeway.stats.measures import BASE
-from leeway.stats.pairing import PAIR
 
+ASKED = [
+    "eval",
+    "attack",
+    "item_id",
+    "sample",
+    "prompt",
+    "template_hash",
+    "judge",
+]  # one answer of the base, in raw rows
 SAME = ["response", "outcome", "score"]
 SHOWN = 4  # differences that a message names before it counts the rest
 CONTRAST = "leave out --pool to contrast them study by study"
@@ -64,9 +72,8 @@ def _runs(study: Study) -> set[tuple[str, int]]:
 
 def _same_base(a: Study, b: Study) -> None:
     one, other = (s.results.rows[s.results.rows["objective"] == BASE] for s in (a, b))
-    keys = [*PAIR, "judge"]
-    one, other = (t[[*keys, *SAME]].fillna({"attack": "", "template_hash": "", "judge": ""}) for t in (one, other))
-    both = one.merge(other, on=keys, how="outer", suffixes=("", "_b"), indicator="found")
+    one, other = (t[[*ASKED, *SAME]].fillna({"attack": "", "template_hash": "", "judge": ""}) for t in (one, other))
+    both = one.merge(other, on=ASKED, how="outer", suffixes=("", "_b"), indicator="found")
     apart = both["found"] != "both"
     for column in SAME:
         left, right = both[column], both[f"{column}_b"]
