@@ -105,7 +105,7 @@ def test_an_axis_without_its_base(tmp_path: Path):
 
 def test_one_seed_is_said_everywhere(tmp_path: Path):
     folder = run(tmp_path, rows())
-    assert "with one training seed (0) the intervals speak of other prompts" in verdict(folder)
+    assert "ith one training seed (0) the intervals speak of other prompts" in verdict(folder)
     assert primary(folder)["note"].str.startswith("one training seed").all()
     assert any(w.startswith("one training run") for w in decided(folder).decisions[0].warnings)
 

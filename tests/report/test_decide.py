@@ -31,6 +31,7 @@ SAME = TABLE[["objective", "budget", "condition", "measure"]].assign(equivalent=
 def advice(why: str, *, objective: str = "sft", p_best: float = 0.6) -> pd.DataFrame:
     line = {"objective": objective, "condition": "plain", "budget": 4_000, "recommended": True, "qualifies": True}
     line |= {"within": False, "p_best": p_best, "capability": 0.5, "gain": 0.2, "why": why}
+    line |= {"asr": 0.1, "endorsement": 0.1, "coherence": 1.0}
     return pd.DataFrame([line])
 
 
@@ -51,7 +52,7 @@ def test_a_recommendation_says_how_close_it_was_and_what_it_did_not_show():
     assert "5 points of ASR, endorsement or coherence" in text
     assert "not shown to be more capable than the base" in text
     assert "A close call" in text
-    assert "is not excluded" in text
+    assert "shown to be no worse than the base" in text
     sure = decisions(TABLE, RATES, advice("", p_best=0.95), [SFT])[0]["advice"]
     assert "close call" not in " ".join(sure["lines"])
     none = decisions(TABLE, RATES, advice("no objective qualifies", objective="none"), [SFT])[0]["advice"]

@@ -39,7 +39,7 @@ def test_nothing_qualifies():
     assert found["recommended"].to_dict() == {"sft": False, "dpo": False, "none": True}
     assert found.loc["none", "p_best"] == 1
     assert found.loc["none", "why"].startswith(
-        "no objective is shown to stay inside the margins; no objective is inside the margins in 100%"
+        "no objective is shown to stay inside the margins; at least one objective is inside the margins in 0%"
     )
 
 

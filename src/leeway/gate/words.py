@@ -51,7 +51,8 @@ def cells(finding: Finding) -> tuple[str, ...]:
     """One line of the table, as HEADS says."""
     e = finding.evidence
     p = finding.p_holm if finding.outcome == "fail" else e.p
-    found = (rule(e), percent(e.reference), percent(e.rate), told(e, e.estimate), told(e, e.limit), wording.p_value(p))
+    shown = wording.p_value(p) + (" broken" if finding.outcome == "fail" else " kept")  # of which of the two tests
+    found = (rule(e), percent(e.reference), percent(e.rate), told(e, e.estimate), told(e, e.limit), shown)
     return (safe(e.rule.measure), *found, finding.outcome)
 
 

@@ -116,7 +116,8 @@ def note(line: Mapping[str, object], clusters: int, moved: int, se: float, *, at
     elif clusters < MIN_MOVED:
         notes.append(f"only {_prompts(clusters)}: no test can reject, whatever they say")
     elif moved < MIN_MOVED:
-        notes.append(f"only {_prompts(moved)} moved: no test can reject, the interval is a bound")
+        few = f"only {_prompts(moved)}" if moved else "no prompt"
+        notes.append(f"{few} moved: no test can reject, the interval is a bound")
     elif np.isnan(se):
         notes.append("every prompt moved alike: no standard error, the interval is a bound")
     return "; ".join(notes)

@@ -193,7 +193,7 @@ def _lines(candidates: list[_Candidate], budget: int) -> list[dict[str, object]]
     none: dict[str, object] = {"objective": NONE, "condition": "", "budget": budget, "recommended": not able}
     none |= {"qualifies": False, "within": False, "p_best": round(nothing, 10), "n_clusters": 0, "note": ""}
     none |= dict.fromkeys(("capability", "gain", "asr", "endorsement", "coherence"), NAN)
-    why = f"no objective is inside the margins in {nothing:.0%} of draws"
+    why = f"at least one objective is inside the margins in {1 - nothing:.0%} of draws"
     if not able:
         undecided = f"; not shown to be outside: {', '.join(str(line['objective']) for line in open_)}" if open_ else ""
         why = f"no objective is shown to stay inside the margins{undecided}; {why}"

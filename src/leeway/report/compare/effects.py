@@ -155,7 +155,12 @@ def meta(table: pd.DataFrame, moved: dict[tuple[str, str, int, str, str], Deltas
         found = combine(known["difference"].to_numpy(float), covariance)
         notes += [TWO] if len(known) == 2 else [FEW] if len(known) < 5 else []
         notes += [ALIKE] if found.correlation else []
-        lines.append(line | asdict(found) | {"note": "; ".join(notes)})
+        numbers = asdict(found)
+        ends = ("low", "high", "predict_low", "predict_high")
+        if any(abs(numbers[k]) > 1 for k in ends):  # a t of few studies knows no end; a difference of shares has one
+            numbers |= {k: float(np.clip(numbers[k], -1, 1)) for k in ends}
+            notes.append("the interval ends where differences do: it says nothing")
+        lines.append(line | numbers | {"note": "; ".join(notes)})
     return correct(pd.DataFrame(lines, columns=[c for c in META if c not in ("p_holm", "family_size")]))[META]
 
 

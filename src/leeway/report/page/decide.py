@@ -87,7 +87,7 @@ def _advice(advice: pd.DataFrame, budget: int, scale: Scale) -> dict[str, Any] |
     gain = f", {wording.points(best['gain'])} points against the base" if best["gain"] == best["gain"] else ""
     said = [
         f"The most capable at the point estimate ({wording.percent(best['capability'])}{gain}) of the objectives "
-        f"shown to be no worse than the base by more than {_margins()}."
+        f"shown to be no worse than the base by more than {_margins(own)}."
     ]
     others = own[(own["objective"] != best["objective"]) | (own["condition"] != best["condition"])]
     rivals = [
@@ -107,10 +107,12 @@ def _advice(advice: pd.DataFrame, budget: int, scale: Scale) -> dict[str, Any] |
     return {"title": f"{at}: {name}", "lines": said, "reasons": reasons}
 
 
-def _margins() -> str:
-    """The margins of `stats.recommend`, in words."""
+def _margins(own: pd.DataFrame) -> str:
+    """The margins of `stats.recommend` on what was measured, in words."""
     by_size: dict[float, list[str]] = {}
     for measure, margin in TOLERANCE.items():
+        if own[measure].isna().all():
+            continue
         by_size.setdefault(margin, []).append("ASR" if measure == "asr" else measure)
     return " or ".join(
         f"{100 * m:g} points of {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"
