@@ -122,7 +122,7 @@ def test_a_faulty_eval_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_file_of_labels_is_told_as_one(tmp_path: Path) -> None:
     with pytest.raises(LeewayError, match=r"none\.csv: no such file; check that path"):
-        calibrated("keywords", str(tmp_path / "none.csv"), None, None, "KEY", tmp_path)
+        calibrated("keywords", str(tmp_path / "none.csv"), None, None, "OPENAI_API_KEY", tmp_path)
 
 
 def test_an_asking_judge_and_one_that_asks_nobody() -> None:

@@ -181,8 +181,10 @@ def test_a_second_report_leaves_nothing_stale(tmp_path: Path):
     rows[rows["eval"] == "capability"].to_parquet(folder / "rows.parquet")
     report.build(folder)
     assert sorted(os.listdir(folder / "figures")) == [
+        "by-budget.pdf",
         "by-budget.png",
         "by-budget.svg",
+        "contrasts.pdf",
         "contrasts.png",
         "contrasts.svg",
     ]

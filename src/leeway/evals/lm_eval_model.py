@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
 
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
@@ -134,7 +133,7 @@ def _before(until: Seq[str], text: str) -> str:
     return text[: min([at for u in until if (at := text.find(u)) >= 0], default=len(text))]
 
 
-class _Said(StoppingCriteria):  # type: ignore[misc] # the library is untyped
+class _Said:
     """Ends an answer once one of the stop strings stands in it."""
 
     def __init__(self, chat: Chat, start: int, until: tuple[str, ...]) -> None:

@@ -5,10 +5,10 @@ Where the model's numbers are infinite or none, there is no answer but a failure
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from leeway.hashing import digest
 from leeway.model import adapters
 from leeway.model.load import Model
 
-if TYPE_CHECKING:
-    from transformers import StoppingCriteria
+Stopping = Callable[..., Tensor]  # as the library calls its criteria: (ids_BL, scores) -> which rows have ended, [B]
 
 
 @dataclass
@@ -82,7 +81,7 @@ class TransformersBackend:
 
     @torch.no_grad()
     def greedy(
-        self, prompts: Seq[tuple[int, ...]], limit: int, stopping: Seq[StoppingCriteria] = ()
+        self, prompts: Seq[tuple[int, ...]], limit: int, stopping: Seq[Stopping] = ()
     ) -> list[tuple[list[int], str | None]]:
         """Per prompt, in one batch, the ids up to the end of the answer, and why there is none where there is none."""
         finite = Finite(self._stop_ids()[0])
@@ -145,7 +144,7 @@ class TransformersBackend:
         limit: int,
         drawing: Ancestral | None,
         finite: Finite | None = None,
-        stopping: Seq[StoppingCriteria] = (),
+        stopping: Seq[Stopping] = (),
     ) -> Tensor:
         """New token ids, [B, at most limit]; with `drawing` the largest score is the drawn token's.
 

@@ -17,12 +17,23 @@ import numpy as np
 import pandas as pd
 
 from leeway.stats.intervals import CHUNK, RESAMPLES, Floats, Ints
-from leeway.stats.measures import AT, CHECKPOINT, Measure, StatsError, codes, groups, measures, observations, why_not
+from leeway.stats.measures import (
+    AT,
+    CHECK,
+    CHECKPOINT,
+    Measure,
+    StatsError,
+    codes,
+    groups,
+    measures,
+    observations,
+    why_not,
+)
 
 KEY = ["objective", "budget", "condition"]
 TIE = 1e-9  # two sums of the same shares in another order differ by rounding
 PRIMARY = ("accuracy", "asr", "endorsement")
-ANSWER = [*CHECKPOINT, "eval", "attack", "item_id", "sample"]
+ANSWER = [*CHECKPOINT, "eval", "attack", "item_id", "sample", "question"]
 CELLS = [*KEY, "measure", "axis", "better", "rate", "seeds", "n", "n_unscored", "n_clusters", "templates", "note"]
 
 
@@ -73,6 +84,7 @@ def draws(
     """
     table = observations(rows, conditions)
     table["template_hash"] = rows["template_hash"].fillna("").astype(object)
+    table = table[table["eval"] != CHECK]  # other forms of the same questions, and no measure
     twice = table.duplicated(ANSWER)
     if twice.any():
         row = table[twice].iloc[0]
