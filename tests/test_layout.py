@@ -17,7 +17,8 @@ from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
 from leeway.model import adapters
 from leeway.model.forward import hidden_at_measured
-from leeway.model.layout import Laid, Packed, Padded, Tree, common_prefix, lay, longest, stored
+from leeway.model.layout import Laid, Packed, Padded, lay, longest, stored
+from leeway.model.trees import Tree, common_prefix
 from leeway.model.load import Model, load_model
 from leeway.training.loop import micro_batches
 

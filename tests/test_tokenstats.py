@@ -28,7 +28,7 @@ def inputs(vocabulary: int = 11, tokens: int = 7, width: int = 5) -> tuple[Tenso
 
 @pytest.fixture(params=[1, 3, 1000])
 def chunk(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(tokenstats, "CHUNK_ELEMENTS", request.param * 11)
+    monkeypatch.setattr(tokenstats, "CHUNK_ELEMENTS_CPU", request.param * 11)
     return int(request.param)
 
 

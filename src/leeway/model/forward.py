@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leeway.model.layout import Laid
+from leeway.model.fused.decoder import hidden
+from leeway.model.layout import Flat, Laid
 from leeway.model.load import Model, decoder
 from leeway.model.tokenstats import Direction, token_logps, token_logps_and_kl
 
@@ -71,6 +72,8 @@ class TokenStats:
 
 def hidden_at_measured(model: Model, batch: Laid) -> Tensor:
     """Final hidden states that predict the measured tokens, [T, D]."""
+    if isinstance(batch, Flat):
+        return hidden(model.lm, batch.ids_BL[0], batch.position_T, batch.blocks, batch.before_T)
     lm: Any = model.lm.get_base_model() if hasattr(model.lm, "get_base_model") else model.lm
     hidden_BLD = decoder(lm)(**batch.inputs(lm), use_cache=False).last_hidden_state
     hidden_TD: Tensor = hidden_BLD[batch.row_T, batch.before_T]

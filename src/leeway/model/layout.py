@@ -6,6 +6,7 @@ into one, and stores what the sequences of one example begin with alike once. Th
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
+from leeway.model.fused.blocks import Blocks
+from leeway.model.trees import Tree
 
-Layout = Literal["padded", "packed"]
+Layout = Literal["padded", "packed", "fused"]
 Examples = Seq[Seq[Sequence]]  # each example's sequences, in the order in which its objective rendered them
 
 
@@ -60,6 +63,43 @@ class Padded(Laid):
 
     def inputs(self, lm: Any) -> dict[str, Any]:  # noqa: ARG002
         return {"input_ids": self.ids_BL, "attention_mask": self.mask_BL}
+
+
+@dataclass(frozen=True)
+class Flat(Laid):
+    """All sequences end to end in one row, without padding, common beginnings stored once: for the fused decoder.
+
+    row_T is 0 throughout. position_T: each token's place in its own sequence. blocks: which tokens attend to which.
+    """
+
+    position_T: Tensor
+    blocks: Blocks
+
+    @classmethod
+    def of(cls, examples: Examples, device: torch.device) -> Flat:
+        trees = [Tree.of(e) for e in examples if e]
+        starts = list(itertools.accumulate((len(t.ids) for t in trees), initial=0))
+        paths = [
+            (s, p, at)
+            for t, at in zip(trees, starts, strict=False)
+            for s, p in zip(t.sequences, t.paths, strict=True)
+        ]
+        before = [at + n for s, p, at in paths for n in p[s.start - 1 : -1]]
+        sequences = [s for s, _, _ in paths]
+        number = [n for n, s in enumerate(sequences) for _ in range(s.measured)]
+        measured = [i for s in sequences for i in s.ids[s.start :]]
+        ids, position = [i for t in trees for i in t.ids], [i for t in trees for i in t.positions]
+        ids_T, position_T, before_T, sequence_T, measured_T = (
+            torch.tensor(x, device=device) for x in (ids, position, before, number, measured)
+        )
+        row_T, target_T = torch.zeros_like(before_T), targets(sequences, device)
+        blocks = Blocks.of(trees, device)
+        return cls(
+            ids_T[None], row_T, before_T, sequence_T, measured_T, target_T, len(sequences), position_T, blocks
+        )
+
+    def inputs(self, lm: Any) -> dict[str, Any]:  # noqa: ARG002
+        raise LeewayError("optim.layout: fused is for the fused decoder", fix="use layout: padded")
 
 
 @dataclass(frozen=True)
@@ -139,50 +179,10 @@ class Packed(Laid):
         return torch.zeros(mask.shape, dtype=lm.dtype, device=mask.device).masked_fill(~mask, torch.finfo(lm.dtype).min)
 
 
-@dataclass(frozen=True)
-class Tree:
-    """Sequences that begin alike, each token of a common beginning once: nodes in order, a node after its ancestors.
-
-    ids, positions: of each node. paths: the nodes that each sequence runs through.
-    """
-
-    sequences: Seq[Sequence]
-    ids: list[int]
-    positions: list[int]
-    paths: list[list[int]]
-
-    @classmethod
-    def of(cls, sequences: Seq[Sequence]) -> Tree:
-        """Each sequence branches off where it leaves the earlier one that it follows longest."""
-        ids: list[int] = []
-        positions: list[int] = []
-        paths: list[list[int]] = []
-        for k, s in enumerate(sequences):
-            shared = [common_prefix(s.ids, earlier.ids) for earlier in sequences[:k]]
-            best = max(range(k), key=shared.__getitem__, default=None)
-            trunk = [] if best is None else paths[best][: shared[best]]
-            tail = s.ids[len(trunk) :]
-            paths.append(trunk + list(range(len(ids), len(ids) + len(tail))))
-            positions += range(len(trunk), len(s.ids))
-            ids += tail
-        return cls(sequences, ids, positions, paths)
-
-    def visible(self) -> Tensor:
-        """Which nodes (columns) each node (row) sees: itself and its ancestors."""
-        seen = torch.zeros(len(self.ids), len(self.ids), dtype=torch.bool)
-        for path in self.paths:
-            nodes = torch.tensor(path)
-            seen[nodes[:, None], nodes] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
-        return seen
-
-
-def common_prefix(a: Seq[int], b: Seq[int]) -> int:
-    """How many ids two sequences begin with alike."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def lay(examples: Examples, device: torch.device, layout: Layout = "padded") -> Laid:
     """The sequences of `examples` as one micro-batch."""
+    if layout == "fused":
+        return Flat.of(examples, device)
     return Packed.of(examples, device) if layout == "packed" else Padded.of([s for e in examples for s in e], device)
 
 

@@ -198,7 +198,8 @@ def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") ->
     group: list[Seq[Sequence]] = []
     count = 0
     for example in sorted(rendered, key=longest):  # so that the example is the longest of its group too
-        packed, added = layout == "packed", stored(example) if layout == "packed" else len(example)
+        packed = layout != "padded"
+        added = stored(example) if packed else len(example)
         if group and (count + added) * (1 if packed else longest(example)) > tokens:
             yield group
             group, count = [], 0

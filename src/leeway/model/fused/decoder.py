@@ -1,0 +1,152 @@
+"""A transformers decoder, with its adapter by peft or without, as the fused functions take it.
+
+Known are decoders of Llama's build: Llama, Qwen 2 and Qwen 3 (RMS norms before attention and MLP, rotary positions,
+grouped heads, SwiGLU; biases of q, k, v and norms of q and k where they are there), frozen, with LoRA or rsLoRA on any
+of their linear layers. What else is asked says in a sentence why it goes the plain way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leeway.model.fused.blocks import Blocks
+from leeway.model.fused.functions import AddNorm, Attention, Linears, SwiGlu
+from leeway.model.fused.gaps import dropped
+
+KNOWN = ("llama", "qwen2", "qwen3")
+
+
+def why_not(lm: Any) -> str:
+    """Why this model, as it is set up, goes the plain way; empty where it can go the fast one."""
+    base, config = _base(lm), lm.config
+    kind = getattr(config, "model_type", "?")
+    if kind not in KNOWN:
+        return f"the architecture {kind} is none of {', '.join(KNOWN)}"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"the activation {config.hidden_act} is not silu"
+    if getattr(config, "use_sliding_window", False):
+        return "its attention has a sliding window"
+    trained = {id(p) for name, p in lm.named_parameters() if p.requires_grad and "lora_" not in name}
+    decoder = _decoder(base)
+    tables = {id(p) for p in base.get_input_embeddings().parameters()}
+    if any(id(p) in trained and id(p) not in tables for p in decoder.parameters()):
+        return "whole weights train"
+    for layer in decoder.layers:
+        for module in _linears(layer):
+            if hasattr(module, "lora_magnitude_vector") and len(module.lora_magnitude_vector):
+                return "its adapter is DoRA"
+            if hasattr(module, "lora_A") and list(module.lora_A) != ["default"]:
+                return "it has several adapters"
+    return ""
+
+
+def hidden(lm: Any, ids_T: Tensor, position_T: Tensor, blocks: Blocks, wanted_T: Tensor) -> Tensor:
+    """Final hidden states, after the last norm, of the tokens at `wanted_T`: [len(wanted_T), D].
+
+    In training mode the adapter's dropout is drawn from torch's global generator: one number of it a call.
+    """
+    base = _base(lm)
+    decoder = _decoder(base)
+    x_TD = base.get_input_embeddings()(ids_T[None])[0].to(decoder.norm.weight.dtype)
+    cos, sin = decoder.rotary_emb(x_TD[None], position_ids=position_T[None])
+    about = _About(cos[0], sin[0], blocks, blocks.biases(x_TD.dtype), _dice(lm))
+    delta_TD: Tensor | None = None
+    for layer in decoder.layers:
+        x_TD, delta_TD = _layer(layer, x_TD, delta_TD, about)
+    last = decoder.norm
+    delta_TD = None if delta_TD is None else delta_TD.index_select(0, wanted_T)
+    return AddNorm.apply(x_TD.index_select(0, wanted_T), delta_TD, last.weight, last.variance_epsilon)[1]
+
+
+@dataclass(frozen=True)
+class _About:
+    """What all layers of a pass share."""
+
+    cos_TE: Tensor
+    sin_TE: Tensor
+    blocks: Blocks
+    biases: Seq[Tensor]
+    dice: np.random.Generator | None
+
+
+def _layer(layer: Any, x_TD: Tensor, delta_TD: Tensor | None, about: _About) -> tuple[Tensor, Tensor]:
+    """(the stream after attention, what the MLP adds to it)."""
+    attention, mlp = layer.self_attn, layer.mlp
+    norm = layer.input_layernorm
+    x_TD, y_TD = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)
+    q, k, v = _apply(y_TD, [attention.q_proj, attention.k_proj, attention.v_proj], about.dice)
+    q, k = _normed(q, attention, "q_norm"), _normed(k, attention, "k_norm")
+    mixed_TD = Attention.apply(
+        q, k, v, about.cos_TE, about.sin_TE, about.blocks, about.biases, attention.scaling
+    )
+    (out_TD,) = _apply(mixed_TD, [attention.o_proj], about.dice)
+    norm = layer.post_attention_layernorm
+    x_TD, y_TD = AddNorm.apply(x_TD, out_TD, norm.weight, norm.variance_epsilon)
+    gate, up = _apply(y_TD, [mlp.gate_proj, mlp.up_proj], about.dice)
+    (down_TD,) = _apply(SwiGlu.apply(gate, up), [mlp.down_proj], about.dice)
+    return x_TD, down_TD
+
+
+def _normed(x_TD: Tensor, attention: Any, name: str) -> Tensor:
+    norm = getattr(attention, name, None)
+    if norm is None:
+        return x_TD
+    heads = x_TD.unflatten(-1, (-1, attention.head_dim)).flatten(0, 1)
+    return AddNorm.apply(heads, None, norm.weight, norm.variance_epsilon)[1].view_as(x_TD)
+
+
+def _apply(x_TD: Tensor, modules: Seq[Any], dice: np.random.Generator | None) -> tuple[Tensor, ...]:
+    """Linear layers of one input; those without a low-rank update as they are."""
+    low = [_low(m) for m in modules]
+    if not any(low):
+        return tuple(torch.nn.functional.linear(x_TD, *_frozen(m)) for m in modules)
+    if not all(low):  # an adapter on some of them only
+        return tuple(y for m in modules for y in _apply(x_TD, [m], dice))
+    rate = _rate(modules[0])
+    places = dropped(x_TD.numel(), rate, dice).to(x_TD.device) if dice is not None and rate else None
+    keep = 1.0 - rate if places is not None else 1.0
+    pairs = [t for m in modules for t in (m.lora_A["default"].weight, m.lora_B["default"].weight)]
+    found: tuple[Tensor, ...] = Linears.apply(
+        x_TD, places, keep, [_frozen(m) for m in modules], [m.scaling["default"] for m in modules], *pairs
+    )
+    return found
+
+
+def _frozen(module: Any) -> tuple[Tensor, Tensor | None]:
+    plain = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return plain.weight, plain.bias
+
+
+def _low(module: Any) -> bool:
+    """Whether a low-rank update stands beside the weight now: not switched off, not merged into it."""
+    return hasattr(module, "lora_A") and not module.disable_adapters and not module.merged
+
+
+def _rate(module: Any) -> float:
+    return float(getattr(module.lora_dropout["default"], "p", 0.0))
+
+
+def _dice(lm: Any) -> np.random.Generator | None:
+    """This pass's random numbers; none in evaluation mode, and none is drawn then."""
+    if not lm.training:
+        return None
+    return np.random.Generator(np.random.SFC64(int(torch.randint(2**62, (1,)))))
+
+
+def _linears(layer: Any) -> list[Any]:
+    a, m = layer.self_attn, layer.mlp
+    return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+
+
+def _base(lm: Any) -> Any:
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+def _decoder(base: Any) -> Any:
+    return getattr(base, base.base_model_prefix)
