@@ -18,8 +18,8 @@ from leeway.errors import LeewayError
 from leeway.model import adapters
 from leeway.model.forward import hidden_at_measured
 from leeway.model.layout import Laid, Packed, Padded, lay, longest, stored
-from leeway.model.trees import Tree, common_prefix
 from leeway.model.load import Model, load_model
+from leeway.model.trees import Tree, common_prefix
 from leeway.training.loop import micro_batches
 
 CPU = torch.device("cpu")

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leeway.model.fused.decoder import hidden
-from leeway.model.layout import Flat, Laid
+from leeway.errors import LeewayError
+from leeway.model.fused.decoder import hidden, why_not
+from leeway.model.layout import Asked, Flat, Laid, Layout
 from leeway.model.load import Model, decoder
 from leeway.model.tokenstats import Direction, token_logps, token_logps_and_kl
+
+FUSED_ADAPTERS = ("lora", "rslora")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,20 @@ class TokenStats:
     def mean_S(self) -> Tensor:
         """Mean log-probability of each sequence's targets, [S]."""
         return self.sum_S() / self.count_S()
+
+
+def layout_of(asked: Asked, model: Model, adapter: str) -> Layout:
+    """The layout that micro-batches take: what is asked, or by `auto` what suits model, kind of adapter and device.
+
+    On a CPU that is the fused decoder where it knows them, and padded rows elsewhere: those keep a GPU's attention
+    kernels. It never depends on a measurement, since bits depend on it. Raises LeewayError where `fused` cannot be.
+    """
+    if asked == "padded" or asked == "packed":  # noqa: PLR1714 - the type checker follows this form alone
+        return asked
+    why = why_not(model.lm) or ("" if adapter in FUSED_ADAPTERS else f"adapter.kind is {adapter}")
+    if asked == "fused" and why:
+        raise LeewayError(f"optim.layout: fused does not go with {model.name}: {why}", fix="use layout: auto")
+    return "fused" if asked == "fused" or (not why and model.device.type == "cpu") else "padded"
 
 
 def hidden_at_measured(model: Model, batch: Laid) -> Tensor:

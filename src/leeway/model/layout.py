@@ -1,7 +1,8 @@
 """How sequences lie in one micro-batch: where their tokens are, and which hidden state predicts each measured one.
 
 Shape legend: B rows, L positions, T measured tokens, D width. `Padded` gives each sequence a row; `Packed` puts several
-into one, and stores what the sequences of one example begin with alike once. The statistics are the same.
+into one, and stores what the sequences of one example begin with alike once; `Flat` is a single row for the fused
+decoder, shared beginnings stored once too. The statistics are the same.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
-from leeway.model.fused.blocks import Blocks
+from leeway.model.fused.blocks import Blocks, filled
 from leeway.model.trees import Tree
 
 Layout = Literal["padded", "packed", "fused"]
+Asked = Literal["auto", "padded", "packed", "fused"]
 Examples = Seq[Seq[Sequence]]  # each example's sequences, in the order in which its objective rendered them
 
 
@@ -80,23 +82,20 @@ class Flat(Laid):
         trees = [Tree.of(e) for e in examples if e]
         starts = list(itertools.accumulate((len(t.ids) for t in trees), initial=0))
         paths = [
-            (s, p, at)
-            for t, at in zip(trees, starts, strict=False)
-            for s, p in zip(t.sequences, t.paths, strict=True)
+            (s, p, at) for t, at in zip(trees, starts, strict=False) for s, p in zip(t.sequences, t.paths, strict=True)
         ]
         before = [at + n for s, p, at in paths for n in p[s.start - 1 : -1]]
         sequences = [s for s, _, _ in paths]
         number = [n for n, s in enumerate(sequences) for _ in range(s.measured)]
         measured = [i for s in sequences for i in s.ids[s.start :]]
-        ids, position = [i for t in trees for i in t.ids], [i for t in trees for i in t.positions]
+        fill = [0] * (filled(starts[-1]) - starts[-1])
+        ids, position = [i for t in trees for i in t.ids] + fill, [i for t in trees for i in t.positions] + fill
         ids_T, position_T, before_T, sequence_T, measured_T = (
             torch.tensor(x, device=device) for x in (ids, position, before, number, measured)
         )
         row_T, target_T = torch.zeros_like(before_T), targets(sequences, device)
         blocks = Blocks.of(trees, device)
-        return cls(
-            ids_T[None], row_T, before_T, sequence_T, measured_T, target_T, len(sequences), position_T, blocks
-        )
+        return cls(ids_T[None], row_T, before_T, sequence_T, measured_T, target_T, len(sequences), position_T, blocks)
 
     def inputs(self, lm: Any) -> dict[str, Any]:  # noqa: ARG002
         raise LeewayError("optim.layout: fused is for the fused decoder", fix="use layout: padded")

@@ -100,7 +100,7 @@ def exact_products() -> Iterator[None]:
 
 def token_logps(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> Tensor:
     """Log-probability of each target token, [T] in nats."""
-    logp_T: Tensor = _Streamed.apply(hidden_TD, _weight(head), targets_T, head, None, None)[0]  # type: ignore[no-untyped-call]
+    logp_T: Tensor = _Streamed.apply(hidden_TD, _weight(head), targets_T, head, None, None)[0]
     return logp_T
 
 
@@ -113,9 +113,7 @@ def token_logps_and_kl(
     from its own final hidden states through its own head (`head.reference`; `head` itself where there is none), and no
     gradient goes there.
     """
-    logp_T, kl_T = _Streamed.apply(  # type: ignore[no-untyped-call]
-        hidden_TD, _weight(head), targets_T, head, reference_hidden_TD.detach(), direction
-    )
+    logp_T, kl_T = _Streamed.apply(hidden_TD, _weight(head), targets_T, head, reference_hidden_TD.detach(), direction)
     return logp_T, kl_T
 
 
@@ -192,7 +190,8 @@ class _Streamed(torch.autograd.Function):
             chunk = _Chunk.of(hidden_TD[s], head, part_CD, direction)
             logp_T[s], kl_T[s], *slopes_CV = chunk.statistics(targets_T[s])
             for slope_TD, slope_CV in zip(slopes, slopes_CV, strict=False):
-                slope_TD[s] = slope_CV.to(hidden_TD.dtype) @ narrow
+                if slope_CV is not None:
+                    slope_TD[s] = slope_CV.to(hidden_TD.dtype) @ narrow
         ctx.head, ctx.direction = head, direction
         again = [hidden_TD, targets_T, *([reference_TD] if both else [])] if ctx.needs_input_grad[1] else []
         ctx.save_for_backward(weight_VD, *slopes, *again)

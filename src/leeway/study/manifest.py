@@ -22,6 +22,7 @@ from leeway.evals.overrefusal import OverRefusal
 from leeway.evals.selfreport import SelfReport
 from leeway.hashing import digest
 from leeway.judges import Judge
+from leeway.model.forward import layout_of
 from leeway.model.load import Model, model_hash, resolve
 from leeway.objectives import OBJECTIVES, ip, sft_refusal
 from leeway.outside import source_hash
@@ -150,6 +151,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
             "examples_per_step": spec.optim.batch,
             "adapter": spec.adapter.model_dump(mode="json"),
             "reference": spec.reference,
+            "layout": layout_of(spec.optim.layout, model, spec.adapter.kind),
         },
         "inoculations": {"version": ip.inoculations().version},
         "refusals": {"version": sft_refusal.texts().version},

@@ -155,8 +155,8 @@ class Optim(Part):
     batch: int = Field(default=16, gt=0)
     clip: float = Field(default=1.0, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    micro_tokens: int = Field(default=16384, gt=0)
-    layout: Literal["padded", "packed"] = "padded"
+    micro_tokens: int = Field(default=2048, gt=0, description="positions that go through the model at a time")
+    layout: Literal["auto", "padded", "packed", "fused"] = "auto"
 
     @model_validator(mode="after")
     def _tune_is_used(self) -> Optim:

@@ -89,5 +89,5 @@ def _reference_tokens(
     optim = prepared.spec.optim
     return cached_reference_tokens(
         lambda: (renderer.batch(k, slots) for k, slots in enumerate(schedule.steps, 1)),
-        Optim(optim.clip, optim.micro_tokens, layout=optim.layout),
+        Optim(optim.clip, optim.micro_tokens),
     )

@@ -241,10 +241,11 @@ class Work:
             lr,
             optim.warmup_steps,
             optim.weight_decay,
-            Optim(optim.clip, optim.micro_tokens, layout=optim.layout),
+            Optim(optim.clip, optim.micro_tokens),
             optim.schedule,
             tuning_tokens,
             self.prepared.spec.reference,
+            optim.layout,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from leeway.data.batches import Companions, Mark, Schedule
 from leeway.errors import LeewayError, NotFiniteError
 from leeway.hashing import digest
 from leeway.model import adapters
+from leeway.model.forward import layout_of
+from leeway.model.layout import Asked
 from leeway.model.load import Model
 from leeway.model.reference import Reference, freeze
 from leeway.objectives import Objective
@@ -31,7 +33,7 @@ class Settings:
     """How a trajectory is trained: the same for every objective of a study, but for a learning rate of its own.
 
     `tuning_tokens` is what the sweep that chose `lr` processed, for the ledger. `reference` says when the reference is
-    asked: beside the policy, or about everything before the first step.
+    asked: beside the policy, or about everything before the first step. `layout` is settled once there is a model.
     """
 
     adapter: adapters.AdapterSettings
@@ -42,6 +44,7 @@ class Settings:
     decay: Decay = "constant"
     tuning_tokens: int = 0
     reference: Literal["live", "cached"] = "live"
+    layout: Asked | None = None  # none: the loop's own
 
 
 @dataclass
@@ -66,6 +69,9 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         self.compared = self._begin()
+        asked = self.settings.layout or self.settings.loop.layout
+        layout = layout_of(asked, self.model, self.settings.adapter.kind)
+        self.settings = replace(self.settings, loop=replace(self.settings.loop, layout=layout))
         self.reference_hash = self.compared.hash
         if self.objective.needs_reference == "distribution":
             self.model.head = self.compared.head(self.model.head)

@@ -14,6 +14,7 @@ from torch import Tensor
 from leeway.model.trees import Tree
 
 WASTE = 1.25  # a block's positions per token at most, before a new block begins
+ROUND = 64  # a CPU's matrix products are compiled for each shape they meet: few shapes are met so
 HIDDEN = -1e30  # added to what a token does not see; a row always sees itself, so no softmax is empty
 
 
@@ -42,10 +43,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Blocks:
-    """All tokens of a micro-batch. place_T: where each token lies among the positions of all blocks."""
+    """All tokens of a micro-batch. place_T: where each token lies among the positions of all blocks.
+
+    The row is filled up to a multiple of ROUND with tokens that nothing attends to and that attend to nothing: there
+    are `tokens` real ones.
+    """
 
     blocks: tuple[Block, ...]
     place_T: Tensor
+    tokens: int
 
     def biases(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Each block's, once for all layers."""
@@ -58,7 +64,7 @@ class Blocks:
         for tree in trees:
             starts.append(starts[-1] + len(tree.ids))
         order = sorted(range(len(trees)), key=lambda n: (len(trees[n].ids), n))
-        blocks, place_T, offset = [], torch.empty(starts[-1], dtype=torch.long), 0
+        blocks, place_T, offset = [], torch.zeros(filled(starts[-1]), dtype=torch.long), 0
         for group in _alike([len(trees[n].ids) for n in order]):
             members = [order[k] for k in group]
             length = max(len(trees[n].ids) for n in members)
@@ -73,7 +79,12 @@ class Blocks:
             seen_BLL = _seen([trees[n] for n in members], length, device)
             blocks.append(Block(tokens_BL.to(device), seen_BLL, padded_N))
             offset += len(members) * length
-        return cls(tuple(blocks), place_T.to(device))
+        return cls(tuple(blocks), place_T.to(device), starts[-1])
+
+
+def filled(tokens: int) -> int:
+    """The length of the row."""
+    return -(-tokens // ROUND) * ROUND
 
 
 def _alike(lengths: Seq[int]) -> list[range]:

@@ -23,8 +23,8 @@ KNOWN = ("llama", "qwen2", "qwen3")
 
 
 def why_not(lm: Any) -> str:
-    """Why this model, as it is set up, goes the plain way; empty where it can go the fast one."""
-    base, config = _base(lm), lm.config
+    """Why this architecture goes the plain way; empty where it can go the fast one."""
+    config = lm.config
     kind = getattr(config, "model_type", "?")
     if kind not in KNOWN:
         return f"the architecture {kind} is none of {', '.join(KNOWN)}"
@@ -32,17 +32,6 @@ def why_not(lm: Any) -> str:
         return f"the activation {config.hidden_act} is not silu"
     if getattr(config, "use_sliding_window", False):
         return "its attention has a sliding window"
-    trained = {id(p) for name, p in lm.named_parameters() if p.requires_grad and "lora_" not in name}
-    decoder = _decoder(base)
-    tables = {id(p) for p in base.get_input_embeddings().parameters()}
-    if any(id(p) in trained and id(p) not in tables for p in decoder.parameters()):
-        return "whole weights train"
-    for layer in decoder.layers:
-        for module in _linears(layer):
-            if hasattr(module, "lora_magnitude_vector") and len(module.lora_magnitude_vector):
-                return "its adapter is DoRA"
-            if hasattr(module, "lora_A") and list(module.lora_A) != ["default"]:
-                return "it has several adapters"
     return ""
 
 
@@ -61,7 +50,8 @@ def hidden(lm: Any, ids_T: Tensor, position_T: Tensor, blocks: Blocks, wanted_T:
         x_TD, delta_TD = _layer(layer, x_TD, delta_TD, about)
     last = decoder.norm
     delta_TD = None if delta_TD is None else delta_TD.index_select(0, wanted_T)
-    return AddNorm.apply(x_TD.index_select(0, wanted_T), delta_TD, last.weight, last.variance_epsilon)[1]
+    found_TD: Tensor = AddNorm.apply(x_TD.index_select(0, wanted_T), delta_TD, last.weight, last.variance_epsilon)[1]
+    return found_TD
 
 
 @dataclass(frozen=True)
@@ -82,9 +72,7 @@ def _layer(layer: Any, x_TD: Tensor, delta_TD: Tensor | None, about: _About) -> 
     x_TD, y_TD = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)
     q, k, v = _apply(y_TD, [attention.q_proj, attention.k_proj, attention.v_proj], about.dice)
     q, k = _normed(q, attention, "q_norm"), _normed(k, attention, "k_norm")
-    mixed_TD = Attention.apply(
-        q, k, v, about.cos_TE, about.sin_TE, about.blocks, about.biases, attention.scaling
-    )
+    mixed_TD = Attention.apply(q, k, v, about.cos_TE, about.sin_TE, about.blocks, about.biases, attention.scaling)
     (out_TD,) = _apply(mixed_TD, [attention.o_proj], about.dice)
     norm = layer.post_attention_layernorm
     x_TD, y_TD = AddNorm.apply(x_TD, out_TD, norm.weight, norm.variance_epsilon)
@@ -97,8 +85,9 @@ def _normed(x_TD: Tensor, attention: Any, name: str) -> Tensor:
     norm = getattr(attention, name, None)
     if norm is None:
         return x_TD
-    heads = x_TD.unflatten(-1, (-1, attention.head_dim)).flatten(0, 1)
-    return AddNorm.apply(heads, None, norm.weight, norm.variance_epsilon)[1].view_as(x_TD)
+    heads = x_TD.reshape(-1, attention.head_dim)
+    found: Tensor = AddNorm.apply(heads, None, norm.weight, norm.variance_epsilon)[1]
+    return found.view_as(x_TD)
 
 
 def _apply(x_TD: Tensor, modules: Seq[Any], dice: np.random.Generator | None) -> tuple[Tensor, ...]:
@@ -137,11 +126,6 @@ def _dice(lm: Any) -> np.random.Generator | None:
     if not lm.training:
         return None
     return np.random.Generator(np.random.SFC64(int(torch.randint(2**62, (1,)))))
-
-
-def _linears(layer: Any) -> list[Any]:
-    a, m = layer.self_attn, layer.mlp
-    return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
 
 
 def _base(lm: Any) -> Any:

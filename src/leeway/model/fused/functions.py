@@ -45,14 +45,12 @@ def _norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x_TD * scale_T1).mul_(weight_D).to(x_TD.dtype), scale_T1
 
 
-def _norm_backward(
-    x_TD: Tensor, scale_T1: Tensor, weight_D: Tensor, g_TD: Tensor, beside_TD: Tensor | None
-) -> Tensor:
+def _norm_backward(x_TD: Tensor, scale_T1: Tensor, weight_D: Tensor, g_TD: Tensor, beside_TD: Tensor | None) -> Tensor:
     """s (g w) - s^3 x <g w, x> / D, s the scale of a token; `beside` is added before the result is rounded."""
     kind = wide(x_TD.dtype)
     g_wide_TD, x_wide_TD = g_TD.to(kind, copy=True).mul_(weight_D), x_TD.to(kind)
     along_T1 = torch.linalg.vecdot(g_wide_TD, x_wide_TD).unsqueeze_(-1)
-    along_T1.mul_(scale_T1 ** 3).div_(-x_TD.shape[-1])
+    along_T1.mul_(scale_T1**3).div_(-x_TD.shape[-1])
     g_wide_TD.mul_(scale_T1).addcmul_(x_wide_TD, along_T1)
     if beside_TD is not None:
         g_wide_TD.add_(beside_TD)
@@ -93,8 +91,13 @@ class Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, places: Tensor | None, keep: float, frozen: Seq[tuple[Tensor, Tensor | None]],
-        scalings: Seq[float], *low: Tensor,
+        ctx: Any,
+        x_TD: Tensor,
+        places: Tensor | None,
+        keep: float,
+        frozen: Seq[tuple[Tensor, Tensor | None]],
+        scalings: Seq[float],
+        *low: Tensor,
     ) -> tuple[Tensor, ...]:
         A_RD, Bs, sizes = _packed(low, x_TD.dtype, [s / keep for s in scalings])
         found = [torch.nn.functional.linear(x_TD, W, b) for W, b in frozen]
@@ -102,13 +105,13 @@ class Linears(torch.autograd.Function):
         for y_TO, z, B_OR in zip(found, z_TR.split(sizes, 1), Bs, strict=True):
             y_TO.addmm_(z, B_OR.T)
         ctx.save_for_backward(x_TD, places, z_TR, *low)
-        ctx.frozen, ctx.scalings, ctx.keep = frozen, scalings, keep
+        ctx.frozen, ctx.scalings, ctx.keep, ctx.packed = frozen, scalings, keep, (A_RD, Bs, sizes)
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, places, z_TR, *low = ctx.saved_tensors
-        A_RD, Bs, sizes = _packed(low, x_TD.dtype, [s / ctx.keep for s in ctx.scalings])
+        A_RD, Bs, sizes = ctx.packed
         dropped_TD = _without(x_TD, places)
         g_z_TR = torch.cat([g_TO @ B_OR for g_TO, B_OR in zip(g, Bs, strict=True)], 1)
         g_A_RD = g_z_TR.T @ dropped_TD
@@ -144,14 +147,21 @@ def _without(x_TD: Tensor, places: Tensor | None) -> Tensor:
 class Attention(torch.autograd.Function):
     """softmax(scale q k') v within each tree, q and k turned by their positions first.
 
-    q_TD: H heads, k_TD and v_TD: K heads, each head's numbers beside each other. Rotary embedding: Su et al. 2021, arXiv
-    2104.09864, equation 34, the halves of a head as pairs; cos_TE, sin_TE as transformers makes them.
+    q_TD: H heads, k_TD and v_TD: K heads, each head's numbers beside each other. Rotary embedding: Su et al. 2021,
+    arXiv 2104.09864, equation 34, the halves of a head as pairs; cos_TE, sin_TE as transformers makes them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, blocks: Blocks,
-        biases: Seq[Tensor], scale: float,
+        ctx: Any,
+        q_TD: Tensor,
+        k_TD: Tensor,
+        v_TD: Tensor,
+        cos_TE: Tensor,
+        sin_TE: Tensor,
+        blocks: Blocks,
+        biases: Seq[Tensor],
+        scale: float,
     ) -> Tensor:
         width = cos_TE.shape[-1]
         groups = q_TD.shape[1] // k_TD.shape[1]
@@ -165,7 +175,7 @@ class Attention(torch.autograd.Function):
             kept += [q, k, v, p]
         ctx.save_for_backward(cos_TE, sin_TE, *kept)
         ctx.blocks, ctx.scale, ctx.groups = blocks, scale, groups
-        return _joined(found).index_select(0, blocks.place_T)
+        return _row(found, blocks)
 
     @staticmethod
     def backward(ctx: Any, g_TD: Tensor) -> tuple[Tensor | None, ...]:
@@ -179,25 +189,34 @@ class Attention(torch.autograd.Function):
             g_q = _scaled(g_s, k, scale)
             g_k, g_v = _scaled(g_s.mT, q, scale), torch.bmm(p.mT, g)
             parts.append((_tokens(g_q, block, groups), _tokens(g_k, block, 1), _tokens(g_v, block, 1)))
-        g_q_TD, g_k_TD, g_v_TD = (_joined(list(p)).index_select(0, ctx.blocks.place_T) for p in zip(*parts, strict=True))
-        return _turned_back(g_q_TD, cos_TE, sin_TE), _turned_back(g_k_TD, cos_TE, sin_TE), g_v_TD, None, None, None, None, None
+        g_q_TD, g_k_TD, g_v_TD = (_row(list(p), ctx.blocks) for p in zip(*parts, strict=True))
+        return (
+            _turned_back(g_q_TD, cos_TE, sin_TE),
+            _turned_back(g_k_TD, cos_TE, sin_TE),
+            g_v_TD,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _turned(x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """x cos + (-x2, x1) sin, for each head."""
-    x, half = x_TD.unflatten(-1, (-1, cos_TE.shape[-1])), cos_TE.shape[-1] // 2
+    x, half = x_TD.view(len(x_TD), -1, cos_TE.shape[-1]), cos_TE.shape[-1] // 2
     out, sin = x * cos_TE[:, None], sin_TE[:, None]
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return out.flatten(-2)
+    return out.reshape(x_TD.shape)
 
 
 def _turned_back(g_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    g, half = g_TD.unflatten(-1, (-1, cos_TE.shape[-1])), cos_TE.shape[-1] // 2
+    g, half = g_TD.view(len(g_TD), -1, cos_TE.shape[-1]), cos_TE.shape[-1] // 2
     out, sin = g * cos_TE[:, None], sin_TE[:, None]
     out[..., :half].addcmul_(g[..., half:], sin[..., half:])
     out[..., half:].addcmul_(g[..., :half], sin[..., :half], value=-1)
-    return out.flatten(-2)
+    return out.reshape(g_TD.shape)
 
 
 def _heads(x_TD: Tensor, block: Block, width: int, groups: int = 1, padding: float | None = None) -> Tensor:
@@ -206,7 +225,8 @@ def _heads(x_TD: Tensor, block: Block, width: int, groups: int = 1, padding: flo
     x = x_TD.index_select(0, block.tokens_BL.flatten()).view(trees, length, -1, groups, width)
     if padding is not None and block.padded_N is not None:
         x.view(trees * length, -1).index_fill_(0, block.padded_N, padding)
-    return x.permute(0, 2, 3, 1, 4).reshape(-1, groups * length, width)
+    found: Tensor = x.permute(0, 2, 3, 1, 4).reshape(-1, groups * length, width)
+    return found
 
 
 def _tokens(x: Tensor, block: Block, groups: int) -> Tensor:
@@ -228,5 +248,8 @@ def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _row(parts: list[Tensor], blocks: Blocks) -> Tensor:
+    """The blocks' positions as the row's tokens, [T, D]; nothing where the row is filled up."""
+    found_TD = (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, blocks.place_T)
+    found_TD[blocks.tokens :] = 0
+    return found_TD
