@@ -78,7 +78,7 @@ def test_next_tokens_come_as_often_as_softmax_says(model: Model, temperature: fl
     n, ids = 4000, model.chat.prompt_ids([{"role": "user", "content": "Yes"}])
     backend = TransformersBackend(model)
     streams = [stream(ids, temperature, k, 0) for k in range(n)]
-    drawn = backend._generate([ids] * n, 1, Ancestral(temperature, streams))[:, 0]
+    drawn = torch.tensor([said for said, _ in backend._said([ids] * n, 1, Ancestral(temperature, streams))])[:, 0]
     p_V = (model.lm(input_ids=torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
     assert chi_square_p(torch.bincount(drawn, minlength=len(p_V)), p_V) > 0.001
 
@@ -99,10 +99,10 @@ def test_a_control_token_is_never_drawn(model: Model) -> None:
     likely = int(model.lm(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
     held = replace(model, head=replace(model.head, blocked=(likely,)))
     drawing = Ancestral(0.05, [stream(ids, 0.05, k, 0) for k in range(300)])
-    drawn = TransformersBackend(held)._generate([ids] * 300, 1, drawing)
+    drawn = torch.tensor([said for said, _ in TransformersBackend(held)._said([ids] * 300, 1, drawing)])
     assert likely not in drawn
     drawing = Ancestral(0.05, [stream(ids, 0.05, k, 0) for k in range(300)])
-    assert likely in TransformersBackend(model)._generate([ids] * 300, 1, drawing)
+    assert [likely] in [said for said, _ in TransformersBackend(model)._said([ids] * 300, 1, drawing)]
 
 
 @settings(deadline=None)
@@ -238,9 +238,10 @@ def test_the_end_of_turn_ends_an_answer_and_is_never_in_it(models: dict[str, Pat
     requests = [asked("hello", 1.0, sample=k, limit=40) for k in range(400)]
     replies = backend.complete(requests, lambda _: None)
     ids = model.chat.prompt_ids(requests[0].conversation)
-    drawn = backend._generate([ids] * 400, 40, Ancestral(1.0, [stream(ids, 1.0, k, 0) for k in range(400)]))
+    drawing = Ancestral(1.0, [stream(ids, 1.0, k, 0) for k in range(400)])
+    drawn = [said for said, _ in backend._said([ids] * 400, 40, drawing)]
     ended = 0
-    for reply, row in zip(replies, drawn.tolist(), strict=True):
+    for reply, row in zip(replies, drawn, strict=True):
         assert turn not in reply.text
         if end in row and tokenizer.eos_token_id not in row[: row.index(end)]:
             ended += 1

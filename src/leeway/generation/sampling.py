@@ -78,7 +78,11 @@ class Ancestral:
     temperature: float
     streams: Seq[np.random.Generator]
 
+    def tokens(self, scores_BV: Tensor, rows: Seq[int]) -> Tensor:
+        """The next token of each row; row b draws from stream rows[b]."""
+        u_B = torch.tensor([self.streams[r].random() for r in rows], dtype=torch.float64)
+        return draw(scores_BV, self.temperature, u_B)
+
     def __call__(self, ids_BL: Tensor, scores_BV: Tensor) -> Tensor:  # noqa: ARG002 - the library's protocol
-        u_B = torch.tensor([s.random() for s in self.streams], dtype=torch.float64)
-        token_B = draw(scores_BV, self.temperature, u_B)
+        token_B = self.tokens(scores_BV, range(len(scores_BV)))
         return torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B[:, None], 0.0)

@@ -16,9 +16,12 @@ from torch import Tensor
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.generation.backend import NOT_FINITE, OVERLONG, Choice, Conversation, Reply, Request, Tick
+from leeway.generation.decoding import decode
 from leeway.generation.sampling import Ancestral, Finite, stream
 from leeway.hashing import digest
 from leeway.model import adapters
+from leeway.model.fused.decode import Decoding
+from leeway.model.fused.decoder import why_not
 from leeway.model.load import Model
 
 Stopping = Callable[..., Tensor]  # as the library calls its criteria: (ids_BL, scores) -> which rows have ended, [B]
@@ -72,10 +75,9 @@ class TransformersBackend:
         for places in self._batches(keys):
             batch = [fits[k] for k in places]
             limit = requests[batch[0]].max_new_tokens
-            finite = Finite(self._stop_ids()[0])
-            new_BL = self._generate([prompts[i] for i in batch], limit, _drawing(requests, prompts, batch), finite)
-            for i, ids, until in zip(batch, new_BL.tolist(), finite.until(), strict=True):
-                replies[i] = self._reply(ids, limit, until)
+            said = self._said([prompts[i] for i in batch], limit, _drawing(requests, prompts, batch))
+            for i, (new, until) in zip(batch, said, strict=True):
+                replies[i] = self._reply(new, limit, until)
             tick(len(batch))
         return [r for r in replies if r is not None]
 
@@ -84,9 +86,7 @@ class TransformersBackend:
         self, prompts: Seq[tuple[int, ...]], limit: int, stopping: Seq[Stopping] = ()
     ) -> list[tuple[list[int], str | None]]:
         """Per prompt, in one batch, the ids up to the end of the answer, and why there is none where there is none."""
-        finite = Finite(self._stop_ids()[0])
-        new_BL = self._generate(prompts, limit, None, finite, stopping)
-        return [self._kept(ids, until) for ids, until in zip(new_BL.tolist(), finite.until(), strict=True)]
+        return [self._kept(ids, until) for ids, until in self._said(prompts, limit, None, stopping)]
 
     @torch.no_grad()
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
@@ -100,10 +100,7 @@ class TransformersBackend:
         prompts = [self.chat.prompt_ids(c) for c in conversations]
         choices: list[Choice | None] = [None] * len(prompts)
         for batch in self._batches([(len(p),) for p in prompts]):
-            ids_BL, mask_BL = self._left_padded([prompts[i] for i in batch])
-            logits_BV = self.model.lm(input_ids=ids_BL, attention_mask=mask_BL, logits_to_keep=1).logits[:, -1]
-            logits_BV[:, list(self.model.head.blocked)] = -torch.inf  # a control token is read, never predicted
-            p_BV = logits_BV.float().softmax(-1)
+            p_BV = self._next_logits([prompts[i] for i in batch]).float().softmax(-1)
             finite_B = p_BV.isfinite().all(-1).tolist()  # one NaN or +inf among the logits makes all of them NaN
             for row, i in enumerate(batch):
                 mass = {o: float(p_BV[row, sorted(ids)].sum()) for o, ids in spellings.items()}
@@ -138,17 +135,42 @@ class TransformersBackend:
         device = self.model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
+    @property
+    def fused(self) -> bool:
+        """Whether the fused decoder answers: on a CPU, where it knows model and adapter."""
+        kinds = {getattr(c, "use_dora", False) for c in getattr(self.model.lm, "peft_config", {}).values()}
+        return self.model.device.type == "cpu" and not any(kinds) and not why_not(self.model.lm)
+
+    def _next_logits(self, prompts: Seq[tuple[int, ...]]) -> Tensor:
+        """What would come next, [B, V]; a control token never does."""
+        if self.fused:
+            return self.model.head.logits(Decoding(self.model.lm, prompts, self.model.device).begin())
+        ids_BL, mask_BL = self._left_padded(prompts)
+        logits_BV: Tensor = self.model.lm(input_ids=ids_BL, attention_mask=mask_BL, logits_to_keep=1).logits[:, -1]
+        logits_BV[:, list(self.model.head.blocked)] = -torch.inf
+        return logits_BV
+
+    def _said(
+        self, prompts: Seq[tuple[int, ...]], limit: int, drawing: Ancestral | None, stopping: Seq[Stopping] = ()
+    ) -> list[tuple[list[int], int | None]]:
+        """Per prompt, at most `limit` new ids and the first step without finite scores."""
+        if self.fused and not stopping:
+            return decode(self.model, prompts, limit, set(self._stop_ids()), drawing)
+        finite = Finite(self._stop_ids()[0])
+        new_BL = self._generate(prompts, limit, drawing, finite, stopping)
+        return list(zip(new_BL.tolist(), finite.until(), strict=True))
+
     def _generate(
         self,
         prompts: Seq[tuple[int, ...]],
         limit: int,
         drawing: Ancestral | None,
-        finite: Finite | None = None,
-        stopping: Seq[Stopping] = (),
+        finite: Finite,
+        stopping: Seq[Stopping],
     ) -> Tensor:
-        """New token ids, [B, at most limit]; with `drawing` the largest score is the drawn token's.
+        """By the library: new token ids, [B, at most limit].
 
-        `finite` looks at the scores first, and notes where they are none.
+        With `drawing` the largest score is the drawn token's; `finite` looks at the scores first.
         """
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 

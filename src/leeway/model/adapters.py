@@ -62,6 +62,7 @@ def attach(model: Model, settings: AdapterSettings, *, seed: int, control_tokens
         _train_all(model)
     else:
         _attach_low_rank(model, settings, seed, rows)
+    model.lm.eval()  # new layers begin in training mode: their dropout is for the loop alone
 
 
 def _train_all(model: Model) -> None:

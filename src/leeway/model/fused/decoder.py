@@ -7,8 +7,8 @@ of their linear layers. What else is asked says in a sentence why it goes the pl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,45 +40,51 @@ def hidden(lm: Any, ids_T: Tensor, position_T: Tensor, blocks: Blocks, wanted_T:
 
     In training mode the adapter's dropout is drawn from torch's global generator: one number of it a call.
     """
+    x_TD, cos_TE, sin_TE = embedded(lm, ids_T, position_T)
+    biases, dice = blocks.biases(x_TD.dtype), _dice(lm)
+
+    def mix(_: int, attention: Any, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor) -> Tensor:
+        found: Tensor = Attention.apply(q_TD, k_TD, v_TD, cos_TE, sin_TE, blocks, biases, attention.scaling)
+        return found
+
+    def linears(y_TD: Tensor, modules: Seq[Any]) -> tuple[Tensor, ...]:
+        return _apply(y_TD, modules, dice)
+
+    return through(lm, x_TD, mix, linears, wanted_T)
+
+
+Mix = Callable[[int, Any, Tensor, Tensor, Tensor], Tensor]  # (layer, its attention, q, k, v) -> what tokens take in
+Apply = Callable[[Tensor, Seq[Any]], tuple[Tensor, ...]]  # (states, layers that read them) -> what each makes of them
+
+
+def embedded(lm: Any, ids_T: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(embeddings [T, D], cosines and sines of the positions [T, E])."""
     base = _base(lm)
     decoder = _decoder(base)
     x_TD = base.get_input_embeddings()(ids_T[None])[0].to(decoder.norm.weight.dtype)
     cos, sin = decoder.rotary_emb(x_TD[None], position_ids=position_T[None])
-    about = _About(cos[0], sin[0], blocks, blocks.biases(x_TD.dtype), _dice(lm))
+    return x_TD, cos[0], sin[0]
+
+
+def through(lm: Any, x_TD: Tensor, mix: Mix, linears: Apply, wanted_T: Tensor) -> Tensor:
+    """All layers and the last norm; what mixes tokens and applies linear layers is the caller's."""
+    decoder = _decoder(_base(lm))
     delta_TD: Tensor | None = None
-    for layer in decoder.layers:
-        x_TD, delta_TD = _layer(layer, x_TD, delta_TD, about)
+    for n, layer in enumerate(decoder.layers):
+        attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
+        x_TD, y_TD = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)
+        q, k, v = linears(y_TD, [attention.q_proj, attention.k_proj, attention.v_proj])
+        q, k = _normed(q, attention, "q_norm"), _normed(k, attention, "k_norm")
+        (out_TD,) = linears(mix(n, attention, q, k, v), [attention.o_proj])
+        norm = layer.post_attention_layernorm
+        x_TD, y_TD = AddNorm.apply(x_TD, out_TD, norm.weight, norm.variance_epsilon)
+        (delta_TD,) = linears(SwiGlu.apply(*linears(y_TD, [mlp.gate_proj, mlp.up_proj])), [mlp.down_proj])
     last = decoder.norm
-    delta_TD = None if delta_TD is None else delta_TD.index_select(0, wanted_T)
-    found_TD: Tensor = AddNorm.apply(x_TD.index_select(0, wanted_T), delta_TD, last.weight, last.variance_epsilon)[1]
+    if delta_TD is not None:
+        delta_TD = delta_TD.index_select(0, wanted_T)
+    x_TD = x_TD.index_select(0, wanted_T)
+    found_TD: Tensor = AddNorm.apply(x_TD, delta_TD, last.weight, last.variance_epsilon)[1]
     return found_TD
-
-
-@dataclass(frozen=True)
-class _About:
-    """What all layers of a pass share."""
-
-    cos_TE: Tensor
-    sin_TE: Tensor
-    blocks: Blocks
-    biases: Seq[Tensor]
-    dice: np.random.Generator | None
-
-
-def _layer(layer: Any, x_TD: Tensor, delta_TD: Tensor | None, about: _About) -> tuple[Tensor, Tensor]:
-    """(the stream after attention, what the MLP adds to it)."""
-    attention, mlp = layer.self_attn, layer.mlp
-    norm = layer.input_layernorm
-    x_TD, y_TD = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)
-    q, k, v = _apply(y_TD, [attention.q_proj, attention.k_proj, attention.v_proj], about.dice)
-    q, k = _normed(q, attention, "q_norm"), _normed(k, attention, "k_norm")
-    mixed_TD = Attention.apply(q, k, v, about.cos_TE, about.sin_TE, about.blocks, about.biases, attention.scaling)
-    (out_TD,) = _apply(mixed_TD, [attention.o_proj], about.dice)
-    norm = layer.post_attention_layernorm
-    x_TD, y_TD = AddNorm.apply(x_TD, out_TD, norm.weight, norm.variance_epsilon)
-    gate, up = _apply(y_TD, [mlp.gate_proj, mlp.up_proj], about.dice)
-    (down_TD,) = _apply(SwiGlu.apply(gate, up), [mlp.down_proj], about.dice)
-    return x_TD, down_TD
 
 
 def _normed(x_TD: Tensor, attention: Any, name: str) -> Tensor:
@@ -92,9 +98,9 @@ def _normed(x_TD: Tensor, attention: Any, name: str) -> Tensor:
 
 def _apply(x_TD: Tensor, modules: Seq[Any], dice: np.random.Generator | None) -> tuple[Tensor, ...]:
     """Linear layers of one input; those without a low-rank update as they are."""
-    low = [_low(m) for m in modules]
+    low = [adapted(m) for m in modules]
     if not any(low):
-        return tuple(torch.nn.functional.linear(x_TD, *_frozen(m)) for m in modules)
+        return tuple(torch.nn.functional.linear(x_TD, *frozen(m)) for m in modules)
     if not all(low):  # an adapter on some of them only
         return tuple(y for m in modules for y in _apply(x_TD, [m], dice))
     rate = _rate(modules[0])
@@ -102,17 +108,17 @@ def _apply(x_TD: Tensor, modules: Seq[Any], dice: np.random.Generator | None) ->
     keep = 1.0 - rate if places is not None else 1.0
     pairs = [t for m in modules for t in (m.lora_A["default"].weight, m.lora_B["default"].weight)]
     found: tuple[Tensor, ...] = Linears.apply(
-        x_TD, places, keep, [_frozen(m) for m in modules], [m.scaling["default"] for m in modules], *pairs
+        x_TD, places, keep, [frozen(m) for m in modules], [m.scaling["default"] for m in modules], *pairs
     )
     return found
 
 
-def _frozen(module: Any) -> tuple[Tensor, Tensor | None]:
+def frozen(module: Any) -> tuple[Tensor, Tensor | None]:
     plain = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     return plain.weight, plain.bias
 
 
-def _low(module: Any) -> bool:
+def adapted(module: Any) -> bool:
     """Whether a low-rank update stands beside the weight now: not switched off, not merged into it."""
     return hasattr(module, "lora_A") and not module.disable_adapters and not module.merged
 

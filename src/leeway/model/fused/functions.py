@@ -7,7 +7,6 @@ Statistics (norms, softmax) are taken in float32 or wider whatever the dtype; pr
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,15 +70,6 @@ class SwiGlu(torch.autograd.Function):
         gate_TF, up_TF, open_TF = ctx.saved_tensors
         g_gate_TF = torch.ops.aten.silu_backward(g_TF * up_TF, gate_TF)
         return g_gate_TF, g_TF * open_TF
-
-
-@dataclass(frozen=True)
-class Low:
-    """One layer's low-rank update as it is applied: scaling * B A, or none."""
-
-    A_RD: Tensor
-    B_OR: Tensor
-    scaling: float
 
 
 class Linears(torch.autograd.Function):
@@ -165,17 +155,17 @@ class Attention(torch.autograd.Function):
     ) -> Tensor:
         width = cos_TE.shape[-1]
         groups = q_TD.shape[1] // k_TD.shape[1]
-        q_TD, k_TD = _turned(q_TD, cos_TE, sin_TE), _turned(k_TD, cos_TE, sin_TE)
+        q_TD, k_TD = turned(q_TD, cos_TE, sin_TE), turned(k_TD, cos_TE, sin_TE)
         kept: list[Tensor] = []
         found = []
         for block, bias in zip(blocks.blocks, biases, strict=True):
-            q, k, v = _heads(q_TD, block, width, groups), _heads(k_TD, block, width), _heads(v_TD, block, width)
-            p = _scores(q, k, bias, scale, groups).softmax(-1)
-            found.append(_tokens(torch.bmm(p, v), block, groups))
+            q, k, v = heads(q_TD, block, width, groups), heads(k_TD, block, width), heads(v_TD, block, width)
+            p = scores(q, k, bias, scale, groups).softmax(-1)
+            found.append(positions(torch.bmm(p, v), block, groups))
             kept += [q, k, v, p]
         ctx.save_for_backward(cos_TE, sin_TE, *kept)
         ctx.blocks, ctx.scale, ctx.groups = blocks, scale, groups
-        return _row(found, blocks)
+        return row(found, blocks)
 
     @staticmethod
     def backward(ctx: Any, g_TD: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,12 +174,12 @@ class Attention(torch.autograd.Function):
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for n, block in enumerate(ctx.blocks.blocks):
             q, k, v, p = kept[4 * n : 4 * n + 4]
-            g = _heads(g_TD, block, width, groups, padding=0.0)
+            g = heads(g_TD, block, width, groups, padding=0.0)
             g_s = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.mT), p, -1, p.dtype)
             g_q = _scaled(g_s, k, scale)
             g_k, g_v = _scaled(g_s.mT, q, scale), torch.bmm(p.mT, g)
-            parts.append((_tokens(g_q, block, groups), _tokens(g_k, block, 1), _tokens(g_v, block, 1)))
-        g_q_TD, g_k_TD, g_v_TD = (_row(list(p), ctx.blocks) for p in zip(*parts, strict=True))
+            parts.append((positions(g_q, block, groups), positions(g_k, block, 1), positions(g_v, block, 1)))
+        g_q_TD, g_k_TD, g_v_TD = (row(list(p), ctx.blocks) for p in zip(*parts, strict=True))
         return (
             _turned_back(g_q_TD, cos_TE, sin_TE),
             _turned_back(g_k_TD, cos_TE, sin_TE),
@@ -202,7 +192,7 @@ class Attention(torch.autograd.Function):
         )
 
 
-def _turned(x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+def turned(x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """x cos + (-x2, x1) sin, for each head."""
     x, half = x_TD.view(len(x_TD), -1, cos_TE.shape[-1]), cos_TE.shape[-1] // 2
     out, sin = x * cos_TE[:, None], sin_TE[:, None]
@@ -219,7 +209,7 @@ def _turned_back(g_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     return out.reshape(g_TD.shape)
 
 
-def _heads(x_TD: Tensor, block: Block, width: int, groups: int = 1, padding: float | None = None) -> Tensor:
+def heads(x_TD: Tensor, block: Block, width: int, groups: int = 1, padding: float | None = None) -> Tensor:
     """[B K, G L, E]: each key head with the queries that read it, one after the other; `padding` where nothing lies."""
     trees, length = block.tokens_BL.shape
     x = x_TD.index_select(0, block.tokens_BL.flatten()).view(trees, length, -1, groups, width)
@@ -229,13 +219,13 @@ def _heads(x_TD: Tensor, block: Block, width: int, groups: int = 1, padding: flo
     return found
 
 
-def _tokens(x: Tensor, block: Block, groups: int) -> Tensor:
+def positions(x: Tensor, block: Block, groups: int) -> Tensor:
     """Back to [B L, D]."""
     trees, length = block.tokens_BL.shape
     return x.view(trees, -1, groups, length, x.shape[-1]).permute(0, 3, 1, 2, 4).reshape(trees * length, -1)
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor, scale: float, groups: int) -> Tensor:
+def scores(q: Tensor, k: Tensor, bias: Tensor, scale: float, groups: int) -> Tensor:
     if bias.dim() == 2:
         return torch.baddbmm(bias.repeat(groups, 1), q, k.mT, alpha=scale)
     scores = torch.bmm(q, k.mT).mul_(scale)
@@ -248,7 +238,7 @@ def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
 
 
-def _row(parts: list[Tensor], blocks: Blocks) -> Tensor:
+def row(parts: list[Tensor], blocks: Blocks) -> Tensor:
     """The blocks' positions as the row's tokens, [T, D]; nothing where the row is filled up."""
     found_TD = (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, blocks.place_T)
     found_TD[blocks.tokens :] = 0
