@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leeway.model.fused.blocks import Blocks
+from leeway.model.fused.blocks import Blocks, filled
 from leeway.model.fused.functions import AddNorm, Attention, Linears, SwiGlu
 from leeway.model.fused.gaps import dropped
 
@@ -67,23 +67,30 @@ def embedded(lm: Any, ids_T: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor
 
 
 def through(lm: Any, x_TD: Tensor, mix: Mix, linears: Apply, wanted_T: Tensor) -> Tensor:
-    """All layers and the last norm; what mixes tokens and applies linear layers is the caller's."""
+    """All layers and the last norm; what mixes tokens and applies linear layers is the caller's.
+
+    Past the last attention nothing but the wanted tokens goes on.
+    """
     decoder = _decoder(_base(lm))
     delta_TD: Tensor | None = None
+    fill = torch.zeros(filled(len(wanted_T)) - len(wanted_T), dtype=torch.long, device=wanted_T.device)
+    rows_N, last = torch.cat([wanted_T, fill]), len(decoder.layers) - 1
     for n, layer in enumerate(decoder.layers):
         attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
         x_TD, y_TD = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)
         q, k, v = linears(y_TD, [attention.q_proj, attention.k_proj, attention.v_proj])
         q, k = _normed(q, attention, "q_norm"), _normed(k, attention, "k_norm")
-        (out_TD,) = linears(mix(n, attention, q, k, v), [attention.o_proj])
+        mixed_TD = mix(n, attention, q, k, v)
+        if n == last and len(rows_N) < len(x_TD):
+            x_TD, mixed_TD = x_TD.index_select(0, rows_N), mixed_TD.index_select(0, rows_N)
+            wanted_T = torch.arange(len(wanted_T), device=wanted_T.device)
+        (out_TD,) = linears(mixed_TD, [attention.o_proj])
         norm = layer.post_attention_layernorm
         x_TD, y_TD = AddNorm.apply(x_TD, out_TD, norm.weight, norm.variance_epsilon)
         (delta_TD,) = linears(SwiGlu.apply(*linears(y_TD, [mlp.gate_proj, mlp.up_proj])), [mlp.down_proj])
-    last = decoder.norm
-    if delta_TD is not None:
-        delta_TD = delta_TD.index_select(0, wanted_T)
-    x_TD = x_TD.index_select(0, wanted_T)
-    found_TD: Tensor = AddNorm.apply(x_TD, delta_TD, last.weight, last.variance_epsilon)[1]
+    assert delta_TD is not None
+    x_TD, delta_TD, norm = x_TD.index_select(0, wanted_T), delta_TD.index_select(0, wanted_T), decoder.norm
+    found_TD: Tensor = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)[1]
     return found_TD
 
 
