@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leeway.model import tokenstats
+from leeway.model import head as head_module
 from leeway.model.tokenstats import Head, token_logps, token_logps_and_kl
 
 
@@ -26,10 +26,12 @@ def inputs(vocabulary: int = 11, tokens: int = 7, width: int = 5) -> tuple[Tenso
     )
 
 
-@pytest.fixture(params=[1, 3, 1000])
-def chunk(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(tokenstats, "CHUNK_ELEMENTS_CPU", request.param * 11)
-    return int(request.param)
+@pytest.fixture(params=[(1, 4), (3, 3), (1000, 1000)])
+def chunk(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of so many tokens, blocks of so many words."""
+    tokens, words = request.param
+    monkeypatch.setattr(head_module, "ROWS", tokens)
+    monkeypatch.setattr(head_module, "BLOCK_ELEMENTS", tokens * words)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

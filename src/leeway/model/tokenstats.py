@@ -1,101 +1,29 @@
-"""Per-target-token statistics from final hidden states: log-probabilities and full-vocabulary KL, streamed in chunks.
+"""Per-target-token statistics from final hidden states: log-probabilities and full-vocabulary KL, streamed in blocks.
 
-Shape legend: T target tokens, D width, V vocabulary, C tokens of one chunk. No [T, V] tensor is ever held: a chunk's
-logits live as long as the chunk. Sums are taken in float32 (float64 stays float64) whatever the model's dtype.
+Shape legend: T target tokens, D width, V vocabulary, C tokens of one chunk, N words of one block. No [T, V] tensor is
+ever held: logits come block by block, and a block lives in a CPU's cache. Sums are taken in float32 (float64 stays
+float64) whatever the model's dtype.
 
 A token's statistics depend on its own hidden state alone, so that the gradient of a loss is
 
     dL/dh_t = (dL/dlogp_t) dlogp_t/dh_t + (dL/dKL_t) dKL_t/dh_t
 
-whatever the loss is. Both derivatives, [T, D], are taken while a chunk's logits are there, and the backward pass only
-scales them: no logit is computed twice. Where the weight trains, its own gradient needs the logits again.
+whatever the loss is. Both derivatives, [T, D], are taken while logits are there, and the backward pass only scales
+them: no logit is computed twice. Where the weight trains, its own gradient needs the logits again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Direction = Literal["reverse", "forward"]
+from leeway.model.head import BLOCKED, HALF, Direction, Head, Logits
 
-HALF = (torch.bfloat16, torch.float16)
-BLOCKED = -1e9  # finite, so that a difference of two blocked entries is zero and not NaN
-CHUNK_ELEMENTS = 1 << 24  # logits held at once on a GPU: 64 MiB in float32
-CHUNK_ELEMENTS_CPU = 1 << 22  # on a CPU: 16 MiB, which its caches hold and its allocator keeps
-WIDENED = 1 << 20  # elements of a half-precision weight that are in float32 at once on a CPU
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output layer: logits_TV = softcap(hidden_TD @ weight_VD.T).
-
-    `softcap` is Gemma 2's final logit soft-capping, c * tanh(logits / c), or None. `blocked` are ids that are read but
-    never predicted (control tokens): they have no share in the distribution. `reference` is the output layer that the
-    reference's hidden states are read through, where it is another one than this: a weight that trains, or that is
-    tied to an embedding that trains, is not the one that the reference had.
-    """
-
-    weight_VD: Tensor
-    softcap: float | None = None
-    blocked: tuple[int, ...] = ()
-    reference: Head | None = None
-
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """[C, V] logits in float32 (or float64): of half-precision states and weights too, never rounded to them."""
-        with torch.autocast(hidden_CD.device.type, enabled=False):
-            raw_CV = self._product(hidden_CD)
-        capped_CV = raw_CV if self.softcap is None else self.softcap * torch.tanh(raw_CV / self.softcap)
-        if self.blocked:
-            capped_CV[:, list(self.blocked)] = BLOCKED
-        return capped_CV
-
-    def _product(self, hidden_CD: Tensor) -> Tensor:
-        weight_VD = self.weight_VD
-        if hidden_CD.dtype not in HALF:
-            return hidden_CD @ weight_VD.to(hidden_CD.dtype).T
-        if hidden_CD.is_cuda:  # its sums are in float32, and may be had as they are
-            return torch.mm(hidden_CD, weight_VD.to(hidden_CD.dtype).T, out_dtype=torch.float32)
-        return _widened_product(hidden_CD.float(), weight_VD)
-
-    def chunks(self, total: int) -> list[slice]:
-        """Runs of tokens whose logits are held at once."""
-        elements = CHUNK_ELEMENTS_CPU if self.weight_VD.device.type == "cpu" else CHUNK_ELEMENTS
-        size = max(1, elements // self.weight_VD.shape[0])
-        return [slice(i, min(i + size, total)) for i in range(0, total, size)]
-
-
-def _widened_product(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """hidden @ weight.T in float32, of numbers that are in half precision: [C, V].
-
-    The weight is widened block by block: no second copy of it is held.
-    """
-    rows = max(1, WIDENED // weight_VD.shape[1])
-    logits_CV = hidden_CD.new_empty(len(hidden_CD), len(weight_VD))
-    with exact_products():
-        for start in range(0, len(weight_VD), rows):
-            block_ND = weight_VD[start : start + rows].float()
-            logits_CV[:, start : start + rows] = hidden_CD @ block_ND.T
-    return logits_CV
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """float32 products through oneDNN, about twice as fast as the default on some CPUs.
-
-    It may round its inputs to bfloat16, which changes nothing in numbers that were in bfloat16; sums are in float32.
-    """
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+__all__ = ["BLOCKED", "HALF", "Direction", "Head", "token_logps", "token_logps_and_kl"]
 
 
 def token_logps(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> Tensor:
@@ -122,48 +50,97 @@ def _weight(head: Head) -> Tensor:
     return head.weight_VD if torch.is_grad_enabled() else head.weight_VD.detach()
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A chunk's log-probabilities under the policy, and the gap to the reference's where there is one, both [C, V]."""
+@dataclass
+class _Normaliser:
+    """log sum exp of logits that come block by block (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3)."""
 
-    logp_CV: Tensor
-    slope_CV: Tensor | None  # d capped logit / d logit, where logits are capped
-    ref_CV: Tensor | None
-    direction: Direction | None
+    largest_C1: Tensor
+    sum_C1: Tensor
 
     @classmethod
-    def of(cls, hidden_CD: Tensor, head: Head, reference_CD: Tensor | None, direction: Direction | None) -> _Chunk:
-        capped_CV = head.logits(hidden_CD)
-        slope_CV = None if head.softcap is None else 1 - (capped_CV / head.softcap) ** 2
-        reference = head.reference or head
-        ref_CV = None if reference_CD is None else reference.logits(reference_CD).log_softmax(-1)
-        return cls(capped_CV.log_softmax(-1), slope_CV, ref_CV, direction)
+    def of(cls, hidden_CD: Tensor, dtype: torch.dtype) -> _Normaliser:
+        nothing = torch.zeros(len(hidden_CD), 1, dtype=dtype, device=hidden_CD.device)
+        return cls(torch.full_like(nothing, -torch.inf), nothing)
 
-    def statistics(self, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(log-probabilities [C], KL [C], d logp / d logits [C, V], d KL / d logits [C, V] or None).
+    def add(self, logits_CN: Tensor) -> tuple[Tensor, Tensor]:
+        """(exp of the logits less the largest so far; what all that was summed before has to be scaled by)."""
+        largest_C1 = torch.maximum(self.largest_C1, logits_CN.amax(-1, keepdim=True))
+        exp_CN = (logits_CN - largest_C1).exp_()
+        scale_C1 = (self.largest_C1 - largest_C1).exp_()
+        self.sum_C1 = self.sum_C1 * scale_C1 + exp_CN.sum(-1, keepdim=True)
+        self.largest_C1 = largest_C1
+        return exp_CN, scale_C1
 
-        d logp = onehot - p; reverse KL: p (log p - log q - KL); forward: p - q. Consumes what is held.
-        """
-        at = targets_C[:, None]
-        logp_C = self.logp_CV.gather(-1, at)[:, 0]
-        kl_C, slope_kl_CV = torch.zeros_like(logp_C), None
-        if self.ref_CV is not None and self.direction == "forward":
-            q_CV = self.ref_CV.exp()
-            kl_C = torch.linalg.vecdot(q_CV, self.ref_CV.sub_(self.logp_CV))
-            p_CV = self.logp_CV.exp_()
-            slope_kl_CV = torch.sub(p_CV, q_CV, out=q_CV)
-        elif self.ref_CV is not None:
-            gap_CV = torch.sub(self.logp_CV, self.ref_CV, out=self.ref_CV)
-            p_CV = self.logp_CV.exp_()
-            kl_C = torch.linalg.vecdot(p_CV, gap_CV)
-            slope_kl_CV = gap_CV.sub_(kl_C[:, None]).mul_(p_CV)
-        else:
-            p_CV = self.logp_CV.exp_()
-        slope_CV = p_CV.neg_().scatter_add_(-1, at, torch.ones_like(p_CV[:, :1]))
-        if self.slope_CV is not None:
-            slope_CV *= self.slope_CV
-            slope_kl_CV = None if slope_kl_CV is None else slope_kl_CV.mul_(self.slope_CV)
-        return logp_C, kl_C, slope_CV, slope_kl_CV
+    @property
+    def log_C1(self) -> Tensor:
+        return self.largest_C1 + self.sum_C1.log()
+
+
+def _picked(found_C: Tensor, block: Logits, targets_C: Tensor) -> Tensor:
+    """The targets' logits, where they lie in this block."""
+    here_C = (targets_C >= block.start) & (targets_C < block.stop)
+    at_C = (targets_C - block.start).clamp(0, block.stop - block.start - 1)
+    return torch.where(here_C, block.capped_CN.gather(-1, at_C[:, None])[:, 0], found_C)
+
+
+def _onehot_part(head: Head, hidden_CD: Tensor, targets_C: Tensor, logit_C: Tensor) -> Tensor:
+    """d target's logit / d hidden, [C, D]."""
+    rows_CD = head.weight_VD.index_select(0, targets_C).to(hidden_CD.dtype)
+    return rows_CD if head.softcap is None else rows_CD * head.slope(logit_C)[:, None].to(rows_CD.dtype)
+
+
+def _logps(hidden_CD: Tensor, targets_C: Tensor, head: Head, wide: torch.dtype, *, slopes: bool) -> list[Tensor]:
+    """[logp, and with `slopes` d logp / d hidden = W_y - sum_v p_v W_v], one pass over the blocks."""
+    norm, logit_C = _Normaliser.of(hidden_CD, wide), torch.zeros(len(hidden_CD), dtype=wide, device=hidden_CD.device)
+    mean_CD = torch.zeros(hidden_CD.shape, dtype=wide, device=hidden_CD.device) if slopes else None
+    for block in head.blocks(hidden_CD):
+        logit_C = _picked(logit_C, block, targets_C)
+        exp_CN, scale_C1 = norm.add(block.capped_CN)
+        if mean_CD is not None:
+            mean_CD.mul_(scale_C1).add_(block.times_weight(exp_CN, hidden_CD.dtype))
+    logp_C = logit_C - norm.log_C1[:, 0]
+    if mean_CD is None:
+        return [logp_C]
+    return [logp_C, _onehot_part(head, hidden_CD, targets_C, logit_C) - mean_CD.div_(norm.sum_C1)]
+
+
+def _logps_and_kl(
+    hidden_CD: Tensor,
+    reference_CD: Tensor,
+    targets_C: Tensor,
+    head: Head,
+    direction: Direction,
+    wide: torch.dtype,
+    *,
+    slopes: bool,
+) -> list[Tensor]:
+    """[logp, KL, and with `slopes` their derivatives by the hidden state], the chunk's logits held for a second pass.
+
+    With gap = log p - log q: reverse KL = sum p gap, its derivative by a logit p (gap - KL); forward -sum q gap, p - q.
+    """
+    ours, theirs = list(head.blocks(hidden_CD)), list((head.reference or head).blocks(reference_CD))
+    norms = [_Normaliser.of(hidden_CD, wide) for _ in range(2)]
+    logit_C = torch.zeros(len(hidden_CD), dtype=wide, device=hidden_CD.device)
+    for block, other in zip(ours, theirs, strict=True):
+        logit_C = _picked(logit_C, block, targets_C)
+        for norm, b in zip(norms, (block, other), strict=True):
+            norm.add(b.capped_CN)
+    apart_C1, log_C1 = norms[0].log_C1 - norms[1].log_C1, norms[0].log_C1
+    kl_C = torch.zeros_like(logit_C)
+    sums = [torch.zeros(hidden_CD.shape, dtype=wide, device=hidden_CD.device) for _ in range(2)] if slopes else []
+    for block, other in zip(ours, theirs, strict=True):
+        gap_CN = torch.sub(block.capped_CN, other.capped_CN, out=other.capped_CN).sub_(apart_C1)
+        p_CN = (block.capped_CN - log_C1).exp_()
+        other_CN = p_CN * gap_CN if direction == "reverse" else p_CN * gap_CN.neg().exp_()  # p gap, or q
+        kl_C += other_CN.sum(-1) if direction == "reverse" else -torch.linalg.vecdot(other_CN, gap_CN)
+        for total_CD, weight_CN in zip(sums, (p_CN, other_CN), strict=False):
+            total_CD.add_(block.times_weight(weight_CN, hidden_CD.dtype))
+    logp_C = logit_C - log_C1[:, 0]
+    if not slopes:
+        return [logp_C, kl_C]
+    mean_CD, other_CD = sums
+    slope_kl_CD = other_CD - kl_C[:, None] * mean_CD if direction == "reverse" else mean_CD - other_CD
+    return [logp_C, kl_C, _onehot_part(head, hidden_CD, targets_C, logit_C) - mean_CD, slope_kl_CD]
 
 
 class _Streamed(torch.autograd.Function):
@@ -180,30 +157,27 @@ class _Streamed(torch.autograd.Function):
         direction: Direction | None,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-        logp_T = torch.empty(len(targets_T), dtype=wide, device=hidden_TD.device)
-        kl_T = torch.zeros_like(logp_T)
-        need, both = any(ctx.needs_input_grad[:2]), reference_TD is not None
-        slopes = [torch.empty_like(hidden_TD) for _ in range(1 + both)] if need else []
-        narrow = weight_VD.to(hidden_TD.dtype)
-        for s in head.chunks(len(targets_T)):
-            part_CD = None if reference_TD is None else reference_TD[s]
-            chunk = _Chunk.of(hidden_TD[s], head, part_CD, direction)
-            logp_T[s], kl_T[s], *slopes_CV = chunk.statistics(targets_T[s])
-            for slope_TD, slope_CV in zip(slopes, slopes_CV, strict=False):
-                if slope_CV is not None:
-                    slope_TD[s] = slope_CV.to(hidden_TD.dtype) @ narrow
-        ctx.head, ctx.direction = head, direction
-        again = [hidden_TD, targets_T, *([reference_TD] if both else [])] if ctx.needs_input_grad[1] else []
-        ctx.save_for_backward(weight_VD, *slopes, *again)
-        ctx.both = both
+        slopes, found = any(ctx.needs_input_grad[:2]), []
+        for s in head.chunks(len(targets_T), held=reference_TD is not None):
+            if reference_TD is None or direction is None:
+                found.append(_logps(hidden_TD[s], targets_T[s], head, wide, slopes=slopes))
+            else:
+                part = hidden_TD[s], reference_TD[s], targets_T[s]
+                found.append(_logps_and_kl(*part, head, direction, wide, slopes=slopes))
+        logp_T, *rest = (torch.cat(parts) for parts in zip(*found, strict=True)) if found else (hidden_TD.new_zeros(0),)
+        kl_T = rest.pop(0) if reference_TD is not None and rest else torch.zeros_like(logp_T)
+        ctx.head, ctx.direction, ctx.kept = head, direction, len(rest)
+        again = [hidden_TD, targets_T, *([] if reference_TD is None else [reference_TD])]
+        kept = [slope_TD.to(hidden_TD.dtype) for slope_TD in rest]
+        ctx.save_for_backward(weight_VD, *kept, *(again if ctx.needs_input_grad[1] else []))
         return logp_T, kl_T
 
     @staticmethod
     def backward(ctx: Any, g_logp_T: Tensor, g_kl_T: Tensor) -> tuple[Tensor | None, ...]:
         weight_VD, *rest = ctx.saved_tensors
-        slopes, again = rest[: 1 + ctx.both], rest[1 + ctx.both :]
+        slopes, again = rest[: ctx.kept], rest[ctx.kept :]
         g_hidden_TD = slopes[0] * g_logp_T[:, None].to(slopes[0].dtype)
-        if ctx.both:
+        if len(slopes) > 1:
             g_hidden_TD.addcmul_(slopes[1], g_kl_T[:, None].to(slopes[1].dtype))
         g_weight_VD = _weight_gradient(ctx, weight_VD, again, g_logp_T, g_kl_T) if again else None
         return g_hidden_TD, g_weight_VD, None, None, None, None
@@ -213,11 +187,41 @@ def _weight_gradient(ctx: Any, weight_VD: Tensor, again: list[Tensor], g_logp_T:
     """Of the output layer where it trains, from logits that are computed again."""
     hidden_TD, targets_T, *reference = again
     found_VD = torch.zeros_like(weight_VD, dtype=g_logp_T.dtype)
-    for s in ctx.head.chunks(len(targets_T)):
-        chunk = _Chunk.of(hidden_TD[s], ctx.head, reference[0][s] if reference else None, ctx.direction)
-        _, _, slope_CV, slope_kl_CV = chunk.statistics(targets_T[s])
-        slope_CV.mul_(g_logp_T[s, None])
-        if slope_kl_CV is not None:
-            slope_CV.add_(slope_kl_CV.mul_(g_kl_T[s, None]))
-        found_VD += (slope_CV.to(hidden_TD.dtype).T @ hidden_TD[s]).to(found_VD.dtype)
+    for s in ctx.head.chunks(len(targets_T), held=True):
+        blocks = list(ctx.head.blocks(hidden_TD[s]))
+        log_C1 = _log_sum(hidden_TD[s], blocks)
+        slopes = _logp_slopes(blocks, log_C1, targets_T[s], g_logp_T[s, None])
+        if reference:
+            theirs = list((ctx.head.reference or ctx.head).blocks(reference[0][s]))
+            gaps = (log_C1, _log_sum(hidden_TD[s], theirs))
+            kls = _kl_slopes(blocks, theirs, gaps, ctx.direction, g_kl_T[s, None])
+            slopes = (a.add_(b) for a, b in zip(slopes, kls, strict=True))
+        for block, slope_CN in zip(blocks, slopes, strict=True):
+            raw_CN = slope_CN if block.slope_CN is None else slope_CN * block.slope_CN
+            found_VD[block.start : block.stop] += (raw_CN.to(hidden_TD.dtype).T @ hidden_TD[s]).to(found_VD.dtype)
     return found_VD.to(weight_VD.dtype)
+
+
+def _log_sum(hidden_CD: Tensor, blocks: list[Logits]) -> Tensor:
+    norm = _Normaliser.of(hidden_CD, blocks[0].capped_CN.dtype)
+    for block in blocks:
+        norm.add(block.capped_CN)
+    return norm.log_C1
+
+
+def _logp_slopes(blocks: list[Logits], log_C1: Tensor, targets_C: Tensor, g_C1: Tensor) -> Iterator[Tensor]:
+    """g (onehot - p), block by block."""
+    for block in blocks:
+        slope_CN = (block.capped_CN - log_C1).exp_().neg_()
+        words_N = torch.arange(block.start, block.stop, device=targets_C.device)
+        yield slope_CN.add_(targets_C[:, None] == words_N).mul_(g_C1)
+
+
+def _kl_slopes(
+    ours: list[Logits], theirs: list[Logits], logs: tuple[Tensor, Tensor], direction: Direction, g_C1: Tensor
+) -> Iterator[Tensor]:
+    """g p (gap - KL), or g (p - q), block by block."""
+    pairs = [(a.capped_CN - logs[0], b.capped_CN - logs[1]) for a, b in zip(ours, theirs, strict=True)]
+    kl_C1 = torch.stack([(a.exp() * (a - b)).sum(-1, keepdim=True) for a, b in pairs]).sum(0)
+    for a, b in pairs:
+        yield g_C1 * (a.exp() * (a - b - kl_C1) if direction == "reverse" else a.exp() - b.exp())
