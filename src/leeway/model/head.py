@@ -6,8 +6,9 @@ Shape legend: C tokens, D width, V vocabulary, N words of one block.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -33,10 +34,15 @@ class Logits:
     slope_CN: Tensor | None
     weight_ND: Tensor
 
-    def times_weight(self, x_CN: Tensor, dtype: torch.dtype) -> Tensor:
-        """sum over words of x times d logit / d hidden, [C, D]: x and the weight in `dtype`."""
-        x_CN = x_CN if self.slope_CN is None else x_CN * self.slope_CN
-        return x_CN.to(dtype) @ self.weight_ND.to(dtype)
+    def times_weight(self, parts: Seq[Tensor], dtype: torch.dtype) -> Tensor:
+        """sum over words of each part [C, N] times d logit / d hidden: [parts C, D], part and weight in `dtype`."""
+        scaled = parts if self.slope_CN is None else [p * self.slope_CN for p in parts]
+        return torch.cat([p.to(dtype) for p in scaled]) @ self.weight_ND.to(dtype)
+
+    def rows(self, some: slice) -> Logits:
+        """Of some of the tokens."""
+        slope_CN = None if self.slope_CN is None else self.slope_CN[some]
+        return replace(self, capped_CN=self.capped_CN[some], slope_CN=slope_CN)
 
 
 @dataclass(frozen=True)

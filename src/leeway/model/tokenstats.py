@@ -97,7 +97,7 @@ def _logps(hidden_CD: Tensor, targets_C: Tensor, head: Head, wide: torch.dtype, 
         logit_C = _picked(logit_C, block, targets_C)
         exp_CN, scale_C1 = norm.add(block.capped_CN)
         if mean_CD is not None:
-            mean_CD.mul_(scale_C1).add_(block.times_weight(exp_CN, hidden_CD.dtype))
+            mean_CD.mul_(scale_C1).add_(block.times_weight((exp_CN,), hidden_CD.dtype))
     logp_C = logit_C - norm.log_C1[:, 0]
     if mean_CD is None:
         return [logp_C]
@@ -118,29 +118,38 @@ def _logps_and_kl(
 
     With gap = log p - log q: reverse KL = sum p gap, its derivative by a logit p (gap - KL); forward -sum q gap, p - q.
     """
-    ours, theirs = list(head.blocks(hidden_CD)), list((head.reference or head).blocks(reference_CD))
+    blocks = list(_side_by_side(head, hidden_CD, reference_CD))
     norms = [_Normaliser.of(hidden_CD, wide) for _ in range(2)]
     logit_C = torch.zeros(len(hidden_CD), dtype=wide, device=hidden_CD.device)
-    for block, other in zip(ours, theirs, strict=True):
-        logit_C = _picked(logit_C, block, targets_C)
-        for norm, b in zip(norms, (block, other), strict=True):
+    for ours, theirs in blocks:
+        logit_C = _picked(logit_C, ours, targets_C)
+        for norm, b in zip(norms, (ours, theirs), strict=True):
             norm.add(b.capped_CN)
-    apart_C1, log_C1 = norms[0].log_C1 - norms[1].log_C1, norms[0].log_C1
+    log_C1, apart_C1 = norms[0].log_C1, norms[0].log_C1 - norms[1].log_C1
     kl_C = torch.zeros_like(logit_C)
-    sums = [torch.zeros(hidden_CD.shape, dtype=wide, device=hidden_CD.device) for _ in range(2)] if slopes else []
-    for block, other in zip(ours, theirs, strict=True):
-        gap_CN = torch.sub(block.capped_CN, other.capped_CN, out=other.capped_CN).sub_(apart_C1)
-        p_CN = (block.capped_CN - log_C1).exp_()
+    sums = torch.zeros(2 * len(hidden_CD), hidden_CD.shape[1], dtype=wide, device=hidden_CD.device)
+    for ours, theirs in blocks:
+        gap_CN = torch.sub(ours.capped_CN, theirs.capped_CN, out=theirs.capped_CN).sub_(apart_C1)
+        p_CN = ours.capped_CN.sub_(log_C1).exp_()
         other_CN = p_CN * gap_CN if direction == "reverse" else p_CN * gap_CN.neg().exp_()  # p gap, or q
         kl_C += other_CN.sum(-1) if direction == "reverse" else -torch.linalg.vecdot(other_CN, gap_CN)
-        for total_CD, weight_CN in zip(sums, (p_CN, other_CN), strict=False):
-            total_CD.add_(block.times_weight(weight_CN, hidden_CD.dtype))
+        if slopes:
+            sums += ours.times_weight((p_CN, other_CN), hidden_CD.dtype)
     logp_C = logit_C - log_C1[:, 0]
     if not slopes:
         return [logp_C, kl_C]
-    mean_CD, other_CD = sums
+    mean_CD, other_CD = sums.chunk(2)
     slope_kl_CD = other_CD - kl_C[:, None] * mean_CD if direction == "reverse" else mean_CD - other_CD
     return [logp_C, kl_C, _onehot_part(head, hidden_CD, targets_C, logit_C) - mean_CD, slope_kl_CD]
+
+
+def _side_by_side(head: Head, hidden_CD: Tensor, reference_CD: Tensor) -> Iterator[tuple[Logits, Logits]]:
+    """Blocks of the policy's logits and of the reference's; through one head in one product."""
+    if head.reference is not None:
+        yield from zip(head.blocks(hidden_CD), head.reference.blocks(reference_CD), strict=True)
+        return
+    for both in head.blocks(torch.cat([hidden_CD, reference_CD])):
+        yield both.rows(slice(0, len(hidden_CD))), both.rows(slice(len(hidden_CD), None))
 
 
 class _Streamed(torch.autograd.Function):
