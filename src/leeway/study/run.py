@@ -49,7 +49,8 @@ def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | 
         with reporter:
             lines = [line for p in pieces if p not in busy for line in work.ledger(p, checkpoints.verified_ledger)]
             check_matched(lines, matching(prepared))
-            for piece in carry_out(prepared, store, busy, reporter.workers, reporter.heard):
+            for done, piece in enumerate(carry_out(work, busy, reporter.workers, reporter.heard), 1):
+                reporter.workers = min(reporter.workers, max(1, len(busy) - done))
                 lines += work.ledger(piece)
                 check_matched(lines, matching(prepared))
         rows = _collect(work, pieces, facts)
