@@ -16,14 +16,15 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from leeway.errors import LeewayError
 from leeway.study.drawing import Drawing
+from leeway.study.manifest import manifest
 from leeway.study.pieces import Checkpoint, Piece
-from leeway.study.prepare import prepare
+from leeway.study.prepare import Prepared, prepare
 from leeway.study.spec import Spec
 from leeway.study.store import Store
 from leeway.study.work import Kind, Work
@@ -32,22 +33,60 @@ Event = tuple[Kind, float, float, str]  # kind of work, units, seconds, what
 Listen = Callable[[Event], None]
 
 
-def workers_for(spec: Spec, pieces: int, asked: int | None = None) -> int:
-    """As many as are asked for; else one on a GPU, and on a CPU as many as its cores hold at the study's threads.
+class Executor(Protocol):
+    """Who carries a study's pieces out."""
 
-    One where somebody is asked under a budget: each process would have it to itself. Raises LeewayError where more are
-    asked for all the same.
+    def workers(self, prepared: Prepared, pieces: int) -> int:
+        """How many at once."""
+
+    def facts(self, work: Work, command: str) -> dict[str, Any]:
+        """The manifest of a run that begins."""
+
+    def carry_out(self, work: Work, pieces: Seq[Piece], listen: Listen) -> Iterator[Piece]:
+        """Yield each piece once it is finished, none before what it waits for; the first failure ends the others."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """This process, or worker processes beside it."""
+
+    asked: int | None
+
+    def workers(self, prepared: Prepared, pieces: int) -> int:
+        return min(workers_for(prepared.spec, pieces, self.asked), pieces)
+
+    def facts(self, work: Work, command: str) -> dict[str, Any]:
+        return manifest(work.prepared, work.base(), command)
+
+    def carry_out(self, work: Work, pieces: Seq[Piece], listen: Listen) -> Iterator[Piece]:
+        return carry_out(work, pieces, self.workers(work.prepared, len(pieces)), listen)
+
+
+def one_alone(spec: Spec, asked: int | None) -> bool:
+    """Whether somebody is asked under a budget, which each of several processes would have to itself.
+
+    Raises LeewayError where several are asked for all the same.
     """
-    import torch
-
     limited = next((s for s in spec.evals.speakers() if s.budgeted), None)
     if limited is not None and asked is not None and asked > 1:
         raise LeewayError(
             f"--workers {asked}: the budget of {limited.model} (max_calls, max_dollars) would be each worker's own",
             fix="leave --workers out, or the budget",
         )
-    if asked is not None or limited is not None:
-        return asked or 1
+    return limited is not None
+
+
+def workers_for(spec: Spec, pieces: int, asked: int | None = None) -> int:
+    """As many as are asked for; else one on a GPU, and on a CPU as many as its cores hold at the study's threads.
+
+    One where somebody is asked under a budget. Raises LeewayError where more are asked for all the same.
+    """
+    import torch
+
+    if one_alone(spec, asked):
+        return 1
+    if asked is not None:
+        return asked
     if spec.device.startswith("cuda") or (spec.device == "auto" and torch.cuda.is_available()):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

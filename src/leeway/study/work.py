@@ -39,12 +39,14 @@ Read = Callable[[Path], dict[str, Any]]
 class Work:
     """Carries pieces out; what is finished on disk is never done again.
 
-    The base model is loaded once, when it is first needed, and lent to whatever is trained or measured with it.
+    The base model is loaded once, when it is first needed, and lent to whatever is trained or measured with it. A step
+    log grows in its place; where `own` is a folder of this worker's, it grows there, and is put into its place whole.
     """
 
     prepared: Prepared
     store: Store
     tell: Tell
+    own: Path | None = None
     _base: Base | None = field(default=None, repr=False)
 
     def carry_out(self, piece: Piece) -> None:
@@ -80,6 +82,12 @@ class Work:
         if piece.kind == "train":
             return not all(self.there((piece.alias, piece.seed, b)) for b in piece.budgets)
         return any(self.pending(who) for who in whos(self.prepared, piece))
+
+    def written(self, piece: Piece) -> bool:
+        """Whether all that a piece leaves can be seen, answered or not."""
+        if piece.kind in ("tune", "train"):
+            return not self.unfinished(piece)
+        return all(self.part(who, e).is_file() for who in whos(self.prepared, piece) for e in self.prepared.evals)
 
     def ledger(self, piece: Piece, read: Read = checkpoints.read_ledger) -> list[dict[str, Any]]:
         """The ledger lines of a finished trajectory, held against what this study's data give."""
@@ -154,9 +162,10 @@ class Work:
         start = max((k for k in range(missing[0]) if checkpoints.resumable(folder[marks[k].budget])), default=-1)
         if start >= 0:
             trajectory.restore(folder[marks[start].budget], marks[start], to_train=True)
-        self.store.trim_steps(piece.log, trajectory.step)
+        log = self.store.log_of_steps(piece.log, trajectory.step, self.own)
         for k in range(start + 1, len(marks)):  # to the end, so that the log of its steps is whole
-            trajectory.train_to(marks[k], self.store.steps(piece.log), self._step_teller(trajectory, marks[k]))
+            trajectory.train_to(marks[k], log, self._step_teller(trajectory, marks[k]))
+            self.store.put_steps(log)
             if k in missing:
                 trajectory.save(folder[marks[k].budget], marks[k])
             for earlier in range(k):
@@ -174,12 +183,13 @@ class Work:
         """One rate of the sweep; one that leaves the numbers has no accuracy, and its tokens count all the same."""
         schedule = held_out.schedules[piece.alias]
         trajectory = self._new_trajectory(piece, schedule, self._settings(lr, 0))
-        log = self.store.steps(f"tune-{piece.alias}-{lr:g}")
-        self.store.trim_steps(log.stem, 0)
+        log = self.store.log_of_steps(f"tune-{piece.alias}-{lr:g}", 0, self.own)
         try:
             trajectory.train_to(schedule.marks[0], log, self._step_teller(trajectory, schedule.marks[0]))
         except NotFiniteError as error:
             return tuning.Trial(lr, None, trajectory.spent, 0, error.what)
+        finally:
+            self.store.put_steps(log)
         prefix, test = trajectory.objective.conditions[0].prefix, held_out.test
         backend = TransformersBackend(trajectory.model, prefix, self.prepared.spec.evals.batch)
         with adapters.merged(trajectory.model):
