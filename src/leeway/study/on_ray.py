@@ -40,6 +40,7 @@ except ImportError as error:
     raise LeewayError("--executor ray: Ray is not installed", fix="pip install 'leeway[ray]'") from error
 
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
+CLAIM_S = 20.0  # how long a run waits for the one before it to be gone from the cluster
 TRIES = 4  # of a piece whose worker dies
 OBJECTS = 80 << 20  # bytes of a local cluster's object store: pieces and progress are all that goes through it
 NAMESPACE = "leeway"
@@ -72,6 +73,8 @@ class OnRay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if ends := [h.actor.end.remote() for h in self._crew if h.begun]:
+            ray.wait(ends, num_returns=len(ends), timeout=3.0)
         for actor in [*(h.actor for h in self._crew), *([self._claim] if self._claim else [])]:
             ray.kill(actor)
         self._crew, self._claim = [], None
@@ -101,7 +104,7 @@ class OnRay:
         """The manifest, by a worker: what is computed on is the cluster's, and not this machine's."""
         self._connect()
         while True:
-            self._keep(work, 1)
+            self._keep(work, max(1, self._room(work.prepared)))
             self._heed(lambda _: None)
             for hand in [h for h in self._crew if h.begun]:
                 try:
@@ -231,7 +234,7 @@ def _amount(name: str, value: float) -> str:
 
 def _claimed(folder: Path) -> Any:
     """The folder's name in this cluster, which one run has at a time; Ray frees it when that run ends."""
-    until = time.monotonic() + 20.0
+    until = time.monotonic() + CLAIM_S
     while True:
         try:
             name = digest("run directory", str(folder.resolve()))

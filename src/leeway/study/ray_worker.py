@@ -7,7 +7,8 @@ import platform
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,18 @@ class Worker:
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
+        self._ends = ExitStack()
         self._work: Work | None = None
 
     def begin(self, raw_spec: dict[str, Any], folder: Path, token: str, versions: dict[str, str]) -> LeewayError | None:
         """Prepare the study, on the same versions and over the same folder; a user's mistake comes back."""
         try:
             _alike(versions)
-            self._hold = _held(folder, token)
-            self._own = tempfile.TemporaryDirectory(prefix="leeway-")
+            self._ends.enter_context(_held(folder, token))
+            own = self._ends.enter_context(tempfile.TemporaryDirectory(prefix="leeway-"))
             store = Store(folder)
             prepared = prepare(Spec.model_validate(raw_spec), Drawing(store.pairs, kept=store.kept_on(platform.node())))
-            self._work = Work(prepared, store, timed(self._events.append), Path(self._own.name))
+            self._work = Work(prepared, store, timed(self._events.append), Path(own))
         except LeewayError as error:
             return error
         return None
@@ -66,6 +68,10 @@ class Worker:
     def told(self) -> list[Event]:
         return [self._events.popleft() for _ in range(len(self._events))]
 
+    def end(self) -> None:
+        """Leave nothing behind on this node."""
+        self._ends.close()
+
 
 def versions_here() -> dict[str, str]:
     return {p: version(p) for p in ("leeway", *PACKAGES)}
@@ -81,19 +87,21 @@ def _alike(versions: dict[str, str]) -> None:
             )
 
 
-def _held(folder: Path, token: str) -> Any:
+@contextmanager
+def _held(folder: Path, token: str) -> Iterator[None]:
     """The run directory's lock for workers, once it is seen to be the same directory here."""
     path = folder / ".workers"
     try:
         hold = path.open("r")
-        wait_for(lambda: path.read_text() == token, None, folder)
     except OSError as error:
         raise LeewayError(
             f"{folder}: not there on {platform.node()} ({error.strerror})",
             fix="give an --out on a file system that every node of the cluster has at the same path",
         ) from error
-    fcntl.flock(hold, fcntl.LOCK_SH)
-    return hold
+    with hold:
+        wait_for(lambda: path.read_text() == token, None, folder)
+        fcntl.flock(hold, fcntl.LOCK_SH)
+        yield
 
 
 def wait_for(there: Callable[[], bool], piece: Piece | None, folder: Path) -> None:
