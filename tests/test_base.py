@@ -166,3 +166,15 @@ def test_what_is_measured_waits_for_its_checkpoint_alone(models: dict[str, Path]
     first = replace(found[0], after=tuple(base))
     assert first.begins(left, on_disk.__contains__)
     assert not first.begins([*left, base[0]], on_disk.__contains__)
+
+
+def test_a_checkpoint_is_measured_while_its_trajectory_trains_on(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    text = study(models["llama"], root, budgets="[200, 16000]", objectives="[sft]")
+    run(parse(text, "test"), out, Reporter(quiet=True), "leeway run test", workers=2)
+    last = (out / "checkpoints" / "sft" / "s0" / "16000" / "ledger.json").stat().st_mtime
+    early = [p.stat().st_mtime for p in (out / "parts").glob("sft-s0-200-*")]
+    assert len(early) == 3
+    assert max(early) < last
