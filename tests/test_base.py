@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from leeway.training.trajectory import Settings, Trajectory
 from test_study import study
 
 EXAMPLES = [Example(f"e{a}", f"{a} + {a * a}?", f"It is {a + a * a}.", f"It is {a}.") for a in range(8)]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = ("lora", "dora", "full")  # rslora is lora under another scale
 
 
 def adapter(kind: Kind) -> AdapterSettings:
@@ -144,7 +144,7 @@ def test_a_study_loads_its_model_once(
     loads: list[str] = []
     real = work.load_model
     monkeypatch.setattr(work, "load_model", lambda name, **k: loads.append(name) or real(name, **k))  # type: ignore[func-returns-value]
-    text = study(models["llama"], root, budgets="[200, 400]", objectives="[sft, cft, dpo]")
+    text = study(models["llama"], root, budgets="[200]", objectives="[sft, cft]")
     run(parse(text, "test"), tmp_path / "run", Reporter(quiet=True), "leeway run test", workers=1)
     assert len(loads) == 1
 

@@ -38,7 +38,7 @@ def run(
 
     one_alone(spec, workers)  # a number of workers that cannot be is refused before anything is written
     store = Store(out)
-    with _executor(executor, workers, reporter) as hands, store.claimed(spec.hash, spec.to_yaml()):
+    with store.claimed(spec.hash, spec.to_yaml()), _executor(executor, workers, reporter) as hands:
         _check_disk(out)
         reporter.say(f"{spec.name}: reading the data")
         drawing = Drawing(store.pairs, True, _drawing_teller(spec, reporter), store.kept)
