@@ -16,6 +16,7 @@ from leeway.errors import LeewayError, NotFiniteError
 from leeway.study import ray_worker
 from leeway.study.parse import parse
 from leeway.study.pieces import Piece
+from leeway.study.prepare import prepare
 from leeway.study.progress import Reporter
 from leeway.study.ray_worker import Worker, versions_here
 from leeway.study.run import run
@@ -97,6 +98,11 @@ def test_a_mistake_of_the_users_and_a_folder_in_use_are_one_line(
     with pytest.raises(LeewayError, match="is in use by another leeway of this cluster"):
         run(spec, out, Reporter(quiet=True), "leeway run test", None, "ray")
     on_ray.ray.kill(held)
+    greedy = parse(text.replace("device: cpu", "device: cpu\nthreads: 1000"), "test")
+    with pytest.raises(LeewayError, match=r"no node of the cluster has what a worker takes \(1000 num_cpus, 0\.\d GiB"):
+        run(greedy, tmp_path / "x", Reporter(quiet=True), "leeway run test", None, "ray")
+    with pytest.raises(LeewayError, match="a worker sees the one GPU that Ray gives it; set device: cuda"):
+        on_ray.OnRay(None, print).workers(prepare(parse(text.replace("device: cpu", "device: cuda:1"), "x")), 1)
     monkeypatch.setattr(on_ray, "CLAIM_S", 20.0)
     with pytest.raises(NotFiniteError, match="sft, step 2") as error:
         run(spec, out, Reporter(quiet=True), "leeway run test", None, "ray")

@@ -66,6 +66,7 @@ class OnRay:
     _crew: list[_Hand] = field(default_factory=list)
     _lost: Counter[str] = field(default_factory=Counter)
     _claim: Any = None
+    _request: dict[str, float] = field(default_factory=dict)
     _ours: bool = False
     _token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -83,26 +84,20 @@ class OnRay:
 
     def workers(self, prepared: Prepared, pieces: int) -> int:
         """As many as are asked for, else as many as the cluster's nodes have room for now."""
-        self._connect()
-        if not (room := self._room(prepared)):
-            needed = ", ".join(f"{_amount(k, v)} {k}" for k, v in _request(prepared).items())
-            raise LeewayError(
-                f"--executor ray: no node of the cluster has what a worker takes ({needed})",
-                fix="add such nodes; or give --workers, and the run waits for them",
-            )
-        return min(room, pieces)
+        self._connect(prepared)
+        return min(self._room(prepared), pieces)
 
     def _room(self, prepared: Prepared) -> int:
+        """For how many workers there is room now; 0 where nodes are still to come, or have gone."""
         if one_alone(prepared.spec, self.asked):
             return 1
         if self.asked is not None:
             return self.asked
-        request = _request(prepared)
-        return sum(_fitting(node["Resources"], request) for node in ray.nodes() if node["Alive"])
+        return sum(_fitting(node["Resources"], self._request) for node in ray.nodes() if node["Alive"])
 
     def facts(self, work: Work, command: str) -> dict[str, Any]:
         """The manifest, by a worker: what is computed on is the cluster's, and not this machine's."""
-        self._connect()
+        self._connect(work.prepared)
         while True:
             self._keep(work, max(1, self._room(work.prepared)))
             self._heed(lambda _: None)
@@ -131,15 +126,33 @@ class OnRay:
                 left.remove(piece)
                 yield piece
 
-    def _connect(self) -> None:
-        """To the cluster that is there, or to one started here; says in a line which."""
-        if ray.is_initialized():
+    def _connect(self, prepared: Prepared) -> None:
+        """Know the cluster, and what a worker takes of it. Raises LeewayError where no node has that."""
+        if self._request:
             return
+        if prepared.spec.device.startswith("cuda:"):
+            raise LeewayError(
+                f"device: {prepared.spec.device} under --executor ray: a worker sees the one GPU that Ray gives it",
+                fix="set device: cuda",
+            )
+        if not ray.is_initialized():
+            self._join()
+        self._request = _request(prepared)
+        if not self._room(prepared):
+            needed = ", ".join(f"{_amount(k, v)} {k}" for k, v in self._request.items())
+            raise LeewayError(
+                f"--executor ray: no node of the cluster has what a worker takes ({needed})",
+                fix="add such nodes; or give --workers, and the run waits for them",
+            )
+
+    def _join(self) -> None:
+        """Join the cluster that is named, or start one here; says in a line which."""
         address = os.environ.get("RAY_ADDRESS")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
         try:
             if address:
+                os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # its tries to connect are no news
                 ray.init(address=address, **quiet)
             else:
                 ray.init(address="local", include_dashboard=False, object_store_memory=OBJECTS, **quiet)
@@ -159,7 +172,7 @@ class OnRay:
         if self._claim is None:
             self._claim = _claimed(work.store.folder)
             (work.store.folder / ".workers").write_text(self._token)
-        kind = ray.remote(max_concurrency=2)(Worker).options(**_request(work.prepared))
+        kind = ray.remote(max_concurrency=2)(Worker).options(**self._request)
         raw = work.prepared.spec.model_dump(mode="json", by_alias=True)
         while len(self._crew) < wanted:
             actor = kind.remote()
