@@ -172,9 +172,9 @@ def test_a_checkpoint_is_measured_while_its_trajectory_trains_on(
     models: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    text = study(models["llama"], root, budgets="[200, 16000]", objectives="[sft]")
+    text = study(models["llama"], root, budgets="[200, 12000]", objectives="[sft]")
     run(parse(text, "test"), out, Reporter(quiet=True), "leeway run test", workers=2)
-    last = (out / "checkpoints" / "sft" / "s0" / "16000" / "ledger.json").stat().st_mtime
+    last = (out / "checkpoints" / "sft" / "s0" / "12000" / "ledger.json").stat().st_mtime
     early = [p.stat().st_mtime for p in (out / "parts").glob("sft-s0-200-*")]
     assert len(early) == 3
     assert max(early) < last

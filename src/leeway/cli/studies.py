@@ -30,7 +30,9 @@ Workers = Annotated[
 Executor = Annotated[
     Literal["local", "ray"],
     typer.Option(
-        "--executor", help="this machine, or a Ray cluster (RAY_ADDRESS; without it one is started here): leeway[ray]"
+        "--executor",
+        help="this machine, or a Ray cluster: RAY_ADDRESS's, else one started here (default: local)",
+        show_default=False,
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but the final paths")]

@@ -152,7 +152,6 @@ class OnRay:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
         try:
             if address:
-                os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # its tries to connect are no news
                 ray.init(address=address, **quiet)
             else:
                 ray.init(address="local", include_dashboard=False, object_store_memory=OBJECTS, **quiet)
