@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,7 +21,19 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="the run directory; carried on with if it exists")]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="processes on this machine (default: one per core on a CPU)"),
+    typer.Option(
+        "--workers",
+        min=1,
+        help="how many work at once (default: on a CPU as many as there are cores for, one on a GPU)",
+    ),
+]
+Executor = Annotated[
+    Literal["local", "ray"],
+    typer.Option(
+        "--executor",
+        help="this machine, or a Ray cluster: RAY_ADDRESS's, else one started here (default: local)",
+        show_default=False,
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but the final paths")]
 
@@ -89,10 +101,15 @@ def show(
 
 @app.command()
 def run(
-    study: Study, overrides: Overrides = None, out: Out = None, workers: Workers = None, quiet: Quiet = False
+    study: Study,
+    overrides: Overrides = None,
+    out: Out = None,
+    workers: Workers = None,
+    executor: Executor = "local",
+    quiet: Quiet = False,
 ) -> None:
     """Run a study; the same command carries on where it stopped."""
-    _run(study, tuple(overrides or ()), out, workers, quiet)
+    _run(study, tuple(overrides or ()), out, workers, quiet, executor)
 
 
 @app.command()
@@ -130,12 +147,19 @@ def audit(
     typer.echo(str(page.resolve()))
 
 
-def _run(study: str, overrides: tuple[str, ...], out: Path | None, workers: int | None, quiet: bool) -> None:
+def _run(
+    study: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    workers: int | None,
+    quiet: bool,
+    executor: Literal["local", "ray"] = "local",
+) -> None:
     from leeway.study.parse import load
     from leeway.study.progress import Reporter
     from leeway.study.run import run as carry_out
 
     spec = load(study, overrides)
     command = "leeway " + shlex.join(sys.argv[1:])
-    page = carry_out(spec, out or Path("runs") / spec.name, Reporter(quiet=quiet), command, workers)
+    page = carry_out(spec, out or Path("runs") / spec.name, Reporter(quiet=quiet), command, workers, executor)
     typer.echo(str(page.resolve()))

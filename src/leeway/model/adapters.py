@@ -21,6 +21,7 @@ from torch import Tensor
 
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed
+from leeway.model.base import bits
 from leeway.model.load import Model
 
 Kind = Literal["lora", "rslora", "dora", "full"]
@@ -124,14 +125,16 @@ def _add_control_tokens(model: Model, tokens: tuple[str, ...]) -> list[int]:
     """
     model.chat, lm = model.chat.with_control_tokens(tokens), model.lm
     ids = [int(i) for i in model.chat.tokenizer.convert_tokens_to_ids(list(tokens))]
-    table = lm.get_input_embeddings().weight
+    table, out = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
     mean_D = table[: ids[0]].float().mean(0)
     if max(ids) >= table.shape[0]:
         lm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        table = lm.get_input_embeddings().weight
+        table, out = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+    else:
+        for own in {table, out}:  # rows are written into a copy: the next who borrows the model has its own again
+            own.data = own.data.clone()
     with torch.no_grad():
         table[ids] = mean_D.to(table.dtype)
-    out = lm.get_output_embeddings().weight
     if out is not table:
         with torch.no_grad():
             out[ids] = 0.0  # grown rows are drawn from the global generator, and a blocked row needs no value
@@ -257,6 +260,7 @@ def _config_misfit(model: Model, folder: Path) -> str:
 def merged(model: Model) -> Iterator[None]:
     """An adapter merged into the weights for as long as the context lasts; the base's own tensors come back after.
 
+    It is merged into copies, and the tensors that come back are seen to have the bits that they had (`base.bits`).
     Only in float32: in bfloat16 a small update is lost in the rounding of the sum, and a checkpoint at a small budget
     would be measured as the base. There the adapter stays beside the weights, as it was trained. Whole weights have
     nothing to merge.
@@ -267,13 +271,19 @@ def merged(model: Model) -> Iterator[None]:
         yield
         return
     layers = [m for m in model.lm.modules() if isinstance(m, BaseTunerLayer)]
-    kept = {id(w): (w, w.data) for m in layers for w in m.get_base_layer().parameters(recurse=False)}
-    for weight, data in kept.values():
+    kept = {w: w.data for m in layers for w in m.get_base_layer().parameters(recurse=False)}
+    before = bits(kept.values())
+    for weight, data in kept.items():
         weight.data = data.clone()
     model.lm.merge_adapter()
     try:
         yield
     finally:
         model.lm.unmerge_adapter()
-        for weight, data in kept.values():
+        for weight, data in kept.items():
             weight.data = data
+    if bits(kept) != before:
+        raise LeewayError(
+            f"model {model.name}: its weights are not what they were before the adapter was merged",
+            fix="run the same command again: the model is loaded afresh, and finished work is kept",
+        )

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 from leeway.errors import LeewayError
 from leeway.study import costs, gpus
-from leeway.study.answering import eval_costs, pair_cost
-from leeway.study.bill import Bill, bill
+from leeway.study.answering import eval_costs, longest, pair_cost
+from leeway.study.bill import RUNTIME, Bill, bill
 from leeway.study.costs import EvalCost, Shape
 from leeway.study.gpus import Machine
 from leeway.study.pieces import pieces_of, whos
@@ -88,8 +88,8 @@ def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) 
     on = machine or gpus.this_cpu()
     size = _shape(spec, model, on)
     pieces = pieces_of(prepared)
-    trajectories = tuple(trajectory(prepared, p) for p in pieces if p.kind != "base")
-    checkpoints = sum(len(p.budgets) for p in pieces)
+    trajectories = tuple(trajectory(prepared, p) for p in pieces if p.kind in ("tune", "train"))
+    checkpoints = sum(len(p.budgets) for p in pieces if p.kind == "train")
     evaluated, answers = sum(len(whos(prepared, p)) for p in pieces), sum(len(e) for e in prepared.evals)
     answered = _sweep_answers(prepared)
     evals, unpriced = eval_costs(prepared)
@@ -127,6 +127,14 @@ def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) 
         estimated_memory_gib=found.memory_gib,
         estimated_disk_gib=found.disk_gib,
     )
+
+
+def memory_of_a_worker(prepared: Prepared) -> int:
+    """Bytes of main memory that a process takes on a CPU, to train or to measure, by the estimate of a plan."""
+    spec = prepared.spec
+    size = _shape(spec, subject(spec), gpus.this_cpu())
+    needed = costs.memory(size, spec.optim.micro_tokens, spec.adapter.dropout, spec.evals.batch, longest(prepared))
+    return int(RUNTIME + needed.peak)
 
 
 def priced(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
 from leeway.study import tuning
 from leeway.study.drawing import Drawing
-from leeway.study.executor import carry_out, workers_for
-from leeway.study.manifest import check_unchanged, manifest, matching
+from leeway.study.executor import Executor, Local, one_alone
+from leeway.study.manifest import check_unchanged, matching
 from leeway.study.pieces import Piece, pieces_of, relative_cost, schedule_of, whos
 from leeway.study.prepare import Prepared, prepare
 from leeway.study.progress import Reporter
@@ -24,13 +25,20 @@ from leeway.training import checkpoints
 NEEDED_DISK = 64 << 20  # bytes
 
 
-def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | None = None) -> Path:
+def run(
+    spec: Spec,
+    out: Path,
+    reporter: Reporter,
+    command: str,
+    workers: int | None = None,
+    executor: Literal["local", "ray"] = "local",
+) -> Path:
     """Run `spec` into `out`, going on where an earlier run stopped; returns the report's path."""
     from leeway.report import build
 
-    workers_for(spec, 1, workers)  # a number of workers that cannot be is refused before anything is written
+    one_alone(spec, workers)  # a number of workers that cannot be is refused before anything is written
     store = Store(out)
-    with store.claimed(spec.hash, spec.to_yaml()):
+    with store.claimed(spec.hash, spec.to_yaml()), _executor(executor, workers, reporter) as hands:
         _check_disk(out)
         reporter.say(f"{spec.name}: reading the data")
         drawing = Drawing(store.pairs, True, _drawing_teller(spec, reporter), store.kept)
@@ -42,19 +50,31 @@ def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | 
         if facts:
             check_unchanged(prepared, facts, out)
         else:
-            facts = manifest(prepared, work.base(), command)
+            facts = hands.facts(work, command)
             store.write_manifest(facts)
         busy = [p for p in pieces if work.unfinished(p)]
-        reporter.workers = min(workers_for(spec, len(pieces), workers), max(1, len(busy)))
+        reporter.workers = hands.workers(prepared, len(busy)) if busy else 1
         with reporter:
             lines = [line for p in pieces if p not in busy for line in work.ledger(p, checkpoints.verified_ledger)]
             check_matched(lines, matching(prepared))
-            for piece in carry_out(prepared, store, busy, reporter.workers, reporter.heard):
+            for done, piece in enumerate(hands.carry_out(work, busy, reporter.heard), 1):
+                reporter.workers = min(reporter.workers, max(1, len(busy) - done))
                 lines += work.ledger(piece)
                 check_matched(lines, matching(prepared))
         rows = _collect(work, pieces, facts)
         reporter.say(f"{spec.name}: {rows:,} rows; drawing the report")
         return build(out)
+
+
+@contextmanager
+def _executor(name: Literal["local", "ray"], workers: int | None, reporter: Reporter) -> Iterator[Executor]:
+    if name == "local":
+        yield Local(workers)
+        return
+    from leeway.study.on_ray import OnRay
+
+    with OnRay(workers, reporter.say) as cluster:
+        yield cluster
 
 
 def _drawing_teller(spec: Spec, reporter: Reporter) -> Callable[[int], None]:
