@@ -207,6 +207,7 @@ def test_the_bill_says_judges_calls() -> None:
         fits=True,
         advice="",
         adapters_gib=1.0,
+        references_gib=0.5,
         hub_gib=2.0,
         disk_gib=3.0,
         judge_calls=1000,

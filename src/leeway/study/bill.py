@@ -32,6 +32,7 @@ class Bill:
     fits: bool | None
     advice: str
     adapters_gib: float
+    references_gib: float
     hub_gib: float
     disk_gib: float
     judge_calls: int
@@ -64,7 +65,8 @@ class Bill:
             f"{m.adapter / GIB:.1f}, then activations {m.activations / GIB:.1f} or keys and values {m.cache / GIB:.1f})"
         )
         hub = f", the hub's files {self.hub_gib:.1f}" if self.hub_gib else ""
-        yield f"  disk ~{self.disk_gib:.2f} GiB (checkpoints {self.adapters_gib:.2f}{hub})"
+        kept = f", references {self.references_gib:.2f}" if self.references_gib else ""
+        yield f"  disk ~{self.disk_gib:.2f} GiB (checkpoints {self.adapters_gib:.2f}{kept}{hub})"
         if self.judge_calls:
             read, written = self.judge_tokens_in / 1e6, self.judge_tokens_out / 1e6
             yield (
@@ -94,10 +96,11 @@ def bill(
     evaluated: int,
     pairs: EvalCost | None,
     disk: float,
+    references: float,
     hour: float | None,
     judge: tuple[float, float] | None,
 ) -> Bill:
-    """`training` and `sweeps` in FLOPs, `disk` in bytes without the hub's files, `hour` and `judge` in dollars."""
+    """`training` and `sweeps` in FLOPs; `disk`, of all but references and hub files, and `references` in bytes."""
     spec = prepared.spec
     batch = spec.evals.batch
     asked = evaluated * sum(costs.eval_seconds(size, e, machine, batch) for e in evals)
@@ -119,8 +122,9 @@ def bill(
         fits=None if machine.memory is None else RUNTIME + needed.peak <= machine.memory,
         advice=_advice(needed),
         adapters_gib=adapters,
+        references_gib=references / GIB,
         hub_gib=hub,
-        disk_gib=adapters + hub,
+        disk_gib=adapters + references / GIB + hub,
         judge_calls=calls,
         judge_tokens_in=read,
         judge_tokens_out=written,

@@ -14,6 +14,8 @@ from leeway.study.costs import EvalCost, Shape
 from leeway.study.gpus import Machine
 from leeway.study.pieces import pieces_of, whos
 from leeway.study.prepare import Prepared, prepare, targeted
+from leeway.study.referred import Asked
+from leeway.study.referred import asked as asked_of
 from leeway.study.spec import Spec
 from leeway.study.standin import Subject, subject
 from leeway.study.training_data import chat_for
@@ -44,6 +46,7 @@ class Plan:
     missing: tuple[str, ...]
     counts_exactly: bool
     notes: tuple[str, ...]
+    references: Asked
     bill: Bill
     estimated_hours: float
     estimated_memory_gib: float
@@ -73,12 +76,26 @@ class Plan:
                 *(f"follows: {f}" for f in self.followed),
                 f"{head}{'processed':>12}{'reference':>12}",
                 *rows,
+                *self._asked(about),
                 *(_told(e, about) for e in self.evals),
                 *self.notes,
                 f"left out as too long: {self.left_out}",
                 *self.bill.lines(),
             ]
         )
+
+    def _asked(self, about: str) -> Iterator[str]:
+        """What the references are asked, where it is kept: less than the column's sum, since it is shared."""
+        if self.references.sequences:
+            tokens, sequences = (f"{about}{n:,}" for n in (self.references.tokens, self.references.sequences))
+            yield (
+                f"references: {tokens} tokens of {sequences} sequences go through them, once each; kept on disk "
+                f"({_size(self.references.bytes)})"
+            )
+
+
+def _size(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
 
 
 def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) -> Plan:
@@ -93,6 +110,7 @@ def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) 
     evaluated, answers = sum(len(whos(prepared, p)) for p in pieces), sum(len(e) for e in prepared.evals)
     answered = _sweep_answers(prepared)
     evals, unpriced = eval_costs(prepared)
+    references = asked_of(prepared, size.hidden, size.bytes)
     found = bill(
         prepared,
         size,
@@ -106,6 +124,7 @@ def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) 
         evaluated=evaluated,
         pairs=pair_cost(prepared),
         disk=checkpoints * size.trained * costs.FLOAT32 + evaluated * answers * costs.ROW_BYTES,
+        references=references.bytes,
         hour=prices.hour,
         judge=prices.judge,
     )
@@ -122,6 +141,7 @@ def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) 
         missing=model.missing,
         counts_exactly=model.counts_exactly,
         notes=(*_undrawn(prepared), *unpriced, *_notes(spec, trajectories, answered), *claimed(spec)),
+        references=references,
         bill=found,
         estimated_hours=found.hours,
         estimated_memory_gib=found.memory_gib,

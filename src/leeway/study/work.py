@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,9 @@ from leeway.generation.backend import Backend
 from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
 from leeway.model.load import Model, load_model
+from leeway.model.references import References
 from leeway.objectives.objective import PLAIN
-from leeway.study import tuning
+from leeway.study import referred, tuning
 from leeway.study.computing import computing
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Piece, Who, schedule_of, whos
@@ -123,7 +125,8 @@ class Work:
             trajectory.restore(folder[marks[start].budget], marks[start], to_train=True)
         self.store.trim_steps(piece.log, trajectory.step)
         for k in range(start + 1, len(marks)):  # to the end, so that the log of its steps is whole
-            trajectory.train_to(marks[k], self.store.steps(piece.log), self._step_teller(trajectory, marks[k]))
+            steps, tick = self.store.steps(piece.log), self._step_teller(trajectory, marks[k])
+            trajectory.train_to(marks[k], steps, tick, self._asking_teller(trajectory))
             if k in missing:
                 trajectory.save(folder[marks[k].budget], marks[k])
             for earlier in range(k):
@@ -145,7 +148,8 @@ class Work:
         log = self.store.steps(f"tune-{piece.alias}-{lr:g}")
         self.store.trim_steps(log.stem, 0)
         try:
-            trajectory.train_to(schedule.marks[0], log, self._step_teller(trajectory, schedule.marks[0]))
+            tick = self._step_teller(trajectory, schedule.marks[0])
+            trajectory.train_to(schedule.marks[0], log, tick, self._asking_teller(trajectory))
         except NotFiniteError as error:
             return tuning.Trial(lr, None, trajectory.spent, 0, error.what)
         prefix, test = trajectory.objective.conditions[0].prefix, held_out.test
@@ -188,6 +192,13 @@ class Work:
 
         return tell
 
+    def _asking_teller(self, trajectory: Trajectory) -> Callable[[int, int], None]:
+        def tell(done: int, of: int) -> None:
+            at = f"{trajectory.alias} s{trajectory.seed}"
+            self.tell("train", 0.0, f"{at} asking its reference | {done:,}/{of:,} tokens")
+
+        return tell
+
     def _answer_teller(self, at: str, e: Eval) -> Callable[[int], None]:
         answered = 0
 
@@ -217,7 +228,7 @@ class Work:
             piece.seed,
             self._load(),
             schedule,
-            settings,
+            replace(settings, references=self._kept_for(piece)),
             self.prepared.companions,
             self._start(asked, piece.seed),
             asked.reference,
@@ -244,8 +255,22 @@ class Work:
             Optim(optim.clip, optim.micro_tokens, layout=optim.layout),
             optim.schedule,
             tuning_tokens,
-            self.prepared.spec.reference,
         )
+
+    @cached_property
+    def _references(self) -> References:
+        return References(self.store.references)
+
+    @cached_property
+    def _states(self) -> dict[referred.Who, frozenset[str]]:
+        return referred.states_of(self.prepared)
+
+    def _kept_for(self, piece: Piece) -> References | None:
+        """Where what this trajectory's reference says is kept; nowhere where it answers live."""
+        if self.prepared.spec.reference == "live":
+            return None
+        who = referred.compared_with(self.prepared, piece.alias, piece.seed)
+        return self._references.stating(self._states.get(who, ()))
 
 
 def said(who: Who) -> str:

@@ -1,0 +1,85 @@
+"""What a study asks of its references: which sequences, whose final states are kept, and what that takes on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from leeway.data.chat import Sequence
+from leeway.model.references import key
+from leeway.study.pieces import Piece, pieces_of, schedule_of
+from leeway.study.prepare import Prepared
+from leeway.training.beforehand import first_asked
+
+Who = tuple[object, ...]
+FLOAT32 = 4  # bytes of a log-probability
+INDEX = 8 + 8 + 8  # bytes of a sequence's key, its end and its length
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Of one study, in a store that holds nothing of it yet: shared sequences count once."""
+
+    sequences: int
+    tokens: int
+    bytes: int
+
+
+def compared_with(prepared: Prepared, alias: str, seed: int) -> Who:
+    """Which model an objective is held against, as far as a study file tells: equal ones are the same."""
+    asked = prepared.spec.objective(alias)
+    if asked.start is None or asked.reference == "base":
+        return ("base",)
+    if asked.start.adapter is not None:
+        return ("adapter", asked.start.adapter)
+    return ("start", asked.start.from_, asked.start.budget, seed)
+
+
+def states_of(prepared: Prepared) -> dict[Who, frozenset[str]]:
+    """By reference, the keys of the sequences whose final states some objective needs beside another that needs none.
+
+    Whoever asks first keeps them, so that nothing is asked twice.
+    """
+    needs = {o.needs_reference for o in prepared.objectives.values()}
+    if not needs >= {"logps", "distribution"}:
+        return {}
+    found: dict[Who, set[str]] = {}
+    for piece in _asking(prepared):
+        if prepared.objectives[piece.alias].needs_reference == "distribution":
+            named = found.setdefault(compared_with(prepared, piece.alias, piece.seed), set())
+            named |= {key(s) for s in _sequences(prepared, piece)}
+    return {who: frozenset(named) for who, named in found.items()}
+
+
+def asked(prepared: Prepared, hidden: int, width: int) -> Asked:
+    """Of a model whose final states are `hidden` numbers of `width` bytes."""
+    if prepared.spec.reference == "live":
+        return Asked(0, 0, 0)
+    states: dict[tuple[Who, tuple[int, ...], int], bool] = {}
+    for piece in _asking(prepared):
+        who = compared_with(prepared, piece.alias, piece.seed)
+        whole = prepared.objectives[piece.alias].needs_reference == "distribution"
+        for s in _sequences(prepared, piece):
+            at = (who, s.ids, s.start)
+            states[at] = states.get(at, False) or whole
+    measured = sum(len(ids) - start for _, ids, start in states)
+    stated = sum(len(ids) - start for (_, ids, start), whole in states.items() if whole)
+    return Asked(
+        sequences=len(states),
+        tokens=sum(len(ids) for _, ids, _ in states),
+        bytes=len(states) * INDEX + measured * FLOAT32 + stated * hidden * width,
+    )
+
+
+def _asking(prepared: Prepared) -> Iterator[Piece]:
+    """The trajectories that are compared with something. A sweep of rates asks no more than they do, nearly."""
+    for piece in pieces_of(prepared):
+        if piece.kind == "train" and prepared.objectives[piece.alias].needs_reference != "nothing":
+            yield piece
+
+
+def _sequences(prepared: Prepared, piece: Piece) -> Iterator[Sequence]:
+    renderer = prepared.renderer(piece.alias, piece.seed)
+    steps = schedule_of(prepared, piece).steps
+    batches = (renderer.batch(k, slots) for k, slots in enumerate(steps, 1))
+    yield from (s for _, s, new in first_asked(batches) if new)
