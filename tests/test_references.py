@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -191,7 +192,7 @@ def test_a_study_asks_once_whatever_its_workers_and_plan_says_how_much(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DPO comes first and keeps the states that KL needs; two workers leave the same bytes; a rerun asks nothing."""
-    study = text(models, root, "[dpo, {ipo: {}}, {kl: {weight: 0.1}}, {kl-2: {kl: {weight: 0.2}}}]")
+    study = text(models, root, "[dpo, {kl: {weight: 0.1}}, {kl-2: {kl: {weight: 0.2}}}]")
     study = study.replace("[300, 600]", "[400, 1200]")
     planned = plan(parse(study, "x"))
     monkeypatch.setenv("LEEWAY_REFERENCES", str(tmp_path / "shared"))
@@ -207,12 +208,13 @@ def test_a_study_asks_once_whatever_its_workers_and_plan_says_how_much(
     lines = pd.read_parquet(one / "ledger.parquet")
     last = lines[lines.budget == 1200].set_index("objective")
     assert last.reference_tokens.max() == tokens < last.reference_tokens.sum()
-    assert (last.reference_tokens["kl"], last.reference_tokens["dpo"]) == (
-        last.reference_tokens["kl-2"],
-        last.reference_tokens["ipo"],
-    )
+    assert last.reference_tokens["kl"] == last.reference_tokens["kl-2"]
+    told = json.loads((two / "manifest.json").read_text())["references"]
+    assert told == {"sequences": sequences, "tokens": tokens, "bytes": size}
     monkeypatch.setenv("LEEWAY_REFERENCES", str(tmp_path / "shared"))
     stamps = {f: f.stat().st_mtime_ns for f in (tmp_path / "shared").rglob("*.safetensors")}
-    again = carry(study.replace("weight: 0.2", "weight: 0.3"), tmp_path / "again")
+    again = carry(
+        study.replace("dpo, {kl: {weight: 0.1}}, {kl-2: {kl: {weight: 0.2}}}", "{kl: {weight: 1}}"), tmp_path / "x"
+    )
     assert (again / "rows.parquet").is_file()
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "shared").rglob("*.safetensors")} == stamps
