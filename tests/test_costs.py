@@ -159,7 +159,7 @@ def test_dollars_are_hours_times_the_price_and_are_not_printed_without_one() -> 
     assert planned.bill.fits is True
     text = plan.plan(spec, machine).to_text()
     assert "hire: no price given (--price)" in text
-    assert "estimated on A10G, not measured" in text
+    assert "estimated by formulas on A10G, not measured" in text
     assert "$" not in text
 
 

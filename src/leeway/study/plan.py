@@ -12,12 +12,14 @@ from leeway.study.answering import eval_costs, pair_cost
 from leeway.study.bill import Bill, bill
 from leeway.study.costs import EvalCost, Shape
 from leeway.study.gpus import Machine
-from leeway.study.pieces import pieces_of, whos
+from leeway.study.measuring import Measured, priced_by
+from leeway.study.pieces import Piece, pieces_of, whos
 from leeway.study.prepare import Prepared, prepare, targeted
 from leeway.study.referred import Asked
 from leeway.study.referred import asked as asked_of
 from leeway.study.spec import Spec
 from leeway.study.standin import Subject, subject
+from leeway.study.timing import timed
 from leeway.study.training_data import chat_for
 from leeway.study.trajectories import TrajectoryPlan, trajectory
 
@@ -48,6 +50,7 @@ class Plan:
     notes: tuple[str, ...]
     references: Asked
     bill: Bill
+    measured: Measured | None
     estimated_hours: float
     estimated_memory_gib: float
     estimated_disk_gib: float
@@ -80,7 +83,7 @@ class Plan:
                 *(_told(e, about) for e in self.evals),
                 *self.notes,
                 f"left out as too long: {self.left_out}",
-                *self.bill.lines(),
+                *([*self.measured.lines(), *self.bill.other_lines()] if self.measured else self.bill.lines()),
             ]
         )
 
@@ -98,8 +101,18 @@ def _size(n: float) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
 
 
-def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) -> Plan:
-    """Plan `spec` on `machine` (this CPU): reads data, tokenizer and config, never weights, never a GPU."""
+def plan(
+    spec: Spec,
+    machine: Machine | None = None,
+    prices: Prices = Prices(),
+    *,
+    measure: bool = False,
+    workers: int | None = None,
+) -> Plan:
+    """Plan `spec` on `machine` (this CPU): reads data, tokenizer and config, never weights, never a GPU.
+
+    `measure` times some steps and answers here, with the weights, in as many processes as `workers` (a run's) says.
+    """
     model = subject(spec)
     prepared = prepare(spec, model=model)
     on = machine or gpus.this_cpu()
@@ -128,6 +141,7 @@ def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) 
         hour=prices.hour,
         judge=prices.judge,
     )
+    timed_by = _measured(prepared, pieces, trajectories, workers) if measure else None
     return Plan(
         name=spec.name,
         parameters=size.total,
@@ -143,10 +157,20 @@ def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) 
         notes=(*_undrawn(prepared), *unpriced, *_notes(spec, trajectories, answered), *claimed(spec)),
         references=references,
         bill=found,
-        estimated_hours=found.hours,
-        estimated_memory_gib=found.memory_gib,
+        measured=timed_by,
+        estimated_hours=timed_by.hours if timed_by else found.hours,
+        estimated_memory_gib=timed_by.memory_gib if timed_by else found.memory_gib,
         estimated_disk_gib=found.disk_gib,
     )
+
+
+def _measured(
+    prepared: Prepared, pieces: list[Piece], trajectories: tuple[TrajectoryPlan, ...], workers: int | None
+) -> Measured:
+    from leeway.study.executor import workers_for
+
+    several = workers_for(prepared.spec, len(pieces), workers)
+    return priced_by(prepared, pieces, trajectories, timed(prepared.spec, several), several)
 
 
 def priced(

@@ -12,6 +12,7 @@ from leeway.study.prepare import Prepared
 from leeway.training.beforehand import first_asked
 
 Who = tuple[object, ...]
+_Entry = tuple[Who, tuple[int, ...], int]  # which reference, a sequence's ids, its start
 FLOAT32 = 4  # bytes of a log-probability
 INDEX = 8 + 8 + 8  # bytes of a sequence's key, its end and its length
 
@@ -53,15 +54,11 @@ def states_of(prepared: Prepared) -> dict[Who, frozenset[str]]:
 
 def asked(prepared: Prepared, hidden: int, width: int) -> Asked:
     """Of a model whose final states are `hidden` numbers of `width` bytes."""
-    if prepared.spec.reference == "live":
-        return Asked(0, 0, 0)
-    states: dict[tuple[Who, tuple[int, ...], int], bool] = {}
+    states: dict[_Entry, bool] = {}
     for piece in _asking(prepared):
-        who = compared_with(prepared, piece.alias, piece.seed)
         whole = prepared.objectives[piece.alias].needs_reference == "distribution"
-        for s in _sequences(prepared, piece):
-            at = (who, s.ids, s.start)
-            states[at] = states.get(at, False) or whole
+        for entry in _entries(prepared, piece):
+            states[entry] = states.get(entry, False) or whole
     measured = sum(len(ids) - start for _, ids, start in states)
     stated = sum(len(ids) - start for (_, ids, start), whole in states.items() if whole)
     return Asked(
@@ -71,9 +68,27 @@ def asked(prepared: Prepared, hidden: int, width: int) -> Asked:
     )
 
 
+def new_tokens(prepared: Prepared) -> dict[Piece, int]:
+    """Tokens that each trajectory has to ask about itself, if they ask one after another."""
+    known: set[_Entry] = set()
+    found: dict[Piece, int] = {}
+    for piece in _asking(prepared):
+        new = set(_entries(prepared, piece)) - known
+        known |= new
+        found[piece] = sum(len(ids) for _, ids, _ in new)
+    return found
+
+
+def _entries(prepared: Prepared, piece: Piece) -> Iterator[_Entry]:
+    who = compared_with(prepared, piece.alias, piece.seed)
+    yield from ((who, s.ids, s.start) for s in _sequences(prepared, piece))
+
+
 def _asking(prepared: Prepared) -> Iterator[Piece]:
-    """The trajectories that are compared with something. A sweep of rates asks no more than they do, nearly."""
+    """The trajectories whose references are asked beforehand. A sweep of rates asks no more than they do, nearly."""
     for piece in pieces_of(prepared):
+        if prepared.spec.reference == "live":
+            return
         if piece.kind == "train" and prepared.objectives[piece.alias].needs_reference != "nothing":
             yield piece
 

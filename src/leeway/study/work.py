@@ -91,7 +91,7 @@ class Work:
             model = self.base()
             if control.get(who.condition):
                 model = self._load()
-                adapters.attach(model, self._settings(0.0, 0).adapter, seed=0, control_tokens=control[who.condition])
+                adapters.attach(model, self.settings(0.0, 0).adapter, seed=0, control_tokens=control[who.condition])
             self._measure(model, who, adapter_hash="none")
 
     def _carry_trajectory(self, piece: Piece) -> None:
@@ -144,7 +144,7 @@ class Work:
     def _trial(self, piece: Piece, lr: float, held_out: HeldOut) -> tuning.Trial:
         """One rate of the sweep; one that leaves the numbers has no accuracy, and its tokens count all the same."""
         schedule = held_out.schedules[piece.alias]
-        trajectory = self._new_trajectory(piece, schedule, self._settings(lr, 0))
+        trajectory = self._new_trajectory(piece, schedule, self.settings(lr, 0))
         log = self.store.steps(f"tune-{piece.alias}-{lr:g}")
         self.store.trim_steps(log.stem, 0)
         try:
@@ -218,7 +218,7 @@ class Work:
         if lr is None:
             choice = tuning.read(self.store.tuning(piece.alias))
             lr, spent = choice.lr, choice.tokens
-        return self._new_trajectory(piece, schedule_of(self.prepared, piece), self._settings(lr, spent))
+        return self._new_trajectory(piece, schedule_of(self.prepared, piece), self.settings(lr, spent))
 
     def _new_trajectory(self, piece: Piece, schedule: Schedule, settings: Settings) -> Trajectory:
         asked = self.prepared.spec.objective(piece.alias)
@@ -234,6 +234,12 @@ class Work:
             asked.reference,
         )
 
+    def trial(self, alias: str, seed: int, schedule: Schedule, references: References | None) -> Trajectory:
+        """A trajectory along other steps, from the base: to be timed."""
+        settings = replace(self.settings(1e-5), references=references)
+        objective, companions = self.prepared.objectives[alias], self.prepared.companions
+        return Trajectory(alias, objective, seed, self._load(), schedule, settings, companions)
+
     def _start(self, asked: ObjectiveSpec, seed: int) -> Start | None:
         """What a trajectory starts from where that is not the base model, by the hash of what is there."""
         if asked.start is None:
@@ -245,7 +251,7 @@ class Work:
         folder = self.store.checkpoint(asked.start.from_, seed, asked.start.budget)
         return Start(folder, checkpoints.read_ledger(folder)["adapter_hash"])
 
-    def _settings(self, lr: float, tuning_tokens: int) -> Settings:
+    def settings(self, lr: float, tuning_tokens: int = 0) -> Settings:
         adapter, optim = self.prepared.spec.adapter, self.prepared.spec.optim
         return Settings(
             adapters.AdapterSettings(adapter.r, adapter.alpha, adapter.dropout, adapter.targets, adapter.kind),
