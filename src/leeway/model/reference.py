@@ -108,8 +108,13 @@ def as_reference(model: Model, reference: Reference | None = None) -> Iterator[N
 def asked(model: Model, batch: Laid, reference: Reference) -> tuple[Tensor, Tensor]:
     """What the reference says of a batch's measured tokens: log-probabilities [T], nats, and final states [T, D]."""
     with as_reference(model, reference):
-        hidden_TD = hidden_at_measured(model, batch)
-        return token_logps(hidden_TD, batch.measured_T, model.head), hidden_TD
+        return as_it_stands(model, batch)
+
+
+def as_it_stands(model: Model, batch: Laid) -> tuple[Tensor, Tensor]:
+    """The same of the model as it stands: many batches may be asked within one `as_reference`."""
+    hidden_TD = hidden_at_measured(model, batch)
+    return token_logps(hidden_TD, batch.measured_T, model.head), hidden_TD
 
 
 @contextmanager

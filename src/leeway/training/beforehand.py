@@ -15,7 +15,7 @@ import torch
 from leeway.data.chat import Sequence
 from leeway.model.layout import lay
 from leeway.model.load import Model
-from leeway.model.reference import Reference, asked, computed_as
+from leeway.model.reference import Reference, as_it_stands, as_reference, computed_as
 from leeway.model.references import References, Said
 from leeway.objectives import Objective
 from leeway.training.loop import Batch, Optim, micro_batches
@@ -65,7 +65,7 @@ def ask_beforehand(
     def ask(sequences: Seq[Sequence], states: bool) -> Iterator[tuple[Sequence, Said]]:
         for group in _groups(sequences, model.device, settings):
             with torch.autocast(model.device.type, settings.autocast, enabled=settings.autocast is not None):
-                logp_T, hidden_TD = asked(model, lay([[s] for s in group], model.device, "padded"), reference)
+                logp_T, hidden_TD = as_it_stands(model, lay([[s] for s in group], model.device, "padded"))
             sizes = [s.measured for s in group]
             logps, hidden = torch.split(logp_T.cpu(), sizes), torch.split(hidden_TD.cpu(), sizes)
             for s, logp_M, hidden_MD in zip(group, logps, hidden, strict=True):
@@ -74,7 +74,8 @@ def ask_beforehand(
     def states(name: str) -> bool:
         return whole or name in references.also
 
-    spent = shelf.fill(list(wanted.values()), states, ask, tell)
+    with as_reference(model, reference):
+        spent = shelf.fill(list(wanted.values()), states, ask, tell)
     reference.kept, reference.states = shelf, whole
     reference.release()
     return spent
