@@ -129,9 +129,10 @@ def plan(
         size,
         on,
         training=sum(
-            t.runs * costs.training_flops(size, t.processed_tokens, t.target_tokens, t.reference_tokens)
+            t.runs * costs.training_flops(size, t.processed_tokens, t.target_tokens, _live(prepared, t))
             for t in trajectories
-        ),
+        )
+        + costs.reference_flops(size, references.tokens, references.measured),
         sweeps=answered * 2.0 * (size.body + size.head),
         evals=evals,
         evaluated=evaluated,
@@ -162,6 +163,11 @@ def plan(
         estimated_memory_gib=timed_by.memory_gib if timed_by else found.memory_gib,
         estimated_disk_gib=found.disk_gib,
     )
+
+
+def _live(prepared: Prepared, t: TrajectoryPlan) -> int:
+    """Reference tokens that this run computes whatever others do."""
+    return t.reference_tokens if prepared.spec.reference == "live" else 0
 
 
 def _measured(

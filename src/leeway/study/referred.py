@@ -23,6 +23,7 @@ class Asked:
 
     sequences: int
     tokens: int
+    measured: int
     bytes: int
 
 
@@ -64,6 +65,7 @@ def asked(prepared: Prepared, hidden: int, width: int) -> Asked:
     return Asked(
         sequences=len(states),
         tokens=sum(len(ids) for _, ids, _ in states),
+        measured=measured,
         bytes=len(states) * INDEX + measured * FLOAT32 + stated * hidden * width,
     )
 
