@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from leeway.data.batches import Schedule
 from leeway.data.chat import Sequence
 from leeway.model.references import key
 from leeway.study.pieces import Piece, pieces_of, schedule_of
 from leeway.study.prepare import Prepared
 from leeway.training.beforehand import first_asked
+from leeway.training.loop import Batch
+from leeway.training.renderer import Renderer
 
 Who = tuple[object, ...]
 _Entry = tuple[Who, tuple[int, ...], int]  # which reference, a sequence's ids, its start
@@ -96,7 +99,18 @@ def _asking(prepared: Prepared) -> Iterator[Piece]:
 
 
 def _sequences(prepared: Prepared, piece: Piece) -> Iterator[Sequence]:
-    renderer = prepared.renderer(piece.alias, piece.seed)
-    steps = schedule_of(prepared, piece).steps
-    batches = (renderer.batch(k, slots) for k, slots in enumerate(steps, 1))
-    yield from (s for _, s, new in first_asked(batches) if new)
+    renderer, schedule = prepared.renderer(piece.alias, piece.seed), schedule_of(prepared, piece)
+    yield from (s for _, s, new in first_asked(batches_of(prepared, renderer, schedule)) if new)
+
+
+def batches_of(prepared: Prepared, renderer: Renderer, schedule: Schedule) -> Iterator[Batch]:
+    """A trajectory's batches; where pairs are still to be drawn, rejected answers are other ones than the preferred."""
+    undrawn = prepared.pairs is None and renderer.objective.needs_pairs
+    for k, slots in enumerate(schedule.steps, 1):
+        batch = renderer.batch(k, slots)
+        yield replace(batch, rendered=tuple(map(_told_apart, batch.rendered))) if undrawn else batch
+
+
+def _told_apart(example: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
+    """The rejected answer, as long as the preferred one that stands in for it, with a token that is none."""
+    return (example[0], *(replace(s, ids=(*s.ids[:-1], -1)) for s in example[1:]))

@@ -10,6 +10,7 @@ from leeway.objectives import Objective
 from leeway.objectives.objective import Plain
 from leeway.study.pieces import Piece, schedule_of
 from leeway.study.prepare import Prepared
+from leeway.study.referred import batches_of
 from leeway.training.beforehand import reference_tokens
 from leeway.training.renderer import Renderer
 
@@ -86,4 +87,4 @@ def _reference_tokens(
         return 0
     if prepared.spec.reference == "live":
         return processed
-    return reference_tokens(renderer.batch(k, slots) for k, slots in enumerate(schedule.steps, 1))
+    return reference_tokens(batches_of(prepared, renderer, schedule))
