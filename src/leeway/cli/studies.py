@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from leeway.cli.once import Verbs
+from leeway.errors import LeewayError
 
 app = Verbs()
 Study = Annotated[str, typer.Argument(metavar="STUDY", help="a study file, or a preset's name")]
@@ -74,15 +75,23 @@ def plan(
             help="a judge's dollars per million tokens, read and written; one number for both",
         ),
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="time some steps and answers on this machine: loads the model")
+    ] = False,
+    workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say what a study takes: trajectories, exact tokens, estimated hours, memory, dollars, disk. Touches no GPU."""
+    """Say what a study takes: trajectories, exact tokens, hours, memory, dollars, disk; by formulas, or --measure."""
     from leeway.study.parse import load
     from leeway.study.plan import plan as make_plan
     from leeway.study.plan import priced
 
     machine, prices = priced(gpu, mfu, mbu, price, judge_price)
-    planned = make_plan(load(study, tuple(overrides or ())), machine, prices)
+    if gpu is not None and measure:
+        raise LeewayError("--measure is of this machine, --gpu of another", fix="leave one of them out")
+    if workers is not None and not measure:
+        raise LeewayError("--workers is for what is measured", fix="add --measure")
+    planned = make_plan(load(study, tuple(overrides or ())), machine, prices, measure=measure, workers=workers)
     typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text())
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
+from leeway.model.references import References
 from leeway.study import tuning
 from leeway.study.drawing import Drawing
 from leeway.study.executor import Executor, Local, one_alone
@@ -103,7 +104,14 @@ def _collect(work: Work, pieces: list[Piece], facts: dict[str, Any]) -> int:
     work.store.write_ledger(lines)
     rows = work.store.write_rows(list(parts))
     chosen = {p.alias: tuning.read(work.store.tuning(p.alias)).to_json() for p in pieces if p.kind == "tune"}
-    found = {"conditions": work.store.conditions(parts), "tuning": chosen, "written": work.store.written()}
+    found: dict[str, Any] = {
+        "conditions": work.store.conditions(parts),
+        "tuning": chosen,
+        "written": work.store.written(),
+    }
+    if work.store.references.is_dir():
+        sequences, tokens, size = References(work.store.references).size()
+        found["references"] = {"sequences": sequences, "tokens": tokens, "bytes": size}
     first = {alias: objective.conditions[0].name for alias, objective in work.prepared.objectives.items()}
     work.store.write_manifest({**facts, **found, "first_conditions": first})
     return rows

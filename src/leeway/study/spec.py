@@ -123,7 +123,7 @@ class Spec(Part):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_once_each)] = (0,)
     optim: Optim = Optim()
     reference: Literal["live", "cached"] = Field(
-        default="live", description="computed beside the policy, or beforehand and kept"
+        default="cached", description="computed beforehand and kept on disk, or beside the policy in every step"
     )
     general: Companion | None = None
     safety: Companion | None = None

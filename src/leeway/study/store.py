@@ -106,6 +106,8 @@ class Store:
         self.kept = folder / "asked.sqlite"  # what judges, attackers and endpoints said, by content
         self.kept_apart = folder / "asked"  # the same by host: what keeps them serves the processes of one alone
         self.pairs = folder / "pairs"  # what the base model was asked for, where pairs are drawn from it
+        shared = os.environ.get("LEEWAY_REFERENCES")  # several runs' own
+        self.references = Path(shared).expanduser().absolute() if shared else folder / "references"
 
     @contextmanager
     def claimed(self, study_hash: str, study_yaml: str) -> Iterator[None]:

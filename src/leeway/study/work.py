@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
 from leeway.model.base import Base
 from leeway.model.load import Model, load_model
+from leeway.model.references import References
 from leeway.objectives.objective import PLAIN
-from leeway.study import tuning
+from leeway.study import referred, tuning
 from leeway.study.computing import computing
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Checkpoint, Piece, Who, schedule_of, whos
@@ -164,7 +166,8 @@ class Work:
             trajectory.restore(folder[marks[start].budget], marks[start], to_train=True)
         log = self.store.log_of_steps(piece.log, trajectory.step, self.own)
         for k in range(start + 1, len(marks)):  # to the end, so that the log of its steps is whole
-            trajectory.train_to(marks[k], log, self._step_teller(trajectory, marks[k]))
+            tick = self._step_teller(trajectory, marks[k])
+            trajectory.train_to(marks[k], log, tick, self._asking_teller(trajectory))
             self.store.put_steps(log)
             if k in missing:
                 trajectory.save(folder[marks[k].budget], marks[k])
@@ -182,10 +185,11 @@ class Work:
     def _trial(self, piece: Piece, lr: float, held_out: HeldOut) -> tuning.Trial:
         """One rate of the sweep; one that leaves the numbers has no accuracy, and its tokens count all the same."""
         schedule = held_out.schedules[piece.alias]
-        trajectory = self._new_trajectory(piece, schedule, self._settings(lr, 0))
+        trajectory = self._new_trajectory(piece, schedule, self.settings(lr))
         log = self.store.log_of_steps(f"tune-{piece.alias}-{lr:g}", 0, self.own)
         try:
-            trajectory.train_to(schedule.marks[0], log, self._step_teller(trajectory, schedule.marks[0]))
+            tick = self._step_teller(trajectory, schedule.marks[0])
+            trajectory.train_to(schedule.marks[0], log, tick, self._asking_teller(trajectory))
         except NotFiniteError as error:
             return tuning.Trial(lr, None, trajectory.spent, 0, error.what)
         finally:
@@ -223,6 +227,13 @@ class Work:
 
         return tell
 
+    def _asking_teller(self, trajectory: Trajectory) -> Callable[[int, int], None]:
+        def tell(done: int, of: int) -> None:
+            at = f"{trajectory.alias} s{trajectory.seed}"
+            self.tell("train", 0.0, f"{at} asking its reference | {done:,}/{of:,} tokens")
+
+        return tell
+
     def _answer_teller(self, at: str, e: Eval) -> Callable[[int], None]:
         answered = 0
 
@@ -238,7 +249,7 @@ class Work:
         if lr is None:
             choice = tuning.read(self.store.tuning(piece.alias))
             lr, spent = choice.lr, choice.tokens
-        return self._new_trajectory(piece, schedule_of(self.prepared, piece), self._settings(lr, spent))
+        return self._new_trajectory(piece, schedule_of(self.prepared, piece), self.settings(lr, spent))
 
     def _new_trajectory(self, piece: Piece, schedule: Schedule, settings: Settings) -> Trajectory:
         asked = self.prepared.spec.objective(piece.alias)
@@ -248,11 +259,17 @@ class Work:
             piece.seed,
             self.base(),
             schedule,
-            settings,
+            replace(settings, references=self._kept_for(piece)),
             self.prepared.companions,
             self._start(asked, piece.seed),
             asked.reference,
         )
+
+    def trial(self, alias: str, seed: int, schedule: Schedule, references: References | None) -> Trajectory:
+        """A trajectory along other steps, from the base: to be timed."""
+        settings = replace(self.settings(1e-5), references=references)
+        objective, companions = self.prepared.objectives[alias], self.prepared.companions
+        return Trajectory(alias, objective, seed, self.base(), schedule, settings, companions)
 
     def _start(self, asked: ObjectiveSpec, seed: int) -> Start | None:
         """What a trajectory starts from where that is not the base model, by the hash of what is there."""
@@ -270,7 +287,7 @@ class Work:
         asked = self.prepared.spec.adapter
         return adapters.AdapterSettings(asked.r, asked.alpha, asked.dropout, asked.targets, asked.kind)
 
-    def _settings(self, lr: float, tuning_tokens: int) -> Settings:
+    def settings(self, lr: float, tuning_tokens: int = 0) -> Settings:
         optim = self.prepared.spec.optim
         return Settings(
             self._adapter,
@@ -280,9 +297,23 @@ class Work:
             Optim(optim.clip, optim.micro_tokens),
             optim.schedule,
             tuning_tokens,
-            self.prepared.spec.reference,
-            optim.layout,
+            layout=optim.layout,
         )
+
+    @cached_property
+    def _references(self) -> References:
+        return References(self.store.references)
+
+    @cached_property
+    def _states(self) -> dict[referred.Who, frozenset[str]]:
+        return referred.states_of(self.prepared)
+
+    def _kept_for(self, piece: Piece) -> References | None:
+        """Where what this trajectory's reference says is kept; nowhere where it answers live."""
+        if self.prepared.spec.reference == "live":
+            return None
+        who = referred.compared_with(self.prepared, piece.alias, piece.seed)
+        return self._references.stating(self._states.get(who, ()))
 
 
 def said(who: Who) -> str:

@@ -14,11 +14,10 @@ import torch
 
 from leeway.data.chat import Sequence
 from leeway.errors import NotFiniteError
-from leeway.model.forward import TokenStats, Totals, hidden_at_measured, target_stats
+from leeway.model.forward import TokenStats, Totals, target_stats
 from leeway.model.layout import Examples, Laid, Layout, lay, longest, stored
 from leeway.model.load import Model
-from leeway.model.reference import Reference, as_reference
-from leeway.model.tokenstats import token_logps
+from leeway.model.reference import Reference, asked
 from leeway.objectives.objective import Objective
 
 Decay = Literal["constant", "linear", "cosine"]
@@ -128,66 +127,8 @@ def _reference(
 ) -> tuple[TokenStats, torch.Tensor | None]:
     """The reference's statistics, and its hidden states at the measured tokens where it has been asked for them."""
     kept = reference.recall([s for example in micro for s in example], model.device)
-    logp_T, hidden_TD = _asked(model, batch, reference) if kept is None else kept
+    logp_T, hidden_TD = asked(model, batch, reference) if kept is None else kept
     return TokenStats(logp_T, batch.sequence_T, batch.sequences, totals, None, batch.target_T), hidden_TD
-
-
-def _asked(model: Model, batch: Laid, reference: Reference) -> tuple[torch.Tensor, torch.Tensor]:
-    with as_reference(model, reference):
-        hidden_TD = hidden_at_measured(model, batch)
-        return token_logps(hidden_TD, batch.measured_T, model.head), hidden_TD
-
-
-def ask_beforehand(
-    model: Model,
-    objective: Objective,
-    batches: Callable[[], Iterable[Batch]],
-    settings: Optim,
-    reference: Reference,
-    *,
-    taken: int = 0,
-) -> None:
-    """Keep what the reference says of all sequences of `batches` after step `taken`, and release its own weights.
-
-    A sequence is asked about in the first micro-batch, counted from the first step on, that it occurs in: the bits are
-    the same wherever a run is taken up again.
-    """
-    needed = _homes(batches(), settings, taken)
-    reference.kept = {}
-    for place, group in _groups(batches(), settings):
-        if place in needed:
-            with _autocast(model, settings.autocast):
-                logp_T, hidden_TD = _asked(model, lay(group, model.device, settings.layout), reference)
-            sequences = [s for example in group for s in example]
-            reference.keep(sequences, logp_T, hidden_TD if objective.needs_reference == "distribution" else None)
-            reference.spent[place[0]] = reference.spent.get(place[0], 0) + _tokens(group)
-    reference.release()
-
-
-def cached_reference_tokens(batches: Callable[[], Iterable[Batch]], settings: Optim) -> int:
-    """How many tokens go through a reference that is asked beforehand."""
-    needed = _homes(batches(), settings, 0)
-    return sum(_tokens(group) for place, group in _groups(batches(), settings) if place in needed)
-
-
-def _homes(batches: Iterable[Batch], settings: Optim, taken: int) -> set[tuple[int, int]]:
-    """The first place of every sequence that occurs after step `taken`."""
-    first: dict[tuple[tuple[int, ...], int], tuple[int, int]] = {}
-    needed: set[tuple[int, int]] = set()
-    for place, group in _groups(batches, settings):
-        for s in (s for example in group for s in example):
-            home = first.setdefault((s.ids, s.start), place)
-            if place[0] > taken:
-                needed.add(home)
-    return needed
-
-
-def _groups(batches: Iterable[Batch], settings: Optim) -> Iterator[tuple[tuple[int, int], list[Seq[Sequence]]]]:
-    """Every micro-batch that the reference is asked about, in order, and its place: (step, number in it)."""
-    for batch in batches:
-        cut = (micro_batches(part, settings.micro_tokens, settings.layout) for part in (batch.baseline, batch.rendered))
-        for k, group in enumerate(group for part in cut for group in part):
-            yield (batch.step, k), group
 
 
 def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") -> Iterator[list[Seq[Sequence]]]:
