@@ -9,7 +9,7 @@ from typing import Any
 
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
-from leeway.study import tuning
+from leeway.study import keeping, tuning
 from leeway.study.drawing import Drawing
 from leeway.study.executor import carry_out, workers_for
 from leeway.study.manifest import check_unchanged, manifest, matching
@@ -53,6 +53,7 @@ def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | 
                 lines += work.ledger(piece)
                 check_matched(lines, matching(prepared))
         rows = _collect(work, pieces, facts)
+        keeping.forget(store.answers)
         reporter.say(f"{spec.name}: {rows:,} rows; drawing the report")
         return build(out)
 

@@ -104,6 +104,7 @@ class Store:
         self.rows_path = folder / "rows.parquet"
         self.ledger_path = folder / "ledger.parquet"
         self.kept = folder / "asked.sqlite"  # what judges, attackers and endpoints said, by content
+        self.answers = folder / "answers"  # what checkpoints said, by content, until the run is finished
         self.pairs = folder / "pairs"  # what the base model was asked for, where pairs are drawn from it
 
     @contextmanager

@@ -17,7 +17,7 @@ from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
 from leeway.model.load import Model, load_model
 from leeway.objectives.objective import PLAIN
-from leeway.study import tuning
+from leeway.study import keeping, tuning
 from leeway.study.computing import computing
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Piece, Who, schedule_of, whos
@@ -164,7 +164,7 @@ class Work:
         batch = self.prepared.spec.evals.batch
         backend = TransformersBackend(model, who.condition.prefix, batch, overlong="failure")
         with adapters.merged(model):
-            self._ask(backend, who, adapter_hash)
+            self._ask(keeping.kept(backend, adapter_hash, self.store.answers), who, adapter_hash)
 
     def _ask(self, backend: Backend, who: Who, adapter_hash: str) -> None:
         identity = {
@@ -174,7 +174,7 @@ class Work:
             "adapter_hash": adapter_hash,
         }
         for e in self.pending(who):
-            rows = e.run(backend, self._answer_teller(said(who), e))
+            rows = e.run(keeping.asked_of(backend, e), self._answer_teller(said(who), e))
             self.store.write_part(self.part(who, e), identity, rows)
 
     def _step_teller(self, trajectory: Trajectory, mark: Mark) -> Callable[[Step], None]:
