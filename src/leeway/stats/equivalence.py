@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from leeway.stats.bounds import LEVEL_ONE, Bounds, bounds
+from leeway.stats.anytime import Anytime
+from leeway.stats.bounds import LEVEL_ONE, TIE, Bounds, bounds
 from leeway.stats.clustered import items_needed, standard_error
 from leeway.stats.contrasts import Columns, note, rates_of
-from leeway.stats.intervals import RESAMPLES
+from leeway.stats.intervals import RESAMPLES, Floats
 from leeway.stats.measures import Measure, StatsError, measures
 from leeway.stats.multiplicity import correct
 from leeway.stats.pairing import KEY, Against, Contrast, contrasted
@@ -113,7 +115,7 @@ def _tested(
     first: Mapping[str, str] | None,
     resamples: int,
     seed: int,
-) -> Iterator[tuple[list[Contrast], Bounds | None]]:
+) -> Iterator[tuple[list[Contrast], Bounds | Sequences | None]]:
     """Per axis the contrasts that can be tested with their draws, then those that cannot, with none."""
     found, table = contrasted(rows, conditions, against=against, first=first, only=wanted)
     known = [m.name for m in measures(table)]
@@ -124,8 +126,14 @@ def _tested(
         contrast.line.update(base=NAN, rate=NAN, difference=NAN, n_moved=0)
     for axis in dict.fromkeys(c.measure.axis for c in found):
         columns = Columns(np.unique(table.loc[table["eval"] == axis, "cluster"].to_numpy(np.intp)))
-        for contrast in (c for c in found if c.measure.axis == axis and c.scored is not None):
+        whole = [c for c in found if c.measure.axis == axis and c.scored is not None]
+        stopped = [c for c in whole if c.sequential]
+        for contrast in (c for c in whole if not c.sequential):
             columns.add(contrast)
+        if stopped:
+            for contrast in stopped:
+                _fill(contrast, float(contrast.moves.mean()), int((np.abs(contrast.moves) > TIE).sum()))
+            yield stopped, Sequences([Anytime(c.moves) for c in stopped])
         if columns.contrasts:
             pulls_CM, weights_CM = columns.matrices()
             moved = (np.abs(pulls_CM) > 0).sum(axis=0)
@@ -135,11 +143,33 @@ def _tested(
     yield [c for c in found if c.scored is None], None
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """The same questions as `Bounds` answers, of contrasts whose prompts were asked until decided."""
+
+    of: list[Anytime]
+
+    def p_below(self, bound_M: Floats) -> Floats:
+        return np.array([a.p_below(b) for a, b in zip(self.of, bound_M.tolist(), strict=True)])
+
+    def p_above(self, bound_M: Floats) -> Floats:
+        return np.array([a.p_above(b) for a, b in zip(self.of, bound_M.tolist(), strict=True)])
+
+    def high(self, alpha: float = LEVEL_ONE) -> Floats:
+        return np.array([a.high(alpha) for a in self.of])
+
+    def low(self, alpha: float = LEVEL_ONE) -> Floats:
+        return np.array([a.low(alpha) for a in self.of])
+
+
 def _fill(contrast: Contrast, difference: float, moved: int) -> None:
     scored, line = contrast.scored, contrast.line
     assert scored is not None
     se = standard_error(scored)
     line |= rates_of(scored) | {"difference": round(difference, 10), "n_moved": moved, "error": round(se, 10)}
+    if contrast.sequential:
+        line["note"] = f"asked until decided: {len(contrast.moves)} prompts"
+        return
     line["note"] = note(line, len(np.unique(scored.clusters)), moved, se, at_a_margin=True)
 
 

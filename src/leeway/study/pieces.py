@@ -49,6 +49,8 @@ def pieces_of(prepared: Prepared) -> list[Piece]:
     spec = prepared.spec
     decays = spec.optim.schedule != "constant"
     cuts = [(b,) for b in spec.budgets] if decays else [spec.budgets]
+    base = Piece("base", BASE)
+    held_against = (base,) if spec.evals.stop == "decided" else ()  # a checkpoint is asked until it differs from it
     trained: dict[tuple[str, int, int], Piece] = {}
     tuned: dict[str, Piece] = {}
     for seed in spec.seeds:
@@ -60,13 +62,13 @@ def pieces_of(prepared: Prepared) -> list[Piece]:
                 first = tuple(p for p in after if p.seed == spec.seeds[0])
                 after.append(tuned.setdefault(o.alias, Piece("tune", o.alias, seed, after=first)))
             for budgets in cuts:
-                piece = Piece("train", o.alias, seed, budgets, tuple(after), alone=decays)
+                piece = Piece("train", o.alias, seed, budgets, (*held_against, *after), alone=decays)
                 trained |= {(o.alias, seed, b): piece for b in budgets}
     trajectories = sorted(
         dict.fromkeys(trained.values()),
         key=lambda p: (-relative_cost(prepared.objectives[p.alias]) * p.budgets[-1], _depth(p)),
     )
-    return [Piece("base", BASE), *tuned.values(), *trajectories]
+    return [base, *tuned.values(), *trajectories]
 
 
 def whos(prepared: Prepared, piece: Piece) -> list[Who]:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
-from leeway.study import keeping, tuning
+from leeway.study import keeping, looks, tuning
 from leeway.study.drawing import Drawing
 from leeway.study.executor import carry_out, workers_for
 from leeway.study.manifest import check_unchanged, manifest, matching
@@ -84,9 +86,13 @@ def _collect(work: Work, pieces: list[Piece], facts: dict[str, Any]) -> int:
     work.store.write_ledger(lines)
     rows = work.store.write_rows(list(parts))
     chosen = {p.alias: tuning.read(work.store.tuning(p.alias)).to_json() for p in pieces if p.kind == "tune"}
-    found = {"conditions": work.store.conditions(parts), "tuning": chosen, "written": work.store.written()}
+    conditions = work.store.conditions(parts)
+    asked = looks.summary(
+        pd.read_parquet(work.store.rows_path), conditions, looks.facts(work.prepared.spec, work.prepared.evals)
+    )
+    found = {"conditions": conditions, "tuning": chosen, "written": work.store.written()}
     first = {alias: objective.conditions[0].name for alias, objective in work.prepared.objectives.items()}
-    work.store.write_manifest({**facts, **found, "first_conditions": first})
+    work.store.write_manifest({**facts, **found, **asked, "first_conditions": first})
     return rows
 
 

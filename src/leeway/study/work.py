@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
 from leeway.model.load import Model, load_model
 from leeway.objectives.objective import PLAIN
-from leeway.study import keeping, tuning
+from leeway.study import keeping, looks, tuning
 from leeway.study.computing import computing
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Piece, Who, schedule_of, whos
@@ -173,9 +173,18 @@ class Work:
             "budget": who.budget,
             "adapter_hash": adapter_hash,
         }
-        for e in self.pending(who):
+        stopping = {} if who.objective == BASE else looks.sequential_axes(self.prepared.spec, self.prepared.evals)
+        pending = self.pending(who)
+        for e in (e for e in pending if e.name not in stopping):
             rows = e.run(keeping.asked_of(backend, e), self._answer_teller(said(who), e))
             self.store.write_part(self.part(who, e), identity, rows)
+        for axis in dict.fromkeys(e.name for e in pending if e.name in stopping):
+            base = replace(who, objective=BASE, seed=0, budget=0)
+            of_base = [self.part(base, e) for e in stopping[axis]]
+            asked = looks.Looks.of(self.prepared.spec, axis, stopping[axis], self.store, of_base)
+            found = asked.ask(backend, lambda e: self._answer_teller(said(who), e))
+            for e in (e for e in pending if e.name == axis):
+                self.store.write_part(self.part(who, e), identity, found[e.key])
 
     def _step_teller(self, trajectory: Trajectory, mark: Mark) -> Callable[[Step], None]:
         def tell(done: Step) -> None:

@@ -33,6 +33,7 @@ FURTHER = (
     "judges",
     "corrected",
     "claims",
+    "sequential",
 )  # tables that are there where something was asked
 SCRIPTS = ("text", "theme", "tips", "pick", "rows", "audit", "print", "start")
 PARTIALS = ("claims", "asked", "curves", "analyses", "persona", "judges", "ledger", "contrasts")
