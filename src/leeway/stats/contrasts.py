@@ -76,7 +76,7 @@ def _at_any_time(contrast: Contrast) -> None:
     ends = sorted((of.low((1 - LEVEL) / 2), of.high((1 - LEVEL) / 2)))  # in order even where they exclude everything
     line |= {"difference": round(float(moved.mean()), 10), "low": round(ends[0], 10), "high": round(ends[1], 10)}
     line |= {"p": of.p, "n_moved": int((np.abs(moved) > TIE).sum())}
-    notes = [f"asked until decided: {len(moved)} prompts", *([] if "," in seeds else ["one training seed"])]
+    notes = [f"sequential design: {len(moved)} prompts asked", *([] if "," in seeds else ["one training seed"])]
     line["note"] = "; ".join([*notes, *filter(None, [str(line["prompts"])])])
 
 

@@ -86,8 +86,8 @@ def one_sided(
     Worse "higher": H0 of `p` is difference ≥ bound, `limit` the upper bound of confidence 1 − `level`; worse "lower":
     difference ≤ bound, and the lower one. `p` ≤ `level` exactly where `limit` is on the good side. `p_worse` tests the
     opposite: small where the bound is surely exceeded. `items_needed`: prompts more that would decide at 80% power if
-    the difference is what was seen (0 where decided, infinite where it lies on the bound). No correction: a gate's
-    rules must all hold.
+    the difference is what was seen (0 where decided, infinite where it lies on the bound, NaN where prompts are asked
+    until decided). No correction: a gate's rules must all hold.
     """
     lines: list[dict[str, object]] = []
     blank = dict.fromkeys(("limit", "se", "p", "p_worse", "items_needed"), NAN)
@@ -102,7 +102,8 @@ def one_sided(
             for m, line in enumerate(made):
                 line.update(limit=round(float(limit[m]), 10), se=line["error"])
                 line.update(p=round(float(p[m]), 10), p_worse=round(float(p_worse[m]), 10))
-                line["items_needed"] = _more(line, level)
+                # a design that stops when it may has no number of prompts that it would take
+                line["items_needed"] = NAN if tested[m].sequential else _more(line, level)
         lines += made
     return pd.DataFrame(lines, columns=ONE_SIDED)
 
@@ -168,7 +169,7 @@ def _fill(contrast: Contrast, difference: float, moved: int) -> None:
     se = standard_error(scored)
     line |= rates_of(scored) | {"difference": round(difference, 10), "n_moved": moved, "error": round(se, 10)}
     if contrast.sequential:
-        line["note"] = f"asked until decided: {len(contrast.moves)} prompts"
+        line["note"] = f"sequential design: {len(contrast.moves)} prompts asked"
         return
     line["note"] = note(line, len(np.unique(scored.clusters)), moved, se, at_a_margin=True)
 
