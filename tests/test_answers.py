@@ -31,7 +31,7 @@ class Counting:
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
         self.calls.append([c[0]["content"] for c in conversations])
         tick(len(conversations))
-        return [Choice({o: 0.1 for o in options}, "NaN" if c[0]["content"] == "bad" else None) for c in conversations]
+        return [Choice(dict.fromkeys(options, 0.1), "NaN" if c[0]["content"] == "bad" else None) for c in conversations]
 
 
 def said(*texts: str) -> list[Request]:
