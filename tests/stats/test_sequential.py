@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.sequential.simulate import outcome
+from benchmarks.sequential.simulate import moves, outcome, until_decided
 from benchmarks.statistics.studies import Setting
 from benchmarks.statistics.world import Rates, World, rows
 from leeway import stats
@@ -84,6 +84,14 @@ def test_wrong_words_are_rare_in_a_family(setting: Setting):
     assert found.missed <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 60)
     if not setting.difference:
         assert found.significant <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 60)
+
+
+def test_the_simulation_looks_as_a_study_does():
+    for moves_CK in moves(Setting(150, 0.2, 0.35), 10, 4):
+        ended = until_decided(moves_CK[:, 0], 0.01)
+        words = {n: Anytime(moves_CK[:n, 0]).decided(0.01, 0.05) for n in sequential.looks(150)}
+        first = next((n for n, word in words.items() if word), 150)
+        assert (ended.asked, ended.said) == (first, words[first])
 
 
 def test_a_large_move_is_seen_early():

@@ -76,18 +76,25 @@ def _unit(move: float) -> float:
     return (move + 1) / 2
 
 
-def _evidence(y_T: Floats, m: float) -> float:
-    """log of the largest capital ever held against "the mean of y is m or less"; never below 0, what one began with."""
-    if not len(y_T) or m >= 1:
-        return 0.0
+def evidence(y_T: Floats, m: float) -> Floats:
+    """log of the largest capital held so far against "the mean of y is m or less", after each value, [T].
+
+    Never below 0, which is what one began with.
+    """
+    if m >= 1:
+        return np.zeros(len(y_T))
     if m <= 0:
-        return np.inf if (y_T > 0).any() else 0.0
+        return np.where(np.maximum.accumulate(y_T) > 0, np.inf, 0.0)
     values, where = np.unique(y_T, return_inverse=True)  # few distinct values: most answers are right or wrong
     log_GV = np.log1p(SHARES[:, None] * (values / m - 1))
     log_GT = np.cumsum(log_GV[:, where], axis=1)
     most_T = log_GT.max(axis=0)
     capital_T = most_T + np.log(np.exp(log_GT - most_T).mean(axis=0))
-    return max(float(capital_T.max()), 0.0)
+    return np.asarray(np.maximum(np.maximum.accumulate(capital_T), 0.0), dtype=np.float64)
+
+
+def _evidence(y_T: Floats, m: float) -> float:
+    return float(evidence(y_T, m)[-1]) if len(y_T) else 0.0
 
 
 def _p(log_evidence: float) -> float:
