@@ -64,7 +64,7 @@ def _timed(setting: Setting, studies: int, line: Callable[[Setting, Outcome], st
 
 
 def _alone(setting: Setting, o: Outcome) -> str:
-    words = (o.different, o.equivalent, 1 - o.different - o.equivalent, o.wrong)
+    words = (o.different, o.equivalent, abs(round(1 - o.different - o.equivalent, 9)), o.wrong)
     said = " | ".join(f"{100 * w:.1f}%" for w in words)
     return f"| {setting} | {said} | {100 * o.asked:.0f}% | {100 * o.fixed:.1f}% |"
 
