@@ -124,14 +124,14 @@ def test_a_worker_sees_to_it_that_it_is_the_same_study_everywhere(
 ) -> None:
     monkeypatch.setattr(ray_worker, "PATIENCE_S", 0.0)
     raw = parse(study(models["llama"], root), "test").model_dump(mode="json", by_alias=True)
-    other = Worker().begin(raw, tmp_path, "token", versions_here() | {"torch": "1.0"})
+    other = Worker().begin(raw, tmp_path, "token", versions_here() | {"torch": "1.0"}, {})
     assert "and the run began with 1.0; install the same versions on every node" in str(other)
-    assert "not there on" in str(Worker().begin(raw, tmp_path, "token", versions_here()))
+    assert "not there on" in str(Worker().begin(raw, tmp_path, "token", versions_here(), {}))
     (tmp_path / ".workers").write_text("another run's")
-    assert "does not see this run's own mark" in str(Worker().begin(raw, tmp_path, "token", versions_here()))
+    assert "does not see this run's own mark" in str(Worker().begin(raw, tmp_path, "token", versions_here(), {}))
     (tmp_path / ".workers").write_text("token")
     worker = Worker()
-    assert worker.begin(raw, tmp_path, "token", versions_here()) is None
+    assert worker.begin(raw, tmp_path, "token", versions_here(), {}) is None
     waiting = worker.do(Piece("measure", "sft", 0, (400,), needs=(("sft", 0, 400),)))
     assert "does not see what measure sft s0 has written or needs" in str(waiting)
     worker.end()

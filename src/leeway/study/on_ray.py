@@ -30,7 +30,7 @@ from leeway.study.executor import Listen, one_alone, ready
 from leeway.study.pieces import Piece
 from leeway.study.plan import memory_of_a_worker
 from leeway.study.prepare import Prepared
-from leeway.study.ray_worker import Worker, called, versions_here, wait_for
+from leeway.study.ray_worker import Worker, called, shared_folders, versions_here, wait_for
 from leeway.study.work import Work
 
 try:
@@ -175,7 +175,7 @@ class OnRay:
         raw = work.prepared.spec.model_dump(mode="json", by_alias=True)
         while len(self._crew) < wanted:
             actor = kind.remote()
-            begun = actor.begin.remote(raw, work.store.folder.resolve(), self._token, versions_here())
+            begun = actor.begin.remote(raw, work.store.folder.resolve(), self._token, versions_here(), shared_folders())
             self._crew.append(_Hand(actor, begun))
 
     def _heed(self, listen: Listen) -> list[Piece]:

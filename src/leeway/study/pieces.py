@@ -76,7 +76,9 @@ def pieces_of(prepared: Prepared) -> list[Piece]:
             trained += [Piece("train", o.alias, seed, b, after, alone=decays, needs=start) for b in cuts]
     trained.sort(key=lambda p: -relative_cost(prepared.objectives[p.alias]) * p.budgets[-1])
     base = _shards(prepared, Piece("base", BASE))
-    return [*base, *tuned.values(), *trained, *(m for p in trained for m in _measuring(prepared, p))]
+    held_against = tuple(base) if spec.evals.stop == "decided" else ()  # a checkpoint is asked until it differs from it
+    measured = [m for p in trained for m in _measuring(prepared, p, held_against)]
+    return [*base, *tuned.values(), *trained, *measured]
 
 
 def _measuring(prepared: Prepared, trajectory: Piece, after: tuple[Piece, ...] = ()) -> list[Piece]:

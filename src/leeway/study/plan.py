@@ -261,6 +261,8 @@ def claimed(spec: Spec) -> Iterator[str]:
 
 def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...], answered: int) -> Iterator[str]:
     """What a setting costs beside its default."""
+    if spec.evals.stop == "decided":
+        yield "stop decided: answers, hours and calls of judges are upper bounds; a checkpoint is asked until decided"
     trained = [t for t in trajectories if not t.purpose]
     if spec.optim.schedule != "constant":
         whole = sum(t.processed_tokens for t in trained)

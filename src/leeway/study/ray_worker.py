@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import platform
 import tempfile
 import time
@@ -16,11 +17,12 @@ from typing import Any
 from leeway.errors import LeewayError
 from leeway.study.drawing import Drawing
 from leeway.study.executor import Event, timed
+from leeway.study.keeping import SHARED as ANSWERS
 from leeway.study.manifest import PACKAGES, manifest
 from leeway.study.pieces import Piece
 from leeway.study.prepare import prepare
 from leeway.study.spec import Spec
-from leeway.study.store import Store
+from leeway.study.store import REFERENCES, Store
 from leeway.study.work import Work
 
 PATIENCE_S = 90.0  # for a file system to show on one node what another has written
@@ -34,8 +36,11 @@ class Worker:
         self._ends = ExitStack()
         self._work: Work | None = None
 
-    def begin(self, raw_spec: dict[str, Any], folder: Path, token: str, versions: dict[str, str]) -> LeewayError | None:
-        """Prepare the study, on the same versions and over the same folder; a user's mistake comes back."""
+    def begin(
+        self, raw_spec: dict[str, Any], folder: Path, token: str, versions: dict[str, str], shared: dict[str, str]
+    ) -> LeewayError | None:
+        """Prepare the study, on the same versions and over the same folders; a user's mistake comes back."""
+        os.environ.update(shared)
         try:
             _alike(versions)
             self._ends.enter_context(_held(folder, token))
@@ -59,7 +64,7 @@ class Worker:
         assert self._work is not None
         work = self._work
         try:
-            wait_for(lambda: all(map(work.there, piece.needs)), piece, work.store.folder)
+            wait_for(lambda: _seen(work, piece), piece, work.store.folder)
             work.carry_out(piece)
         except LeewayError as error:
             return error
@@ -71,6 +76,17 @@ class Worker:
     def end(self) -> None:
         """Leave nothing behind on this node."""
         self._ends.close()
+
+
+def _seen(work: Work, piece: Piece) -> bool:
+    """Whether all that a piece waited for can be seen from here."""
+    return all(map(work.there, piece.needs)) and all(map(work.written, piece.after))
+
+
+def shared_folders() -> dict[str, str]:
+    """The folders that several runs share, as the driver's environment names them."""
+    named = {name: os.environ.get(name) for name in (REFERENCES, ANSWERS)}
+    return {name: str(Path(folder).expanduser().absolute()) for name, folder in named.items() if folder}
 
 
 def versions_here() -> dict[str, str]:

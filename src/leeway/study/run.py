@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
+
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
 from leeway.model.references import References
-from leeway.study import tuning
+from leeway.study import keeping, looks, tuning
 from leeway.study.drawing import Drawing
 from leeway.study.executor import Executor, Local, one_alone
 from leeway.study.manifest import check_unchanged, matching
@@ -63,6 +65,7 @@ def run(
                 lines += work.ledger(piece)
                 check_matched(lines, matching(prepared))
         rows = _collect(work, pieces, facts)
+        keeping.forget(store.answers)
         reporter.say(f"{spec.name}: {rows:,} rows; drawing the report")
         return build(out)
 
@@ -104,16 +107,14 @@ def _collect(work: Work, pieces: list[Piece], facts: dict[str, Any]) -> int:
     work.store.write_ledger(lines)
     rows = work.store.write_rows(list(parts))
     chosen = {p.alias: tuning.read(work.store.tuning(p.alias)).to_json() for p in pieces if p.kind == "tune"}
-    found: dict[str, Any] = {
-        "conditions": work.store.conditions(parts),
-        "tuning": chosen,
-        "written": work.store.written(),
-    }
+    conditions, known = work.store.conditions(parts), looks.facts(work.prepared.spec, work.prepared.evals)
+    asked = looks.summary(pd.read_parquet(work.store.rows_path), conditions, known) if known else {}
+    found: dict[str, Any] = {"conditions": conditions, "tuning": chosen, "written": work.store.written()}
     if work.store.references.is_dir():
         sequences, tokens, size = References(work.store.references).size()
         found["references"] = {"sequences": sequences, "tokens": tokens, "bytes": size}
     first = {alias: objective.conditions[0].name for alias, objective in work.prepared.objectives.items()}
-    work.store.write_manifest({**facts, **found, "first_conditions": first})
+    work.store.write_manifest({**facts, **found, **asked, "first_conditions": first})
     return rows
 
 

@@ -98,6 +98,7 @@ def _alike(control: tuple[str, ...]) -> str:
     return "the base model or from cft" if control else "the base model or from an objective without them"
 
 
+RESAMPLED = ("steeper", "diverges", "coupled", "matched")  # claims that the joint bootstrap decides
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 
@@ -217,6 +218,12 @@ class Spec(Part):
             aliases = [o.alias for o in self.objectives]
             for fault in self.claims.absent(aliases, measured(self.evals), self.budgets):
                 yield f"claims: {fault}"
+            resampled = [c.analysis for c in self.claims.claims if c.analysis in RESAMPLED]
+            if self.evals.stop == "decided" and resampled:
+                yield (
+                    f"claims: {resampled[0]} resamples prompts, which is not valid where they are asked until decided; "
+                    "use evals.stop: never"
+                )
 
     def objective(self, alias: str) -> ObjectiveSpec:
         return next(o for o in self.objectives if o.alias == alias)

@@ -66,6 +66,7 @@ LEDGER_SCHEMA = pa.schema(
     ]
 )
 SEAL = b"leeway.seal"
+REFERENCES = "LEEWAY_REFERENCES"  # a folder that several runs share
 LOCKS = (".lock", ".workers")
 EDITED = "restore it, or start in another --out"
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
@@ -105,8 +106,9 @@ class Store:
         self.ledger_path = folder / "ledger.parquet"
         self.kept = folder / "asked.sqlite"  # what judges, attackers and endpoints said, by content
         self.kept_apart = folder / "asked"  # the same by host: what keeps them serves the processes of one alone
+        self.answers = folder / "answers"  # what checkpoints said, by content, until the run is finished
         self.pairs = folder / "pairs"  # what the base model was asked for, where pairs are drawn from it
-        shared = os.environ.get("LEEWAY_REFERENCES")  # several runs' own
+        shared = os.environ.get(REFERENCES)
         self.references = Path(shared).expanduser().absolute() if shared else folder / "references"
 
     @contextmanager

@@ -20,7 +20,7 @@ from leeway.model.base import Base
 from leeway.model.load import Model, load_model
 from leeway.model.references import References
 from leeway.objectives.objective import PLAIN
-from leeway.study import referred, tuning
+from leeway.study import keeping, looks, referred, tuning
 from leeway.study.computing import computing
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Checkpoint, Piece, Who, schedule_of, whos
@@ -115,7 +115,7 @@ class Work:
                 model, who.condition.prefix, self.prepared.spec.evals.batch, overlong="failure"
             )
             with adapters.merged(model):
-                self._ask(backend, who, adapter_hash)
+                self._ask(keeping.kept(backend, adapter_hash, self.store.answers), who, adapter_hash)
 
     def _ask_server(self, asked: list[Who]) -> None:
         """One server for all of them, in the memory that the model had."""
@@ -212,9 +212,18 @@ class Work:
             "budget": who.budget,
             "adapter_hash": adapter_hash,
         }
-        for e in self.pending(who):
-            rows = e.run(backend, self._answer_teller(said(who), e))
+        stopping = {} if who.objective == BASE else looks.sequential_axes(self.prepared.spec, self.prepared.evals)
+        pending = self.pending(who)
+        for e in (e for e in pending if e.name not in stopping):
+            rows = e.run(keeping.asked_of(backend, e), self._answer_teller(said(who), e))
             self.store.write_part(self.part(who, e), identity, rows)
+        for axis in dict.fromkeys(e.name for e in pending if e.name in stopping):
+            base = replace(who, objective=BASE, seed=0, budget=0)
+            of_base = [self.part(base, e) for e in stopping[axis]]
+            asked = looks.Looks.of(self.prepared.spec, axis, stopping[axis], self.store, of_base)
+            found = asked.ask(backend, lambda e: self._answer_teller(said(who), e))
+            for e in (e for e in pending if e.name == axis):
+                self.store.write_part(self.part(who, e), identity, found[e.key])
 
     def _step_teller(self, trajectory: Trajectory, mark: Mark) -> Callable[[Step], None]:
         def tell(done: Step) -> None:
