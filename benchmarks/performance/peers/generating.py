@@ -1,0 +1,73 @@
+"""Transformers' `generate` in bf16 with the adapter merged into the weights for good: length-sorted greedy batches."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.performance.peers import lora
+from benchmarks.performance.task import Found, Task
+
+
+def imports() -> None:
+    import peft
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    assert peft
+
+
+def loaded(task: Task) -> tuple[Any, Any]:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    lm = AutoModelForCausalLM.from_pretrained(
+        task.folder, dtype=torch.bfloat16, attn_implementation=task.tuned.attention
+    )
+    lm = peft.get_peft_model(lm, lora.config())
+    lora.move(lm)
+    lm = lm.merge_and_unload().eval()
+    lm.generation_config = GenerationConfig()
+    return lm, AutoTokenizer.from_pretrained(task.folder, padding_side="left")
+
+
+def generate(task: Task, asked: list[str]) -> Found:
+    began = time.perf_counter()
+    lm, tokenizer = loaded(task)
+    setup = time.perf_counter() - began
+    answers(lm, tokenizer, asked[:8], task.tuned.batch, 4)
+    began = time.perf_counter()
+    ids = answers(lm, tokenizer, asked, task.tuned.batch, task.new_tokens)
+    seconds = time.perf_counter() - began
+    texts = [tokenizer.decode(i[:16], skip_special_tokens=True) for i in ids]
+    return Found(sum(map(len, ids)), seconds, setup_seconds=setup, texts=texts)
+
+
+def answers(lm: Any, tokenizer: Any, asked: list[str], batch: int, new_tokens: int) -> list[list[int]]:
+    """New token ids of each prompt, up to its end."""
+    import torch
+
+    prompts = [_prompt(tokenizer, text) for text in asked]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: list[list[int]] = [[]] * len(prompts)
+    for k in range(0, len(order), batch):
+        places = order[k : k + batch]
+        inputs = tokenizer.pad({"input_ids": [prompts[i] for i in places]}, return_tensors="pt")
+        with torch.no_grad():
+            out = lm.generate(
+                **inputs,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        for i, row in zip(places, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+            found[i] = row[:end]
+    return found
+
+
+def _prompt(tokenizer: Any, text: str) -> list[int]:
+    turn = [{"role": "user", "content": text}]
+    whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
