@@ -1,4 +1,4 @@
-"""Carry one task out in this process, and write what was found: `python -m benchmarks.performance.measure TASK FILE`."""
+"""Carry one task out in this process: `python -m benchmarks.performance.measure TASK FILE` writes what was found."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,13 @@ ANSWERS = 128  # prompts of a batch, the default of a study
 
 def imports() -> None:
     """What this side needs, so that memory before the model is known."""
-    import leeway.generation.transformers
-    import leeway.training.trajectory
-    import peft
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    for name in (
+        "peft",
+        "transformers.models.llama.modeling_llama",
+        "leeway.generation.transformers",
+        "leeway.training.trajectory",
+    ):
+        import_module(name)
 
 
 def settings() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib import import_module
 from typing import Any
 
 from benchmarks.performance.peers import lora
@@ -10,10 +11,9 @@ from benchmarks.performance.task import Found, Task
 
 
 def imports() -> None:
-    import peft
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    assert peft
+    """What this side needs, so that memory before the model is known."""
+    for name in ("peft", "transformers.models.llama.modeling_llama"):
+        import_module(name)
 
 
 def loaded(task: Task) -> tuple[Any, Any]:

@@ -12,7 +12,9 @@ WEIGHT = 0.001
 class KlTrainer(SFTTrainer):  # type: ignore[misc]
     """NLL + weight · KL(policy || reference); statistics at the target tokens only, in float32."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         import torch
 
         labels = inputs["labels"][:, 1:]
@@ -30,6 +32,8 @@ class KlTrainer(SFTTrainer):  # type: ignore[misc]
 class PlainTrainer(SFTTrainer):  # type: ignore[misc]
     """SFT with the model's own cross-entropy over all positions, without TRL's metrics."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         out = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         return (out.loss, out) if return_outputs else out.loss

@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from benchmarks.performance.peers import lora
@@ -19,19 +20,15 @@ def imports() -> None:
     """What this side needs, so that memory before the model is known."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in ("peft", "transformers.models.llama.modeling_llama", "trl.experimental.orpo"):
+        import_module(name)
     import datasets
-    import peft
-    import transformers.models.llama.modeling_llama
-    import trl
+    import transformers
     import trl.trainer.base_trainer as base
-    from trl.experimental.orpo import ORPOTrainer  # noqa: F401
 
     base.send_telemetry = lambda *_, **__: None
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
-    assert trl.DPOTrainer
-    assert trl.SFTTrainer
-    assert peft
 
 
 def rows(task: Task, data: list[Example]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -56,7 +53,10 @@ def _lengths(task: Task, data: list[Example], *, paired: bool) -> list[list[int]
 
     chat = load_chat(task.folder)
     return [
-        [len(chat.sequence(e.prompt, a or "").ids) for a in ((e.preferred, e.dispreferred) if paired else (e.preferred,))]
+        [
+            len(chat.sequence(e.prompt, a or "").ids)
+            for a in ((e.preferred, e.dispreferred) if paired else (e.preferred,))
+        ]
         for e in data
     ]
 
