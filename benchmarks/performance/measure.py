@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ def carry_out(task: Task) -> Found:
     torch.set_num_threads(task.threads)
     side = ours if task.side == "ours" else training if task.what == "train" else generating
     side.imports()
+    began = _used()
     if task.what == "train":
         data = examples(task.pairs)[: BATCH * (task.warmup + task.steps)]
         before = _settled()
@@ -42,7 +44,20 @@ def carry_out(task: Task) -> Found:
         before = _settled()
         found = side.generate(task, asked)
     found.before_mb, found.peak_mb = before, memory_mb("VmHWM")
+    found.busy = _others(began)
     return found
+
+
+def _used() -> tuple[float, float, float]:
+    """(now, CPU seconds of this process, of all processes)."""
+    ticks = [int(n) for n in Path("/proc/stat").read_text("utf-8").splitlines()[0].split()[1:9]]
+    return time.perf_counter(), time.process_time(), (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _others(began: tuple[float, float, float]) -> float:
+    """Cores that other processes kept busy since."""
+    wall, own, every = (b - a for a, b in zip(began, _used(), strict=True))
+    return max(0.0, every - own) / wall
 
 
 def _settled() -> float:

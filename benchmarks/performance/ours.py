@@ -63,18 +63,19 @@ def train(task: Task, data: list[Example]) -> Found:
     import torch
 
     torch.use_deterministic_algorithms(True)
-    began = time.perf_counter()
+    began = task.now()
     run = trajectory(task, data)
-    setup = time.perf_counter() - began
+    setup = task.now() - began
     steps: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "steps.jsonl"
-        began = time.perf_counter()
+        began, clock = task.now(), time.perf_counter()
         run.train_to(run.schedule.marks[0], log, steps.append)
-        beforehand = time.perf_counter() - began - sum(s.seconds for s in steps)
-        began = time.perf_counter()
+        spent, whole = task.now() - began, time.perf_counter() - clock
+        beforehand = spent * (1 - sum(s.seconds for s in steps) / whole)
+        began = task.now()
         run.train_to(run.schedule.marks[1], log, steps.append)
-        seconds = time.perf_counter() - began
+        seconds = task.now() - began
     torch.use_deterministic_algorithms(False)
     tokens = sum(s.processed_tokens for s in steps[task.warmup :])
     share = tokens / sum(s.processed_tokens for s in steps)
@@ -90,17 +91,17 @@ def generate(task: Task, asked: list[str]) -> Found:
     from leeway.model import adapters
     from leeway.model.load import load_model
 
-    began = time.perf_counter()
+    began = task.now()
     model = load_model(task.folder, dtype=DTYPE)
     adapters.attach(model, settings().adapter, seed=0)
     move(model.lm)
     backend = TransformersBackend(model, batch=ANSWERS)
     conversations = [[{"role": "user", "content": text}] for text in asked]
-    setup = time.perf_counter() - began
+    setup = task.now() - began
     with adapters.merged(model):
         backend.complete([Request(c, 4) for c in conversations[:8]], lambda _: None)
-        began = time.perf_counter()
+        began = task.now()
         replies = backend.complete([Request(c, task.new_tokens) for c in conversations], lambda _: None)
-        seconds = time.perf_counter() - began
+        seconds = task.now() - began
     tokens = sum(r.new_tokens for r in replies)
     return Found(tokens, seconds, setup_seconds=setup, texts=[r.text[:400] for r in replies])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +43,11 @@ class Task:
     prompts: int = 256
     new_tokens: int = NEW_TOKENS
     threads: int = 2
+    clock: Literal["wall", "cpu"] = "wall"  # cpu: this process's CPU seconds, on a machine that others use too
     tuned: Tuned = Tuned()
+
+    def now(self) -> float:
+        return time.perf_counter() if self.clock == "wall" else time.process_time()
 
     @property
     def folder(self) -> str:
@@ -61,7 +66,7 @@ class Task:
 class Found:
     """Real tokens of the timed steps and their seconds; the reference's share of seconds; memory in MB.
 
-    `texts` are the beginnings of generated answers, to see that both sides say the same.
+    `busy` is how many cores other processes kept busy meanwhile. `texts` are the beginnings of generated answers, to see that both sides say the same.
     """
 
     tokens: int
@@ -71,6 +76,7 @@ class Found:
     texts: list[str] = field(default_factory=list)
     before_mb: float = 0.0
     peak_mb: float = 0.0
+    busy: float = 0.0
 
     @property
     def rate(self) -> float:

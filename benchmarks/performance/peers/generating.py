@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from importlib import import_module
 from typing import Any
 
@@ -32,13 +31,13 @@ def loaded(task: Task) -> tuple[Any, Any]:
 
 
 def generate(task: Task, asked: list[str]) -> Found:
-    began = time.perf_counter()
+    began = task.now()
     lm, tokenizer = loaded(task)
-    setup = time.perf_counter() - began
+    setup = task.now() - began
     answers(lm, tokenizer, asked[:8], task.tuned.batch, 4)
-    began = time.perf_counter()
+    began = task.now()
     ids = answers(lm, tokenizer, asked, task.tuned.batch, task.new_tokens)
-    seconds = time.perf_counter() - began
+    seconds = task.now() - began
     texts = [tokenizer.decode(i[:16], skip_special_tokens=True) for i in ids]
     return Found(sum(map(len, ids)), seconds, setup_seconds=setup, texts=texts)
 

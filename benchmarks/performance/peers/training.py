@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -94,7 +93,7 @@ def trainer(task: Task, made: list[dict[str, Any]], out: str, callbacks: list[An
     from transformers import AutoTokenizer
 
     kind, settings = _kind(task, out)
-    asked = _timed_reference(kind)
+    asked = _timed_reference(kind, task)
     built = kind(
         model=_model(task),
         args=settings,
@@ -130,24 +129,24 @@ def _kind(task: Task, out: str) -> tuple[Any, Any]:
     return (KlTrainer if name == "kl" else plain), SFTConfig(**shared, completion_only_loss=True)
 
 
-def _timed_reference(kind: Any) -> Callable[[], float]:
+def _timed_reference(kind: Any, task: Task) -> Callable[[], float]:
     """Wrap the trainer's own pass over its reference with a clock; what is returned reads it."""
     spent = [0.0]
     inner = getattr(kind, "_precompute_ref_logps", None)
 
     def timed(self: Any, *args: Any) -> Any:
-        began = time.perf_counter()
+        began = task.now()
         try:
             return inner(self, *args)  # type: ignore[misc]
         finally:
-            spent[0] += time.perf_counter() - began
+            spent[0] += task.now() - began
 
     if inner is not None:
         kind._precompute_ref_logps = timed
     return lambda: spent[0]
 
 
-def clock(warmup: int) -> Any:
+def clock(task: Task) -> Any:
     """A callback that notes when the last step of the warm-up ended, and the last step of all."""
     from transformers import TrainerCallback
 
@@ -155,8 +154,8 @@ def clock(warmup: int) -> Any:
         began = ended = 0.0
 
         def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-            self.ended = time.perf_counter()
-            if state.global_step == warmup:
+            self.ended = task.now()
+            if state.global_step == task.warmup:
                 self.began = self.ended
 
     return Clock()
@@ -165,11 +164,11 @@ def clock(warmup: int) -> Any:
 def train(task: Task, data: list[Example]) -> Found:
     """Steps after the warm-up by the clock; what was asked of the reference beforehand, by these steps' share of it."""
     made, lengths = rows(task, data)
-    timing = clock(task.warmup)
+    timing = clock(task)
     with tempfile.TemporaryDirectory() as out:
-        began = time.perf_counter()
+        began = task.now()
         built, asked = trainer(task, made, out, [timing])
-        setup = time.perf_counter() - began - asked
+        setup = task.now() - began - asked
         built.train()
     tokens = sum(lengths[BATCH * task.warmup :])
     return Found(tokens, timing.ended - timing.began, asked * tokens / sum(lengths), setup)
