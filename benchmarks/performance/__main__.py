@@ -17,6 +17,7 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="some of sft,cft,ip,kl,dpo,orpo,dpo-corrupted,answers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("build/performance"), help="models and results")
+    parser.add_argument("--steps", type=int, help="timed steps of a measurement (default: by shape)")
     parser.add_argument("--threads", type=int, default=2, help="of every process but the workers'")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where the machine is shared")
     parser.add_argument("--tune", action="store_true", help="find the peer's best settings, and keep them")
@@ -35,7 +36,11 @@ def main() -> None:
         print(profiling.told(shapes[0], options.profile, options.out / "models"))
         return
     bench = rounds.Bench(
-        options.out, lambda line: print(line, file=sys.stderr, flush=True), options.threads, options.clock
+        options.out,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        options.threads,
+        options.clock,
+        options.steps,
     )
     only = [name for name in options.only.split(",") if name]
     every = [cell for shape in shapes for cell in rounds.cells(shape, only)]

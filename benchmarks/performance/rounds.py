@@ -13,7 +13,7 @@ from typing import Literal
 
 from benchmarks.performance.task import OBJECTIVES, PEER_OF, Found, Task, Tuned
 
-STEPS = {"S": 16, "M": 6, "tiny": 2}  # timed, of 16 examples
+STEPS = {"S": 12, "M": 6, "V": 3, "tiny": 2}  # timed, of 16 examples
 WARMUP = 2
 SIDES = ("peer", "ours", "workers")  # workers: two processes of one thread at once
 TIMEOUT_S = 1800
@@ -53,6 +53,7 @@ class Bench:
     tell: Callable[[str], None]
     threads: int = 2
     clock: Literal["wall", "cpu"] = "wall"
+    steps: int | None = None
 
     def file(self, cell: Cell, side: str, n: int, worker: int = 0) -> Path:
         return self.out / "results" / cell.name(side) / f"{n}{'ab'[worker] if side == 'workers' else ''}.json"
@@ -75,7 +76,7 @@ class Bench:
             models=str(self.out / "models"),
             objective=cell.objective,
             pairs=cell.pairs,  # type: ignore[arg-type]
-            steps=STEPS[cell.shape],
+            steps=self.steps or STEPS[cell.shape],
             warmup=WARMUP,
             threads=1 if side == "workers" else self.threads,
             clock=self.clock,

@@ -66,7 +66,8 @@ class Task:
 class Found:
     """Real tokens of the timed steps and their seconds; the reference's share of seconds; memory in MB.
 
-    `busy` is how many cores other processes kept busy meanwhile. `texts` are the beginnings of generated answers, to see that both sides say the same.
+    `busy`: cores that other processes kept busy meanwhile. `texts`: how generated answers begin, to see that both
+    sides say the same.
     """
 
     tokens: int

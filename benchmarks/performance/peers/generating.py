@@ -5,8 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from benchmarks.performance.peers import lora
 from benchmarks.performance.task import Found, Task
+
+DTYPE = torch.bfloat16
 
 
 def imports() -> None:
@@ -17,12 +21,9 @@ def imports() -> None:
 
 def loaded(task: Task) -> tuple[Any, Any]:
     import peft
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    lm = AutoModelForCausalLM.from_pretrained(
-        task.folder, dtype=torch.bfloat16, attn_implementation=task.tuned.attention
-    )
+    lm = AutoModelForCausalLM.from_pretrained(task.folder, dtype=DTYPE, attn_implementation=task.tuned.attention)
     lm = peft.get_peft_model(lm, lora.config())
     lora.move(lm)
     lm = lm.merge_and_unload().eval()
@@ -44,8 +45,6 @@ def generate(task: Task, asked: list[str]) -> Found:
 
 def answers(lm: Any, tokenizer: Any, asked: list[str], batch: int, new_tokens: int) -> list[list[int]]:
     """New token ids of each prompt, up to its end."""
-    import torch
-
     prompts = [_prompt(tokenizer, text) for text in asked]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: list[list[int]] = [[]] * len(prompts)
