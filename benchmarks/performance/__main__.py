@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.performance import profiling, rounds, table
+from benchmarks.performance import profiling, real, rounds, table
 from benchmarks.performance.shapes import SHAPES, written
 from benchmarks.performance.texts import corpus
 
@@ -22,6 +22,7 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where the machine is shared")
     parser.add_argument("--tune", action="store_true", help="find the peer's best settings, and keep them")
     parser.add_argument("--report", action="store_true", help="rebuild the table from the results under --out")
+    parser.add_argument("--study", action="store_true", help="run a small study from start to end on both sides")
     parser.add_argument("--profile", metavar="OBJECTIVE", help="where a step of ours spends its time")
     return parser.parse_args()
 
@@ -44,7 +45,10 @@ def main() -> None:
     )
     only = [name for name in options.only.split(",") if name]
     every = [cell for shape in shapes for cell in rounds.cells(shape, only)]
-    if options.tune:
+    if options.study:
+        for shape in shapes:
+            real.run(shape, options.out, rounds.tuned_of(shape))
+    elif options.tune:
         rounds.tune(bench, every)
     elif not options.report:
         bench.run(every, options.rounds)

@@ -97,8 +97,7 @@ class Bench:
 
     def tuned(self, cell: Cell) -> Tuned:
         """What --tune found for the peer on this shape; its defaults where it was not tuned."""
-        known = tunings()
-        return Tuned(**known.get(f"{cell.shape}-{cell.peer.objective}", {}))
+        return tuned_of(cell.shape).get(cell.peer.objective, Tuned())
 
 
 def _in_turn(asked: Seq[Cell]) -> Iterator[tuple[str, Cell]]:
@@ -118,6 +117,12 @@ TUNED = Path(__file__).parent / "tuned.json"
 def tunings() -> dict[str, dict[str, object]]:
     found: dict[str, dict[str, object]] = json.loads(TUNED.read_text("utf-8")) if TUNED.is_file() else {}
     return found
+
+
+def tuned_of(shape: str) -> dict[str, Tuned]:
+    """By objective, and `answers`."""
+    named = ((key.split("-", 1), found) for key, found in tunings().items())
+    return {name: Tuned(**found) for (of, name), found in named if of == shape}  # type: ignore[arg-type]
 
 
 def tune(bench: Bench, asked: Seq[Cell]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.performance import study
+from benchmarks.performance import real, study
 from benchmarks.performance.rounds import Bench, Cell, load
 from benchmarks.performance.task import OBJECTIVES, Found
 
@@ -52,6 +52,7 @@ def report(out: Path, shapes: tuple[str, ...] = ("S", "M")) -> str:
             parts.append("\n".join([HEADER.format(shape=shape), *map(str, rows)]))
             parts.append(agreement(bench, shape))
             parts.append(study.told(bench, shape))
+        parts.append(real.told(shape, out))
     return "\n\n".join(p for p in parts if p) + "\n"
 
 

@@ -22,7 +22,7 @@ PEER_OF = {"cft": "sft", "ip": "sft"}  # what the peer lacks is held against its
 class Tuned:
     """The peer's settings that its API leaves open: what --tune chooses."""
 
-    batch: int = 8  # examples of a micro-batch; generation: prompts
+    batch: int = 4  # examples of a micro-batch; generation: prompts
     autocast: bool = True  # bf16=True beside bf16 weights
     attention: str = "sdpa"
     plain_head: bool = False  # transformers' own cross-entropy in place of TRL's fused head (SFT only)

@@ -172,3 +172,14 @@ def train(task: Task, data: list[Example]) -> Found:
         built.train()
     tokens = sum(lengths[BATCH * task.warmup :])
     return Found(tokens, timing.ended - timing.began, asked * tokens / sum(lengths), setup)
+
+
+def trained(task: Task, data: list[Example]) -> Any:
+    """The model after the task's steps over `data`, its adapter merged."""
+    made, _ = rows(task, data)
+    with tempfile.TemporaryDirectory() as out:
+        built, _ = trainer(task, made, out, [])
+        built.train()
+    lm = built.model.merge_and_unload().eval()
+    lm.config.use_cache = True
+    return lm
