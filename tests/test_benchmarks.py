@@ -85,7 +85,7 @@ def test_a_ratio_is_of_the_rounds_that_both_sides_have(tmp_path: Path) -> None:
             keep(bench.file(cell, side, n), Found(count, 1.0, peak_mb=100.0))
     (found,) = table.row(bench, "SFT", cell, lambda f: f.rate, "tok/s")
     assert found.ratios == (3.0, 2.0)
-    assert "**2.50×** | 2.00–3.00, 2 rounds" in str(found)
+    assert "**2.50×** | 2.00–3.00, rounds: 2" in str(found)
 
 
 def keep(file: Path, found: Found) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Row:
 
     def __str__(self) -> str:
         need = ("", "") if self.reach is None else tuple(f"{x:g}×" for x in self.reach)
-        spread = f"{min(self.ratios):.2f}–{max(self.ratios):.2f}, {len(self.ratios)} rounds"
+        spread = f"{min(self.ratios):.2f}–{max(self.ratios):.2f}, rounds: {len(self.ratios)}"
         values = f"{self.ours:,.0f} {self.unit} | {self.peer:,.0f} {self.unit}"
         return f"| {self.label} | {values} | **{median(self.ratios):.2f}×** | {spread} | {need[0]} | {need[1]} |"
 
@@ -50,10 +51,24 @@ def report(out: Path, shapes: tuple[str, ...] = ("S", "M")) -> str:
         rows = [*training(bench, shape), *memory(bench, shape), *generation(bench, shape)]
         if rows:
             parts.append("\n".join([HEADER.format(shape=shape), *map(str, rows)]))
+            parts.append(how(bench, shape))
             parts.append(agreement(bench, shape))
             parts.append(study.told(bench, shape))
         parts.append(real.told(shape, out))
     return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def how(bench: Bench, shape: str) -> str:
+    """By which clock, on how many threads and over how many steps; how busy others kept the machine."""
+    found = [json.loads(f.read_text("utf-8")) for f in sorted((bench.out / "results").glob(f"{shape}-*/*.json"))]
+    clocks = sorted({r["task"]["clock"] for r in found})
+    threads, steps = ({r["task"][key] for r in found} for key in ("threads", "steps"))
+    busy = sorted(r["busy"] for r in found)
+    counts = " and ".join("–".join(str(n) for n in sorted({min(x), max(x)})) for x in (threads, steps))
+    return (
+        f"{shape}: {' and '.join(clocks)} clock; threads and timed steps: {counts}; meanwhile other processes kept "
+        f"{busy[0]:.1f}–{busy[-1]:.1f} cores busy."
+    )
 
 
 def training(bench: Bench, shape: str) -> list[Row]:
