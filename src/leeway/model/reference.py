@@ -19,6 +19,7 @@ from leeway.data.chat import Sequence
 from leeway.hashing import digest
 from leeway.model.adapters import is_low_rank, trainable
 from leeway.model.load import Model
+from leeway.model.sharded import exchanged, is_shard
 from leeway.model.tokenstats import Head
 
 Frozen = dict[Parameter, Tensor]
@@ -102,7 +103,7 @@ def as_reference(model: Model, reference: Reference | None = None) -> Iterator[N
                 with model.lm.disable_adapter():
                     yield
             else:
-                with _values(frozen):
+                with exchanged(model.lm, frozen) if any(map(is_shard, frozen)) else _values(frozen):
                     yield
     finally:
         model.lm.train(was_training)

@@ -12,6 +12,7 @@ from leeway.errors import LeewayError
 from leeway.study import tuning
 from leeway.study.drawing import Drawing
 from leeway.study.executor import carry_out, workers_for
+from leeway.study.launch import check
 from leeway.study.manifest import check_unchanged, manifest, matching
 from leeway.study.pieces import Piece, pieces_of, relative_cost, schedule_of, whos
 from leeway.study.prepare import Prepared, prepare
@@ -29,6 +30,7 @@ def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | 
     from leeway.report import build
 
     workers_for(spec, 1, workers)  # a number of workers that cannot be is refused before anything is written
+    check(spec.processes, spec.device)
     store = Store(out)
     with store.claimed(spec.hash, spec.to_yaml()):
         _check_disk(out)

@@ -111,6 +111,9 @@ class Spec(Part):
     threads: int = Field(
         default=1, gt=0, description="of each worker on a CPU: part of the study, since bits depend on it"
     )
+    processes: int = Field(
+        default=1, gt=0, description="that train one trajectory together, a shard of the model in each"
+    )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     task: Task
     pairs: Pairs = Pairs()
@@ -138,6 +141,7 @@ class Spec(Part):
             *self._servable(),
             *self._companions_are_there(),
             *self._rates_fit(),
+            *self._processes_fit(),
             *self._starts_are_there(),
             *self._starts_fit(),
             *self._claims_fit(),
@@ -178,6 +182,14 @@ class Spec(Part):
             yield f"optim.lr: no rate for {', '.join(missing)}"
         if unknown := [a for a in given if a not in aliases]:
             yield f"optim.lr: {unknown[0]!r} is no objective of this study{nearest(unknown[0], aliases)}"
+
+    def _processes_fit(self) -> Iterator[str]:
+        if self.processes > 1 and self.optim.lr == "tuned":
+            yield "processes: a sweep of learning rates runs in one process; give optim.lr a rate"
+        if self.processes > 1 and ":" in self.device:
+            yield f"processes: {self.processes} of them take a GPU each, and {self.device} is one; give device: cuda"
+        if self.processes > 1 and self.reference == "cached":
+            yield "processes: a cached reference is asked in one process; give reference: live, which is sharded too"
 
     def _starts_are_there(self) -> Iterator[str]:
         before: set[str] = set()

@@ -19,14 +19,18 @@ from leeway.model.load import Model, load_model
 from leeway.objectives.objective import PLAIN
 from leeway.study import tuning
 from leeway.study.computing import computing
+from leeway.study.drawing import Drawing
+from leeway.study.launch import Say, in_ranks
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Piece, Who, schedule_of, whos
-from leeway.study.prepare import HeldOut, Prepared
+from leeway.study.prepare import HeldOut, Prepared, prepare
 from leeway.study.serving import serving
+from leeway.study.spec import Spec
 from leeway.study.store import Store
 from leeway.training import checkpoints
 from leeway.training.checkpoints import Start
 from leeway.training.loop import Optim, Step
+from leeway.training.ranks import ALONE, Ranks
 from leeway.training.trajectory import Settings, Trajectory, check_line
 
 Kind = Literal["train", "generate", "choose"]
@@ -41,6 +45,7 @@ class Work:
     prepared: Prepared
     store: Store
     tell: Tell
+    ranks: Ranks = ALONE
     _base: Model | None = field(default=None, repr=False)
 
     def carry_out(self, piece: Piece) -> None:
@@ -94,7 +99,7 @@ class Work:
 
     def _carry_trajectory(self, piece: Piece) -> None:
         """Train to every budget that has no checkpoint yet, then measure what is not measured yet."""
-        trajectory = self._train_missing(piece)
+        trajectory = self.train(piece)
         asked = [who for who in whos(self.prepared, piece) if self.pending(who)]
         if self.prepared.spec.evals.backend == "vllm":
             trajectory = None  # its memory is the server's
@@ -110,18 +115,28 @@ class Work:
             line = trajectory.restore(self._folder(piece, who.budget), marks[who.budget], to_train=False)
             self._measure(trajectory.model, who, line["adapter_hash"])
 
-    def _train_missing(self, piece: Piece) -> Trajectory | None:
-        """Go on from the last checkpoint that can be resumed, and leave one at every budget that lacks it."""
+    def train(self, piece: Piece) -> Trajectory | None:
+        """Go on from the last checkpoint that can be resumed, and leave one at every budget that lacks it.
+
+        Under `processes` this is one of the ranks, or who starts them and has nothing in memory afterwards.
+        """
         marks = schedule_of(self.prepared, piece).marks
         folder = {m.budget: self._folder(piece, m.budget) for m in marks}
         missing = [k for k, m in enumerate(marks) if not checkpoints.finished(folder[m.budget])]
         if not missing:
             return None
+        spec = self.prepared.spec
+        if spec.processes > self.ranks.size:
+            self._base = None  # its memory is the ranks'
+            plain = spec.model_dump(mode="json", by_alias=True)
+            in_ranks(spec.processes, spec.device, _train, (plain, self.store.folder, piece), lambda e: self.tell(*e))
+            return None
         trajectory = self._trajectory(piece)
         start = max((k for k in range(missing[0]) if checkpoints.resumable(folder[marks[k].budget])), default=-1)
         if start >= 0:
             trajectory.restore(folder[marks[start].budget], marks[start], to_train=True)
-        self.store.trim_steps(piece.log, trajectory.step)
+        if self.ranks.leads:
+            self.store.trim_steps(piece.log, trajectory.step)
         for k in range(start + 1, len(marks)):  # to the end, so that the log of its steps is whole
             trajectory.train_to(marks[k], self.store.steps(piece.log), self._step_teller(trajectory, marks[k]))
             if k in missing:
@@ -200,7 +215,8 @@ class Work:
 
     def _load(self) -> Model:
         spec = self.prepared.spec
-        return load_model(spec.model, revision=spec.revision, dtype=spec.weights, device=spec.device)
+        dtype, device = self.ranks.loading(spec.weights, spec.device)
+        return load_model(spec.model, revision=spec.revision, dtype=dtype, device=device)
 
     def _trajectory(self, piece: Piece) -> Trajectory:
         lr, spent = self.prepared.spec.optim.lr_of(piece.alias), 0
@@ -221,6 +237,7 @@ class Work:
             self.prepared.companions,
             self._start(asked, piece.seed),
             asked.reference,
+            self.ranks,
         )
 
     def _start(self, asked: ObjectiveSpec, seed: int) -> Start | None:
@@ -246,6 +263,14 @@ class Work:
             tuning_tokens,
             self.prepared.spec.reference,
         )
+
+
+def _train(ranks: Ranks, say: Say, raw_spec: dict[str, Any], folder: Path, piece: Piece) -> None:
+    """What each rank of a trajectory does."""
+    spec, store = Spec.model_validate(raw_spec), Store(folder)
+    prepared = prepare(spec, Drawing(store.pairs, kept=store.kept))
+    with computing(spec):
+        Work(prepared, store, lambda *event: say(event), ranks).train(piece)
 
 
 def said(who: Who) -> str:

@@ -1,0 +1,120 @@
+"""One trajectory trained by two processes over gloo: what one process computes, to rounding, in the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ranks_targets
+from leeway.errors import LeewayError
+from leeway.model import adapters
+from leeway.study import launch
+from leeway.training.ranks import ALONE, Together
+from ranks_targets import Case
+
+BOUND, BOUND_FLOAT32 = 1e-6, 5e-6  # as in tests/test_invariances.py
+
+CASES = [
+    *(Case(name, kind) for name in ("sft", "dpo", "kl", "cft") for kind in ("lora", "full")),
+    Case("kto"),
+    Case("dpo", "dora"),
+    Case("kl", "lora", torch.float32),
+    Case("dpo", "full", torch.float32, micro_tokens=1),
+]
+
+
+def said_by_two(target: Callable[..., None], *args: object) -> list[Any]:
+    said: list[Any] = []
+    launch.in_ranks(2, "cpu", target, args, said.append)
+    return said
+
+
+def test_two_ranks_find_the_gradient_of_one(record_property: Callable[[str, object], None]) -> None:
+    """The layers are sharded, the reference is live: an adapter that is off, or a frozen copy in shards."""
+    found = dict(said_by_two(ranks_targets.all_gradients, CASES))
+    too_far, worst = {}, dict.fromkeys((torch.float64, torch.float32), 0.0)
+    for case in CASES:
+        loss, norm, grad, shards = found[case]
+        assert shards
+        one = ranks_targets.gradient(case)
+        assert not one[3]
+        far = max(
+            abs(loss - one[0]) / abs(one[0]),
+            abs(norm - one[1]) / one[1],
+            float((torch.from_numpy(grad) - one[2]).norm() / one[2].norm()),
+        )
+        worst[case.dtype] = max(worst[case.dtype], far)
+        if far > (BOUND if case.dtype == torch.float64 else BOUND_FLOAT32):
+            too_far[case] = far
+    measured = "; ".join(f"{str(d)[6:]} {far:.1e}" for d, far in worst.items())
+    record_property("measured", f"two ranks = one: loss, norm and gradient in {measured}")
+    assert too_far == {}
+
+
+def test_a_run_resumed_by_two_ranks_is_the_uninterrupted_one_and_one_process_reads_it(tmp_path: Path) -> None:
+    cases = [
+        Case("dpo", dropout=0.1, dtype=torch.float32),
+        Case("cft", dtype=torch.float32),
+        Case("kl", "full", torch.float32),
+    ]
+    assert said_by_two(ranks_targets.all_runs, cases, tmp_path) == cases
+    for k, case in enumerate(cases):
+        last = tmp_path / f"{k}-whole" / "1"
+        for name, tensor in state(last).items():
+            assert torch.equal(tensor, state(tmp_path / f"{k}-resumed" / "1")[name]), name
+        lines = (tmp_path / f"{k}-whole.jsonl").read_text().splitlines()
+        assert len(lines) == ranks_targets.MARKS[-1]
+        if case.dropout:
+            continue
+        alone, on = tmp_path / f"{k}-alone", tmp_path / f"{k}-on"
+        ranks_targets.trained(case, alone)
+        ranks_targets.trained(case, on, ALONE, tmp_path / f"{k}-whole")
+        for other in (last, on / "1"):
+            assert {p.name for p in other.iterdir()} == {p.name for p in (alone / "1").iterdir()}
+            ours, theirs = state(alone / "1"), state(other)
+            assert ours.keys() == theirs.keys()
+            for name, tensor in ours.items():
+                torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=2e-6, msg=f"{case} {other} {name}")
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds: what trains, and the optimiser's state."""
+    return {**adapters.saved(folder), **load_file(folder / "optimizer.safetensors")}
+
+
+def test_examples_are_dealt_out_and_every_rank_takes_as_many_passes() -> None:
+    class Length(tuple[int, ...]):
+        ids = property(lambda self: self)
+
+    batch = [[Length(range(n))] for n in (5, 1, 4, 2, 3)]
+
+    def cut(examples: Any) -> list[Any]:
+        return [[e] for e in examples]
+
+    shares = [list(Together(r, 2).share(batch, cut)) for r in (0, 1)]  # type: ignore[arg-type]
+    assert [[(len(m[0][0]), w) for m, w in share] for share in shares] == [
+        [(1, 1.0), (3, 1.0), (5, 1.0)],
+        [(2, 1.0), (4, 1.0), (2, 0.0)],
+    ]
+    few = [list(Together(r, 7).share(batch, cut)) for r in range(7)]  # type: ignore[arg-type]
+    assert [[w for _, w in share] for share in few] == [[1.0]] * 5 + [[0.0]] * 2
+    assert len({Together(r, 7).seed(3) for r in range(7)}) == 7
+    assert ALONE.seed(3) == 3
+
+
+def test_the_first_failure_of_a_rank_is_raised_and_ends_all() -> None:
+    with pytest.raises(LeewayError, match="one rank cannot go on; mend it"):
+        said_by_two(ranks_targets.fails)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(LeewayError, match="2 ranks need a GPU each, and 1 is visible; set processes: 1, or device"):
+        launch.check(2, "cuda")
+    launch.check(2, "cpu")
+    launch.check(1, "cuda")
