@@ -37,6 +37,10 @@ class Case:
     dropout: float = 0.0
     model: str = "organism"
 
+    @property
+    def name(self) -> str:
+        return f"{self.objective}-{self.kind}"
+
 
 class Recorder(torch.optim.SGD):
     """Keeps the gradient, whole, and moves nothing."""
@@ -69,7 +73,7 @@ def gradient(case: Case, ranks: Ranks = ALONE) -> tuple[float, float, Tensor, bo
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in adapters.trainable(one.model):
-            p += 0.02 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.add_(0.02 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     recorder = Recorder(adapters.trainable(one.model), lr=0.0)
     ranks.shard(one.model, recorder, one.compared)
     loop = replace(one.settings.loop, clip=0.5)
@@ -95,20 +99,15 @@ def trained(case: Case, folder: Path, ranks: Ranks = ALONE, resumed: Path | None
         one.save(folder / str(k), mark)
 
 
-def all_gradients(ranks: Ranks, say: Callable[[Any], None], cases: list[Case]) -> None:
+def everything(ranks: Ranks, say: Callable[[Any], None], gradients: list[Case], runs: list[Case], folder: Path) -> None:
+    """The gradient of every case; and runs, uninterrupted and resumed."""
     torch.set_num_threads(1)
-    for case in cases:
+    for case in gradients:
         loss, norm, grad, shards = gradient(case, ranks)
         say((case, (loss, norm, grad.numpy(), shards)))
-
-
-def all_runs(ranks: Ranks, say: Callable[[Any], None], cases: list[Case], folder: Path) -> None:
-    """Each case uninterrupted and resumed."""
-    torch.set_num_threads(1)
-    for k, case in enumerate(cases):
-        trained(case, folder / f"{k}-whole", ranks)
-        trained(case, folder / f"{k}-resumed", ranks, folder / f"{k}-whole")
-        say(case)
+    for case in runs:
+        trained(case, folder / f"{case.name}-whole", ranks)
+        trained(case, folder / f"{case.name}-resumed", ranks, folder / f"{case.name}-whole")
 
 
 def fails(ranks: Ranks, say: Callable[[Any], None]) -> None:

@@ -28,18 +28,24 @@ CASES = [
 ]
 
 
-def said_by_two(target: Callable[..., None], *args: object) -> list[Any]:
-    said: list[Any] = []
-    launch.in_ranks(2, "cpu", target, args, said.append)
-    return said
+RUNS = [Case("dpo", dropout=0.1), Case("cft"), Case("kl", "full")]
 
 
-def test_two_ranks_find_the_gradient_of_one(record_property: Callable[[str, object], None]) -> None:
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Case, Any], Path]:
+    """What two ranks found of every case, and the folder of what they trained."""
+    folder, said = tmp_path_factory.mktemp("ranks"), list[Any]()
+    launch.in_ranks(2, "cpu", ranks_targets.everything, (CASES, RUNS, folder), said.append)
+    return dict(said), folder
+
+
+def test_two_ranks_find_the_gradient_of_one(
+    two: tuple[dict[Case, Any], Path], record_property: Callable[[str, object], None]
+) -> None:
     """The layers are sharded, the reference is live: an adapter that is off, or a frozen copy in shards."""
-    found = dict(said_by_two(ranks_targets.all_gradients, CASES))
     too_far, worst = {}, dict.fromkeys((torch.float64, torch.float32), 0.0)
     for case in CASES:
-        loss, norm, grad, shards = found[case]
+        loss, norm, grad, shards = two[0][case]
         assert shards
         one = ranks_targets.gradient(case)
         assert not one[3]
@@ -56,30 +62,28 @@ def test_two_ranks_find_the_gradient_of_one(record_property: Callable[[str, obje
     assert too_far == {}
 
 
-def test_a_run_resumed_by_two_ranks_is_the_uninterrupted_one_and_one_process_reads_it(tmp_path: Path) -> None:
-    cases = [
-        Case("dpo", dropout=0.1, dtype=torch.float32),
-        Case("cft", dtype=torch.float32),
-        Case("kl", "full", torch.float32),
-    ]
-    assert said_by_two(ranks_targets.all_runs, cases, tmp_path) == cases
-    for k, case in enumerate(cases):
-        last = tmp_path / f"{k}-whole" / "1"
-        for name, tensor in state(last).items():
-            assert torch.equal(tensor, state(tmp_path / f"{k}-resumed" / "1")[name]), name
-        lines = (tmp_path / f"{k}-whole.jsonl").read_text().splitlines()
-        assert len(lines) == ranks_targets.MARKS[-1]
-        if case.dropout:
-            continue
-        alone, on = tmp_path / f"{k}-alone", tmp_path / f"{k}-on"
-        ranks_targets.trained(case, alone)
-        ranks_targets.trained(case, on, ALONE, tmp_path / f"{k}-whole")
-        for other in (last, on / "1"):
-            assert {p.name for p in other.iterdir()} == {p.name for p in (alone / "1").iterdir()}
-            ours, theirs = state(alone / "1"), state(other)
-            assert ours.keys() == theirs.keys()
-            for name, tensor in ours.items():
-                torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=2e-6, msg=f"{case} {other} {name}")
+@pytest.mark.parametrize("case", RUNS, ids=lambda case: case.name)
+def test_a_run_resumed_by_two_ranks_is_the_uninterrupted_one(case: Case, two: tuple[dict[Case, Any], Path]) -> None:
+    whole, resumed = (two[1] / f"{case.name}-{run}" / "1" for run in ("whole", "resumed"))
+    assert state(whole).keys() == state(resumed).keys()
+    for name, tensor in state(whole).items():
+        assert torch.equal(tensor, state(resumed)[name]), name
+    assert len((two[1] / f"{case.name}-whole.jsonl").read_text().splitlines()) == ranks_targets.MARKS[-1]
+
+
+@pytest.mark.parametrize("case", [c for c in RUNS if not c.dropout], ids=lambda case: case.name)
+def test_what_two_ranks_save_is_what_one_saves_and_goes_on_from(
+    case: Case, two: tuple[dict[Case, Any], Path], tmp_path: Path
+) -> None:
+    whole = two[1] / f"{case.name}-whole"
+    ranks_targets.trained(case, tmp_path / "alone")
+    ranks_targets.trained(case, tmp_path / "on", ALONE, whole)
+    alone = state(tmp_path / "alone" / "1")
+    for other in (whole / "1", tmp_path / "on" / "1"):
+        assert {p.name for p in other.iterdir()} == {p.name for p in (tmp_path / "alone" / "1").iterdir()}
+        assert state(other).keys() == alone.keys()
+        for name, tensor in state(other).items():
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-6, atol=1e-9, msg=f"{other} {name}")
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -109,7 +113,7 @@ def test_examples_are_dealt_out_and_every_rank_takes_as_many_passes() -> None:
 
 def test_the_first_failure_of_a_rank_is_raised_and_ends_all() -> None:
     with pytest.raises(LeewayError, match="one rank cannot go on; mend it"):
-        said_by_two(ranks_targets.fails)
+        launch.in_ranks(2, "cpu", ranks_targets.fails, (), lambda _: None)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
