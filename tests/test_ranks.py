@@ -14,17 +14,18 @@ import ranks_targets
 from leeway.errors import LeewayError
 from leeway.model import adapters
 from leeway.study import launch
+from leeway.study.api import Study
+from leeway.study.parse import parse
 from leeway.training.ranks import ALONE, Together
 from ranks_targets import Case
 
 BOUND, BOUND_FLOAT32 = 1e-6, 5e-6  # as in tests/test_invariances.py
 
 CASES = [
-    *(Case(name, kind) for name in ("sft", "dpo", "kl", "cft") for kind in ("lora", "full")),
-    Case("kto"),
+    *(Case(name) for name in ("sft", "dpo", "kl", "cft", "kto")),
+    *(Case(name, "full", micro_tokens=1) for name in ("sft", "dpo", "kl", "cft")),  # each example by itself: 3 and 2
     Case("dpo", "dora"),
     Case("kl", "lora", torch.float32),
-    Case("dpo", "full", torch.float32, micro_tokens=1),
 ]
 
 
@@ -122,3 +123,51 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         launch.check(2, "cuda")
     launch.check(2, "cpu")
     launch.check(1, "cuda")
+
+
+STUDY = """
+name: small
+model: {model}
+device: cpu
+processes: {processes}
+task: {{files: {{train: {root}/train.jsonl, test: {root}/test.jsonl}}}}
+objectives: [dpo]
+budgets: [200, 400]
+optim: {{lr: 3.0e-3, batch: 4, warmup_steps: 2, micro_tokens: 60}}
+evals:
+  capability: [{{name: files, max_new_tokens: 4}}]
+  persona: {{source: organism, traits: [narcissism], limit: 4}}
+"""
+
+
+def test_a_study_by_two_processes_runs_to_its_report(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    ledgers, files = [], []
+    for processes in (1, 2):
+        out, text = tmp_path / str(processes), STUDY.format(model=models["llama"], root=root, processes=processes)
+        (tmp_path / "study.yaml").write_text(text)
+        results = Study.load(tmp_path / "study.yaml").run(out)
+        assert (out / "report.html").is_file()
+        ledgers.append(results.ledger)
+        files.append({str(f.relative_to(out)) for f in (out / "checkpoints").rglob("*")})
+        steps = (out / "steps" / "dpo-s0.jsonl").read_text().splitlines()
+        assert len(steps) == ledgers[-1]["step"].max()
+    one, two = (ledger.drop(columns="adapter_hash") for ledger in ledgers)
+    assert one.equals(two)
+    assert files[0] == files[1]
+    assert set(ledgers[0]["adapter_hash"]).isdisjoint(ledgers[1]["adapter_hash"])  # dropout is another draw
+
+
+@pytest.mark.parametrize(
+    ("also", "fault"),
+    [
+        ("optim: {lr: tuned}", "processes: a sweep of learning rates runs in one process; give optim.lr a rate"),
+        ("reference: cached", "processes: a cached reference is asked in one process; give reference: live"),
+        ("device: cuda:1", "processes: 2 of them take a GPU each, and cuda:1 is one; give device: cuda"),
+    ],
+)
+def test_processes_go_where_they_can(also: str, fault: str, root: Path) -> None:
+    text = STUDY.format(model="organism", root=root, processes=2)
+    key = also.split(":", maxsplit=1)[0]
+    kept = [line for line in text.splitlines() if not line.startswith(f"{key}:")]
+    with pytest.raises(LeewayError, match=fault):
+        parse("\n".join([*kept, also]), "test")
