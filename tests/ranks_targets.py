@@ -13,6 +13,7 @@ from torch import Tensor
 from leeway.data.batches import Companions, schedule
 from leeway.model import adapters
 from leeway.model.load import load_model
+from leeway.model.reference import freeze
 from leeway.model.sharded import is_shard, whole
 from leeway.objectives import OBJECTIVES
 from leeway.organism import world
@@ -35,6 +36,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     micro_tokens: int = 300  # a few micro-batches for each rank, and not as many for both
     dropout: float = 0.0
+    held: bool = False  # against the adapter that it starts as, as a second stage is
     model: str = "organism"
 
     @property
@@ -54,7 +56,8 @@ class Recorder(torch.optim.SGD):
 
 
 def trajectory(case: Case, ranks: Ranks) -> Trajectory:
-    model = load_model(case.model, device="cpu", dtype="float32")
+    half = case.dtype == torch.bfloat16
+    model = load_model(case.model, device="cpu", dtype="bfloat16" if half else "float32")
     model.lm.to(case.dtype)
     settings = Settings(
         adapter=adapters.AdapterSettings(4, 8, case.dropout, "all-linear", case.kind),  # type: ignore[arg-type]
@@ -67,13 +70,20 @@ def trajectory(case: Case, ranks: Ranks) -> Trajectory:
     return Trajectory("x", OBJECTIVES[case.objective](), 0, model, plan, settings, COMPANIONS, ranks=ranks)
 
 
-def gradient(case: Case, ranks: Ranks = ALONE) -> tuple[float, float, Tensor, bool]:
-    """Loss, norm and clipped gradient of a step away from the start, and whether anything is sharded."""
-    one = trajectory(case, ranks)
-    generator = torch.Generator().manual_seed(1)
+def _shift(one: Trajectory, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in adapters.trainable(one.model):
             p.add_(0.02 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+
+
+def gradient(case: Case, ranks: Ranks = ALONE) -> tuple[float, float, Tensor, bool]:
+    """Loss, norm and clipped gradient of a step away from the start, and whether anything is sharded."""
+    one = trajectory(case, ranks)
+    if case.held:
+        _shift(one, seed=2)
+        one.compared.frozen = freeze(one.model)
+    _shift(one, seed=1)
     recorder = Recorder(adapters.trainable(one.model), lr=0.0)
     ranks.shard(one.model, recorder, one.compared)
     loop = replace(one.settings.loop, clip=0.5)

@@ -7,9 +7,10 @@ import os
 import queue
 import signal
 import tempfile
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,7 +19,6 @@ from leeway.training.ranks import Ranks, Together
 
 Say = Callable[[Any], None]
 Target = Callable[..., None]  # a function of a module: (ranks, say, *args)
-Failure = tuple[Literal["failed"], BaseException]
 
 PATIENCE = timedelta(hours=2)  # that a rank waits for the others, of which one may be writing a large model
 
@@ -48,16 +48,11 @@ def in_ranks(processes: int, device: str, target: Target, args: tuple[Any, ...],
         try:
             for rank in ranks:
                 rank.start()
-            while any(rank.is_alive() for rank in ranks):
-                _listen(said, hear, 0.2)
-                if any(rank.exitcode for rank in ranks):
-                    break
-            _listen(said, hear, 0.5)
-            if lost := [r for r, rank in enumerate(ranks) if rank.exitcode]:
-                raise LeewayError(
-                    f"processes: rank {lost[0]} was killed, by the system for want of memory perhaps",
-                    fix="run the same command again, it carries on",
-                )
+            failure = None
+            while failure is None and any(r.is_alive() for r in ranks) and not any(r.exitcode for r in ranks):
+                failure = _listen(said, hear, 0.2)
+            failure = failure or _listen(said, hear, 0.5)
+            _judge(failure, [r.exitcode or 0 for r in ranks])
         finally:
             for rank in ranks:
                 if rank.pid is not None:
@@ -69,15 +64,28 @@ def _on_gpu(device: str) -> bool:
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
-def _listen(said: Any, hear: Say, patience: float) -> None:
-    """Pass on what has been said; raises the failure that a rank tells of."""
+def _judge(failure: Exception | None, codes: list[int]) -> None:
+    """Raise what went wrong first: what a rank says of another's death says less than the death."""
+    dead = [r for r, code in enumerate(codes) if code < 0]
+    silent = [r for r, code in enumerate(codes) if code > 0 and failure is None]
+    if isinstance(failure, LeewayError) or (failure is not None and not dead):
+        raise failure
+    for rank in dead or silent:
+        raise LeewayError(
+            f"processes: rank {rank} was killed, by the system for want of memory perhaps",
+            fix="run the same command again, it carries on",
+        ) from failure
+
+
+def _listen(said: Any, hear: Say, patience: float) -> Exception | None:
+    """Pass on what has been said; the first failure that a rank tells of comes back."""
     while True:
         try:
             event = said.get(timeout=patience)
         except queue.Empty:
-            return
-        if isinstance(event, tuple) and event and event[0] == "failed":
-            raise event[1]
+            return None
+        if isinstance(event, Exception):
+            return event
         hear(event)
 
 
@@ -99,8 +107,8 @@ def _rank(
         ranks.wait()
         torch.distributed.destroy_process_group()
     except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
-        error.__cause__ = error.__context__ = None
-        said.put(("failed", error))
+        ours = isinstance(error, LeewayError)
+        said.put(error if ours else RuntimeError("".join(traceback.format_exception(error))))
         said.close()
         said.join_thread()
         os._exit(1)
