@@ -120,6 +120,18 @@ def test_the_first_failure_of_a_rank_is_raised_and_ends_all() -> None:
         launch.in_ranks(2, "cpu", ranks_targets.fails, (), lambda _: None)
 
 
+def test_a_death_says_more_than_what_the_others_say_of_it() -> None:
+    gone, wrong = RuntimeError("connection closed by peer"), LeewayError("a loss is not finite")
+    with pytest.raises(LeewayError, match=r"rank 1 was killed, by the system .* it carries on"):
+        launch._judge(gone, [1, -9])
+    with pytest.raises(LeewayError, match="rank 0 was killed"):
+        launch._judge(None, [1, 0])
+    for failure, codes in ((wrong, [1, -9]), (gone, [1, 0])):
+        with pytest.raises(type(failure), match=str(failure)):
+            launch._judge(failure, codes)
+    launch._judge(None, [0, 0])
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(LeewayError, match="2 ranks need a GPU each, and 1 is visible; set processes: 1, or device"):
