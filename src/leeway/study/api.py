@@ -24,7 +24,7 @@ class Study:
         return cls(load(str(path), overrides))
 
     def run(self, out: str | Path, *, quiet: bool = False, workers: int = 1) -> Results:
-        """Run into `out`, going on where an earlier run stopped; several workers or `processes` need a `__main__` guard."""
+        """Run into `out`, going on where one stopped; several workers or `processes` need a `__main__` guard."""
         command = f"Study.load({self.spec.name!r}).run({str(out)!r})"
         run(self.spec, Path(out), Reporter(quiet=quiet), command, workers)
         return Results.load(Path(out))
