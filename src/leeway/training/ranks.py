@@ -99,6 +99,7 @@ class Together(Ranks):
         for group in optimiser.param_groups:
             state = [optimiser.state.pop(p, {}) for p in group["params"]]
             group["params"] = [taken.get(p, p) for p in group["params"]]
+            group["foreach"] = False  # sharded and whole tensors cannot go through one kernel
             for p, values in zip(group["params"], state, strict=True):
                 if values:
                     optimiser.state[p] = {k: sharded.like(v, p) if v.shape == p.shape else v for k, v in values.items()}
