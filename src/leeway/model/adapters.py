@@ -182,19 +182,20 @@ def init_hash(model: Model) -> str:
     return adapter_hash({name: p[:own] if id(p) in tables else p for name, p in lm.named_parameters()})
 
 
-def save(model: Model, folder: Path) -> None:
+def save(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
     """Write an adapter in PEFT format, or whole weights as a transformers model; safetensors both.
 
-    The tokenizer goes with whole weights, and with an adapter where control tokens were added to it.
+    The tokenizer goes with whole weights, and with an adapter where control tokens were added to it. `tensors` are what
+    trains by the names of the model's state, where the model itself holds them in shards.
     """
     if not is_low_rank(model):
         from transformers import GenerationConfig
 
-        model.lm.save_pretrained(folder)
+        model.lm.save_pretrained(folder, state_dict=tensors)
         GenerationConfig(eos_token_id=list(model.stop_ids) or None).save_pretrained(folder)
         model.chat.tokenizer.save_pretrained(folder)
         return
-    model.lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    model.lm.save_pretrained(folder, state_dict=tensors, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model-card template
     if model.lm.peft_config["default"].trainable_token_indices:
         model.chat.tokenizer.save_pretrained(folder)

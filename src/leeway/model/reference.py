@@ -22,6 +22,7 @@ from leeway.model.forward import hidden_at_measured
 from leeway.model.layout import Laid, Layout
 from leeway.model.load import Model
 from leeway.model.references import Shelf
+from leeway.model.sharded import exchanged, is_shard
 from leeway.model.tokenstats import Head, token_logps
 
 Frozen = dict[Parameter, Tensor]
@@ -100,7 +101,7 @@ def as_reference(model: Model, reference: Reference | None = None) -> Iterator[N
                 with model.lm.disable_adapter():
                     yield
             else:
-                with _values(frozen):
+                with exchanged(model.lm, frozen) if any(map(is_shard, frozen)) else _values(frozen):
                     yield
     finally:
         model.lm.train(was_training)

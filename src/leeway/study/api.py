@@ -32,7 +32,7 @@ class Study:
         workers: int | None = 1,
         executor: Literal["local", "ray"] = "local",
     ) -> Results:
-        """Run into `out`, going on where an earlier run stopped; more than one worker needs a `__main__` guard.
+        """Run into `out`, going on where one stopped; several workers or `processes` need a `__main__` guard.
 
         With `executor="ray"` workers are those of a Ray cluster; `workers=None` is as many as there is room for.
         """

@@ -90,7 +90,7 @@ def workers_for(spec: Spec, pieces: int, asked: int | None = None) -> int:
     if spec.device.startswith("cuda") or (spec.device == "auto" and torch.cuda.is_available()):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // spec.threads, pieces))
+    return max(1, min(cores // (spec.threads * spec.processes), pieces))
 
 
 def carry_out(work: Work, pieces: Seq[Piece], workers: int, listen: Listen) -> Iterator[Piece]:

@@ -230,8 +230,8 @@ def _request(prepared: Prepared) -> dict[str, float]:
     """What a worker takes of a node: the study's threads, and a GPU, or on a CPU the memory that a plan estimates."""
     spec = prepared.spec
     if spec.device.startswith("cuda") or (spec.device == "auto" and ray.cluster_resources().get("GPU", 0)):
-        return {"num_cpus": spec.threads, "num_gpus": 1}
-    return {"num_cpus": spec.threads, "memory": memory_of_a_worker(prepared)}
+        return {"num_cpus": spec.threads * spec.processes, "num_gpus": spec.processes}
+    return {"num_cpus": spec.threads * spec.processes, "memory": spec.processes * memory_of_a_worker(prepared)}
 
 
 def _fitting(has: dict[str, float], request: dict[str, float]) -> int:

@@ -16,6 +16,7 @@ from leeway.model.references import References
 from leeway.study import keeping, looks, tuning
 from leeway.study.drawing import Drawing
 from leeway.study.executor import Executor, Local, one_alone
+from leeway.study.launch import check
 from leeway.study.manifest import check_unchanged, matching
 from leeway.study.pieces import Piece, pieces_of, relative_cost, schedule_of, whos
 from leeway.study.prepare import Prepared, prepare
@@ -40,6 +41,8 @@ def run(
     from leeway.report import build
 
     one_alone(spec, workers)  # a number of workers that cannot be is refused before anything is written
+    if executor == "local":
+        check(spec.processes, spec.device)
     store = Store(out)
     with store.claimed(spec.hash, spec.to_yaml()), _executor(executor, workers, reporter) as hands:
         _check_disk(out)

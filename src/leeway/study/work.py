@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,14 +23,18 @@ from leeway.model.references import References
 from leeway.objectives.objective import PLAIN
 from leeway.study import keeping, looks, referred, tuning
 from leeway.study.computing import computing
+from leeway.study.drawing import Drawing
+from leeway.study.launch import Say, in_ranks
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Checkpoint, Piece, Who, schedule_of, whos
-from leeway.study.prepare import HeldOut, Prepared
+from leeway.study.prepare import HeldOut, Prepared, prepare
 from leeway.study.serving import serving
+from leeway.study.spec import Spec
 from leeway.study.store import Store
 from leeway.training import checkpoints
 from leeway.training.checkpoints import Start
 from leeway.training.loop import Optim, Step
+from leeway.training.ranks import ALONE, Ranks
 from leeway.training.trajectory import Settings, Trajectory, check_line
 
 Kind = Literal["train", "generate", "choose"]
@@ -49,20 +54,21 @@ class Work:
     store: Store
     tell: Tell
     own: Path | None = None
+    ranks: Ranks = ALONE
     _base: Base | None = field(default=None, repr=False)
 
     def carry_out(self, piece: Piece) -> None:
         with computing(self.prepared.spec):
-            {"base": self._measure, "tune": self._tune, "train": self._train, "measure": self._measure}[piece.kind](
+            {"base": self._measure, "tune": self._tune, "train": self.train, "measure": self._measure}[piece.kind](
                 piece
             )
 
     def base(self) -> Model:
         """The base model as it was loaded; what was lent before is taken back."""
+        if self.ranks.size > 1:
+            return self._load()  # a rank trains one trajectory, and ends
         if self._base is None:
-            spec = self.prepared.spec
-            model = load_model(spec.model, revision=spec.revision, dtype=spec.weights, device=spec.device)
-            self._base = Base(model, trained=spec.adapter.kind == "full")
+            self._base = Base(self._load(), trained=self.prepared.spec.adapter.kind == "full")
         return self._base.lend()
 
     def release(self) -> None:
@@ -153,22 +159,35 @@ class Work:
         model.lm.eval()
         return model, line["adapter_hash"]
 
-    def _train(self, piece: Piece) -> None:
-        """Go on from the last checkpoint that can be resumed, and leave one at every budget that lacks it."""
+    def train(self, piece: Piece) -> None:
+        """Go on from the last checkpoint that can be resumed, and leave one at every budget that lacks it.
+
+        Under `processes` this is one of the ranks, or who starts them and has nothing in memory afterwards.
+        """
         marks = schedule_of(self.prepared, piece).marks
         folder = {m.budget: self._folder(piece, m.budget) for m in marks}
         missing = [k for k, m in enumerate(marks) if not checkpoints.finished(folder[m.budget])]
         if not missing:
             return
+        spec = self.prepared.spec
+        if spec.processes > self.ranks.size:
+            self.release()  # its memory is the ranks'
+            plain = spec.model_dump(mode="json", by_alias=True)
+            given = (plain, self.store.folder, piece, self.own)
+            in_ranks(spec.processes, spec.device, _train, given, lambda e: self.tell(*e))
+            return
         trajectory = self._trajectory(piece)
         start = max((k for k in range(missing[0]) if checkpoints.resumable(folder[marks[k].budget])), default=-1)
         if start >= 0:
             trajectory.restore(folder[marks[start].budget], marks[start], to_train=True)
-        log = self.store.log_of_steps(piece.log, trajectory.step, self.own)
+        log = self.store.steps(piece.log)
+        if self.ranks.leads:
+            log = self.store.log_of_steps(piece.log, trajectory.step, self.own)
         for k in range(start + 1, len(marks)):  # to the end, so that the log of its steps is whole
             tick = self._step_teller(trajectory, marks[k])
             trajectory.train_to(marks[k], log, tick, self._asking_teller(trajectory))
-            self.store.put_steps(log)
+            if self.ranks.leads:
+                self.store.put_steps(log)
             if k in missing:
                 trajectory.save(folder[marks[k].budget], marks[k])
             for earlier in range(k):
@@ -253,6 +272,11 @@ class Work:
 
         return tell
 
+    def _load(self) -> Model:
+        spec = self.prepared.spec
+        dtype, device = self.ranks.loading(spec.weights, spec.device)
+        return load_model(spec.model, revision=spec.revision, dtype=dtype, device=device)
+
     def _trajectory(self, piece: Piece) -> Trajectory:
         lr, spent = self.prepared.spec.optim.lr_of(piece.alias), 0
         if lr is None:
@@ -272,6 +296,7 @@ class Work:
             self.prepared.companions,
             self._start(asked, piece.seed),
             asked.reference,
+            self.ranks,
         )
 
     def trial(self, alias: str, seed: int, schedule: Schedule, references: References | None) -> Trajectory:
@@ -323,6 +348,15 @@ class Work:
             return None
         who = referred.compared_with(self.prepared, piece.alias, piece.seed)
         return self._references.stating(self._states.get(who, ()))
+
+
+def _train(ranks: Ranks, say: Say, raw_spec: dict[str, Any], folder: Path, piece: Piece, own: Path | None) -> None:
+    """What each rank of a trajectory does."""
+    spec, store = Spec.model_validate(raw_spec), Store(folder)
+    kept = store.kept if own is None else store.kept_on(platform.node())
+    prepared = prepare(spec, Drawing(store.pairs, kept=kept))
+    with computing(spec):
+        Work(prepared, store, lambda *event: say(event), own, ranks).train(piece)
 
 
 def said(who: Who) -> str:

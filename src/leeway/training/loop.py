@@ -19,6 +19,7 @@ from leeway.model.layout import Examples, Laid, Layout, lay, longest, stored
 from leeway.model.load import Model
 from leeway.model.reference import Reference, asked
 from leeway.objectives.objective import Objective
+from leeway.training.ranks import ALONE, Cut, Ranks
 
 Decay = Literal["constant", "linear", "cosine"]
 
@@ -69,10 +70,12 @@ def optimise(
     lr_at: Callable[[int], float],
     settings: Optim,
     reference: Reference | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Step]:
     """Take one optimiser step per batch, and say after each what it did.
 
     `reference` is the model that the objective is compared with: without one, `model` with its adapter switched off.
+    `ranks` are the processes that take each step together: every one of them runs this loop over the same batches.
 
     Gradients are those of the loss over the whole batch: micro-batches add up because every loss is normalised by the
     batch's totals. Raises LeewayError where a loss or a gradient is not finite, naming the step and its examples.
@@ -81,16 +84,16 @@ def optimise(
     reference = reference or Reference()
     for batch in batches:
         began = time.perf_counter()
-        torch.manual_seed(batch.seed)
+        torch.manual_seed(ranks.seed(batch.seed))
         model.lm.train()
-        totals = _totals(model, objective, batch, settings, reference)
+        totals = _totals(model, objective, batch, settings, reference, ranks)
         loss = 0.0
-        for micro in micro_batches(batch.rendered, settings.micro_tokens, settings.layout):
+        for micro, weight in ranks.share(batch.rendered, _cut(settings)):
             with _autocast(model, settings.autocast):
-                part = _loss(model, objective, micro, totals, settings, reference)
+                part = weight * _loss(model, objective, micro, totals, settings, reference)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
+        loss, norm = ranks.sum(loss), ranks.clip(parameters, settings.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFiniteError(
                 f"{objective.name}, step {batch.step}: loss {loss}, gradient norm {norm}, "
@@ -150,7 +153,13 @@ def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") ->
         yield group
 
 
-def _totals(model: Model, objective: Objective, batch: Batch, settings: Optim, reference: Reference) -> Totals:
+def _cut(settings: Optim) -> Cut:
+    return lambda examples: micro_batches(examples, settings.micro_tokens, settings.layout)
+
+
+def _totals(
+    model: Model, objective: Objective, batch: Batch, settings: Optim, reference: Reference, ranks: Ranks
+) -> Totals:
     totals = Totals(
         tokens=sum(s.targets for example in batch.rendered for s in example),
         examples=len(batch.rendered),
@@ -160,23 +169,29 @@ def _totals(model: Model, objective: Objective, batch: Batch, settings: Optim, r
     )
     if not batch.baseline:
         return totals
-    return replace(totals, baseline=_baseline(model, objective, batch, totals, settings, reference))
+    return replace(totals, baseline=_baseline(model, objective, batch, totals, settings, reference, ranks))
 
 
 def _baseline(
-    model: Model, objective: Objective, batch: Batch, totals: Totals, settings: Optim, reference: Reference
+    model: Model,
+    objective: Objective,
+    batch: Batch,
+    totals: Totals,
+    settings: Optim,
+    reference: Reference,
+    ranks: Ranks,
 ) -> float:
     """The objective's own pass over the whole batch: the policy without dropout and without a gradient."""
     found = 0.0
     model.lm.eval()
-    for micro in micro_batches(batch.baseline, settings.micro_tokens, settings.layout):
+    for micro, weight in ranks.share(batch.baseline, _cut(settings)):
         laid = lay(micro, model.device, settings.layout)
         with torch.no_grad(), _autocast(model, settings.autocast):
             policy = target_stats(model, laid, totals)
             theirs, _ = _reference(model, laid, micro, totals, reference)
-        found += objective.baseline(policy, theirs)
+        found += weight * objective.baseline(policy, theirs)
     model.lm.train()
-    return found
+    return ranks.sum(found)
 
 
 def _reference_tokens(objective: Objective, batch: Batch) -> int:

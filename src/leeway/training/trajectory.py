@@ -20,11 +20,13 @@ from leeway.model.layout import Asked
 from leeway.model.load import Model
 from leeway.model.reference import Reference, freeze
 from leeway.model.references import References
+from leeway.model.sharded import local
 from leeway.objectives import Objective
 from leeway.training import checkpoints
 from leeway.training.beforehand import Tell, ask_beforehand
 from leeway.training.checkpoints import Start
 from leeway.training.loop import Batch, Decay, Optim, Step, after_warmup, optimise
+from leeway.training.ranks import ALONE, Ranks
 from leeway.training.renderer import Renderer
 
 COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
@@ -67,13 +69,14 @@ class Trajectory:
     companions: Companions = field(default_factory=Companions)
     start: Start | None = None
     reference: Literal["start", "base"] = "start"
+    ranks: Ranks = ALONE
     step: int = 0
     counted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
     def __post_init__(self) -> None:
         self.compared = self._begin()
         asked = self.settings.layout or self.settings.loop.layout
-        layout = layout_of(asked, self.model, self.settings.adapter.kind)
+        layout = layout_of(asked, self.model, self.settings.adapter.kind, sharded=self.ranks.size > 1)
         self.settings = replace(self.settings, loop=replace(self.settings.loop, layout=layout))
         self.reference_hash = self.compared.hash
         if self.objective.needs_reference == "distribution":
@@ -117,11 +120,12 @@ class Trajectory:
         """
         batches = (self._batch(k) for k in range(self.step + 1, mark.step + 1))
         settings, steps = self.settings, len(self.schedule.steps)
+        self.ranks.shard(self.model, self.optimiser, self.compared)
         self.ask_beforehand(asking)
         lr_at = after_warmup(settings.lr, settings.warmup_steps, settings.decay, steps)
-        with log.open("a", encoding="utf-8") as lines:
+        with (log if self.ranks.leads else Path(os.devnull)).open("a", encoding="utf-8") as lines:
             for done in optimise(
-                self.model, self.objective, batches, self.optimiser, lr_at, settings.loop, self.compared
+                self.model, self.objective, batches, self.optimiser, lr_at, settings.loop, self.compared, self.ranks
             ):
                 self.step = done.step
                 for name in COUNTERS:
@@ -129,7 +133,8 @@ class Trajectory:
                 lines.write(json.dumps(asdict(done), sort_keys=True) + "\n")
                 lines.flush()
                 tick(done)
-            os.fsync(lines.fileno())
+            if self.ranks.leads:
+                os.fsync(lines.fileno())
 
     def ask_beforehand(self, asking: Tell = lambda *_: None) -> int:
         """Have all that is still to be asked of the reference kept; how many tokens went through it for that."""
@@ -149,12 +154,12 @@ class Trajectory:
 
     def save(self, folder: Path, mark: Mark) -> dict[str, Any]:
         """Write the checkpoint of `mark` with its ledger line, and return the line."""
-        if not all(torch.isfinite(t).all() for t in adapters.state(self.model).values()):
+        if not all(torch.isfinite(local(t)).all() for t in adapters.state(self.model).values()):
             raise NotFiniteError(
                 f"{self.alias}, step {self.step}: the adapter holds values that are not finite",
                 fix="lower optim.lr; the last checkpoint is kept",
             )
-        return checkpoints.write(folder, self.model, self.optimiser, self._ledger(mark))
+        return checkpoints.write(folder, self.model, self.optimiser, self._ledger(mark), self.ranks)
 
     def restore(self, folder: Path, mark: Mark, *, to_train: bool) -> dict[str, Any]:
         """Take up where `folder` left off (for training, with the optimiser's state); returns its ledger line."""
