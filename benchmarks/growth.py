@@ -53,7 +53,7 @@ def study(kind: str, budgets: str, seed: int = 0, limit: int | None = None) -> W
 
 def trajectory(work: Work, kept: Path | None = None) -> Trajectory:
     (at,) = work.prepared.schedules
-    return work.trial(*at, work.prepared.schedules[at], None if kept is None else References(kept))
+    return work.beginnings.trial(*at, work.prepared.schedules[at], None if kept is None else References(kept))
 
 
 def train(t: Trajectory, tick: Callable[[Step], None] = lambda _: None) -> float:

@@ -37,8 +37,8 @@ from leeway.study.pieces import BASE
 from leeway.study.progress import Reporter
 from leeway.study.spec import ALIAS, Spec
 from leeway.study.store import Store
+from leeway.study.telling import kind_of
 from leeway.study.voices import Voices
-from leeway.study.work import kind_of
 
 if TYPE_CHECKING:
     from leeway.report.results import Results

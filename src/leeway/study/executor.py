@@ -27,7 +27,8 @@ from leeway.study.pieces import Checkpoint, Piece
 from leeway.study.prepare import Prepared, prepare
 from leeway.study.spec import Spec
 from leeway.study.store import Store
-from leeway.study.work import Kind, Work
+from leeway.study.telling import Kind
+from leeway.study.work import Work
 
 Event = tuple[Kind, float, float, str]  # kind of work, units, seconds, what
 Listen = Callable[[Event], None]

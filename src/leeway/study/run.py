@@ -23,7 +23,8 @@ from leeway.study.prepare import Prepared, prepare
 from leeway.study.progress import Reporter
 from leeway.study.spec import Spec
 from leeway.study.store import Store
-from leeway.study.work import Work, kind_of
+from leeway.study.telling import kind_of
+from leeway.study.work import Work
 from leeway.training import checkpoints
 
 NEEDED_DISK = 64 << 20  # bytes

@@ -140,7 +140,7 @@ def measured(prepared: Prepared, scratch: Path) -> Timing:
     began = time.perf_counter()
     model = work.base()
     found.lend = time.perf_counter() - began
-    adapters.attach(model, work.settings(0.0).adapter, seed=0)
+    adapters.attach(model, work.beginnings.settings(0.0).adapter, seed=0)
     backend = TransformersBackend(model, "", prepared.spec.evals.batch, overlong="failure")
     with adapters.merged(model):
         for e in prepared.evals:
@@ -168,7 +168,7 @@ def _train(work: Work, alias: str, scratch: Path, found: Timing, asked: list[tup
     seed = work.prepared.spec.seeds[0]
     schedule = _few(work.prepared, alias, seed)
     kept = References(scratch / "references") if work.prepared.spec.reference == "cached" else None
-    trial = work.trial(alias, seed, schedule, kept)
+    trial = work.beginnings.trial(alias, seed, schedule, kept)
     began = time.perf_counter()
     tokens = trial.ask_beforehand()
     asked.append((time.perf_counter() - began, tokens))

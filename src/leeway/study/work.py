@@ -7,38 +7,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from leeway.data.batches import Mark, Schedule
 from leeway.errors import LeewayError, NotFiniteError
 from leeway.evals.eval import Eval
-from leeway.evals.likert import Likert
-from leeway.evals.persona import Persona
 from leeway.generation.backend import Backend
 from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
 from leeway.model.base import Base
 from leeway.model.load import Model, load_model
-from leeway.model.references import References
 from leeway.objectives.objective import PLAIN
-from leeway.study import keeping, looks, referred, tuning
+from leeway.study import keeping, looks, telling, tuning
+from leeway.study.beginnings import Beginnings
 from leeway.study.computing import computing
 from leeway.study.drawing import Drawing
 from leeway.study.launch import Say, in_ranks
-from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import BASE, Checkpoint, Piece, Who, schedule_of, whos
 from leeway.study.prepare import HeldOut, Prepared, prepare
 from leeway.study.serving import serving
 from leeway.study.spec import Spec
 from leeway.study.store import Store
+from leeway.study.telling import Tell
 from leeway.training import checkpoints
-from leeway.training.checkpoints import Start
-from leeway.training.loop import Optim, Step
 from leeway.training.ranks import ALONE, Ranks
-from leeway.training.trajectory import Settings, Trajectory, check_line
+from leeway.training.trajectory import check_line
 
-Kind = Literal["train", "generate", "choose"]
-Tell = Callable[[Kind, float, str], None]
 Read = Callable[[Path], dict[str, Any]]
 
 
@@ -74,6 +67,15 @@ class Work:
     def release(self) -> None:
         """Let go of the model: its memory is for others."""
         self._base = None
+
+    def _load(self) -> Model:
+        spec = self.prepared.spec
+        dtype, device = self.ranks.loading(spec.weights, spec.device)
+        return load_model(spec.model, revision=spec.revision, dtype=dtype, device=device)
+
+    @cached_property
+    def beginnings(self) -> Beginnings:
+        return Beginnings(self.prepared, self.store, self.base, self.ranks)
 
     def part(self, who: Who, e: Eval) -> Path:
         return self.store.part(who.objective, who.seed, who.budget, e.key, who.condition.name)
@@ -144,7 +146,7 @@ class Work:
         if who.objective == BASE:
             control = {c: o.control_tokens for o in self.prepared.objectives.values() for c in o.conditions}
             if who.condition != PLAIN and control.get(who.condition):
-                adapters.attach(model, self._adapter, seed=0, control_tokens=control[who.condition])
+                adapters.attach(model, self.beginnings.adapter, seed=0, control_tokens=control[who.condition])
             return model, "none"
         folder = self.store.checkpoint(who.objective, who.seed, who.budget)
         line = checkpoints.verified_ledger(folder)
@@ -154,7 +156,7 @@ class Work:
                 fix="the model has changed since: start in another --out",
             )
         control_tokens = self.prepared.objectives[who.objective].control_tokens
-        adapters.attach(model, self._adapter, seed=who.seed, control_tokens=control_tokens)
+        adapters.attach(model, self.beginnings.adapter, seed=who.seed, control_tokens=control_tokens)
         adapters.restore(model, folder)
         model.lm.eval()
         return model, line["adapter_hash"]
@@ -176,7 +178,7 @@ class Work:
             given = (plain, self.store.folder, piece, self.own)
             in_ranks(spec.processes, spec.device, _train, given, lambda e: self.tell(*e))
             return
-        trajectory = self._trajectory(piece)
+        trajectory = self.beginnings.trajectory(piece)
         start = max((k for k in range(missing[0]) if checkpoints.resumable(folder[marks[k].budget])), default=-1)
         if start >= 0:
             trajectory.restore(folder[marks[start].budget], marks[start], to_train=True)
@@ -184,8 +186,8 @@ class Work:
         if self.ranks.leads:
             log = self.store.log_of_steps(piece.log, trajectory.step, self.own)
         for k in range(start + 1, len(marks)):  # to the end, so that the log of its steps is whole
-            tick = self._step_teller(trajectory, marks[k])
-            trajectory.train_to(marks[k], log, tick, self._asking_teller(trajectory))
+            tick = telling.of_steps(self.tell, trajectory, marks[k])
+            trajectory.train_to(marks[k], log, tick, telling.of_asking(self.tell, trajectory))
             if self.ranks.leads:
                 self.store.put_steps(log)
             if k in missing:
@@ -204,11 +206,11 @@ class Work:
     def _trial(self, piece: Piece, lr: float, held_out: HeldOut) -> tuning.Trial:
         """One rate of the sweep; one that leaves the numbers has no accuracy, and its tokens count all the same."""
         schedule = held_out.schedules[piece.alias]
-        trajectory = self._new_trajectory(piece, schedule, self.settings(lr))
+        trajectory = self.beginnings.along(piece, schedule, self.beginnings.settings(lr))
         log = self.store.log_of_steps(f"tune-{piece.alias}-{lr:g}", 0, self.own)
         try:
-            tick = self._step_teller(trajectory, schedule.marks[0])
-            trajectory.train_to(schedule.marks[0], log, tick, self._asking_teller(trajectory))
+            tick = telling.of_steps(self.tell, trajectory, schedule.marks[0])
+            trajectory.train_to(schedule.marks[0], log, tick, telling.of_asking(self.tell, trajectory))
         except NotFiniteError as error:
             return tuning.Trial(lr, None, trajectory.spent, 0, error.what)
         finally:
@@ -216,7 +218,7 @@ class Work:
         prefix, test = trajectory.objective.conditions[0].prefix, held_out.test
         backend = TransformersBackend(trajectory.model, prefix, self.prepared.spec.evals.batch)
         with adapters.merged(trajectory.model):
-            rows = test.run(backend, self._answer_teller(f"{piece.alias}, rate {lr:g}", test))
+            rows = test.run(backend, telling.of_answers(self.tell, f"{piece.alias}, rate {lr:g}", test))
         identity = {"objective": piece.alias, "seed": piece.seed, "budget": schedule.marks[0].budget}
         rows_path = self.store.tuning(piece.alias).with_name(f"{piece.alias}-{lr:g}.parquet")
         self.store.write_part(rows_path, {**identity, "adapter_hash": ""}, rows)
@@ -234,120 +236,15 @@ class Work:
         stopping = {} if who.objective == BASE else looks.sequential_axes(self.prepared.spec, self.prepared.evals)
         pending = self.pending(who)
         for e in (e for e in pending if e.name not in stopping):
-            rows = e.run(keeping.asked_of(backend, e), self._answer_teller(said(who), e))
+            rows = e.run(keeping.asked_of(backend, e), telling.of_answers(self.tell, telling.said(who), e))
             self.store.write_part(self.part(who, e), identity, rows)
         for axis in dict.fromkeys(e.name for e in pending if e.name in stopping):
             base = replace(who, objective=BASE, seed=0, budget=0)
             of_base = [self.part(base, e) for e in stopping[axis]]
             asked = looks.Looks.of(self.prepared.spec, axis, stopping[axis], self.store, of_base)
-            found = asked.ask(backend, lambda e: self._answer_teller(said(who), e))
+            found = asked.ask(backend, lambda e: telling.of_answers(self.tell, telling.said(who), e))
             for e in (e for e in pending if e.name == axis):
                 self.store.write_part(self.part(who, e), identity, found[e.key])
-
-    def _step_teller(self, trajectory: Trajectory, mark: Mark) -> Callable[[Step], None]:
-        def tell(done: Step) -> None:
-            self.tell(
-                "train",
-                done.processed_tokens + done.reference_tokens / 2,
-                f"{trajectory.alias} s{trajectory.seed} step {done.step}/{mark.step} to {mark.budget:,} tokens "
-                f"| loss {done.loss:.4f} | {done.processed_tokens / done.seconds:,.0f} tok/s",
-            )
-
-        return tell
-
-    def _asking_teller(self, trajectory: Trajectory) -> Callable[[int, int], None]:
-        def tell(done: int, of: int) -> None:
-            at = f"{trajectory.alias} s{trajectory.seed}"
-            self.tell("train", 0.0, f"{at} asking its reference | {done:,}/{of:,} tokens")
-
-        return tell
-
-    def _answer_teller(self, at: str, e: Eval) -> Callable[[int], None]:
-        answered = 0
-
-        def tell(n: int) -> None:
-            nonlocal answered
-            answered += n
-            self.tell(kind_of(e), n, f"{at} | {e.key} {answered}/{len(e)}")
-
-        return tell
-
-    def _load(self) -> Model:
-        spec = self.prepared.spec
-        dtype, device = self.ranks.loading(spec.weights, spec.device)
-        return load_model(spec.model, revision=spec.revision, dtype=dtype, device=device)
-
-    def _trajectory(self, piece: Piece) -> Trajectory:
-        lr, spent = self.prepared.spec.optim.lr_of(piece.alias), 0
-        if lr is None:
-            choice = tuning.read(self.store.tuning(piece.alias))
-            lr, spent = choice.lr, choice.tokens
-        return self._new_trajectory(piece, schedule_of(self.prepared, piece), self.settings(lr, spent))
-
-    def _new_trajectory(self, piece: Piece, schedule: Schedule, settings: Settings) -> Trajectory:
-        asked = self.prepared.spec.objective(piece.alias)
-        return Trajectory(
-            piece.alias,
-            self.prepared.objectives[piece.alias],
-            piece.seed,
-            self.base(),
-            schedule,
-            replace(settings, references=self._kept_for(piece)),
-            self.prepared.companions,
-            self._start(asked, piece.seed),
-            asked.reference,
-            self.ranks,
-        )
-
-    def trial(self, alias: str, seed: int, schedule: Schedule, references: References | None) -> Trajectory:
-        """A trajectory along other steps, from the base: to be timed."""
-        settings = replace(self.settings(1e-5), references=references)
-        objective, companions = self.prepared.objectives[alias], self.prepared.companions
-        return Trajectory(alias, objective, seed, self.base(), schedule, settings, companions)
-
-    def _start(self, asked: ObjectiveSpec, seed: int) -> Start | None:
-        """What a trajectory starts from where that is not the base model, by the hash of what is there."""
-        if asked.start is None:
-            return None
-        if asked.start.adapter is not None:
-            return Start.of(Path(asked.start.adapter).expanduser())
-        assert asked.start.from_ is not None
-        assert asked.start.budget is not None
-        folder = self.store.checkpoint(asked.start.from_, seed, asked.start.budget)
-        return Start(folder, checkpoints.read_ledger(folder)["adapter_hash"])
-
-    @property
-    def _adapter(self) -> adapters.AdapterSettings:
-        asked = self.prepared.spec.adapter
-        return adapters.AdapterSettings(asked.r, asked.alpha, asked.dropout, asked.targets, asked.kind)
-
-    def settings(self, lr: float, tuning_tokens: int = 0) -> Settings:
-        optim = self.prepared.spec.optim
-        return Settings(
-            self._adapter,
-            lr,
-            optim.warmup_steps,
-            optim.weight_decay,
-            Optim(optim.clip, optim.micro_tokens),
-            optim.schedule,
-            tuning_tokens,
-            layout=optim.layout,
-        )
-
-    @cached_property
-    def _references(self) -> References:
-        return References(self.store.references)
-
-    @cached_property
-    def _states(self) -> dict[referred.Who, frozenset[str]]:
-        return referred.states_of(self.prepared)
-
-    def _kept_for(self, piece: Piece) -> References | None:
-        """Where what this trajectory's reference says is kept; nowhere where it answers live."""
-        if self.prepared.spec.reference == "live":
-            return None
-        who = referred.compared_with(self.prepared, piece.alias, piece.seed)
-        return self._references.stating(self._states.get(who, ()))
 
 
 def _train(ranks: Ranks, say: Say, raw_spec: dict[str, Any], folder: Path, piece: Piece, own: Path | None) -> None:
@@ -357,13 +254,3 @@ def _train(ranks: Ranks, say: Say, raw_spec: dict[str, Any], folder: Path, piece
     prepared = prepare(spec, Drawing(store.pairs, kept=kept))
     with computing(spec):
         Work(prepared, store, lambda *event: say(event), own, ranks).train(piece)
-
-
-def said(who: Who) -> str:
-    """A checkpoint under its condition, as the progress names it."""
-    at = BASE if who.objective == BASE else f"{who.objective} s{who.seed} at {who.budget:,} tokens"
-    return at if who.condition == PLAIN else f"{at} under {who.condition.name}"
-
-
-def kind_of(e: Eval) -> Kind:
-    return "choose" if isinstance(e, (Persona, Likert)) else "generate"
