@@ -15,12 +15,13 @@ from leeway.model.trees import Tree
 
 WASTE = 1.25  # a block's positions per token at most, before a new block begins
 ROUND = 64  # a CPU's matrix products are compiled for each shape they meet: few shapes are met so
+STRIDE = 16  # and of a block's positions
 HIDDEN = -1e30  # added to what a token does not see; a row always sees itself, so no softmax is empty
 
 
 @dataclass(frozen=True)
 class Block:
-    """Trees of like length, each padded on the right to L.
+    """Trees of like length, each padded on the right to L, a multiple of STRIDE.
 
     tokens_BL: the token of each position (a padded one repeats token 0, and nobody reads it). seen: None where every
     tree is one sequence, whose tokens see all that came before; else which positions each position sees, [B, L, L].
@@ -67,7 +68,7 @@ class Blocks:
         blocks, place_T, offset = [], torch.zeros(filled(starts[-1]), dtype=torch.long), 0
         for group in _alike([len(trees[n].ids) for n in order]):
             members = [order[k] for k in group]
-            length = max(len(trees[n].ids) for n in members)
+            length = -(-max(len(trees[n].ids) for n in members) // STRIDE) * STRIDE
             tokens_BL = torch.zeros(len(members), length, dtype=torch.long)
             for b, n in enumerate(members):
                 size = len(trees[n].ids)
