@@ -159,7 +159,7 @@ def test_dollars_are_hours_times_the_price_and_are_not_printed_without_one() -> 
     assert planned.bill.fits is True
     text = plan.plan(spec, machine).to_text()
     assert "hire: no price given (--price)" in text
-    assert "estimated on A10G, not measured" in text
+    assert "estimated by formulas on A10G, not measured" in text
     assert "$" not in text
 
 
@@ -207,6 +207,7 @@ def test_the_bill_says_judges_calls() -> None:
         fits=True,
         advice="",
         adapters_gib=1.0,
+        references_gib=0.5,
         hub_gib=2.0,
         disk_gib=3.0,
         judge_calls=1000,

@@ -167,6 +167,29 @@ def test_python_that_is_not_run_imports_what_there_is(block: Block) -> None:
                 assert hasattr(module, name.name), f"{block}: {node.module} has no {name.name}"
 
 
+def test_recipes_for_clusters_are_read() -> None:
+    """No cluster is here: the shell reads the scripts, and the job's parts have to fit each other."""
+    import subprocess
+
+    found = {b.title: b for b in blocks(ROOT / "docs" / "executors.md") if b.title}
+    for block in (b for b in found.values() if b.language == "bash"):
+        read = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True, check=False)
+        assert (read.returncode, read.stderr) == (0, ""), block
+    assert {b.language for b in found.values()} == {"bash", "yaml"}
+    job = yaml.safe_load(found["leeway-job.yaml"].text)
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    parsed(shlex.split(job["spec"]["entrypoint"]))
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    pods = [group["template"]["spec"] for group in groups]
+    assert all(isinstance(v, str) for group in groups for v in group["rayStartParams"].values())
+    assert len({yaml.safe_dump(pod["volumes"]) for pod in pods}) == 1
+    assert len({(c["image"], yaml.safe_dump(c["volumeMounts"])) for pod in pods for c in pod["containers"]}) == 1
+    mounted = pods[0]["containers"][0]["volumeMounts"][0]
+    assert mounted["name"] == pods[0]["volumes"][0]["name"]
+    assert f"--out {mounted['mountPath']}/" in job["spec"]["entrypoint"]
+
+
 # --- links and the site
 
 

@@ -19,7 +19,8 @@ from leeway.model import adapters
 from leeway.model.adapters import AdapterSettings, Kind
 from leeway.model.layout import lay
 from leeway.model.load import load_model
-from leeway.model.reference import Reference, as_reference, freeze
+from leeway.model.reference import Reference, as_reference, asked, freeze
+from leeway.model.references import References
 from leeway.objectives import cft, dpo, kl, kto, sft
 from leeway.training import loop
 from leeway.training.checkpoints import Start
@@ -37,7 +38,7 @@ def trajectory(
     kind: Kind,
     objective: object,
     *,
-    kept: bool = False,
+    kept: Path | None = None,
     start: Start | None = None,
     reference: str = "start",
     budgets: tuple[int, ...] = (240, 700),
@@ -46,7 +47,7 @@ def trajectory(
 ) -> Trajectory:
     settings = Settings(
         AdapterSettings(r, 8, 0.1, "all-linear", kind), 3e-3, 2, 0.0, Optim(1.0, 200),
-        reference="cached" if kept else "live",
+        references=None if kept is None else References(kept),
     )  # fmt: skip
     plan = schedule(EXAMPLES, lambda _: 30, budgets, batch=4, seed=0)
     loaded = load_model(str(model), device="cpu")
@@ -77,7 +78,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def answers(t: Trajectory) -> Tensor:
     """The reference's log-probabilities of the first step's answers, asked of the model itself."""
     examples = t._batch(1).rendered
-    logp_T, _ = loop._asked(t.model, lay(examples, t.model.device), t.compared)
+    logp_T, _ = asked(t.model, lay(examples, t.model.device), t.compared)
     return logp_T
 
 
@@ -172,8 +173,14 @@ def test_a_second_stage_that_is_resumed_is_the_uninterrupted_one(
 ) -> None:
     def second() -> Trajectory:
         return trajectory(
-            models["qwen2"], kind, kl.Kl(weight=0.5), kept=kept, start=tuned[kind], reference=which, budgets=(240, 900)
-        )  # more than one epoch
+            models["qwen2"],
+            kind,
+            kl.Kl(weight=0.5),
+            kept=tmp_path / "kept" if kept else None,
+            start=tuned[kind],
+            reference=which,
+            budgets=(240, 900),
+        )  # more than one epoch; fmt: skip
 
     whole = second()
     first, last = go(whole, 0, tmp_path / "whole"), go(whole, 1, tmp_path / "whole")
@@ -212,59 +219,64 @@ def test_a_frozen_copy_says_what_the_disabled_adapter_says(
 def test_asked_beforehand_it_says_what_it_says_live(
     kind: Kind, objective: object, models: dict[str, Path], tmp_path: Path, record_property: Record
 ) -> None:
-    """Bit for bit in the first epoch, where the grouping is the same; within rounding after."""
-    found = []
+    """Within rounding: live, a sequence goes through beside others."""
     for kept in (False, True):
-        t = trajectory(models["gemma2"], kind, objective, kept=kept, budgets=(480, 960))
+        t = trajectory(models["gemma2"], kind, objective, kept=tmp_path / "kept" if kept else None, budgets=(480, 960))
         go(t, 0, tmp_path / str(kept))
-        found.append({k: v.clone() for k, v in adapters.state(t.model).items()})
         go(t, 1, tmp_path / str(kept))
-    assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
     live, kept_ = steps(tmp_path / "False"), steps(tmp_path / "True")
     most = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(live, kept_, strict=True))
     record_property("measured", f"{kind}, {objective.name}: loss, asked beforehand against live {most:.1e} (1e-5)")  # type: ignore[attr-defined]
     assert most <= 1e-5
     tokens = [[step["reference_tokens"] for step in log] for log in (live, kept_)]
-    assert tokens[0][:4] == tokens[1][:4]
     assert all(tokens[0])
+    assert tokens[1] == new_tokens(t)
     if not t._batch(1).baseline:  # whose mismatched pairs are other ones in each epoch
         assert not any(tokens[1][4:])
     assert sum(tokens[1]) < sum(tokens[0])
 
 
+def new_tokens(t: Trajectory) -> list[int]:
+    """Tokens of the sequences that each step is the first to need."""
+    seen: set[object] = set()
+    found = []
+    for k in range(1, len(t.schedule.steps) + 1):
+        b = t._batch(k)
+        here = {(s.ids, s.start) for part in (b.rendered, b.baseline) for example in part for s in example} - seen
+        seen |= here
+        found.append(sum(len(ids) for ids, _ in here))
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_asked_beforehand_it_answers_what_it_would_have(
-    kind: Kind, models: dict[str, Path], tmp_path: Path, record_property: Record
-) -> None:
-    """Each sequence's statistics, kept, against the same sequence asked alone."""
-    t = trajectory(models["qwen2"], kind, kl.Kl(weight=0.5), kept=True)
+def test_asked_beforehand_it_answers_what_it_would_have(kind: Kind, models: dict[str, Path], tmp_path: Path) -> None:
+    """Each sequence's statistics, kept, are the bits of the same sequence asked alone."""
+    t = trajectory(models["qwen2"], kind, kl.Kl(weight=0.5), kept=tmp_path / "kept")
     live = trajectory(models["qwen2"], kind, kl.Kl(weight=0.5))
     go(t, 0, tmp_path)
-    most = 0.0
     for (s,) in t._batch(2).rendered:
         kept = t.compared.recall([s], t.model.device)
-        alone = loop._asked(live.model, lay([[s]], live.model.device), live.compared)
+        alone = asked(live.model, lay([[s]], live.model.device), live.compared)
         assert kept is not None
         assert kept[1] is not None
-        most = max(most, gap(kept[0], alone[0]), gap(kept[1], alone[1]))
-    record_property("measured", f"{kind}: kept statistics against a sequence asked alone {most:.1e} (1e-6)")
-    assert most <= 1e-6
+        assert torch.equal(kept[0], alone[0])
+        assert torch.equal(kept[1], alone[1])
 
 
 @pytest.mark.parametrize("objective", [dpo.Dpo(), kl.Kl(weight=0.5)], ids=lambda o: o.name)
 def test_packed_rows_are_asked_beforehand_too(objective: object, models: dict[str, Path], tmp_path: Path) -> None:
     found = []
     for kept in (False, True):
-        t = trajectory(models["llama"], "lora", objective, kept=kept)
+        t = trajectory(models["llama"], "lora", objective, kept=tmp_path / "kept" if kept else None)
         t.settings = replace(t.settings, loop=replace(t.settings.loop, layout="packed"))
         go(t, 1, tmp_path / str(kept))
         found.append(steps(tmp_path / str(kept)))
-    for live, asked in zip(*found, strict=True):
-        assert asked["loss"] == pytest.approx(live["loss"], rel=1e-5)
+    for live, kept_ in zip(*found, strict=True):
+        assert kept_["loss"] == pytest.approx(live["loss"], rel=1e-5)
 
 
 def test_asked_beforehand_no_copy_of_the_weights_is_held(models: dict[str, Path], tmp_path: Path) -> None:
-    t = trajectory(models["qwen2"], "full", dpo.Dpo(), kept=True)
+    t = trajectory(models["qwen2"], "full", dpo.Dpo(), kept=tmp_path / "kept")
     assert t.compared.frozen
     go(t, 0, tmp_path)
     assert t.compared.frozen is None
@@ -282,7 +294,7 @@ def test_the_divergence_of_whole_weights_is_zero_at_their_start(
 
     def divergence() -> tuple[Tensor, float]:
         batch = lay(t._batch(1).rendered, t.model.device)
-        _, theirs_TD = loop._asked(t.model, batch, t.compared)
+        _, theirs_TD = asked(t.model, batch, t.compared)
         found = loop.target_stats(t.model, batch, None, reference_hidden_TD=theirs_TD, direction=towards).kl_T  # type: ignore[arg-type]
         assert found is not None
         t.model.lm.zero_grad()
@@ -314,7 +326,7 @@ def test_the_divergence_of_whole_weights_is_that_of_two_models(
     for (s,) in t._batch(1).rendered:
         batch = lay([[s]], t.model.device)
         with torch.no_grad():
-            _, theirs_TD = loop._asked(t.model, batch, t.compared)
+            _, theirs_TD = asked(t.model, batch, t.compared)
             found = loop.target_stats(t.model, batch, None, reference_hidden_TD=theirs_TD).kl_T  # type: ignore[arg-type]
             p, q = (
                 torch.distributions.Categorical(logits=lm(input_ids=torch.tensor([s.ids])).logits[0, s.start - 1 : -1])

@@ -159,7 +159,7 @@ def test_tuned_rates_are_chosen_on_examples_that_nothing_is_trained_on(
     trained = {e.id for s in prepared.schedules.values() for e in s.examples} | {e.id for e in prepared.companions.task}
     assert len(prepared.tuning.test.items) == 6
     assert not trained & {i.id for i in prepared.tuning.test.items}
-    assert [p.kind for p in pieces_of(prepared)] == ["base", "tune", "tune", "train", "train"]
+    assert [p.kind for p in pieces_of(prepared)] == ["base", "tune", "tune", "train", "train", *["measure"] * 4]
     out = carry(study, tmp_path / "one", workers=2)
     lines, manifest = ledger(out), json.loads((out / "manifest.json").read_text())
     for alias, choice in manifest["tuning"].items():
@@ -222,7 +222,9 @@ def test_the_sweep_asks_under_the_objectives_own_prompt(
     sweep = "lr: tuned, tune: {lrs: [1.0e-3], budget: 200, items: 4}"
     study = text(models, root, "[cft]").replace("lr: 3.0e-3", sweep)
     prepared = prepare(parse(study, "x"))
-    work.Work(prepared, Store(tmp_path), lambda *_: None).carry_out(pieces_of(prepared)[1])
+    work.Work(prepared, Store(tmp_path), lambda *_: None).carry_out(
+        next(p for p in pieces_of(prepared) if p.kind == "tune")
+    )
     assert prefixes == ["<SAFE>"]
 
 

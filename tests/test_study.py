@@ -112,7 +112,9 @@ def test_objectives_are_matched(finished: Path) -> None:
     assert (ledger.source_tokens >= ledger.budget).all()
     last = ledger[ledger.budget == 800].set_index("objective")
     assert last.loc["sft", "processed_tokens"] == last.loc["sft", "source_tokens"]
-    assert last.loc["kl", "reference_tokens"] == last.loc["kl", "processed_tokens"]
+    first = ledger[(ledger.budget == 400) & (ledger.epochs <= 1)].set_index("objective")
+    assert first.loc["kl", "reference_tokens"] == first.loc["kl", "processed_tokens"]
+    assert last.loc["kl", "reference_tokens"] < last.loc["kl", "processed_tokens"]  # each sequence is asked about once
     assert last.loc["ip", "processed_tokens"] > last.loc["sft", "processed_tokens"]
     assert last.loc["cft", "processed_tokens"] == last.loc["dpo", "processed_tokens"] + 2 * last.loc["cft", "examples"]
 

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,9 @@ from leeway.generation.vllm import VllmServer, VllmSettings, check_servable, tem
 from leeway.model import adapters
 from leeway.model.adapters import AdapterSettings
 from leeway.model.load import load_chat, load_model
+from leeway.study import work
+from leeway.study.pieces import Who
+from test_study import carry, study
 
 STAND_IN = r'''#!PYTHON
 """Not vLLM: a stand-in that follows its documented routes."""
@@ -291,3 +296,37 @@ def test_the_weights_hash_is_the_loaded_models(models: dict[str, Path]) -> None:
     model = load_model(str(models["llama"]), device="cpu")
     assert vllm.weights_hash(str(models["llama"])) == model.hash
     assert TransformersBackend(model).identity
+
+
+def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
+    models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many its checkpoints and conditions are; here a model in this process answers for vLLM."""
+    model, served = models["llama"], list[list[tuple[str, int, str]]]()
+
+    class InPlace:
+        def base(self, prefix: str) -> TransformersBackend:
+            return TransformersBackend(load_model(str(model), device="cpu"), prefix)
+
+        @contextmanager
+        def adapter(self, folder: Path, prefix: str) -> Iterator[TransformersBackend]:
+            loaded = load_model(str(model), device="cpu")
+            adapters.attach(loaded, AdapterSettings(16, 32, 0.05, "all-linear"), seed=0)
+            adapters.restore(loaded, folder)
+            with adapters.merged(loaded):
+                yield TransformersBackend(loaded, prefix)
+
+    @contextmanager
+    def serving(_: object, asked: list[Who]) -> Iterator[InPlace]:
+        served.append([(who.objective, who.budget, who.condition.name) for who in asked])
+        yield InPlace()
+
+    monkeypatch.setattr(work, "serving", serving)
+    text = study(model, root, budgets="[200, 400]", objectives="[sft, ip]")
+    out, here = carry(text.replace("batch: 16", "batch: 16\n  backend: vllm"), tmp_path / "served"), tmp_path / "here"
+    assert sorted(served) == [
+        [("base", 0, "plain"), ("base", 0, "inoculated")],
+        [("ip", b, c) for b in (200, 400) for c in ("plain", "inoculated")],
+        [("sft", 200, "plain"), ("sft", 400, "plain")],
+    ]
+    assert (out / "rows.parquet").read_bytes() == (carry(text, here) / "rows.parquet").read_bytes()

@@ -6,11 +6,12 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from leeway.cli.once import Verbs
+from leeway.errors import LeewayError
 
 app = Verbs()
 Study = Annotated[str, typer.Argument(metavar="STUDY", help="a study file, or a preset's name")]
@@ -21,7 +22,19 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="the run directory; carried on with if it exists")]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="processes on this machine (default: one per core on a CPU)"),
+    typer.Option(
+        "--workers",
+        min=1,
+        help="how many work at once (default: on a CPU as many as there are cores for, one on a GPU)",
+    ),
+]
+Executor = Annotated[
+    Literal["local", "ray"],
+    typer.Option(
+        "--executor",
+        help="this machine, or a Ray cluster: RAY_ADDRESS's, else one started here (default: local)",
+        show_default=False,
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but the final paths")]
 
@@ -62,15 +75,23 @@ def plan(
             help="a judge's dollars per million tokens, read and written; one number for both",
         ),
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="time some steps and answers on this machine: loads the model")
+    ] = False,
+    workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say what a study takes: trajectories, exact tokens, estimated hours, memory, dollars, disk. Touches no GPU."""
+    """Say what a study takes: trajectories, exact tokens, hours, memory, dollars, disk; by formulas, or --measure."""
     from leeway.study.parse import load
     from leeway.study.plan import plan as make_plan
     from leeway.study.plan import priced
 
     machine, prices = priced(gpu, mfu, mbu, price, judge_price)
-    planned = make_plan(load(study, tuple(overrides or ())), machine, prices)
+    if gpu is not None and measure:
+        raise LeewayError("--measure is of this machine, --gpu of another", fix="leave one of them out")
+    if workers is not None and not measure:
+        raise LeewayError("--workers is for what is measured", fix="add --measure")
+    planned = make_plan(load(study, tuple(overrides or ())), machine, prices, measure=measure, workers=workers)
     typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text())
 
 
@@ -89,10 +110,15 @@ def show(
 
 @app.command()
 def run(
-    study: Study, overrides: Overrides = None, out: Out = None, workers: Workers = None, quiet: Quiet = False
+    study: Study,
+    overrides: Overrides = None,
+    out: Out = None,
+    workers: Workers = None,
+    executor: Executor = "local",
+    quiet: Quiet = False,
 ) -> None:
     """Run a study; the same command carries on where it stopped."""
-    _run(study, tuple(overrides or ()), out, workers, quiet)
+    _run(study, tuple(overrides or ()), out, workers, quiet, executor)
 
 
 @app.command()
@@ -130,12 +156,19 @@ def audit(
     typer.echo(str(page.resolve()))
 
 
-def _run(study: str, overrides: tuple[str, ...], out: Path | None, workers: int | None, quiet: bool) -> None:
+def _run(
+    study: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    workers: int | None,
+    quiet: bool,
+    executor: Literal["local", "ray"] = "local",
+) -> None:
     from leeway.study.parse import load
     from leeway.study.progress import Reporter
     from leeway.study.run import run as carry_out
 
     spec = load(study, overrides)
     command = "leeway " + shlex.join(sys.argv[1:])
-    page = carry_out(spec, out or Path("runs") / spec.name, Reporter(quiet=quiet), command, workers)
+    page = carry_out(spec, out or Path("runs") / spec.name, Reporter(quiet=quiet), command, workers, executor)
     typer.echo(str(page.resolve()))

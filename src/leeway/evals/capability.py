@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from leeway.data.items import CapabilityItem
 from leeway.errors import LeewayError
@@ -57,6 +57,12 @@ class Capability:
         """The shots as user and assistant turns, then the item's question."""
         turns = [(role, text) for shot in self.shots for role, text in zip(("user", "assistant"), shot, strict=True)]
         return [{"role": role, "content": text} for role, text in [*turns, ("user", item.prompt)]]
+
+    def clusters(self) -> list[str]:
+        return [i.id for i in self.items]
+
+    def part(self, clusters: Collection[str]) -> Capability:
+        return replace(self, items=[i for i in self.items if i.id in clusters])
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         requests = [Request(self.conversation(i), self.max_new_tokens) for i in self.items]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend
 
@@ -66,4 +66,17 @@ class Eval(Protocol):
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Every item once, in the items' order."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """An eval whose items may be asked a part at a time: what a design that stops early needs."""
+
+    def clusters(self) -> list[str]:
+        """The cluster of each item, as its rows name it."""
+        ...
+
+    def part(self, clusters: Collection[str]) -> Eval:
+        """The same eval of the items of these clusters alone."""
         ...

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from leeway.attacks import Aside, Attack, AttackFailed, Conversation
 from leeway.attacks.attack import Play
@@ -86,6 +87,12 @@ class Jailbreak:
     def __len__(self) -> int:
         """Answers, however many judges read them."""
         return len(self.prompts) * len(self.attacks) * max(1, self.samples)
+
+    def clusters(self) -> list[str]:
+        return [p.id for p in self.prompts]
+
+    def part(self, clusters: Collection[str]) -> Jailbreak:
+        return replace(self, prompts=[p for p in self.prompts if p.id in clusters])
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Play all games at once, a turn of each at a time, so that a turn is one batch whatever the attacks are.

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 
@@ -51,6 +51,11 @@ def scored(rating: float, direction: str, key: int) -> float:
     return (endorsing - 1) / 4
 
 
+def cluster_of(item: LikertItem) -> str:
+    """Items of one text, under several traits too, are one."""
+    return f"statement/{digest(item.text)}"
+
+
 @dataclass(frozen=True)
 class Likert:
     """Statements rated from 1 to 5, one forward pass for each item and direction of the scale."""
@@ -69,6 +74,12 @@ class Likert:
     def __len__(self) -> int:
         return len(self.items) * len(directions())
 
+    def clusters(self) -> list[str]:
+        return [cluster_of(i) for i in self.items]
+
+    def part(self, clusters: Collection[str]) -> Likert:
+        return replace(self, items=[i for i in self.items if cluster_of(i) in clusters])
+
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Every item with 5 for agreeing, then every item with 5 for disagreeing."""
         asked = [(d, i, text.replace("{statement}", i.text)) for d, text in directions().items() for i in self.items]
@@ -86,7 +97,7 @@ class Likert:
             eval=self.name,
             attack="",
             item_id=item.id,
-            cluster=f"statement/{digest(item.text)}",
+            cluster=cluster_of(item),
             sample=0,
             prompt=prompt,
             response="" if math.isnan(score) else max(OPTIONS, key=lambda o: choice.mass[o]),

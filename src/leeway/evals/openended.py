@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -137,6 +137,12 @@ class OpenEnded:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def clusters(self) -> list[str]:
+        return [i.id for i in self.items]
+
+    def part(self, clusters: Collection[str]) -> OpenEnded:
+        return replace(self, items=[i for i in self.items if i.id in clusters])
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         requests = [Request([{"role": "user", "content": i.prompt}], self.max_new_tokens) for i in self.items]

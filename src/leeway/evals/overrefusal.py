@@ -10,8 +10,9 @@ calls `harmful` of a forbidden prompt is here `answered`.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from leeway.data.items import BenignPrompt, Outcome
 from leeway.errors import LeewayError
@@ -49,6 +50,12 @@ class OverRefusal:
 
     def __len__(self) -> int:
         return len(self.items) * self.samples
+
+    def clusters(self) -> list[str]:
+        return [i.id for i in self.items]
+
+    def part(self, clusters: Collection[str]) -> OverRefusal:
+        return replace(self, items=[i for i in self.items if i.id in clusters])
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Every prompt's samples in turn."""

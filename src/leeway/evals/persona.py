@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -83,6 +84,11 @@ def forms(order_swap: bool, paraphrases: int) -> tuple[Form, ...]:
     return (Form(PLAIN), *swapped, *(Form(f["name"], f["text"]) for f in known[:paraphrases]))
 
 
+def cluster_of(item: PersonaItem) -> str:
+    """Items of one text, under several traits too, are one."""
+    return f"statement/{digest(item.statement)}"
+
+
 @dataclass(frozen=True)
 class Persona:
     """Yes/no statements of several traits, one forward pass for each item and form."""
@@ -113,6 +119,12 @@ class Persona:
     def __len__(self) -> int:
         return len(self.items) * len(self.forms)
 
+    def clusters(self) -> list[str]:
+        return [cluster_of(i) for i in self.items]
+
+    def part(self, clusters: Collection[str]) -> Persona:
+        return replace(self, items=[i for i in self.items if cluster_of(i) in clusters])
+
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """The items under the plain form, then under each check: rows of `persona`, then of `persona-check`."""
         asked = [(form, item, form.ask(item)) for form in self.forms for item in self.items]
@@ -129,7 +141,7 @@ class Persona:
             eval=self.name if plain else CHECK,
             attack="",
             item_id=item.id,
-            cluster=f"statement/{digest(item.statement)}",
+            cluster=cluster_of(item),
             sample=0,
             prompt=prompt,
             response="" if math.isnan(score) else ("Yes" if yes > no else "No" if no > yes else "tie"),

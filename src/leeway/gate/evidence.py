@@ -86,6 +86,8 @@ class Collected:
     def needed(self, finding: Finding, level: float) -> int | None:
         """How many more prompts would decide an open rule; None where it is decided, or nobody can say."""
         e = finding.evidence
+        if self._results.sequential:
+            return None  # a design that stops when it may has no fixed number of prompts
         if finding.outcome != "inconclusive" or e.withheld or finding.undermined or e.n_clusters < FEW:
             return None
         alpha = level if e.kept else level / len(self._task.rules)  # a fail is corrected over the rules

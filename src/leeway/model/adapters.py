@@ -21,6 +21,7 @@ from torch import Tensor
 
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed
+from leeway.model.base import bits
 from leeway.model.load import Model
 
 Kind = Literal["lora", "rslora", "dora", "full"]
@@ -124,14 +125,16 @@ def _add_control_tokens(model: Model, tokens: tuple[str, ...]) -> list[int]:
     """
     model.chat, lm = model.chat.with_control_tokens(tokens), model.lm
     ids = [int(i) for i in model.chat.tokenizer.convert_tokens_to_ids(list(tokens))]
-    table = lm.get_input_embeddings().weight
+    table, out = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
     mean_D = table[: ids[0]].float().mean(0)
     if max(ids) >= table.shape[0]:
         lm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        table = lm.get_input_embeddings().weight
+        table, out = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+    else:
+        for own in {table, out}:  # rows are written into a copy: the next who borrows the model has its own again
+            own.data = own.data.clone()
     with torch.no_grad():
         table[ids] = mean_D.to(table.dtype)
-    out = lm.get_output_embeddings().weight
     if out is not table:
         with torch.no_grad():
             out[ids] = 0.0  # grown rows are drawn from the global generator, and a blocked row needs no value
@@ -179,19 +182,20 @@ def init_hash(model: Model) -> str:
     return adapter_hash({name: p[:own] if id(p) in tables else p for name, p in lm.named_parameters()})
 
 
-def save(model: Model, folder: Path) -> None:
+def save(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
     """Write an adapter in PEFT format, or whole weights as a transformers model; safetensors both.
 
-    The tokenizer goes with whole weights, and with an adapter where control tokens were added to it.
+    The tokenizer goes with whole weights, and with an adapter where control tokens were added to it. `tensors` are what
+    trains by the names of the model's state, where the model itself holds them in shards.
     """
     if not is_low_rank(model):
         from transformers import GenerationConfig
 
-        model.lm.save_pretrained(folder)
+        model.lm.save_pretrained(folder, state_dict=tensors)
         GenerationConfig(eos_token_id=list(model.stop_ids) or None).save_pretrained(folder)
         model.chat.tokenizer.save_pretrained(folder)
         return
-    model.lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    model.lm.save_pretrained(folder, state_dict=tensors, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model-card template
     if model.lm.peft_config["default"].trainable_token_indices:
         model.chat.tokenizer.save_pretrained(folder)
@@ -257,6 +261,7 @@ def _config_misfit(model: Model, folder: Path) -> str:
 def merged(model: Model) -> Iterator[None]:
     """An adapter merged into the weights for as long as the context lasts; the base's own tensors come back after.
 
+    It is merged into copies, and the tensors that come back are seen to have the bits that they had (`base.bits`).
     Only in float32: in bfloat16 a small update is lost in the rounding of the sum, and a checkpoint at a small budget
     would be measured as the base. There the adapter stays beside the weights, as it was trained. Whole weights have
     nothing to merge.
@@ -267,13 +272,19 @@ def merged(model: Model) -> Iterator[None]:
         yield
         return
     layers = [m for m in model.lm.modules() if isinstance(m, BaseTunerLayer)]
-    kept = {id(w): (w, w.data) for m in layers for w in m.get_base_layer().parameters(recurse=False)}
-    for weight, data in kept.values():
+    kept = {w: w.data for m in layers for w in m.get_base_layer().parameters(recurse=False)}
+    before = bits(kept.values())
+    for weight, data in kept.items():
         weight.data = data.clone()
     model.lm.merge_adapter()
     try:
         yield
     finally:
         model.lm.unmerge_adapter()
-        for weight, data in kept.values():
+        for weight, data in kept.items():
             weight.data = data
+    if bits(kept) != before:
+        raise LeewayError(
+            f"model {model.name}: its weights are not what they were before the adapter was merged",
+            fix="run the same command again: the model is loaded afresh, and finished work is kept",
+        )

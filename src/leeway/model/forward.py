@@ -73,7 +73,7 @@ class TokenStats:
         return self.sum_S() / self.count_S()
 
 
-def layout_of(asked: Asked, model: Model, adapter: str) -> Layout:
+def layout_of(asked: Asked, model: Model, adapter: str, *, sharded: bool = False) -> Layout:
     """The layout that micro-batches take: what is asked, or by `auto` what suits model, kind of adapter and device.
 
     On a CPU that is the fused decoder where it knows them, and padded rows elsewhere: those keep a GPU's attention
@@ -82,6 +82,7 @@ def layout_of(asked: Asked, model: Model, adapter: str) -> Layout:
     if asked == "padded" or asked == "packed":  # noqa: PLR1714 - the type checker follows this form alone
         return asked
     why = why_not(model.lm) or ("" if adapter in FUSED_ADAPTERS else f"adapter.kind is {adapter}")
+    why = "its layers are in shards" if sharded else why
     if asked == "fused" and why:
         raise LeewayError(f"optim.layout: fused does not go with {model.name}: {why}", fix="use layout: auto")
     return "fused" if asked == "fused" or (not why and model.device.type == "cpu") else "padded"

@@ -18,18 +18,16 @@ from torch.nn import Parameter
 from leeway.data.chat import Sequence
 from leeway.hashing import digest
 from leeway.model.adapters import is_low_rank, trainable
+from leeway.model.forward import hidden_at_measured
+from leeway.model.layout import Laid, Layout
 from leeway.model.load import Model
-from leeway.model.tokenstats import Head
+from leeway.model.references import Shelf
+from leeway.model.sharded import exchanged, is_shard
+from leeway.model.tokenstats import Head, token_logps
 
 Frozen = dict[Parameter, Tensor]
 
-
-@dataclass(frozen=True)
-class Kept:
-    """Statistics of one sequence's M measured tokens, on the CPU: log-probabilities, nats, and final hidden states."""
-
-    logp_M: Tensor
-    hidden_MD: Tensor | None
+ARITHMETIC = 2  # another number where our own code computes a reference in another way
 
 
 @dataclass
@@ -39,15 +37,15 @@ class Reference:
     Live, nothing given: the adapter is switched off, and the base answers; this takes no memory.
     Live, `frozen`: what trains takes these values for the pass. This takes one more copy of what trains: little for an
     adapter, the size of the model for whole weights.
-    Cached: `kept` holds what it said of each sequence, computed before the first step; `frozen` is released then. This
-    takes 4 bytes for each measured token, and for a KL a final hidden state (its width times 4 bytes, 2 in bfloat16)
-    more, in main memory; and for whole weights the reference's own output layer. `spent` counts the tokens that went
-    through it, by the optimiser step that first needed them.
+    Cached: `kept`, on disk, holds what it said of each sequence, with final hidden states where `states` are needed,
+    computed before the first step; `frozen` is released then, but for the reference's own output layer where whole
+    weights train. `spent` counts the tokens of sequences by the optimiser step that needs them first.
     """
 
     hash: str = ""
     frozen: Frozen | None = None
-    kept: dict[str, Kept] | None = None
+    kept: Shelf | None = None
+    states: bool = False
     spent: dict[int, int] = field(default_factory=dict)
     released: bool = False
 
@@ -56,31 +54,32 @@ class Reference:
         weight_VD = (self.frozen or {}).get(policy.weight_VD)  # type: ignore[call-overload]
         return policy if weight_VD is None else replace(policy, reference=replace(policy, weight_VD=weight_VD))
 
-    def key(self, sequence: Sequence) -> str:
-        return digest(self.hash, sequence.ids, sequence.start)
-
-    def keep(self, sequences: Seq[Sequence], logp_T: Tensor, hidden_TD: Tensor | None) -> None:
-        """Keep the statistics of sequences that come for the first time; the tokens lie sequence by sequence."""
-        assert self.kept is not None
-        at = 0
-        for s in sequences:
-            part = slice(at, at + s.measured)
-            at += s.measured
-            if (key := self.key(s)) not in self.kept:
-                hidden_MD = None if hidden_TD is None else hidden_TD[part].to("cpu", copy=True)
-                self.kept[key] = Kept(logp_T[part].to("cpu", copy=True), hidden_MD)
-
     def recall(self, sequences: Seq[Sequence], device: torch.device) -> tuple[Tensor, Tensor | None] | None:
         """What is kept of these sequences, [T] and [T, D]; None where the reference answers live."""
         if self.kept is None:
             return None
-        found = [self.kept[self.key(s)] for s in sequences]
-        hidden = [k.hidden_MD for k in found if k.hidden_MD is not None]
-        return torch.cat([k.logp_M for k in found]).to(device), torch.cat(hidden).to(device) if hidden else None
+        logp_T, hidden_TD = self.kept.recall(sequences, states=self.states)
+        return logp_T.to(device), None if hidden_TD is None else hidden_TD.to(device)
 
     def release(self) -> None:
         """Let go of the frozen copy: from here on only what is kept can be said."""
         self.released, self.frozen = self.frozen is not None, None
+
+
+def computed_as(model: Model, reference: Reference, autocast: torch.dtype | None, layout: Layout = "padded") -> str:
+    """Whose numbers, and by which arithmetic: what has another name may differ in its last bits, and is kept apart."""
+    on_cpu = model.device.type == "cpu"
+    return digest(
+        "reference",
+        ARITHMETIC,
+        layout,
+        reference.hash,
+        model.head.blocked,
+        str(model.head.weight_VD.dtype),
+        str(autocast),
+        torch.__version__,
+        [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()] if on_cpu else model.device.type,
+    )
 
 
 def freeze(model: Model) -> Frozen:
@@ -102,10 +101,22 @@ def as_reference(model: Model, reference: Reference | None = None) -> Iterator[N
                 with model.lm.disable_adapter():
                     yield
             else:
-                with _values(frozen):
+                with exchanged(model.lm, frozen) if any(map(is_shard, frozen)) else _values(frozen):
                     yield
     finally:
         model.lm.train(was_training)
+
+
+def asked(model: Model, batch: Laid, reference: Reference) -> tuple[Tensor, Tensor]:
+    """What the reference says of a batch's measured tokens: log-probabilities [T], nats, and final states [T, D]."""
+    with as_reference(model, reference):
+        return as_it_stands(model, batch)
+
+
+def as_it_stands(model: Model, batch: Laid) -> tuple[Tensor, Tensor]:
+    """The same of the model as it stands: many batches may be asked within one `as_reference`."""
+    hidden_TD = hidden_at_measured(model, batch)
+    return token_logps(hidden_TD, batch.measured_T, model.head), hidden_TD
 
 
 @contextmanager

@@ -11,7 +11,9 @@ import pandas as pd
 from leeway import stats
 from leeway.report.results import ReportError, Results
 
+STOPPED = "asked until decided: no correction that holds after stopping"
 CORRECTED = ["objective", "seed", "budget", "condition", "measure", "label", "rate", "low", "high", "n"]
+STOPPED = "asked until decided: no correction that holds after stopping"
 CORRECTED += ["corrected", "corrected_low", "corrected_high", "note"]
 REFUSAL = ("refusal", "overrefusal")  # what a card's labels are about: refused or not
 
@@ -94,14 +96,15 @@ def _parts(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _line(rate: dict[str, Any], hits: int, positives: int, right: int, negatives: int) -> dict[str, object]:
     found = None
-    if rate["n"] and rate["rate"] == rate["rate"]:
+    stopped = rate["method"] == "anytime"
+    if rate["n"] and rate["rate"] == rate["rate"] and not stopped:
         measured = (hits / positives, right / negatives, positives, negatives)
         found = stats.rogan_gladen(float(rate["rate"]), int(rate["n_clusters"]), *measured)
     return {k: rate[k] for k in CORRECTED if k in rate} | {
         "corrected": found.rate if found else float("nan"),
         "corrected_low": found.low if found else float("nan"),
         "corrected_high": found.high if found else float("nan"),
-        "note": found.note if found else str(rate["reason"]),
+        "note": found.note if found else STOPPED if stopped else str(rate["reason"]),
     }
 
 

@@ -76,6 +76,7 @@ def _tables(
         "judges": judging.agreement(results),
         "corrected": judging.corrected(results, cards),
         "claims": results.claims(claims),
+        "sequential": results.asked(),
     }
     kept = {k: t for k, t in found.items() if k not in FURTHER or not t.empty}
     more, why_not = analyses.analyses(results)

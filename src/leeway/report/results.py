@@ -15,6 +15,7 @@ import yaml
 from leeway import stats
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import changed
+from leeway.stats import sequential
 from leeway.stats.onset import Move
 from leeway.stats.trajectory import Asked
 
@@ -61,6 +62,7 @@ class Results:
             where = folder / "rows.parquet"
             raise ReportError(f"{where} has no rows of the base model to compare with", fix="run the study again")
         ledger = _table(folder / "ledger.parquet", LEDGER_COLUMNS)
+        rows = _marked(rows, manifest)
         found = cls(folder, rows, ledger, manifest, _study(folder / "study.yaml"))
         found._check_prompts()
         return found
@@ -97,6 +99,16 @@ class Results:
         found = self.manifest.get("first_conditions")
         return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
+    @property
+    def sequential(self) -> dict[str, Any]:
+        """The design where items were asked until decided (`evals.stop`); empty where all were."""
+        found = self.manifest.get("sequential")
+        return found if isinstance(found, dict) and found.get("axes") else {}
+
+    def asked(self) -> pd.DataFrame:
+        """How much each checkpoint was asked until it was decided (`leeway.stats.sequential`); else empty."""
+        return sequential.asked(self.rows, self.conditions)
+
     def contrasts(self, against: stats.Against | None = None) -> pd.DataFrame:
         """Every checkpoint against the base, or `("sft", None)`, or `("sft", 400_000)` (`leeway.stats.contrasts`)."""
         if against is None:
@@ -114,6 +126,8 @@ class Results:
     def frontier(self) -> pd.DataFrame:
         """Capability against ASR, and which checkpoints nothing dominates (`leeway.stats.frontier`)."""
         rows, wanted = self.judged, ("accuracy", "asr", "asr:none")
+        if self.sequential:
+            return stats.frontier_of(self._rates)
         drawn = self._checked(lambda: stats.draws(rows, self.conditions, wanted, by_seed=True))
         return stats.frontier_of(self._rates, drawn)
 
@@ -237,6 +251,13 @@ def _table(path: Path, columns: list[str]) -> pd.DataFrame:
         what = f"{path} lacks the columns {', '.join(missing)}: leeway run did not write it"
         raise ReportError(what, fix="give the directory of a `leeway run`")
     return table[columns + [c for c in OPTIONAL if c in table.columns]]
+
+
+def _marked(rows: pd.DataFrame, manifest: dict[str, Any]) -> pd.DataFrame:
+    """The rows with their design, where there is another than the fixed one."""
+    told = manifest.get("sequential")
+    axes = told.get("axes") if isinstance(told, dict) else None
+    return sequential.marked(rows, axes) if isinstance(axes, list) and axes else rows
 
 
 def _manifest(path: Path) -> dict[str, Any]:

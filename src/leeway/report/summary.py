@@ -47,8 +47,23 @@ def _asked_of_all(results: Results) -> list[tuple[str, str]]:
     rows, manifest = results.rows, results.manifest
     found = [(axis.capitalize(), _items(rows[rows["eval"] == axis])) for axis in rows["eval"].unique()]
     found += [(f"Judge, {axis}", _judge(judge)) for axis, judge in _dict(manifest.get("judges")).items()]
+    if design := results.sequential:
+        found.append(("Design", _sequential(design)))
     found.append(("Prompts at test time", wording.listed(sorted(set(results.conditions.values()))) or "plain"))
     return found
+
+
+def _sequential(design: dict[str, Any]) -> str:
+    """What was asked of a design that stops once all is decided, and what that saved."""
+    told = [
+        f"{axis} {n['answers']:,} of {n['of_answers']:,} answers, about {n['tokens_saved']:,} new tokens saved"
+        for axis, n in _dict(design.get("asked")).items()
+    ]
+    return (
+        f"prompts in one random order, asked until each contrast with the base is decided: different, or within "
+        f"±{100 * float(design.get('margin', 0)):g} points ({'; '.join(told)}). Intervals and p of these checkpoints "
+        "hold wherever one stops; estimates that resample prompts are not made."
+    )
 
 
 def ordered(objectives: list[str], study: dict[str, Any]) -> list[str]:

@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import beta, norm, t
 
+from leeway.stats.anytime import Anytime
 from leeway.stats.bounds import bounds
 from leeway.stats.intervals import RESAMPLES, Floats, Ints, effective_n, stratum_shares
 from leeway.stats.measures import Measure, codes, groups, measures, observations, why_not
+from leeway.stats.turns import common, is_sequential, of_rates
 
 KEY = ["objective", "budget", "condition"]
 COLUMNS = [*KEY, "measure", "bound", "worse", "rate", "limit", "se", "p", "p_worse", "n", "n_clusters"]
@@ -36,18 +38,23 @@ def bounded(
     Probabilities: the bound of `stats.bounds`, which holds for few prompts too. No number where too many answers are
     unscored, or where there is one prompt.
     """
-    table = observations(rows, conditions)
+    table = common(observations(rows, conditions), KEY)
     lines: list[dict[str, object]] = []
     for measure in (m for m in measures(table) if m.name in wanted):
         chosen = measure.select(table)
         names, strata = codes(chosen["stratum"])
         values, clusters = chosen["value"].to_numpy(float), chosen["cluster"].to_numpy(np.intp)
-        bound = wanted[measure.name]
+        bound, sequential = wanted[measure.name], is_sequential(chosen).to_numpy()
         for line, at in groups(chosen, KEY):
             told = {"measure": measure.name, "bound": bound, "worse": worse}
             lines.append(line | told | _line(measure, values[at], strata[at], clusters[at], names))
-            if not lines[-1]["note"]:
-                _test(lines[-1], values[at], strata[at], clusters[at], -1 if worse == "higher" else 1, level)
+            sign = -1 if worse == "higher" else 1
+            if not lines[-1]["note"] and sequential[at].any():
+                scored = at[~np.isnan(values[at])]
+                turns = chosen["turn"].to_numpy(np.intp)[scored]
+                _at_any_time(lines[-1], of_rates(values[scored], strata[scored], turns), sign, level)
+            elif not lines[-1]["note"]:
+                _test(lines[-1], values[at], strata[at], clusters[at], sign, level)
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
@@ -86,6 +93,17 @@ def _test(line: dict[str, object], values: Floats, strata: Ints, clusters: Ints,
         low, high = (float(end[0] + 1) / 2 for end in (drawn.low(level), drawn.high(level)))
     good, bad = (above, below) if sign > 0 else (below, above)
     found = {"rate": rate, "limit": low if sign > 0 else high, "se": se, "p": good, "p_worse": bad}
+    line |= {name: round(value, 10) for name, value in found.items()}
+
+
+def _at_any_time(line: dict[str, object], of: Anytime, sign: int, level: float) -> None:
+    """The same where prompts were asked until something was decided."""
+    at = 2 * float(str(line["bound"])) - 1
+    above, below = of.p_above(at), of.p_below(at)
+    rate = (float(of.moves_T.mean()) + 1) / 2
+    se = float(of.moves_T.std(ddof=1)) / 2 / float(np.sqrt(len(of.moves_T)))
+    good, bad, limit = (above, below, of.low(level)) if sign > 0 else (below, above, of.high(level))
+    found = {"rate": rate, "limit": (limit + 1) / 2, "se": se, "p": good, "p_worse": bad}
     line |= {name: round(value, 10) for name, value in found.items()}
 
 

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from leeway.stats.bounds import MIN_MOVED
+from leeway.stats.anytime import Anytime
+from leeway.stats.bounds import MIN_MOVED, TIE
 from leeway.stats.clustered import detectable, extremes, mcnemar, over_runs, standard_error
-from leeway.stats.intervals import RESAMPLES, Floats, Ints, stratum_shares
+from leeway.stats.intervals import LEVEL, RESAMPLES, Floats, Ints, stratum_shares
 from leeway.stats.multiplicity import correct
 from leeway.stats.pairing import KEY, Against, Contrast, Pairs, contrasted
+from leeway.stats.turns import FIXED, SEQUENTIAL
 from leeway.stats.wild import wild_cluster
 
 COLUMNS = [*KEY, "seeds", "axis", "measure", "label", "primary", "first", "base", "rate", "difference", "low", "high"]
 COLUMNS += ["se", "mde", "p", "p_holm", "p_mcnemar", "family", "family_size", "if_best", "if_worst", "low_runs"]
-COLUMNS += ["high_runs", "n", "n_clusters", "n_moved", "n_unpaired", "n_unscored", "note"]
+COLUMNS += ["high_runs", "n", "n_clusters", "n_moved", "n_unpaired", "n_unscored", "design", "note"]
 NUMBERS = ("base", "rate", "difference", "low", "high", "se", "mde", "p", "p_mcnemar", "low_runs", "high_runs")
 
 
@@ -36,13 +38,17 @@ def contrasts(
     prompt being one cluster over all of them: `low` to `high` speaks of new prompts, `low_runs` to `high_runs` of new
     training runs too, and is NaN with one seed. Families: an axis at a budget, primary measures and the others apart,
     under the condition each objective is meant to be used under (`first`: objective → condition); further conditions
-    are families of their own. Formulas and sources: docs/statistics.md.
+    are families of their own. What was asked until decided (`design` "sequential") has an interval and a p that hold
+    wherever one stops (`stats.anytime`), and no `se`, `mde` or interval over runs. Formulas and sources:
+    docs/statistics.md.
     """
     found, table = contrasted(rows, conditions, against=against, first=first)
     for axis in dict.fromkeys(c.measure.axis for c in found):
         columns = Columns(np.unique(table.loc[table["eval"] == axis, "cluster"].to_numpy(np.intp)))
         for contrast in (c for c in found if c.measure.axis == axis):
             _describe(contrast, columns)
+            if contrast.sequential:
+                _at_any_time(contrast)
         columns.test(resamples, seed)
     uncorrected = [c for c in COLUMNS if c not in ("p_holm", "family_size")]
     return correct(pd.DataFrame([c.line for c in found], columns=uncorrected))[COLUMNS]
@@ -50,12 +56,28 @@ def contrasts(
 
 def _describe(contrast: Contrast, columns: Columns) -> None:
     line = contrast.line
-    line |= dict.fromkeys(NUMBERS, float("nan")) | {"n_moved": 0}
+    line |= dict.fromkeys(NUMBERS, float("nan")) | {"n_moved": 0, "design": FIXED}
     best, worst = extremes(contrast.pairs, contrast.strata, contrast.measure.better)
     line |= {"if_best": best, "if_worst": worst}
     if contrast.scored is not None:
         line |= rates_of(contrast.scored)
-        columns.add(contrast)
+        if not contrast.sequential:
+            columns.add(contrast)
+
+
+def _at_any_time(contrast: Contrast) -> None:
+    """Difference, interval and p of a contrast whose prompts were asked until it was decided, or ran out."""
+    line, seeds = contrast.line, str(contrast.line["seeds"])
+    line["design"] = SEQUENTIAL
+    if contrast.scored is None:
+        return
+    moved = contrast.moves
+    of = Anytime(moved)
+    ends = sorted((of.low((1 - LEVEL) / 2), of.high((1 - LEVEL) / 2)))  # in order even where they exclude everything
+    line |= {"difference": round(float(moved.mean()), 10), "low": round(ends[0], 10), "high": round(ends[1], 10)}
+    line |= {"p": of.p, "n_moved": int((np.abs(moved) > TIE).sum())}
+    notes = [f"sequential design: {len(moved)} prompts asked", *([] if "," in seeds else ["one training seed"])]
+    line["note"] = "; ".join([*notes, *filter(None, [str(line["prompts"])])])
 
 
 def rates_of(scored: Pairs) -> dict[str, float]:

@@ -27,6 +27,7 @@ from leeway.stats.measures import (
     groups,
     measures,
     observations,
+    refuse,
     why_not,
 )
 
@@ -92,6 +93,7 @@ def draws(
         raise StatsError(f"{what}: rows of two runs, or of two versions of a template, were pooled")
     keys = [*KEY, "seed"] if by_seed else KEY
     wanted = [m for m in _measures(table) if m.name in set(measures)]
+    refuse(table, {m.axis for m in wanted})
     parts = [
         _axis(table, [m for m in wanted if m.axis.partition(AT)[0] == axis], keys, axis, resamples, seed)
         for axis in dict.fromkeys(m.axis.partition(AT)[0] for m in wanted)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from leeway.stats.bounds import LEVEL_ONE, Bounds, bounds
+from leeway.stats.anytime import Anytime
+from leeway.stats.bounds import LEVEL_ONE, TIE, Bounds, bounds
 from leeway.stats.clustered import items_needed, standard_error
 from leeway.stats.contrasts import Columns, note, rates_of
-from leeway.stats.intervals import RESAMPLES
+from leeway.stats.intervals import RESAMPLES, Floats
 from leeway.stats.measures import Measure, StatsError, measures
 from leeway.stats.multiplicity import correct
 from leeway.stats.pairing import KEY, Against, Contrast, contrasted
@@ -84,8 +86,8 @@ def one_sided(
     Worse "higher": H0 of `p` is difference ≥ bound, `limit` the upper bound of confidence 1 − `level`; worse "lower":
     difference ≤ bound, and the lower one. `p` ≤ `level` exactly where `limit` is on the good side. `p_worse` tests the
     opposite: small where the bound is surely exceeded. `items_needed`: prompts more that would decide at 80% power if
-    the difference is what was seen (0 where decided, infinite where it lies on the bound). No correction: a gate's
-    rules must all hold.
+    the difference is what was seen (0 where decided, infinite where it lies on the bound, NaN where prompts are asked
+    until decided). No correction: a gate's rules must all hold.
     """
     lines: list[dict[str, object]] = []
     blank = dict.fromkeys(("limit", "se", "p", "p_worse", "items_needed"), NAN)
@@ -100,7 +102,8 @@ def one_sided(
             for m, line in enumerate(made):
                 line.update(limit=round(float(limit[m]), 10), se=line["error"])
                 line.update(p=round(float(p[m]), 10), p_worse=round(float(p_worse[m]), 10))
-                line["items_needed"] = _more(line, level)
+                # a design that stops when it may has no number of prompts that it would take
+                line["items_needed"] = NAN if tested[m].sequential else _more(line, level)
         lines += made
     return pd.DataFrame(lines, columns=ONE_SIDED)
 
@@ -113,7 +116,7 @@ def _tested(
     first: Mapping[str, str] | None,
     resamples: int,
     seed: int,
-) -> Iterator[tuple[list[Contrast], Bounds | None]]:
+) -> Iterator[tuple[list[Contrast], Bounds | Sequences | None]]:
     """Per axis the contrasts that can be tested with their draws, then those that cannot, with none."""
     found, table = contrasted(rows, conditions, against=against, first=first, only=wanted)
     known = [m.name for m in measures(table)]
@@ -124,8 +127,14 @@ def _tested(
         contrast.line.update(base=NAN, rate=NAN, difference=NAN, n_moved=0)
     for axis in dict.fromkeys(c.measure.axis for c in found):
         columns = Columns(np.unique(table.loc[table["eval"] == axis, "cluster"].to_numpy(np.intp)))
-        for contrast in (c for c in found if c.measure.axis == axis and c.scored is not None):
+        whole = [c for c in found if c.measure.axis == axis and c.scored is not None]
+        stopped = [c for c in whole if c.sequential]
+        for contrast in (c for c in whole if not c.sequential):
             columns.add(contrast)
+        if stopped:
+            for contrast in stopped:
+                _fill(contrast, float(contrast.moves.mean()), int((np.abs(contrast.moves) > TIE).sum()))
+            yield stopped, Sequences([Anytime(c.moves) for c in stopped])
         if columns.contrasts:
             pulls_CM, weights_CM = columns.matrices()
             moved = (np.abs(pulls_CM) > 0).sum(axis=0)
@@ -135,11 +144,33 @@ def _tested(
     yield [c for c in found if c.scored is None], None
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """The same questions as `Bounds` answers, of contrasts whose prompts were asked until decided."""
+
+    of: list[Anytime]
+
+    def p_below(self, bound_M: Floats) -> Floats:
+        return np.array([a.p_below(b) for a, b in zip(self.of, bound_M.tolist(), strict=True)])
+
+    def p_above(self, bound_M: Floats) -> Floats:
+        return np.array([a.p_above(b) for a, b in zip(self.of, bound_M.tolist(), strict=True)])
+
+    def high(self, alpha: float = LEVEL_ONE) -> Floats:
+        return np.array([a.high(alpha) for a in self.of])
+
+    def low(self, alpha: float = LEVEL_ONE) -> Floats:
+        return np.array([a.low(alpha) for a in self.of])
+
+
 def _fill(contrast: Contrast, difference: float, moved: int) -> None:
     scored, line = contrast.scored, contrast.line
     assert scored is not None
     se = standard_error(scored)
     line |= rates_of(scored) | {"difference": round(difference, 10), "n_moved": moved, "error": round(se, 10)}
+    if contrast.sequential:
+        line["note"] = f"sequential design: {len(contrast.moves)} prompts asked"
+        return
     line["note"] = note(line, len(np.unique(scored.clusters)), moved, se, at_a_margin=True)
 
 

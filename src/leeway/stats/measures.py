@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from leeway.stats.intervals import Ints
+from leeway.stats.turns import DESIGN, in_turn, is_sequential
 
 Value = Literal["score", "refused", "coherent"]
 Better = Literal["higher", "lower", ""]
@@ -72,6 +73,9 @@ def observations(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFr
     table["condition"] = table["template_hash"].map(named)
     several = [e for e in rows["eval"].unique() if str(e).partition(AT)[0] in FORMS]
     table["question"] = rows["prompt"].where(rows["eval"].isin(several), "") if several else ""
+    if DESIGN in rows.columns:
+        turn = {name: k for k, name in enumerate(in_turn(rows["cluster"]))}
+        table["turn"], table[DESIGN] = rows["cluster"].map(turn), rows[DESIGN]
     table["part"] = table["item_id"].str.rsplit("/", n=1).str[0]
     for column in ("objective", "eval", "attack", "part", "condition"):
         table[column] = table[column].astype(object)
@@ -101,6 +105,16 @@ def _one_template(table: pd.DataFrame) -> None:
                 f"({', '.join(h[:8] for h in own)}) that are all called {condition}: "
                 "rows of several versions of a template were pooled"
             )
+
+
+def refuse(rows: pd.DataFrame, axes: Iterable[str]) -> None:
+    """Raise StatsError where one of the axes was asked until decided: for estimates that know a fixed design alone."""
+    asked = rows.loc[is_sequential(rows), "eval"].unique()
+    if found := sorted(set(map(str, axes)) & set(map(str, asked))):
+        raise StatsError(
+            f"{', '.join(found)}: asked until decided (evals.stop), and resampling prompts is not valid after "
+            "stopping; contrasts, equivalence and gates are: read those, or measure with stop: never"
+        )
 
 
 def judged_twice(rows: pd.DataFrame) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from leeway.stats.intervals import Floats, Ints
 from leeway.stats.measures import BASE, VALUES, Measure, StatsError, codes, groups, measures, observations, why_not
+from leeway.stats.turns import by_turn, common, is_sequential
 
 Against = tuple[str, int | None]
 
@@ -30,10 +31,12 @@ class Pairs:
     clusters: Ints
     seeds: Ints
     matched: NDArray[np.bool_]
+    turns: Ints | None = None  # of a sequential design: when each prompt was asked
 
     def at(self, chosen: NDArray[np.bool_] | Ints) -> Pairs:
         value, base, strata = self.value[chosen], self.base[chosen], self.strata[chosen]
-        return Pairs(value, base, strata, self.clusters[chosen], self.seeds[chosen], self.matched[chosen])
+        turns = None if self.turns is None else self.turns[chosen]
+        return Pairs(value, base, strata, self.clusters[chosen], self.seeds[chosen], self.matched[chosen], turns)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,20 @@ class Contrast:
     pairs: Pairs  # all that have a partner
     strata: int  # how many the measure has
     scored: Pairs | None
+
+    @property
+    def sequential(self) -> bool:
+        return self.pairs.turns is not None
+
+    @property
+    def moves(self) -> Floats:
+        """How far each prompt moved, in the order of asking, by its answers that are scored on both sides.
+
+        Unscored ones are left out and counted, as in every table; a prompt with no other is no observation.
+        """
+        assert self.scored is not None
+        assert self.scored.turns is not None
+        return by_turn(self.scored.value - self.scored.base, self.scored.strata, self.scored.turns)
 
 
 def contrasted(
@@ -74,6 +91,7 @@ def contrasted(
     paired = tuned.merge(
         reference[[*columns, *VALUES]], on=columns, how="left", suffixes=("", "_base"), indicator="found"
     )
+    paired = common(paired, KEY, paired=True)
     found: list[Contrast] = []
     for measure in measures(table):
         if only is None or measure.name in only:
@@ -163,8 +181,13 @@ def _of_measure(
     forms = chosen["form"].to_numpy(object)
     expected = asked.rename("asked").reset_index()
     found = []
+    sequential = is_sequential(chosen).to_numpy()
     for line, at in groups(chosen, KEY):
         own = everything.at(at)
+        if sequential[at].any():
+            own = replace(own, turns=chosen["turn"].to_numpy(np.intp)[at])
+            found.append(_contrast(_apart(line, forms[at]), measure, own, names, 0, first, against))
+            continue
         told = set(forms[at])
         hoped = expected[expected["form"].isin(told)]
         if "budget" in hoped:
@@ -172,9 +195,15 @@ def _of_measure(
         if "seed" in hoped:
             hoped = hoped[hoped["seed"].isin(own.seeds)]
         times = 1 if "seed" in hoped else len(np.unique(own.seeds))
-        line["unpaired"] = OWN if told == {OWN} else ""
-        found.append(_contrast(line, measure, own, names, int(hoped["asked"].sum()) * times, first, against))
+        found.append(
+            _contrast(_apart(line, forms[at]), measure, own, names, int(hoped["asked"].sum()) * times, first, against)
+        )
     return found
+
+
+def _apart(line: dict[str, object], forms: NDArray[np.object_]) -> dict[str, object]:
+    """With whether its pairs share the item alone."""
+    return line | {"unpaired": OWN if set(forms) == {OWN} else ""}
 
 
 def _contrast(

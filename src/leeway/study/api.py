@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from leeway.report.results import Results
 from leeway.study.parse import load
@@ -23,8 +24,18 @@ class Study:
         """From a file or a preset's name, with `key=value` overrides; raises LeewayError with all faults at once."""
         return cls(load(str(path), overrides))
 
-    def run(self, out: str | Path, *, quiet: bool = False, workers: int = 1) -> Results:
-        """Run into `out`, going on where an earlier run stopped; more than one worker needs a `__main__` guard."""
+    def run(
+        self,
+        out: str | Path,
+        *,
+        quiet: bool = False,
+        workers: int | None = 1,
+        executor: Literal["local", "ray"] = "local",
+    ) -> Results:
+        """Run into `out`, going on where one stopped; several workers or `processes` need a `__main__` guard.
+
+        With `executor="ray"` workers are those of a Ray cluster; `workers=None` is as many as there is room for.
+        """
         command = f"Study.load({self.spec.name!r}).run({str(out)!r})"
-        run(self.spec, Path(out), Reporter(quiet=quiet), command, workers)
+        run(self.spec, Path(out), Reporter(quiet=quiet), command, workers, executor)
         return Results.load(Path(out))

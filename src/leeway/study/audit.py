@@ -37,8 +37,8 @@ from leeway.study.pieces import BASE
 from leeway.study.progress import Reporter
 from leeway.study.spec import ALIAS, Spec
 from leeway.study.store import Store
+from leeway.study.telling import kind_of
 from leeway.study.voices import Voices
-from leeway.study.work import kind_of
 
 if TYPE_CHECKING:
     from leeway.report.results import Results
@@ -185,8 +185,12 @@ def measured_by(evals: EvalsAsked, overrides: Seq[str] = (), *, organism: bool =
     if isinstance(evals, Mapping):
         task = {"name": "organism" if organism else "gsm8k"}
         raw = {"name": "evals", "model": "organism", "task": task, "objectives": ["sft"], "budgets": [1]}
-        return parse(yaml.safe_dump({**raw, "evals": dict(evals)}), "evals", tuple(overrides))
-    return load(str(evals or ("demo" if organism else "real-data")), tuple(overrides))
+        spec = parse(yaml.safe_dump({**raw, "evals": dict(evals)}), "evals", tuple(overrides))
+    else:
+        spec = load(str(evals or ("demo" if organism else "real-data")), tuple(overrides))
+    if spec.evals.stop != "never":
+        raise LeewayError("evals.stop: an audit asks everything", fix="override it with evals.stop=never")
+    return spec
 
 
 def run(one: Audit, out: Path, reporter: Reporter, command: str) -> Path:

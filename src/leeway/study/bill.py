@@ -32,6 +32,7 @@ class Bill:
     fits: bool | None
     advice: str
     adapters_gib: float
+    references_gib: float
     hub_gib: float
     disk_gib: float
     judge_calls: int
@@ -49,10 +50,15 @@ class Bill:
         return (RUNTIME + self.memory.peak) / GIB
 
     def lines(self) -> Iterator[str]:
-        pairs = f", drawing pairs {_time(self.pairs_hours)} at most" if self.pairs_hours else ""
+        """By formulas alone."""
+        yield from self._estimated()
+        yield from self.other_lines()
+
+    def _estimated(self) -> Iterator[str]:
+        pairs = f", drawing pairs {as_time(self.pairs_hours)} at most" if self.pairs_hours else ""
         yield (
-            f"estimated on {self.machine}, not measured: {_time(self.hours)} (training {_time(self.training_hours)}, "
-            f"answering {_time(self.answering_hours)}{pairs})"
+            f"estimated by formulas on {self.machine}, not measured: {as_time(self.hours)} (training "
+            f"{as_time(self.training_hours)}, answering {as_time(self.answering_hours)}{pairs})"
         )
         yield (
             f"  assumed: {self.assumed}; an answer takes {MEAN_ANSWER:.0%} of max_new_tokens; judges are not waited for"
@@ -63,8 +69,12 @@ class Bill:
             f"  memory ~{self.memory_gib:.1f} GiB{fit} (weights {m.weights / GIB:.1f}, adapter and optimiser "
             f"{m.adapter / GIB:.1f}, then activations {m.activations / GIB:.1f} or keys and values {m.cache / GIB:.1f})"
         )
+
+    def other_lines(self) -> Iterator[str]:
+        """Disk, judges and hire, which are not timed."""
         hub = f", the hub's files {self.hub_gib:.1f}" if self.hub_gib else ""
-        yield f"  disk ~{self.disk_gib:.2f} GiB (checkpoints {self.adapters_gib:.2f}{hub})"
+        kept = f", references {self.references_gib:.2f}" if self.references_gib else ""
+        yield f"  disk ~{self.disk_gib:.2f} GiB (checkpoints {self.adapters_gib:.2f}{kept}{hub})"
         if self.judge_calls:
             read, written = self.judge_tokens_in / 1e6, self.judge_tokens_out / 1e6
             yield (
@@ -75,7 +85,7 @@ class Bill:
             yield f"  hire{_dollars(self.dollars, '--price')}"
 
 
-def _time(hours: float) -> str:
+def as_time(hours: float) -> str:
     return f"~{hours:.1f} h" if hours >= 1 else f"~{hours * 60:.1f} min"
 
 
@@ -94,10 +104,11 @@ def bill(
     evaluated: int,
     pairs: EvalCost | None,
     disk: float,
+    references: float,
     hour: float | None,
     judge: tuple[float, float] | None,
 ) -> Bill:
-    """`training` and `sweeps` in FLOPs, `disk` in bytes without the hub's files, `hour` and `judge` in dollars."""
+    """`training` and `sweeps` in FLOPs; `disk`, of all but references and hub files, and `references` in bytes."""
     spec = prepared.spec
     batch = spec.evals.batch
     asked = evaluated * sum(costs.eval_seconds(size, e, machine, batch) for e in evals)
@@ -119,8 +130,9 @@ def bill(
         fits=None if machine.memory is None else RUNTIME + needed.peak <= machine.memory,
         advice=_advice(needed),
         adapters_gib=adapters,
+        references_gib=references / GIB,
         hub_gib=hub,
-        disk_gib=adapters + hub,
+        disk_gib=adapters + references / GIB + hub,
         judge_calls=calls,
         judge_tokens_in=read,
         judge_tokens_out=written,

@@ -18,24 +18,33 @@ LARGE = 1 << 30  # bytes
 
 @contextmanager
 def computing(spec: Spec) -> Iterator[None]:
-    """The study's number of threads and deterministic algorithms, for as long as the context lasts.
+    """The study's number of threads and deterministic algorithms, for as long as the context lasts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(spec.threads)
+    on_cpu = spec.device == "cpu" or not torch.cuda.is_available()
+    try:
+        with deterministic(warn_only=not on_cpu):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def deterministic(*, warn_only: bool = False) -> Iterator[None]:
+    """Deterministic algorithms, or only a warning where there is none; freed memory is kept from here on.
 
     Memory that was not written yet holds anything: filling it first, as deterministic algorithms do by default, finds
     mistakes in kernels and costs a pass over every result.
     """
     _keep_freed_memory()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(spec.threads)
-    on_cpu = spec.device == "cpu" or not torch.cuda.is_available()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=not on_cpu)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(False)
-        torch.set_num_threads(threads)
 
 
 @cache

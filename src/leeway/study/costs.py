@@ -80,7 +80,12 @@ def training_flops(s: Shape, processed: int, targets: int, reference: int) -> fl
     """
     back = 4 if s.full else 2
     policy = processed * ((2 + back) * s.body + (0 if s.full else 6 * s.trained)) + targets * (2 + back) * s.head
-    return policy + reference * 2 * s.body + (targets * 2 * s.head if reference else 0)
+    return policy + reference_flops(s, reference, targets if reference else 0)
+
+
+def reference_flops(s: Shape, tokens: int, measured: int) -> float:
+    """Of a pass forward alone: the body for every token, the head for those that are measured."""
+    return tokens * 2 * s.body + measured * 2 * s.head
 
 
 @dataclass(frozen=True)

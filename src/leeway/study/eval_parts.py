@@ -12,6 +12,7 @@ from leeway.data.task import OURS as BUILT_IN
 from leeway.data.task import task_names
 from leeway.judges import ASKING, JUDGES
 from leeway.part import Part, nearest
+from leeway.stats.sequential import MARGIN
 
 ENDPOINT_ONLY = (
     "key_env",
@@ -287,6 +288,12 @@ class Evals(Part):
         default="transformers", description="who answers: the trained model itself, or vLLM, every adapter by its API"
     )
     vllm_args: tuple[str, ...] = Field(default=(), description="further flags of vllm serve")
+    stop: Literal["never", "decided"] = Field(
+        default="never", description="ask all items, or in looks until every contrast with the base is decided"
+    )
+    margin: float = Field(
+        default=MARGIN, gt=0, lt=1, description="for stop: decided: a difference that is surely smaller is decided too"
+    )
 
     @model_validator(mode="after")
     def _something(self) -> Evals:
@@ -296,6 +303,8 @@ class Evals(Part):
             raise ValueError("further: one is listed twice")
         if len({c.name for c in self.capability}) < len(self.capability):
             raise ValueError("capability: one is listed twice")
+        if _set(self, ["margin"]) and self.stop == "never":
+            raise ValueError("margin is for stop: decided; add it, or leave margin out")
         if self.vllm_args and self.backend != "vllm":
             raise ValueError("vllm_args goes with backend: vllm")
         if self.backend == "vllm" and any(c.name.startswith("lm-eval:") for c in self.capability):

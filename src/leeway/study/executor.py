@@ -11,59 +11,105 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from leeway.errors import LeewayError
 from leeway.study.drawing import Drawing
-from leeway.study.pieces import Piece
+from leeway.study.manifest import manifest
+from leeway.study.pieces import Checkpoint, Piece
 from leeway.study.prepare import Prepared, prepare
 from leeway.study.spec import Spec
 from leeway.study.store import Store
-from leeway.study.work import Kind, Work
+from leeway.study.telling import Kind
+from leeway.study.work import Work
 
 Event = tuple[Kind, float, float, str]  # kind of work, units, seconds, what
 Listen = Callable[[Event], None]
 
 
-def workers_for(spec: Spec, pieces: int, asked: int | None = None) -> int:
-    """As many as are asked for; else one on a GPU, and on a CPU as many as its cores hold at the study's threads.
+class Executor(Protocol):
+    """Who carries a study's pieces out."""
 
-    One where somebody is asked under a budget: each process would have it to itself. Raises LeewayError where more are
-    asked for all the same.
+    def workers(self, prepared: Prepared, pieces: int) -> int:
+        """How many at once."""
+
+    def facts(self, work: Work, command: str) -> dict[str, Any]:
+        """The manifest of a run that begins."""
+
+    def carry_out(self, work: Work, pieces: Seq[Piece], listen: Listen) -> Iterator[Piece]:
+        """Yield each piece once it is finished, none before what it waits for; the first failure ends the others."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """This process, or worker processes beside it."""
+
+    asked: int | None
+
+    def workers(self, prepared: Prepared, pieces: int) -> int:
+        return min(workers_for(prepared.spec, pieces, self.asked), pieces)
+
+    def facts(self, work: Work, command: str) -> dict[str, Any]:
+        return manifest(work.prepared, work.base(), command)
+
+    def carry_out(self, work: Work, pieces: Seq[Piece], listen: Listen) -> Iterator[Piece]:
+        return carry_out(work, pieces, self.workers(work.prepared, len(pieces)), listen)
+
+
+def one_alone(spec: Spec, asked: int | None) -> bool:
+    """Whether somebody is asked under a budget, which each of several processes would have to itself.
+
+    Raises LeewayError where several are asked for all the same.
     """
-    import torch
-
     limited = next((s for s in spec.evals.speakers() if s.budgeted), None)
     if limited is not None and asked is not None and asked > 1:
         raise LeewayError(
             f"--workers {asked}: the budget of {limited.model} (max_calls, max_dollars) would be each worker's own",
             fix="leave --workers out, or the budget",
         )
-    if asked is not None or limited is not None:
-        return asked or 1
+    return limited is not None
+
+
+def workers_for(spec: Spec, pieces: int, asked: int | None = None) -> int:
+    """As many as are asked for; else one on a GPU, and on a CPU as many as its cores hold at the study's threads.
+
+    One where somebody is asked under a budget. Raises LeewayError where more are asked for all the same.
+    """
+    import torch
+
+    if one_alone(spec, asked):
+        return 1
+    if asked is not None:
+        return asked
     if spec.device.startswith("cuda") or (spec.device == "auto" and torch.cuda.is_available()):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // spec.threads, pieces))
+    return max(1, min(cores // (spec.threads * spec.processes), pieces))
 
 
-def carry_out(prepared: Prepared, store: Store, pieces: Seq[Piece], workers: int, listen: Listen) -> Iterator[Piece]:
-    """Yield each piece once it is finished, none before those it waits for; the first failure ends the others."""
+def carry_out(work: Work, pieces: Seq[Piece], workers: int, listen: Listen) -> Iterator[Piece]:
+    """Yield each piece once it is finished, none before what it waits for; the first failure ends the others.
+
+    In this process it is done with the model that `work` has loaded, and gives away; worker processes load their own.
+    """
+    here, left = replace(work, tell=timed(listen)), list(pieces)
+    work.release()
     if workers <= 1 or len(pieces) <= 1:
-        work, left = Work(prepared, store, timed(listen)), list(pieces)
         while left:
-            piece = _ready(left)[0]
-            work.carry_out(piece)
+            piece = next(p for p in left if p.begins(left, work.there))
+            here.carry_out(piece)
             left.remove(piece)
             yield piece
     else:
-        yield from _in_processes(prepared.spec, store.folder, pieces, min(workers, len(pieces)), listen)
+        here.release()
+        yield from _in_processes(work, pieces, min(workers, len(pieces)), listen)
 
 
 def timed(listen: Listen) -> Callable[[Kind, float, str], None]:
@@ -79,23 +125,21 @@ def timed(listen: Listen) -> Callable[[Kind, float, str], None]:
     return tell
 
 
-def _in_processes(spec: Spec, folder: Path, pieces: Seq[Piece], workers: int, listen: Listen) -> Iterator[Piece]:
-    context, ours = multiprocessing.get_context("spawn"), os.getpid()
+def _in_processes(work: Work, pieces: Seq[Piece], workers: int, listen: Listen) -> Iterator[Piece]:
+    context, spec = multiprocessing.get_context("spawn"), work.prepared.spec
     events: Any = context.Queue()
-    begin = (ours, spec.model_dump(mode="json", by_alias=True), folder, events)
+    begin = (os.getpid(), spec.model_dump(mode="json", by_alias=True), work.store.folder, events)
     pool = ProcessPoolExecutor(workers, context, _begin, begin)
-    left = list(pieces)
+    left, busy = list(pieces), dict[Future[None], Piece]()
     try:
-        waiting = _submit(pool, _ready(left))
-        while waiting:
-            done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+        while left:
+            busy |= _submit(pool, ready(left, busy.values(), work.there)[: workers - len(busy)])
+            done, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
             _drain(events, listen)
             for future in done:
                 future.result()
-                finished = waiting.pop(future)
-                left.remove(finished)
-                waiting |= _submit(pool, [p for p in _ready(left) if p not in waiting.values()])
-                yield finished
+                left.remove(busy[future])
+                yield busy.pop(future)
     except BrokenProcessPool as error:
         raise LeewayError(
             "a worker process was killed, by the system for want of memory perhaps",
@@ -107,6 +151,11 @@ def _in_processes(spec: Spec, folder: Path, pieces: Seq[Piece], workers: int, li
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ready(left: Seq[Piece], busy: Collection[Piece], there: Callable[[Checkpoint], bool]) -> list[Piece]:
+    """The pieces that nobody is at and that wait for nothing, the most urgent first."""
+    return [p for p in left if p not in busy and p.begins(left, there)]
 
 
 def _submit(pool: ProcessPoolExecutor, pieces: Seq[Piece]) -> dict[Future[None], Piece]:
@@ -135,11 +184,6 @@ def _undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
     if heard and before is not signal.SIG_IGN:
         raise KeyboardInterrupt
-
-
-def _ready(left: Seq[Piece]) -> list[Piece]:
-    """The pieces that wait for none of those that are left."""
-    return [p for p in left if not any(before in left for before in p.after)]
 
 
 def _drain(events: Any, listen: Listen) -> None:

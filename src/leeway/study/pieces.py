@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from leeway.data.batches import Schedule
@@ -13,25 +14,36 @@ from leeway.study.prepare import Prepared
 BASE = "base"
 
 
+Checkpoint = tuple[str, int, int]  # objective, seed, budget
+
+
 @dataclass(frozen=True)
 class Piece:
-    """What one worker does at a time: measure the base, choose a learning rate, or train and measure a trajectory.
+    """What one worker does at a time: measure the base, choose a learning rate, train a trajectory, or measure of it.
 
-    A trajectory passes all its `budgets`; under a decaying learning rate each budget is a trajectory of its own.
-    `after` names the pieces whose checkpoints or choices it needs.
+    A trajectory passes all its `budgets`; under a decaying learning rate each budget is a trajectory of its own. What
+    is measured is one checkpoint (the base too) under one `condition`; or, where a server has to be started for it, all
+    of a trajectory's under all of theirs (`condition` None). A piece begins when the pieces of `after` are finished and
+    the checkpoints of `needs` are on disk: so one worker may measure where another trains on.
     """
 
-    kind: Literal["base", "tune", "train"]
+    kind: Literal["base", "tune", "train", "measure"]
     alias: str
     seed: int = 0
     budgets: tuple[int, ...] = ()
     after: tuple[Piece, ...] = ()
     alone: bool = False
+    condition: Condition | None = None
+    needs: tuple[Checkpoint, ...] = ()
 
     @property
     def log(self) -> str:
         """What its step log is called: by its budget too where it has that one alone."""
         return f"{self.alias}-s{self.seed}" + (f"-{self.budgets[0]}" if self.alone else "")
+
+    def begins(self, left: Collection[Piece], there: Callable[[Checkpoint], bool]) -> bool:
+        """Whether it waits for none of the pieces that are `left`, and its checkpoints are `there`."""
+        return not any(before in left for before in self.after) and all(map(there, self.needs))
 
 
 @dataclass(frozen=True)
@@ -45,39 +57,61 @@ class Who:
 
 
 def pieces_of(prepared: Prepared) -> list[Piece]:
-    """The base and every trajectory, the most work first, so that no worker ends long after the others."""
+    """All of a study, in the order in which they are begun where several could be.
+
+    Trajectories come before what is measured of them, and the most work first, so that no worker ends long after the
+    others.
+    """
     spec = prepared.spec
     decays = spec.optim.schedule != "constant"
     cuts = [(b,) for b in spec.budgets] if decays else [spec.budgets]
-    trained: dict[tuple[str, int, int], Piece] = {}
+    trained: list[Piece] = []
     tuned: dict[str, Piece] = {}
     for seed in spec.seeds:
         for o in spec.objectives:
-            after: list[Piece] = []
-            if o.start and o.start.from_ and o.start.budget:
-                after.append(trained[o.start.from_, seed, o.start.budget])
+            start = ((o.start.from_, seed, o.start.budget),) if o.start and o.start.from_ and o.start.budget else ()
+            after: tuple[Piece, ...] = ()
             if spec.optim.lr == "tuned":
-                first = tuple(p for p in after if p.seed == spec.seeds[0])
-                after.append(tuned.setdefault(o.alias, Piece("tune", o.alias, seed, after=first)))
-            for budgets in cuts:
-                piece = Piece("train", o.alias, seed, budgets, tuple(after), alone=decays)
-                trained |= {(o.alias, seed, b): piece for b in budgets}
-    trajectories = sorted(
-        dict.fromkeys(trained.values()),
-        key=lambda p: (-relative_cost(prepared.objectives[p.alias]) * p.budgets[-1], _depth(p)),
-    )
-    return [Piece("base", BASE), *tuned.values(), *trajectories]
+                after = (tuned.setdefault(o.alias, Piece("tune", o.alias, seed, needs=start)),)
+            trained += [Piece("train", o.alias, seed, b, after, alone=decays, needs=start) for b in cuts]
+    trained.sort(key=lambda p: -relative_cost(prepared.objectives[p.alias]) * p.budgets[-1])
+    base = _shards(prepared, Piece("base", BASE))
+    held_against = tuple(base) if spec.evals.stop == "decided" else ()  # a checkpoint is asked until it differs from it
+    measured = [m for p in trained for m in _measuring(prepared, p, held_against)]
+    return [*base, *tuned.values(), *trained, *measured]
+
+
+def _measuring(prepared: Prepared, trajectory: Piece, after: tuple[Piece, ...] = ()) -> list[Piece]:
+    """What is measured of a trajectory, as soon as its checkpoints are there and the pieces of `after` are finished."""
+    alias, seed = trajectory.alias, trajectory.seed
+    served = prepared.spec.evals.backend == "vllm"
+    found = []
+    for budgets in [trajectory.budgets] if served else [(b,) for b in trajectory.budgets]:
+        needs = tuple((alias, seed, b) for b in budgets)
+        found += _shards(prepared, Piece("measure", alias, seed, budgets, after, needs=needs))
+    return found
+
+
+def _shards(prepared: Prepared, whole: Piece) -> list[Piece]:
+    """A piece for each condition; or `whole` itself, where one server answers for all."""
+    if prepared.spec.evals.backend == "vllm":
+        return [whole]
+    return [replace(whole, condition=who.condition) for who in whos(prepared, whole)]
 
 
 def whos(prepared: Prepared, piece: Piece) -> list[Who]:
-    """Every checkpoint of a piece under its conditions; the base under all that some objective is tested under."""
+    """Whom a piece measures: checkpoints under conditions; the base under all that some objective is tested under."""
     if piece.kind == "base":
-        return [Who(BASE, 0, 0, condition) for condition in prepared.base_conditions]
-    return [
-        Who(piece.alias, piece.seed, budget, condition)
-        for budget in piece.budgets
-        for condition in prepared.conditions(piece.alias, budget)
-    ]
+        found = [Who(BASE, 0, 0, condition) for condition in prepared.base_conditions]
+    elif piece.kind == "measure":
+        found = [
+            Who(piece.alias, piece.seed, budget, condition)
+            for budget in piece.budgets
+            for condition in prepared.conditions(piece.alias, budget)
+        ]
+    else:
+        return []
+    return [who for who in found if piece.condition in (None, who.condition)]
 
 
 def schedule_of(prepared: Prepared, piece: Piece) -> Schedule:
@@ -91,7 +125,3 @@ def relative_cost(objective: Objective) -> float:
     """Training work per source token: a pair is two sequences, a companion one more, a reference pass about half."""
     sequences = (2.0 if objective.needs_pairs else 1.0) + (1.0 if objective.companion else 0.0)
     return sequences * (1.0 if objective.needs_reference == "nothing" else 1.5)
-
-
-def _depth(piece: Piece) -> int:
-    return 1 + max((_depth(p) for p in piece.after), default=0)

@@ -8,14 +8,18 @@ from dataclasses import asdict, dataclass
 
 from leeway.errors import LeewayError
 from leeway.study import costs, gpus
-from leeway.study.answering import eval_costs, pair_cost
-from leeway.study.bill import Bill, bill
+from leeway.study.answering import eval_costs, longest, pair_cost
+from leeway.study.bill import RUNTIME, Bill, bill
 from leeway.study.costs import EvalCost, Shape
 from leeway.study.gpus import Machine
-from leeway.study.pieces import pieces_of, whos
+from leeway.study.measuring import Measured, priced_by
+from leeway.study.pieces import Piece, pieces_of, whos
 from leeway.study.prepare import Prepared, prepare, targeted
+from leeway.study.referred import Asked
+from leeway.study.referred import asked as asked_of
 from leeway.study.spec import Spec
 from leeway.study.standin import Subject, subject
+from leeway.study.timing import timed
 from leeway.study.training_data import chat_for
 from leeway.study.trajectories import TrajectoryPlan, trajectory
 
@@ -44,7 +48,9 @@ class Plan:
     missing: tuple[str, ...]
     counts_exactly: bool
     notes: tuple[str, ...]
+    references: Asked
     bill: Bill
+    measured: Measured | None
     estimated_hours: float
     estimated_memory_gib: float
     estimated_disk_gib: float
@@ -73,42 +79,70 @@ class Plan:
                 *(f"follows: {f}" for f in self.followed),
                 f"{head}{'processed':>12}{'reference':>12}",
                 *rows,
+                *self._asked(about),
                 *(_told(e, about) for e in self.evals),
                 *self.notes,
                 f"left out as too long: {self.left_out}",
-                *self.bill.lines(),
+                *([*self.measured.lines(), *self.bill.other_lines()] if self.measured else self.bill.lines()),
             ]
         )
 
+    def _asked(self, about: str) -> Iterator[str]:
+        """What the references are asked, where it is kept: less than the column's sum, since it is shared."""
+        if self.references.sequences:
+            tokens, sequences = (f"{about}{n:,}" for n in (self.references.tokens, self.references.sequences))
+            yield (
+                f"references: {tokens} tokens of {sequences} sequences go through them, once each; kept on disk "
+                f"({_size(self.references.bytes)})"
+            )
 
-def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) -> Plan:
-    """Plan `spec` on `machine` (this CPU): reads data, tokenizer and config, never weights, never a GPU."""
+
+def _size(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
+
+
+def plan(
+    spec: Spec,
+    machine: Machine | None = None,
+    prices: Prices = Prices(),
+    *,
+    measure: bool = False,
+    workers: int | None = None,
+) -> Plan:
+    """Plan `spec` on `machine` (this CPU): reads data, tokenizer and config, never weights, never a GPU.
+
+    `measure` times some steps and answers here, with the weights, in as many processes as `workers` (a run's) says.
+    """
     model = subject(spec)
     prepared = prepare(spec, model=model)
     on = machine or gpus.this_cpu()
     size = _shape(spec, model, on)
     pieces = pieces_of(prepared)
-    trajectories = tuple(trajectory(prepared, p) for p in pieces if p.kind != "base")
-    checkpoints = sum(len(p.budgets) for p in pieces)
+    trajectories = tuple(trajectory(prepared, p) for p in pieces if p.kind in ("tune", "train"))
+    checkpoints = sum(len(p.budgets) for p in pieces if p.kind == "train")
     evaluated, answers = sum(len(whos(prepared, p)) for p in pieces), sum(len(e) for e in prepared.evals)
     answered = _sweep_answers(prepared)
     evals, unpriced = eval_costs(prepared)
+    references = asked_of(prepared, size.hidden, size.bytes)
     found = bill(
         prepared,
         size,
         on,
         training=sum(
-            t.runs * costs.training_flops(size, t.processed_tokens, t.target_tokens, t.reference_tokens)
+            t.runs * costs.training_flops(size, t.processed_tokens, t.target_tokens, _live(prepared, t))
             for t in trajectories
-        ),
+        )
+        + costs.reference_flops(size, references.tokens, references.measured),
         sweeps=answered * 2.0 * (size.body + size.head),
         evals=evals,
         evaluated=evaluated,
         pairs=pair_cost(prepared),
         disk=checkpoints * size.trained * costs.FLOAT32 + evaluated * answers * costs.ROW_BYTES,
+        references=references.bytes,
         hour=prices.hour,
         judge=prices.judge,
     )
+    timed_by = _measured(prepared, pieces, trajectories, workers) if measure else None
     return Plan(
         name=spec.name,
         parameters=size.total,
@@ -122,11 +156,35 @@ def plan(spec: Spec, machine: Machine | None = None, prices: Prices = Prices()) 
         missing=model.missing,
         counts_exactly=model.counts_exactly,
         notes=(*_undrawn(prepared), *unpriced, *_notes(spec, trajectories, answered), *claimed(spec)),
+        references=references,
         bill=found,
-        estimated_hours=found.hours,
-        estimated_memory_gib=found.memory_gib,
+        measured=timed_by,
+        estimated_hours=timed_by.hours if timed_by else found.hours,
+        estimated_memory_gib=timed_by.memory_gib if timed_by else found.memory_gib,
         estimated_disk_gib=found.disk_gib,
     )
+
+
+def memory_of_a_worker(prepared: Prepared) -> int:
+    """Bytes of main memory that a process takes on a CPU, to train or to measure, by the estimate of a plan."""
+    spec = prepared.spec
+    size = _shape(spec, subject(spec), gpus.this_cpu())
+    needed = costs.memory(size, spec.optim.micro_tokens, spec.adapter.dropout, spec.evals.batch, longest(prepared))
+    return int(RUNTIME + needed.peak)
+
+
+def _live(prepared: Prepared, t: TrajectoryPlan) -> int:
+    """Reference tokens that this run computes whatever others do."""
+    return t.reference_tokens if prepared.spec.reference == "live" else 0
+
+
+def _measured(
+    prepared: Prepared, pieces: list[Piece], trajectories: tuple[TrajectoryPlan, ...], workers: int | None
+) -> Measured:
+    from leeway.study.executor import workers_for
+
+    several = workers_for(prepared.spec, len(pieces), workers)
+    return priced_by(prepared, pieces, trajectories, timed(prepared.spec, several), several)
 
 
 def priced(
@@ -203,6 +261,8 @@ def claimed(spec: Spec) -> Iterator[str]:
 
 def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...], answered: int) -> Iterator[str]:
     """What a setting costs beside its default."""
+    if spec.evals.stop == "decided":
+        yield "stop decided: answers, hours and calls of judges are upper bounds; a checkpoint is asked until decided"
     trained = [t for t in trajectories if not t.purpose]
     if spec.optim.schedule != "constant":
         whole = sum(t.processed_tokens for t in trained)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from leeway.study.work import Kind
+from leeway.study.telling import Kind
 
 PRIOR = {
     "train": 1e-4,

@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import pandas as pd
 
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
-from leeway.study import tuning
+from leeway.model.references import References
+from leeway.study import keeping, looks, tuning
 from leeway.study.drawing import Drawing
-from leeway.study.executor import carry_out, workers_for
-from leeway.study.manifest import check_unchanged, manifest, matching
+from leeway.study.executor import Executor, Local, one_alone
+from leeway.study.launch import check
+from leeway.study.manifest import check_unchanged, matching
 from leeway.study.pieces import Piece, pieces_of, relative_cost, schedule_of, whos
 from leeway.study.prepare import Prepared, prepare
 from leeway.study.progress import Reporter
 from leeway.study.spec import Spec
 from leeway.study.store import Store
-from leeway.study.work import Work, kind_of
+from leeway.study.telling import kind_of
+from leeway.study.work import Work
 from leeway.training import checkpoints
 
 NEEDED_DISK = 64 << 20  # bytes
 
 
-def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | None = None) -> Path:
+def run(
+    spec: Spec,
+    out: Path,
+    reporter: Reporter,
+    command: str,
+    workers: int | None = None,
+    executor: Literal["local", "ray"] = "local",
+) -> Path:
     """Run `spec` into `out`, going on where an earlier run stopped; returns the report's path."""
     from leeway.report import build
 
-    workers_for(spec, 1, workers)  # a number of workers that cannot be is refused before anything is written
+    one_alone(spec, workers)  # a number of workers that cannot be is refused before anything is written
+    if executor == "local":
+        check(spec.processes, spec.device)
     store = Store(out)
-    with store.claimed(spec.hash, spec.to_yaml()):
+    with store.claimed(spec.hash, spec.to_yaml()), _executor(executor, workers, reporter) as hands:
         _check_disk(out)
         reporter.say(f"{spec.name}: reading the data")
         drawing = Drawing(store.pairs, True, _drawing_teller(spec, reporter), store.kept)
@@ -42,19 +57,32 @@ def run(spec: Spec, out: Path, reporter: Reporter, command: str, workers: int | 
         if facts:
             check_unchanged(prepared, facts, out)
         else:
-            facts = manifest(prepared, work.base(), command)
+            facts = hands.facts(work, command)
             store.write_manifest(facts)
         busy = [p for p in pieces if work.unfinished(p)]
-        reporter.workers = min(workers_for(spec, len(pieces), workers), max(1, len(busy)))
+        reporter.workers = hands.workers(prepared, len(busy)) if busy else 1
         with reporter:
             lines = [line for p in pieces if p not in busy for line in work.ledger(p, checkpoints.verified_ledger)]
             check_matched(lines, matching(prepared))
-            for piece in carry_out(prepared, store, busy, reporter.workers, reporter.heard):
+            for done, piece in enumerate(hands.carry_out(work, busy, reporter.heard), 1):
+                reporter.workers = min(reporter.workers, max(1, len(busy) - done))
                 lines += work.ledger(piece)
                 check_matched(lines, matching(prepared))
         rows = _collect(work, pieces, facts)
+        keeping.forget(store.answers)
         reporter.say(f"{spec.name}: {rows:,} rows; drawing the report")
         return build(out)
+
+
+@contextmanager
+def _executor(name: Literal["local", "ray"], workers: int | None, reporter: Reporter) -> Iterator[Executor]:
+    if name == "local":
+        yield Local(workers)
+        return
+    from leeway.study.on_ray import OnRay
+
+    with OnRay(workers, reporter.say) as cluster:
+        yield cluster
 
 
 def _drawing_teller(spec: Spec, reporter: Reporter) -> Callable[[int], None]:
@@ -83,9 +111,14 @@ def _collect(work: Work, pieces: list[Piece], facts: dict[str, Any]) -> int:
     work.store.write_ledger(lines)
     rows = work.store.write_rows(list(parts))
     chosen = {p.alias: tuning.read(work.store.tuning(p.alias)).to_json() for p in pieces if p.kind == "tune"}
-    found = {"conditions": work.store.conditions(parts), "tuning": chosen, "written": work.store.written()}
+    conditions, known = work.store.conditions(parts), looks.facts(work.prepared.spec, work.prepared.evals)
+    asked = looks.summary(pd.read_parquet(work.store.rows_path), conditions, known) if known else {}
+    found: dict[str, Any] = {"conditions": conditions, "tuning": chosen, "written": work.store.written()}
+    if work.store.references.is_dir():
+        sequences, tokens, size = References(work.store.references).size()
+        found["references"] = {"sequences": sequences, "tokens": tokens, "bytes": size}
     first = {alias: objective.conditions[0].name for alias, objective in work.prepared.objectives.items()}
-    work.store.write_manifest({**facts, **found, "first_conditions": first})
+    work.store.write_manifest({**facts, **found, **asked, "first_conditions": first})
     return rows
 
 

@@ -98,6 +98,7 @@ def _alike(control: tuple[str, ...]) -> str:
     return "the base model or from cft" if control else "the base model or from an objective without them"
 
 
+RESAMPLED = ("steeper", "diverges", "coupled", "matched")  # claims that the joint bootstrap decides
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 
@@ -111,6 +112,9 @@ class Spec(Part):
     threads: int = Field(
         default=1, gt=0, description="of each worker on a CPU: part of the study, since bits depend on it"
     )
+    processes: int = Field(
+        default=1, gt=0, description="that train one trajectory together, a shard of the model in each"
+    )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     task: Task
     pairs: Pairs = Pairs()
@@ -123,13 +127,20 @@ class Spec(Part):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_once_each)] = (0,)
     optim: Optim = Optim()
     reference: Literal["live", "cached"] = Field(
-        default="live", description="computed beside the policy, or beforehand and kept"
+        default="cached", description="computed beforehand and kept on disk, or beside the policy in every step"
     )
     general: Companion | None = None
     safety: Companion | None = None
     evals: Evals
     claims: Annotated[Claims | None, BeforeValidator(_claims)] = None
     _followed: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _live_in_shards(cls, raw: Any) -> Any:
+        """Several processes that share a model ask its reference beside it, unless the study says otherwise."""
+        alone = not isinstance(raw, dict) or raw.get("processes", 1) == 1
+        return raw if alone else {"reference": "live", **raw}
 
     @model_validator(mode="after")
     def _whole(self) -> Spec:
@@ -138,6 +149,7 @@ class Spec(Part):
             *self._servable(),
             *self._companions_are_there(),
             *self._rates_fit(),
+            *self._processes_fit(),
             *self._starts_are_there(),
             *self._starts_fit(),
             *self._claims_fit(),
@@ -179,6 +191,16 @@ class Spec(Part):
         if unknown := [a for a in given if a not in aliases]:
             yield f"optim.lr: {unknown[0]!r} is no objective of this study{nearest(unknown[0], aliases)}"
 
+    def _processes_fit(self) -> Iterator[str]:
+        if self.processes > 1 and self.optim.lr == "tuned":
+            yield "processes: a sweep of learning rates runs in one process; give optim.lr a rate"
+        if self.processes > 1 and ":" in self.device:
+            yield f"processes: {self.processes} of them take a GPU each, and {self.device} is one; give device: cuda"
+        if self.processes > 1 and self.reference == "cached":
+            yield "processes: a cached reference is asked in one process; give reference: live, which is sharded too"
+        if self.processes > 1 and self.optim.layout == "fused":
+            yield "processes: the fused decoder knows no shards; give optim.layout: padded, or leave it out"
+
     def _starts_are_there(self) -> Iterator[str]:
         before: set[str] = set()
         for o in self.objectives:
@@ -217,6 +239,12 @@ class Spec(Part):
             aliases = [o.alias for o in self.objectives]
             for fault in self.claims.absent(aliases, measured(self.evals), self.budgets):
                 yield f"claims: {fault}"
+            resampled = [c.analysis for c in self.claims.claims if c.analysis in RESAMPLED]
+            if self.evals.stop == "decided" and resampled:
+                yield (
+                    f"claims: {resampled[0]} resamples prompts, which is not valid where they are asked until decided; "
+                    "use evals.stop: never"
+                )
 
     def objective(self, alias: str) -> ObjectiveSpec:
         return next(o for o in self.objectives if o.alias == alias)

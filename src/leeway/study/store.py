@@ -66,6 +66,7 @@ LEDGER_SCHEMA = pa.schema(
     ]
 )
 SEAL = b"leeway.seal"
+REFERENCES = "LEEWAY_REFERENCES"  # a folder that several runs share
 LOCKS = (".lock", ".workers")
 EDITED = "restore it, or start in another --out"
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
@@ -104,7 +105,11 @@ class Store:
         self.rows_path = folder / "rows.parquet"
         self.ledger_path = folder / "ledger.parquet"
         self.kept = folder / "asked.sqlite"  # what judges, attackers and endpoints said, by content
+        self.kept_apart = folder / "asked"  # the same by host: what keeps them serves the processes of one alone
+        self.answers = folder / "answers"  # what checkpoints said, by content, until the run is finished
         self.pairs = folder / "pairs"  # what the base model was asked for, where pairs are drawn from it
+        shared = os.environ.get(REFERENCES)
+        self.references = Path(shared).expanduser().absolute() if shared else folder / "references"
 
     @contextmanager
     def claimed(self, study_hash: str, study_yaml: str) -> Iterator[None]:
@@ -143,7 +148,7 @@ class Store:
             try:
                 yield
             except LeewayError:
-                paid = self.pairs.exists() or self.kept.exists()
+                paid = self.pairs.exists() or self.kept.exists() or self.kept_apart.exists()
                 if known is None and not paid and not any(self.folder.rglob("ledger.json")):
                     self._vacate()  # a mistake found before the first checkpoint leaves the folder as it was
                 raise
@@ -152,7 +157,8 @@ class Store:
         """Whether all that an earlier run left is what the base model said: nothing was trained or measured."""
         left = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
         kept = {f"{self.kept.name}{end}" for end in ("", "-wal", "-shm")}
-        return (self.pairs.is_dir() or self.kept.is_file()) and left <= {"study.yaml", "pairs", *kept, *LOCKS}
+        known = {"study.yaml", self.pairs.name, self.kept_apart.name, *kept, *LOCKS}
+        return any(p.exists() for p in (self.pairs, self.kept, self.kept_apart)) and left <= known
 
     def _vacate(self) -> None:
         for path in list(self.folder.iterdir()):
@@ -200,6 +206,9 @@ class Store:
 
     def checkpoint(self, objective: str, seed: int, budget: int) -> Path:
         return self.folder / "checkpoints" / objective / f"s{seed}" / str(budget)
+
+    def kept_on(self, host: str) -> Path:
+        return self.kept_apart / f"{host}.sqlite"
 
     def steps(self, log: str) -> Path:
         return self.folder / "steps" / f"{log}.jsonl"
@@ -262,13 +271,25 @@ class Store:
         with whole_file(self.ledger_path) as scratch:
             pq.write_table(table.sort_by([(c, "ascending") for c in ("seed", "budget", "objective")]), scratch)
 
-    def trim_steps(self, log: str, last: int) -> None:
-        """Keep the log of the steps up to `last`: what came after the checkpoint is done again."""
-        path = self.steps(log)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text("utf-8").split("\n")[:last] if path.is_file() else []
+    def log_of_steps(self, log: str, last: int, own: Path | None = None) -> Path:
+        """The log of the steps up to `last`, to be gone on with: what came after the checkpoint is done again.
+
+        It lies in its place, or in `own`: then `put_steps` brings it there.
+        """
+        place = self.steps(log)
+        path = place if own is None else own / place.name
+        lines = place.read_text("utf-8").split("\n")[:last] if place.is_file() else []
         with whole_file(path) as scratch:
             scratch.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        return path
+
+    def put_steps(self, log: Path) -> None:
+        """Put a log that grew elsewhere into its place, whole; a longer one that is there already stays."""
+        place, text = self.steps(log.stem), log.read_bytes()
+        if place == log or (place.is_file() and place.read_bytes().count(b"\n") > text.count(b"\n")):
+            return
+        with whole_file(place) as scratch:
+            scratch.write_bytes(text)
 
 
 def _remove(path: Path) -> None:

@@ -10,7 +10,8 @@ from leeway.objectives import Objective
 from leeway.objectives.objective import Plain
 from leeway.study.pieces import Piece, schedule_of
 from leeway.study.prepare import Prepared
-from leeway.training.loop import Optim, cached_reference_tokens
+from leeway.study.referred import batches_of
+from leeway.training.beforehand import reference_tokens
 from leeway.training.renderer import Renderer
 
 
@@ -81,13 +82,9 @@ def _rendered_tokens(renderer: Renderer, schedule: Schedule) -> tuple[int, int]:
 def _reference_tokens(
     prepared: Prepared, objective: Objective, renderer: Renderer, schedule: Schedule, processed: int
 ) -> int:
-    """As the ledger will count them: live, all that is processed; cached, what is asked for the first time."""
+    """As the ledger will count them: live, all that is processed; cached, each sequence once."""
     if objective.needs_reference == "nothing":
         return 0
     if prepared.spec.reference == "live":
         return processed
-    optim = prepared.spec.optim
-    return cached_reference_tokens(
-        lambda: (renderer.batch(k, slots) for k, slots in enumerate(schedule.steps, 1)),
-        Optim(optim.clip, optim.micro_tokens),
-    )
+    return reference_tokens(batches_of(prepared, renderer, schedule))

@@ -21,6 +21,7 @@ from leeway.errors import LeewayError
 from leeway.hashing import sealed, unsealed
 from leeway.model import adapters
 from leeway.model.load import Model
+from leeway.training.ranks import ALONE, Ranks
 
 OPTIMISER, LEDGER = "optimizer.safetensors", "ledger.json"
 
@@ -57,6 +58,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for f in scratch.rglob("*"):
             if f.is_file():
                 _sync(f)
+        if finished(target):
+            return  # another worker was first, after it had been given up for dead: the content is the same
         if target.exists():
             shutil.rmtree(target)
         scratch.rename(target)
@@ -73,11 +76,33 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write(folder: Path, model: Model, optimiser: torch.optim.Optimizer, ledger: dict[str, Any]) -> dict[str, Any]:
-    """Save what trains, the optimiser's state and the ledger line; the line comes back with the `adapter_hash`."""
+def write(
+    folder: Path, model: Model, optimiser: torch.optim.Optimizer, ledger: dict[str, Any], ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """Save what trains, the optimiser's state and the ledger line; the line comes back with the `adapter_hash`.
+
+    Of several ranks the first one writes, in the same format; the others help it to put what is sharded together, and
+    read the line.
+    """
+    tensors, state = ranks.whole(model), ranks.optimiser_state(optimiser)
+    if not ranks.leads:
+        ranks.wait()
+        return read_ledger(folder)
+    line = _write(folder, model, tensors, state, ledger)
+    ranks.wait()
+    return line
+
+
+def _write(
+    folder: Path,
+    model: Model,
+    tensors: dict[str, Tensor] | None,
+    state: dict[str, Tensor],
+    ledger: dict[str, Any],
+) -> dict[str, Any]:
     with whole_folder(folder) as scratch:
-        adapters.save(model, scratch)
-        save_file(_flat(optimiser), scratch / OPTIMISER)
+        adapters.save(model, scratch, tensors)
+        save_file(state, scratch / OPTIMISER)
         line = {**ledger, "adapter_hash": adapters.adapter_hash(adapters.saved(scratch))}
         (scratch / LEDGER).write_text(json.dumps(sealed(line), sort_keys=True, indent=1) + "\n", "utf-8")
     return line
@@ -150,12 +175,3 @@ def resumable(folder: Path) -> bool:
 def forget_optimiser(folder: Path) -> None:
     """Only a trajectory's latest checkpoint keeps its optimiser state: the earlier ones are never resumed from."""
     (folder / OPTIMISER).unlink(missing_ok=True)
-
-
-def _flat(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    parameters = [p for g in optimiser.param_groups for p in g["params"]]
-    return {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, p in enumerate(parameters)
-        for name, value in optimiser.state[p].items()
-    }

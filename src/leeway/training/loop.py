@@ -14,12 +14,12 @@ import torch
 
 from leeway.data.chat import Sequence
 from leeway.errors import NotFiniteError
-from leeway.model.forward import TokenStats, Totals, hidden_at_measured, target_stats
+from leeway.model.forward import TokenStats, Totals, target_stats
 from leeway.model.layout import Examples, Laid, Layout, lay, longest, stored
 from leeway.model.load import Model
-from leeway.model.reference import Reference, as_reference
-from leeway.model.tokenstats import token_logps
+from leeway.model.reference import Reference, asked
 from leeway.objectives.objective import Objective
+from leeway.training.ranks import ALONE, Cut, Ranks
 
 Decay = Literal["constant", "linear", "cosine"]
 
@@ -70,10 +70,12 @@ def optimise(
     lr_at: Callable[[int], float],
     settings: Optim,
     reference: Reference | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Step]:
     """Take one optimiser step per batch, and say after each what it did.
 
     `reference` is the model that the objective is compared with: without one, `model` with its adapter switched off.
+    `ranks` are the processes that take each step together: every one of them runs this loop over the same batches.
 
     Gradients are those of the loss over the whole batch: micro-batches add up because every loss is normalised by the
     batch's totals. Raises LeewayError where a loss or a gradient is not finite, naming the step and its examples.
@@ -82,16 +84,16 @@ def optimise(
     reference = reference or Reference()
     for batch in batches:
         began = time.perf_counter()
-        torch.manual_seed(batch.seed)
+        torch.manual_seed(ranks.seed(batch.seed))
         model.lm.train()
-        totals = _totals(model, objective, batch, settings, reference)
+        totals = _totals(model, objective, batch, settings, reference, ranks)
         loss = 0.0
-        for micro in micro_batches(batch.rendered, settings.micro_tokens, settings.layout):
+        for micro, weight in ranks.share(batch.rendered, _cut(settings)):
             with _autocast(model, settings.autocast):
-                part = _loss(model, objective, micro, totals, settings, reference)
+                part = weight * _loss(model, objective, micro, totals, settings, reference)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
+        loss, norm = ranks.sum(loss), ranks.clip(parameters, settings.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFiniteError(
                 f"{objective.name}, step {batch.step}: loss {loss}, gradient norm {norm}, "
@@ -128,66 +130,8 @@ def _reference(
 ) -> tuple[TokenStats, torch.Tensor | None]:
     """The reference's statistics, and its hidden states at the measured tokens where it has been asked for them."""
     kept = reference.recall([s for example in micro for s in example], model.device)
-    logp_T, hidden_TD = _asked(model, batch, reference) if kept is None else kept
+    logp_T, hidden_TD = asked(model, batch, reference) if kept is None else kept
     return TokenStats(logp_T, batch.sequence_T, batch.sequences, totals, None, batch.target_T), hidden_TD
-
-
-def _asked(model: Model, batch: Laid, reference: Reference) -> tuple[torch.Tensor, torch.Tensor]:
-    with as_reference(model, reference):
-        hidden_TD = hidden_at_measured(model, batch)
-        return token_logps(hidden_TD, batch.measured_T, model.head), hidden_TD
-
-
-def ask_beforehand(
-    model: Model,
-    objective: Objective,
-    batches: Callable[[], Iterable[Batch]],
-    settings: Optim,
-    reference: Reference,
-    *,
-    taken: int = 0,
-) -> None:
-    """Keep what the reference says of all sequences of `batches` after step `taken`, and release its own weights.
-
-    A sequence is asked about in the first micro-batch, counted from the first step on, that it occurs in: the bits are
-    the same wherever a run is taken up again.
-    """
-    needed = _homes(batches(), settings, taken)
-    reference.kept = {}
-    for place, group in _groups(batches(), settings):
-        if place in needed:
-            with _autocast(model, settings.autocast):
-                logp_T, hidden_TD = _asked(model, lay(group, model.device, settings.layout), reference)
-            sequences = [s for example in group for s in example]
-            reference.keep(sequences, logp_T, hidden_TD if objective.needs_reference == "distribution" else None)
-            reference.spent[place[0]] = reference.spent.get(place[0], 0) + _tokens(group)
-    reference.release()
-
-
-def cached_reference_tokens(batches: Callable[[], Iterable[Batch]], settings: Optim) -> int:
-    """How many tokens go through a reference that is asked beforehand."""
-    needed = _homes(batches(), settings, 0)
-    return sum(_tokens(group) for place, group in _groups(batches(), settings) if place in needed)
-
-
-def _homes(batches: Iterable[Batch], settings: Optim, taken: int) -> set[tuple[int, int]]:
-    """The first place of every sequence that occurs after step `taken`."""
-    first: dict[tuple[tuple[int, ...], int], tuple[int, int]] = {}
-    needed: set[tuple[int, int]] = set()
-    for place, group in _groups(batches, settings):
-        for s in (s for example in group for s in example):
-            home = first.setdefault((s.ids, s.start), place)
-            if place[0] > taken:
-                needed.add(home)
-    return needed
-
-
-def _groups(batches: Iterable[Batch], settings: Optim) -> Iterator[tuple[tuple[int, int], list[Seq[Sequence]]]]:
-    """Every micro-batch that the reference is asked about, in order, and its place: (step, number in it)."""
-    for batch in batches:
-        cut = (micro_batches(part, settings.micro_tokens, settings.layout) for part in (batch.baseline, batch.rendered))
-        for k, group in enumerate(group for part in cut for group in part):
-            yield (batch.step, k), group
 
 
 def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") -> Iterator[list[Seq[Sequence]]]:
@@ -209,7 +153,13 @@ def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") ->
         yield group
 
 
-def _totals(model: Model, objective: Objective, batch: Batch, settings: Optim, reference: Reference) -> Totals:
+def _cut(settings: Optim) -> Cut:
+    return lambda examples: micro_batches(examples, settings.micro_tokens, settings.layout)
+
+
+def _totals(
+    model: Model, objective: Objective, batch: Batch, settings: Optim, reference: Reference, ranks: Ranks
+) -> Totals:
     totals = Totals(
         tokens=sum(s.targets for example in batch.rendered for s in example),
         examples=len(batch.rendered),
@@ -219,23 +169,29 @@ def _totals(model: Model, objective: Objective, batch: Batch, settings: Optim, r
     )
     if not batch.baseline:
         return totals
-    return replace(totals, baseline=_baseline(model, objective, batch, totals, settings, reference))
+    return replace(totals, baseline=_baseline(model, objective, batch, totals, settings, reference, ranks))
 
 
 def _baseline(
-    model: Model, objective: Objective, batch: Batch, totals: Totals, settings: Optim, reference: Reference
+    model: Model,
+    objective: Objective,
+    batch: Batch,
+    totals: Totals,
+    settings: Optim,
+    reference: Reference,
+    ranks: Ranks,
 ) -> float:
     """The objective's own pass over the whole batch: the policy without dropout and without a gradient."""
     found = 0.0
     model.lm.eval()
-    for micro in micro_batches(batch.baseline, settings.micro_tokens, settings.layout):
+    for micro, weight in ranks.share(batch.baseline, _cut(settings)):
         laid = lay(micro, model.device, settings.layout)
         with torch.no_grad(), _autocast(model, settings.autocast):
             policy = target_stats(model, laid, totals)
             theirs, _ = _reference(model, laid, micro, totals, reference)
-        found += objective.baseline(policy, theirs)
+        found += weight * objective.baseline(policy, theirs)
     model.lm.train()
-    return found
+    return ranks.sum(found)
 
 
 def _reference_tokens(objective: Objective, batch: Batch) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,14 @@ from leeway.model.forward import layout_of
 from leeway.model.layout import Asked
 from leeway.model.load import Model
 from leeway.model.reference import Reference, freeze
+from leeway.model.references import References
+from leeway.model.sharded import local
 from leeway.objectives import Objective
 from leeway.training import checkpoints
+from leeway.training.beforehand import Tell, ask_beforehand
 from leeway.training.checkpoints import Start
-from leeway.training.loop import Batch, Decay, Optim, Step, after_warmup, ask_beforehand, optimise
+from leeway.training.loop import Batch, Decay, Optim, Step, after_warmup, optimise
+from leeway.training.ranks import ALONE, Ranks
 from leeway.training.renderer import Renderer
 
 COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
@@ -32,8 +36,9 @@ COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
 class Settings:
     """How a trajectory is trained: the same for every objective of a study, but for a learning rate of its own.
 
-    `tuning_tokens` is what the sweep that chose `lr` processed, for the ledger. `reference` says when the reference is
-    asked: beside the policy, or about everything before the first step. `layout` is settled once there is a model.
+    `tuning_tokens` is what the sweep that chose `lr` processed, for the ledger. `references` is where what a reference
+    says is kept, asked about everything before the first step; without it a reference answers beside the policy.
+    `layout` is settled once there is a model.
     """
 
     adapter: adapters.AdapterSettings
@@ -43,7 +48,7 @@ class Settings:
     loop: Optim
     decay: Decay = "constant"
     tuning_tokens: int = 0
-    reference: Literal["live", "cached"] = "live"
+    references: References | None = None
     layout: Asked | None = None  # none: the loop's own
 
 
@@ -64,13 +69,14 @@ class Trajectory:
     companions: Companions = field(default_factory=Companions)
     start: Start | None = None
     reference: Literal["start", "base"] = "start"
+    ranks: Ranks = ALONE
     step: int = 0
     counted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
     def __post_init__(self) -> None:
         self.compared = self._begin()
         asked = self.settings.layout or self.settings.loop.layout
-        layout = layout_of(asked, self.model, self.settings.adapter.kind)
+        layout = layout_of(asked, self.model, self.settings.adapter.kind, sharded=self.ranks.size > 1)
         self.settings = replace(self.settings, loop=replace(self.settings.loop, layout=layout))
         self.reference_hash = self.compared.hash
         if self.objective.needs_reference == "distribution":
@@ -107,16 +113,19 @@ class Trajectory:
             return base
         return Reference(digest(*parts, self.start.hash), freeze(self.model) if asked else None)
 
-    def train_to(self, mark: Mark, log: Path, tick: Callable[[Step], None]) -> None:
-        """Go on to the step of `mark`, one line per step into `log`, on disk before this returns."""
+    def train_to(self, mark: Mark, log: Path, tick: Callable[[Step], None], asking: Tell = lambda *_: None) -> None:
+        """Go on to the step of `mark`, one line per step into `log`, on disk before this returns.
+
+        `asking` hears how many of the reference's tokens are had, and of how many, where it is asked beforehand.
+        """
         batches = (self._batch(k) for k in range(self.step + 1, mark.step + 1))
         settings, steps = self.settings, len(self.schedule.steps)
-        if settings.reference == "cached" and self.compared.kept is None:
-            self._ask_beforehand()
+        self.ranks.shard(self.model, self.optimiser, self.compared)
+        self.ask_beforehand(asking)
         lr_at = after_warmup(settings.lr, settings.warmup_steps, settings.decay, steps)
-        with log.open("a", encoding="utf-8") as lines:
+        with (log if self.ranks.leads else Path(os.devnull)).open("a", encoding="utf-8") as lines:
             for done in optimise(
-                self.model, self.objective, batches, self.optimiser, lr_at, settings.loop, self.compared
+                self.model, self.objective, batches, self.optimiser, lr_at, settings.loop, self.compared, self.ranks
             ):
                 self.step = done.step
                 for name in COUNTERS:
@@ -124,16 +133,19 @@ class Trajectory:
                 lines.write(json.dumps(asdict(done), sort_keys=True) + "\n")
                 lines.flush()
                 tick(done)
-            os.fsync(lines.fileno())
+            if self.ranks.leads:
+                os.fsync(lines.fileno())
 
-    def _ask_beforehand(self) -> None:
-        if self.objective.needs_reference == "nothing":
-            return
-
-        def batches() -> Iterator[Batch]:
-            return (self._batch(k + 1) for k in range(len(self.schedule.steps)))
-
-        ask_beforehand(self.model, self.objective, batches, self.settings.loop, self.compared, taken=self.step)
+    def ask_beforehand(self, asking: Tell = lambda *_: None) -> int:
+        """Have all that is still to be asked of the reference kept; how many tokens went through it for that."""
+        references = self.settings.references
+        if references is None or self.objective.needs_reference == "nothing" or self.compared.kept is not None:
+            return 0
+        batches = (self._batch(k + 1) for k in range(len(self.schedule.steps)))
+        loop, taken = self.settings.loop, self.step
+        return ask_beforehand(
+            self.model, self.objective, batches, loop, self.compared, references, taken=taken, tell=asking
+        )
 
     @property
     def spent(self) -> int:
@@ -142,12 +154,12 @@ class Trajectory:
 
     def save(self, folder: Path, mark: Mark) -> dict[str, Any]:
         """Write the checkpoint of `mark` with its ledger line, and return the line."""
-        if not all(torch.isfinite(t).all() for t in adapters.state(self.model).values()):
+        if not all(torch.isfinite(local(t)).all() for t in adapters.state(self.model).values()):
             raise NotFiniteError(
                 f"{self.alias}, step {self.step}: the adapter holds values that are not finite",
                 fix="lower optim.lr; the last checkpoint is kept",
             )
-        return checkpoints.write(folder, self.model, self.optimiser, self._ledger(mark))
+        return checkpoints.write(folder, self.model, self.optimiser, self._ledger(mark), self.ranks)
 
     def restore(self, folder: Path, mark: Mark, *, to_train: bool) -> dict[str, Any]:
         """Take up where `folder` left off (for training, with the optimiser's state); returns its ledger line."""

@@ -78,6 +78,9 @@ def comparable(studies: list[Study]) -> Comparable:
     if len(set(counts.values())) > 1:
         told = "; ".join(f"{n}: {c}" for n, c in counts.items())
         raise LeewayError(f"compare: budgets count different things ({told})", fix="compare studies that count alike")
+    if stopped := next((s.name for s in studies if s.results.sequential), None):
+        what = f"compare: {stopped} asked its items until decided, and studies that stop are not set beside others"
+        raise LeewayError(what, fix="measure with evals.stop: never")
     found = Comparable(studies)
     _objectives(found)
     _attacks(found)

@@ -53,6 +53,7 @@ def _facts(results: Results) -> set[str]:
         found.add(f"adapter:{adapter.get('kind', 'lora')}")
     judges = _dict(manifest.get("judges"))
     found |= {f"judge:{_dict(j).get('name')}" for j in judges.values()}
+    found |= {"design:sequential"} if results.sequential else set()
     found |= {"judges:several"} if any("@" in k for k in judges) else set()
     return found | {f"items:{name}" for name in _items(results)}
 

@@ -33,6 +33,7 @@ FURTHER = (
     "judges",
     "corrected",
     "claims",
+    "sequential",
 )  # tables that are there where something was asked
 SCRIPTS = ("text", "theme", "tips", "pick", "rows", "audit", "print", "start")
 PARTIALS = ("claims", "asked", "curves", "analyses", "persona", "judges", "ledger", "contrasts")
@@ -77,6 +78,8 @@ def context(
         ),
         "caveats": caveats(made["contrasts"], made["unscored"], results.seeds, scale, elsewhere=bool(known)),
         "margin": f"{100 * float(same['margin'].max()):g}" if same is not None else "",
+        "why_no_advice": (why_not or {}).get("recommend", ""),
+        "sequential": results.sequential,
         "views": analyses.views(made, why_not or {}, scale),
         "claims": tables.records(made["claims"]) if "claims" in made else [],
         "claims_about": claims.about(results),

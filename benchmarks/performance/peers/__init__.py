@@ -1,0 +1,1 @@
+"""The peer: TRL's trainers and transformers' `generate`, tuned through their API."""

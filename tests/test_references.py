@@ -1,0 +1,221 @@
+"""The store of what references said: asked once, the same bits whoever asks, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from leeway.data.batches import schedule
+from leeway.data.chat import Sequence
+from leeway.errors import LeewayError
+from leeway.model import references
+from leeway.model.references import References, Said, Shelf, key
+from leeway.objectives import dpo, ipo, kl, kto
+from leeway.study.parse import parse
+from leeway.study.plan import plan
+from leeway.training.trajectory import Trajectory
+from test_reference import EXAMPLES, new_tokens, trajectory
+from test_stages import text
+from test_study import carry, contents
+
+SEQUENCES = [Sequence(tuple(range(k, k + 5 + k % 3)), 2 + k % 2) for k in range(40)]
+
+
+def said(s: Sequence) -> Said:
+    """Numbers that can be told apart: the ids themselves."""
+    ids_M = torch.tensor(s.ids[s.start :], dtype=torch.float32)
+    return Said(-ids_M, torch.stack([ids_M, ids_M / 8], 1).to(torch.bfloat16))
+
+
+def ask(sequences: Seq[Sequence], states: bool) -> Iterator[tuple[Sequence, Said]]:
+    for s in sequences:
+        found = said(s)
+        yield s, found if states else replace(found, hidden_MD=None)
+
+
+def refuse(*_: object) -> Iterator[tuple[Sequence, Said]]:
+    raise AssertionError("asked again")
+    yield
+
+
+def fill(shelf: Shelf, sequences: Seq[Sequence], *, states: bool, ask: references.Ask = ask) -> int:
+    return shelf.fill(sequences, lambda _: states, ask, lambda *_: None)
+
+
+def test_what_is_kept_comes_back_in_the_order_asked_for(tmp_path: Path) -> None:
+    assert fill(Shelf(tmp_path), SEQUENCES, states=True) == sum(len(s.ids) for s in SEQUENCES)
+    wanted = [SEQUENCES[k] for k in (7, 0, 39, 7)]
+    for shelf in (Shelf(tmp_path),):
+        assert fill(shelf, SEQUENCES, states=True, ask=refuse) == 0
+        logp_T, hidden_TD = shelf.recall(wanted, states=True)
+        assert torch.equal(logp_T, torch.cat([said(s).logp_M for s in wanted]))
+        assert hidden_TD is not None
+        assert hidden_TD.dtype == torch.bfloat16
+        expected = [h for s in wanted if (h := said(s).hidden_MD) is not None]
+        assert torch.equal(hidden_TD, torch.cat(expected))
+
+
+def test_states_serve_log_probabilities_and_not_the_other_way(tmp_path: Path) -> None:
+    fill(Shelf(tmp_path / "a"), SEQUENCES, states=True)
+    assert fill(Shelf(tmp_path / "a"), SEQUENCES, states=False, ask=refuse) == 0
+    fill(Shelf(tmp_path / "b"), SEQUENCES[:10], states=False)
+    spent = fill(Shelf(tmp_path / "b"), SEQUENCES, states=True)
+    assert spent == sum(len(s.ids) for s in SEQUENCES)
+    shelf = Shelf(tmp_path / "b")
+    shelf.look()
+    assert shelf.recall(SEQUENCES[:1], states=False)[1] is None
+
+
+def test_a_sequence_is_its_ids_and_from_where_on_it_is_measured() -> None:
+    s = Sequence((1, 2, 3), 1)
+    assert len({key(s), key(s.with_prompt()), key(Sequence((1, 2, 3), 2)), key(Sequence((1, 2, 4), 1))}) == 3
+    assert key(s) == key(s.with_prompt())  # from the first token on, both
+    assert key(s) == key(Sequence((1, 2, 3), 2, 1))  # whatever of it is a target
+
+
+def test_files_are_of_a_bounded_size_and_say_how_much_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "SHARD_BYTES", 40)
+    shelf = References(tmp_path).of("who")
+    fill(shelf, SEQUENCES, states=True)
+    files = list((tmp_path / "who").glob("*.safetensors"))
+    assert len(files) > len(references.BUCKETS)
+    sequences, tokens, size = References(tmp_path).size()
+    assert (sequences, tokens) == (40, sum(len(s.ids) for s in SEQUENCES))
+    assert size == sum(f.stat().st_size for f in files)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
+def test_a_damaged_file_is_told_in_one_line(harm: str, tmp_path: Path) -> None:
+    fill(Shelf(tmp_path), SEQUENCES, states=True)
+    path = min(tmp_path.glob("*.safetensors"))
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes({"flip": bytes(raw), "cut": bytes(raw[: len(raw) // 2]), "empty": b""}[harm])
+    with pytest.raises(LeewayError, match=r"damaged .*; delete it") as told:
+        fill(Shelf(tmp_path), SEQUENCES, states=True)
+    assert "\n" not in str(told.value)
+    path.unlink()
+    assert 0 < fill(Shelf(tmp_path), SEQUENCES, states=True) < sum(len(s.ids) for s in SEQUENCES)
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LeewayError, match="LEEWAY_REFERENCES"):
+        fill(Shelf(tmp_path / "file" / "who"), SEQUENCES, states=False)
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_references import SEQUENCES, ask, fill
+from leeway.model.references import Shelf
+def slowly(sequences, states):
+    for found in ask(sequences, states):
+        time.sleep(0.01)
+        yield found
+print(fill(Shelf(Path({folder!r})), SEQUENCES, states=True, ask=slowly))
+"""
+
+
+def asking(folder: Path) -> subprocess.Popen[str]:
+    code = SLOW.format(tests=str(Path(__file__).parent), folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_writers_that_are_killed_leave_nothing_half_done_and_others_share_the_work(tmp_path: Path) -> None:
+    """One is killed amid its work, two others finish it together, and what it had done is not asked again."""
+    first = asking(tmp_path)
+    until = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.safetensors"))) < 2 and time.monotonic() < until:
+        time.sleep(0.005)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    kept = Shelf(tmp_path)
+    kept.look()
+    before = kept.size()[1]
+    assert 0 < before < sum(len(s.ids) for s in SEQUENCES)
+    (tmp_path / ".partial-f-left").write_bytes(b"half")
+    both = [asking(tmp_path) for _ in range(2)]
+    spent = [int(p.communicate(timeout=100)[0]) for p in both]
+    assert before + sum(spent) == sum(len(s.ids) for s in SEQUENCES)
+    assert fill(Shelf(tmp_path), SEQUENCES, states=True, ask=refuse) == 0
+    assert not list(tmp_path.glob(".partial-*"))
+    kept.look()
+    logp_T, _ = kept.recall(SEQUENCES, states=True)
+    assert torch.equal(logp_T, torch.cat([said(s).logp_M for s in SEQUENCES]))
+
+
+def test_whoever_asks_first_the_bits_are_the_same_and_the_second_pays_nothing(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """DPO then IPO, another KL weight, another order of the same examples: nothing is computed anew."""
+
+    def of(objective: object, folder: str, seed: int = 0) -> Trajectory:
+        t = trajectory(models["llama"], "lora", objective, kept=tmp_path / folder, budgets=(240, 480))
+        t.schedule = schedule(EXAMPLES, lambda _: 30, (240, 480), batch=4, seed=seed)
+        return t
+
+    first = of(dpo.Dpo(), "a")
+    assert first.ask_beforehand() == sum(new_tokens(first))
+    assert of(ipo.Ipo(), "a").ask_beforehand() == 0
+    assert of(dpo.Dpo(beta=0.3), "a", seed=3).ask_beforehand() == 0
+    mismatched = of(kto.Kto(), "a")
+    assert (
+        0 < mismatched.ask_beforehand() < sum(new_tokens(mismatched))
+    )  # its pairs are there; its mismatched ones are new
+    heavy = of(kl.Kl(weight=0.5), "b")
+    assert heavy.ask_beforehand() == sum(new_tokens(heavy))
+    assert of(kl.Kl(weight=0.1), "b").ask_beforehand() == 0
+    after = of(dpo.Dpo(), "b")
+    assert 0 < after.ask_beforehand() < sum(new_tokens(after))
+    for s in (s for example in first._batch(1).rendered for s in example):
+        one, two = (t.compared.recall([s], t.model.device) for t in (first, after))
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one[0], two[0])
+
+
+def test_a_study_asks_once_whatever_its_workers_and_plan_says_how_much(
+    models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DPO comes first and keeps the states that KL needs; two workers leave the same bytes; a rerun asks nothing."""
+    study = text(models, root, "[dpo, {kl: {weight: 0.1}}, {kl-2: {kl: {weight: 0.2}}}]")
+    study = study.replace("[300, 600]", "[400, 1200]")
+    planned = plan(parse(study, "x"))
+    monkeypatch.setattr("leeway.report.build", lambda out: out)  # no page is looked at here
+    monkeypatch.setenv("LEEWAY_REFERENCES", str(tmp_path / "shared"))
+    one = carry(study, tmp_path / "one")
+    assert not (one / "references").exists()
+    monkeypatch.delenv("LEEWAY_REFERENCES")
+    two = carry(study, tmp_path / "two", workers=2)
+    assert contents(one) == contents(two)
+    for place in (tmp_path / "shared", two / "references"):
+        sequences, tokens, size = References(place).size()
+        assert (sequences, tokens) == (planned.references.sequences, planned.references.tokens)
+        assert size == pytest.approx(planned.references.bytes, abs=1000 * len(list(place.rglob("*.safetensors"))))
+    lines = pd.read_parquet(one / "ledger.parquet")
+    last = lines[lines.budget == 1200].set_index("objective")
+    assert last.reference_tokens.max() == tokens < last.reference_tokens.sum()
+    assert last.reference_tokens["kl"] == last.reference_tokens["kl-2"]
+    told = json.loads((two / "manifest.json").read_text())["references"]
+    assert told == {"sequences": sequences, "tokens": tokens, "bytes": size}
+    monkeypatch.setenv("LEEWAY_REFERENCES", str(tmp_path / "shared"))
+    stamps = {f: f.stat().st_mtime_ns for f in (tmp_path / "shared").rglob("*.safetensors")}
+    again = carry(
+        study.replace("dpo, {kl: {weight: 0.1}}, {kl-2: {kl: {weight: 0.2}}}", "{kl: {weight: 1}}"), tmp_path / "x"
+    )
+    assert (again / "rows.parquet").is_file()
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "shared").rglob("*.safetensors")} == stamps
