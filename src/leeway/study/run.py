@@ -68,6 +68,7 @@ def run(
                 reporter.workers = min(reporter.workers, max(1, len(busy) - done))
                 lines += work.ledger(piece)
                 check_matched(lines, matching(prepared))
+        store.sweep()  # of a worker that was lost, where others went on
         rows = _collect(work, pieces, facts)
         keeping.forget(store.answers)
         reporter.say(f"{spec.name}: {rows:,} rows; drawing the report")

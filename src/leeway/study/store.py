@@ -143,8 +143,7 @@ class Store:
                     f"{self.folder} is in use by another leeway", fix="wait for it, or give another --out"
                 ) from error
             self._outlive_workers()
-            for left in self.folder.rglob(".partial-*"):
-                _remove(left)
+            self.sweep()
             try:
                 yield
             except LeewayError:
@@ -152,6 +151,11 @@ class Store:
                 if known is None and not paid and not any(self.folder.rglob("ledger.json")):
                     self._vacate()  # a mistake found before the first checkpoint leaves the folder as it was
                 raise
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written: nobody reads it."""
+        for left in self.folder.rglob(".partial-*"):
+            _remove(left)
 
     def _holds_answers_alone(self) -> bool:
         """Whether all that an earlier run left is what the base model said: nothing was trained or measured."""
