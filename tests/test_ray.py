@@ -55,7 +55,7 @@ def test_a_node_that_is_killed_half_way_changes_no_byte(
 ) -> None:
     from leeway.study.on_ray import OnRay
 
-    text = study(models["llama"], root, budgets="[200, 400]", objectives="[sft, cft]")
+    text = study(models["llama"], root, budgets="[200, 20_000]", objectives="[sft, cft]")
     local, out, told = carry(text, tmp_path / "local"), tmp_path / "far", Told()
     crews: list[OnRay] = []
     facts = OnRay.facts
