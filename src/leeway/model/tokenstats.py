@@ -23,6 +23,7 @@ from torch import Tensor
 
 from leeway.model.head import BLOCKED, HALF, Direction, Head, Logits
 
+ROUND = 64  # rows
 __all__ = ["BLOCKED", "HALF", "Direction", "Head", "token_logps", "token_logps_and_kl"]
 
 
@@ -152,6 +153,12 @@ def _side_by_side(head: Head, hidden_CD: Tensor, reference_CD: Tensor) -> Iterat
         yield both.rows(slice(0, len(hidden_CD))), both.rows(slice(len(hidden_CD), None))
 
 
+def _filled(chunk: Tensor) -> Tensor:
+    """On a CPU with rows of zeros up to a multiple of ROUND: its products are compiled for each shape they meet."""
+    missing = -len(chunk) % ROUND if chunk.device.type == "cpu" else 0
+    return torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
+
+
 class _Streamed(torch.autograd.Function):
     """By chunks of target tokens; gradients for hidden_TD, and for the weight where it trains."""
 
@@ -168,11 +175,13 @@ class _Streamed(torch.autograd.Function):
         wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         slopes, found = any(ctx.needs_input_grad[:2]), []
         for s in head.chunks(len(targets_T), held=reference_TD is not None):
+            hidden_CD, targets_C = _filled(hidden_TD[s]), _filled(targets_T[s])
             if reference_TD is None or direction is None:
-                found.append(_logps(hidden_TD[s], targets_T[s], head, wide, slopes=slopes))
+                part = _logps(hidden_CD, targets_C, head, wide, slopes=slopes)
             else:
-                part = hidden_TD[s], reference_TD[s], targets_T[s]
-                found.append(_logps_and_kl(*part, head, direction, wide, slopes=slopes))
+                states = hidden_CD, _filled(reference_TD[s])
+                part = _logps_and_kl(*states, targets_C, head, direction, wide, slopes=slopes)
+            found.append([t[: s.stop - s.start] for t in part])
         logp_T, *rest = (torch.cat(parts) for parts in zip(*found, strict=True)) if found else (hidden_TD.new_zeros(0),)
         kl_T = rest.pop(0) if reference_TD is not None and rest else torch.zeros_like(logp_T)
         ctx.head, ctx.direction, ctx.kept = head, direction, len(rest)
