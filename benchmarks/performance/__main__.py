@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.performance import profiling, real, rounds, table
 from benchmarks.performance.shapes import SHAPES, written
 from benchmarks.performance.texts import corpus
+from leeway.errors import LeewayError
 
 
 def asked() -> argparse.Namespace:
@@ -56,4 +57,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LeewayError as error:
+        sys.exit(f"error: {error}")
