@@ -76,6 +76,10 @@ class _Normaliser:
     def log_C1(self) -> Tensor:
         return self.largest_C1 + self.sum_C1.log()
 
+    def less(self, other: _Normaliser) -> Tensor:
+        """The difference of two of them, which is small where each is large: not one of their rounded values."""
+        return (self.largest_C1 - other.largest_C1) + (self.sum_C1.log() - other.sum_C1.log())
+
 
 def _picked(found_C: Tensor, block: Logits, targets_C: Tensor) -> Tensor:
     """The targets' logits, where they lie in this block."""
@@ -126,7 +130,7 @@ def _logps_and_kl(
         logit_C = _picked(logit_C, ours, targets_C)
         for norm, b in zip(norms, (ours, theirs), strict=True):
             norm.add(b.capped_CN)
-    log_C1, apart_C1 = norms[0].log_C1, norms[0].log_C1 - norms[1].log_C1
+    log_C1, apart_C1 = norms[0].log_C1, norms[0].less(norms[1])
     kl_C = torch.zeros_like(logit_C)
     sums = torch.zeros(2 * len(hidden_CD), hidden_CD.shape[1], dtype=wide, device=hidden_CD.device)
     for ours, theirs in blocks:

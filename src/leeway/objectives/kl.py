@@ -39,6 +39,11 @@ class Kl(Plain):
     towards: Direction = "reverse"
     over: Literal["answer", "all", "general"] = "answer"
 
+    def __post_init__(self) -> None:
+        """Without a weight nothing is asked of a reference, and this is SFT to the bit."""
+        if self.weight == 0:
+            object.__setattr__(self, "needs_reference", "nothing")
+
     @property
     def direction(self) -> Direction:
         return self.towards
@@ -59,6 +64,8 @@ class Kl(Plain):
         return [*own, _only_measured(example.companion, chat)] if self.companion and example.companion else own
 
     def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
+        if self.weight == 0:
+            return nll(policy)
         if policy.kl_T is None:
             raise ValueError("the KL objective needs the divergence to its reference")
         totals = policy.totals
