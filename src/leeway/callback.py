@@ -34,8 +34,9 @@ from leeway.model import adapters
 from leeway.model.load import Model
 from leeway.model.tokenstats import Head
 from leeway.study.asked import evals_of
-from leeway.study.audit import EvalsAsked, measured_by, measured_with
+from leeway.study.audit import EvalsAsked, measured_by
 from leeway.study.audit_spec import as_alias
+from leeway.study.manifest import measured_with
 from leeway.study.pieces import BASE
 from leeway.study.spec import ALIAS
 from leeway.study.store import Store, readable

@@ -6,13 +6,9 @@ Finished evals stay on disk, so that the same command carries on; another model,
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +16,7 @@ import torch
 import yaml
 
 from leeway.errors import LeewayError
-from leeway.evals.eval import Eval, Tick
-from leeway.evals.jailbreak import Jailbreak
+from leeway.evals.eval import Eval
 from leeway.generation.backend import Backend
 from leeway.generation.kept import Kept, KeptBackend
 from leeway.hashing import digest
@@ -31,13 +26,13 @@ from leeway.study.audit_spec import Subject, Weights, name_of, subjects
 from leeway.study.audit_templates import Templates, alike, templates_of
 from leeway.study.computing import computing
 from leeway.study.executor import timed
-from leeway.study.manifest import PACKAGES, judges_of
+from leeway.study.manifest import measured_with
 from leeway.study.parse import load, parse
 from leeway.study.pieces import BASE
 from leeway.study.progress import Reporter
 from leeway.study.spec import ALIAS, Spec
 from leeway.study.store import Store
-from leeway.study.telling import kind_of
+from leeway.study.telling import kind_of, of_answers
 from leeway.study.voices import Voices
 
 if TYPE_CHECKING:
@@ -111,7 +106,7 @@ class _Measuring:
                 if not isinstance(subject, Weights):
                     asked = KeptBackend(asked, Kept(self.store.kept))
                 for e in pending:
-                    rows = e.run(asked, _teller(tell, objective, e))
+                    rows = e.run(asked, of_answers(tell, objective, e))
                     self.store.write_part(self.part(objective, budget, e), identity, rows)
 
     def parts(self) -> dict[Path, str]:
@@ -236,17 +231,6 @@ def _plain(named: str | Path | Backend | None) -> str | Backend | None:
     return str(named) if isinstance(named, Path) else named
 
 
-def _teller(tell: Callable[..., None], objective: str, e: Eval) -> Tick:
-    done = 0
-
-    def tick(n: int) -> None:
-        nonlocal done
-        done += n
-        tell(kind_of(e), n, f"{objective} | {e.key} {done}/{len(e)}")
-
-    return tick
-
-
 def _identity(one: Audit, evals: Seq[Eval], templates: Templates) -> dict[str, str]:
     """All that rows of one audit have in common, by name, so that what differs can be told."""
     spec = one.spec
@@ -306,26 +290,5 @@ def _manifest(
                 ["Chat template", measuring.templates.note or "the same for both"],
             ],
             "notes": notes,
-        },
-    }
-
-
-def measured_with(evals: Seq[Eval], origins: dict[str, str]) -> dict[str, Any]:
-    """The part of a manifest that says what was asked, who judged it, and on which versions."""
-    jailbreak = next((e for e in evals if isinstance(e, Jailbreak)), None)
-    attacks = jailbreak.attacks if jailbreak else ()
-    return {
-        "leeway": version("leeway"),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data": {"origins": origins},
-        "evals": {e.key: {"hash": e.hash, "answers": len(e)} for e in evals},
-        "attacks": {a.name: {"version": a.version, "hash": a.hash, "origin": a.origin} for a in attacks},
-        "judges": judges_of(evals),
-        "environment": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            **{p: version(p) for p in PACKAGES},
         },
     }

@@ -110,14 +110,34 @@ def _told(judge: Judge) -> dict[str, str]:
     return {"name": judge.name, "hash": judge.hash, "note": judge.note}
 
 
+def measured_with(evals: Seq[Eval], origins: dict[str, str]) -> dict[str, Any]:
+    """The part of a manifest that says what was asked, who judged it, and on which versions."""
+    jailbreak = next((e for e in evals if isinstance(e, Jailbreak)), None)
+    attacks = jailbreak.attacks if jailbreak else ()
+    return {
+        "leeway": version("leeway"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": {"origins": origins},
+        "evals": {e.key: {"hash": e.hash, "answers": len(e)} for e in evals},
+        "attacks": {a.name: {"version": a.version, "hash": a.hash, "origin": a.origin} for a in attacks},
+        "judges": judges_of(evals),
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **{p: version(p) for p in PACKAGES},
+        },
+    }
+
+
 def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
     """Everything a reader needs to know what was run, beside the study file."""
     spec = prepared.spec
-    jailbreak = next((e for e in prepared.evals if isinstance(e, Jailbreak)), None)
+    asked = measured_with(prepared.evals, prepared.origins)
     return {
-        "leeway": version("leeway"),
+        **asked,
         "command": command,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "study_hash": spec.hash,
         "followed": list(spec.followed),
         "organism": "organism" in (spec.model, spec.task.name),
@@ -132,7 +152,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
             "template_hash": model.chat.template_hash,
         },
         "data": {
-            "origins": prepared.origins,
+            **asked["data"],
             "examples": prepared.examples,
             "left_out": {"count": len(prepared.left_out), "ids": list(prepared.left_out)},
             "pairs": prepared.pairs.to_json() if prepared.pairs else spec.pairs.from_,
@@ -157,18 +177,5 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
         "refusals": {"version": sft_refusal.texts().version},
         "texts": _texts(prepared),
         **({"claims": stored(spec.claims)} if spec.claims else {}),
-        "evals": {e.key: {"hash": e.hash, "answers": len(e)} for e in prepared.evals},
-        "attacks": {
-            a.name: {"version": a.version, "hash": a.hash, "origin": a.origin}
-            for a in (jailbreak.attacks if jailbreak else ())
-        },
-        "judges": judges_of(prepared.evals),
-        "environment": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            **{p: version(p) for p in PACKAGES},
-        },
+        "environment": {**asked["environment"], "threads": torch.get_num_threads()},
     }
