@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,20 @@ def counted(tab: Any) -> int:
     return 0 if text.startswith("No ") else int(text.split(" ")[0].replace(",", ""))
 
 
+def after(tab: Any, act: Callable[[], object]) -> int:
+    """How many are found once the search that this began has ended: never what an earlier one had left standing."""
+    tab.evaluate("document.getElementById('audit-count').textContent = ''")
+    act()
+    return counted(tab)
+
+
 def asked(tab: Any, **filters: str) -> int:
     """How many answers fit, with these filters and no others."""
-    tab.evaluate("document.getElementById('audit-count').textContent = ''")
-    tab.locator("#audit-form button[type=reset]").click()
-    counted(tab)
+    found = after(tab, tab.locator("#audit-form button[type=reset]").click)
     for name, value in filters.items():
-        tab.evaluate("document.getElementById('audit-count').textContent = ''")
         field = tab.locator(f"#f-{name}")
-        field.fill(value) if name == "text" else field.select_option(value)
-        counted(tab)
-    return counted(tab)
+        found = after(tab, partial(field.fill if name == "text" else field.select_option, value))
+    return found
 
 
 def test_it_asks_the_world_for_nothing_and_complains_of_nothing(browser: Any, page: Path):
@@ -120,25 +124,19 @@ def test_two_checkpoints_side_by_side(tab: Any):
     base = jailbreak[(jailbreak["objective"] == "base") & (jailbreak["template_hash"] == synthetic.PLAIN)]
     both = base.merge(jailbreak[jailbreak["budget"] == 100_000], on=["item_id", "attack"])
     differ = (both["outcome_x"].fillna("?") != both["outcome_y"].fillna("?")).sum()
-    tab.locator("#audit-form button[type=reset]").click()
-    tab.locator("input[name=mode][value=two]").check()
-    tab.locator("#f-left").select_option(label="base")
-    tab.locator("#f-right").select_option(label="SFT at 100k tokens")
-    tab.locator("#f-eval").select_option("jailbreak")
-    tab.wait_for_timeout(200)
-    assert counted(tab) == len(both)
-    tab.locator("#f-differ").check()
-    tab.wait_for_timeout(200)
-    assert counted(tab) == differ > 0
+    after(tab, tab.locator("#audit-form button[type=reset]").click)
+    after(tab, tab.locator("input[name=mode][value=two]").check)
+    after(tab, lambda: tab.locator("#f-left").select_option(label="base"))
+    after(tab, lambda: tab.locator("#f-right").select_option(label="SFT at 100k tokens"))
+    assert after(tab, lambda: tab.locator("#f-eval").select_option("jailbreak")) == len(both)
+    assert after(tab, tab.locator("#f-differ").check) == differ > 0
     card = tab.locator("#audit-list article").first
     assert [w.inner_text().split("\n")[0] for w in card.locator(".who").all()] == ["base", "SFT at 100k tokens"]
     left, right = (card.locator(".answer").nth(n).bounding_box() for n in (0, 1))
     assert left["y"] == right["y"]
     assert left["x"] + left["width"] <= right["x"]
-    card.get_by_text("Every checkpoint on this prompt").click()
-    tab.wait_for_timeout(300)
     item = found[(found["item_id"] == both["item_id"].iloc[0]) & (found["attack"] == both["attack"].iloc[0])]
-    assert counted(tab) == len(item)
+    assert after(tab, card.get_by_text("Every checkpoint on this prompt").click) == len(item)
 
 
 def test_harmful_answers_are_folded_until_asked_for(tab: Any):
@@ -146,7 +144,7 @@ def test_harmful_answers_are_folded_until_asked_for(tab: Any):
     card = tab.locator("#audit-list article").first
     assert synthetic.REPLY["harmful"] not in card.inner_text()
     card.locator("details > summary").first.click()
-    assert synthetic.REPLY["harmful"] in card.inner_text()
+    card.get_by_text(synthetic.REPLY["harmful"]).wait_for()  # a fold tells the page that it opened a moment later
 
 
 def test_hostile_answers_are_only_text(browser: Any, page: Path):
