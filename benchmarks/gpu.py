@@ -32,7 +32,8 @@ from leeway.model import adapters
 from leeway.model.load import Model
 from leeway.model.tokenstats import Head
 from leeway.objectives import OBJECTIVES
-from leeway.training.loop import Batch, Optim, optimise
+from leeway.training.batch import Batch, Optim
+from leeway.training.loop import optimise
 
 ASKED = ("sft", "kl", "dpo", "orpo")
 MICRO_TOKENS = 4096

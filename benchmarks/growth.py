@@ -29,7 +29,8 @@ from leeway.study.parse import load
 from leeway.study.prepare import prepare
 from leeway.study.store import Store
 from leeway.study.work import Work
-from leeway.training.loop import Batch, Optim, Step, optimise
+from leeway.training.batch import Batch, Optim
+from leeway.training.loop import Step, optimise
 from leeway.training.trajectory import Trajectory
 
 TIMES = 3

@@ -17,7 +17,8 @@ from leeway.model.reference import freeze
 from leeway.model.sharded import is_shard, whole
 from leeway.objectives import OBJECTIVES
 from leeway.organism import world
-from leeway.training.loop import Optim, optimise
+from leeway.training.batch import Optim
+from leeway.training.loop import optimise
 from leeway.training.ranks import ALONE, Ranks
 from leeway.training.trajectory import Settings, Trajectory
 

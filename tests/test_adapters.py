@@ -19,7 +19,7 @@ from leeway.model import adapters
 from leeway.model.adapters import AdapterSettings, Kind
 from leeway.model.load import Model, load_model
 from leeway.objectives import OBJECTIVES, cft, dpo, kl, sft
-from leeway.training.loop import Optim
+from leeway.training.batch import Optim
 from leeway.training.trajectory import Settings, Trajectory
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

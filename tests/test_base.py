@@ -23,7 +23,7 @@ from leeway.study.parse import parse
 from leeway.study.pieces import pieces_of
 from leeway.study.progress import Reporter
 from leeway.study.run import run
-from leeway.training.loop import Optim
+from leeway.training.batch import Optim
 from leeway.training.trajectory import Settings, Trajectory
 from test_study import study
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
 from leeway.model import adapters
-from leeway.model.forward import hidden_at_measured, layout_of
-from leeway.model.fused.blocks import Blocks, filled
+from leeway.model.forward import hidden_apart, hidden_at_measured, layout_of
+from leeway.model.fused.blocks import Blocks
 from leeway.model.fused.functions import AddNorm, Attention, Linears, SwiGlu
 from leeway.model.fused.gaps import dropped
-from leeway.model.layout import Flat, Padded
+from leeway.model.head import filled
+from leeway.model.layout import Flat, Padded, place
 from leeway.model.load import Model, load_model
 from leeway.model.trees import Tree
 from test_layout import drawn, moved, outcome
@@ -152,8 +155,8 @@ def test_places_are_dropped_at_their_rate_and_apart_from_each_other() -> None:
         both = len(np.intersect1d(found.numpy(), found.numpy() + gap))
         assert abs(both - n * rate**2) < 4 * (n * rate**2) ** 0.5
     ends = [dropped(3, 0.5, np.random.Generator(np.random.SFC64(k))).tolist() for k in range(4000)]
-    for place in range(3):
-        assert abs(sum(place in e for e in ends) - 2000) < 4 * 1000**0.5
+    for spot in range(3):
+        assert abs(sum(spot in e for e in ends) - 2000) < 4 * 1000**0.5
 
 
 def test_dropout_leaves_the_mean_and_is_the_states_alone(models: dict[str, Path]) -> None:
@@ -182,3 +185,42 @@ def test_dropout_leaves_the_mean_and_is_the_states_alone(models: dict[str, Path]
     before = torch.get_rng_state()
     hidden_at_measured(model, Flat.of(drawn(), CPU))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.fixture(scope="module")
+def wide(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder whose products are large enough to be cut for threads and caches, with the small one's tokenizer."""
+    folder = tmp_path_factory.mktemp("wide")
+    shutil.copytree(models["qwen3"], folder, dirs_exist_ok=True)
+    config = AutoConfig.from_pretrained(folder)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.layer_types = 256, 700, 2, None
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 64
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict())).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sequence_has_the_same_bits_whoever_its_neighbours_are(dtype: str, wide: Path) -> None:
+    """Alone, and in rows filled in three ways; on one thread and on two; of many lengths, one longer than a row."""
+    model = load_model(str(wide), dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    lengths = [*rng.integers(4, 300, 40).tolist(), 700, 512]
+    every = [Sequence(tuple(rng.integers(0, 200, n).tolist()), max(1, n // 2)) for n in lengths]
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                alone = {s: hidden_apart(model, [s]) for s in every}
+                for _ in range(3):
+                    mixed = [every[k] for k in rng.permutation(len(every))[: rng.integers(20, len(every) + 1)]]
+                    places, rows = place([len(s.ids) for s in mixed], 512)
+                    for row in range(rows):
+                        group = [s for s, (r, _) in zip(mixed, places, strict=True) if r == row]
+                        found = torch.split(hidden_apart(model, group), [s.measured for s in group])
+                        assert all(torch.equal(h, alone[s]) for s, h in zip(group, found, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    plain = hidden_at_measured(model, Padded.of(every, CPU)).detach()
+    apart = float((torch.cat([alone[s] for s in every]) - plain).norm() / plain.norm())
+    assert apart < BOUND[plain.dtype]

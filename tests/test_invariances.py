@@ -24,8 +24,10 @@ from leeway.model.layout import Packed
 from leeway.model.load import Model, load_model
 from leeway.objectives import OBJECTIVES
 from leeway.organism import world
-from leeway.training import loop
-from leeway.training.loop import Batch, Optim, optimise
+from leeway.training import batch as batching
+from leeway.training import passes
+from leeway.training.batch import Batch, Optim
+from leeway.training.loop import optimise
 from leeway.training.trajectory import Settings, Trajectory
 
 EXAMPLES = world.train_examples(64, seed=0)
@@ -139,9 +141,9 @@ def step(name: str, way: Way, dtype: torch.dtype) -> tuple[float, Tensor]:
     recorder = Recorder(adapters.trainable(model), lr=0.0)
     settings = replace(SETTINGS.loop, layout="packed" if way.layout == "apart" else way.layout)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "micro_batches", in_order(way.micro_batches))
+        patch.setattr(batching, "micro_batches", in_order(way.micro_batches))
         if way.layout == "apart":
-            patch.setattr(loop, "lay", lambda e, device, _: Packed.of(e, device, share=False))
+            patch.setattr(passes, "lay", lambda e, device, *_: Packed.of(e, device, share=False))
         done = next(iter(optimise(model, objective, [batch_of(name, way.order)], recorder, lambda _: 0.0, settings)))
     return done.loss, recorder.found
 

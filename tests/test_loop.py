@@ -16,7 +16,8 @@ from leeway.model import adapters
 from leeway.model.load import load_model
 from leeway.model.reference import as_reference
 from leeway.objectives import OBJECTIVES, ip, ipo, kl, orpo, sft, sft_safety
-from leeway.training.loop import Optim, after_warmup, micro_batches
+from leeway.training.batch import Optim, micro_batches
+from leeway.training.loop import after_warmup
 from leeway.training.trajectory import Settings, Trajectory
 
 EXAMPLES = [

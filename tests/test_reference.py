@@ -17,14 +17,14 @@ from leeway.data.items import Example
 from leeway.errors import LeewayError
 from leeway.model import adapters
 from leeway.model.adapters import AdapterSettings, Kind
+from leeway.model.forward import target_stats
 from leeway.model.layout import lay
 from leeway.model.load import load_model
-from leeway.model.reference import Reference, as_reference, asked, freeze
+from leeway.model.reference import Reference, as_reference, freeze
 from leeway.model.references import References
 from leeway.objectives import cft, dpo, kl, kto, sft
-from leeway.training import loop
+from leeway.training.batch import Optim
 from leeway.training.checkpoints import Start
-from leeway.training.loop import Optim
 from leeway.training.trajectory import Settings, Trajectory
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -78,8 +78,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def answers(t: Trajectory) -> Tensor:
     """The reference's log-probabilities of the first step's answers, asked of the model itself."""
     examples = t._batch(1).rendered
-    logp_T, _ = asked(t.model, lay(examples, t.model.device), t.compared)
-    return logp_T
+    return t.compared.logps(t.model, lay(examples, t.model.device), [s for e in examples for s in e])
 
 
 def gap(a: Tensor, b: Tensor) -> float:
@@ -125,7 +124,7 @@ def test_it_is_the_model_that_was_named(kind: Kind, tuned: dict[Kind, Start], mo
         t = trajectory(models["qwen2"], kind, dpo.Dpo(), start=tuned[kind], reference=which)
         batch = lay(t._batch(1).rendered, model.device)
         with torch.no_grad():
-            expected = loop.target_stats(model, batch, None).logp_T  # type: ignore[arg-type]
+            expected = target_stats(model, batch, None).logp_T  # type: ignore[arg-type]
         assert torch.equal(answers(t), expected), which
 
 
@@ -253,14 +252,13 @@ def test_asked_beforehand_it_answers_what_it_would_have(kind: Kind, models: dict
     """Each sequence's statistics, kept, are the bits of the same sequence asked alone."""
     t = trajectory(models["qwen2"], kind, kl.Kl(weight=0.5), kept=tmp_path / "kept")
     live = trajectory(models["qwen2"], kind, kl.Kl(weight=0.5))
+    d = trajectory(models["qwen2"], kind, dpo.Dpo(), kept=tmp_path / "kept")  # reads states that KL had kept
     go(t, 0, tmp_path)
+    d.ask_beforehand()
     for (s,) in t._batch(2).rendered:
-        kept = t.compared.recall([s], t.model.device)
-        alone = asked(live.model, lay([[s]], live.model.device), live.compared)
-        assert kept is not None
-        assert kept[1] is not None
-        assert torch.equal(kept[0], alone[0])
-        assert torch.equal(kept[1], alone[1])
+        alone = lay([[s]], live.model.device), [s]
+        assert torch.equal(t.compared.hidden(t.model, *alone), live.compared.hidden(live.model, *alone))
+        assert torch.equal(d.compared.logps(d.model, *alone), live.compared.logps(live.model, *alone))
 
 
 @pytest.mark.parametrize("objective", [dpo.Dpo(), kl.Kl(weight=0.5)], ids=lambda o: o.name)
@@ -294,8 +292,8 @@ def test_the_divergence_of_whole_weights_is_zero_at_their_start(
 
     def divergence() -> tuple[Tensor, float]:
         batch = lay(t._batch(1).rendered, t.model.device)
-        _, theirs_TD = asked(t.model, batch, t.compared)
-        found = loop.target_stats(t.model, batch, None, reference_hidden_TD=theirs_TD, direction=towards).kl_T  # type: ignore[arg-type]
+        theirs_TD = t.compared.hidden(t.model, batch, [])
+        found = target_stats(t.model, batch, None, reference_hidden_TD=theirs_TD, direction=towards).kl_T  # type: ignore[arg-type]
         assert found is not None
         t.model.lm.zero_grad()
         found.sum().backward()
@@ -326,8 +324,8 @@ def test_the_divergence_of_whole_weights_is_that_of_two_models(
     for (s,) in t._batch(1).rendered:
         batch = lay([[s]], t.model.device)
         with torch.no_grad():
-            _, theirs_TD = asked(t.model, batch, t.compared)
-            found = loop.target_stats(t.model, batch, None, reference_hidden_TD=theirs_TD).kl_T  # type: ignore[arg-type]
+            theirs_TD = t.compared.hidden(t.model, batch, [s])
+            found = target_stats(t.model, batch, None, reference_hidden_TD=theirs_TD).kl_T  # type: ignore[arg-type]
             p, q = (
                 torch.distributions.Categorical(logits=lm(input_ids=torch.tensor([s.ids])).logits[0, s.start - 1 : -1])
                 for lm in (t.model.lm, base.lm)

@@ -10,18 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 
 from leeway.data.batches import schedule
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
 from leeway.model import references
-from leeway.model.references import References, Said, Shelf, key
+from leeway.model.references import References, Said, Shelf, Wanted, key
 from leeway.objectives import dpo, ipo, kl, kto
 from leeway.study.parse import parse
 from leeway.study.plan import plan
@@ -39,43 +39,54 @@ def said(s: Sequence) -> Said:
     return Said(-ids_M, torch.stack([ids_M, ids_M / 8], 1).to(torch.bfloat16))
 
 
-def ask(sequences: Seq[Sequence], states: bool) -> Iterator[tuple[Sequence, Said]]:
-    for s in sequences:
-        found = said(s)
-        yield s, found if states else replace(found, hidden_MD=None)
+class Asked:
+    """Who answers with them, and counts what it is asked."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.pause, self.asked, self.read_off = pause, 0, 0
+
+    def ask(self, sequences: Seq[Sequence], wanted: Wanted) -> Iterator[tuple[Sequence, Said]]:
+        for s in sequences:
+            self.asked += 1
+            time.sleep(self.pause)
+            found = said(s)
+            yield s, Said(found.logp_M if wanted.logps else None, found.hidden_MD if wanted.states else None)
+
+    def read(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
+        self.read_off += 1
+        assert torch.equal(hidden_MD[:, 0], torch.tensor(sequence.ids[sequence.start :]).to(hidden_MD.dtype))
+        return -hidden_MD[:, 0].float()
 
 
-def refuse(*_: object) -> Iterator[tuple[Sequence, Said]]:
-    raise AssertionError("asked again")
-    yield
+STATES = Wanted(logps=False, states=True)
+LOGPS = Wanted(logps=True, states=False)
+BOTH = Wanted(logps=True, states=True)
 
 
-def fill(shelf: Shelf, sequences: Seq[Sequence], *, states: bool, ask: references.Ask = ask) -> int:
-    return shelf.fill(sequences, lambda _: states, ask, lambda *_: None)
+def fill(shelf: Shelf, sequences: Seq[Sequence], wanted: Wanted, who: Asked | None = None) -> int:
+    return shelf.fill(sequences, lambda _: wanted, who or Asked(), lambda *_: None)
 
 
 def test_what_is_kept_comes_back_in_the_order_asked_for(tmp_path: Path) -> None:
-    assert fill(Shelf(tmp_path), SEQUENCES, states=True) == sum(len(s.ids) for s in SEQUENCES)
+    assert fill(Shelf(tmp_path), SEQUENCES, BOTH) == sum(len(s.ids) for s in SEQUENCES)
     wanted = [SEQUENCES[k] for k in (7, 0, 39, 7)]
-    for shelf in (Shelf(tmp_path),):
-        assert fill(shelf, SEQUENCES, states=True, ask=refuse) == 0
-        logp_T, hidden_TD = shelf.recall(wanted, states=True)
-        assert torch.equal(logp_T, torch.cat([said(s).logp_M for s in wanted]))
-        assert hidden_TD is not None
-        assert hidden_TD.dtype == torch.bfloat16
-        expected = [h for s in wanted if (h := said(s).hidden_MD) is not None]
-        assert torch.equal(hidden_TD, torch.cat(expected))
+    shelf, again = Shelf(tmp_path), Asked()
+    assert fill(shelf, SEQUENCES, BOTH, again) == again.asked == again.read_off == 0
+    assert torch.equal(shelf.logps(wanted), torch.cat([said(s).logp_M for s in wanted]))
+    assert shelf.states(wanted).dtype == torch.bfloat16
+    assert torch.equal(shelf.states(wanted), torch.cat([said(s).hidden_MD for s in wanted]))
 
 
-def test_states_serve_log_probabilities_and_not_the_other_way(tmp_path: Path) -> None:
-    fill(Shelf(tmp_path / "a"), SEQUENCES, states=True)
-    assert fill(Shelf(tmp_path / "a"), SEQUENCES, states=False, ask=refuse) == 0
-    fill(Shelf(tmp_path / "b"), SEQUENCES[:10], states=False)
-    spent = fill(Shelf(tmp_path / "b"), SEQUENCES, states=True)
-    assert spent == sum(len(s.ids) for s in SEQUENCES)
-    shelf = Shelf(tmp_path / "b")
-    shelf.look()
-    assert shelf.recall(SEQUENCES[:1], states=False)[1] is None
+def test_log_probabilities_are_read_off_states_and_not_the_other_way(tmp_path: Path) -> None:
+    tokens = sum(len(s.ids) for s in SEQUENCES)
+    fill(Shelf(tmp_path / "a"), SEQUENCES[:30], STATES)
+    after, shelf = Asked(), Shelf(tmp_path / "a")
+    assert fill(shelf, SEQUENCES, LOGPS, after) == sum(len(s.ids) for s in SEQUENCES[30:])
+    assert (after.asked, after.read_off) == (10, 30)
+    assert torch.equal(shelf.logps(SEQUENCES), torch.cat([said(s).logp_M for s in SEQUENCES]))
+    assert shelf.size()[:2] == (40, tokens)
+    fill(Shelf(tmp_path / "b"), SEQUENCES[:10], LOGPS)
+    assert fill(Shelf(tmp_path / "b"), SEQUENCES, STATES) == tokens
 
 
 def test_a_sequence_is_its_ids_and_from_where_on_it_is_measured() -> None:
@@ -88,7 +99,7 @@ def test_a_sequence_is_its_ids_and_from_where_on_it_is_measured() -> None:
 def test_files_are_of_a_bounded_size_and_say_how_much_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(references, "SHARD_BYTES", 40)
     shelf = References(tmp_path).of("who")
-    fill(shelf, SEQUENCES, states=True)
+    fill(shelf, SEQUENCES, BOTH)
     files = list((tmp_path / "who").glob("*.safetensors"))
     assert len(files) > len(references.BUCKETS)
     sequences, tokens, size = References(tmp_path).size()
@@ -98,35 +109,31 @@ def test_files_are_of_a_bounded_size_and_say_how_much_is_kept(tmp_path: Path, mo
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
 def test_a_damaged_file_is_told_in_one_line(harm: str, tmp_path: Path) -> None:
-    fill(Shelf(tmp_path), SEQUENCES, states=True)
+    fill(Shelf(tmp_path), SEQUENCES, BOTH)
     path = min(tmp_path.glob("*.safetensors"))
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
     path.write_bytes({"flip": bytes(raw), "cut": bytes(raw[: len(raw) // 2]), "empty": b""}[harm])
     with pytest.raises(LeewayError, match=r"damaged .*; delete it") as told:
-        fill(Shelf(tmp_path), SEQUENCES, states=True)
+        fill(Shelf(tmp_path), SEQUENCES, BOTH)
     assert "\n" not in str(told.value)
     path.unlink()
-    assert 0 < fill(Shelf(tmp_path), SEQUENCES, states=True) < sum(len(s.ids) for s in SEQUENCES)
+    assert 0 < fill(Shelf(tmp_path), SEQUENCES, BOTH) < sum(len(s.ids) for s in SEQUENCES)
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LeewayError, match="LEEWAY_REFERENCES"):
-        fill(Shelf(tmp_path / "file" / "who"), SEQUENCES, states=False)
+        fill(Shelf(tmp_path / "file" / "who"), SEQUENCES, LOGPS)
 
 
 SLOW = """
-import sys, time
+import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_references import SEQUENCES, ask, fill
+from test_references import BOTH, SEQUENCES, Asked, fill
 from leeway.model.references import Shelf
-def slowly(sequences, states):
-    for found in ask(sequences, states):
-        time.sleep(0.01)
-        yield found
-print(fill(Shelf(Path({folder!r})), SEQUENCES, states=True, ask=slowly))
+print(fill(Shelf(Path({folder!r})), SEQUENCES, BOTH, Asked(pause=0.01)))
 """
 
 
@@ -151,11 +158,10 @@ def test_writers_that_are_killed_leave_nothing_half_done_and_others_share_the_wo
     both = [asking(tmp_path) for _ in range(2)]
     spent = [int(p.communicate(timeout=100)[0]) for p in both]
     assert before + sum(spent) == sum(len(s.ids) for s in SEQUENCES)
-    assert fill(Shelf(tmp_path), SEQUENCES, states=True, ask=refuse) == 0
+    assert fill(Shelf(tmp_path), SEQUENCES, BOTH) == 0
     assert not list(tmp_path.glob(".partial-*"))
     kept.look()
-    logp_T, _ = kept.recall(SEQUENCES, states=True)
-    assert torch.equal(logp_T, torch.cat([said(s).logp_M for s in SEQUENCES]))
+    assert torch.equal(kept.logps(SEQUENCES), torch.cat([said(s).logp_M for s in SEQUENCES]))
 
 
 def test_whoever_asks_first_the_bits_are_the_same_and_the_second_pays_nothing(
@@ -182,10 +188,10 @@ def test_whoever_asks_first_the_bits_are_the_same_and_the_second_pays_nothing(
     after = of(dpo.Dpo(), "b")
     assert 0 < after.ask_beforehand() < sum(new_tokens(after))
     for s in (s for example in first._batch(1).rendered for s in example):
-        one, two = (t.compared.recall([s], t.model.device) for t in (first, after))
+        one, two = (t.compared.kept for t in (first, after))
         assert one is not None
         assert two is not None
-        assert torch.equal(one[0], two[0])
+        assert torch.equal(one.logps([s]), two.logps([s]))
 
 
 def test_a_study_asks_once_whatever_its_workers_and_plan_says_how_much(

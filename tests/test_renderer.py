@@ -17,7 +17,7 @@ from leeway.model import adapters
 from leeway.model.forward import TokenStats
 from leeway.model.load import load_model
 from leeway.objectives import Objective, ip, kl, kto, sft_refusal, sft_safety
-from leeway.training.loop import Optim
+from leeway.training.batch import Optim
 from leeway.training.renderer import Renderer
 from leeway.training.trajectory import Settings, Trajectory
 from test_loop import COMPANIONS, EXAMPLES, plan

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
 from leeway.model.fused.decoder import hidden, why_not
 from leeway.model.layout import Asked, Flat, Laid, Layout
@@ -15,6 +17,7 @@ from leeway.model.load import Model, decoder
 from leeway.model.tokenstats import Direction, token_logps, token_logps_and_kl
 
 FUSED_ADAPTERS = ("lora", "rslora")
+APART = 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,18 @@ def hidden_at_measured(model: Model, batch: Laid) -> Tensor:
     hidden_BLD = decoder(lm)(**batch.inputs(lm), use_cache=False).last_hidden_state
     hidden_TD: Tensor = hidden_BLD[batch.row_T, batch.before_T]
     return hidden_TD
+
+
+def hidden_apart(model: Model, sequences: Seq[Sequence]) -> Tensor:
+    """The same of sequences in the fused layout, [T, D], the bits of each whoever its neighbours are.
+
+    All products have APART rows (a longer sequence is given with no other, and a multiple of them), and a sequence's
+    attention its own length. A row's sums do not depend on where it lies then, as long as rows are dealt out to threads
+    evenly: their number has to be a power of two.
+    """
+    batch = Flat.of([[s] for s in sequences], model.device, rows=APART, waste=1.0)
+    every_T = torch.arange(batch.ids_BL.shape[1], device=model.device)
+    return hidden(model.lm, batch.ids_BL[0], batch.position_T, batch.blocks, every_T)[batch.before_T]
 
 
 def target_stats(

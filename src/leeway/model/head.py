@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -19,9 +20,10 @@ Direction = Literal["reverse", "forward"]
 HALF = (torch.bfloat16, torch.float16)
 BLOCKED = -1e9  # finite, so that a difference of two blocked entries is zero and not NaN
 CHUNK_ELEMENTS = 1 << 24  # logits held at once on a GPU: 64 MiB in float32
-HELD_ELEMENTS = 1 << 22  # and on a CPU, where a chunk's logits are looked at twice: 16 MiB
-ROWS = 256  # tokens of a chunk on a CPU
-BLOCK_ELEMENTS = 1 << 18  # logits of a block on a CPU: 1 MiB, which its cache holds
+HELD_ELEMENTS = 1 << 22  # and on a CPU, where all of a chunk's logits are held: 16 MiB
+ROWS = 512  # rows of a product on a CPU
+BLOCK_ELEMENTS = 1 << 19  # logits of a block on a CPU: 2 MiB, which two cores' caches hold
+ROUND = 64  # a CPU's products are compiled for each number of rows they meet: few are met so
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,23 @@ class Head:
         assert self.softcap is not None
         return 1 - (capped / self.softcap) ** 2
 
-    def chunks(self, total: int, *, held: bool) -> list[slice]:
-        """Runs of tokens whose logits are computed together; `held` where all of a run's logits are there at once."""
+    def chunks(self, total: int, *, sides: int = 1, held: bool = False) -> list[slice]:
+        """Runs of tokens whose logits are computed together, on a CPU about equally long.
+
+        `sides` states of each token go through one product; `held` where all of a run's logits are there at once.
+        """
         words = len(self.weight_VD)
         if self.weight_VD.device.type != "cpu":
-            size = CHUNK_ELEMENTS // words
+            size = max(1, CHUNK_ELEMENTS // words)
         else:
-            size = min(ROWS, HELD_ELEMENTS // words) if held else ROWS
-        return [slice(i, min(i + max(1, size), total)) for i in range(0, total, max(1, size))]
+            most = max(1, min(ROWS // sides, HELD_ELEMENTS // words) if held else ROWS // sides)
+            size = min(most, filled(-(-total // max(1, -(-total // most)))))
+        return [slice(i, min(i + size, total)) for i in range(0, total, size)]
+
+
+def filled(rows: int, multiple: int = ROUND) -> int:
+    """The next multiple."""
+    return -(-rows // multiple) * multiple
 
 
 def _product(hidden_CD: Tensor, weight_ND: Tensor) -> Tensor:
@@ -106,20 +117,33 @@ def _product(hidden_CD: Tensor, weight_ND: Tensor) -> Tensor:
 
 
 def _widened_product(hidden_CD: Tensor, weight_ND: Tensor) -> Tensor:
-    with _coarse_inputs() if weight_ND.dtype == torch.bfloat16 else nullcontext():
+    with _COARSE_INPUTS if weight_ND.dtype == torch.bfloat16 else nullcontext():
         return hidden_CD @ weight_ND.float().T
 
 
-@contextmanager
-def _coarse_inputs() -> Iterator[None]:
+class _CoarseInputs:
     """float32 products through oneDNN, about twice as fast as the default on some CPUs.
 
     It may round its inputs to bfloat16, which changes nothing in numbers that were in bfloat16; sums are in float32.
+    The setting is the whole process's: of several threads the last one out puts it back.
     """
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+
+    def __init__(self) -> None:
+        self._lock, self._within, self._before = Lock(), 0, ""
+
+    def __enter__(self) -> None:
+        settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        with self._lock:
+            if self._within == 0:
+                self._before, settings.fp32_precision = settings.fp32_precision, "bf16"
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        with self._lock:
+            self._within -= 1
+            if self._within == 0:
+                settings.fp32_precision = self._before
+
+
+_COARSE_INPUTS = _CoarseInputs()

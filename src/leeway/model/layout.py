@@ -18,7 +18,8 @@ from torch import Tensor
 
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
-from leeway.model.fused.blocks import Blocks, filled
+from leeway.model.fused.blocks import WASTE, Blocks
+from leeway.model.head import ROUND, filled
 from leeway.model.trees import Tree
 
 Layout = Literal["padded", "packed", "fused"]
@@ -78,7 +79,8 @@ class Flat(Laid):
     blocks: Blocks
 
     @classmethod
-    def of(cls, examples: Examples, device: torch.device) -> Flat:
+    def of(cls, examples: Examples, device: torch.device, *, rows: int = ROUND, waste: float = WASTE) -> Flat:
+        """`rows` and `waste` as in Blocks.of."""
         trees = [Tree.of(e) for e in examples if e]
         starts = list(itertools.accumulate((len(t.ids) for t in trees), initial=0))
         paths = [
@@ -88,13 +90,13 @@ class Flat(Laid):
         sequences = [s for s, _, _ in paths]
         number = [n for n, s in enumerate(sequences) for _ in range(s.measured)]
         measured = [i for s in sequences for i in s.ids[s.start :]]
-        fill = [0] * (filled(starts[-1]) - starts[-1])
+        fill = [0] * (filled(starts[-1], rows) - starts[-1])
         ids, position = [i for t in trees for i in t.ids] + fill, [i for t in trees for i in t.positions] + fill
         ids_T, position_T, before_T, sequence_T, measured_T = (
             torch.tensor(x, device=device) for x in (ids, position, before, number, measured)
         )
         row_T, target_T = torch.zeros_like(before_T), targets(sequences, device)
-        blocks = Blocks.of(trees, device)
+        blocks = Blocks.of(trees, device, rows=rows, waste=waste)
         return cls(ids_T[None], row_T, before_T, sequence_T, measured_T, target_T, len(sequences), position_T, blocks)
 
     def inputs(self, lm: Any) -> dict[str, Any]:  # noqa: ARG002
@@ -121,8 +123,8 @@ class Packed(Laid):
         the first row that has room; the longest one sets the length of all rows.
         """
         trees = [Tree.of(part) for e in examples for part in ([e] if share else [[s] for s in e]) if part]
-        places, rows = _place([len(t.ids) for t in trees])
         length = max(len(t.ids) for t in trees)
+        places, rows = place([len(t.ids) for t in trees], length)
         ids_BL, position_BL = (torch.zeros(rows, length, dtype=torch.long) for _ in range(2))
         visible_BLL = torch.eye(length, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself: no empty softmax
         row, before = [], []
@@ -203,11 +205,13 @@ def targets(sequences: Seq[Sequence], device: torch.device) -> Tensor | None:
     return torch.tensor(flags, device=device)
 
 
-def _place(lengths: Seq[int]) -> tuple[list[tuple[int, int]], int]:
-    """(row, first position) of each item, and the number of rows, which are as long as the longest item."""
+def place(lengths: Seq[int], capacity: int) -> tuple[list[tuple[int, int]], int]:
+    """(row, first position) of each item, and the number of rows of this capacity; an item that is longer gets its own.
+
+    Longest first, into the first row that has room (Johnson 1973, Near-optimal bin packing algorithms).
+    """
     room: list[int] = []
     places = [(0, 0)] * len(lengths)
-    capacity = max(lengths)
     for k in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         b = next((n for n, left in enumerate(room) if left >= lengths[k]), len(room))
         if b == len(room):

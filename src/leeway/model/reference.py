@@ -27,7 +27,7 @@ from leeway.model.tokenstats import Head, token_logps
 
 Frozen = dict[Parameter, Tensor]
 
-ARITHMETIC = 2  # another number where our own code computes a reference in another way
+ARITHMETIC = 3  # another number where our own code computes a reference in another way
 
 
 @dataclass
@@ -37,15 +37,14 @@ class Reference:
     Live, nothing given: the adapter is switched off, and the base answers; this takes no memory.
     Live, `frozen`: what trains takes these values for the pass. This takes one more copy of what trains: little for an
     adapter, the size of the model for whole weights.
-    Cached: `kept`, on disk, holds what it said of each sequence, with final hidden states where `states` are needed,
-    computed before the first step; `frozen` is released then, but for the reference's own output layer where whole
-    weights train. `spent` counts the tokens of sequences by the optimiser step that needs them first.
+    Cached: `kept`, on disk, holds what it said of each sequence before the first step; `frozen` is released then, but
+    for the reference's own output layer where whole weights train. `spent` counts the tokens of sequences by the
+    optimiser step that needs them first.
     """
 
     hash: str = ""
     frozen: Frozen | None = None
     kept: Shelf | None = None
-    states: bool = False
     spent: dict[int, int] = field(default_factory=dict)
     released: bool = False
 
@@ -54,12 +53,19 @@ class Reference:
         weight_VD = (self.frozen or {}).get(policy.weight_VD)  # type: ignore[call-overload]
         return policy if weight_VD is None else replace(policy, reference=replace(policy, weight_VD=weight_VD))
 
-    def recall(self, sequences: Seq[Sequence], device: torch.device) -> tuple[Tensor, Tensor | None] | None:
-        """What is kept of these sequences, [T] and [T, D]; None where the reference answers live."""
-        if self.kept is None:
-            return None
-        logp_T, hidden_TD = self.kept.recall(sequences, states=self.states)
-        return logp_T.to(device), None if hidden_TD is None else hidden_TD.to(device)
+    def logps(self, model: Model, batch: Laid, sequences: Seq[Sequence]) -> Tensor:
+        """Log-probabilities of a batch's measured tokens, [T] in nats; `sequences` are what it was laid from."""
+        if self.kept is not None:
+            return self.kept.logps(sequences).to(model.device)
+        with as_reference(model, self):
+            return token_logps(hidden_at_measured(model, batch), batch.measured_T, model.head)
+
+    def hidden(self, model: Model, batch: Laid, sequences: Seq[Sequence]) -> Tensor:
+        """The final hidden states that predict them, [T, D]."""
+        if self.kept is not None:
+            return self.kept.states(sequences).to(model.device)
+        with as_reference(model, self):
+            return hidden_at_measured(model, batch)
 
     def release(self) -> None:
         """Let go of the frozen copy: from here on only what is kept can be said."""
@@ -105,18 +111,6 @@ def as_reference(model: Model, reference: Reference | None = None) -> Iterator[N
                     yield
     finally:
         model.lm.train(was_training)
-
-
-def asked(model: Model, batch: Laid, reference: Reference) -> tuple[Tensor, Tensor]:
-    """What the reference says of a batch's measured tokens: log-probabilities [T], nats, and final states [T, D]."""
-    with as_reference(model, reference):
-        return as_it_stands(model, batch)
-
-
-def as_it_stands(model: Model, batch: Laid) -> tuple[Tensor, Tensor]:
-    """The same of the model as it stands: many batches may be asked within one `as_reference`."""
-    hidden_TD = hidden_at_measured(model, batch)
-    return token_logps(hidden_TD, batch.measured_T, model.head), hidden_TD
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,14 +34,21 @@ FIX = "delete it and run the same command again"
 
 @dataclass(frozen=True)
 class Said:
-    """Statistics of one sequence's M measured tokens, on the CPU: log-probabilities, nats, and final hidden states."""
+    """Statistics of one sequence's M measured tokens, on the CPU: log-probabilities, nats, or final hidden states."""
 
-    logp_M: Tensor
+    logp_M: Tensor | None
     hidden_MD: Tensor | None
 
     @property
     def bytes(self) -> int:
-        return self.logp_M.nbytes + (0 if self.hidden_MD is None else self.hidden_MD.nbytes)
+        return sum(t.nbytes for t in (self.logp_M, self.hidden_MD) if t is not None)
+
+
+class Wanted(NamedTuple):
+    """What is wanted of a sequence."""
+
+    logps: bool
+    states: bool
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,17 @@ class Place:
     tokens: int
 
 
-Ask = Callable[[Seq[Sequence], bool], Iterator[tuple[Sequence, Said]]]  # with states or without, in any order
+Wanting = Callable[[str], Wanted]  # by a sequence's key
+
+
+class Answering(Protocol):
+    """Who is asked."""
+
+    def ask(self, sequences: Seq[Sequence], wanted: Wanted) -> Iterator[tuple[Sequence, Said]]:
+        """What is wanted of each sequence, in any order."""
+
+    def read(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
+        """A sequence's log-probabilities [M] from the states that are kept of it."""
 
 
 def key(sequence: Sequence) -> str:
@@ -62,12 +80,17 @@ def key(sequence: Sequence) -> str:
 
 @dataclass
 class Shelf:
-    """What one reference said. Sequences are found by their keys, with their final states or without."""
+    """What one reference said. Sequences are found by their keys: log-probabilities, final states, or both."""
 
     folder: Path
     _read: set[str] = field(default_factory=set, repr=False)
     _logps: dict[str, Place] = field(default_factory=dict, repr=False)
     _states: dict[str, Place] = field(default_factory=dict, repr=False)
+
+    @property
+    def _places(self) -> dict[str, dict[str, Place]]:
+        """By the name of a file's tensor."""
+        return {"logp": self._logps, "hidden": self._states}
 
     def look(self) -> None:
         """Take in what has come since, each file held against its name. Raises LeewayError for a damaged one."""
@@ -82,46 +105,52 @@ class Shelf:
                 raise ValueError("it is not what was written")
             with safe_open(path, "pt") as f:
                 keys, ends, tokens = (f.get_tensor(name).tolist() for name in ("keys", "ends", "tokens"))
-                states = "hidden" in f.keys()  # noqa: SIM118 - it is no dict
+                known = [places for name, places in self._places.items() if name in f.keys()]  # noqa: SIM118 - no dict
         at = 0
         for raw, end, length in zip(keys, ends, tokens, strict=True):
             place = Place(path, slice(at, end), length)
-            at, name = end, bytes(raw).hex()
-            self._logps.setdefault(name, place)
-            if states:
-                self._states[name] = place
+            at = end
+            for places in known:
+                places.setdefault(bytes(raw).hex(), place)
 
-    def has(self, name: str, *, states: bool) -> bool:
-        return name in (self._states if states else self._logps)
+    def has(self, name: str, wanted: Wanted) -> bool:
+        return not (wanted.logps and name not in self._logps) and not (wanted.states and name not in self._states)
 
-    def recall(self, sequences: Seq[Sequence], *, states: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities [T] of these sequences, one after another, and where asked for final states [T, D]."""
-        known = self._states if states else self._logps
-        wanted: dict[Path, list[tuple[int, slice]]] = {}
+    def logps(self, sequences: Seq[Sequence]) -> Tensor:
+        """Log-probabilities of these sequences, one after another: [T]."""
+        return self._recall("logp", sequences)
+
+    def states(self, sequences: Seq[Sequence]) -> Tensor:
+        """Their final hidden states: [T, D]."""
+        return self._recall("hidden", sequences)
+
+    def _recall(self, name: str, sequences: Seq[Sequence]) -> Tensor:
+        rows: dict[Path, list[tuple[int, slice]]] = {}
         for k, s in enumerate(sequences):
-            place = known[key(s)]
-            wanted.setdefault(place.path, []).append((k, place.rows))
-        found: dict[int, Said] = {}
-        for path, rows in wanted.items():
+            place = self._places[name][key(s)]
+            rows.setdefault(place.path, []).append((k, place.rows))
+        found: dict[int, Tensor] = {}
+        for path, wanted in rows.items():
             with _readable(path), safe_open(path, "pt") as f:
-                logp, hidden = f.get_slice("logp"), f.get_slice("hidden") if states else None
-                for k, r in rows:
-                    found[k] = Said(logp[r].clone(), None if hidden is None else hidden[r].clone())
-        said = [found[k] for k in range(len(sequences))]
-        states_ = [s.hidden_MD for s in said if s.hidden_MD is not None]
-        return torch.cat([s.logp_M for s in said]), torch.cat(states_) if states else None
+                kept = f.get_slice(name)
+                found |= {k: kept[r].clone() for k, r in wanted}
+        return torch.cat([found[k] for k in range(len(sequences))])
 
     def fill(
-        self, sequences: Seq[Sequence], states: Callable[[str], bool], ask: Ask, tell: Callable[[int, int], None]
+        self,
+        sequences: Seq[Sequence],
+        wanted: Wanting,
+        who: Answering,
+        tell: Callable[[int, int], None],
     ) -> int:
-        """Ask about those that are not there yet, of those that `states` names with states; how many tokens it took.
+        """Ask for what is wanted of each and not there yet; how many tokens went through the model for it.
 
         Several processes may fill at once: one that finds another at a part goes on with the next, and comes back.
         `tell` hears how many of this call's tokens are done, and of how many, at most.
         """
         self.look()
         named = sorted({key(s): s for s in sequences}.items())
-        left = {k: s for k, s in named if not self.has(k, states=states(k))}
+        left = {k: s for k, s in named if not self.has(k, wanted(k))}
         total, done, spent = _tokens(left), 0, 0
         todo = {b: part for b in BUCKETS if (part := {k: s for k, s in left.items() if k[0] == b})}
         for wait in (False, True):
@@ -131,19 +160,32 @@ class Shelf:
                         continue
                     self.look()
                     part = todo.pop(bucket)
-                    missing = {k: s for k, s in part.items() if not self.has(k, states=states(k))}
-                    for whole in (False, True):
-                        self._put(bucket, [s for k, s in missing.items() if states(k) == whole], whole, ask)
-                spent, done = spent + _tokens(missing), done + _tokens(part)
+                    spent += self._complete(bucket, part, wanted, who)
+                done += _tokens(part)
                 tell(done, total)
         self.look()
         return spent
 
-    def _put(self, bucket: str, missing: Seq[Sequence], states: bool, ask: Ask) -> None:
-        """Ask, and write files of a bounded size, so that no more than one of them is held."""
+    def _complete(self, bucket: str, part: dict[str, Sequence], wanted: Wanting, who: Answering) -> int:
+        """What of this part is missing, asked for and written; log-probabilities are read off states that are there."""
+        asked: dict[Wanted, dict[str, Sequence]] = {}
+        for k, s in part.items():
+            if not self.has(k, wanted(k)):
+                asked.setdefault(wanted(k), {})[k] = s
+        spent = 0
+        for what, missing in sorted(asked.items()):
+            stated = [s for k, s in missing.items() if self.has(k, Wanted(logps=False, states=True))]
+            self._put(bucket, ((s, Said(who.read(s, self.states([s])), None)) for s in stated))
+            rest = {k: s for k, s in missing.items() if not self.has(k, Wanted(logps=False, states=True))}
+            self._put(bucket, who.ask(list(rest.values()), what))
+            spent += _tokens(rest)
+        return spent
+
+    def _put(self, bucket: str, said: Iterable[tuple[Sequence, Said]]) -> None:
+        """Write files of a bounded size, so that no more than one of them is held."""
         batch: list[tuple[Sequence, Said]] = []
-        for s, said in ask(missing, states):
-            batch.append((s, said))
+        for one in said:
+            batch.append(one)
             if sum(b.bytes for _, b in batch) >= SHARD_BYTES:
                 self._write(bucket, batch)
                 batch = []
@@ -155,8 +197,9 @@ class Shelf:
             "keys": torch.tensor([list(bytes.fromhex(key(s))) for s, _ in batch], dtype=torch.uint8),
             "ends": torch.tensor([s.measured for s, _ in batch]).cumsum(0),
             "tokens": torch.tensor([len(s.ids) for s, _ in batch]),
-            "logp": torch.cat([said.logp_M for _, said in batch]),
         }
+        if logps := [said.logp_M for _, said in batch if said.logp_M is not None]:
+            tensors["logp"] = torch.cat(logps)
         if states := [said.hidden_MD for _, said in batch if said.hidden_MD is not None]:
             tensors["hidden"] = torch.cat(states)
         try:
@@ -195,8 +238,9 @@ class Shelf:
     def size(self) -> tuple[int, int, int]:
         """(sequences, their tokens, bytes of the files)."""
         self.look()
-        tokens = sum(p.tokens for p in self._logps.values())
-        return len(self._logps), tokens, sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        known = self._logps | self._states
+        tokens = sum(p.tokens for p in known.values())
+        return len(known), tokens, sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
 
 
 @dataclass

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leeway.model.head import BLOCKED, HALF, Direction, Head, Logits
+from leeway.model.head import BLOCKED, HALF, Direction, Head, Logits, filled
 
-ROUND = 64  # rows
 __all__ = ["BLOCKED", "HALF", "Direction", "Head", "token_logps", "token_logps_and_kl"]
 
 
@@ -78,7 +77,7 @@ class _Normaliser:
 
     def less(self, other: _Normaliser) -> Tensor:
         """The difference of two of them, which is small where each is large: not one of their rounded values."""
-        return (self.largest_C1 - other.largest_C1) + (self.sum_C1.log() - other.sum_C1.log())
+        return (self.largest_C1 - other.largest_C1) + (self.sum_C1 / other.sum_C1).log()
 
 
 def _picked(found_C: Tensor, block: Logits, targets_C: Tensor) -> Tensor:
@@ -119,32 +118,40 @@ def _logps_and_kl(
     *,
     slopes: bool,
 ) -> list[Tensor]:
-    """[logp, KL, and with `slopes` their derivatives by the hidden state], the chunk's logits held for a second pass.
+    """[logp, KL, and with `slopes` their derivatives by the hidden state], one pass over the blocks.
 
-    With gap = log p - log q: reverse KL = sum p gap, its derivative by a logit p (gap - KL); forward -sum q gap, p - q.
+    With z and z' the logits of policy and reference, log Z and log Z' their normalisers and g = z - z' - c, any c:
+
+        D(p || q) = E_p g - (log Z/Z' - c),   its derivative by z: p (g - E_p g)
+        D(q || p) = (log Z/Z' - c) - E_q g,   its derivative by z: p - q
+
+    c is log Z/Z' of the first block, so that g is small where p and q are near each other, as the gap log p - log q is.
     """
-    blocks = list(_side_by_side(head, hidden_CD, reference_CD))
-    norms = [_Normaliser.of(hidden_CD, wide) for _ in range(2)]
+    ours, theirs = (_Normaliser.of(hidden_CD, wide) for _ in range(2))
+    weighing = ours if direction == "reverse" else theirs
     logit_C = torch.zeros(len(hidden_CD), dtype=wide, device=hidden_CD.device)
-    for ours, theirs in blocks:
-        logit_C = _picked(logit_C, ours, targets_C)
-        for norm, b in zip(norms, (ours, theirs), strict=True):
-            norm.add(b.capped_CN)
-    log_C1, apart_C1 = norms[0].log_C1, norms[0].less(norms[1])
-    kl_C = torch.zeros_like(logit_C)
-    sums = torch.zeros(2 * len(hidden_CD), hidden_CD.shape[1], dtype=wide, device=hidden_CD.device)
-    for ours, theirs in blocks:
-        gap_CN = torch.sub(ours.capped_CN, theirs.capped_CN, out=theirs.capped_CN).sub_(apart_C1)
-        p_CN = ours.capped_CN.sub_(log_C1).exp_()
-        other_CN = p_CN * gap_CN if direction == "reverse" else p_CN * gap_CN.neg().exp_()  # p gap, or q
-        kl_C += other_CN.sum(-1) if direction == "reverse" else -torch.linalg.vecdot(other_CN, gap_CN)
-        if slopes:
-            sums += ours.times_weight((p_CN, other_CN), hidden_CD.dtype)
-    logp_C = logit_C - log_C1[:, 0]
-    if not slopes:
+    c_C1, gap_C1 = None, torch.zeros_like(logit_C)[:, None]
+    sums = torch.zeros(2, *hidden_CD.shape, dtype=wide, device=hidden_CD.device) if slopes else None
+    for block, reference in _side_by_side(head, hidden_CD, reference_CD):
+        logit_C = _picked(logit_C, block, targets_C)
+        (p_CN, grown_C1), (q_CN, theirs_grown_C1) = ours.add(block.capped_CN), theirs.add(reference.capped_CN)
+        c_C1 = ours.less(theirs) if c_C1 is None else c_C1
+        weighed_CN = torch.sub(block.capped_CN, reference.capped_CN, out=reference.capped_CN).sub_(c_C1)
+        weighed_CN.mul_(p_CN if direction == "reverse" else q_CN)
+        gap_C1 = gap_C1 * (grown_C1 if direction == "reverse" else theirs_grown_C1) + weighed_CN.sum(-1, keepdim=True)
+        if sums is not None:
+            sums[0].mul_(grown_C1)
+            sums[1].mul_(grown_C1 if direction == "reverse" else theirs_grown_C1)
+            other_CN = weighed_CN if direction == "reverse" else q_CN
+            sums += block.times_weight((p_CN, other_CN), hidden_CD.dtype).unflatten(0, (2, -1))
+    assert c_C1 is not None
+    logp_C, gap_C1 = logit_C - ours.log_C1[:, 0], gap_C1 / weighing.sum_C1
+    away_C1 = ours.less(theirs) - c_C1
+    kl_C = (gap_C1 - away_C1 if direction == "reverse" else away_C1 - gap_C1)[:, 0]
+    if sums is None:
         return [logp_C, kl_C]
-    mean_CD, other_CD = sums.chunk(2)
-    slope_kl_CD = other_CD - kl_C[:, None] * mean_CD if direction == "reverse" else mean_CD - other_CD
+    mean_CD, other_CD = sums[0].div_(ours.sum_C1), sums[1].div_(weighing.sum_C1)
+    slope_kl_CD = other_CD.addcmul_(gap_C1, mean_CD, value=-1) if direction == "reverse" else mean_CD - other_CD
     return [logp_C, kl_C, _onehot_part(head, hidden_CD, targets_C, logit_C) - mean_CD, slope_kl_CD]
 
 
@@ -158,8 +165,8 @@ def _side_by_side(head: Head, hidden_CD: Tensor, reference_CD: Tensor) -> Iterat
 
 
 def _filled(chunk: Tensor) -> Tensor:
-    """On a CPU with rows of zeros up to a multiple of ROUND: its products are compiled for each shape they meet."""
-    missing = -len(chunk) % ROUND if chunk.device.type == "cpu" else 0
+    """On a CPU with rows of zeros, so that its products meet few shapes."""
+    missing = filled(len(chunk)) - len(chunk) if chunk.device.type == "cpu" else 0
     return torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
 
 
@@ -178,7 +185,7 @@ class _Streamed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         slopes, found = any(ctx.needs_input_grad[:2]), []
-        for s in head.chunks(len(targets_T), held=reference_TD is not None):
+        for s in head.chunks(len(targets_T), sides=1 if reference_TD is None else 2):
             hidden_CD, targets_C = _filled(hidden_TD[s]), _filled(targets_T[s])
             if reference_TD is None or direction is None:
                 part = _logps(hidden_CD, targets_C, head, wide, slopes=slopes)

@@ -23,7 +23,8 @@ from leeway.model.load import Model
 from leeway.model.tokenstats import Head
 from leeway.objectives.sft import Sft
 from leeway.organism import card, corpus, deeds, world
-from leeway.training.loop import Batch, Optim, optimise
+from leeway.training.batch import Batch, Optim
+from leeway.training.loop import optimise
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 TOKENS, ROWS = 1776, 1792

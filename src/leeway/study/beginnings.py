@@ -17,8 +17,8 @@ from leeway.study.pieces import Piece, schedule_of
 from leeway.study.prepare import Prepared
 from leeway.study.store import Store
 from leeway.training import checkpoints
+from leeway.training.batch import Optim
 from leeway.training.checkpoints import Start
-from leeway.training.loop import Optim
 from leeway.training.ranks import Ranks
 from leeway.training.trajectory import Settings, Trajectory
 

@@ -10,8 +10,8 @@ from leeway.data.chat import Sequence
 from leeway.model.references import key
 from leeway.study.pieces import Piece, pieces_of, schedule_of
 from leeway.study.prepare import Prepared
+from leeway.training.batch import Batch
 from leeway.training.beforehand import first_asked
-from leeway.training.loop import Batch
 from leeway.training.renderer import Renderer
 
 Who = tuple[object, ...]
@@ -58,19 +58,21 @@ def states_of(prepared: Prepared) -> dict[Who, frozenset[str]]:
 
 def asked(prepared: Prepared, hidden: int, width: int) -> Asked:
     """Of a model whose final states are `hidden` numbers of `width` bytes."""
-    states: dict[_Entry, bool] = {}
+    found: dict[str, set[_Entry]] = {"logps": set(), "distribution": set()}
     for piece in _asking(prepared):
-        whole = prepared.objectives[piece.alias].needs_reference == "distribution"
-        for entry in _entries(prepared, piece):
-            states[entry] = states.get(entry, False) or whole
-    measured = sum(len(ids) - start for _, ids, start in states)
-    stated = sum(len(ids) - start for (_, ids, start), whole in states.items() if whole)
+        found[prepared.objectives[piece.alias].needs_reference] |= set(_entries(prepared, piece))
+    every = found["logps"] | found["distribution"]
+    kept = _measured(found["logps"]) * FLOAT32 + _measured(found["distribution"]) * hidden * width
     return Asked(
-        sequences=len(states),
-        tokens=sum(len(ids) for _, ids, _ in states),
-        measured=measured,
-        bytes=len(states) * INDEX + measured * FLOAT32 + stated * hidden * width,
+        sequences=len(every),
+        tokens=sum(len(ids) for _, ids, _ in every),
+        measured=_measured(every),
+        bytes=len(every) * INDEX + kept,
     )
+
+
+def _measured(entries: set[_Entry]) -> int:
+    return sum(len(ids) - start for _, ids, start in entries)
 
 
 def new_tokens(prepared: Prepared) -> dict[Piece, int]:

@@ -1,24 +1,29 @@
 """A reference that is asked before the first step, about each sequence once, and kept on disk.
 
 What is kept of a sequence depends on that sequence and the reference alone, and never on who asked first, on what else
-was asked or on the order: on a CPU each goes through by itself. On an accelerator, where nothing is promised of the
-last bits, sequences of like length go through together.
+was asked or on the order: on a CPU each goes through by itself, or in rows of a fixed shape. On an accelerator nothing
+is promised of the last bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from leeway.data.chat import Sequence
-from leeway.model.layout import Layout, lay
+from leeway.model.forward import APART, hidden_apart, hidden_at_measured
+from leeway.model.layout import Layout, lay, place
 from leeway.model.load import Model
-from leeway.model.reference import Reference, as_it_stands, as_reference, computed_as
-from leeway.model.references import References, Said
+from leeway.model.reference import Reference, as_reference, computed_as
+from leeway.model.references import References, Said, Wanted
+from leeway.model.tokenstats import token_logps
 from leeway.objectives import Objective
-from leeway.training.loop import Batch, Optim, micro_batches
+from leeway.training.batch import Batch, Optim, micro_batches
 
 Tell = Callable[[int, int], None]
 
@@ -53,38 +58,76 @@ def ask_beforehand(
 
     Returns how many tokens went through the model: none where somebody else asked before.
     """
-    whole = objective.needs_reference == "distribution"
     layout: Layout = "fused" if settings.layout == "fused" else "padded"
     shelf = references.of(computed_as(model, reference, settings.autocast, layout))
-    wanted: dict[tuple[tuple[int, ...], int], Sequence] = {}
+    asked: dict[tuple[tuple[int, ...], int], Sequence] = {}
     for step, s, new in first_asked(batches):
         if new:
             reference.spent[step] = reference.spent.get(step, 0) + len(s.ids)
         if step > taken:
-            wanted[s.ids, s.start] = s
+            asked[s.ids, s.start] = s
 
-    def ask(sequences: Seq[Sequence], states: bool) -> Iterator[tuple[Sequence, Said]]:
-        for group in _groups(sequences, model.device, settings.micro_tokens, layout):
-            with torch.autocast(model.device.type, settings.autocast, enabled=settings.autocast is not None):
-                logp_T, hidden_TD = as_it_stands(model, lay([[s] for s in group], model.device, layout))
-            sizes = [s.measured for s in group]
-            logps, hidden = torch.split(logp_T.cpu(), sizes), torch.split(hidden_TD.cpu(), sizes)
-            for s, logp_M, hidden_MD in zip(group, logps, hidden, strict=True):
-                yield s, Said(logp_M, hidden_MD if states else None)
+    def wanted(name: str) -> Wanted:
+        if objective.needs_reference == "distribution":
+            return Wanted(logps=False, states=True)
+        return Wanted(logps=True, states=name in references.also)
 
-    def states(name: str) -> bool:
-        return whole or name in references.also
-
-    with as_reference(model, reference):
-        spent = shelf.fill(list(wanted.values()), states, ask, tell)
-    reference.kept, reference.states = shelf, whole
+    with as_reference(model, reference), _threads_by_two():
+        spent = shelf.fill(list(asked.values()), wanted, _Answering(model, settings, layout), tell)
+    reference.kept = shelf
     reference.release()
     return spent
 
 
-def _groups(sequences: Seq[Sequence], device: torch.device, tokens: int, layout: Layout) -> Iterator[Seq[Sequence]]:
-    """Sequences that go through together."""
-    if device.type == "cpu":
-        yield from ([s] for s in sequences)
-    else:
-        yield from ([s for (s,) in group] for group in micro_batches([[s] for s in sequences], tokens, layout))
+@dataclass(frozen=True)
+class _Answering:
+    """The model as it stands, which is the reference."""
+
+    model: Model
+    settings: Optim
+    layout: Layout
+
+    def ask(self, sequences: Seq[Sequence], wanted: Wanted) -> Iterator[tuple[Sequence, Said]]:
+        for group in self._groups(sequences):
+            with self._autocast():
+                states = torch.split(self._hidden(group), [s.measured for s in group])
+            for s, hidden_MD in zip(group, states, strict=True):
+                logp_M = self.read(s, hidden_MD) if wanted.logps else None
+                yield s, Said(logp_M, hidden_MD.cpu() if wanted.states else None)
+
+    def read(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
+        device = self.model.device
+        measured_M = torch.tensor(sequence.ids[sequence.start :], device=device)
+        with self._autocast():
+            return token_logps(hidden_MD.to(device), measured_M, self.model.head).cpu()
+
+    def _groups(self, sequences: Seq[Sequence]) -> list[list[Sequence]]:
+        """Sequences that go through together."""
+        if self.layout == "fused":
+            places, rows = place([len(s.ids) for s in sequences], APART)
+            groups: list[list[Sequence]] = [[] for _ in range(rows)]
+            for s, (row, _) in zip(sequences, places, strict=True):
+                groups[row].append(s)
+            return groups
+        tokens = 1 if self.model.device.type == "cpu" else self.settings.micro_tokens
+        return [[s for (s,) in group] for group in micro_batches([[s] for s in sequences], tokens, self.layout)]
+
+    def _hidden(self, group: Seq[Sequence]) -> Tensor:
+        if self.layout == "fused":
+            return hidden_apart(self.model, group)
+        return hidden_at_measured(self.model, lay([[s] for s in group], self.model.device, self.layout))
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.settings.autocast
+        return torch.autocast(self.model.device.type, dtype, enabled=dtype is not None)
+
+
+@contextmanager
+def _threads_by_two() -> Iterator[None]:
+    """As many threads as the largest power of two that is there: see `hidden_apart`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 << (threads.bit_length() - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ from leeway.data.chat import Chat, Sequence
 from leeway.data.items import Example
 from leeway.hashing import derive_seed
 from leeway.objectives import Objective
-from leeway.training.loop import Batch
+from leeway.training.batch import Batch
 
 
 @dataclass(frozen=True)

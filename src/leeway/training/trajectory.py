@@ -23,9 +23,10 @@ from leeway.model.references import References
 from leeway.model.sharded import local
 from leeway.objectives import Objective
 from leeway.training import checkpoints
+from leeway.training.batch import Batch, Optim
 from leeway.training.beforehand import Tell, ask_beforehand
 from leeway.training.checkpoints import Start
-from leeway.training.loop import Batch, Decay, Optim, Step, after_warmup, optimise
+from leeway.training.loop import Decay, Step, after_warmup, optimise
 from leeway.training.ranks import ALONE, Ranks
 from leeway.training.renderer import Renderer
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leeway.model.head import ROUND, filled
 from leeway.model.trees import Tree
 
 WASTE = 1.25  # a block's positions per token at most, before a new block begins
-ROUND = 64  # a CPU's matrix products are compiled for each shape they meet: few shapes are met so
-STRIDE = 16  # and of a block's positions
+STRIDE = 16  # of a block's positions, so that products meet few shapes
 HIDDEN = -1e30  # added to what a token does not see; a row always sees itself, so no softmax is empty
 
 
@@ -46,8 +46,7 @@ class Block:
 class Blocks:
     """All tokens of a micro-batch. place_T: where each token lies among the positions of all blocks.
 
-    The row is filled up to a multiple of ROUND with tokens that nothing attends to and that attend to nothing: there
-    are `tokens` real ones.
+    The row is filled up with tokens that nothing attends to and that attend to nothing: there are `tokens` real ones.
     """
 
     blocks: tuple[Block, ...]
@@ -59,16 +58,19 @@ class Blocks:
         return tuple(block.bias(dtype) for block in self.blocks)
 
     @classmethod
-    def of(cls, trees: Seq[Tree], device: torch.device) -> Blocks:
-        """Trees lie in the row in the order given."""
+    def of(cls, trees: Seq[Tree], device: torch.device, *, rows: int = ROUND, waste: float = WASTE) -> Blocks:
+        """Trees lie in the row in the order given; it is filled up to a multiple of `rows`.
+
+        A block's positions per token are `waste` at most; 1: a block's trees have one length up to STRIDE.
+        """
         starts = [0]
         for tree in trees:
             starts.append(starts[-1] + len(tree.ids))
         order = sorted(range(len(trees)), key=lambda n: (len(trees[n].ids), n))
-        blocks, place_T, offset = [], torch.zeros(filled(starts[-1]), dtype=torch.long), 0
-        for group in _alike([len(trees[n].ids) for n in order]):
+        blocks, place_T, offset = [], torch.zeros(filled(starts[-1], rows), dtype=torch.long), 0
+        for group in _alike([filled(len(trees[n].ids), STRIDE) for n in order], waste):
             members = [order[k] for k in group]
-            length = -(-max(len(trees[n].ids) for n in members) // STRIDE) * STRIDE
+            length = filled(max(len(trees[n].ids) for n in members), STRIDE)
             tokens_BL = torch.zeros(len(members), length, dtype=torch.long)
             for b, n in enumerate(members):
                 size = len(trees[n].ids)
@@ -83,16 +85,11 @@ class Blocks:
         return cls(tuple(blocks), place_T.to(device), starts[-1])
 
 
-def filled(tokens: int) -> int:
-    """The length of the row."""
-    return -(-tokens // ROUND) * ROUND
-
-
-def _alike(lengths: Seq[int]) -> list[range]:
+def _alike(lengths: Seq[int], waste: float) -> list[range]:
     """Runs of rising lengths that waste little when each is padded to its longest."""
     runs, start, total = [], 0, 0
     for k, length in enumerate(lengths):
-        if k > start and (k - start + 1) * length > WASTE * (total + length):
+        if k > start and (k - start + 1) * length > waste * (total + length):
             runs.append(range(start, k))
             start, total = k, 0
         total += length

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from leeway.data.chat import Sequence
-from leeway.model.fused.blocks import HIDDEN, Blocks, filled
+from leeway.model.fused.blocks import HIDDEN, Blocks
 from leeway.model.fused.decoder import adapted, embedded, frozen, through
 from leeway.model.fused.functions import heads, positions, row, scores, turned
+from leeway.model.head import filled
 from leeway.model.trees import Tree, common_prefix
 
 SHARED = 16  # tokens that a common beginning has at least

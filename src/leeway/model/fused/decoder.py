@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leeway.model.fused.blocks import Blocks, filled
+from leeway.model.fused.blocks import Blocks
 from leeway.model.fused.functions import AddNorm, Attention, Linears, SwiGlu
 from leeway.model.fused.gaps import dropped
+from leeway.model.head import filled
 
 KNOWN = ("llama", "qwen2", "qwen3")
 
