@@ -9,8 +9,9 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --co
 demo: $(VENV)/.runs
 	@$(VENV)/bin/leeway demo --out $(OUT)
 
+# two workers of one thread each: threads that share a core wait for each other by spinning
 test: check
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.develops
 	$(VENV)/bin/ruff check src tests
