@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
 from leeway.model import adapters
-from leeway.model.forward import hidden_apart, hidden_at_measured, layout_of
+from leeway.model.forward import APART, hidden_apart, hidden_at_measured, layout_of
 from leeway.model.fused.blocks import Blocks
 from leeway.model.fused.functions import AddNorm, Attention, Linears, SwiGlu
 from leeway.model.fused.gaps import dropped
@@ -205,7 +205,7 @@ def test_a_sequence_has_the_same_bits_whoever_its_neighbours_are(dtype: str, wid
     """Alone, and in rows filled in three ways; on one thread and on two; of many lengths, one longer than a row."""
     model = load_model(str(wide), dtype=dtype, device="cpu")  # type: ignore[arg-type]
     rng, threads = np.random.default_rng(0), torch.get_num_threads()
-    lengths = [*rng.integers(4, 300, 40).tolist(), 700, 512]
+    lengths = [*rng.integers(4, 300, 40).tolist(), 1300, 1024]
     every = [Sequence(tuple(rng.integers(0, 200, n).tolist()), max(1, n // 2)) for n in lengths]
     try:
         for count in (1, 2):
@@ -214,7 +214,7 @@ def test_a_sequence_has_the_same_bits_whoever_its_neighbours_are(dtype: str, wid
                 alone = {s: hidden_apart(model, [s]) for s in every}
                 for _ in range(3):
                     mixed = [every[k] for k in rng.permutation(len(every))[: rng.integers(20, len(every) + 1)]]
-                    places, rows = place([len(s.ids) for s in mixed], 512)
+                    places, rows = place([len(s.ids) for s in mixed], APART)
                     for row in range(rows):
                         group = [s for s, (r, _) in zip(mixed, places, strict=True) if r == row]
                         found = torch.split(hidden_apart(model, group), [s.measured for s in group])

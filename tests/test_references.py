@@ -132,7 +132,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_references import BOTH, SEQUENCES, Asked, fill
+from leeway.model import references
 from leeway.model.references import Shelf
+references.PART_TOKENS = 1
 print(fill(Shelf(Path({folder!r})), SEQUENCES, BOTH, Asked(pause=0.01)))
 """
 

@@ -12,7 +12,7 @@ from benchmarks.performance.task import BATCH, CLIP, LORA, LR, WARMUP, Found, Ta
 from leeway.data.items import Example
 
 DTYPE: Literal["auto", "float32", "bfloat16"] = "bfloat16"
-MICRO_TOKENS = 1024  # this and the layout: the defaults of a study
+MICRO_TOKENS = 2048  # this and the layout: the defaults of a study
 LAYOUT: Literal["auto", "padded", "packed", "fused"] = "auto"
 ANSWERS = 128  # prompts of a batch, the default of a study
 

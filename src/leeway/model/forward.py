@@ -17,7 +17,7 @@ from leeway.model.load import Model, decoder
 from leeway.model.tokenstats import Direction, token_logps, token_logps_and_kl
 
 FUSED_ADAPTERS = ("lora", "rslora")
-APART = 512  # tokens
+APART = 1024  # tokens
 
 
 @dataclass(frozen=True)

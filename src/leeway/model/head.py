@@ -21,7 +21,7 @@ HALF = (torch.bfloat16, torch.float16)
 BLOCKED = -1e9  # finite, so that a difference of two blocked entries is zero and not NaN
 CHUNK_ELEMENTS = 1 << 24  # logits held at once on a GPU: 64 MiB in float32
 HELD_ELEMENTS = 1 << 22  # and on a CPU, where all of a chunk's logits are held: 16 MiB
-ROWS = 512  # rows of a product on a CPU
+ROWS = 512  # tokens of a chunk on a CPU
 BLOCK_ELEMENTS = 1 << 19  # logits of a block on a CPU: 2 MiB, which two cores' caches hold
 ROUND = 64  # a CPU's products are compiled for each number of rows they meet: few are met so
 
@@ -90,16 +90,16 @@ class Head:
         assert self.softcap is not None
         return 1 - (capped / self.softcap) ** 2
 
-    def chunks(self, total: int, *, sides: int = 1, held: bool = False) -> list[slice]:
+    def chunks(self, total: int, *, held: bool = False) -> list[slice]:
         """Runs of tokens whose logits are computed together, on a CPU about equally long.
 
-        `sides` states of each token go through one product; `held` where all of a run's logits are there at once.
+        `held` where all of a run's logits are there at once.
         """
         words = len(self.weight_VD)
         if self.weight_VD.device.type != "cpu":
             size = max(1, CHUNK_ELEMENTS // words)
         else:
-            most = max(1, min(ROWS // sides, HELD_ELEMENTS // words) if held else ROWS // sides)
+            most = max(1, min(ROWS, HELD_ELEMENTS // words)) if held else ROWS
             size = min(most, filled(-(-total // max(1, -(-total // most)))))
         return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -28,7 +28,8 @@ from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
 
 SHARD_BYTES = 64 << 20  # of one file, about
-BUCKETS = "0123456789abcdef"  # first digit of a sequence's key: what one process fills at a time
+BUCKETS = "0123456789abcdef"  # first digit of a sequence's key: one process at a time fills a bucket
+PART_TOKENS = 8192  # of the buckets that it takes together, at least: full rows go faster through a model
 FIX = "delete it and run the same command again"
 
 
@@ -152,15 +153,15 @@ class Shelf:
         named = sorted({key(s): s for s in sequences}.items())
         left = {k: s for k, s in named if not self.has(k, wanted(k))}
         total, done, spent = _tokens(left), 0, 0
-        todo = {b: part for b in BUCKETS if (part := {k: s for k, s in left.items() if k[0] == b})}
+        todo = _parts(left)
         for wait in (False, True):
-            for bucket in list(todo):
-                with self._held(bucket, wait=wait) as held:
-                    if not held:
+            for buckets in list(todo):
+                with ExitStack() as held:  # in one order, so that two who wait never wait for each other
+                    if not all(held.enter_context(self._held(b, wait=wait)) for b in buckets):
                         continue
                     self.look()
-                    part = todo.pop(bucket)
-                    spent += self._complete(bucket, part, wanted, who)
+                    part = todo.pop(buckets)
+                    spent += self._complete(buckets[0], part, wanted, who)
                 done += _tokens(part)
                 tell(done, total)
         self.look()
@@ -184,11 +185,13 @@ class Shelf:
     def _put(self, bucket: str, said: Iterable[tuple[Sequence, Said]]) -> None:
         """Write files of a bounded size, so that no more than one of them is held."""
         batch: list[tuple[Sequence, Said]] = []
+        size = 0
         for one in said:
             batch.append(one)
-            if sum(b.bytes for _, b in batch) >= SHARD_BYTES:
+            size += one[1].bytes
+            if size >= SHARD_BYTES:
                 self._write(bucket, batch)
-                batch = []
+                batch, size = [], 0
         if batch:
             self._write(bucket, batch)
 
@@ -264,6 +267,19 @@ class References:
         """(sequences, their tokens, bytes) of all that is kept here."""
         found = [self.of(f.name).size() for f in sorted(self.folder.glob("*")) if f.is_dir()]
         return sum(n for n, _, _ in found), sum(t for _, t, _ in found), sum(b for *_, b in found)
+
+
+def _parts(left: dict[str, Sequence]) -> dict[str, dict[str, Sequence]]:
+    """What is to be filled, by the buckets that are taken together."""
+    parts: dict[str, dict[str, Sequence]] = {}
+    buckets, part = "", dict[str, Sequence]()
+    for b in BUCKETS:
+        buckets += b
+        part |= {k: s for k, s in left.items() if k[0] == b}
+        if _tokens(part) >= PART_TOKENS or (b == BUCKETS[-1] and part):
+            parts[buckets] = part
+            buckets, part = "", {}
+    return parts
 
 
 def _tokens(sequences: dict[str, Sequence]) -> int:

@@ -185,7 +185,7 @@ class _Streamed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         slopes, found = any(ctx.needs_input_grad[:2]), []
-        for s in head.chunks(len(targets_T), sides=1 if reference_TD is None else 2):
+        for s in head.chunks(len(targets_T)):
             hidden_CD, targets_C = _filled(hidden_TD[s]), _filled(targets_T[s])
             if reference_TD is None or direction is None:
                 part = _logps(hidden_CD, targets_C, head, wide, slopes=slopes)

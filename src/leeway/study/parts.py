@@ -155,7 +155,7 @@ class Optim(Part):
     batch: int = Field(default=16, gt=0)
     clip: float = Field(default=1.0, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    micro_tokens: int = Field(default=1024, gt=0, description="positions that go through the model at a time")
+    micro_tokens: int = Field(default=2048, gt=0, description="positions that go through the model at a time")
     layout: Literal["auto", "padded", "packed", "fused"] = "auto"
 
     @model_validator(mode="after")

@@ -91,20 +91,20 @@ class Linears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         A_RD, Bs, sizes = _packed(low, x_TD.dtype, [s / keep for s in scalings])
         found = [torch.nn.functional.linear(x_TD, W, b) for W, b in frozen]
-        z_TR = _without(x_TD, places) @ A_RD.T
+        kept_TD = _without(x_TD, places)
+        z_TR = kept_TD @ A_RD.T
         for y_TO, z, B_OR in zip(found, z_TR.split(sizes, 1), Bs, strict=True):
             y_TO.addmm_(z, B_OR.T)
-        ctx.save_for_backward(x_TD, places, z_TR, *low)
+        ctx.save_for_backward(kept_TD, places, z_TR, *low)
         ctx.frozen, ctx.scalings, ctx.keep, ctx.packed = frozen, scalings, keep, (A_RD, Bs, sizes)
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, places, z_TR, *low = ctx.saved_tensors
+        kept_TD, places, z_TR, *low = ctx.saved_tensors
         A_RD, Bs, sizes = ctx.packed
-        dropped_TD = _without(x_TD, places)
         g_z_TR = torch.cat([g_TO @ B_OR for g_TO, B_OR in zip(g, Bs, strict=True)], 1)
-        g_A_RD = g_z_TR.T @ dropped_TD
+        g_A_RD = g_z_TR.T @ kept_TD
         g_low: list[Tensor | None] = []
         scaled = zip(g, z_TR.split(sizes, 1), g_A_RD.split(sizes, 0), ctx.scalings, low[::2], strict=True)
         for g_TO, z, g_A, s, A in scaled:
