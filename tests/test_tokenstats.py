@@ -177,3 +177,42 @@ def test_a_small_kl_survives_half_precision_states(
     rounded = [(h.float() @ weight.float().T).to(dtype).double().log_softmax(-1) for h in (hidden, near)]
     p, q = rounded if direction == "reverse" else rounded[::-1]
     assert abs(float((p.exp() * (p - q)).sum() / exact.sum()) - 1) > 1e-3
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("shift", [-1000.0, -10.0, 10.0])
+def test_words_that_weigh_nothing_do_not_blur_a_small_kl(
+    direction: Any, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first blocks' logits are shifted, a tenth more in the reference: in float32 as in float64 all the same.
+
+    Where the shift is down they have no share in either; where it is up they have nearly all, and the others none.
+    """
+    monkeypatch.setattr("leeway.model.head.BLOCK_ELEMENTS", 1 << 14)  # 256 words
+    g = torch.Generator().manual_seed(1)
+    weight, targets = 0.3 * torch.randn(4096, 17, generator=g), torch.randint(4096, (64,), generator=g)
+    weight[:, -1] = 0.0
+    weight[:1024, -1] = shift
+    hidden = torch.cat([torch.randn(64, 16, generator=g), torch.ones(64, 1)], 1)
+    near = torch.cat([hidden[:, :-1] + 1e-3 * torch.randn(64, 16, generator=g), torch.full((64, 1), 1.1)], 1)
+    found = []
+    for kind in (torch.float32, torch.float64):
+        h = hidden.to(kind, copy=True).requires_grad_()
+        _, kl_T = token_logps_and_kl(h, targets, Head(weight.to(kind)), near.to(kind), direction)
+        kl_T.sum().backward()
+        assert h.grad is not None
+        found.append((kl_T.detach().double(), h.grad.double()[:, :-1]))
+    (kl_T, g_TD), (exact_T, exact_TD) = found
+    assert float((kl_T - exact_T).abs().max()) < 1e-6
+    assert float((g_TD - exact_TD).abs().max()) < 1e-6
+
+
+def test_no_tokens_are_no_error() -> None:
+    hidden = torch.randn(0, 8, requires_grad=True)
+    logp_T, kl_T = token_logps_and_kl(
+        hidden, torch.zeros(0, dtype=torch.long), Head(torch.randn(10, 8)), torch.zeros(0, 8), "reverse"
+    )
+    (logp_T.sum() + kl_T.sum()).backward()
+    assert logp_T.shape == kl_T.shape == (0,)
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 8)

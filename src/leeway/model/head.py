@@ -100,7 +100,7 @@ class Head:
             size = max(1, CHUNK_ELEMENTS // words)
         else:
             most = max(1, min(ROWS, HELD_ELEMENTS // words)) if held else ROWS
-            size = min(most, filled(-(-total // max(1, -(-total // most)))))
+            size = max(1, min(most, filled(-(-total // max(1, -(-total // most))))))
         return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 
 

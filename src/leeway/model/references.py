@@ -170,17 +170,18 @@ class Shelf:
     def _complete(self, bucket: str, part: dict[str, Sequence], wanted: Wanting, who: Answering) -> int:
         """What of this part is missing, asked for and written; log-probabilities are read off states that are there."""
         asked: dict[Wanted, dict[str, Sequence]] = {}
+        read: list[Sequence] = []
         for k, s in part.items():
-            if not self.has(k, wanted(k)):
-                asked.setdefault(wanted(k), {})[k] = s
-        spent = 0
-        for what, missing in sorted(asked.items()):
-            stated = [s for k, s in missing.items() if self.has(k, Wanted(logps=False, states=True))]
-            self._put(bucket, ((s, Said(who.read(s, self.states([s])), None)) for s in stated))
-            rest = {k: s for k, s in missing.items() if not self.has(k, Wanted(logps=False, states=True))}
-            self._put(bucket, who.ask(list(rest.values()), what))
-            spent += _tokens(rest)
-        return spent
+            want = wanted(k)
+            missing = Wanted(want.logps and k not in self._logps, want.states and k not in self._states)
+            if missing.logps and k in self._states:
+                read.append(s)
+            elif any(missing):
+                asked.setdefault(missing, {})[k] = s
+        self._put(bucket, ((s, Said(who.read(s, self.states([s])), None)) for s in read))
+        for what, these in sorted(asked.items()):
+            self._put(bucket, who.ask(list(these.values()), what))
+        return sum(map(_tokens, asked.values()))
 
     def _put(self, bucket: str, said: Iterable[tuple[Sequence, Said]]) -> None:
         """Write files of a bounded size, so that no more than one of them is held."""

@@ -122,36 +122,39 @@ def _logps_and_kl(
 
     With z and z' the logits of policy and reference, log Z and log Z' their normalisers and g = z - z' - c, any c:
 
-        D(p || q) = E_p g - (log Z/Z' - c),   its derivative by z: p (g - E_p g)
-        D(q || p) = (log Z/Z' - c) - E_q g,   its derivative by z: p - q
+        D(p || q) = E_p g + c - log Z/Z',   its derivative by z: p (g - E_p g)
+        D(q || p) = log Z/Z' - c - E_q g,   its derivative by z: p - q
 
-    c is log Z/Z' of the first block, so that g is small where p and q are near each other, as the gap log p - log q is.
+    c is log Z/Z' of all blocks so far, and what was summed under the last one is moved over: where the weight lies, g
+    is as small as the gap log p - log q.
     """
     ours, theirs = (_Normaliser.of(hidden_CD, wide) for _ in range(2))
-    weighing = ours if direction == "reverse" else theirs
+    reverse = direction == "reverse"
+    weighing = ours if reverse else theirs
     logit_C = torch.zeros(len(hidden_CD), dtype=wide, device=hidden_CD.device)
-    c_C1, gap_C1 = None, torch.zeros_like(logit_C)[:, None]
+    c_C1, gap_C1 = (torch.zeros_like(logit_C)[:, None] for _ in range(2))
     sums = torch.zeros(2, *hidden_CD.shape, dtype=wide, device=hidden_CD.device) if slopes else None
     for block, reference in _side_by_side(head, hidden_CD, reference_CD):
-        logit_C = _picked(logit_C, block, targets_C)
+        logit_C, before_C1 = _picked(logit_C, block, targets_C), weighing.sum_C1
         (p_CN, grown_C1), (q_CN, theirs_grown_C1) = ours.add(block.capped_CN), theirs.add(reference.capped_CN)
-        c_C1 = ours.less(theirs) if c_C1 is None else c_C1
+        other_grown_C1 = grown_C1 if reverse else theirs_grown_C1
+        last_C1, c_C1 = c_C1, ours.less(theirs)
         weighed_CN = torch.sub(block.capped_CN, reference.capped_CN, out=reference.capped_CN).sub_(c_C1)
-        weighed_CN.mul_(p_CN if direction == "reverse" else q_CN)
-        gap_C1 = gap_C1 * (grown_C1 if direction == "reverse" else theirs_grown_C1) + weighed_CN.sum(-1, keepdim=True)
+        weighed_CN.mul_(p_CN if reverse else q_CN)
+        gap_C1 = (gap_C1 + (last_C1 - c_C1) * before_C1) * other_grown_C1 + weighed_CN.sum(-1, keepdim=True)
         if sums is not None:
             sums[0].mul_(grown_C1)
-            sums[1].mul_(grown_C1 if direction == "reverse" else theirs_grown_C1)
-            other_CN = weighed_CN if direction == "reverse" else q_CN
+            sums[1].mul_(other_grown_C1)
+            if reverse:
+                sums[1].addcmul_(sums[0], last_C1 - c_C1)
+            other_CN = weighed_CN if reverse else q_CN
             sums += block.times_weight((p_CN, other_CN), hidden_CD.dtype).unflatten(0, (2, -1))
-    assert c_C1 is not None
     logp_C, gap_C1 = logit_C - ours.log_C1[:, 0], gap_C1 / weighing.sum_C1
-    away_C1 = ours.less(theirs) - c_C1
-    kl_C = (gap_C1 - away_C1 if direction == "reverse" else away_C1 - gap_C1)[:, 0]
+    kl_C = (gap_C1 if reverse else -gap_C1)[:, 0]  # c is log Z/Z' of all blocks now
     if sums is None:
         return [logp_C, kl_C]
     mean_CD, other_CD = sums[0].div_(ours.sum_C1), sums[1].div_(weighing.sum_C1)
-    slope_kl_CD = other_CD.addcmul_(gap_C1, mean_CD, value=-1) if direction == "reverse" else mean_CD - other_CD
+    slope_kl_CD = other_CD.addcmul_(gap_C1, mean_CD, value=-1) if reverse else mean_CD - other_CD
     return [logp_C, kl_C, _onehot_part(head, hidden_CD, targets_C, logit_C) - mean_CD, slope_kl_CD]
 
 
@@ -185,7 +188,7 @@ class _Streamed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         slopes, found = any(ctx.needs_input_grad[:2]), []
-        for s in head.chunks(len(targets_T)):
+        for s in head.chunks(len(targets_T)) or [slice(0, 0)]:
             hidden_CD, targets_C = _filled(hidden_TD[s]), _filled(targets_T[s])
             if reference_TD is None or direction is None:
                 part = _logps(hidden_CD, targets_C, head, wide, slopes=slopes)
@@ -193,7 +196,7 @@ class _Streamed(torch.autograd.Function):
                 states = hidden_CD, _filled(reference_TD[s])
                 part = _logps_and_kl(*states, targets_C, head, direction, wide, slopes=slopes)
             found.append([t[: s.stop - s.start] for t in part])
-        logp_T, *rest = (torch.cat(parts) for parts in zip(*found, strict=True)) if found else (hidden_TD.new_zeros(0),)
+        logp_T, *rest = (torch.cat(parts) for parts in zip(*found, strict=True))
         kl_T = rest.pop(0) if reference_TD is not None and rest else torch.zeros_like(logp_T)
         ctx.head, ctx.direction, ctx.kept = head, direction, len(rest)
         again = [hidden_TD, targets_T, *([] if reference_TD is None else [reference_TD])]

@@ -59,7 +59,8 @@ def ask_beforehand(
     Returns how many tokens went through the model: none where somebody else asked before.
     """
     layout: Layout = "fused" if settings.layout == "fused" else "padded"
-    shelf = references.of(computed_as(model, reference, settings.autocast, layout))
+    with _threads_by_two():
+        shelf = references.of(computed_as(model, reference, settings.autocast, layout))
     asked: dict[tuple[tuple[int, ...], int], Sequence] = {}
     for step, s, new in first_asked(batches):
         if new:
