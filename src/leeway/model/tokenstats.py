@@ -23,6 +23,7 @@ from torch import Tensor
 
 from leeway.model.head import BLOCKED, HALF, Direction, Head, Logits, filled
 
+MOVED = 0.1  # nats
 __all__ = ["BLOCKED", "HALF", "Direction", "Head", "token_logps", "token_logps_and_kl"]
 
 
@@ -125,7 +126,7 @@ def _logps_and_kl(
         D(p || q) = E_p g + c - log Z/Z',   its derivative by z: p (g - E_p g)
         D(q || p) = log Z/Z' - c - E_q g,   its derivative by z: p - q
 
-    c is log Z/Z' of all blocks so far, and what was summed under the last one is moved over: where the weight lies, g
+    c stays within MOVED of log Z/Z' of all blocks so far, and what was summed is moved along: where the weight lies, g
     is as small as the gap log p - log q.
     """
     ours, theirs = (_Normaliser.of(hidden_CD, wide) for _ in range(2))
@@ -138,19 +139,23 @@ def _logps_and_kl(
         logit_C, before_C1 = _picked(logit_C, block, targets_C), weighing.sum_C1
         (p_CN, grown_C1), (q_CN, theirs_grown_C1) = ours.add(block.capped_CN), theirs.add(reference.capped_CN)
         other_grown_C1 = grown_C1 if reverse else theirs_grown_C1
-        last_C1, c_C1 = c_C1, ours.less(theirs)
+        move_C1 = ours.less(theirs) - c_C1
+        move_C1 = torch.where(move_C1.abs() > MOVED, move_C1, 0.0)
+        if move_C1.any():
+            c_C1, gap_C1 = c_C1 + move_C1, gap_C1 - move_C1 * before_C1
+            if sums is not None and reverse:
+                sums[1].addcmul_(sums[0], move_C1, value=-1)
         weighed_CN = torch.sub(block.capped_CN, reference.capped_CN, out=reference.capped_CN).sub_(c_C1)
         weighed_CN.mul_(p_CN if reverse else q_CN)
-        gap_C1 = (gap_C1 + (last_C1 - c_C1) * before_C1) * other_grown_C1 + weighed_CN.sum(-1, keepdim=True)
+        gap_C1 = gap_C1 * other_grown_C1 + weighed_CN.sum(-1, keepdim=True)
         if sums is not None:
             sums[0].mul_(grown_C1)
             sums[1].mul_(other_grown_C1)
-            if reverse:
-                sums[1].addcmul_(sums[0], last_C1 - c_C1)
             other_CN = weighed_CN if reverse else q_CN
             sums += block.times_weight((p_CN, other_CN), hidden_CD.dtype).unflatten(0, (2, -1))
     logp_C, gap_C1 = logit_C - ours.log_C1[:, 0], gap_C1 / weighing.sum_C1
-    kl_C = (gap_C1 if reverse else -gap_C1)[:, 0]  # c is log Z/Z' of all blocks now
+    away_C1 = ours.less(theirs) - c_C1
+    kl_C = (gap_C1 - away_C1 if reverse else away_C1 - gap_C1)[:, 0]
     if sums is None:
         return [logp_C, kl_C]
     mean_CD, other_CD = sums[0].div_(ours.sum_C1), sums[1].div_(weighing.sum_C1)
