@@ -130,20 +130,19 @@ class _CoarseInputs:
 
     def __init__(self) -> None:
         self._lock, self._within, self._before = Lock(), 0, ""
+        self._settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
     def __enter__(self) -> None:
-        settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         with self._lock:
             if self._within == 0:
-                self._before, settings.fp32_precision = settings.fp32_precision, "bf16"
+                self._before, self._settings.fp32_precision = self._settings.fp32_precision, "bf16"
             self._within += 1
 
     def __exit__(self, *_: object) -> None:
-        settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         with self._lock:
             self._within -= 1
             if self._within == 0:
-                settings.fp32_precision = self._before
+                self._settings.fp32_precision = self._before
 
 
 _COARSE_INPUTS = _CoarseInputs()
