@@ -1,0 +1,92 @@
+"""The exit code of a command that crashes, or whose output cannot be written, is never a verdict's (0, 1, 3)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gated import answers, moved, run
+
+PASSES = "against: base\nrules: [{measure: accuracy, at_least: 0.01}]\n"
+FAILS = "against: base\nrules: [{measure: accuracy, at_least: 0.99}]\n"
+CRASHES = """
+import sys
+import leeway.gate
+def crash(*_):
+    raise {error}
+leeway.gate.gate = crash
+from leeway.cli import main
+main()
+"""
+
+
+def gate(folder: Path, rules: str, *more: str) -> list[str]:
+    """The command that decides on a small run by `rules`."""
+    directory, path = run(folder, answers("capability", moved(40)), rules=rules)
+    return [sys.executable, "-m", "leeway", "gate", str(directory), "--rule", str(path), *more]
+
+
+def ran(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('two\\nlines')", "MemoryError()", "RecursionError('too deep')"])
+def test_a_crash_exits_70_with_one_line(error: str) -> None:
+    command = [sys.executable, "-c", CRASHES.format(error=error), "gate", "x", "--rule", "y"]
+    found = ran(command)
+    name = error.partition("(")[0]
+    assert found.returncode == os.EX_SOFTWARE == 70
+    assert found.stdout == ""
+    (line,) = found.stderr.splitlines()
+    assert line.startswith(f"leeway: internal error: {name}")
+    assert line.endswith("; add -v for the traceback")
+    verbose = ran([*command, "-v"])
+    assert verbose.returncode == 70
+    assert "Traceback (most recent call last)" in verbose.stderr
+    assert "in crash" in verbose.stderr
+
+
+@pytest.mark.parametrize(("rules", "code"), [(PASSES, 0), (FAILS, 1)])
+def test_a_stdout_of_ascii_alone_keeps_the_verdict(rules: str, code: int, tmp_path: Path) -> None:
+    found = ran(gate(tmp_path, rules), PYTHONIOENCODING="ascii")
+    assert (found.returncode, found.stderr) == (code, "")
+    assert found.stdout.rstrip().endswith(f"gate: {['pass', 'fail'][code]}")
+
+
+def test_any_text_can_be_printed_to_ascii() -> None:
+    script = CRASHES.format(error="leeway.errors.LeewayError('größer ≥ \\ud800')")
+    found = ran([sys.executable, "-c", script, "gate", "x", "--rule", "y"], PYTHONIOENCODING="ascii")
+    assert found.returncode == 2
+    assert found.stderr == "leeway: gr\\xf6\\xdfer \\u2265 \\ud800\n"
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+@pytest.mark.parametrize("rules", [PASSES, FAILS])
+def test_a_closed_pipe_is_no_verdict(rules: str, closed: str, tmp_path: Path) -> None:
+    command = gate(tmp_path, rules)
+    if closed == "stderr":
+        command = [*command[:-1], str(tmp_path / "nowhere.yaml")]  # a mistake, whose line cannot be written
+    reader, writer = os.pipe()
+    os.close(reader)
+    other = {"stdout": "stderr", "stderr": "stdout"}[closed]
+    try:
+        found = subprocess.run(command, check=False, text=True, **{closed: writer, other: subprocess.PIPE})  # type: ignore[call-overload]
+    finally:
+        os.close(writer)
+    assert found.returncode == {"stdout": 141, "stderr": 2}[closed]
+    assert not found.stderr
+    assert not found.stdout
+
+
+def test_a_closed_pipe_of_a_plain_command() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "leeway", "studies"]
+    try:
+        found = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (found.returncode, found.stderr) == (141, "")
