@@ -301,7 +301,13 @@ def test_epochs_are_answers_of_one_prompt(inspected: Any) -> None:
     assert measured(log)["asr low"] == pytest.approx(stats_wilson(4), abs=1e-9)
 
 
-def test_settings_are_those_of_a_study() -> None:
+def test_settings_are_those_of_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default prompts are StrongREJECT's: as many harmless ones stand in for them, so that no network is needed."""
+    published = tmp_path / "strongreject" / "strongreject_dataset.csv"
+    published.parent.mkdir()
+    published.write_text("category,source,forbidden_prompt\n" + "".join(f"a,b,Fold {n} kites\n" for n in range(313)))
+    monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
+    assert len(tasks.jailbreak(attacks=["none"]).dataset) == 313
     with pytest.raises(LeewayError, match=r"no judge"):
         tasks.jailbreak(judge="nobody")
     with pytest.raises(LeewayError, match="zulu needs a translator"):
