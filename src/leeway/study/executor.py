@@ -26,7 +26,7 @@ from leeway.study.manifest import manifest
 from leeway.study.pieces import Checkpoint, Piece
 from leeway.study.prepare import Prepared, prepare
 from leeway.study.spec import Spec
-from leeway.study.store import Store
+from leeway.study.store import Store, open_lock
 from leeway.study.telling import Kind
 from leeway.study.work import Work
 
@@ -202,7 +202,7 @@ def _begin(parent: int, raw_spec: dict[str, Any], folder: Path, events: Any) -> 
     global _work  # noqa: PLW0603 - a pool's initialiser has no other place to put it
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    hold = (folder / ".workers").open("w")
+    hold = open_lock(folder / ".workers")
     fcntl.flock(hold, fcntl.LOCK_SH)
     store = Store(folder)
     prepared = prepare(Spec.model_validate(raw_spec), Drawing(store.pairs, kept=store.kept))

@@ -6,14 +6,15 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,6 +69,7 @@ LEDGER_SCHEMA = pa.schema(
 SEAL = b"leeway.seal"
 REFERENCES = "LEEWAY_REFERENCES"  # a folder that several runs share
 LOCKS = (".lock", ".workers")
+PARTIAL = ".partial-"
 EDITED = "restore it, or start in another --out"
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
 
@@ -76,7 +78,7 @@ ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample
 def whole_file(target: Path) -> Iterator[Path]:
     """A temporary path that becomes `target` by one rename once it is written and on disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".partial-", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
     os.close(handle)
     try:
         yield Path(name)
@@ -96,6 +98,33 @@ def readable(path: Path) -> Iterator[None]:
         raise LeewayError(f"{path}: damaged ({error})", fix="delete it and run the same command again") from error
 
 
+def open_lock(path: Path) -> IO[bytes]:
+    """Open a lock file for reading and writing; create it where it is missing, and keep its content.
+
+    Raises LeewayError where it is a symbolic link or no regular file, or cannot be opened; FileNotFoundError where its
+    folder is gone.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        what = "it is a symbolic link" if path.is_symlink() else error.strerror
+        raise LeewayError(f"{path}: cannot be opened ({what})", fix="give another --out") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise LeewayError(f"{path} is no regular file", fix="give another --out")
+    return os.fdopen(handle, "r+b")
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one at `path`: a lock on a removed file locks nothing."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
 class Store:
     """One study's run directory."""
 
@@ -113,48 +142,77 @@ class Store:
 
     @contextmanager
     def claimed(self, study_hash: str, study_yaml: str) -> Iterator[None]:
-        """Hold the folder for this process and this study alone."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise LeewayError(f"{self.folder} is a file", fix="give --out a folder")
-        known = self._known_study()
-        if known is None and self.folder.is_dir() and any(self.folder.iterdir()) and not self._holds_answers_alone():
-            raise LeewayError(f"{self.folder} is not empty and holds no study", fix="give --out a new folder")
-        if known is not None and known != study_hash and self._holds_answers_alone():
-            known = None  # kept by their content: they serve any study that asks the same
-        if known is not None and known != study_hash:
-            raise LeewayError(
-                f"{self.folder} holds another study (its hash is {known}, this one's {study_hash})",
-                fix="give another --out, or run the study that is there",
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LeewayError(f"{self.folder}: cannot be made ({error.strerror})", fix="give another --out") from error
-        text = f"# study {study_hash}\n{study_yaml}"
-        if known is None:
-            self.write_text("study.yaml", text)
-        elif (self.folder / "study.yaml").read_text("utf-8", errors="replace") != text:
-            raise LeewayError(f"{self.folder / 'study.yaml'} was edited after the run began", fix=EDITED)
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise LeewayError(
-                    f"{self.folder} is in use by another leeway", fix="wait for it, or give another --out"
-                ) from error
+        """Lock the folder for this process and this study.
+
+        The lock is taken before anything in the folder is read for good, written or removed, so a refused run changes
+        nothing. After an error, finished work stays: a folder is removed only where it holds none (`_vacate`).
+
+        Raises LeewayError where the folder is in use, cannot be written, or holds something else.
+        """
+        self._check_folder(study_hash)  # before the lock file is created in a folder that is not a run's
+        with self._locked() as created:
+            known = self._check_folder(study_hash)
             self._outlive_workers()
             self.sweep()
+            text = f"# study {study_hash}\n{study_yaml}"
+            if known is None:
+                self.write_text("study.yaml", text)
+            elif (self.folder / "study.yaml").read_text("utf-8", errors="replace") != text:
+                raise LeewayError(f"{self.folder / 'study.yaml'} was edited after the run began", fix=EDITED)
             try:
                 yield
             except LeewayError:
-                paid = self.pairs.exists() or self.kept.exists() or self.kept_apart.exists()
-                if known is None and not paid and not any(self.folder.rglob("ledger.json")):
-                    self._vacate()  # a mistake found before the first checkpoint leaves the folder as it was
+                if known is None:
+                    self._vacate(created)
                 raise
+
+    def _check_folder(self, study_hash: str) -> str | None:
+        """The hash of the study that the folder holds, or None where it is free. Raises LeewayError if it is taken."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise LeewayError(f"{self.folder} is a file", fix="give --out a folder")
+        known = self._known_study()
+        if known is None and self._holds_other_files():
+            raise LeewayError(f"{self.folder} is not empty and holds no study", fix="give --out a new folder")
+        if known in (None, study_hash):
+            return known
+        if self._holds_answers_alone():
+            return None  # kept by their content: they serve any study that asks the same
+        raise LeewayError(
+            f"{self.folder} holds another study (its hash is {known}, this one's {study_hash})",
+            fix="give another --out, or run the study that is there",
+        )
+
+    @contextmanager
+    def _locked(self) -> Iterator[bool]:
+        """Create the folder where it is missing, and hold its lock; yields whether it was created."""
+        created = False
+        while True:
+            try:
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileExistsError):
+                    self.folder.mkdir()
+                    created = True
+            except OSError as error:
+                what = f"{self.folder}: cannot be made ({error.strerror})"
+                raise LeewayError(what, fix="give another --out") from error
+            try:
+                lock = open_lock(self.folder / ".lock")
+            except FileNotFoundError:
+                continue  # another process has removed the folder that it had created
+            with lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise LeewayError(
+                        f"{self.folder} is in use by another leeway", fix="wait for it, or give another --out"
+                    ) from error
+                if _is_at(lock, self.folder / ".lock"):
+                    yield created
+                    return
 
     def sweep(self) -> None:
         """Remove what killed processes left half written: nobody reads it."""
-        for left in self.folder.rglob(".partial-*"):
+        for left in self.folder.rglob(f"{PARTIAL}*"):
             _remove(left)
 
     def _holds_answers_alone(self) -> bool:
@@ -164,14 +222,41 @@ class Store:
         known = {"study.yaml", self.pairs.name, self.kept_apart.name, *kept, *LOCKS}
         return any(p.exists() for p in (self.pairs, self.kept, self.kept_apart)) and left <= known
 
-    def _vacate(self) -> None:
-        for path in list(self.folder.iterdir()):
-            _remove(path)
-        self.folder.rmdir()
+    def _holds_other_files(self) -> bool:
+        """Whether a folder without a study holds more than a run that begins has written: locks, a partial file."""
+        names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
+        return any(name not in LOCKS and not name.startswith(PARTIAL) for name in names)
+
+    def _vacate(self, created: bool) -> None:
+        """Remove what this run wrote where nothing in the folder is finished work; otherwise leave everything.
+
+        Only `study.yaml`, the manifest, locks, partial files and empty step logs are no work. They are removed one by
+        one, and folders only where they are empty; the folder itself only if this process created it.
+        """
+        paths = sorted(self.folder.rglob("*"), reverse=True)  # the content of a folder before the folder
+        folders = [p for p in paths if p.is_dir() and not p.is_symlink()]
+        files = [p for p in paths if p not in folders]
+        if not all(map(self._is_scaffold, files)):
+            return
+        for path in files:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # something was put there meanwhile: it stays
+            for path in folders:
+                path.rmdir()
+            if created:
+                self.folder.rmdir()
+
+    def _is_scaffold(self, path: Path) -> bool:
+        """Whether a file of a run that has just begun is no work: nothing is lost with it."""
+        if path.is_symlink():
+            return False
+        own = path in (self.folder / "study.yaml", self.manifest_path)
+        return own or path.name.startswith((*LOCKS, PARTIAL)) or (path.suffix == ".jsonl" and not path.stat().st_size)
 
     def _outlive_workers(self, patience: float = 10.0) -> None:
         """Workers of a killed run die with it; wait until the last one has let go."""
-        with (self.folder / ".workers").open("w") as hold:
+        with open_lock(self.folder / ".workers") as hold:
+            hold.truncate()  # without the token of an earlier run, its workers end
             until = time.monotonic() + patience
             while True:
                 try:
