@@ -89,6 +89,38 @@ class Handler(BaseHTTPRequestHandler):
     def say_bare(self, *_: Any) -> None:
         self.send(200, b'{"object": "chat.completion", "choices": []}', {"Content-Type": "application/json"})
 
+    def say_half(self, _: str, body: dict[str, Any]) -> None:
+        """One half of a character: JSON can spell it, no file can hold it."""
+        self.answer({"role": "assistant", "content": "a \ud800 b"}, body)
+
+    def say_half_error(self, *_: Any) -> None:
+        self.error(400, {}, "half a \ud800")
+
+    def say_deep(self, *_: Any) -> None:
+        self.send(200, b"[" * 200_000, {"Content-Type": "application/json"})
+
+    def say_count(self, *_: Any) -> None:
+        choice = b'{"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}'
+        usage = b'{"prompt_tokens": 1, "completion_tokens": ' + b"9" * 4000 + b"}"
+        raw = b'{"model": "m", "choices": [' + choice + b'], "usage": ' + usage + b"}"
+        self.send(200, raw, {"Content-Type": "application/json"})
+
+    def say_zipped(self, *_: Any) -> None:
+        self.send(200, b"x", {"Content-Type": "application/json", "Content-Encoding": "gzip"})
+
+    def say_flood(self, *_: Any) -> None:
+        """A gigabyte, or as much of it as is read."""
+        self.head(200, {"Content-Type": "application/json", "Content-Length": str(1 << 30)})
+        for _chunk in range(1 << 14):
+            self.wfile.write(b" " * (1 << 16))
+            self.server.flooded += 1 << 16
+
+    def say_flood_error(self, *_: Any) -> None:
+        self.head(500, {"Content-Type": "application/json", "Content-Length": str(1 << 30)})
+        for _chunk in range(1 << 14):
+            self.wfile.write(b" " * (1 << 16))
+            self.server.flooded += 1 << 16
+
     def say_refusal(self, _: str, body: dict[str, Any]) -> None:
         self.answer({"role": "assistant", "content": None, "refusal": "I will not."}, body)
 
@@ -151,6 +183,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []
         self.times: dict[str, list[float]] = {}
         self.keys: set[str] = set()
+        self.flooded = 0  # bytes of floods that were sent
         self.served = "model-of-today"
         self.stopping = threading.Event()
         self.under_way = self.most_under_way = 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -21,10 +23,13 @@ pytest.importorskip("openai")
 
 from api_server import FaultyServer, serving
 from leeway.errors import LeewayError
+from leeway.generation import openai_api
+from leeway.generation.api_reply import NoAnswer, choice_of
 from leeway.generation.api_settings import ApiSettings
 from leeway.generation.backend import Choice, Reply, Request
 from leeway.generation.kept import Kept, KeptBackend
 from leeway.generation.openai_api import OpenAIBackend
+from leeway.hashing import digest
 
 KEY = "sk-secret-0123456789"
 
@@ -70,6 +75,11 @@ FAULTS = {  # fault: (the reply, or how its failure begins; how often it is aske
     "page": ("what the endpoint sent is not JSON", 1),
     "list": ("what the endpoint sent is no JSON object", 1),
     "bare": ("what the endpoint sent holds no choices", 1),
+    "half": ("what the endpoint sent holds one half of a character", 1),
+    "half_error": ("HTTP 400: half a \ufffd", 1),
+    "deep": ("what the endpoint sent is nested too deeply", 1),
+    "count": ("the endpoint's token count is out of range", 1),
+    "zipped": ("the endpoint compressed its answer", 1),
     "null": ("the endpoint sent no text (finish_reason stop)", 1),
     "filter": ("the endpoint's content filter stopped the answer", 1),
 }
@@ -99,6 +109,42 @@ def test_each_fault_is_its_own_requests_affair_and_a_rerun_asks_only_what_failed
                 assert server.asked[fault] == times * again, fault
     assert len(asking.kept) == sum(isinstance(e, Reply) for e, _ in FAULTS.values())
     asking.kept.close()
+
+
+@pytest.mark.parametrize("fault", ["flood", "flood_error"])
+def test_a_reply_without_end_is_read_up_to_the_limit(
+    fault: str, server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_api, "REPLY_BYTES", 1 << 20)
+    asking = backend(server, timeout_s=30.0, price_in=1.0, price_out=2.0)
+    replies = ask(asking, fault, "fine")
+    assert replies[0] == Reply("", 0, False, "the endpoint sent more than 1 MiB")
+    assert replies[1].text == "about fine"
+    assert server.asked[fault] == 1
+    assert server.flooded < 64 << 20  # what the sockets' buffers hold, and no more
+    assert asking.spent.dollars > 20e-6  # it may have been billed
+
+
+def test_a_kept_half_character_is_asked_anew(server: FaultyServer, tmp_path: Path) -> None:
+    """As a version without the check wrote it: it is no answer, and the run goes on without it."""
+    asking = KeptBackend(backend(server), Kept(tmp_path / "kept.sqlite"))
+    first = ask(asking, "fine")
+    db = sqlite3.connect(tmp_path / "kept.sqlite")
+    ((key,),) = db.execute("SELECT key FROM said").fetchall()
+    record = json.dumps({"text": "\ud800", "new_tokens": 1, "cut": False, "failure": None}, sort_keys=True)
+    with db:
+        db.execute("UPDATE said SET record = ?, sum = ?", (record, digest(key, record)))
+    db.close()
+    assert ask(asking, "fine") == first
+    assert ask(asking, "fine") == first
+    assert server.asked["fine"] == 2
+    asking.kept.close()
+
+
+def test_a_logprob_beyond_floats_is_a_failure() -> None:
+    content = [{"top_logprobs": [{"token": "Yes", "logprob": -(10**400)}]}]
+    with pytest.raises(NoAnswer, match="the endpoint's logprobs are none"):
+        choice_of({"choices": [{"logprobs": {"content": content}}]}, ["Yes"])
 
 
 def test_retry_after_is_waited_for_and_backoff_grows(server: FaultyServer) -> None:
@@ -307,6 +353,8 @@ def test_inside_a_running_loop(server: FaultyServer) -> None:
 STOPPED = """
 import os, sys
 from pathlib import Path
+from leeway.generation import openai_api
+from leeway.generation.api_reply import NoAnswer, choice_of
 from leeway.generation.api_settings import ApiSettings
 from leeway.generation.backend import Request
 from leeway.generation.kept import Kept, KeptBackend

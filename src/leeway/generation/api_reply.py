@@ -10,11 +10,13 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
-from leeway.generation.backend import Choice, Reply
+from leeway.generation.backend import Choice, Reply, is_unicode
 
 Body = dict[str, Any]
 
 TOP = 20  # next tokens that endpoints tell the probability of, at most
+REPLY_BYTES = 16 << 20  # of one body: more than any model's context takes as JSON
+MOST_TOKENS = 2**40  # a count beyond is no count
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,32 @@ def retry_after(headers: Any) -> float:
     except ValueError:
         try:
             wait = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return 0.0
     return max(0.0, wait) if math.isfinite(wait) else 0.0
 
 
 def parsed(raw: bytes) -> Heard:
-    """A body that is a JSON object; anything else is a failure, and may have been billed."""
+    """A body that is a JSON object; anything else is a failure, and may have been billed.
+
+    Every text of an endpoint enters here: what no file can hold (a lone surrogate) is refused wherever it stands.
+    """
     try:
         data = json.loads(raw)
+        writable = is_unicode(json.dumps(data, ensure_ascii=False))
+    except RecursionError:
+        return Heard(why="what the endpoint sent is nested too deeply")
     except ValueError:
         return Heard(why="what the endpoint sent is not JSON")
-    return Heard(data=data) if isinstance(data, dict) else Heard(why="what the endpoint sent is no JSON object")
+    if not isinstance(data, dict):
+        return Heard(why="what the endpoint sent is no JSON object")
+    if not writable:
+        return Heard(why="what the endpoint sent holds one half of a character")
+    usage = data.get("usage")
+    counts = usage.values() if isinstance(usage, dict) else ()
+    if any(isinstance(n, int) and abs(n) > MOST_TOKENS for n in counts):
+        return Heard(why="the endpoint's token count is out of range")
+    return Heard(data=data)
 
 
 def usage_of(data: Body) -> tuple[int, int] | None:
@@ -99,7 +115,7 @@ def choice_of(data: Body, options: Seq[str]) -> Choice:
         raise NoAnswer("the endpoint tells no logprobs")
     try:
         told = [(str(t["token"]), float(t["logprob"])) for t in content[0]["top_logprobs"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         told = []
     if not told or not all(p <= 1e-3 for _, p in told):  # NaN fails too
         raise NoAnswer("the endpoint's logprobs are none")

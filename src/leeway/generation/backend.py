@@ -54,6 +54,15 @@ class Choice:
     failure: str | None = None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; a lone surrogate, one half of a character, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Backend(Protocol):
     """Answers conversations under one checkpoint and one chat template."""
 

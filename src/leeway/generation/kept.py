@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from leeway.errors import LeewayError
-from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
+from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick, is_unicode
 from leeway.hashing import digest
 
 Record = dict[str, Any]
@@ -40,8 +40,12 @@ class Kept:
         self._open: tuple[int, sqlite3.Connection] | None = None
 
     def get(self, keys: Seq[str]) -> dict[str, Record]:
-        """The records that are there. Raises LeewayError where the file or one of them is damaged."""
+        """The records that are there. Raises LeewayError where the file or one of them is damaged.
+
+        A record with a lone surrogate is no answer, since no file of a run can hold it: it is removed.
+        """
         found: dict[str, Record] = {}
+        unusable: list[str] = []
         with self._told() as db:
             for start in range(0, len(keys), LOOKED_UP):
                 some = keys[start : start + LOOKED_UP]
@@ -50,6 +54,12 @@ class Kept:
                     if digest(key, record) != check:
                         raise self._damaged(f"record {key} is not what was written")
                     found[key] = json.loads(record)
+                    if not is_unicode(json.dumps(found[key], ensure_ascii=False)):
+                        del found[key]
+                        unusable.append(key)
+            if unusable:
+                with db:
+                    db.executemany("DELETE FROM said WHERE key = ?", [(key,) for key in unusable])
         return found
 
     def put(self, records: dict[str, Record]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +18,18 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from leeway.errors import LeewayError
-from leeway.generation.api_reply import TOP, Body, Heard, NoAnswer, choice_of, parsed, reply_of, retry_after, usage_of
+from leeway.generation.api_reply import (
+    REPLY_BYTES,
+    TOP,
+    Body,
+    Heard,
+    NoAnswer,
+    choice_of,
+    parsed,
+    reply_of,
+    retry_after,
+    usage_of,
+)
 from leeway.generation.api_settings import ApiSettings, Gate, Spent
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.hashing import derive_seed, digest
@@ -28,6 +39,10 @@ Said = TypeVar("Said", Reply, Choice)
 AGAIN = (408, 409, 425, 429)  # and every 5xx
 LONGEST_WAIT_S = 300.0  # an endpoint that asks for more is not waited for
 LONGEST_BACKOFF_S = 60.0
+
+
+class UnreadableReply(Exception):
+    """A body that is not read to its end, and why."""
 
 
 @dataclass
@@ -196,14 +211,19 @@ class _Line:
             return Heard(why=f"no answer within {self.settings.timeout_s:g} s", again=True)
         except openai.APIStatusError as error:
             return self._refused(error)
+        except UnreadableReply as error:
+            return Heard(why=str(error))
         except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, UnreadableReply):  # some versions wrap it
+                return Heard(why=str(error.__cause__))
             return Heard(why=f"the connection broke ({type(error.__cause__ or error).__name__})", again=True)
         return parsed(heard.content)
 
     def _refused(self, error: Any) -> Heard:
         """An HTTP error: not billed; tried again where that may help."""
         told = error.body.get("message") or error.body.get("detail") if isinstance(error.body, dict) else error.body
-        said = " ".join(str(told or "").replace(self.key, "[key]").split())[:200]
+        text = str(told or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no half characters
+        said = " ".join(text.replace(self.key, "[key]").split())[:200]
         code = int(error.status_code)
         if code == 401:
             raise LeewayError(
@@ -229,10 +249,36 @@ def _client(settings: ApiSettings, key: str) -> Any:
     except ImportError as error:
         raise LeewayError("an endpoint needs the openai client", fix="pip install 'leeway[api]'") from error
     here = urlsplit(settings.base_url).hostname in ("localhost", "127.0.0.1", "::1")
-    http = openai.DefaultAsyncHttpxClient(trust_env=False) if here else None  # no proxy leads back here
+    http = openai.DefaultAsyncHttpxClient(
+        trust_env=not here,  # no proxy leads back here
+        headers={"Accept-Encoding": "identity"},  # a limit on what is read must be one on what it becomes
+        event_hooks={"response": [_limit_body]},
+    )
     return openai.AsyncOpenAI(
         api_key=key, base_url=settings.base_url, timeout=settings.timeout_s, max_retries=0, http_client=http
     )
+
+
+async def _limit_body(response: Any) -> None:
+    """Make reading a response's body raise UnreadableReply after REPLY_BYTES, or at once where it is compressed."""
+    httpx: Any = import_module(type(response).__module__.partition(".")[0])  # the client's own: httpx or its successor
+    if response.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnreadableReply("the endpoint compressed its answer")
+    whole, limit = response.stream, REPLY_BYTES
+
+    class Limited(httpx.AsyncByteStream):  # type: ignore[misc]  # its type comes with the optional client
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for chunk in whole:
+                size += len(chunk)
+                if size > limit:
+                    raise UnreadableReply(f"the endpoint sent more than {limit >> 20} MiB")
+                yield chunk
+
+        async def aclose(self) -> None:
+            await whole.aclose()
+
+    response.stream = Limited()
 
 
 async def _together(work: Seq[Coroutine[Any, Any, None]]) -> None:
