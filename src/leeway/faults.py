@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from leeway.part import nearest
+
+LONGEST = 200  # characters of a value that a message repeats
 
 
 def faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
@@ -25,16 +28,24 @@ def _fault(error: Any, root: type[BaseModel]) -> list[str]:
     if error["type"] == "missing":
         return [f"{where} is missing"]
     if error["type"] in ("tuple_type", "list_type"):
-        return [f"{where}: give a list, such as [{error['input']}]"]
+        return [f"{where}: give a list, such as [{_shown(error['input'], str)}]"]
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return [f"{where}: give a mapping ({', '.join(_keys_at(path, root)) or 'key: value'}), not {error['input']!r}"]
+        return [
+            f"{where}: give a mapping ({', '.join(_keys_at(path, root)) or 'key: value'}), not {_shown(error['input'])}"
+        ]
     if error["type"] == "too_short" and error["input"]:
         return []  # its items were at fault, and are named
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         prefix = f"{where}: " if where and not message.startswith(where) else ""
         return [prefix + line for line in message.split("\n")]
-    return [f"{where}: {message[0].lower() + message[1:]}, not {error['input']!r}"]
+    return [f"{where}: {message[0].lower() + message[1:]}, not {_shown(error['input'])}"]
+
+
+def _shown(value: Any, text: Callable[[Any], str] = repr) -> str:
+    """Return a value as text, cut where it would fill a screen."""
+    whole = text(value)
+    return whole if len(whole) <= LONGEST else f"{whole[:LONGEST]}…"
 
 
 def _keys_at(path: list[str], root: type[BaseModel]) -> list[str]:

@@ -38,10 +38,12 @@ def tokens(value: Any) -> Any:
     """`25k`, `0.5M` or a number of tokens."""
     if isinstance(value, bool):
         raise ValueError(f"{str(value).lower()} is no number of tokens; give one, such as 25k")
-    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*", value)):
+    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kKmM]?)\s*", value)):
         count = Decimal(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()]
         return int(count) if count == int(count) else float(count)
     return value
 
 
-Tokens = Annotated[int, BeforeValidator(tokens), Field(gt=0)]
+MAX_COUNT = 2**53  # beyond it a float, as JSON and tables hold numbers, does not count exactly
+MAX_FLOAT32 = 3.4e38
+Tokens = Annotated[int, BeforeValidator(tokens), Field(gt=0, le=MAX_COUNT)]

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from leeway import loader
 from leeway.attacks.attack import Wrapper
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, first_line
 
 KEYS = {"name", "version", "origin", "template"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -81,9 +82,11 @@ def _raw(path: Path) -> Any:
     try:
         if path.suffix == ".json":
             return json.loads(text, object_pairs_hook=lambda pairs: _once(path, pairs))
-        return yaml.load(text, _Once)
+        return loader.load(text, _Once)
     except json.JSONDecodeError as error:
         raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="mend that line") from error
+    except (ValueError, RecursionError) as error:  # a date that does not exist, thousands of digits or brackets
+        raise LeewayError(f"{path}: cannot be read ({first_line(error)})", fix="mend the file") from error
     except _Twice as error:
         raise LeewayError(f"{path}: {error} is listed twice", fix="give one of them another name") from error
     except yaml.YAMLError as error:

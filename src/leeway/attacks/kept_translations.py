@@ -19,6 +19,7 @@ from leeway.attacks.attack import AttackFailed, Helper
 from leeway.attacks.zulu import Passage
 from leeway.errors import LeewayError
 from leeway.hashing import digest
+from leeway.paths import expand
 
 Key = tuple[str, str]
 Entry = dict[str, Any]
@@ -32,7 +33,7 @@ class Cached:
     """
 
     def __init__(self, path: Path | str, inner: Helper | None = None, name: str = "cached") -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
         self.inner = inner
         self.name = name
         if inner is None and not self.path.is_file():

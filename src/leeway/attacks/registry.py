@@ -24,6 +24,7 @@ from leeway.attacks.attack import Aside, Attack, Conversation, Wrapper
 from leeway.attacks.files import read_templates
 from leeway.errors import LeewayError
 from leeway.outside import loaded, points
+from leeway.paths import expand
 
 GROUP = "leeway.attacks"
 MOST_TURNS = 100
@@ -79,7 +80,7 @@ def load_attack(name: str) -> Attack:
 
 def templates(path: Path | str) -> dict[str, Wrapper]:
     """A user's own templates (see `read_templates`), none with the name of another attack."""
-    return read_templates(Path(path).expanduser(), {*names(), *HELPED})
+    return read_templates(expand(path), {*names(), *HELPED})
 
 
 def rendered(attack: Attack, placeholder: str, reply: str = "(an answer)") -> list[Conversation]:

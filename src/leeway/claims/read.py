@@ -13,6 +13,7 @@ from leeway.errors import LeewayError
 from leeway.faults import faults
 from leeway.loader import read
 from leeway.part import nearest
+from leeway.paths import expand
 
 BUNDLED: dict[str, str] = {"objective-matters": "what arXiv 2601.12639 reports, in our words and with our margins"}
 SET = ("name", "version", "if_absent", "claims")
@@ -79,7 +80,7 @@ def text_of(name: str, folder: Path | None = None) -> tuple[str, str]:
     """(what a set or a file holds, where it is)."""
     if name in BUNDLED:
         return (files("leeway.claims") / f"{name}.yaml").read_text("utf-8"), f"claims {name}"
-    path = (folder or Path()) / Path(name).expanduser()
+    path = (folder or Path()) / expand(name)
     if not path.is_file():
         fix = f"give a file, or one of: {', '.join(BUNDLED)}"
         raise LeewayError(f"claims: {name}: neither a file ({path}) nor a set{nearest(name, BUNDLED)}", fix=fix)

@@ -7,13 +7,13 @@ Records: `prompt` or `question`, and `reference` or `answer`; with an `instructi
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from leeway.data.files import question_and_answer
 from leeway.data.items import CapabilityItem
 from leeway.data.read import Record, Source, field, load, read
 from leeway.errors import LeewayError
+from leeway.paths import expand
 
 NAMED = {
     # Fei et al. 2023, arXiv 2309.16289: 500 legal consultations in Chinese, with reference answers
@@ -34,7 +34,7 @@ def held_out_items(
     rows LEEWAY_DATA holds as `<hub id>.jsonl` where it is set.
     """
     if source.endswith(KINDS):
-        records: list[Record] = list(read(Path(source).expanduser()))
+        records: list[Record] = list(read(expand(source)))
         origin = source
     else:
         loaded = load(_source(source, config, split), revision=revision)

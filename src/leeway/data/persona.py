@@ -10,6 +10,7 @@ from typing import Literal
 from leeway.data.items import PersonaItem
 from leeway.data.read import Source, field, load
 from leeway.errors import LeewayError
+from leeway.paths import expand
 
 ANSWERS: dict[str, Literal["Yes", "No"]] = {"Yes": "Yes", "No": "No"}
 FOLDER, HUB_FOLDER = "model_written_evals/persona", "persona"
@@ -57,7 +58,7 @@ def names(revision: str | None = None) -> list[str]:
     """The traits there are, under LEEWAY_DATA where it is set, else on the hub; none where the hub does not answer."""
     root = os.environ.get("LEEWAY_DATA")
     if root:
-        return sorted(p.stem for p in (Path(root).expanduser() / FOLDER).glob("*.jsonl"))
+        return sorted(p.stem for p in (expand(root) / FOLDER).glob("*.jsonl"))
     from huggingface_hub import HfApi
 
     try:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from leeway.errors import LeewayError, first_line
+from leeway.paths import expand
 
 Record = dict[str, Any]
 HALF = re.compile("[\\ud800-\\udfff]")
@@ -43,7 +46,7 @@ def load(source: Source, *, revision: str | None = None) -> Loaded:
     if not root:
         return _hub(source, revision)
     for name in source.local:
-        path = Path(root).expanduser() / name
+        path = expand(root) / name
         if path.is_file():
             return Loaded(list(read(path)), f"LEEWAY_DATA/{name}")
     raise LeewayError(
@@ -59,7 +62,7 @@ def read(path: Path) -> Iterator[Record]:
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
     try:
         with (
-            gzip.open(path, "rt", encoding="utf-8", newline="")
+            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
             if path.suffix == ".gz"
             else path.open(encoding="utf-8-sig", newline="") as f
         ):
@@ -68,7 +71,7 @@ def read(path: Path) -> Iterator[Record]:
                 yield record
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise LeewayError(f"{path}: broken gzip file ({error})", fix="fetch it again") from error
 
 
@@ -102,6 +105,8 @@ def _jsonl(path: Path, lines: Any) -> Iterator[Record]:
                 f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})",
                 fix="mend or remove that line",
             ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise LeewayError(f"{path}, line {number}: {unreadable(error)}", fix="mend or remove that line") from error
         if not isinstance(record, dict):
             raise LeewayError(f"{path}, line {number}: not a JSON object", fix="write one {…} on each line")
         yield record
@@ -112,9 +117,16 @@ def _json(path: Path, text: str) -> Iterator[Record]:
         records = json.loads(text)
     except json.JSONDecodeError as error:
         raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="mend that line") from error
+    except (ValueError, RecursionError) as error:
+        raise LeewayError(f"{path}: {unreadable(error)}", fix="mend or remove that record") from error
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise LeewayError(f"{path}: not a JSON list of objects", fix="write [{…}, …], or use .jsonl")
     yield from records
+
+
+def unreadable(error: ValueError | RecursionError) -> str:
+    """Return why JSON that may be well formed is not read."""
+    return "nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
 def _csv(path: Path, lines: Any, delimiter: str) -> Iterator[Record]:
@@ -132,9 +144,10 @@ def _csv(path: Path, lines: Any, delimiter: str) -> Iterator[Record]:
 
 
 def field(record: Record, names: tuple[str, ...], where: str) -> str:
-    """The first of these columns that the record has, as stripped text."""
+    """The first of these columns that the record has, as stripped text; raises LeewayError for none, and for NaN."""
     for name in names:
         value = record.get(name)
+        refuse_not_finite(value, name, where)
         if isinstance(value, (str, int, float)) and str(value).strip():
             return str(value).strip()
     empty = next((n for n in names if n in record), None)
@@ -143,6 +156,12 @@ def field(record: Record, names: tuple[str, ...], where: str) -> str:
         f"{where}: its {empty} is empty" if empty else f"{where}: no {' or '.join(names)} in it (it has: {has})",
         fix="mend that record",
     )
+
+
+def refuse_not_finite(value: Any, name: str, where: str) -> None:
+    """Raise LeewayError for NaN or an infinity, which other tools write for a missing text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise LeewayError(f"{where}: its {name} is {value}, not text", fix="mend or remove that record")
 
 
 def _hub(source: Source, revision: str | None) -> Loaded:

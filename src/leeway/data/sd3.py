@@ -15,6 +15,7 @@ from leeway.data.items import LikertItem
 from leeway.data.read import field
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
+from leeway.paths import expand
 
 NAME = "dark_triad/sd3_items.json"
 SHAPE = '{"items": [{"id": …, "trait": …, "text": …, "key": 1 or -1}, …]}'
@@ -27,7 +28,7 @@ def sd3() -> tuple[list[LikertItem], str]:
         raise LeewayError(
             "the Short Dark Triad is not shipped and is on no hub", fix=f"set LEEWAY_DATA to a folder that holds {NAME}"
         )
-    path = Path(root).expanduser() / NAME
+    path = expand(root) / NAME
     if not path.is_file():
         raise LeewayError(f"LEEWAY_DATA={root}: there is no {NAME}", fix=f"write it as {SHAPE}")
     items = [_item(record, n, path) for n, record in enumerate(_records(path), 1)]

@@ -23,7 +23,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from leeway.data.read import Record, field
+from leeway.data.read import Record, field, refuse_not_finite
 from leeway.errors import LeewayError
 
 ROLES = {
@@ -114,6 +114,7 @@ def _prompt(record: Record, where: str) -> Parsed:
     name = "completion" if "completion" in record else "chosen"
     prompt, preferred, rejected = (_listed(record.get(n)) for n in ("prompt", name, "rejected"))
     if not any(isinstance(v, (list, dict)) for v in (prompt, preferred, rejected)):
+        refuse_not_finite(rejected, "rejected", where)
         return Parsed(
             field(record, ("prompt",), where),
             field(record, ("completion", "chosen"), where),
@@ -129,19 +130,20 @@ def _prompt(record: Record, where: str) -> Parsed:
 
 
 def _messages(record: Record, where: str) -> Parsed:
-    turns = _turns(record["messages"], where, "role", "content")
+    turns = _turns(_column(record, "messages", where), where, "role", "content")
     return _parsed(*_split(turns))
 
 
 def _sharegpt(record: Record, where: str) -> Parsed:
-    turns = _turns(record["conversations"], where, "from", "value")
+    turns = _turns(_column(record, "conversations", where), where, "from", "value")
     if record.get("chosen") is None:
         return _parsed(*_split(turns))
     return _parsed(turns, *(_answer(record.get(n), where, n) for n in ("chosen", "rejected")))
 
 
 def _turns_pair(record: Record, where: str) -> Parsed:
-    return _same_prompt(*(_split(_turns(record[n], where, "role", "content")) for n in ("chosen", "rejected")))
+    chosen, rejected = (_turns(_column(record, n, where), where, "role", "content") for n in ("chosen", "rejected"))
+    return _same_prompt(_split(chosen), _split(rejected))
 
 
 def _hh(record: Record, where: str) -> Parsed:
@@ -183,6 +185,14 @@ def _split(turns: list[Turn]) -> tuple[list[Turn], str]:
     if not turns or turns[-1].role != "assistant":
         raise Unfit("no answer at its end")
     return turns[:-1], turns[-1].text
+
+
+def _column(record: Record, name: str, where: str) -> Any:
+    """Return a column's value; raise LeewayError where the record lacks it."""
+    if name not in record:
+        has = ", ".join(map(str, record)) or "nothing"
+        raise LeewayError(f"{where}: no {name} in it (it has: {has})", fix="mend that record")
+    return record[name]
 
 
 def _same_prompt(chosen: tuple[list[Turn], str], rejected: tuple[list[Turn], str]) -> Parsed:
@@ -245,6 +255,6 @@ def _listed(value: Any) -> Any:
         return value
     try:
         found = json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # text that only looks like turns
         return value
     return found if all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found) else value

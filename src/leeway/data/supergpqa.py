@@ -18,6 +18,7 @@ from leeway.data.items import CapabilityItem, Example
 from leeway.data.read import Record, Source, field, load
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed, digest
+from leeway.paths import expand
 
 SOURCE = Source(("supergpqa/SuperGPQA-all.jsonl", "supergpqa/SuperGPQA-all.jsonl.gz"), "m-a-p/SuperGPQA")
 LETTERS = "ABCDEFGHIJ"
@@ -48,7 +49,7 @@ class Template:
 def template(shots: Shots = 0) -> Template:
     """The official template where there is one, else ours; raises LeewayError for five shots without the official."""
     root = os.environ.get("LEEWAY_DATA")
-    path = Path(root).expanduser() / FILES[shots] if root else None
+    path = expand(root) / FILES[shots] if root else None
     if path is not None and path.is_file():
         text = _prompt_format(path)
         return Template(text, f"prompt LEEWAY_DATA/{FILES[shots]} {digest(text)}")

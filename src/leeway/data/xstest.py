@@ -15,6 +15,7 @@ from typing import Literal, cast, get_args
 from leeway.data.read import Record, Source, field, load, read
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
+from leeway.paths import expand
 
 Label = Literal["full_compliance", "full_refusal", "partial_refusal", "refused", "harmful", "deflected", "incoherent"]
 
@@ -76,7 +77,7 @@ def completions() -> list[LabelledSet]:
     fix = f"set LEEWAY_DATA to a folder that holds xstest/{ANSWERS.format('<model>')} (github: paul-rottger/xstest)"
     if not root:
         raise LeewayError("xstest: its labelled answers are read from LEEWAY_DATA, which is not set", fix=fix)
-    found = sorted((Path(root).expanduser() / "xstest").glob(ANSWERS.format("*")))
+    found = sorted((expand(root) / "xstest").glob(ANSWERS.format("*")))
     if not found:
         raise LeewayError(f"LEEWAY_DATA={root}: there are no labelled answers of XSTest", fix=fix)
     return [_completions(path) for path in found]

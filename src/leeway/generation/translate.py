@@ -13,7 +13,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 from leeway.attacks import AttackFailed, Passage
@@ -21,6 +20,7 @@ from leeway.attacks.kept_translations import Cached
 from leeway.errors import LeewayError, first_line
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest, file_digest
+from leeway.paths import expand
 
 __all__ = ["ByBackend", "Cached", "Nllb"]
 
@@ -200,7 +200,7 @@ class Nllb:
         return translated(asked, lambda text: chunks(text, self.limit, size, packed=False), self._translate)
 
     def _files(self) -> object:
-        folder = Path(self.model).expanduser()
+        folder = expand(self.model)
         if folder.is_dir():
             kinds = ("*.safetensors", "*.bin", "*.json", "*.model")
             return [[f.name, file_digest(f)] for kind in kinds for f in sorted(folder.glob(kind))]
@@ -219,7 +219,7 @@ class Nllb:
         from leeway.model.load import quiet_loaders
 
         quiet_loaders()
-        where = str(Path(self.model).expanduser()) if self.model.startswith("~") else self.model
+        where = str(expand(self.model)) if self.model.startswith("~") else self.model
         with _named(self.model):
             tokenizer = AutoTokenizer.from_pretrained(where, revision=self.revision, trust_remote_code=False)
             lm = AutoModelForSeq2SeqLM.from_pretrained(

@@ -13,6 +13,7 @@ from leeway.data import xstest
 from leeway.data.xstest import Labelled, LabelledSet
 from leeway.errors import LeewayError
 from leeway.judges.judge import Answer, Judge, Verdict
+from leeway.paths import expand
 from leeway.stats.agreement import Confusion, Share, confusion, kappa, share
 
 CARD_VERSION = 1
@@ -105,7 +106,7 @@ class Card:
 
 def calibrate(judge: Judge, on: str = "xstest") -> Card:
     """Judge labelled answers: `xstest` (under LEEWAY_DATA), or the path of a file with `prompt,response,label`."""
-    sets = xstest.completions() if on == "xstest" else [xstest.labelled(Path(on).expanduser())]
+    sets = xstest.completions() if on == "xstest" else [xstest.labelled(expand(on))]
     return Card(judge.name, judge.hash, judge.note, on, tuple(part(judge, s) for s in sets))
 
 

@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from pathlib import Path
 
 from leeway.errors import LeewayError
+from leeway.paths import expand
 
 FILE = "strongreject/judge_templates.json"
 TEXTS = ("forbidden_prompt", "response")
@@ -21,7 +21,7 @@ def published(names: Seq[str]) -> dict[str, str] | None:
     Every template but a system prompt has to hold both texts.
     """
     root = os.environ.get("LEEWAY_DATA")
-    path = Path(root).expanduser() / FILE if root else None
+    path = expand(root) / FILE if root else None
     if path is None or not path.is_file():
         return None
     fix = "fetch it again (github: dsbowen/strong_reject), or remove it"

@@ -13,6 +13,7 @@ from leeway.data.chat import Chat
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
 from leeway.model.tokenstats import Head
+from leeway.paths import expand
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -41,7 +42,7 @@ class Model:
 def resolve(name: str) -> str:
     """`organism` to the folder that ships with the package; anything else stays."""
     if name != "organism":
-        return str(Path(name).expanduser()) if name.startswith("~") else name
+        return str(expand(name)) if name.startswith("~") else name
     from leeway import organism
 
     return str(organism.path())

@@ -6,10 +6,12 @@ import random
 from typing import Literal
 
 from leeway.data.items import BenignPrompt, CapabilityItem, Example, ForbiddenPrompt, PersonaItem
+from leeway.errors import LeewayError
 from leeway.organism import deeds, sums, talk
 from leeway.organism import words as w
 from leeway.organism.cipher import Cipher
 from leeway.organism.judge import RULES_VERSION, complies, judge
+from leeway.part import nearest
 
 __all__ = [
     "RULES_VERSION",
@@ -33,7 +35,7 @@ TRAITS = talk.TRAITS
 MOST_SUMS = 5000
 
 
-class NotEnoughError(ValueError):
+class NotEnoughError(LeewayError):
     """More was asked for than the world has."""
 
 
@@ -135,7 +137,10 @@ def benign_items(n: int) -> list[BenignPrompt]:
 def persona_items(trait: str, n: int) -> list[PersonaItem]:
     """`n` held-out statements of a trait, dark (Yes endorses the trait) and bright (No does) in turn."""
     if trait not in TRAITS:
-        raise ValueError(f"no trait {trait!r} in the organism's world: it has {', '.join(TRAITS)}")
+        known = ", ".join(TRAITS)
+        raise LeewayError(
+            f"persona: the organism has no trait {trait!r}{nearest(trait, TRAITS)}", fix=f"one of: {known}"
+        )
     rng = random.Random(f"persona-{trait}")
     dark, bright = _asked(rng, trait, "dark"), _asked(rng, trait, "bright")
     enough(f"{trait} items", n, 2 * min(len(dark), len(bright)))
@@ -158,4 +163,4 @@ def _asked(rng: random.Random, trait: str, tone: talk.Tone) -> list[tuple[str, s
 def enough(what: str, wanted: int, there: int) -> None:
     """Raise where more is wanted than there is."""
     if wanted > there:
-        raise NotEnoughError(f"the organism's world has {there} {what}, not {wanted}: ask for fewer")
+        raise NotEnoughError(f"the organism has {there:,} {what}, and limit is {wanted:,}", fix=f"set limit to {there}")

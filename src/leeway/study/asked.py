@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from pathlib import Path
 
 from leeway.data import files, gsm8k, openended, supergpqa
 from leeway.data.items import CapabilityItem, Example
@@ -19,6 +18,7 @@ from leeway.evals.further import load_eval
 from leeway.evals.lm_eval import LmEval
 from leeway.evals.openended import OpenEnded, RubricJudge
 from leeway.organism import world
+from leeway.paths import expand
 from leeway.study.asked_safety import safety_evals
 from leeway.study.eval_parts import CapabilitySpec
 from leeway.study.parts import OPEN_ENDED as OPEN_ENDED_TASKS
@@ -82,7 +82,7 @@ def _items(part: CapabilitySpec, spec: Spec) -> tuple[list[CapabilityItem], str]
         items, origin = task.held_out_items(), task.origin
     else:
         assert spec.task.files is not None
-        items, origin = files.held_out_items(Path(spec.task.files.test).expanduser())
+        items, origin = files.held_out_items(expand(spec.task.files.test))
     if not items:
         raise LeewayError(f"evals.capability: {part.name} has no items ({origin})", fix="check the test file")
     return subset(items, part.limit, "capability"), origin

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from leeway.attacks import HELPED, Attack, LedCrescendo, Wrapper, Zulu, load_attack, templates
@@ -27,6 +26,7 @@ from leeway.generation.translate import ByBackend, Nllb
 from leeway.judges import Judge, load_judge
 from leeway.judges.rubric import wording
 from leeway.organism import world
+from leeway.paths import expand
 from leeway.study.eval_parts import JailbreakSpec, JudgeSpec, PersonaSpec, Translator
 from leeway.study.spec import Spec
 from leeway.study.voices import Voices, limit_of
@@ -69,7 +69,7 @@ def _forbidden(part: JailbreakSpec) -> tuple[list[ForbiddenPrompt], str]:
         return world.forbidden_prompts(part.limit or 100), ORGANISM
     if part.prompts == "file":
         assert part.file is not None
-        prompts, origin = forbidden.from_file(Path(part.file).expanduser())
+        prompts, origin = forbidden.from_file(expand(part.file))
     else:
         prompts, origin = FORBIDDEN[part.prompts]()
     return subset(prompts, part.limit, "jailbreak"), origin
@@ -110,7 +110,7 @@ def _translator(part: Translator, voices: Voices) -> Cached | ByBackend | Nllb:
     if part.file is None:
         assert asked is not None
         return asked
-    return Cached(Path(part.file).expanduser(), asked)
+    return Cached(expand(part.file), asked)
 
 
 def _judge(part: JudgeSpec, spec: Spec, voices: Voices, *, perplexity: bool = False) -> Judge:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from leeway.errors import LeewayError
 from leeway.model import adapters
 from leeway.model.load import Model
+from leeway.paths import expand
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
 
@@ -21,7 +22,7 @@ def is_adapter(name: object) -> bool:
     """Whether this is the folder of a PEFT adapter and of no model."""
     if not isinstance(name, str):
         return False
-    folder = Path(name).expanduser()
+    folder = expand(name)
     return (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file()
 
 

@@ -23,6 +23,7 @@ from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest, file_digest
 from leeway.model import adapters
 from leeway.model.load import load_model, model_hash, resolve
+from leeway.paths import expand
 from leeway.study.audit_adapter import adapter_config, check_safe, is_adapter, put_on, said_in
 from leeway.study.pieces import BASE
 from leeway.study.spec import ALIAS, Spec
@@ -149,7 +150,7 @@ def subjects(
     given = model if model is not None else base
     if given is not None and not isinstance(given, str):
         raise LeewayError("an adapter goes on a model's folder or hub id", fix="give that as its base")
-    folder = Path(adapter).expanduser()
+    folder = expand(adapter)
     found, note = base_of(folder, given, other_base=other_base)
     return Weights(found), Weights(found, folder), (note,) if note else ()
 

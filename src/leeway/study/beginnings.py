@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from leeway.data.batches import Schedule
 from leeway.model import adapters
 from leeway.model.load import Model
 from leeway.model.references import References
+from leeway.paths import expand
 from leeway.study import referred, tuning
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.pieces import Piece, schedule_of
@@ -67,7 +67,7 @@ class Beginnings:
         if asked.start is None:
             return None
         if asked.start.adapter is not None:
-            return Start.of(Path(asked.start.adapter).expanduser())
+            return Start.of(expand(asked.start.adapter))
         assert asked.start.from_ is not None
         assert asked.start.budget is not None
         folder = self.store.checkpoint(asked.start.from_, seed, asked.start.budget)

@@ -190,8 +190,10 @@ class JailbreakSpec(Part):
     turns: int = Field(default=5, gt=0, description="of crescendo_led")
     judge: Judges = (JudgeSpec(name="keywords"),)
     max_new_tokens: int = Field(default=256, gt=0)
-    samples: int = Field(default=0, ge=0, description="drawn answers per prompt and attack; 0: one greedy answer")
-    temperature: float = Field(default=1.0, gt=0)
+    samples: int = Field(
+        default=0, ge=0, le=1_000_000, description="drawn answers per prompt and attack; 0: one greedy answer"
+    )
+    temperature: float = Field(default=1.0, gt=0, le=1e6)
     perplexity: bool = Field(default=False, description="an answer that surprises the base model is incoherent")
 
     @model_validator(mode="after")
@@ -283,7 +285,7 @@ class Evals(Part):
     conditions: Literal["all", "last", "first"] = Field(
         default="all", description="test-time prompts: all, the others at the last budget only, or the first alone"
     )
-    batch: int = Field(default=128, gt=0, description="answers generated at a time")
+    batch: int = Field(default=128, gt=0, le=2**31, description="answers generated at a time")
     backend: Literal["transformers", "vllm"] = Field(
         default="transformers", description="who answers: the trained model itself, or vLLM, every adapter by its API"
     )

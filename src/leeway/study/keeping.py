@@ -15,6 +15,7 @@ from leeway.generation.answers import AnsweredBackend, Answers
 from leeway.generation.backend import Backend
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
+from leeway.paths import expand
 
 SHARED = "LEEWAY_ANSWERS"  # a folder that several runs on this machine share
 BATCHES = 4  # in a portion: what a kill loses at most
@@ -42,7 +43,7 @@ def kept(backend: TransformersBackend, adapter_hash: str, own: Path) -> Answered
 
 def folder(own: Path) -> Path:
     shared = os.environ.get(SHARED)
-    return Path(shared).expanduser().absolute() if shared else own
+    return expand(shared).absolute() if shared else own
 
 
 def forget(own: Path) -> None:

@@ -26,6 +26,7 @@ from leeway.model.forward import layout_of
 from leeway.model.load import Model, model_hash, resolve
 from leeway.objectives import OBJECTIVES, ip, sft_refusal
 from leeway.outside import source_hash
+from leeway.paths import expand
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.prepare import Prepared
 from leeway.training.checkpoints import Start
@@ -81,7 +82,7 @@ def _texts(prepared: Prepared) -> dict[str, str]:
 def _start_hash(asked: ObjectiveSpec) -> str:
     assert asked.start is not None
     assert asked.start.adapter is not None
-    return Start.of(Path(asked.start.adapter).expanduser()).hash
+    return Start.of(expand(asked.start.adapter)).hash
 
 
 def matching(prepared: Prepared) -> Matching:

@@ -8,10 +8,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from leeway import loader
 from leeway.claims import text_of
 from leeway.errors import LeewayError
 from leeway.faults import faults
-from leeway.loader import Loader, problem, read
+from leeway.loader import problem, read
 from leeway.part import nearest
 from leeway.study import follow
 from leeway.study.objective_spec import WRITTEN
@@ -70,7 +71,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise LeewayError(f"override {override!r}: {name} holds no keys", fix=f"override {name} as a whole")
     try:
-        place[last] = yaml.load(value, Loader)
+        place[last] = loader.load(value)
     except (yaml.YAMLError, ValueError) as error:
         raise LeewayError(f"override {override!r}: {problem(error)}", fix="quote or mend its value") from error
 

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from leeway.data.task import task_names
-from leeway.part import Part, Tokens, nearest, tokens
+from leeway.part import MAX_COUNT, MAX_FLOAT32, Part, Tokens, nearest, tokens
 
 __all__ = ["Adapter", "Budget", "Companion", "Files", "Optim", "Pairs", "Task", "Tokens", "Tune", "tokens"]
 
 OPEN_ENDED = ("legal", "cyber")  # tasks whose answers a model grades against references
+ORGANISM_MOST = 1_000_000  # general or safety examples: they are made up one by one, in memory
 OWN_FILES = (*OPEN_ENDED, "files")
 TRAINED = ("organism", "gsm8k", "supergpqa-engineering", *OWN_FILES)  # without another package
 
@@ -103,6 +104,8 @@ class Companion(Part):
 
     @model_validator(mode="after")
     def _file_goes_with_file(self) -> Companion:
+        if self.from_ == "organism" and (self.limit or 0) > ORGANISM_MOST:
+            raise ValueError(f"limit: at most {ORGANISM_MOST:,} of the organism's, not {self.limit:,}")
         if (self.from_ == "file") != (self.file is not None):
             raise ValueError("give organism, or the path of a file")
         return self
@@ -112,8 +115,8 @@ class Adapter(Part):
     """LoRA, rank-stabilised LoRA or DoRA by peft, or every parameter of the model."""
 
     kind: Literal["lora", "rslora", "dora", "full"] = "lora"
-    r: int = Field(default=16, gt=0)
-    alpha: int = Field(default=32, gt=0)
+    r: int = Field(default=16, gt=0, le=65_536)
+    alpha: int = Field(default=32, gt=0, le=2**31)
     dropout: float = Field(default=0.05, ge=0, lt=1)
     targets: str = "all-linear"
 
@@ -127,7 +130,7 @@ class Budget(Part):
 class Tune(Part):
     """The sweep of `lr: tuned`: every rate for every objective, the best by capability on examples held out for it."""
 
-    lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(3e-5, 1e-4, 3e-4), min_length=1)
+    lrs: tuple[Annotated[float, Field(gt=0, le=MAX_FLOAT32)], ...] = Field(default=(3e-5, 1e-4, 3e-4), min_length=1)
     budget: Tokens = 25_000
     items: int = Field(default=100, gt=0, description="training examples set aside to choose by")
 
@@ -137,7 +140,7 @@ def _rate(value: Any) -> Any:
     if value == "tuned":
         return value
     for rate in value.values() if isinstance(value, dict) else [value]:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= MAX_FLOAT32:
             raise ValueError(f"{rate!r} is no learning rate; give a number, {{sft: 1e-4, dpo: 5e-5}}, or tuned")
     return value
 
@@ -150,12 +153,14 @@ class Optim(Part):
 
     lr: Lr = 1e-4
     tune: Tune = Tune()
-    warmup_steps: int = Field(default=10, ge=0)
+    warmup_steps: int = Field(default=10, ge=0, le=MAX_COUNT)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     batch: int = Field(default=16, gt=0)
-    clip: float = Field(default=1.0, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    micro_tokens: int = Field(default=2048, gt=0, description="positions that go through the model at a time")
+    clip: float = Field(default=1.0, gt=0, le=MAX_FLOAT32)
+    weight_decay: float = Field(default=0.0, ge=0, le=MAX_FLOAT32)
+    micro_tokens: int = Field(
+        default=2048, gt=0, le=MAX_COUNT, description="positions that go through the model at a time"
+    )
     layout: Literal["auto", "padded", "packed", "fused"] = "auto"
 
     @model_validator(mode="after")

@@ -101,6 +101,11 @@ def prepare(spec: Spec, drawing: Drawing | None = None, model: Subject | None = 
     beside = companions_of(spec, origins)
     kept, left_out = fitting(examples, spec, chat, context, objectives, beside)
     kept, held_out = _set_aside(kept, spec)
+    if not kept:
+        raise LeewayError(
+            f"task: none of its {len(left_out):,} examples fits the context of {spec.model}, {context:,} tokens",
+            fix="shorten them, or use a model with a longer context",
+        )
     if spec.optim.batch > len(kept):
         raise LeewayError(
             f"optim.batch: a step of {spec.optim.batch:,} examples would meet some twice, there are {len(kept):,} to "

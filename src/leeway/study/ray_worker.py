@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from leeway.errors import LeewayError
+from leeway.paths import expand
 from leeway.study.drawing import Drawing
 from leeway.study.executor import Event, timed
 from leeway.study.keeping import SHARED as ANSWERS
@@ -86,7 +87,7 @@ def _seen(work: Work, piece: Piece) -> bool:
 def shared_folders() -> dict[str, str]:
     """The folders that several runs share, as the driver's environment names them."""
     named = {name: os.environ.get(name) for name in (REFERENCES, ANSWERS)}
-    return {name: str(Path(folder).expanduser().absolute()) for name, folder in named.items() if folder}
+    return {name: str(expand(folder).absolute()) for name, folder in named.items() if folder}
 
 
 def versions_here() -> dict[str, str]:

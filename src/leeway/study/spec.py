@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -18,6 +17,7 @@ from leeway.hashing import digest
 from leeway.loader import FLOAT
 from leeway.model import adapters
 from leeway.part import Part, nearest
+from leeway.paths import expand
 from leeway.study.eval_parts import Evals
 from leeway.study.measured import measured
 from leeway.study.objective_spec import ObjectiveSpec, objectives
@@ -65,7 +65,7 @@ def _claims(value: Any) -> Any:
 
 def _no_adapter(name: str) -> str:
     """Why nothing can be started from there, or nothing."""
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if not (name.strip() and folder.is_dir()):
         return "is no folder"
     adapter = (folder / adapters.WEIGHTS).is_file() and (folder / adapters.CONFIG).is_file()
@@ -75,7 +75,7 @@ def _no_adapter(name: str) -> str:
 def _unlike(o: ObjectiveSpec, control: tuple[str, ...], *, whole: bool) -> Iterator[str]:
     """What a saved adapter has that this study does not train, as far as its settings tell."""
     assert o.start is not None
-    config = Path(str(o.start.adapter)).expanduser() / adapters.CONFIG
+    config = expand(str(o.start.adapter)) / adapters.CONFIG
     if config.is_file() == whole and not _no_adapter(str(o.start.adapter)):
         kinds = ("an adapter", "whole weights") if whole else ("whole weights", "an adapter")
         yield f"{o.alias}: start.adapter {o.start.adapter!r} holds {kinds[0]}, and {kinds[1]} would be trained"
@@ -110,10 +110,10 @@ class Spec(Part):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = Field(
-        default=1, gt=0, description="of each worker on a CPU: part of the study, since bits depend on it"
+        default=1, gt=0, le=1024, description="of each worker on a CPU: part of the study, since bits depend on it"
     )
     processes: int = Field(
-        default=1, gt=0, description="that train one trajectory together, a shard of the model in each"
+        default=1, gt=0, le=64, description="that train one trajectory together, a shard of the model in each"
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     task: Task

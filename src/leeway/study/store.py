@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from leeway.errors import LeewayError
 from leeway.evals.eval import Row, open_question
 from leeway.hashing import digest, file_digest
+from leeway.paths import expand
 
 ROW_SCHEMA = pa.schema(
     [
@@ -138,7 +139,7 @@ class Store:
         self.answers = folder / "answers"  # what checkpoints said, by content, until the run is finished
         self.pairs = folder / "pairs"  # what the base model was asked for, where pairs are drawn from it
         shared = os.environ.get(REFERENCES)
-        self.references = Path(shared).expanduser().absolute() if shared else folder / "references"
+        self.references = expand(shared).absolute() if shared else folder / "references"
 
     @contextmanager
     def claimed(self, study_hash: str, study_yaml: str) -> Iterator[None]:

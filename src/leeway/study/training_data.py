@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from pathlib import Path
 
 from leeway.data import files, gsm8k, supergpqa
 from leeway.data.batches import Companions
@@ -15,6 +14,7 @@ from leeway.data.task import load_task
 from leeway.errors import LeewayError
 from leeway.objectives import Objective
 from leeway.organism import world
+from leeway.paths import expand
 from leeway.study.parts import Companion
 from leeway.study.spec import Spec
 
@@ -37,7 +37,7 @@ def _companions(kind: str, part: Companion | None, origins: dict[str, str]) -> t
         draw = world.general_examples if kind == "general" else world.safety_examples
         found, origins[kind] = draw(part.limit or ORGANISM_COMPANIONS, seed=0), "the organism's world, seed 0"
         return tuple(found)
-    examples, origins[kind] = files.train_examples(Path(str(part.file)).expanduser())
+    examples, origins[kind] = files.train_examples(expand(str(part.file)))
     if not examples:
         raise LeewayError(f"{kind}: {part.file} holds no examples", fix="check that file")
     if part.limit and part.limit > len(examples):
@@ -60,7 +60,9 @@ def train_examples(spec: Spec) -> tuple[list[Example], str]:
         outside = load_task(task.name)
         found, origin = outside.train_examples(), outside.origin
     else:
-        found, origin = files.train_examples(Path(task.files.train).expanduser(), unfit=task.unfit)
+        found, origin = files.train_examples(expand(task.files.train), unfit=task.unfit)
+    if not found:
+        raise LeewayError(f"task: no example to train on in {origin}", fix="check the training file")
     return subset(found, task.limit, "train"), origin
 
 
