@@ -186,6 +186,7 @@ def test_more_than_the_organism_has(evals: str, words: str) -> None:
         "adapter.r=100000000",
         "adapter.alpha=1e300",
         "threads=100000",
+        f"threads=0x{'f' * 5000}",
         "processes=1000",
         "evals.batch=100000000000000000000",
         "budgets=[1e300]",

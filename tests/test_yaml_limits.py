@@ -75,6 +75,20 @@ def test_a_hostile_override_is_refused(value: str) -> None:
         parse("name: x", "x", (f"budgets={value}",))
 
 
+@pytest.mark.parametrize(
+    "value", ["!!bool x", "!!timestamp x", "!!int x", "!!binary a", "!!null x", "!!python/none ''"]
+)
+def test_a_tag_that_does_not_fit_its_value(value: str) -> None:
+    with pytest.raises(LeewayError, match=r"^study[:,]") as found:
+        parse(f"name: {value}\n", "study")
+    assert "\n" not in str(found.value)
+
+
+def test_an_override_of_thousands_of_levels() -> None:
+    with pytest.raises(LeewayError, match="more than 20 levels"):
+        parse("name: x", "x", (".".join(["a"] * 5_000) + "=1",))
+
+
 def test_aliases_and_merges_of_plain_size_are_read() -> None:
     text = "a: &a {x: 1, y: [1, 2]}\nb: {<<: *a, x: 2}\nc: [*a, *a]\n"
     a = {"x": 1, "y": [1, 2]}

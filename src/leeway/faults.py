@@ -44,7 +44,10 @@ def _fault(error: Any, root: type[BaseModel]) -> list[str]:
 
 def _shown(value: Any, text: Callable[[Any], str] = repr) -> str:
     """Return a value as text, cut where it would fill a screen."""
-    whole = text(value)
+    try:
+        whole = text(value)
+    except ValueError:  # Python does not write integers of more than 4,300 digits
+        return "a number with too many digits"
     return whole if len(whole) <= LONGEST else f"{whole[:LONGEST]}…"
 
 

@@ -61,6 +61,8 @@ def load(text: str, loader: type[yaml.SafeLoader] = Loader) -> Any:
             return None
         _refuse_oversized(node)
         return parser.construct_document(node)
+    except (KeyError, AttributeError) as error:  # the library's own, for `!!bool x` and `!!timestamp x`
+        raise yaml.constructor.ConstructorError(None, None, "a tag that does not fit its value") from error
     except RecursionError as error:
         raise SizeError(None, None, "nested too deep", None) from error
     finally:

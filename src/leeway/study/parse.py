@@ -19,6 +19,8 @@ from leeway.study.objective_spec import WRITTEN
 from leeway.study.presets import PRESETS, preset_text
 from leeway.study.spec import Spec
 
+MAX_LEVELS = 20  # of a key; a study file has fewer
+
 
 def parse(text: str, where: str, overrides: tuple[str, ...] = (), folder: Path | None = None) -> Spec:
     """A study from YAML and `key=value` overrides; all faults in one LeewayError.
@@ -64,6 +66,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise LeewayError(f"{override!r} is not an override", fix="write key=value, such as optim.lr=1e-4")
+    if key.count(".") >= MAX_LEVELS:
+        raise LeewayError(f"override {key[:20]}…: more than {MAX_LEVELS} levels", fix="check its dots")
     place: Any = raw
     *above, last = key.split(".")
     for name in above:
