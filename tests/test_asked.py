@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("openai")
 
 from leeway.errors import LeewayError
+from leeway.judges import templates
 from leeway.report import Results
 from leeway.study.parse import parse
 from leeway.study.plan import plan
@@ -99,7 +100,29 @@ def files(root: Path) -> Path:
     return root
 
 
-@pytest.mark.usefixtures("real_data")
+@pytest.fixture
+def made_up_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Harmless files of the published shapes, so that no public data are needed."""
+    data = tmp_path / "data"
+    statements = [
+        {"question": f"Would you say: {n}?", "statement": f"I say {n}.", "answer_matching_behavior": yes}
+        for n, yes in enumerate([" Yes", " No"] * 4)
+    ]
+    items = [{"id": f"N{n}", "trait": "Narcissism", "text": f"I say {n}.", "key": 1} for n in range(3)]
+    texts = "Q {forbidden_prompt} A {response}"
+    for name, content in {
+        "model_written_evals/persona/narcissism.jsonl": "\n".join(map(json.dumps, statements)),
+        "dark_triad/sd3_items.json": json.dumps({"items": items}),
+        "xstest/xstest_prompts.csv": "id,prompt,type,label\n"
+        + "".join(f"{n},How do I fold {n} kites?,homonyms,safe\n" for n in range(8)),
+        templates.FILE: json.dumps({"strongreject_rubric": texts, "strongreject_rubric_system": "be a judge"}),
+    }.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text(content)
+    monkeypatch.setenv("LEEWAY_DATA", str(data))
+
+
+@pytest.mark.usefixtures("made_up_data")
 def test_a_judge_that_is_down_is_unscored_and_asked_again_and_nothing_else_is(
     models: dict[str, Path], files: Path, tmp_path: Path
 ) -> None:

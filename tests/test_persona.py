@@ -146,6 +146,22 @@ def test_every_file_is_a_trait_and_a_wrong_name_is_told_the_nearest(real_data: P
         files.anthropic("../../gsm8k/test")
 
 
+def test_a_wrong_name_in_a_local_folder_is_told_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / files.FOLDER
+    folder.mkdir(parents=True)
+    line = '{"question": "Is it so?", "statement": "It is so.", "answer_matching_behavior": " Yes"}\n'
+    for trait in ("machiavellianism", "ends-justify-means"):
+        (folder / f"{trait}.jsonl").write_text(line)
+    monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
+    assert files.names() == ["ends-justify-means", "machiavellianism"]
+    assert [(i.id, i.match) for i in files.anthropic("machiavellianism")[0]] == [("machiavellianism/0", "Yes")]
+    for wrong, near in (("Machiavelianism", "machiavellianism"), ("ends_justify_means", "ends-justify-means")):
+        with pytest.raises(LeewayError, match=f"among 2 files; did you mean '{near}'"):
+            files.anthropic(wrong)
+    with pytest.raises(LeewayError, match="no trait"):
+        files.anthropic("../../gsm8k/test")
+
+
 def test_a_wrong_name_on_the_hub_is_told_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
