@@ -16,29 +16,27 @@ from leeway.report.page.page import page
 from leeway.report.results import Results
 from leeway.report.scale import Scale
 from leeway.report.series import Series, series_of
+from leeway.report.written import replace_files
 
 
 def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = None) -> Path:
     """Write `results.json`, `tables/`, `figures/`, `citation.bib`, model cards, `report.html`; same rows, same bytes.
 
     With judges' `cards`, refusal rates corrected for their errors stand beside the raw ones; `claims` written after the
-    run stand beside the study's own.
+    run stand beside the study's own. Only files that an earlier report wrote are replaced or removed
+    (`report.written`); raises LeewayError, with nothing changed, where a user's file or a symbolic link is in the way.
     """
     results = Results.load(folder)
     made, why_not = _tables(results, [*cards], claims)
     lines = series_of(made["rates"], summary.ordered(_objectives(results), results.study))
     drawings = draw(results, made, lines)
     shown = page(context(results, made, lines, drawings, cards, why_not))
-    _clear(folder, set(made), {d.name for d in drawings})
-    exports.write(results, made, lines)
-    for name, table in made.items():
-        tables.write_atomically(folder / "tables" / f"{name}.csv", tables.csv(table))
-    for drawing in drawings:
-        tables.write_atomically(folder / "figures" / f"{drawing.name}.svg", drawing.svg)
-        tables.write_atomically(folder / "figures" / f"{drawing.name}.png", drawing.png)
-        tables.write_atomically(folder / "figures" / f"{drawing.name}.pdf", drawing.pdf)
-    tables.write_atomically(folder / "results.json", tables.dump(machine.results_json(results, made)))
-    tables.write_atomically(folder / "report.html", shown)
+    files: dict[str, str | bytes] = {**exports.files(results, made, lines)}
+    files |= {f"tables/{name}.csv": tables.csv(table) for name, table in made.items()}
+    for d in drawings:
+        files |= {f"figures/{d.name}.{end}": getattr(d, end) for end in ("svg", "png", "pdf")}
+    files |= {"results.json": tables.dump(machine.results_json(results, made)), "report.html": shown}
+    replace_files(folder, files)
     return folder / "report.html"
 
 
@@ -85,11 +83,3 @@ def _tables(
 
 def _objectives(results: Results) -> list[str]:
     return [str(o) for o in results.rows["objective"].unique()]
-
-
-def _clear(folder: Path, tables_made: set[str], figures_made: set[str]) -> None:
-    """Remove what an earlier report left and this one does not make: a stale figure would look current."""
-    for kind, made, ends in (("tables", tables_made, {".csv"}), ("figures", figures_made, {".svg", ".png", ".pdf"})):
-        for old in sorted((folder / kind).glob("*")) if (folder / kind).is_dir() else []:
-            if old.suffix in ends and old.stem not in made:
-                old.unlink()

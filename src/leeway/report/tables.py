@@ -14,8 +14,10 @@ import pandas as pd
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside the target and move into place: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:  # never through a symbolic link
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(partial, path)
 
 

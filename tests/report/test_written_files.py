@@ -1,0 +1,97 @@
+"""A report replaces and removes its own files, and never a user's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import synthetic
+
+from leeway import report
+from leeway.errors import LeewayError
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = synthetic.rows(("sft",), (25_000,), capability=1, prompts=4, items=4, attacks=("none",))
+    folder = synthetic.write(tmp_path_factory.mktemp("run"), rows)
+    report.build(folder)
+    return folder
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def fewer_rows(run: Path) -> None:
+    """Without jailbreak rows some tables and figures are not made any more."""
+    rows = pd.read_parquet(run / "rows.parquet")
+    rows[rows["eval"] == "capability"].to_parquet(run / "rows.parquet")
+
+
+def test_files_of_a_user_stay(run: Path) -> None:
+    mine = [run / "figures" / "mine.png", run / "tables" / "mine.csv", run / "tables" / "mine.tex"]
+    for path in mine:
+        path.write_text("mine")
+    edited = run / "figures" / "tradeoff.svg"
+    edited.write_text("edited by hand")
+    fewer_rows(run)
+    report.build(run)
+    assert [p.read_text() for p in mine] == ["mine"] * 3
+    assert edited.read_text() == "edited by hand"
+    assert not (run / "figures" / "tradeoff.png").exists()  # the report's own, and stale
+
+
+@pytest.mark.parametrize("name", ["report.html", "figures/contrasts.png", "tables/rates.csv", "citation.bib"])
+def test_a_target_that_a_user_wrote_is_refused_in_one_line(name: str, run: Path) -> None:
+    (run / name).write_text("mine")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(LeewayError, match=r"is not a file that the report wrote; move it away") as error:
+        report.build(run)
+    assert "\n" not in str(error.value)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_nothing_is_written_or_removed_through_a_symbolic_link(run: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(run / "figures", elsewhere)
+    (elsewhere / "mine.png").write_text("mine")
+    (run / "figures").symlink_to(elsewhere)
+    before = {p: p.read_bytes() for p in elsewhere.iterdir()}
+    fewer_rows(run)
+    with pytest.raises(LeewayError, match=r"figures is a symbolic link; move it away"):
+        report.build(run)
+    assert {p: p.read_bytes() for p in elsewhere.iterdir()} == before
+    (run / "figures").unlink()
+    (tmp_path / "page").write_text("mine")
+    (run / "report.html").unlink()
+    (run / "report.html").symlink_to(tmp_path / "page")
+    with pytest.raises(LeewayError, match=r"report.html is a symbolic link; move it away"):
+        report.build(run)
+    assert (tmp_path / "page").read_text() == "mine"
+    (run / "report.html").unlink()
+    report.build(run)
+
+
+def test_a_report_that_was_killed_is_made_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leeway.report import tables
+
+    fewer_rows(run)
+    real, calls = tables.write_atomically, 0
+
+    def stop(path: Path, content: str | bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "write_atomically", stop)
+        with pytest.raises(KeyboardInterrupt):
+            report.build(run)
+    report.build(run)
+    assert not (run / "figures" / "tradeoff.png").exists()
