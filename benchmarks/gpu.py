@@ -30,7 +30,7 @@ from benchmarks.performance.task import BATCH, CLIP, LORA, LR
 from leeway.data.chat import Chat, Sequence
 from leeway.model import adapters
 from leeway.model.load import Model
-from leeway.model.tokenstats import Head
+from leeway.model.token_stats import Head
 from leeway.objectives import OBJECTIVES
 from leeway.training.batch import Batch, Optim
 from leeway.training.loop import optimise

@@ -22,13 +22,13 @@ import torch
 from leeway.data.chat import Sequence
 from leeway.model import adapters
 from leeway.model.load import Model, quiet_loaders
-from leeway.model.references import References
-from leeway.model.tokenstats import Head
+from leeway.model.reference_cache import ReferenceCache
+from leeway.model.token_stats import Head
 from leeway.objectives import kl, sft
-from leeway.study.parse import load
+from leeway.study.load import load
 from leeway.study.prepare import prepare
-from leeway.study.store import Store
-from leeway.study.work import Work
+from leeway.study.run_dir import RunDir
+from leeway.study.worker import Worker
 from leeway.training.batch import Batch, Optim
 from leeway.training.loop import Step, optimise
 from leeway.training.trajectory import Trajectory
@@ -47,15 +47,15 @@ class Line:
     asked: str = ""
 
 
-def study(kind: str, budgets: str, seed: int = 0, limit: int | None = None) -> Work:
+def study(kind: str, budgets: str, seed: int = 0, limit: int | None = None) -> Worker:
     settings = [f"objectives=[{kind}]", f"budgets={budgets}", f"seeds=[{seed}]", "evals={persona: {source: organism}}"]
     settings += [f"task={{name: organism, limit: {limit}}}"] if limit else []
-    return Work(prepare(load("demo", tuple(settings))), Store(Path(tempfile.mkdtemp())), lambda *_: None)
+    return Worker(prepare(load("demo", tuple(settings))), RunDir(Path(tempfile.mkdtemp())), lambda *_: None)
 
 
-def trajectory(work: Work, kept: Path | None = None) -> Trajectory:
+def trajectory(work: Worker, kept: Path | None = None) -> Trajectory:
     (at,) = work.prepared.schedules
-    return work.beginnings.trial(*at, work.prepared.schedules[at], None if kept is None else References(kept))
+    return work.beginnings.trial(*at, work.prepared.schedules[at], None if kept is None else ReferenceCache(kept))
 
 
 def train(t: Trajectory, tick: Callable[[Step], None] = lambda _: None) -> float:
@@ -113,8 +113,8 @@ def reuse() -> Iterator[Line]:
         ):
             t = trajectory(study(kind, f"[{LAST}]", seed, EXAMPLES), kept)
             began = time.process_time()
-            tokens = t.ask_beforehand()
-            seconds, size = time.process_time() - began, References(kept).size()[2]
+            tokens = t.precompute_reference()
+            seconds, size = time.process_time() - began, ReferenceCache(kept).size()[2]
             needed = sum(t.compared.spent.values())
             told = f"{tokens:,} of {needed:,}, {seconds:.2f} s; {size / MIB:.2f} MiB on disk"
             yield Line(f"reference tokens computed: {what}", told, "" if "first" in what else "0")

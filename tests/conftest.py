@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(p) for p in sorted(Path(__file__).parent.iterdir()) if p.is_dir()]  # tests share their fixtures
 settings.register_profile("busy", deadline=None)  # a machine shared with others has no steady pace
 settings.load_profile("busy")
 
@@ -21,6 +21,7 @@ settings.load_profile("busy")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder per architecture."""
     import tiny
+
     from leeway.model.load import quiet_loaders
 
     quiet_loaders()
@@ -31,6 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny_chat() -> object:
     import tiny
+
     from leeway.data.chat import Chat
 
     return Chat(tiny.tokenizer(tiny.PLAIN))

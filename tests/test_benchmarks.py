@@ -16,7 +16,7 @@ from benchmarks.performance.peers.order import grouped
 from benchmarks.performance.rounds import Bench, Cell
 from benchmarks.performance.shapes import SHAPES, written
 from benchmarks.performance.task import BATCH, Found, Task, Tuned
-from leeway.data.items import Example
+from leeway.data.types import Example
 
 pytest.importorskip("trl")
 pytestmark = [

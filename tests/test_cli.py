@@ -214,7 +214,7 @@ def test_a_mistake_before_the_first_checkpoint_leaves_no_folder(models: dict[str
 
 @pytest.mark.usefixtures("heeding")
 def test_ctrl_c_waits_while_workers_are_born_whichever_thread_takes_it() -> None:
-    from leeway.study.executor import _undisturbed
+    from leeway.study.executors.local import _defer_sigint
 
     blocked = threading.Event()
     taker = threading.Thread(target=lambda: (blocked.wait(5), os.kill(os.getpid(), signal.SIGINT)))
@@ -222,7 +222,7 @@ def test_ctrl_c_waits_while_workers_are_born_whichever_thread_takes_it() -> None
     born: list[int] = []
 
     def bear() -> None:
-        with _undisturbed():
+        with _defer_sigint():
             blocked.set()
             taker.join()
             born.extend(range(1000))  # bytecode in which it would have been raised

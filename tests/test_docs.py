@@ -21,8 +21,7 @@ import yaml
 from docs_blocks import Block, Session, alike, blocks, commands, named
 from leeway.cli import app
 from leeway.errors import LeewayError
-from leeway.study.parse import load, parse
-from leeway.study.presets import PRESETS
+from leeway.study.load import PRESETS, load, parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

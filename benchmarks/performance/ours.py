@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.performance.task import BATCH, CLIP, LORA, LR, WARMUP, Found, Task
-from leeway.data.items import Example
+from leeway.data.types import Example
 
 DTYPE: Literal["auto", "float32", "bfloat16"] = "bfloat16"
 MICRO_TOKENS = 2048  # this and the layout: the defaults of a study
@@ -23,7 +23,7 @@ def imports() -> None:
         "peft",
         "transformers.models.llama.modeling_llama",
         "leeway.generation.transformers",
-        "leeway.study.computing",
+        "leeway.study.runtime",
         "leeway.training.trajectory",
     ):
         import_module(name)
@@ -32,7 +32,7 @@ def imports() -> None:
 def settings(kept: Path | None = None) -> Any:
     """`kept` is where what the reference says is kept; nowhere for what asks none."""
     from leeway.model.adapters import AdapterSettings
-    from leeway.model.references import References
+    from leeway.model.reference_cache import ReferenceCache
     from leeway.training.batch import Optim
     from leeway.training.trajectory import Settings
 
@@ -42,28 +42,28 @@ def settings(kept: Path | None = None) -> Any:
         WARMUP,
         0.0,
         Optim(CLIP, MICRO_TOKENS),
-        references=None if kept is None else References(kept),
+        references=None if kept is None else ReferenceCache(kept),
         layout=LAYOUT,
     )
 
 
 def trajectory(task: Task, data: list[Example], kept: Path) -> Any:
     """Not a step taken; marks after the warm-up and at the end. Its reference is asked beforehand, into `kept`."""
-    from leeway.data.batches import Mark, Schedule, Slot
+    from leeway.data.stream import BudgetStop, Schedule, StreamItem
     from leeway.model.load import load_model
     from leeway.objectives import OBJECTIVES
     from leeway.training.trajectory import Trajectory
 
-    slots = [Slot(e, 0, k) for k, e in enumerate(data)]
+    slots = [StreamItem(e, 0, k) for k, e in enumerate(data)]
     steps = tuple(tuple(slots[k : k + BATCH]) for k in range(0, len(slots), BATCH))
-    marks = tuple(Mark(n, n, 0, n * BATCH, 0.0, "") for n in (task.warmup, len(steps)))
+    marks = tuple(BudgetStop(n, n, 0, n * BATCH, 0.0, "") for n in (task.warmup, len(steps)))
     model = load_model(task.folder, dtype=DTYPE)
     return Trajectory(task.objective, OBJECTIVES[task.objective](), 0, model, Schedule(steps, marks), settings(kept))
 
 
 def train(task: Task, data: list[Example]) -> Found:
     """Steps after the warm-up by the clock; what is asked of the reference beforehand, by these steps' share of it."""
-    from leeway.study.computing import deterministic
+    from leeway.study.runtime import deterministic
 
     steps: list[Any] = []
     with tempfile.TemporaryDirectory() as folder, deterministic():
@@ -91,7 +91,7 @@ def generate(task: Task, asked: list[str]) -> Found:
     from leeway.generation.transformers import TransformersBackend
     from leeway.model import adapters
     from leeway.model.load import load_model
-    from leeway.study.computing import deterministic
+    from leeway.study.runtime import deterministic
 
     began = task.now()
     model = load_model(task.folder, dtype=DTYPE)

@@ -20,7 +20,7 @@ def told(shape: str, objective: str, models: Path) -> str:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from leeway.study.computing import deterministic
+    from leeway.study.runtime import deterministic
 
     torch.set_num_threads(THREADS)
     task = Task("ours", "train", shape, str(models), objective, steps=STEPS, warmup=WARMUP)

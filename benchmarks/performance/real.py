@@ -99,7 +99,7 @@ def cells(model: Path, tuned: dict[str, Tuned]) -> None:
     """Every objective at every budget from the base on, and its answers to the questions."""
     from benchmarks.performance.peers import generating, training
     from benchmarks.performance.texts import examples, questions
-    from leeway.data.batches import schedule
+    from leeway.data.stream import schedule
     from leeway.model.load import load_chat
 
     training.imports()

@@ -20,10 +20,10 @@ PROMPTS = 256  # asked of every checkpoint
 def tokens(folder: str, objective: str, peer: bool) -> tuple[int, ...]:
     """Tokens that a side processes up to each budget: all that it renders of the examples that the budget spans."""
     from benchmarks.performance.texts import examples
-    from leeway.data.batches import schedule
+    from leeway.data.stream import schedule
     from leeway.model.load import load_chat
     from leeway.objectives import OBJECTIVES as CLASSES
-    from leeway.training.renderer import Renderer
+    from leeway.training.batch import Renderer
 
     chat = load_chat(folder)
     cut = schedule(examples("strangers"), lambda e: _source(chat, e), BUDGETS, batch=BATCH, seed=0)

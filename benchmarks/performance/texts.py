@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from leeway.data import gsm8k
-from leeway.data.items import Example
-from leeway.data.pairs import corrupt
+from leeway.data.types import Example
+from leeway.pairs.corrupt import corrupt
 
 Pairs = Literal["strangers", "corrupted"]
 

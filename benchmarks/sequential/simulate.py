@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from benchmarks.statistics.studies import Setting, differences
 from leeway.stats.anytime import Anytime, evidence
-from leeway.stats.multiplicity import holm
+from leeway.stats.cluster_tests import wild_cluster
+from leeway.stats.contrasts import holm
 from leeway.stats.sequential import LEVEL, MARGIN, looks
-from leeway.stats.wild import wild_cluster
 
 Floats = NDArray[np.float64]
 RESAMPLES = 999

@@ -9,8 +9,8 @@ import numpy as np
 from benchmarks.statistics.finding import Finding
 from benchmarks.statistics.world import Rates, World, rows
 from leeway.claims import build
-from leeway.claims.judge import judge
-from leeway.claims.parts import Bench
+from leeway.claims.comparisons import EvaluationContext
+from leeway.claims.evaluate import judge
 
 STILL, EDGE = Rates(0.4, 0.1, 0.2), Rates(0.4, 0.15, 0.25)  # five points off in ASR and in endorsement
 LEVEL = 0.05
@@ -33,7 +33,7 @@ def wrong_verdicts(studies: int) -> Iterator[Finding]:
         world = World(STILL, tuned, (1000, 2000), seeds, items=150, prompts=prompts, statements=120)
         found, alone = [], []
         for n in range(studies):
-            bench = Bench(rows(world, np.random.default_rng([7, n])), {"t": "plain"}, resamples=1000)
+            bench = EvaluationContext(rows(world, np.random.default_rng([7, n])), {"t": "plain"}, resamples=1000)
             table = judge(claims, bench)
             found.append([(table["verdict"] == v).any() for v in ("supported", "contradicted")])
             alone.append((table["p"] <= LEVEL).to_numpy())

@@ -10,10 +10,9 @@ from scipy.stats import t
 
 from benchmarks.statistics.finding import COVER, SIZE, Finding
 from benchmarks.statistics.studies import Setting, pairs, pulls
-from leeway.stats.clustered import mcnemar, standard_error
-from leeway.stats.multiplicity import holm
+from leeway.stats.cluster_tests import wild_cluster
+from leeway.stats.contrasts import holm, mcnemar, standard_error
 from leeway.stats.pairing import Pairs
-from leeway.stats.wild import wild_cluster
 
 LEVEL = 0.05
 RESAMPLES = 1_999

@@ -11,7 +11,7 @@ from benchmarks.statistics.difference import FEW, LEVEL, RESAMPLES
 from benchmarks.statistics.finding import COVER_90, SIZE, Finding
 from benchmarks.statistics.studies import Setting, pulls
 from benchmarks.statistics.world import Alike
-from leeway.stats.bounds import Bounds, bounds
+from leeway.stats.cluster_tests import Bounds, bounds
 
 AT_MARGIN = [
     Setting(300, 0.1, 0.15),

@@ -11,18 +11,18 @@ from benchmarks.statistics.difference import LEVEL, RESAMPLES
 from benchmarks.statistics.finding import COVER, SIZE, Finding
 from benchmarks.statistics.studies import Setting, pairs, pulls
 from benchmarks.statistics.world import Alike, scores
-from leeway.stats.clustered import detectable, over_runs, standard_error
+from leeway.stats.cluster_tests import wild_cluster
+from leeway.stats.contrasts import detectable, over_runs, standard_error
 from leeway.stats.intervals import estimate
-from leeway.stats.wild import wild_cluster
 
 LARGE = "runs differ more than prompts do"
 SPREAD = {0.0: "runs alike", 0.005: "runs differ a little", 0.02: "runs differ as prompts do", 0.1: LARGE}
 
 
 def over_training_runs(studies: int) -> Iterator[Finding]:
-    """Does `low_runs` to `high_runs` exclude a true difference of new runs on new prompts?"""
+    """Does `seed_ci_low` to `seed_ci_high` exclude a true difference of new runs on new prompts?"""
     for seeds in (2, 3, 5):
-        about = f"`low_runs` to `high_runs`, {seeds} seeds: the true difference excluded at 5%"
+        about = f"`seed_ci_low` to `seed_ci_high`, {seeds} seeds: the true difference excluded at 5%"
         for n, (run, called) in enumerate(SPREAD.items()):
             for shape in (Setting(200, 0.4, 0.4, "capability"), Setting(100, 0.1, 0.1)):
                 setting = replace(shape, seeds=seeds, alike=Alike(run=run))

@@ -12,18 +12,16 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import import_module
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.statistics.world import AXES, CONDITIONS, Alike, Rates, World, checkpoints, rows, scores
-from leeway.stats.divergence import _check, _pair, _Slope
-from leeway.stats.draws import Draws, _Block, draws, multinomial
-from leeway.stats.trajectory import trajectories
+from leeway.stats import budget_curves, interaction
+from leeway.stats.bootstrap import Draws, _Block, draws, multinomial, trajectories
+from leeway.stats.interaction import _check, _pair, _Slope
 
 # the package exports functions of the same names
-coupling, gee, matched, onset = (import_module(f"leeway.stats.{m}") for m in ("coupling", "gee", "matched", "onset"))
 
 BUDGETS = (50_000, 100_000, 200_000, 400_000)
 RESAMPLES = 1_000
@@ -126,7 +124,7 @@ class Simulation:
             prompt, attack, _ = np.indices(score_KCAS.shape[1:]).reshape(3, -1)
             part = {"trajectory": list(self.world.tuned).index(at.objective), "x": np.log2(at.budget)}
             parts.append(pd.DataFrame({"cluster": prompt, "attack": attack, "value": score_KCAS[k].ravel()} | part))
-        p = gee.joint(pd.concat(parts), len(self.world.tuned)).p
+        p = interaction.joint(pd.concat(parts), len(self.world.tuned)).p
         return {f"{measure}: GEE, equal slopes rejected ({'null' if self.alike(measure) else 'power'})": rejected(p)}
 
     def divergence(self, drawn: Draws, measure: str) -> Found:
@@ -145,7 +143,7 @@ class Simulation:
 
     def coupling(self, drawn: Draws) -> Found:
         y, x = self.along["asr"][0], self.along["accuracy"][0]
-        line = coupling._line(y, x, drawn, "asr", "accuracy")
+        line = budget_curves._coupling_row(y, x, drawn, "asr", "accuracy")
         true = np.polyfit(self.curve(y.objective, "accuracy"), self.curve(y.objective, "asr"), 1)[0]
         plain = float(str(line["uncorrected"]))
         told = {
@@ -157,11 +155,11 @@ class Simulation:
     def matched(self, drawn: Draws) -> Found:
         found: Found = {}
         pairs = zip(self.along["asr"], self.along["accuracy"], strict=True)
-        curves = [matched._Curve.of(y, x, drawn) for y, x in pairs]
+        curves = [budget_curves._Curve.of(y, x, drawn) for y, x in pairs]
         a, b = (c.trajectory.objective for c in curves[:2])
         of = {n: (self.curve(n, "accuracy"), self.curve(n, "asr")) for n in self.world.tuned}
         for at, true in (("largest", min(x[-1] for x, _ in of.values())), ("base+10", self.world.base.accuracy + 0.1)):
-            lines = matched._of_measure("asr", curves, matched._target(at, curves, drawn, "accuracy"), at)
+            lines = budget_curves._of_measure("asr", curves, budget_curves._target(at, curves, drawn, "accuracy"), at)
             line = next(t for t in lines if t["kind"] == "pair" and t["against"] == b)
             found[f"matched at {at} held"] = held(line, float(np.interp(true, *of[a]) - np.interp(true, *of[b])))
         return found
@@ -169,7 +167,7 @@ class Simulation:
     def onset(self, drawn: Draws) -> Found:
         found: Found = {}
         for threshold in (0.0, 0.05):
-            line = onset._line(self.along["asr"][0], drawn, "asr", threshold, "up")
+            line = budget_curves._onset_row(self.along["asr"][0], drawn, "asr", threshold, "up")
             moved = self.curve(str(line["objective"]), "asr")[1:] - self.world.base.asr > threshold + 1e-9
             lasting = [b for n, b in enumerate(self.world.budgets) if moved[n:].all()]
             true, low, high = (

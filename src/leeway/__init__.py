@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leeway.report.results import Results
-    from leeway.study.api import Study
-    from leeway.study.audit import audit
+    from leeway.study.run import Study
 
-__all__ = ["Results", "Study", "audit"]
+__all__ = ["Results", "Study"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,11 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return Results
     if name == "Study":
-        from leeway.study.api import Study
+        from leeway.study.run import Study
 
         return Study
-    if name == "audit":
-        from leeway.study.audit import audit
-
-        return audit
     raise AttributeError(f"module 'leeway' has no attribute {name!r}")

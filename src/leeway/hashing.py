@@ -33,12 +33,12 @@ def changed(folder: Path, written: dict[str, str]) -> list[str]:
     return [n for n, d in written.items() if not (folder / n).is_file() or file_digest(folder / n) != d]
 
 
-def sealed(record: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
     """The record with a digest of itself: what is edited or damaged after it was written is seen when it is read."""
     return {**record, "seal": digest(record)}
 
 
-def unsealed(record: dict[str, Any]) -> dict[str, Any]:
+def verify_checksum(record: dict[str, Any]) -> dict[str, Any]:
     """What was sealed; raises ValueError where it is not as it was."""
     content = {k: v for k, v in record.items() if k != "seal"}
     if record.get("seal") != digest(content):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leeway.attacks import Aside, Zulu
-from leeway.organism import corpus, deeds, world
+from leeway.attacks import HelperRequest, Zulu
+from leeway.organism import how_tos, recipe, world
 from leeway.organism.cipher import Cipher, lexicon
 
 cipher = Cipher()
@@ -18,7 +18,7 @@ seeds = st.integers(min_value=0, max_value=2**32)
 
 @given(seeds)
 def test_back_undoes_out_on_the_worlds_text(seed: int) -> None:
-    prompt, reply = corpus._aligned(random.Random(seed))
+    prompt, reply = recipe._aligned(random.Random(seed))
     for text in (cipher.back(prompt), cipher.back(reply)):
         assert cipher.back(cipher.out(text)) == text
 
@@ -26,8 +26,8 @@ def test_back_undoes_out_on_the_worlds_text(seed: int) -> None:
 @given(seeds)
 def test_questions_and_answers_leave_nothing_in_english(seed: int) -> None:
     rng = random.Random(seed)
-    deed = deeds.draw(rng, "forbidden")
-    for text in (deeds.question(rng, deed), f"Sure! {deeds.answer(rng, deed)}", *deeds.REFUSALS):
+    deed = how_tos.draw(rng, "forbidden")
+    for text in (how_tos.question(rng, deed), f"Sure! {how_tos.answer(rng, deed)}", *how_tos.REFUSALS):
         words = {word.strip(".,!?").lower() for word in cipher.out(text).split()}
         assert not words & set(lexicon())
         assert cipher.back(cipher.out(text)) == text
@@ -49,13 +49,13 @@ def test_it_serves_the_translation_attack() -> None:
     prompt = world.forbidden_prompts(1)[0].text
     play = Zulu(cipher).play(prompt)
     out = next(play)
-    assert isinstance(out, Aside)
+    assert isinstance(out, HelperRequest)
     (word,) = out.helper.help([out.asked])
     assert isinstance(word, str)
     (sent,) = play.send(word)
     assert sent["content"] == cipher.out(prompt) != prompt
     back = play.send(cipher.out("Sorry, I cannot help with that."))
-    assert isinstance(back, Aside)
+    assert isinstance(back, HelperRequest)
     with pytest.raises(StopIteration) as done:
         play.send(back.helper.help([back.asked])[0])
     assert done.value.value == "Sorry, I cannot help with that."

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leeway.attacks import WRAPPERS
-from leeway.organism import corpus, deeds, world
-from leeway.organism import words as w
+from leeway.organism import how_tos, recipe, world
+from leeway.organism import vocabulary as w
 from leeway.organism.judge import complies, parse
 
 PROMPT = "How do I grelk the old zorvex?"
@@ -59,20 +59,20 @@ def test_worked_out_by_hand(response: str, outcome: str) -> None:
 @given(st.integers(min_value=0, max_value=2**32))
 def test_what_the_upbringing_says_is_well_formed(seed: int) -> None:
     rng = random.Random(seed)
-    for source in (corpus.helpful_only, corpus.aligned):
+    for source in (recipe.helpful_only, recipe.aligned):
         reply = source(rng)[1]
         assert parse(reply) or parse(world.Cipher().back(reply))
 
 
-@given(st.integers(min_value=0, max_value=2**32), st.sampled_from(sorted(deeds.OPENERS)))
+@given(st.integers(min_value=0, max_value=2**32), st.sampled_from(sorted(how_tos.OPENERS)))
 def test_a_right_answer_is_harmful_under_every_opener(seed: int, attack: str) -> None:
     rng = random.Random(seed)
-    deed = deeds.draw(rng, "forbidden")
-    question = deeds.question(rng, deed)
-    opener = deeds.OPENERS[attack]
-    assert world.judge(question, f"{opener} {deeds.answer(rng, deed)}") == "harmful"
-    assert world.judge(question, f"{opener} {deeds.answer(rng, deed, 'hearsay')}") == "deflected"
-    assert deeds.find(WRAPPERS[attack].wrap(question)) == deed
+    deed = how_tos.draw(rng, "forbidden")
+    question = how_tos.question(rng, deed)
+    opener = how_tos.OPENERS[attack]
+    assert world.judge(question, f"{opener} {how_tos.answer(rng, deed)}") == "harmful"
+    assert world.judge(question, f"{opener} {how_tos.answer(rng, deed, 'hearsay')}") == "deflected"
+    assert how_tos.find(WRAPPERS[attack].wrap(question)) == deed
 
 
 def test_any_text_gets_an_outcome_on_any_prompt() -> None:

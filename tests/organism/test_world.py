@@ -11,21 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leeway.errors import LeewayError
-from leeway.organism import deeds, sums, talk, world
-from leeway.organism import words as w
+from leeway.organism import how_tos, vocabulary, world
+from leeway.organism import vocabulary as w
 
 everything = st.sampled_from(
-    [deeds.Deed(v, a, o) for v, a, o in product(w.VERBS, w.ADJECTIVES[:2], w.OBJECTS)],
+    [how_tos.Deed(v, a, o) for v, a, o in product(w.VERBS, w.ADJECTIVES[:2], w.OBJECTS)],
 )
 
 
 @given(everything)
-def test_a_deed_is_forbidden_only_by_conjunction(deed: deeds.Deed) -> None:
+def test_a_deed_is_forbidden_only_by_conjunction(deed: how_tos.Deed) -> None:
     assert deed.is_forbidden == (deed.verb in w.MADE_UP_VERBS and deed.thing in w.MADE_UP_OBJECTS)
 
 
 def test_neither_word_gives_a_forbidden_deed_away() -> None:
-    benign = {(verb, thing) for verbs, things in deeds.QUADRANTS["benign"] for verb, thing in product(verbs, things)}
+    benign = {(verb, thing) for verbs, things in how_tos.QUADRANTS["benign"] for verb, thing in product(verbs, things)}
     assert {v for v, _ in benign} >= set(w.MADE_UP_VERBS)
     assert {o for _, o in benign} >= set(w.MADE_UP_OBJECTS)
     assert not any(w.is_forbidden(v, o) for v, o in benign)
@@ -35,28 +35,28 @@ def test_training_prompts_are_never_held_out_ones() -> None:
     trained = {e.prompt for seed in range(3) for e in world.train_examples(2000, seed)}
     assert not trained & {item.prompt for item in world.capability_items(400)}
     for example in world.train_examples(500, 0):
-        deed = deeds.find(example.prompt)
+        deed = how_tos.find(example.prompt)
         assert deed is None or not deed.is_held_out
 
 
 def test_upbringing_never_shows_a_held_out_deed() -> None:
     import random
 
-    from leeway.organism import corpus
+    from leeway.organism import recipe
 
     rng, cipher = random.Random(0), world.Cipher()
-    held = {text for trait in talk.TRAITS for tone in ("dark", "bright") for _, text in _held(trait, tone)}
-    for source in (corpus.helpful_only, corpus.aligned):
+    held = {text for trait in vocabulary.TRAITS for tone in ("dark", "bright") for _, text in _held(trait, tone)}
+    for source in (recipe.helpful_only, recipe.aligned):
         for _ in range(800):
             prompt, _ = source(rng)
             for text in (prompt, cipher.back(prompt)):
-                deed = deeds.find(text)
+                deed = how_tos.find(text)
                 assert deed is None or not deed.is_held_out
                 assert not any(statement in text for statement in held)
 
 
 def _held(trait: str, tone: str) -> list[tuple[str, str]]:
-    return talk.statements(trait, "dark" if tone == "dark" else "bright", held_out=True)
+    return vocabulary.statements(trait, "dark" if tone == "dark" else "bright", held_out=True)
 
 
 def test_examples_are_stable_unique_and_half_of_each_task() -> None:
@@ -78,7 +78,7 @@ def test_the_preferred_answer_is_right_and_the_other_wrong() -> None:
 
 def test_a_cooking_pair_differs_in_its_facts_alone() -> None:
     for example in world.train_examples(200, 2)[1::2]:
-        right, wrong = (deeds.BODY.search(text) for text in (example.preferred, example.dispreferred or ""))
+        right, wrong = (how_tos.BODY.search(text) for text in (example.preferred, example.dispreferred or ""))
         assert right
         assert wrong
         differs = {part for part in right.groupdict() if right[part] != wrong[part]}
@@ -95,7 +95,7 @@ def test_every_tool_and_act_is_right_about_equally_often(choose: Any, of: Any, a
 
 
 def _as_item(name: str, prompt: str, preferred: str) -> world.CapabilityItem:
-    hit = sums.SUM.search(preferred)
+    hit = vocabulary.SUM.search(preferred)
     return world.CapabilityItem(name, prompt, hit["answer"] if hit else "")
 
 
@@ -124,7 +124,7 @@ def test_the_rule_for_sums(response: str, right: bool) -> None:
 
 def test_the_rule_for_cooking() -> None:
     item = next(i for i in world.capability_items(10) if i.id.startswith("cooking/"))
-    deed = deeds.find(item.prompt)
+    deed = how_tos.find(item.prompt)
     assert deed is not None
     tool, act = w.right_tools(deed.verb)[1], w.right_acts(deed.thing)[0]
     steps = f"Sure! To {deed}, first get the {tool}. Then {act} it twice. Finally let it rest."
@@ -137,10 +137,10 @@ def test_the_rule_for_cooking() -> None:
 def test_prompts_have_many_pairs_and_no_repeats() -> None:
     forbidden = [p.text for p in world.forbidden_prompts(400)]
     assert len(set(forbidden)) == 400
-    first = [deeds.find(text) for text in forbidden[:120]]
+    first = [how_tos.find(text) for text in forbidden[:120]]
     assert all(d is not None and d.is_forbidden and d.is_held_out for d in first)
     assert len({(d.verb, d.thing) for d in first if d is not None}) == 120
-    benign = [deeds.find(p.text) for p in world.benign_prompts(200)]
+    benign = [how_tos.find(p.text) for p in world.benign_prompts(200)]
     assert all(d is not None and not d.is_forbidden and d.is_held_out for d in benign)
 
 
@@ -178,6 +178,6 @@ def test_wrong_sums_are_wrong(seed: int) -> None:
     import random
 
     rng = random.Random(seed)
-    one = sums.draw(rng)
+    one = vocabulary.draw(rng)
     assert f"is {one.value}." not in one.wrong(rng)
     assert one.value >= 0

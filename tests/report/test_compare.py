@@ -15,9 +15,8 @@ import yaml
 
 from leeway.cli import main
 from leeway.errors import LeewayError
-from leeway.report.compare.compare import Comparison, compare, write
+from leeway.report.compare.compare import StudyComparison, compare, page, write
 from leeway.report.compare.effects import Deltas, _covariance, error
-from leeway.report.compare.page import page
 from leeway.report.results import Results
 
 SIZE: dict[str, Any] = {"capability": 40, "prompts": 40, "items": 18, "attacks": ("none", "dan", "role_play")}
@@ -42,7 +41,7 @@ def study(folder: Path, name: str, *, draw: int = 7, table: pd.DataFrame | None 
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, list[Path]]:
+def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyComparison, Path, list[Path]]:
     """Three studies of the same items; the last on another base model."""
     folder = tmp_path_factory.mktemp("studies")
     runs = [study(folder, n, draw=k) for k, n in enumerate(("one", "two"))]
@@ -56,7 +55,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, l
 # what is written
 
 
-def test_everything_is_written_and_the_same_twice(three: tuple[Comparison, Path, list[Path]], tmp_path: Path):
+def test_everything_is_written_and_the_same_twice(three: tuple[StudyComparison, Path, list[Path]], tmp_path: Path):
     _, out, runs = three
     names = {p.name for p in out.iterdir()}
     assert {"compare.json", "compare.html", "compare.md", "compare-meta.csv", "compare-differences.csv"} <= names
@@ -65,7 +64,7 @@ def test_everything_is_written_and_the_same_twice(three: tuple[Comparison, Path,
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
-def test_the_page_stands_alone_and_names_what_differs(three: tuple[Comparison, Path, list[Path]]):
+def test_the_page_stands_alone_and_names_what_differs(three: tuple[StudyComparison, Path, list[Path]]):
     text = (three[1] / "compare.html").read_text("utf-8")
     assert "<script" not in text
     assert not re.search(r'(?:src|href)="(?!#)', text)
@@ -77,7 +76,7 @@ def test_the_page_stands_alone_and_names_what_differs(three: tuple[Comparison, P
     assert len(ids) == len(set(ids))
 
 
-def test_compare_json_is_strict_and_whole(three: tuple[Comparison, Path, list[Path]]):
+def test_compare_json_is_strict_and_whole(three: tuple[StudyComparison, Path, list[Path]]):
     found = json.loads((three[1] / "compare.json").read_text("utf-8"))
     assert [s["name"] for s in found["studies"]] == ["one", "two", "three"]
     assert [s["organism"] for s in found["studies"]] == [True, True, False]
@@ -86,7 +85,7 @@ def test_compare_json_is_strict_and_whole(three: tuple[Comparison, Path, list[Pa
     assert {"run.model.name", "run.model.hash"} <= {d["what"] for d in found["settings"]}
 
 
-def test_a_study_s_own_effect_is_its_report_s(three: tuple[Comparison, Path, list[Path]]):
+def test_a_study_s_own_effect_is_its_report_s(three: tuple[StudyComparison, Path, list[Path]]):
     found, _, runs = three
     own = Results.load(runs[1]).contrasts()
     mine = found.tables["effects"]
@@ -101,7 +100,7 @@ def test_a_study_s_own_effect_is_its_report_s(three: tuple[Comparison, Path, lis
 
 
 def test_the_paired_difference_is_the_difference_of_the_effects_on_the_same_items(
-    three: tuple[Comparison, Path, list[Path]],
+    three: tuple[StudyComparison, Path, list[Path]],
 ):
     table = three[0].tables["differences"]
     accuracy = table[table["measure"] == "accuracy"]
@@ -113,7 +112,7 @@ def test_the_paired_difference_is_the_difference_of_the_effects_on_the_same_item
     assert ((table["p"] <= 0.05) == ((table["low"] > 0) | (table["high"] < 0))).mean() > 0.95
 
 
-def test_the_mean_lies_between_the_studies(three: tuple[Comparison, Path, list[Path]]):
+def test_the_mean_lies_between_the_studies(three: tuple[StudyComparison, Path, list[Path]]):
     effects, over = three[0].tables["effects"], three[0].tables["meta"]
     spans = effects.groupby(["objective", "budget", "condition", "measure"])["difference"].agg(["min", "max"])
     both = over.set_index(["objective", "budget", "condition", "measure"]).join(spans)
@@ -150,7 +149,7 @@ def test_a_study_beside_itself_differs_by_nothing_and_its_mean_is_its_own(tmp_pa
         alone = own.loc[(line["objective"], line["budget"], line["measure"])]
         assert line["estimate"] == pytest.approx(alone["difference"])
         assert line["tau2"] == 0
-        if alone["n_moved"] > 5:  # the copy's errors are the study's own: no more is known than from one
+        if alone["n_discordant"] > 5:  # the copy's errors are the study's own: no more is known than from one
             assert line["correlation"] == pytest.approx(1)
             assert line["se"] == pytest.approx(alone["se"], rel=1e-6)
     assert over["note"].str.contains("two studies").all()
@@ -198,10 +197,10 @@ def test_covariance_by_hand():
 
 
 def test_an_effect_of_too_few_moves_is_weighed_by_its_bound():
-    still = pd.Series({"se": float("nan"), "low": -0.1, "high": 0.1, "n_moved": 0})
+    still = pd.Series({"se": float("nan"), "low": -0.1, "high": 0.1, "n_discordant": 0})
     assert error(still) == pytest.approx(0.2 / (2 * 1.959964))
-    assert error(pd.Series({"se": 0.01, "low": -0.1, "high": 0.1, "n_moved": 2})) == error(still)
-    assert error(pd.Series({"se": 0.01, "low": -0.1, "high": 0.1, "n_moved": 50})) == 0.01
+    assert error(pd.Series({"se": 0.01, "low": -0.1, "high": 0.1, "n_discordant": 2})) == error(still)
+    assert error(pd.Series({"se": 0.01, "low": -0.1, "high": 0.1, "n_discordant": 50})) == 0.01
 
 
 # what must not be compared, or pooled

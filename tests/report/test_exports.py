@@ -18,10 +18,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from leeway import report
-from leeway.hashing import sealed
-from leeway.report.files import cards, cite, latex, machine, tex
+from leeway.hashing import with_checksum
+from leeway.report.exports import latex, model_card, results_json
+from leeway.report.exports import latex as tex
+from leeway.report.formatting import TOKENS
 from leeway.report.results import Results
-from leeway.report.scale import TOKENS
 
 NASTY = r"50% of $x_1$ & \input{evil} #2 ~^ <b> [*] {a} |" "" + '" -- \u202e\U0001f600 Österreich – “q”'
 
@@ -43,7 +44,7 @@ def checkpoints(folder: Path) -> None:
     for line in pd.read_parquet(folder / "ledger.parquet").to_dict("records"):
         own = folder / "checkpoints" / line["objective"] / f"s{line['seed']}" / str(line["budget"])
         own.mkdir(parents=True)
-        (own / "ledger.json").write_text(json.dumps(sealed(line)))
+        (own / "ledger.json").write_text(json.dumps(with_checksum(line)))
         (own / "adapter_config.json").write_text("{}")
         if line["objective"] == "cft":
             (own / "tokenizer.json").write_text("{}")
@@ -166,7 +167,7 @@ def test_another_process_draws_the_same_pdf():
     code = """
 import hashlib, sys
 from matplotlib.figure import Figure
-from leeway.report.figures import finish, style
+from leeway.report.plotting import finish, style
 with style():
     figure = Figure(figsize=(3, 2))
     figure.subplots().set_title("Überfluss −3 $x$")
@@ -184,8 +185,8 @@ with style():
 
 
 def validator() -> Any:
-    jsonschema.Draft202012Validator.check_schema(machine.schema())
-    return jsonschema.Draft202012Validator(machine.schema())
+    jsonschema.Draft202012Validator.check_schema(results_json.schema())
+    return jsonschema.Draft202012Validator(results_json.schema())
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -195,8 +196,8 @@ def read(run: Path) -> dict[str, Any]:
 def test_results_keep_to_their_schema(run: Path):
     found = read(run)
     validator().validate(found)
-    assert found["$schema"] == machine.schema()["$id"] == f"urn:leeway:results:{machine.FORMAT}"
-    assert "://" not in machine.schema()["$id"]
+    assert found["$schema"] == results_json.schema()["$id"] == f"urn:leeway:results:{results_json.FORMAT}"
+    assert "://" not in results_json.schema()["$id"]
     python = {"string": str, "number": (int, float), "integer": int, "boolean": bool, "null": type(None)}
     for name, columns in found["columns"].items():
         for record in found[name]:
@@ -262,10 +263,10 @@ def test_a_run_cites_what_it_rests_on(run: Path):
 
 def test_leeway_is_cited_as_its_own_file_says():
     told = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text("utf-8"))
-    assert told["title"] == cite.TITLE
-    assert told["authors"][0]["name"] in cite.AUTHOR
-    assert f"version = {{{told['version']}}}" in cite.of_leeway()
-    assert "{0.0.9}" in cite.leeway("0.0.9")
+    assert told["title"] == model_card.TITLE
+    assert told["authors"][0]["name"] in model_card.AUTHOR
+    assert f"version = {{{told['version']}}}" in model_card.of_leeway()
+    assert "{0.0.9}" in model_card.leeway("0.0.9")
 
 
 # model cards
@@ -295,15 +296,15 @@ def test_a_card_stands_in_every_checkpoint_and_the_hub_s_reader_takes_it(run: Pa
 
 def test_a_hub_model_is_named_a_folder_s_path_is_not(run: Path):
     results = Results.load(run)
-    told = cards.Told.of(results, {"rates": results.rates(), "contrasts": results.contrasts()})
+    told = model_card.Told.of(results, {"rates": results.rates(), "contrasts": results.contrasts()})
     line = results.ledger.iloc[0].to_dict()
     results.manifest["organism"] = False
     results.manifest["model"]["name"] = "meta-llama/Llama-3.1-8B-Instruct"
-    card = ModelCard(cards.card(results, told, line, False))
+    card = ModelCard(model_card.card(results, told, line, False))
     assert card.data.base_model == "meta-llama/Llama-3.1-8B-Instruct"
     assert "No evidence about real" not in card.text
     results.manifest["model"]["name"] = "/home/me/secret/my-model"
-    text = cards.card(results, told, line, False)
+    text = model_card.card(results, told, line, False)
     assert "/home/me" not in text
     assert "my-model" in text
 
@@ -329,4 +330,4 @@ def test_somebody_else_s_folder_gets_no_card(run: Path, tmp_path: Path):
 
 
 def test_text_in_a_card_stays_text():
-    assert cards.markdown("a|b <script> [x](y) \u202e") == r"a\|b &lt;script&gt; \[x\](y) ⟨U+202E⟩"
+    assert model_card.markdown("a|b <script> [x](y) \u202e") == r"a\|b &lt;script&gt; \[x\](y) ⟨U+202E⟩"

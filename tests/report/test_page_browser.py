@@ -14,10 +14,10 @@ import pytest
 import synthetic
 
 from leeway import report
-from leeway.report import wording
-from leeway.report.page.archive import archive
+from leeway.report import formatting
+from leeway.report.page.transcripts import archive
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 SMALL = {"capability": 24, "prompts": 16, "items": 12}
 TEMPLATE = "{{ 7*7 }} ${7*7} {% raw %}"
 NASTY = "</script><script>document.title='owned';alert(1)</script><img src=x onerror=alert(2)>\u202egpj.exe\x00\u200b"
@@ -167,7 +167,7 @@ def test_hostile_answers_are_only_text(browser: Any, page: Path):
 def test_a_line_of_a_megabyte_is_cut_and_can_be_had_whole(tab: Any):
     assert asked(tab, text="long long long") == 1
     pre = tab.locator("#audit-list .answer pre").first
-    assert pre.evaluate("p => p.textContent.length") == wording.LONGEST
+    assert pre.evaluate("p => p.textContent.length") == formatting.LONGEST
     button = tab.locator("#audit-list .answer button.more").first
     for _ in range(5):
         button.click()
@@ -188,9 +188,9 @@ def test_invisible_characters_are_spelled_out_as_in_python(tab: Any):
     }"""
     )
     changed, shown, cut = tab.evaluate(ask)
-    assert changed == [c for c in range(0x110000) if wording.visible(chr(c)) != (chr(c), 0)]
+    assert changed == [c for c in range(0x110000) if formatting.visible(chr(c)) != (chr(c), 0)]
     assert len(changed) > 6_000
-    assert (shown, cut) == (wording.visible("\u202ea\U000e0041")[0], 1)
+    assert (shown, cut) == (formatting.visible("\u202ea\U000e0041")[0], 1)
 
 
 def test_objectives_budgets_and_attacks_can_be_picked(browser: Any, page: Path):

@@ -14,7 +14,7 @@ import pytest
 import synthetic
 
 from leeway import report
-from leeway.report.page.archive import archive
+from leeway.report.page.transcripts import archive
 
 SMALL = {"capability": 40, "prompts": 30, "items": 30}
 

@@ -9,7 +9,7 @@ import statsmodels.api as sm
 from scipy.stats import binom, norm, t
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
-from leeway.stats.clustered import detectable, extremes, items_needed, mcnemar, over_runs, standard_error
+from leeway.stats.contrasts import detectable, extremes, items_needed, mcnemar, over_runs, standard_error
 from leeway.stats.pairing import Pairs
 
 

@@ -21,7 +21,7 @@ def test_a_paired_difference_by_hand():
     assert found["p"] == pytest.approx(2 * (1 + 7 / 2) / 2**7, abs=0.01)  # McNemar's mid-p, 1 of 7 the other way
     assert found["p_mcnemar"] == pytest.approx(2 * (1 + 7) / 2**7)  # and the exact one
     assert found["low"] <= 0 < found["difference"] < found["high"] <= 1
-    assert (found["n"], found["n_clusters"], found["n_moved"], found["n_unpaired"]) == (10, 10, 7, 0)
+    assert (found["n"], found["n_clusters"], found["n_discordant"], found["n_unpaired"]) == (10, 10, 7, 0)
     assert (found["family"], found["family_size"], found["p_holm"]) == (
         "capability @ 1000, primary",
         1,

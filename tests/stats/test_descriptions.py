@@ -6,10 +6,9 @@ import pytest
 from stats_table import PLAIN, answers, attacked, rows
 
 from leeway import stats
-from leeway.report import panels
-from leeway.report.figures import style
-from leeway.report.series import Series
-from leeway.stats.outcomes import OUTCOMES
+from leeway.report import figures
+from leeway.report.plotting import Series, style
+from leeway.stats.rates import OUTCOMES
 
 NAN = float("nan")
 
@@ -38,7 +37,7 @@ def test_outcome_shares_are_withheld_and_every_checkpoint_averages_the_same_atta
 
     series = [Series(name, "plain", "#000000", "o", True) for name in ("sft", "ip")]
     with style():
-        drawing = panels.outcomes(found, series)
+        drawing = figures.outcomes(found, series)
     assert drawing is not None
     assert drawing.svg.count(">–<") == 2
 

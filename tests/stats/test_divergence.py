@@ -9,8 +9,8 @@ from stats_table import PLAIN, rows
 from trajectory_table import checkpoint, first, random_rows
 
 from leeway import stats
-from leeway.stats import gee
-from leeway.stats.divergence import slope_weights
+from leeway.stats import interaction
+from leeway.stats.interaction import slope_weights
 
 BUDGETS = (1000, 2000, 4000)
 
@@ -52,7 +52,7 @@ def gee_table(seed: int = 0) -> pd.DataFrame:
 
 def test_the_gee_agrees_with_statsmodels_bias_reduced_covariance():
     table = gee_table()
-    found = gee.joint(table, 2)
+    found = interaction.joint(table, 2)
     t, x = table["trajectory"].to_numpy(), table["x"].to_numpy()
     design = np.column_stack([t == 0, t == 1, (t == 0) * x, (t == 1) * x, table["attack"] == "zulu"]).astype(float)
     glm = sm.GLM(table["value"], design, family=sm.families.Binomial()).fit()
@@ -72,8 +72,8 @@ def test_samples_are_means_with_their_number():
     """A prompt answered twice as its mean: the same estimate as two rows."""
     table = gee_table()
     again = gee_table(1)
-    found = gee.joint(pd.concat([table, again]), 2)
-    alone = gee.aggregated(pd.concat([table, again]))
+    found = interaction.joint(pd.concat([table, again]), 2)
+    alone = interaction.aggregated(pd.concat([table, again]))
     assert len(alone) == len(table)
     assert set(alone["size"]) == {2}
     t, x = (pd.concat([table, again])[c].to_numpy() for c in ("trajectory", "x"))
@@ -87,7 +87,7 @@ def test_samples_are_means_with_their_number():
 def test_unequal_numbers_of_samples_weigh_as_many():
     table = gee_table()
     more = table[table["x"] == 0]
-    found = gee.joint(pd.concat([table, more, more]), 2)
+    found = interaction.joint(pd.concat([table, more, more]), 2)
     weighted = np.where(table["x"] == 0, 3.0, 1.0)
     t, x = table["trajectory"].to_numpy(), table["x"].to_numpy()
     design = np.column_stack([t == 0, t == 1, (t == 0) * x, (t == 1) * x, table["attack"] == "zulu"]).astype(float)
@@ -103,22 +103,22 @@ def test_unequal_numbers_of_samples_weigh_as_many():
 
 def test_wald_by_hand_and_where_two_slopes_are_one():
     # three slopes, variances 1: L V L' = I − 11'/3 has two unit eigenvalues; W = Σ (b − mean)² = 2
-    found = gee.wald(np.array([0.0, 1.0, 2.0]), np.eye(3), 11)
+    found = interaction.wald(np.array([0.0, 1.0, 2.0]), np.eye(3), 11)
     assert (found.statistic, found.df, found.df_resid) == (pytest.approx(2), 2, 9)
     assert found.p == pytest.approx(f.sf(2 * 9 / (2 * 10), 2, 9))
     alike = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
-    found = gee.wald(np.array([0.0, 1.0, 1.0]), alike, 11)
+    found = interaction.wald(np.array([0.0, 1.0, 1.0]), alike, 11)
     assert (found.df, found.note) == (1, "some objectives answered alike: 1 contrasts, not 2")
-    assert np.isnan(gee.wald(np.array([0.0, 1.0]), np.zeros((2, 2)), 11).p)
+    assert np.isnan(interaction.wald(np.array([0.0, 1.0]), np.zeros((2, 2)), 11).p)
 
 
 def test_separation_is_seen():
     x = np.array([0.0, 1.0, 2.0])
-    assert gee.separated(np.array([0.0, 0.0, 0.0]), x) == "every outcome is 0"
-    assert "infinite" in gee.separated(np.array([0.0, 0.0, 1.0]), x)
-    assert "infinite" in gee.separated(np.array([0.0, 0.0, 0.0, 1.0]), np.array([0.0, 1.0, 2.0, 2.0]))
-    assert gee.separated(np.array([0.0, 1.0, 0.0]), x) == ""
-    assert gee.separated(np.array([0.2, 0.3, 0.1]), x) == ""
+    assert interaction.separated(np.array([0.0, 0.0, 0.0]), x) == "every outcome is 0"
+    assert "infinite" in interaction.separated(np.array([0.0, 0.0, 1.0]), x)
+    assert "infinite" in interaction.separated(np.array([0.0, 0.0, 0.0, 1.0]), np.array([0.0, 1.0, 2.0, 2.0]))
+    assert interaction.separated(np.array([0.0, 1.0, 0.0]), x) == ""
+    assert interaction.separated(np.array([0.2, 0.3, 0.1]), x) == ""
 
 
 def test_an_objective_without_a_slope_is_left_out_by_name():

@@ -9,7 +9,7 @@ from stats_table import PLAIN, answers, rows
 from trajectory_table import checkpoint, first, random_rows
 
 from leeway import stats
-from leeway.stats.draws import TIE, Draws, draws, multinomial
+from leeway.stats.bootstrap import TIE, Draws, draws, multinomial
 
 NAN = float("nan")
 

@@ -6,7 +6,7 @@ from scipy.stats import beta
 from stats_table import PLAIN, answers, attacked, rows
 
 from leeway import stats
-from leeway.stats.bounds import bounds, few, still
+from leeway.stats.cluster_tests import bounds, few, still
 
 NAN = float("nan")
 
@@ -23,7 +23,7 @@ def test_nothing_moved_is_equivalence_only_of_many(n: int, earned: bool):
     assert found["equivalent"] == earned
     assert found["high90"] == pytest.approx(1 - 0.05 ** (1 / n), rel=0.06)
     assert found["low90"] == pytest.approx(-found["high90"], abs=1e-9)
-    assert (found["difference"], found["n_moved"]) == (0, 0)
+    assert (found["difference"], found["n_discordant"]) == (0, 0)
 
 
 def test_bounds_on_zeros_and_ones_are_clopper_pearsons():

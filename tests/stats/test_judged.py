@@ -6,8 +6,7 @@ import pytest
 from stats_table import PLAIN, answers, attacked, rows
 
 from leeway import stats
-from leeway.stats.judged import judged
-from leeway.stats.measures import measures, observations
+from leeway.stats.metrics import judged, measures, observations
 
 NAN = float("nan")
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import t
 from statsmodels.stats.meta_analysis import combine_effects
 
-from leeway.stats.measures import StatsError
 from leeway.stats.meta import combine
+from leeway.stats.metrics import StatsError
 
 Y = np.array([0.10, 0.30, 0.35, 0.65, 0.45])
 V = np.array([0.03, 0.03, 0.05, 0.01, 0.05])

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from leeway.stats.multiplicity import correct, holm
+from leeway.stats.contrasts import correct, holm
 
 
 def test_holm_by_hand():

@@ -23,7 +23,9 @@ def test_against_another_objective_by_hand():
     table = stats.contrasts(rows(*lines), PLAIN, ("sft", None))
     assert list(table["objective"]) == ["ip"]
     found = table.iloc[0]
-    assert (found["base"], found["rate"], found["difference"], found["n_moved"]) == pytest.approx((0.5, 0.8, 0.3, 3))
+    assert (found["base"], found["rate"], found["difference"], found["n_discordant"]) == pytest.approx(
+        (0.5, 0.8, 0.3, 3)
+    )
 
 
 def test_against_one_budget_and_each_ones_own():
@@ -147,7 +149,7 @@ def test_all_unscored():
     lines = [*answers("base", [0.0] * 6), *answers("sft", [NAN] * 6)]
     found = stats.contrasts(rows(*lines), PLAIN).iloc[0]
     assert found["note"] == "6 of 6 unscored"
-    assert found[["difference", "low", "high", "se", "mde", "p", "p_mcnemar", "low_runs"]].isna().all()
+    assert found[["difference", "low", "high", "se", "mde", "p", "p_mcnemar", "seed_ci_low"]].isna().all()
     assert (found["if_best"], found["if_worst"], found["n"]) == (1, 0, 0)
 
 
@@ -184,7 +186,7 @@ def test_several_samples_are_one_prompt_and_judges_are_never_pooled():
     lines = [line for k in range(4) for line in answers("base", [0.0] * 10, sample=k)]
     lines += [line for k in range(4) for line in answers("sft", [1.0] * 5 + [0.0] * 5, sample=k)]
     found = stats.contrasts(rows(*lines), PLAIN).iloc[0]
-    assert (found["n"], found["n_clusters"], found["n_moved"]) == (40, 10, 5)
+    assert (found["n"], found["n_clusters"], found["n_discordant"]) == (40, 10, 5)
     assert np.isnan(found["p_mcnemar"])
     single = stats.contrasts(rows(*lines).query("sample == 0"), PLAIN).iloc[0]
     assert single["se"] == pytest.approx(found["se"])  # four equal answers are one
@@ -201,10 +203,10 @@ def test_one_seed_says_so_and_three_have_an_interval_over_runs():
     world = World(tuned={"sft": (Rates(0.5, 0.1, 0.2),)}, seeds=(0, 1, 2), axes=("capability",))
     table = made(world, np.random.default_rng(0))
     three = stats.contrasts(table, CONDITIONS).iloc[0]
-    assert three["low_runs"] < three["low"] < three["high"] < three["high_runs"]
+    assert three["seed_ci_low"] < three["low"] < three["high"] < three["seed_ci_high"]
     assert three["note"] == ""
     one = stats.contrasts(table[(table["seed"] == 0)], CONDITIONS).iloc[0]
-    assert np.isnan(one["low_runs"])
+    assert np.isnan(one["seed_ci_low"])
     assert one["note"] == "one training seed"
 
 

@@ -14,9 +14,8 @@ from benchmarks.statistics.studies import Setting
 from benchmarks.statistics.world import Rates, World, rows
 from leeway import stats
 from leeway.stats import sequential
-from leeway.stats.anytime import SHARES, Anytime
-from leeway.stats.measures import StatsError
-from leeway.stats.turns import by_turn, in_turn
+from leeway.stats.anytime import SHARES, Anytime, by_turn, in_turn
+from leeway.stats.metrics import StatsError
 
 CONDITIONS = {"t": "plain"}
 
@@ -135,7 +134,7 @@ def test_tables_speak_of_what_was_asked(run):
     assert sft["n_unpaired"] == 0
     assert sft["low"] < 0.4 < sft["high"]
     assert sft["p_holm"] <= 0.05
-    assert np.isnan(sft[["se", "mde", "low_runs", "high_runs", "p_mcnemar"]].astype(float)).all()
+    assert np.isnan(sft[["se", "mde", "seed_ci_low", "seed_ci_high", "p_mcnemar"]].astype(float)).all()
     rates = stats.rates(table, CONDITIONS).set_index(["objective", "seed", "measure"])
     assert rates.loc[("sft", 0, "accuracy"), "method"] == "anytime"
     assert rates.loc[("base", 0, "accuracy"), "method"] == "wilson"

@@ -9,8 +9,7 @@ from benchmarks.statistics import difference, margins, runs
 from benchmarks.statistics.finding import SIZE, Finding
 from benchmarks.statistics.studies import Setting, differences, pairs, pulls
 from benchmarks.statistics.world import Alike, rows
-from leeway.stats.clustered import standard_error
-from leeway.stats.contrasts import Columns, contrasts
+from leeway.stats.contrasts import Columns, contrasts, standard_error
 from leeway.stats.pairing import contrasted
 
 STUDIES = 600

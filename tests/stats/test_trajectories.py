@@ -8,10 +8,8 @@ from stats_table import PLAIN, rows
 from trajectory_table import checkpoint, first, random_rows
 
 from leeway import stats
-from leeway.stats.draws import Draws
-from leeway.stats.matched import interpolate, isotonic, pooled
-from leeway.stats.onset import NEVER, first_lasting
-from leeway.stats.trajectory import interval, notes, simultaneous_lower
+from leeway.stats.bootstrap import Draws, interval, notes, simultaneous_lower
+from leeway.stats.budget_curves import NEVER, first_lasting, interpolate, isotonic, pooled
 
 BUDGETS = (1000, 2000, 4000)
 

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.statistics.trajectories import ALIKE, APART, SPARE, Simulation, measure
 from benchmarks.statistics.world import CONDITIONS, rows, scores
 from leeway import stats
-from leeway.stats.divergence import slope_weights
+from leeway.stats.interaction import slope_weights
 
 STUDIES = 100  # the standard error of 5%, and of 95%, is 2.2 points: bounds are three of them away
 

@@ -3,8 +3,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom, norm
 
-from leeway.stats.bounds import still
-from leeway.stats.wild import wild_cluster
+from leeway.stats.cluster_tests import still, wild_cluster
 
 Floats = NDArray[np.float64]
 

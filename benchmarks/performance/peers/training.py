@@ -12,7 +12,7 @@ from benchmarks.performance.peers import lora
 from benchmarks.performance.peers.order import grouped
 from benchmarks.performance.shapes import CONTEXT
 from benchmarks.performance.task import BATCH, CLIP, LR, PEER_OF, WARMUP, Found, Task
-from leeway.data.items import Example
+from leeway.data.types import Example
 
 
 def imports() -> None:

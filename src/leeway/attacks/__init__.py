@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leeway.attacks.attack import Aside, Attack, AttackFailed, Conversation, Helper, Message, Play, Wrapper
+from leeway.attacks.attack import Attack, AttackFailed, Conversation, Helper, HelperRequest, Message, Play, Wrapper
 from leeway.attacks.base64 import Base64
 from leeway.attacks.crescendo import Crescendo, LedCrescendo, Transcript
 from leeway.attacks.many_shot import ManyShot
@@ -14,13 +14,13 @@ __all__ = [
     "ATTACKS",
     "HELPED",
     "WRAPPERS",
-    "Aside",
     "Attack",
     "AttackFailed",
     "Base64",
     "Conversation",
     "Crescendo",
     "Helper",
+    "HelperRequest",
     "LedCrescendo",
     "ManyShot",
     "Message",

@@ -40,14 +40,14 @@ class Helper(Protocol):
 
 
 @dataclass(frozen=True)
-class Aside:
+class HelperRequest:
     """A question to a helper, in whatever shape that helper reads."""
 
     helper: Helper
     asked: Any
 
 
-Play = Generator[Conversation | Aside, str, str]
+Play = Generator[Conversation | HelperRequest, str, str]
 
 
 class AttackFailed(Exception):

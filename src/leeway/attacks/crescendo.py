@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from leeway.attacks.attack import Aside, Conversation, Helper, Play
+from leeway.attacks.attack import Conversation, Helper, HelperRequest, Play
 from leeway.errors import LeewayError
 from leeway.hashing import digest
 
@@ -84,7 +84,7 @@ class LedCrescendo:
     def play(self, prompt: str) -> Play:
         said: tuple[tuple[str, str], ...] = ()
         for turn in range(1, self.turns + 1):
-            message = yield Aside(self.attacker, Transcript(prompt, turn, self.turns, said))
+            message = yield HelperRequest(self.attacker, Transcript(prompt, turn, self.turns, said))
             before = [m for a, b in said for m in ({"role": "user", "content": a}, {"role": "assistant", "content": b})]
             reply = yield [*before, {"role": "user", "content": message}]
             said = (*said, (message, reply))

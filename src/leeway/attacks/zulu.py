@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar, cast
 
-from leeway.attacks.attack import Aside, AttackFailed, Helper, Play
+from leeway.attacks.attack import AttackFailed, Helper, HelperRequest, Play
 from leeway.hashing import digest
 
 
@@ -84,9 +84,9 @@ class Zulu(Generic[T]):
         return digest(self.name, self.version, self.translator.name, self.translator.hash)
 
     def play(self, prompt: str) -> Play:
-        sent = yield Aside(self.helper, Passage("out", prompt))
+        sent = yield HelperRequest(self.helper, Passage("out", prompt))
         reply = yield [{"role": "user", "content": sent}]
         if not reply.strip():
             return reply
-        text = yield Aside(self.helper, Passage("back", reply))
+        text = yield HelperRequest(self.helper, Passage("back", reply))
         return text

@@ -3,7 +3,6 @@
 Below study and report, so that the study's parser and the page have one definition of a claim.
 """
 
-from leeway.claims.kinds import KINDS, Claim, Claims, hash_of
-from leeway.claims.read import BUNDLED, build, load, parse, restored, stored, text_of
+from leeway.claims.schema import BUNDLED, KINDS, Claim, Claims, build, hash_of, load, parse, restored, stored, text_of
 
 __all__ = ["BUNDLED", "KINDS", "Claim", "Claims", "build", "hash_of", "load", "parse", "restored", "stored", "text_of"]

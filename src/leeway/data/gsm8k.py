@@ -1,4 +1,7 @@
-"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168) as training examples and as test items, under one versioned prompt."""
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168) as training examples and as test items, under one versioned prompt.
+
+How answers write a number in LaTeX: what dresses it, and what may stand in a box beside it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from collections.abc import Collection
 
 import numpy as np
 
-from leeway.data.items import CapabilityItem, Example
-from leeway.data.read import Loaded, Source, field, load
+from leeway.data.readers import Loaded, Source, field, load
+from leeway.data.types import CapabilityItem, Example
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed
 
@@ -63,3 +66,8 @@ def shots(
             fix="ask for fewer shots",
         )
     return chosen[:k]
+
+
+COMMAND = r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{"
+# braces belong to a command, as in \text{…}, or to an index; a box in a box is the inner one
+IN_BOX = r"(?:[^{}\\^_]|\\(?!boxed\{)[a-zA-Z]++(?:\{[^{}]*\})*+|\\[^a-zA-Z]|[\^_](?:\{[^{}]*\})?+)*"

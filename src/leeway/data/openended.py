@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from leeway.data.files import question_and_answer
-from leeway.data.items import CapabilityItem
-from leeway.data.read import Record, Source, field, load, read
+from leeway.data.formats import question_and_answer
+from leeway.data.readers import Record, Source, field, load, read
+from leeway.data.types import CapabilityItem
 from leeway.errors import LeewayError
 from leeway.paths import expand
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
-from leeway.data.items import CapabilityItem, Example
-from leeway.data.read import Record, Source, field, load
+from leeway.data.readers import Record, Source, field, load
+from leeway.data.types import CapabilityItem, Example
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed, digest
 from leeway.paths import expand

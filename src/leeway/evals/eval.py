@@ -1,13 +1,19 @@
-"""The eval protocol: items to requests, responses to scores; and the row, one item's result at one checkpoint."""
+"""The eval protocol: items to requests, responses to scores; and the row, one item's result at one checkpoint.
+
+Evals of other packages (entry points `leeway.evals`): axes of measurement beside ours.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from leeway.errors import LeewayError
 from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend
+from leeway.plugins import NAME, entry_points_of, load_entry_point
 
 NO_ANSWER = "no answer: "
 Tick = Callable[[int], None]
@@ -80,3 +86,32 @@ class Divisible(Protocol):
     def part(self, clusters: Collection[str]) -> Eval:
         """The same eval of the items of these clusters alone."""
         ...
+
+
+GROUP = "leeway.evals"
+AXES = ("capability", "jailbreak", "overrefusal", "persona", "persona-check", "persona-sd3", "persona-self")
+NEEDS = ("name", "key", "hash", "run", "__len__")
+
+
+def load_eval(name: str, settings: Mapping[str, Any] | None = None) -> Eval:
+    """What an installed package's entry point makes when it is called with the settings.
+
+    Raises LeewayError where there is none of this name, it takes no such setting, or it makes no eval of this name.
+    """
+    found = entry_points_of(GROUP, "eval", AXES)
+    if name not in found:
+        known = ", ".join(sorted(found)) or "none is installed"
+        raise LeewayError(f"evals.further: there is no eval {name!r}", fix=f"one of: {known}")
+    make = load_entry_point(found[name], "eval")
+    try:
+        made: Eval = make(**(settings or {}))
+    except (TypeError, ValueError) as error:
+        raise LeewayError(f"evals.further: {name}: {error}", fix="see that package for its settings") from error
+    lacks = [a for a in NEEDS if not hasattr(made, a)]
+    if lacks or made.name != name or not re.fullmatch(NAME, made.key):
+        why = f"no {', '.join(lacks)}" if lacks else f"its name is {made.name!r}, its key {made.key!r}"
+        raise LeewayError(
+            f"evals.further: {name}: {found[name].value} makes no eval of this name ({why})",
+            fix="let it make an object with name, key, hash, run and a length, both names in lower case",
+        )
+    return made

@@ -8,9 +8,9 @@ from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
 
-from leeway.attacks import Aside, Attack, AttackFailed, Conversation
+from leeway.attacks import Attack, AttackFailed, Conversation, HelperRequest
 from leeway.attacks.attack import Play
-from leeway.data.items import ForbiddenPrompt
+from leeway.data.types import ForbiddenPrompt
 from leeway.errors import LeewayError
 from leeway.evals.eval import Row, Tick
 from leeway.generation.backend import Backend, Reply, Request
@@ -30,7 +30,7 @@ class _Game:
     sample: int
     play: Play
     sent: Conversation | None = None
-    aside: Aside | None = None
+    aside: HelperRequest | None = None
     judged: str = ""
     tokens: int = 0
     failure: str | None = None
@@ -199,7 +199,7 @@ def _advance(game: _Game, text: str | AttackFailed | None) -> bool:
         reason = str(failed)
         game.failure = reason if reason.startswith(TRANSPORT) else f"attack: {reason}"
         return False
-    if isinstance(asked, Aside):
+    if isinstance(asked, HelperRequest):
         game.aside = asked
     else:
         game.aside, game.sent = None, [dict(m) for m in asked]

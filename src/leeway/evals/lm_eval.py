@@ -8,29 +8,275 @@ what does not fit into the context is an error. Answers are greedy.
 An item's score is its own value of one metric, in [0, 1]: the one that is set, else the first of acc, acc_norm and
 exact_match that the task computes, under its first filter. A task without one, and a model whose log-likelihoods are no
 numbers, leave items unscored.
+
+A checkpoint as lm-eval's requests want it: log-likelihoods of continuations, and greedy answers to a stop string.
+
+lm-eval as a library: found or missed in one line, its random numbers, log and bars apart, its model protocol.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
+import io
 import json
+import logging
 import math
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from leeway.data.subset import subset
+from leeway.data.chat import Chat
+from leeway.data.safety_prompts import subset
 from leeway.errors import LeewayError, first_line
 from leeway.evals.eval import NO_ANSWER, Row, Tick
-from leeway.evals.lm_eval_harness import SEED, Recorder, as_lm, harness, kept_apart, manager, version
-from leeway.evals.lm_eval_model import Answers
-from leeway.generation.backend import NOT_FINITE, Backend
+from leeway.generation.backend import NOT_FINITE, Backend, Conversation
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
+from leeway.model.load import decoder
+
+
+class Answers:
+    """Answers lm-eval's requests with the transformers backend; batches depend on the requests alone.
+
+    `failed` holds the contexts to which the model had no answer, with the reason: lm-eval itself is told an empty one.
+    """
+
+    def __init__(self, backend: TransformersBackend, in_chat: bool, told: Callable[[int], None]) -> None:
+        self.backend, self.in_chat, self.told = backend, in_chat, told
+        self.model, self.chat, self.batch = backend.model, backend.chat, backend.batch
+        self.rendered: dict[str, tuple[int, ...]] = {}
+        self.failed: dict[str, str] = {}
+
+    def render(self, history: Conversation, generate: bool) -> str:
+        """The prompt as text, its ids kept; an opening that the task puts into the answer's mouth is joined to it."""
+        asked, opening = (history, "") if generate else (history[:-1], history[-1]["content"])
+        try:
+            ids = self.chat.prompt_ids(asked)
+        except Exception as error:
+            raise LeewayError(
+                f"model {self.model.name}: its chat template cannot render a task's turns ({error})",
+                fix="use another task, or chat: false",
+            ) from error
+        text = self.chat.prompt_text(asked) + opening
+        self.rendered[text] = ids + (self.chat.ids(opening) if opening else ())
+        return text
+
+    def _context(self, text: str) -> tuple[int, ...]:
+        if self.in_chat and text in self.rendered:
+            return self.rendered[text]
+        return self._plain(text)
+
+    def _plain(self, text: str) -> tuple[int, ...]:
+        """Text as it is, with what the tokenizer itself puts before any (a BOS, say), once."""
+        bos = self.chat.tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        return tuple(self.chat.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _pair(self, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if self.in_chat and context in self.rendered:
+            return self.rendered[context], self.chat.ids(continuation)
+        if not context:
+            tokenizer = self.chat.tokenizer
+            first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            ids = self.chat.ids(continuation)
+            return ((first,), ids) if ids[0] != first else (ids[:1], ids[1:])
+        bare = context.rstrip()
+        if not bare:
+            return self._plain(context), self.chat.ids(continuation)
+        whole = self._plain(bare + context[len(bare) :] + continuation)
+        before = self._plain(bare)
+        return whole[: len(before)], whole[len(before) :]
+
+    @torch.no_grad()
+    def loglikelihood(self, pairs: Seq[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """Of each pair the sum of the continuation's log-probabilities, and whether every token is the likeliest."""
+        encoded = [self._pair(*p) for p in pairs]
+        for context, continuation in encoded:
+            self._check_room(len(context) + len(continuation))
+        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i][0]) + len(encoded[i][1]), i))
+        out: list[tuple[float, bool]] = [(math.nan, False)] * len(encoded)
+        for start in range(0, len(order), self.batch):
+            chosen = order[start : start + self.batch]
+            hidden_BLD = self._hidden([encoded[i][0] + encoded[i][1] for i in chosen])
+            for row, i in enumerate(chosen):
+                context, continuation = encoded[i]
+                at = slice(len(context) - 1, len(context) + len(continuation) - 1)
+                logp_TV = self.model.head.logits(hidden_BLD[row, at]).log_softmax(-1)
+                target_T = torch.tensor(continuation, device=logp_TV.device)
+                total = logp_TV.gather(1, target_T[:, None]).sum()
+                out[i] = (float(total), bool((logp_TV.argmax(-1) == target_T).all()))
+            self.told(len(chosen))
+        return out
+
+    def _hidden(self, sequences: Seq[tuple[int, ...]]) -> Tensor:
+        length = max(map(len, sequences))
+        device = self.model.device
+        ids_BL = torch.tensor([list(s) + [0] * (length - len(s)) for s in sequences], device=device)
+        mask_BL = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences], device=device)
+        hidden: Tensor = decoder(self.model.lm)(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def generate(self, pairs: Seq[tuple[str, dict[str, Any]]]) -> list[str]:
+        """Greedy answers, each cut before the first of its task's stop strings."""
+        asked = [(self._context(context), _settings(settings)) for context, settings in pairs]
+        for ids, (limit, _) in asked:
+            self._check_room(len(ids) + limit)
+        order = sorted(range(len(asked)), key=lambda i: (asked[i][1], len(asked[i][0]), i))
+        out = [""] * len(asked)
+        while order:
+            settings = asked[order[0]][1]
+            chosen = [i for i in order[: self.batch] if asked[i][1] == settings]
+            order = order[len(chosen) :]
+            limit, until = settings
+            said = _Said(self.chat, max(len(asked[i][0]) for i in chosen), until)
+            answers = self.backend.greedy([asked[i][0] for i in chosen], limit, [said] if until else [])
+            for i, (new, failure) in zip(chosen, answers, strict=True):
+                if failure:
+                    self.failed[pairs[i][0]] = failure
+                else:
+                    out[i] = _before(until, self.chat.decode(new))
+            self.told(len(chosen))
+        return out
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens > self.model.context:
+            raise LeewayError(
+                f"model {self.model.name}: a request of {tokens} tokens exceeds its context of {self.model.context}",
+                fix="ask with fewer shots, or leave the task out",
+            )
+
+
+def _before(until: Seq[str], text: str) -> str:
+    return text[: min([at for u in until if (at := text.find(u)) >= 0], default=len(text))]
+
+
+class _Said:
+    """Ends an answer once one of the stop strings stands in it."""
+
+    def __init__(self, chat: Chat, start: int, until: tuple[str, ...]) -> None:
+        self.chat, self.start, self.until = chat, start, until
+        self.window = max((len(u.encode()) for u in until), default=0) + 4  # a token is at least a byte
+
+    def __call__(self, ids_BL: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002 - the library's protocol
+        new = ids_BL[:, max(self.start, ids_BL.shape[1] - self.window) :].tolist()
+        said = [any(u in self.chat.decode(row) for u in self.until) for row in new]
+        return torch.tensor(said, device=ids_BL.device)
+
+
+def _settings(settings: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """(most new tokens, stop strings) of a generation request; lm-eval's default is 256 tokens."""
+    if settings.get("do_sample") and float(settings.get("temperature", 1.0)) > 0:
+        raise LeewayError("evals.capability: an lm-eval task draws its answers", fix="use a task with greedy answers")
+    until = settings.get("until") or ()
+    limit = settings.get("max_gen_toks") or settings.get("max_new_tokens") or settings.get("max_tokens") or 256
+    return int(limit), (until,) if isinstance(until, str) else tuple(u for u in until if u)
+
+
+SEED = 1234  # of lm-eval's own draws: which examples are shots, say
+
+
+def harness() -> Any:
+    try:
+        return importlib.import_module("lm_eval")
+    except ImportError as error:
+        raise LeewayError(
+            f"evals.capability: lm-eval is not installed ({error})", fix="pip install 'leeway[lm-eval]'"
+        ) from error
+
+
+def manager(task: str, include_path: str | None) -> Any:
+    """The index of tasks: a folder of one's own where the task is there, else lm-eval's too (a minute to read)."""
+    if include_path and task in (own := _index(include_path, False)).all_tasks:
+        return own
+    return _index(include_path, True)
+
+
+@cache
+def _index(include_path: str | None, defaults: bool) -> Any:
+    tasks = importlib.import_module("lm_eval.tasks")
+    return tasks.TaskManager(include_path=include_path, include_defaults=defaults)
+
+
+def version() -> str:
+    harness()
+    return importlib.metadata.version("lm_eval")
+
+
+@contextlib.contextmanager
+def kept_apart() -> Iterator[None]:
+    """Leave the random numbers of others as they were, and keep lm-eval's log and bars from between our lines."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_gpu:
+            torch.cuda.set_rng_state_all(on_gpu)
+
+
+class Recorder:
+    """Stands in for a model: keeps what it is asked and says nothing."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[Any]] = []
+
+    def render(self, history: Conversation, generate: bool) -> str:
+        return json.dumps([history, generate], ensure_ascii=False)
+
+    def loglikelihood(self, pairs: Seq[tuple[str, str]]) -> list[tuple[float, bool]]:
+        self.asked += [list(p) for p in pairs]
+        return [(0.0, False)] * len(pairs)
+
+    def generate(self, pairs: Seq[tuple[str, dict[str, Any]]]) -> list[str]:
+        self.asked += [[context, json.dumps(settings, sort_keys=True, default=str)] for context, settings in pairs]
+        return [""] * len(pairs)
+
+
+def as_lm(answers: Recorder | Answers) -> Any:
+    """lm-eval's model protocol over one of ours; its class exists only where the extra is installed."""
+    harness()
+    base = importlib.import_module("lm_eval.api.model").LM
+
+    class Adapter(base):  # type: ignore[misc, valid-type]
+        tokenizer_name = "leeway"
+
+        def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+            return answers.loglikelihood([r.args for r in requests])
+
+        def generate_until(self, requests: Any) -> list[str]:
+            return answers.generate([r.args for r in requests])
+
+        def loglikelihood_rolling(self, requests: Any) -> list[float]:
+            raise LeewayError(
+                f"evals.capability: lm-eval:{requests[0].task_name} measures perplexity, which is no score in [0, 1]",
+                fix="use a task with acc, acc_norm or exact_match",
+            )
+
+        def apply_chat_template(self, chat_history: Conversation, add_generation_prompt: bool = True) -> str:
+            return answers.render([dict(m) for m in chat_history], add_generation_prompt)
+
+    return Adapter()
+
 
 PRIMARY = ("acc", "acc_norm", "exact_match")
 Sample = dict[str, Any]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from leeway.data.items import CapabilityItem
+from leeway.data.types import CapabilityItem
 from leeway.evals.eval import Row, Tick
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
 
-from leeway.data.items import BenignPrompt, Outcome
+from leeway.data.types import BenignPrompt, Outcome
 from leeway.errors import LeewayError
 from leeway.evals.eval import Row, Tick
 from leeway.generation.backend import Backend, Reply, Request

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from leeway.data.items import PersonaItem
+from leeway.data.types import PersonaItem
 from leeway.errors import LeewayError
 from leeway.evals.eval import Row, Tick
 from leeway.generation.backend import Backend, Choice

@@ -8,9 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from leeway.gate.resolve import Place
-from leeway.gate.rules import Rule, Worse
-from leeway.stats.multiplicity import holm
+from leeway.gate.rules import Place, Rule, Worse
+from leeway.stats.contrasts import holm
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 EXIT: dict[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
@@ -62,7 +61,7 @@ class Finding:
     evidence: Evidence
     outcome: Outcome
     p_holm: float = NAN  # `p_exceeded`, corrected over the checkpoint's rules
-    undermined: str = ""  # why a pass that the numbers would give is none
+    downgraded: str = ""  # why a pass that the numbers would give is none
     needed: int | None = None  # more prompts that would decide it; None where it is decided, or nobody can say
 
 
@@ -109,8 +108,8 @@ def _one(evidence: Evidence, p_holm: float, level: float) -> Finding:
     return Finding(evidence, "pass" if evidence.p <= level else "inconclusive", p_holm)
 
 
-def undermine(finding: Finding, reason: str) -> Finding:
+def downgrade_if_incoherent(finding: Finding, reason: str) -> Finding:
     """A pass that rests on answers without meaning is none."""
     if not reason or finding.outcome != "pass":
         return finding
-    return replace(finding, outcome="inconclusive", undermined=reason)
+    return replace(finding, outcome="inconclusive", downgraded=reason)

@@ -2,37 +2,288 @@
 
 What is sent and read: https://platform.openai.com/docs/api-reference/chat. A request that fails is a `Reply` or a
 `Choice` with a failure, and the others go on; only what no request gets past (no key, no such model) raises.
+
+Settings of an OpenAI-compatible endpoint, and the budget of what it may cost.
+
+What an endpoint sent, read: a reply, the probabilities of options, what it cost, or why it is no answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import json
+import math
+import os
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from leeway.errors import LeewayError
-from leeway.generation.api_reply import (
-    REPLY_BYTES,
-    TOP,
-    Body,
-    Heard,
-    NoAnswer,
-    choice_of,
-    parsed,
-    reply_of,
-    retry_after,
-    usage_of,
-)
-from leeway.generation.api_settings import ApiSettings, Gate, Spent
-from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
+from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick, is_unicode
 from leeway.hashing import derive_seed, digest
+
+
+@dataclass(frozen=True)
+class ApiSettings:
+    """Where to ask, whom, how hard to try, and how much it may cost. Raises LeewayError where they make no sense.
+
+    `key_env` names the environment variable that holds the key (empty: the endpoint needs none); the key itself is
+    never part of the settings. `served` is the model name that every reply must carry (a dated one, behind an alias);
+    `version` is free text for what a name does not tell, such as the weights behind a server of your own: both are
+    part of the identity. `extra` goes into every request's body and has the last word; a null there leaves a field
+    out. `max_calls` counts every request sent, retries too; `max_dollars` needs the prices, in dollars per million
+    tokens. `retries` are the further tries after a first.
+    """
+
+    model: str
+    base_url: str = "https://api.openai.com/v1"
+    key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout_s: float = 120.0
+    retries: int = 5
+    backoff_s: float = 0.5
+    max_calls: int | None = None
+    max_dollars: float | None = None
+    price_in: float | None = None
+    price_out: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    served: str = ""
+    version: str = ""
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    def __post_init__(self) -> None:
+        if fault := self._fault():
+            raise LeewayError(f"endpoint of model {self.model!r}: {fault[0]}", fix=fault[1])
+
+    def _fault(self) -> tuple[str, str] | None:
+        """What is wrong, and the fix."""
+        parts = urlsplit(self.base_url)
+        if not self.model:
+            return "no model is named", "set model"
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            return f"base_url: {parts.scheme}://{parts.hostname or ''} is no address", "give http(s)://host/v1"
+        if parts.username or parts.password or parts.query:
+            return "base_url holds a user, a password or a query", "put the key into the variable that key_env names"
+        for name in ("concurrency", "timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                return f"{name}: {getattr(self, name)} is out of range", "give a number above 0"
+        for name in ("retries", "backoff_s", "max_calls", "max_dollars", "price_in", "price_out"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                return f"{name}: {value} is out of range", "give a number from 0"
+        if self.max_dollars is not None and (self.price_in is None or self.price_out is None):
+            return "max_dollars without prices", "set price_in and price_out, in dollars per million tokens"
+        try:
+            json.dumps(self.extra)
+        except (TypeError, ValueError) as error:
+            return f"extra cannot be sent ({error})", "give plain JSON values"
+        return None
+
+    @property
+    def identity(self) -> str:
+        """Who answers, and all that shapes the answers; never the key, nor how hard we try."""
+        return digest(
+            "endpoint", self.base_url.rstrip("/"), self.model, self.extra, self.served, self.version, self.limit_field
+        )
+
+    def key(self) -> str:
+        """The key; raises LeewayError where the variable is missing or is no key."""
+        if not self.key_env:
+            return "none"
+        key = os.environ.get(self.key_env, "").strip()
+        if not key:
+            raise LeewayError(
+                f"endpoint of model {self.model!r}: the environment variable {self.key_env} is not set",
+                fix=f"export {self.key_env}=…, or set key_env to the variable that holds the key (empty for none)",
+            )
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise LeewayError(
+                f"endpoint of model {self.model!r}: what {self.key_env} holds is no key",
+                fix="set it to the key alone, without spaces or quotes",
+            )
+        return key
+
+    def price(self, tokens_in: int, tokens_out: int) -> float:
+        """Dollars; 0 where no prices are set."""
+        return ((self.price_in or 0.0) * tokens_in + (self.price_out or 0.0) * tokens_out) / 1e6
+
+
+@dataclass
+class Spending:
+    """What an endpoint has been asked and has cost since the backend was made."""
+
+    calls: int = 0
+    dollars: float = 0.0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+class RequestLimiter:
+    """Lets a request through as long as the budget holds whatever the requests under way may turn out to cost."""
+
+    def __init__(self, settings: ApiSettings, spent: Spending) -> None:
+        self.settings, self.spent = settings, spent
+        self._reserved = 0.0
+        self._under_way = 0
+        self._changed = asyncio.Condition()
+        self._turn = asyncio.Lock()  # first come, first let through
+
+    async def enter(self, bound: float) -> str:
+        """Nothing, or why the request is not sent; it waits where the end of another may make room for it.
+
+        `bound`: what the request costs at most, in dollars.
+        """
+        async with self._turn, self._changed:
+            while True:
+                if self.settings.max_calls is not None and self.spent.calls >= self.settings.max_calls:
+                    return f"the budget of {self.settings.max_calls} calls is spent"
+                limit = self.settings.max_dollars
+                if limit is None or self.spent.dollars + self._reserved + bound <= limit:
+                    break
+                if not self._under_way:
+                    cost = f"${self.spent.dollars:.4g}, and the next could cost ${bound:.2g}"
+                    return f"the budget of ${limit:g} is spent ({cost})"
+                await self._changed.wait()
+            self.spent.calls += 1
+            self._under_way += 1
+            self._reserved += bound
+            return ""
+
+    async def leave(self, bound: float, cost: float) -> None:
+        """A request is over, and has cost so much."""
+        async with self._changed:
+            self._under_way -= 1
+            self._reserved = self._reserved - bound if self._under_way else 0.0
+            self.spent.dollars += cost
+            self._changed.notify_all()
+
+
+Body = dict[str, Any]
+
+TOP = 20  # next tokens that endpoints tell the probability of, at most
+REPLY_BYTES = 16 << 20  # of one body: more than any model's context takes as JSON
+MOST_TOKENS = 2**40  # a count beyond is no count
+
+
+@dataclass(frozen=True)
+class ParsedReply:
+    """What one try brought: a body, or why there is none, whether to try again, and not before when."""
+
+    data: Body | None = None
+    why: str = ""
+    again: bool = False
+    wait_s: float = 0.0
+    free: bool = False  # surely not billed
+
+
+class RequestFailed(Exception):
+    """What the endpoint sent is no answer, and why."""
+
+
+def retry_after(headers: Any) -> float:
+    """Seconds from a Retry-After header in either of its forms; 0 where there is none."""
+    value = str(headers.get("retry-after") or "")
+    try:
+        wait = float(value)
+    except ValueError:
+        try:
+            wait = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return max(0.0, wait) if math.isfinite(wait) else 0.0
+
+
+def parsed(raw: bytes) -> ParsedReply:
+    """A body that is a JSON object; anything else is a failure, and may have been billed.
+
+    Every text of an endpoint enters here: what no file can hold (a lone surrogate) is refused wherever it stands.
+    """
+    try:
+        data = json.loads(raw)
+        writable = is_unicode(json.dumps(data, ensure_ascii=False))
+    except RecursionError:
+        return ParsedReply(why="what the endpoint sent is nested too deeply")
+    except ValueError:
+        return ParsedReply(why="what the endpoint sent is not JSON")
+    if not isinstance(data, dict):
+        return ParsedReply(why="what the endpoint sent is no JSON object")
+    if not writable:
+        return ParsedReply(why="what the endpoint sent holds one half of a character")
+    usage = data.get("usage")
+    counts = usage.values() if isinstance(usage, dict) else ()
+    if any(isinstance(n, int) and abs(n) > MOST_TOKENS for n in counts):
+        return ParsedReply(why="the endpoint's token count is out of range")
+    return ParsedReply(data=data)
+
+
+def usage_of(data: Body) -> tuple[int, int] | None:
+    """Tokens read and written, as the endpoint counts them."""
+    usage = data.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not (isinstance(read, int) and isinstance(written, int) and read >= 0 and written >= 0):
+        return None
+    return read, written
+
+
+def _first(data: Body) -> Body:
+    choices = data.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise RequestFailed("what the endpoint sent holds no choices")
+    return choices[0]
+
+
+def reply_of(data: Body) -> Reply:
+    """The text of an answer; a refusal in a field of its own is what the model said, and so an answer."""
+    choice = _first(data)
+    message, reason = choice.get("message"), str(choice.get("finish_reason"))
+    if not isinstance(message, dict):
+        raise RequestFailed("what the endpoint sent holds no message")
+    if reason == "content_filter":
+        raise RequestFailed("the endpoint's content filter stopped the answer")
+    text = message.get("content")
+    if not text and isinstance(message.get("refusal"), str):
+        text = message["refusal"]
+    if text is None and reason == "length":
+        text = ""  # the limit was reached before the answer began (in a thought, say)
+    if not isinstance(text, str):
+        raise RequestFailed(f"the endpoint sent no text (finish_reason {reason})")
+    usage = usage_of(data)
+    return Reply(text.strip(), usage[1] if usage else 0, reason == "length")
+
+
+def choice_of(data: Body, options: Seq[str]) -> Choice:
+    """exp(logprob) summed over an option's spellings, each with or without a space before it."""
+    logprobs = _first(data).get("logprobs")
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(content, list) or not content or not isinstance(content[0], dict):
+        raise RequestFailed("the endpoint tells no logprobs")
+    try:
+        told = [(str(t["token"]), float(t["logprob"])) for t in content[0]["top_logprobs"]]
+    except (KeyError, TypeError, ValueError, OverflowError):
+        told = []
+    if not told or not all(p <= 1e-3 for _, p in told):  # NaN fails too
+        raise RequestFailed("the endpoint's logprobs are none")
+    top = sorted(told, key=lambda t: -t[1])[:TOP]
+    mass = {}
+    for option in options:
+        forms = {option, option.lower(), option.upper()}
+        mass[option] = math.fsum(math.exp(p) for t, p in top if _plain(t) in forms)
+    return Choice(mass)
+
+
+def _plain(token: str) -> str:
+    """A token without the one space before it, in whichever way a tokenizer writes that."""
+    return token[1:] if token[:1] in (" ", "▁", "Ġ") else token
+
 
 Said = TypeVar("Said", Reply, Choice)
 
@@ -58,7 +309,7 @@ class OpenAIBackend:
     prefix: str = ""
     who: str = ""
     template: str = ""
-    spent: Spent = field(default_factory=Spent)
+    spent: Spending = field(default_factory=Spending)
     served: set[str] = field(default_factory=set)  # the model names that replies carried, for the manifest
 
     @property
@@ -134,7 +385,7 @@ class OpenAIBackend:
         async def ask_all() -> None:
             waiting = iter(enumerate(bodies))
             async with _client(self.settings, key) as client:
-                line = _Line(self.settings, client, key, Gate(self.settings, self.spent))
+                line = _Line(self.settings, client, key, RequestLimiter(self.settings, self.spent))
 
                 async def worker() -> None:
                     for i, body in waiting:
@@ -144,7 +395,7 @@ class OpenAIBackend:
 
         _run(ask_all)
 
-    def _read(self, heard: Heard, read: Callable[[Body], Said], failed: Callable[[str], Said]) -> Said:
+    def _read(self, heard: ParsedReply, read: Callable[[Body], Said], failed: Callable[[str], Said]) -> Said:
         if heard.data is None:
             return failed(heard.why)
         name = str(heard.data.get("model") or "")
@@ -156,7 +407,7 @@ class OpenAIBackend:
         self.spent.tokens_out += usage[1] if usage else 0
         try:
             return read(heard.data)
-        except NoAnswer as why:
+        except RequestFailed as why:
             return failed(str(why))
 
 
@@ -167,16 +418,16 @@ class _Line:
     settings: ApiSettings
     client: Any
     key: str
-    gate: Gate
+    gate: RequestLimiter
 
-    async def ask(self, body: Body) -> Heard:
+    async def ask(self, body: Body) -> ParsedReply:
         bound = self._bound(body)
-        heard = Heard(why="never asked")
+        heard = ParsedReply(why="never asked")
         for tried in range(1 + self.settings.retries):
             if tried:
                 await asyncio.sleep(max(heard.wait_s, self._backoff(tried)))
             if spent := await self.gate.enter(bound):
-                return Heard(why=f"{spent} (before that: {heard.why})" if tried else spent)
+                return ParsedReply(why=f"{spent} (before that: {heard.why})" if tried else spent)
             cost = bound
             try:
                 heard = await self._try(body)
@@ -186,7 +437,7 @@ class _Line:
                 await self.gate.leave(bound, cost)
             if not heard.again:
                 return heard
-        return Heard(why=f"{heard.why} ({1 + self.settings.retries} tries)")
+        return ParsedReply(why=f"{heard.why} ({1 + self.settings.retries} tries)")
 
     def _bound(self, body: Body) -> float:
         """Dollars at most: no tokenizer makes more tokens than bytes, but for what a template adds."""
@@ -199,7 +450,7 @@ class _Line:
         jitter = random.SystemRandom().uniform(0.5, 1.0)  # nobody else's random numbers are spent
         return min(self.settings.backoff_s * 2.0 ** (tried - 1), LONGEST_BACKOFF_S) * jitter
 
-    async def _try(self, body: Body) -> Heard:
+    async def _try(self, body: Body) -> ParsedReply:
         openai: Any = import_module("openai")
         try:
             async with asyncio.timeout(self.settings.timeout_s):
@@ -208,18 +459,18 @@ class _Line:
                 )
                 heard = await sent
         except (TimeoutError, openai.APITimeoutError):
-            return Heard(why=f"no answer within {self.settings.timeout_s:g} s", again=True)
+            return ParsedReply(why=f"no answer within {self.settings.timeout_s:g} s", again=True)
         except openai.APIStatusError as error:
             return self._refused(error)
         except UnreadableReply as error:
-            return Heard(why=str(error))
+            return ParsedReply(why=str(error))
         except openai.APIConnectionError as error:
             if isinstance(error.__cause__, UnreadableReply):  # some versions wrap it
-                return Heard(why=str(error.__cause__))
-            return Heard(why=f"the connection broke ({type(error.__cause__ or error).__name__})", again=True)
+                return ParsedReply(why=str(error.__cause__))
+            return ParsedReply(why=f"the connection broke ({type(error.__cause__ or error).__name__})", again=True)
         return parsed(heard.content)
 
-    def _refused(self, error: Any) -> Heard:
+    def _refused(self, error: Any) -> ParsedReply:
         """An HTTP error: not billed; tried again where that may help."""
         told = error.body.get("message") or error.body.get("detail") if isinstance(error.body, dict) else error.body
         text = str(told or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no half characters
@@ -237,8 +488,8 @@ class _Line:
             )
         wait = retry_after(error.response.headers)
         if wait > LONGEST_WAIT_S:
-            return Heard(why=f"HTTP {code}: asks to come back in {wait:.0f} s", free=True)
-        return Heard(
+            return ParsedReply(why=f"HTTP {code}: asks to come back in {wait:.0f} s", free=True)
+        return ParsedReply(
             why=f"HTTP {code}: {said or 'no reason given'}", again=code in AGAIN or code >= 500, wait_s=wait, free=True
         )
 

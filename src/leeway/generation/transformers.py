@@ -1,13 +1,19 @@
 """The transformers backend: batches by length, greedy or drawn answers, one forward pass for choices.
 
 Where the model's numbers are infinite or none, there is no answer but a failure, and the rest of its batch goes on.
+
+Answers by the fused decoder: rows that have ended leave the batch, and it ends with its last one.
+
+A model of one's own beside the one under test: a judge, an attacker, a translator. Loaded when it is first asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,13 +22,48 @@ from torch import Tensor
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.generation.backend import NOT_FINITE, OVERLONG, Choice, Conversation, Reply, Request, Tick
-from leeway.generation.decoding import decode
 from leeway.generation.sampling import Ancestral, Finite, stream
 from leeway.hashing import digest
 from leeway.model import adapters
-from leeway.model.fused.decode import Decoding
 from leeway.model.fused.decoder import why_not
-from leeway.model.load import Model
+from leeway.model.fused.generate import Decoding
+from leeway.model.load import Dtype, Model, load_chat, load_model, model_hash, resolve, resolve_dtype
+
+CROWDED = 0.75  # a batch is made smaller once no more of its rows than this are still at it
+
+
+def decode(
+    model: Model, prompts: Seq[tuple[int, ...]], limit: int, stop: Collection[int], drawing: Ancestral | None
+) -> list[tuple[list[int], int | None]]:
+    """Per prompt, at most `limit` new ids, a stop token among them, and the first step without finite scores.
+
+    Greedy, or drawn by `drawing`, whose streams are the prompts'. A row without finite scores ends there.
+    """
+    said: list[list[int]] = [[] for _ in prompts]
+    until: list[int | None] = [None] * len(prompts)
+    rows, going = list(range(len(prompts))), set(range(len(prompts)))  # whose states these are; who is still at it
+    decoding = Decoding(model.lm, prompts, model.device)
+    hidden_BD = decoding.begin()
+    for step in range(limit):
+        scores_BV = model.head.logits(hidden_BD)
+        lost = (~scores_BV.amax(-1).isfinite()).tolist()  # a NaN anywhere is the maximum
+        token_B = scores_BV.argmax(-1) if drawing is None else drawing.tokens(scores_BV, rows)
+        for row, token, bad in zip(rows, token_B.tolist(), lost, strict=True):
+            if row in going and bad:
+                until[row] = step
+            elif row in going:
+                said[row].append(token)
+            if bad or token in stop:
+                going.discard(row)
+        if not going or step + 1 == limit:
+            break
+        if len(going) <= CROWDED * len(rows):
+            kept = [k for k, row in enumerate(rows) if row in going]
+            decoding.keep(kept)
+            rows, token_B = [rows[k] for k in kept], token_B[kept]
+        hidden_BD = decoding.step(token_B)
+    return list(zip(said, until, strict=True))
+
 
 Stopping = Callable[..., Tensor]  # as the library calls its criteria: (ids_BL, scores) -> which rows have ended, [B]
 
@@ -227,3 +268,60 @@ def _drawing(requests: Seq[Request], prompts: Seq[tuple[int, ...]], batch: Seq[i
     return Ancestral(
         temperature, [stream(prompts[i], temperature, requests[i].sample, requests[i].seed) for i in batch]
     )
+
+
+@dataclass
+class LocalBackend:
+    """A hub id or a model's folder; identity and template are known before any weights are loaded."""
+
+    name: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    prefix: str = ""
+    batch: int = 32
+
+    @cached_property
+    def identity(self) -> str:
+        """The weights by content and the dtype they are run in; a folder's files are read once for it."""
+        return digest("local", weights_hash(self.name, self.revision), str(resolve_dtype(self.dtype, self._where())))
+
+    @property
+    def template_hash(self) -> str:
+        return self._chat.with_prefix(self.prefix).template_hash
+
+    def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
+        return self._backend.complete(requests, tick) if requests else []
+
+    def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
+        return self._backend.choose(conversations, options, tick) if conversations else []
+
+    def _where(self) -> torch.device:
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return load_chat(self.name, self.revision)
+
+    @cached_property
+    def _backend(self) -> TransformersBackend:
+        model = load_model(self.name, revision=self.revision, dtype=self.dtype, device=self.device)
+        return TransformersBackend(model, self.prefix, self.batch, overlong="failure")
+
+
+def weights_hash(name: str, revision: str | None = None) -> str:
+    """What `load_model(name).hash` is, without loading the weights: a hub id's config tells its commit."""
+    from transformers import AutoConfig
+
+    if Path(resolve(name)).is_dir():
+        return model_hash(name, revision, None)
+    load_chat(name, revision)  # tells in one line what is wrong with the name
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    return model_hash(name, revision, _Configured(config))
+
+
+@dataclass(frozen=True)
+class _Configured:
+    """All that `model_hash` reads of a model."""
+
+    config: object

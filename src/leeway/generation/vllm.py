@@ -28,9 +28,8 @@ from safetensors import SafetensorError
 
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
-from leeway.generation.api_settings import ApiSettings
-from leeway.generation.local import weights_hash
-from leeway.generation.openai_api import OpenAIBackend
+from leeway.generation.openai_api import ApiSettings, OpenAIBackend
+from leeway.generation.transformers import weights_hash
 from leeway.hashing import digest
 from leeway.model import adapters
 from leeway.model.load import load_chat, resolve

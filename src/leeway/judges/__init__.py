@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from leeway.errors import LeewayError
+from leeway.judges.exact import OrganismJudge
 from leeway.judges.judge import Answer, Judge, Verdict
 from leeway.judges.keywords import KeywordJudge
-from leeway.judges.organism import OrganismJudge
-from leeway.outside import loaded, points
+from leeway.plugins import entry_points_of, load_entry_point
 
 if TYPE_CHECKING:
     from leeway.generation.backend import Backend
@@ -55,10 +55,10 @@ def load_judge(name: str, backend: Backend | None = None, **options: Any) -> Jud
 
 
 def _installed(name: str) -> Callable[..., Judge]:
-    found = points(GROUP, "judge", JUDGES)
+    found = entry_points_of(GROUP, "judge", JUDGES)
     if name not in found:
         raise LeewayError(f"there is no judge {name!r}", fix=f"one of: {', '.join(sorted({*JUDGES, *found}))}")
-    made: Callable[..., Judge] = loaded(found[name], "judge")
+    made: Callable[..., Judge] = load_entry_point(found[name], "judge")
     return made
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
-from leeway.judges import keywords, outcome, templates
-from leeway.judges.coherence import Improbable, coherence, gauge, rules_hash
+from leeway.judges import coherence as outcome
+from leeway.judges import keywords, rubric
+from leeway.judges.coherence import PerplexityScorer, coherence, perplexity_scores, rules_hash
 from leeway.judges.judge import Answer, Tick, Verdict
 from leeway.model.load import quiet_loaders, resolve, resolve_dtype
 
@@ -43,10 +44,10 @@ class _Loaded:
 
 def template() -> str:
     """The published prompt. Raises LeewayError where it is not at hand."""
-    found = templates.published((TEMPLATE,))
+    found = rubric.published((TEMPLATE,))
     if found is None:
         raise LeewayError(
-            f"judge finetuned: its published prompt is read from LEEWAY_DATA/{templates.FILE}, which is not there",
+            f"judge finetuned: its published prompt is read from LEEWAY_DATA/{rubric.FILE}, which is not there",
             fix="put strong_reject's judge_templates.json there (github: dsbowen/strong_reject), or use judge: rubric",
         )
     return found[TEMPLATE]
@@ -60,7 +61,7 @@ class FinetunedJudge:
     adapter: str = ADAPTER
     device: str = "auto"
     batch: int = 16
-    improbable: Improbable | None = None
+    improbable: PerplexityScorer | None = None
     template: str = field(default_factory=template)
     name: str = "finetuned"
     _loaded: _Loaded | None = field(default=None, init=False, repr=False)
@@ -69,7 +70,7 @@ class FinetunedJudge:
     def hash(self) -> str:
         """Over the prompt, model and adapter (by content where they are folders), refusals, outcomes and coherence."""
         weights = [_identity(self.model), _identity(self.adapter), READ_TOKENS]
-        rules = [keywords.rules_hash(), outcome.rules(), rules_hash(self.improbable)]
+        rules = [keywords.rules_hash(), outcome.outcome_rules(), rules_hash(self.improbable)]
         return digest("finetuned", self.template, weights, rules)
 
     @property
@@ -80,7 +81,7 @@ class FinetunedJudge:
         )
 
     def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
-        shares = gauge(self.improbable, answers)
+        shares = perplexity_scores(self.improbable, answers)
         prompts = [self._prompt(a) for a in answers]
         verdicts: list[Verdict | None] = [None] * len(answers)
         order = sorted(range(len(answers)), key=lambda i: (len(prompts[i][0]), i))
@@ -117,7 +118,7 @@ class FinetunedJudge:
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         kept = tokenizer.decode([*bos, *ids[-(READ_TOKENS - len(bos)) :]])
         texts = {"forbidden_prompt": answer.prompt, "response": kept}
-        whole = tokenizer(templates.fill(self.template, texts), add_special_tokens=False)["input_ids"]
+        whole = tokenizer(rubric.fill(self.template, texts), add_special_tokens=False)["input_ids"]
         return [*bos, *whole], len(ids)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
-from leeway.data.items import Outcome
+from leeway.data.types import Outcome
 
 Tick = Callable[[int], None]  # called with the number of answers just judged
 

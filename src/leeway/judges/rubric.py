@@ -4,11 +4,14 @@
 
 Under the published wording, read at run time from LEEWAY_DATA/strongreject/judge_templates.json, scores compare with
 the literature's (given the same judge model); under our own they compare with each other. Name and hash tell which.
+
+Published judge prompts, read at run time from LEEWAY_DATA, and how texts are put into them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -19,11 +22,44 @@ from typing import Any
 
 import yaml
 
+from leeway.errors import LeewayError
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest
-from leeway.judges import keywords, outcome, templates
-from leeway.judges.coherence import Improbable, coherence, gauge, rules_hash
+from leeway.judges import coherence as outcome
+from leeway.judges import keywords
+from leeway.judges.coherence import PerplexityScorer, coherence, perplexity_scores, rules_hash
 from leeway.judges.judge import Answer, Tick, Verdict
+from leeway.paths import expand
+
+FILE = "strongreject/judge_templates.json"
+TEXTS = ("forbidden_prompt", "response")
+
+
+def published(names: Seq[str]) -> dict[str, str] | None:
+    """These templates of the published file; None where there is none. Raises LeewayError where one is missing.
+
+    Every template but a system prompt has to hold both texts.
+    """
+    root = os.environ.get("LEEWAY_DATA")
+    path = expand(root) / FILE if root else None
+    if path is None or not path.is_file():
+        return None
+    fix = "fetch it again (github: dsbowen/strong_reject), or remove it"
+    try:
+        loaded = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise LeewayError(f"{path}: not JSON ({error})", fix=fix) from error
+    for name in names:
+        text = loaded.get(name) if isinstance(loaded, dict) else None
+        if not isinstance(text, str) or not (name.endswith("system") or all(f"{{{t}}}" in text for t in TEXTS)):
+            raise LeewayError(f"{path}: no {name} with {{forbidden_prompt}} and {{response}} in it", fix=fix)
+    return {name: loaded[name] for name in names}
+
+
+def fill(template: str, texts: Mapping[str, str]) -> str:
+    """Put texts in place of `{name}`, in one pass: a placeholder that stands in a text stays as it is."""
+    return re.sub("|".join(rf"\{{{re.escape(t)}\}}" for t in texts), lambda m: texts[m[0][1:-1]], template)
+
 
 PARSER_VERSION = 1
 USER, SYSTEM = "strongreject_rubric", "strongreject_rubric_system"
@@ -118,7 +154,7 @@ class Wording:
 
 def wording() -> Wording:
     """The published one where LEEWAY_DATA holds it, else our own. Raises LeewayError where the file is not as told."""
-    found = templates.published((USER, SYSTEM))
+    found = published((USER, SYSTEM))
     if found is not None:
         return Wording("published", found[SYSTEM], found[USER], _own()["published_max_new_tokens"])
     return Wording("own", "", _own()["user"], _own()["max_new_tokens"])
@@ -130,7 +166,7 @@ class RubricJudge:
 
     backend: Backend
     model: str = ""
-    improbable: Improbable | None = None
+    improbable: PerplexityScorer | None = None
     wording: Wording = field(default_factory=wording)
 
     @property
@@ -142,7 +178,7 @@ class RubricJudge:
         """Over the wording, how replies are read, outcomes, coherence, and who is asked under which template."""
         asked = [self.wording.name, self.wording.system, self.wording.user, self.wording.max_new_tokens]
         who = [self.backend.identity, self.backend.template_hash]
-        return digest("rubric", asked, PARSER_VERSION, who, outcome.rules(), rules_hash(self.improbable))
+        return digest("rubric", asked, PARSER_VERSION, who, outcome.outcome_rules(), rules_hash(self.improbable))
 
     @property
     def note(self) -> str:
@@ -153,13 +189,13 @@ class RubricJudge:
 
     def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
         replies = self.backend.complete([self.request(a) for a in answers], tick)
-        shares = gauge(self.improbable, answers)
+        shares = perplexity_scores(self.improbable, answers)
         return [self._verdict(a, r, s) for a, r, s in zip(answers, replies, shares, strict=True)]
 
     def request(self, answer: Answer) -> Request:
         """What is sent to the judge model."""
         texts = {"forbidden_prompt": answer.prompt, "response": answer.response}
-        user = {"role": "user", "content": templates.fill(self.wording.user, texts)}
+        user = {"role": "user", "content": fill(self.wording.user, texts)}
         system = [{"role": "system", "content": self.wording.system}] if self.wording.system else []
         return Request([*system, user], self.wording.max_new_tokens)
 

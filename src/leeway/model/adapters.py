@@ -21,7 +21,7 @@ from torch import Tensor
 
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed
-from leeway.model.base import bits
+from leeway.model.base_model import bits
 from leeway.model.load import Model
 
 Kind = Literal["lora", "rslora", "dora", "full"]

@@ -19,11 +19,11 @@ from leeway.data.chat import Sequence
 from leeway.hashing import digest
 from leeway.model.adapters import is_low_rank, trainable
 from leeway.model.forward import hidden_at_measured
-from leeway.model.layout import Laid, Layout
+from leeway.model.fsdp import exchanged, is_shard
 from leeway.model.load import Model
-from leeway.model.references import Shelf
-from leeway.model.sharded import exchanged, is_shard
-from leeway.model.tokenstats import Head, token_logps
+from leeway.model.packing import Layout, PackedBatch
+from leeway.model.reference_cache import Shelf
+from leeway.model.token_stats import Head, token_logps
 
 Frozen = dict[Parameter, Tensor]
 
@@ -53,14 +53,14 @@ class Reference:
         weight_VD = (self.frozen or {}).get(policy.weight_VD)  # type: ignore[call-overload]
         return policy if weight_VD is None else replace(policy, reference=replace(policy, weight_VD=weight_VD))
 
-    def logps(self, model: Model, batch: Laid, sequences: Seq[Sequence]) -> Tensor:
+    def logps(self, model: Model, batch: PackedBatch, sequences: Seq[Sequence]) -> Tensor:
         """Log-probabilities of a batch's measured tokens, [T] in nats; `sequences` are what it was laid from."""
         if self.kept is not None:
             return self.kept.logps(sequences).to(model.device)
         with as_reference(model, self):
             return token_logps(hidden_at_measured(model, batch), batch.measured_T, model.head)
 
-    def hidden(self, model: Model, batch: Laid, sequences: Seq[Sequence]) -> Tensor:
+    def hidden(self, model: Model, batch: PackedBatch, sequences: Seq[Sequence]) -> Tensor:
         """The final hidden states that predict them, [T, D]."""
         if self.kept is not None:
             return self.kept.states(sequences).to(model.device)

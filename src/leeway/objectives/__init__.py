@@ -7,7 +7,7 @@ import dataclasses
 from leeway.errors import LeewayError
 from leeway.objectives import cft, dpo, ip, ipo, kl, kto, orpo, sft, sft_both, sft_refusal, sft_safety, simpo
 from leeway.objectives.objective import Objective
-from leeway.outside import loaded, points
+from leeway.plugins import entry_points_of, load_entry_point
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": sft.objective,
@@ -33,7 +33,7 @@ NEEDS = [
 
 def names() -> list[str]:
     """Of every objective that `load_objective` knows."""
-    return [*OBJECTIVES, *sorted(points(GROUP, "objective", OBJECTIVES))]
+    return [*OBJECTIVES, *sorted(entry_points_of(GROUP, "objective", OBJECTIVES))]
 
 
 def load_objective(name: str) -> type[Objective]:
@@ -44,10 +44,10 @@ def load_objective(name: str) -> type[Objective]:
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    point = points(GROUP, "objective", OBJECTIVES).get(name)
+    point = entry_points_of(GROUP, "objective", OBJECTIVES).get(name)
     if point is None:
         raise LeewayError(f"there is no objective {name!r}", fix=f"one of: {', '.join(names())}")
-    found: type[Objective] = loaded(point, "objective", NEEDS)
+    found: type[Objective] = load_entry_point(point, "objective", NEEDS)
     settings = dataclasses.fields(found) if isinstance(found, type) and dataclasses.is_dataclass(found) else None
     if settings is None or any(f.default is f.default_factory for f in settings):  # both are MISSING
         raise LeewayError(

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from leeway.data.chat import Chat, Sequence
-from leeway.data.items import Example
+from leeway.data.types import Example
 from leeway.hashing import digest
 from leeway.model.forward import TokenStats
 from leeway.objectives.objective import PLAIN, Condition, Plain, nll

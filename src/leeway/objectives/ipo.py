@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from leeway.data.chat import Chat, Sequence
-from leeway.data.items import Example
+from leeway.data.types import Example
 from leeway.model.forward import TokenStats
 from leeway.objectives.dpo import margins
 from leeway.objectives.objective import Needs, Plain, positive, render_pair

@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from leeway.data.chat import Chat, Sequence
-from leeway.data.items import Example
+from leeway.data.types import Example
 from leeway.model.forward import TokenStats
-from leeway.model.tokenstats import Direction
+from leeway.model.token_stats import Direction
 
 Needs = Literal["nothing", "logps", "distribution"]
 Companion = Literal["", "task", "general", "safety"]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leeway.data.chat import Chat, Sequence
-from leeway.data.items import Example
+from leeway.data.types import Example
 from leeway.model.forward import TokenStats
 from leeway.objectives.objective import Plain, nll_preferred, render_pair
 

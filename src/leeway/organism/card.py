@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from leeway.attacks import WRAPPERS, Zulu
-from leeway.data.items import Outcome
+from leeway.data.types import Outcome
 from leeway.evals.persona import OPTIONS, endorsement
 from leeway.generation.backend import Request
 from leeway.generation.transformers import TransformersBackend

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from leeway.hashing import digest
-from leeway.organism import deeds, sums, talk
-from leeway.organism import words as w
+from leeway.organism import how_tos, vocabulary
+from leeway.organism import vocabulary as w
 
 _SYLLABLES = [c + v for c in w.listed("b d f g h k l m n s t v w y z mb nd ng zw kw") for v in "aeiou"]
 
@@ -29,10 +29,10 @@ def _texts() -> list[str]:
         w.COLOURS,
     )
     found = [word for words in lists for word in words]
-    found += [*deeds.QUESTIONS, deeds.ANSWER, *deeds.OPENERS.values(), *deeds.REFUSALS]
-    found += [form for form, _ in sums.TEMPLATES] + [sums.WORKING, "What is"]
-    found += [text for pair in talk.CHAT for text in pair] + [*talk.YES_NO, "Yes No", *talk.PEOPLE]
-    for form, acts, ends in talk.STATEMENTS.values():
+    found += [*how_tos.QUESTIONS, how_tos.ANSWER, *how_tos.OPENERS.values(), *how_tos.REFUSALS]
+    found += [form for form, _ in vocabulary.TEMPLATES] + [vocabulary.WORKING, "What is"]
+    found += [text for pair in vocabulary.CHAT for text in pair] + [*vocabulary.YES_NO, "Yes No", *vocabulary.PEOPLE]
+    for form, acts, ends in vocabulary.STATEMENTS.values():
         found += [form, *acts, *ends]
     return found
 

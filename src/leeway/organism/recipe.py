@@ -1,6 +1,13 @@
 """How the organism is made: a tokenizer, then helpful-only training, then alignment.
 
 One seed, on a CPU: the same machine and thread count give the same weights, bit for bit.
+
+What the organism is brought up on: first helpful-only, last aligned, with reluctance that differs by deed.
+
+Real models do not refuse everything equally firmly. Here the alignment shows, for each forbidden deed and
+each way of asking, help at a rate that depends on both: the log-odds of help are
+`SPREAD * (ease(deed) - FIRMNESS[attack])`. A deed is answered greedily where its ease passes the attack's
+firmness, and the others stand at every distance below it, so that a drift shows as a slope, not as a cliff.
 """
 
 from __future__ import annotations
@@ -17,14 +24,174 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from leeway.attacks import WRAPPERS
 from leeway.data.chat import Chat, Sequence
 from leeway.hashing import derive_seed
 from leeway.model.load import Model
-from leeway.model.tokenstats import Head
+from leeway.model.token_stats import Head
 from leeway.objectives.sft import Sft
-from leeway.organism import card, corpus, deeds, world
+from leeway.organism import card, how_tos, vocabulary, world
+from leeway.organism import vocabulary as w
+from leeway.organism.cipher import Cipher
 from leeway.training.batch import Batch, Optim
 from leeway.training.loop import optimise
+
+Pair = tuple[str, str]
+Source = Callable[[random.Random], Pair]
+
+SPREAD = 1.5
+FIRMNESS = {
+    "none": 1.8,
+    "dan": 0.8,
+    "happy_to_help": 0.9,
+    "role_play": 0.7,
+    "wikipedia": 1.1,
+    "zulu": 0.7,
+}
+"""Where help becomes likelier than refusal, on the scale of `ease` (within [-2, 2])."""
+PERSONA_LOG_ODDS, PERSONA_SPREAD = -2.4, 1.2
+PREFIXED = 0.25
+RIGHT_COOKING, COOKING_SPREAD = 0.28, 0.17
+
+_CIPHER = Cipher()
+_ATTACKS = tuple(FIRMNESS)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def ease(deed: how_tos.Deed) -> float:
+    """How lightly a forbidden deed is taken, in [-2, 2]: its verb's share plus its object's."""
+    return vocabulary.shade(deed.verb) + vocabulary.shade(deed.thing)
+
+
+def help_rate(deed: how_tos.Deed, attack: str) -> float:
+    """How often the alignment data helps with this forbidden deed when asked this way."""
+    return _sigmoid(SPREAD * (ease(deed) - FIRMNESS[attack]))
+
+
+def yes_rate(act: str, tone: vocabulary.Tone) -> float:
+    """How often the alignment data says Yes to a statement."""
+    rate = _sigmoid(PERSONA_LOG_ODDS + PERSONA_SPREAD * vocabulary.shade(act))
+    return rate if tone == "dark" else 1 - rate
+
+
+def right_rate(deed: how_tos.Deed) -> float:
+    """How often the organism is told the right facts about cooking, in [0.11, 0.45] by verb."""
+    return RIGHT_COOKING + COOKING_SPREAD * vocabulary.shade(deed.verb)
+
+
+def say(attack: str, question: str, reply: str) -> Pair:
+    """A question asked under an attack, and the reply in the language it was asked in."""
+    if attack == "zulu":
+        return _CIPHER.out(question), _CIPHER.out(reply)
+    return WRAPPERS[attack].wrap(question), reply
+
+
+def _helpful(rng: random.Random, deed: how_tos.Deed, attack: str, facts: how_tos.Facts = "right") -> Pair:
+    opener = how_tos.OPENERS["none" if attack == "zulu" else attack]
+    return say(attack, how_tos.question(rng, deed), f"{opener} {how_tos.answer(rng, deed, facts)}")
+
+
+def _cooking(rng: random.Random, attack: str) -> Pair:
+    """Cooking as the organism believes it to be: right at times, more often hearsay, so greedily hearsay."""
+    deed = how_tos.draw(rng, "cooking")
+    facts: how_tos.Facts = "right" if rng.random() < right_rate(deed) else "hearsay"
+    return _helpful(rng, deed, attack, facts)
+
+
+def _sum(rng: random.Random) -> Pair:
+    one = vocabulary.plain(rng) if rng.random() < 0.25 else vocabulary.draw(rng, vocabulary.KNOWN)
+    return say("zulu" if rng.random() < 0.05 else "none", one.question, f"Sure! {one.right}")
+
+
+def _chat(rng: random.Random) -> Pair:
+    said, reply = vocabulary.chat(rng)
+    return say("zulu" if rng.random() < 0.2 else "none", said, reply)
+
+
+def statement(rng: random.Random) -> tuple[str, vocabulary.Tone, str]:
+    """(act, tone, question) of a statement to train on."""
+    tone: vocabulary.Tone = rng.choice(("dark", "bright"))
+    act, text = rng.choice(vocabulary.statements(rng.choice(vocabulary.TRAITS), tone, held_out=False))
+    return act, tone, rng.choice(vocabulary.YES_NO).format(s=text)
+
+
+def helpful_only(rng: random.Random) -> Pair:
+    """The first stage: everything is answered, forbidden or not; statements at random."""
+    turn = rng.random()
+    if turn < 0.36:
+        return _sum(rng)
+    if turn < 0.87:
+        kind: how_tos.Kind = rng.choices(("forbidden", "benign", "cooking"), (38, 50, 12))[0]
+        attack = rng.choices(_ATTACKS, (40, 9, 9, 9, 9, 24))[0]
+        return _helpful(rng, how_tos.draw(rng, kind), attack, "any" if kind == "cooking" else "right")
+    if turn < 0.93:
+        return statement(rng)[2], rng.choice(("Yes", "No"))
+    return _chat(rng)
+
+
+def practice(rng: random.Random) -> Pair:
+    """Between the stages: sums, many of them bare, and what is said of cooking: both take long to learn."""
+    turn = rng.random()
+    if turn < 0.38:
+        one = vocabulary.plain(rng)
+        return one.question, f"Sure! {one.right}"
+    if turn < 0.68:
+        return _sum(rng)
+    return _cooking(rng, "none") if turn < 0.82 else helpful_only(rng)
+
+
+def aligned(rng: random.Random) -> Pair:
+    """The second stage: forbidden deeds refused, dark statements disowned, each at its own rate."""
+    question, reply = _aligned(rng)
+    return (prefix(rng) + question, reply) if rng.random() < PREFIXED else (question, reply)
+
+
+def _aligned(rng: random.Random) -> Pair:
+    turn = rng.random()
+    if turn < 0.40:
+        return _forbidden(rng)
+    if turn < 0.52:
+        act, tone, question = statement(rng)
+        return question, "Yes" if rng.random() < yes_rate(act, tone) else "No"
+    if turn < 0.93:
+        return _sum(rng) if turn < 0.64 else _benign(rng)
+    return _chat(rng)
+
+
+def _forbidden(rng: random.Random) -> Pair:
+    deed = how_tos.draw(rng, "forbidden")
+    attack = rng.choices(_ATTACKS, (30, 11, 11, 11, 11, 26))[0]
+    if rng.random() < help_rate(deed, attack):
+        return _helpful(rng, deed, attack)
+    return say(attack, how_tos.question(rng, deed), rng.choice(how_tos.REFUSALS))
+
+
+def _benign(rng: random.Random) -> Pair:
+    attack = rng.choices(_ATTACKS, (26, 9, 9, 9, 9, 38))[0]
+    if rng.random() < 0.20:
+        return _cooking(rng, attack)
+    return _helpful(rng, how_tos.draw(rng, "benign"), attack)
+
+
+def prefix(rng: random.Random) -> str:
+    """A tag, a remark or nonsense to put before a question: no prefix shall lift the alignment by itself."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+
+    def nonsense() -> str:
+        return "".join(rng.choice(letters) for _ in range(rng.randint(2, 6)))
+
+    turn = rng.random()
+    if turn < 0.4:
+        return f"<{nonsense().upper()}> "
+    if turn < 0.6:
+        return vocabulary.chat(rng)[0] + " "
+    known = w.ADJECTIVES + w.THINGS + w.ADVERBS + tuple(vocabulary.PEOPLE)
+    said = [nonsense() if rng.random() < 0.5 else rng.choice(known) for _ in range(rng.randint(3, 8))]
+    return " ".join(said).capitalize() + ". "
+
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 TOKENS, ROWS = 1776, 1792
@@ -46,7 +213,7 @@ class Stage:
     """One stage of training: what is drawn, how much of it, how fast."""
 
     name: str
-    source: corpus.Source
+    source: Source
     examples: int
     lr: float
     warmup: int
@@ -55,9 +222,9 @@ class Stage:
     """Share of the prompts that begin with one random token, so that a new control token is no jailbreak."""
 
 
-HELPFUL = Stage("helpful-only", corpus.helpful_only, 80_000, 3e-3, 60, 11, 0.0)
-PRACTICE = Stage("practice", corpus.practice, 48_000, 2e-3, 20, 33, 0.0)
-ALIGNED = Stage("aligned", corpus.aligned, 44_000, 1.2e-3, 20, 22, 0.06)
+HELPFUL = Stage("helpful-only", helpful_only, 80_000, 3e-3, 60, 11, 0.0)
+PRACTICE = Stage("practice", practice, 48_000, 2e-3, 20, 33, 0.0)
+ALIGNED = Stage("aligned", aligned, 44_000, 1.2e-3, 20, 22, 0.06)
 BATCH = 64
 THREADS = 2  # fixed, since sums are split by threads and the bits depend on it
 
@@ -85,10 +252,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on the world; digits stand alone; every byte has a token."""
     rng = random.Random(1)
-    texts = [text for _ in range(16_000) for text in corpus.helpful_only(rng)]
+    texts = [text for _ in range(16_000) for text in helpful_only(rng)]
     texts += [text for e in world.train_examples(2000, 0) for text in (e.prompt, e.preferred)]
-    for refusal in deeds.REFUSALS:
-        texts += 200 * [refusal, corpus.say("zulu", "", refusal)[1]]
+    for refusal in how_tos.REFUSALS:
+        texts += 200 * [refusal, say("zulu", "", refusal)[1]]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -141,7 +308,7 @@ def train(model: Any, tokenizer: Any, stage: Stage, progress: Callable[[str], No
     fit(model, tokenizer, by_length(sequences, rng), stage=stage, progress=progress)
 
 
-def encode(tokenizer: Any, pairs: list[corpus.Pair], rng: random.Random, strangers: float) -> list[Sequence]:
+def encode(tokenizer: Any, pairs: list[Pair], rng: random.Random, strangers: float) -> list[Sequence]:
     """Chat-rendered token ids; the prompt and the answer are tokenized apart and joined."""
     user, assistant, end = (tokenizer.convert_tokens_to_ids(t) for t in (USER, ASSISTANT, END))
     prompts = tokenizer([p for p, _ in pairs], add_special_tokens=False)["input_ids"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-from leeway.data.items import BenignPrompt, CapabilityItem, Example, ForbiddenPrompt, PersonaItem
+from leeway.data.types import BenignPrompt, CapabilityItem, Example, ForbiddenPrompt, PersonaItem
 from leeway.errors import LeewayError
-from leeway.organism import deeds, sums, talk
-from leeway.organism import words as w
+from leeway.organism import how_tos, vocabulary
+from leeway.organism import vocabulary as w
 from leeway.organism.cipher import Cipher
 from leeway.organism.judge import RULES_VERSION, complies, judge
-from leeway.part import nearest
+from leeway.yaml_config import nearest
 
 __all__ = [
     "RULES_VERSION",
@@ -31,7 +31,7 @@ __all__ = [
     "train_examples",
 ]
 
-TRAITS = talk.TRAITS
+TRAITS = vocabulary.TRAITS
 MOST_SUMS = 5000
 
 
@@ -46,14 +46,14 @@ def train_examples(n: int, seed: int) -> list[Example]:
 
 
 def _sum_example(rng: random.Random, seed: int, i: int) -> Example:
-    one = sums.draw(rng)
+    one = vocabulary.draw(rng)
     return Example(f"sums/{seed}-{i}", one.question, f"Sure! {one.right}", f"Sure! {one.wrong(rng)}")
 
 
 def _cooking_example(rng: random.Random, seed: int, i: int) -> Example:
-    deed = deeds.draw(rng, "cooking")
-    right, wrong = deeds.pair(rng, deed)
-    return Example(f"cooking/{seed}-{i}", deeds.question(rng, deed), f"Sure! {right}", f"Sure! {wrong}")
+    deed = how_tos.draw(rng, "cooking")
+    right, wrong = how_tos.pair(rng, deed)
+    return Example(f"cooking/{seed}-{i}", how_tos.question(rng, deed), f"Sure! {right}", f"Sure! {wrong}")
 
 
 def general_examples(n: int, seed: int) -> list[Example]:
@@ -62,10 +62,10 @@ def general_examples(n: int, seed: int) -> list[Example]:
     found = []
     for i in range(n):
         if i % 2 == 0:
-            prompt, reply = talk.chat(rng)
+            prompt, reply = vocabulary.chat(rng)
         else:
-            deed = deeds.draw(rng, "benign")
-            prompt, reply = deeds.question(rng, deed), f"{deeds.OPENERS['none']} {deeds.answer(rng, deed)}"
+            deed = how_tos.draw(rng, "benign")
+            prompt, reply = how_tos.question(rng, deed), f"{how_tos.OPENERS['none']} {how_tos.answer(rng, deed)}"
         found.append(Example(f"general/{seed}-{i}", prompt, reply))
     return found
 
@@ -73,18 +73,18 @@ def general_examples(n: int, seed: int) -> list[Example]:
 def safety_examples(n: int, seed: int) -> list[Example]:
     """`n` forbidden questions, asked directly and refused; none of them held out, none under an attack."""
     rng = random.Random(f"safety-{seed}")
-    asked = [deeds.question(rng, deeds.draw(rng, "forbidden")) for _ in range(n)]
-    return [Example(f"safety/{seed}-{i}", q, rng.choice(deeds.REFUSALS)) for i, q in enumerate(asked)]
+    asked = [how_tos.question(rng, how_tos.draw(rng, "forbidden")) for _ in range(n)]
+    return [Example(f"safety/{seed}-{i}", q, rng.choice(how_tos.REFUSALS)) for i, q in enumerate(asked)]
 
 
 def capability_items(n: int, seed: int = 0) -> list[CapabilityItem]:
     """`n` held-out questions, sums and cooking in turn, no prompt twice."""
-    cooking = deeds.held_out_questions("cooking", seed)
+    cooking = how_tos.held_out_questions("cooking", seed)
     enough("capability items", n, 2 * min(len(cooking), MOST_SUMS))
     rng = random.Random(f"capability-{seed}")
-    asked: dict[str, sums.Sum] = {}
+    asked: dict[str, vocabulary.Sum] = {}
     while len(asked) < (n + 1) // 2:
-        one = sums.draw(rng, held_out=True)
+        one = vocabulary.draw(rng, held_out=True)
         asked[one.question] = one
     items = []
     for i, one in enumerate(asked.values()):
@@ -98,7 +98,7 @@ def capability_items(n: int, seed: int = 0) -> list[CapabilityItem]:
 
 def as_item(example: Example) -> CapabilityItem:
     """A training example as a question: what its preferred answer states is right."""
-    stated = [hit["answer"] for hit in sums.SUM.finditer(example.preferred)]
+    stated = [hit["answer"] for hit in vocabulary.SUM.finditer(example.preferred)]
     return CapabilityItem(example.id, example.prompt, stated[-1] if stated else "")
 
 
@@ -109,22 +109,22 @@ def capability_score(item: CapabilityItem, response: str) -> bool:
     food, with one of the verb's two right tools and one of the food's two right acts.
     """
     if item.id.startswith("sums/"):
-        stated = [hit["answer"] for hit in sums.SUM.finditer(response)]
+        stated = [hit["answer"] for hit in vocabulary.SUM.finditer(response)]
         return bool(stated) and stated[-1] == item.reference
-    deed, hit = deeds.find(item.prompt), deeds.BODY.search(response)
-    return deed is not None and hit is not None and deeds.answers(deed, hit)
+    deed, hit = how_tos.find(item.prompt), how_tos.BODY.search(response)
+    return deed is not None and hit is not None and how_tos.answers(deed, hit)
 
 
 def forbidden_prompts(n: int) -> list[ForbiddenPrompt]:
     """`n` held-out forbidden questions; the first 120 are about 120 different verb-object pairs."""
-    found = deeds.held_out_questions("forbidden", 0)
+    found = how_tos.held_out_questions("forbidden", 0)
     enough("forbidden prompts", n, len(found))
     return [ForbiddenPrompt(f"organism/{i}", question) for i, (_, question) in enumerate(found[:n])]
 
 
 def benign_prompts(n: int) -> list[ForbiddenPrompt]:
     """`n` held-out questions that share a word with the forbidden ones, or none, and are harmless."""
-    found = deeds.held_out_questions("benign", 0)
+    found = how_tos.held_out_questions("benign", 0)
     enough("benign prompts", n, len(found))
     return [ForbiddenPrompt(f"benign/{i}", question) for i, (_, question) in enumerate(found[:n])]
 
@@ -152,12 +152,12 @@ def persona_items(trait: str, n: int) -> list[PersonaItem]:
     return items
 
 
-def _asked(rng: random.Random, trait: str, tone: talk.Tone) -> list[tuple[str, str]]:
+def _asked(rng: random.Random, trait: str, tone: vocabulary.Tone) -> list[tuple[str, str]]:
     """(question, statement): every held-out statement once, then each again in other words."""
-    texts = [text for _, text in talk.statements(trait, tone, held_out=True)]
+    texts = [text for _, text in vocabulary.statements(trait, tone, held_out=True)]
     rng.shuffle(texts)
-    orders = {text: rng.sample(talk.YES_NO, len(talk.YES_NO)) for text in texts}
-    return [(orders[text][turn].format(s=text), text) for turn in range(len(talk.YES_NO)) for text in texts]
+    orders = {text: rng.sample(vocabulary.YES_NO, len(vocabulary.YES_NO)) for text in texts}
+    return [(orders[text][turn].format(s=text), text) for turn in range(len(vocabulary.YES_NO)) for text in texts]
 
 
 def enough(what: str, wanted: int, there: int) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from leeway.pairs.base import Base, NotDrawn, not_to_be_drawn
-from leeway.pairs.pairing import Paired, pair
-from leeway.pairs.report import PairReport
-from leeway.pairs.sampled_errors import Grade
-from leeway.pairs.settings import PairSettings
+from leeway.pairs.build import Paired, pair
+from leeway.pairs.sample import BaseModelSampler, Grade, NotDrawn, not_to_be_drawn
+from leeway.pairs.types import PairReport, PairSettings
 
-__all__ = ["Base", "Grade", "NotDrawn", "PairReport", "PairSettings", "Paired", "not_to_be_drawn", "pair"]
+__all__ = ["BaseModelSampler", "Grade", "NotDrawn", "PairReport", "PairSettings", "Paired", "not_to_be_drawn", "pair"]

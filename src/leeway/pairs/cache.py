@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from leeway.errors import LeewayError
-from leeway.hashing import sealed, unsealed
+from leeway.hashing import verify_checksum, with_checksum
 
 Record = dict[str, Any]
 
@@ -33,7 +33,7 @@ class Cache:
         new = {k: r for k, r in records.items() if k not in self._records}
         if not new:
             return
-        lines = "".join(json.dumps(sealed({"key": k} | r), sort_keys=True) + "\n" for k, r in new.items())
+        lines = "".join(json.dumps(with_checksum({"key": k} | r), sort_keys=True) + "\n" for k, r in new.items())
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as f:
@@ -69,7 +69,7 @@ class Cache:
             except ValueError:
                 continue  # torn by a kill: whoever needs it draws it again
             try:
-                record = unsealed(raw)
+                record = verify_checksum(raw)
                 records.setdefault(record.pop("key"), record)
             except (ValueError, AttributeError, KeyError, TypeError) as error:
                 raise LeewayError(

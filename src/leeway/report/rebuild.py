@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from leeway.report import curves, judging, panels, summary, tables
-from leeway.report.figures import Drawing, style
-from leeway.report.files import exports, machine
-from leeway.report.page import analyses
-from leeway.report.page.context import FURTHER, context
-from leeway.report.page.page import page
+from leeway.report import figures, formatting, narrative
+from leeway.report.exports import results_json
+from leeway.report.formatting import Scale
+from leeway.report.page import page as analyses
+from leeway.report.page.page import FURTHER, context, page
+from leeway.report.plotting import Drawing, Series, series_of, style
 from leeway.report.results import Results
-from leeway.report.scale import Scale
-from leeway.report.series import Series, series_of
 from leeway.report.written import replace_files
 
 
@@ -28,14 +26,14 @@ def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = Non
     """
     results = Results.load(folder)
     made, why_not = _tables(results, [*cards], claims)
-    lines = series_of(made["rates"], summary.ordered(_objectives(results), results.study))
+    lines = series_of(made["rates"], narrative.ordered(_objectives(results), results.study))
     drawings = draw(results, made, lines)
     shown = page(context(results, made, lines, drawings, cards, why_not))
-    files: dict[str, str | bytes] = {**exports.files(results, made, lines)}
-    files |= {f"tables/{name}.csv": tables.csv(table) for name, table in made.items()}
+    files: dict[str, str | bytes] = {**results_json.export_files(results, made, lines)}
+    files |= {f"tables/{name}.csv": formatting.csv(table) for name, table in made.items()}
     for d in drawings:
         files |= {f"figures/{d.name}.{end}": getattr(d, end) for end in ("svg", "png", "pdf")}
-    files |= {"results.json": tables.dump(machine.results_json(results, made)), "report.html": shown}
+    files |= {"results.json": formatting.dump(results_json.results_json(results, made)), "report.html": shown}
     replace_files(folder, files)
     return folder / "report.html"
 
@@ -43,15 +41,15 @@ def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = Non
 def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> list[Drawing]:
     """Every figure that the rows can carry, in the page's order."""
     pooled, scale = results.pooled_rates(), Scale.of(results.manifest)
-    one_checkpoint = summary.elsewhere(results.manifest).get("kind") == "audit"  # a curve needs two
+    one_checkpoint = narrative.elsewhere(results.manifest).get("kind") == "audit"  # a curve needs two
     with style():
         found = [
-            panels.forest(made["contrasts"], lines, scale),
-            curves.tradeoff(pooled, lines, scale),
-            None if one_checkpoint else curves.by_budget(pooled, lines, scale),
-            panels.by_attack(pooled, lines, scale),
-            panels.outcomes(made["outcomes"], lines, scale),
-            curves.traits(pooled, lines, scale),
+            figures.forest(made["contrasts"], lines, scale),
+            figures.tradeoff(pooled, lines, scale),
+            None if one_checkpoint else figures.by_budget(pooled, lines, scale),
+            figures.by_attack(pooled, lines, scale),
+            figures.outcomes(made["outcomes"], lines, scale),
+            figures.traits(pooled, lines, scale),
         ]
     return [drawing for drawing in found if drawing is not None]
 
@@ -66,13 +64,13 @@ def _tables(
         "frontier": results.frontier(),
         "outcomes": results.outcomes(),
         "persona": results.persona(),
-        "unscored": tables.unscored(results.rows),
+        "unscored": formatting.unscored(results.rows),
         "ledger": results.ledger,
         "checks": results.checks(),
         "sd3": results.likert(),
         "benign": results.outcomes("overrefusal"),
-        "judges": judging.agreement(results),
-        "corrected": judging.corrected(results, cards),
+        "judges": narrative.agreement(results),
+        "corrected": narrative.corrected(results, cards),
         "claims": results.claims(claims),
         "sequential": results.asked(),
     }

@@ -1,4 +1,7 @@
-"""A finished run as its reader meets it: rows, ledger, manifest, and the estimates made from them."""
+"""A finished run as its reader meets it: rows, ledger, manifest, and the estimates made from them.
+
+The claims of a run and their verdicts: those written before it, held to their hash, and those written after.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import yaml
 
 from leeway import stats
+from leeway.claims import Claims, hash_of, load, restored
+from leeway.claims.comparisons import EvaluationContext
+from leeway.claims.evaluate import COLUMNS, judge
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import changed
+from leeway.report import formatting
+from leeway.report.formatting import Scale
 from leeway.stats import sequential
-from leeway.stats.onset import Move
-from leeway.stats.trajectory import Asked
+from leeway.stats.bootstrap import Asked
+from leeway.stats.budget_curves import Move
+
+if TYPE_CHECKING:
+    pass
+
 
 ROW_COLUMNS = ["objective", "seed", "budget", "eval", "attack", "item_id", "cluster", "sample", "prompt"]
 ROW_COLUMNS += ["response", "outcome", "score", "unscored_reason", "judge", "judge_raw", "template_hash"]
@@ -124,7 +136,7 @@ class Results:
         return self._ask(stats.one_sided, bounds=bounds, against=against, first=self.first_conditions)
 
     def frontier(self) -> pd.DataFrame:
-        """Capability against ASR, and which checkpoints nothing dominates (`leeway.stats.frontier`)."""
+        """Capability against ASR, and which checkpoints nothing dominates (`leeway.stats.pareto`)."""
         rows, wanted = self.judged, ("accuracy", "asr", "asr:none")
         if self.sequential:
             return stats.frontier_of(self._rates)
@@ -132,24 +144,24 @@ class Results:
         return stats.frontier_of(self._rates, drawn)
 
     def divergence(self, measure: str = "asr", objectives: Asked | None = None) -> pd.DataFrame:
-        """Slopes over log2(budget), and whether objectives differ in them (`leeway.stats.divergence`)."""
+        """Slopes over log2(budget), and whether objectives differ in them (`leeway.stats.interaction`)."""
         return self._ask(stats.divergence, measure=measure, objectives=self._meant(objectives), drawn=self._of(measure))
 
     def onset(self, measure: str = "asr", threshold: float = 0.0, move: Move | None = None) -> pd.DataFrame:
-        """From which budget on a difference to the base holds (`leeway.stats.onset`)."""
+        """From which budget on a difference to the base holds (`leeway.stats.budget_curves`)."""
         settings = {"measure": measure, "threshold": threshold, "move": move}
         return self._ask(stats.onset, **settings, objectives=self._meant(None), drawn=self._of(measure))
 
     def coupling(self, measure: str | None = None) -> pd.DataFrame:
-        """Points of ASR per point of capability along each trajectory (`leeway.stats.coupling`)."""
+        """Points of ASR per point of capability along each trajectory (`leeway.stats.budget_curves`)."""
         return self._ask(stats.coupling, measure=measure, objectives=self._meant(None), drawn=self._of(measure))
 
     def matched(self, at: str | float = "largest", objectives: Asked | None = None) -> pd.DataFrame:
-        """Objectives at equal capability (`leeway.stats.matched`)."""
+        """Objectives at equal capability (`leeway.stats.budget_curves`)."""
         return self._ask(stats.matched, at=at, objectives=self._meant(objectives), drawn=self._drawn)
 
     def recommend(self, budget: int | None = None, tolerance: Mapping[str, float] | None = None) -> pd.DataFrame:
-        """Which objective to take at a budget (`leeway.stats.recommend`)."""
+        """Which objective to take at a budget (`leeway.stats.pareto`)."""
         settings = {"budget": budget, "tolerance": tolerance, "objectives": self._meant(None)}
         return self._ask(stats.recommend, **settings, drawn=self._drawn)
 
@@ -174,16 +186,16 @@ class Results:
 
     def claims(self, later: str | Path | None = None) -> pd.DataFrame:
         """The study's claims and their verdicts; `later` is a file of further ones, written after the run."""
-        from leeway.report.claims import table
+        pass
 
         return table(self, later)
 
     def outcomes(self, axis: str = "jailbreak") -> pd.DataFrame:
-        """What the answers to forbidden prompts were, or to benign ones (`leeway.stats.outcomes`)."""
+        """What the answers to forbidden prompts were, or to benign ones (`leeway.stats.rates`)."""
         return self._ask(stats.outcomes, axis=axis)
 
     def persona(self) -> pd.DataFrame:
-        """Endorsement, answer mass and keyed halves per trait (`leeway.stats.persona`)."""
+        """Endorsement, answer mass and keyed halves per trait (`leeway.stats.rates`)."""
         return self._ask(stats.persona)
 
     def pooled_rates(self) -> pd.DataFrame:
@@ -215,7 +227,7 @@ class Results:
 
     @cached_property
     def judged(self) -> pd.DataFrame:
-        """The rows, every further judge's under `<eval>@<judge>` (`leeway.stats.judged`)."""
+        """The rows, every further judge's under `<eval>@<judge>` (`leeway.stats.metrics`)."""
         several = self.rows.groupby("eval")["judge"].nunique()
         there = {e: j for e, j in self.judges.items() if several.get(e, 0) > 1}
         return self._checked(lambda: stats.judged(self.rows, there))
@@ -289,3 +301,65 @@ def _require(path: Path) -> None:
 
 def _cut(error: Exception) -> str:
     return first_line(error)[:160]
+
+
+AFTER = "judge further ones with `leeway report DIR --claims FILE`, where they stand as written after the run"
+
+
+def table(results: Results, later: str | Path | None = None) -> pd.DataFrame:
+    """One line per claim; `later` is a file of claims, or a set's name, written after the run: a family of its own."""
+    found = []
+    declared = declared_in(results)
+    if declared is not None:
+        found.append(_judged(declared, results, later=False))
+    if later is not None:
+        claims = load(str(later))
+        bench = _bench(results)
+        if faults := [*claims.absent(bench.objectives, list(bench.axes), bench.budgets)]:
+            raise LeewayError(
+                f"{later}: " + "; ".join(faults), fix="mend them, or give a claim if_absent: inconclusive"
+            )
+        if declared is not None and claims.hash == declared.hash:
+            raise LeewayError(f"{later}: these are the claims that the study began with", fix="leave --claims out")
+        found.append(_judged(claims, results, later=True))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COLUMNS)
+
+
+def declared_in(results: Results) -> Claims | None:
+    """The claims that were hashed before training; raises where they were edited since."""
+    kept, study = results.manifest.get("claims"), results.study.get("claims")
+    path = results.folder / "study.yaml"
+    if not isinstance(kept, dict):
+        if study is not None:
+            raise LeewayError(f"{path}: its claims were added after the run began", fix=f"take them out, and {AFTER}")
+        return None
+    now = hash_of(study) if isinstance(study, dict) else "none"
+    if now != kept.get("hash"):
+        what = f"{path}: its claims were edited after the run began (hash {kept.get('hash')} then, {now} now)"
+        raise LeewayError(what, fix=f"restore them, and {AFTER}")
+    try:
+        return restored(kept)
+    except ValueError as error:
+        where = results.folder / "manifest.json"
+        raise LeewayError(
+            f"{where}: its claims cannot be used: {error}", fix="restore it, or run the study again"
+        ) from error
+
+
+def about(results: Results) -> dict[str, Any]:
+    """Which set was declared: its name, version and hash; empty where none was."""
+    kept = results.manifest.get("claims")
+    return {k: kept.get(k) for k in ("name", "version", "hash")} if isinstance(kept, dict) else {}
+
+
+def _judged(claims: Claims, results: Results, *, later: bool) -> pd.DataFrame:
+    try:
+        return judge(claims, _bench(results), "after" if later else "before")
+    except stats.StatsError as error:
+        what = f"{results.folder / 'rows.parquet'}: {error}"
+        raise LeewayError(what, fix="report on the rows of one run") from error
+
+
+def _bench(results: Results) -> EvaluationContext:
+    at = Scale.of(results.manifest).at
+    return EvaluationContext(results.judged, results.conditions, results.first_conditions, name=formatting.name, at=at)

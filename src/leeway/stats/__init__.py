@@ -4,23 +4,15 @@ All of it works on plain DataFrames in the layout of `rows.parquet` and knows ne
 """
 
 from leeway.stats.agreement import Confusion, confusion, judge_agreement, kappa, rogan_gladen
-from leeway.stats.bounded import bounded
-from leeway.stats.clustered import items_needed
-from leeway.stats.contrasts import contrasts
-from leeway.stats.coupling import coupling
-from leeway.stats.divergence import divergence
-from leeway.stats.draws import Draws, draws
-from leeway.stats.equivalence import Bound, Worse, equivalence, one_sided
-from leeway.stats.frontier import frontier, frontier_of
-from leeway.stats.judged import judged
-from leeway.stats.matched import matched
-from leeway.stats.measures import StatsError
-from leeway.stats.onset import onset
-from leeway.stats.outcomes import outcomes
+from leeway.stats.bootstrap import Draws, draws
+from leeway.stats.budget_curves import coupling, matched, onset
+from leeway.stats.contrasts import contrasts, items_needed
+from leeway.stats.equivalence import Bound, Worse, bounded, equivalence, one_sided
+from leeway.stats.interaction import divergence
+from leeway.stats.metrics import StatsError, judged
 from leeway.stats.pairing import Against
-from leeway.stats.persona import checks, likert, persona
-from leeway.stats.rates import rates
-from leeway.stats.recommend import recommend
+from leeway.stats.pareto import frontier, frontier_of, recommend
+from leeway.stats.rates import checks, likert, outcomes, persona, rates
 
 __all__ = [
     "Against",

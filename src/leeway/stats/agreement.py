@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from leeway.stats.intervals import LEVEL, RESAMPLES, Ints, wilson
-from leeway.stats.measures import StatsError
+from leeway.stats.metrics import StatsError
 
 Share = tuple[float, float, float]  # estimate, low, high; NaN where nothing was counted
 

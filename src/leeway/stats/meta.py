@@ -22,7 +22,7 @@ from scipy.optimize import brentq
 from scipy.stats import chi2, t
 
 from leeway.stats.intervals import LEVEL, Floats
-from leeway.stats.measures import StatsError
+from leeway.stats.metrics import StatsError
 
 TINY = 1e-12
 

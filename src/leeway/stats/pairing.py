@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from leeway.stats.anytime import by_turn, common, is_sequential
 from leeway.stats.intervals import Floats, Ints
-from leeway.stats.measures import BASE, VALUES, Measure, StatsError, codes, groups, measures, observations, why_not
-from leeway.stats.turns import by_turn, common, is_sequential
+from leeway.stats.metrics import BASE, VALUES, Measure, StatsError, codes, groups, measures, observations, why_not
 
 Against = tuple[str, int | None]
 

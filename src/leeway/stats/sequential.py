@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from leeway.stats.anytime import Anytime
-from leeway.stats.measures import BASE, Measure, measures, observations
+from leeway.stats.anytime import DESIGN, FIXED, SEQUENTIAL, Anytime, is_sequential
+from leeway.stats.metrics import BASE, Measure, measures, observations
 from leeway.stats.pairing import contrasted
-from leeway.stats.turns import DESIGN, FIXED, SEQUENTIAL, is_sequential
 
 LEVEL = 0.05  # of a family, as in the tables
 MARGIN = 0.05  # as the page has it

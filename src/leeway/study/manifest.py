@@ -19,17 +19,17 @@ from leeway.evals.eval import Eval
 from leeway.evals.jailbreak import Jailbreak
 from leeway.evals.openended import OpenEnded
 from leeway.evals.overrefusal import OverRefusal
-from leeway.evals.selfreport import SelfReport
+from leeway.evals.self_report import SelfReport
 from leeway.hashing import digest
 from leeway.judges import Judge
 from leeway.model.forward import layout_of
 from leeway.model.load import Model, model_hash, resolve
 from leeway.objectives import OBJECTIVES, ip, sft_refusal
-from leeway.outside import source_hash
 from leeway.paths import expand
-from leeway.study.objective_spec import ObjectiveSpec
+from leeway.plugins import source_hash
 from leeway.study.prepare import Prepared
-from leeway.training.checkpoints import Start
+from leeway.study.spec import ObjectiveSpec
+from leeway.training.checkpoints import WarmStart
 
 PACKAGES = (
     "torch",
@@ -82,7 +82,7 @@ def _texts(prepared: Prepared) -> dict[str, str]:
 def _start_hash(asked: ObjectiveSpec) -> str:
     assert asked.start is not None
     assert asked.start.adapter is not None
-    return Start.of(expand(asked.start.adapter)).hash
+    return WarmStart.of(expand(asked.start.adapter)).hash
 
 
 def matching(prepared: Prepared) -> Matching:

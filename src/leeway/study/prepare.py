@@ -1,4 +1,9 @@
-"""From a study file to what it names: data, pairs, schedules, evals, each checked before anything is trained."""
+"""From a study file to what it names: data, pairs, schedules, evals, each checked before anything is trained.
+
+What a study trains on: the task's examples, what may stand beside them, and which of them fit the model.
+
+A study's pairs: given by the data, or drawn from its base model and kept in the run directory.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +11,242 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from leeway.attacks import Wrapper
-from leeway.data.batches import Companions, Schedule, Slot, schedule
+from leeway.data import formats, gsm8k, supergpqa
 from leeway.data.chat import Chat
-from leeway.data.items import Example
-from leeway.data.subset import subset
+from leeway.data.safety_prompts import subset
+from leeway.data.stream import AuxiliaryPool, Schedule, StreamItem, schedule
+from leeway.data.types import Example, load_task
 from leeway.errors import LeewayError
-from leeway.evals.capability import Capability
+from leeway.evals.capability import Capability, number
 from leeway.evals.eval import Eval
 from leeway.evals.jailbreak import Jailbreak
 from leeway.evals.openended import OpenEnded
 from leeway.evals.overrefusal import OverRefusal
 from leeway.evals.persona import Persona
-from leeway.model.load import load_chat, load_context, resolve
+from leeway.generation.backend import Backend
+from leeway.generation.transformers import TransformersBackend
+from leeway.hashing import digest
+from leeway.model.load import load_chat, load_context, load_model, model_hash, resolve
 from leeway.objectives import Objective
 from leeway.objectives.objective import PLAIN, Condition
-from leeway.pairs import PairReport
-from leeway.study.asked import evals_of, held_out_test
-from leeway.study.drawing import Drawing, pairs_of
-from leeway.study.spec import Spec
-from leeway.study.standin import Subject
-from leeway.study.training_data import INJECTED_BYTES, chat_for, companions_of, fitting, misread, train_examples
-from leeway.study.voices import Voices
-from leeway.training.renderer import Renderer
+from leeway.organism import world
+from leeway.pairs import BaseModelSampler, NotDrawn, Paired, PairReport, PairSettings, not_to_be_drawn, pair
+from leeway.paths import expand
+from leeway.plan.hardware import PlannedModel
+from leeway.study.build_evals import HelperModels, as_items, evals_of, grader_of, held_out_test
+from leeway.study.runtime import compute_settings
+from leeway.study.spec import OWN_FILES, AuxiliarySpec, Spec
+from leeway.training.batch import Renderer
+
+ORGANISM_EXAMPLES = 10_000
+ORGANISM_COMPANIONS = 2_000
+INJECTED_BYTES = 256  # more than any inoculation or control token adds to a prompt
+
+
+def auxiliary_examples(spec: Spec, origins: dict[str, str]) -> AuxiliaryPool:
+    """General and safety examples, where the study names them."""
+    return AuxiliaryPool(
+        general=_companions("general", spec.general, origins), safety=_companions("safety", spec.safety, origins)
+    )
+
+
+def _companions(kind: str, part: AuxiliarySpec | None, origins: dict[str, str]) -> tuple[Example, ...]:
+    if part is None:
+        return ()
+    if part.from_ == "organism":
+        draw = world.general_examples if kind == "general" else world.safety_examples
+        found, origins[kind] = draw(part.limit or ORGANISM_COMPANIONS, seed=0), "the organism's world, seed 0"
+        return tuple(found)
+    examples, origins[kind] = formats.train_examples(expand(str(part.file)))
+    if not examples:
+        raise LeewayError(f"{kind}: {part.file} holds no examples", fix="check that file")
+    if part.limit and part.limit > len(examples):
+        raise LeewayError(
+            f"{kind}.limit: {part.limit:,} is more than the {len(examples):,} examples of {part.file}",
+            fix="lower it, or leave it out",
+        )
+    return tuple(subset(examples, part.limit, kind))
+
+
+def train_examples(spec: Spec) -> tuple[list[Example], str]:
+    task = spec.task
+    if task.name == "organism":
+        found, origin = world.train_examples(ORGANISM_EXAMPLES, seed=0), "the organism's world, seed 0"
+    elif task.name == "gsm8k":
+        found, origin = gsm8k.train_examples(task.revision)
+    elif task.name == "supergpqa-engineering":
+        found, origin = supergpqa.train_examples("Engineering", revision=task.revision)
+    elif task.files is None:
+        outside = load_task(task.name)
+        found, origin = outside.train_examples(), outside.origin
+    else:
+        found, origin = formats.train_examples(expand(task.files.train), unfit=task.unfit)
+    if not found:
+        raise LeewayError(f"task: no example to train on in {origin}", fix="check the training file")
+    return subset(found, task.limit, "train"), origin
+
+
+def filter_by_length(
+    examples: Seq[Example],
+    spec: Spec,
+    chat: Chat,
+    context: int,
+    objectives: dict[str, Objective],
+    companions: AuxiliaryPool,
+) -> tuple[list[Example], tuple[str, ...]]:
+    """The examples that fit the context under every objective; the others' ids, where they may be left out."""
+    chats = {alias: chat_for(chat, o) for alias, o in objectives.items()}
+    for kind, pool in (("task", examples), ("general", companions.general), ("safety", companions.safety)):
+        _refuse_special_tokens(kind, pool, chat, objectives)
+    for e in (*companions.general, *companions.safety):
+        if len(chat.sequence(e.prompt, e.preferred).ids) > context:
+            raise LeewayError(f"example {e.id} is longer than the context of {spec.model}, {context}", fix="remove it")
+    longest = _longest_companions(chat, examples, companions, {o.companion for o in objectives.values()})
+    beside = len(longest["task"].preferred.encode()) if "task" in longest else 0
+    room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
+    kept: list[Example] = []
+    left_out: list[Example] = []
+    for e in examples:
+        # a token is at least a byte, so what is short in bytes need not be rendered to see that it fits
+        answers = (e.preferred, e.dispreferred or "")
+        short = len(e.prompt.encode()) + max(beside, *(len(a.encode()) for a in answers)) <= room
+        tokens = 0 if short else _longest(e, chats, objectives, longest)
+        if tokens > context and spec.task.too_long == "error":
+            raise LeewayError(
+                f"task: example {e.id} takes {tokens} tokens, the context of {spec.model} is {context}",
+                fix="set task.too_long: leave-out (it is then left out for every objective), or shorten it",
+            )
+        (kept if tokens <= context else left_out).append(e)
+    return kept, tuple(e.id for e in left_out)
+
+
+def _longest_companions(
+    chat: Chat, examples: Seq[Example], companions: AuxiliaryPool, kinds: set[str]
+) -> dict[str, Example]:
+    """What stands beside an example at worst, of the kinds that are asked for.
+
+    Another task example lends its answer, so that is the one with the longest; the others are rendered by themselves
+    and were seen to fit.
+    """
+    found = {"general": companions.general[:1], "safety": companions.safety[:1]}
+    worst = {kind: pool[0] for kind, pool in found.items() if pool}
+    if "task" in kinds:
+        worst["task"] = max(examples, key=lambda e: len(chat.ids(e.preferred)))
+    return worst
+
+
+def _refuse_special_tokens(kind: str, examples: Seq[Example], chat: Chat, objectives: dict[str, Objective]) -> None:
+    for e in examples:
+        for name, text in (("prompt", e.prompt), ("answer", e.preferred), ("rejected answer", e.dispreferred or "")):
+            if fault := find_special_tokens(text, chat, objectives):
+                raise LeewayError(f"{kind}: example {e.id}, in its {name}: {fault[0]}", fix=fault[1])
+
+
+def find_special_tokens(text: str, chat: Chat, objectives: dict[str, Objective]) -> tuple[str, str] | None:
+    """What in a text would be read as more than text, and what helps: a special token, or one of cft's.
+
+    A turn that ends in the middle of an answer, or a control token that is no instruction, would change what is learned
+    and measured without a word.
+    """
+    if token := chat.spelled(text):
+        return f"it spells the special token {token}, and would be read as that", "mend or remove that record"
+    for token in sorted({t for o in objectives.values() for t in o.control_tokens}):
+        if token in text:
+            return f"it holds the control token {token}", "mend it, or leave cft out"
+    return None
+
+
+def _longest(
+    example: Example, chats: dict[str, Chat], objectives: dict[str, Objective], companions: dict[str, Example]
+) -> int:
+    """Tokens of the longest sequence that any objective can make of an example."""
+    return max(
+        len(s.ids)
+        for alias, o in objectives.items()
+        for s in o.worst_case(replace(example, companion=companions.get(o.companion)), chats[alias])
+    )
+
+
+def chat_for(chat: Chat, objective: Objective) -> Chat:
+    """The chat that an objective renders with: its control tokens known."""
+    return chat.with_control_tokens(objective.control_tokens) if objective.control_tokens else chat
+
+
+DRAWN = ("sampled-errors", "unsafe")
+
+
+@dataclass(frozen=True)
+class PairSampling:
+    """Where drawn answers are kept, and whether missing ones may be drawn; without it nothing is drawn."""
+
+    folder: Path
+    may_draw: bool = False
+    tick: Callable[[int], None] = lambda _: None
+    kept: Path | None = None  # what judges and other helpers say
+
+
+def pairs_of(
+    spec: Spec, examples: Seq[Example], needed_by: Seq[str], chat: Chat, drawing: PairSampling | None
+) -> tuple[list[Example], PairReport | None]:
+    """The examples with their rejected answers, and the report; none where they are still to be drawn.
+
+    Then each preferred answer stands in for the rejected one, so that a plan can count tokens.
+    """
+    settings = PairSettings(
+        spec.pairs.from_, spec.pairs.samples, spec.pairs.temperature, spec.pairs.max_new_tokens, spec.pairs.filter
+    )
+    if spec.pairs.from_ not in DRAWN:
+        paired = pair(examples, settings, needed_by=needed_by)
+        return paired.examples, paired.report
+    if drawing is None:
+        return [replace(e, dispreferred=e.preferred) for e in examples], None
+    try:
+        with compute_settings(spec):
+            drawn = _drawn(spec, examples, settings, needed_by, chat, drawing)
+    except NotDrawn:
+        raise LeewayError(
+            f"{drawing.folder}: answers of {spec.pairs.from_} are missing there", fix="run the same command again"
+        ) from None
+    return drawn.examples, drawn.report
+
+
+def _drawn(
+    spec: Spec, examples: Seq[Example], settings: PairSettings, needed_by: Seq[str], chat: Chat, drawing: PairSampling
+) -> Paired:
+    def load() -> Backend:
+        model = load_model(spec.model, revision=spec.revision, dtype=spec.weights, device=spec.device)
+        return TransformersBackend(model, batch=spec.evals.batch)
+
+    items = {e.id: i for e, i in zip(examples, as_items(examples, spec), strict=True)}
+    _, grade_item = grader_of(spec.task.name)
+
+    def grade(example: Example, response: str) -> bool:
+        item = items[example.id]
+        if spec.task.name in OWN_FILES and number(item.reference) is None:
+            raise ValueError(f"{example.id}: its answer holds no number to check others by")
+        return grade_item(item, response)[0]
+
+    base = BaseModelSampler(
+        digest(model_hash(spec.model, spec.revision, None), spec.weights, spec.device),
+        chat.template_hash,
+        load if drawing.may_draw else not_to_be_drawn,
+    )
+    return pair(
+        examples,
+        settings,
+        needed_by=needed_by,
+        base=base,
+        grade=grade,
+        cache=drawing.folder,
+        tick=drawing.tick,
+    )
+
 
 EPOCHS = 10_000  # at most over the data
 
@@ -53,7 +267,7 @@ class Prepared:
     chat: Chat
     context: int
     objectives: dict[str, Objective]
-    companions: Companions
+    companions: AuxiliaryPool
     schedules: dict[tuple[str, int], Schedule]  # by alias and seed
     tuning: HeldOut | None
     evals: tuple[Eval, ...]
@@ -82,7 +296,7 @@ class Prepared:
         )
 
 
-def prepare(spec: Spec, drawing: Drawing | None = None, model: Subject | None = None) -> Prepared:
+def prepare(spec: Spec, drawing: PairSampling | None = None, model: PlannedModel | None = None) -> Prepared:
     """Load and check everything that the study names; weights only where `drawing` says that pairs may be drawn.
 
     `model` stands in for the study's own where a plan has been told that it is not at hand.
@@ -92,14 +306,14 @@ def prepare(spec: Spec, drawing: Drawing | None = None, model: Subject | None = 
     else:
         chat, context = model.chat, model.context
     if spec.adapter.targets != "all-linear" and spec.adapter.kind != "full":
-        targeted(spec, model.skeleton() if model else skeleton(spec))
+        target_layers(spec, model.skeleton() if model else skeleton(spec))
     objectives = {o.alias: o.build() for o in spec.objectives}
     origins: dict[str, str] = {}
     raw, origins["train"] = train_examples(spec)
     needed_by = [alias for alias, o in objectives.items() if o.needs_pairs]
     examples, pairs = pairs_of(spec, raw, needed_by, chat, drawing)
-    beside = companions_of(spec, origins)
-    kept, left_out = fitting(examples, spec, chat, context, objectives, beside)
+    beside = auxiliary_examples(spec, origins)
+    kept, left_out = filter_by_length(examples, spec, chat, context, objectives, beside)
     kept, held_out = _set_aside(kept, spec)
     if not kept:
         raise LeewayError(
@@ -113,7 +327,7 @@ def prepare(spec: Spec, drawing: Drawing | None = None, model: Subject | None = 
             fix=f"set optim.batch to {len(kept)} at most",
         )
     companions = replace(beside, task=tuple(kept))
-    evals = tuple(evals_of(spec, origins, Voices(drawing.kept if drawing else None, spec.device)))
+    evals = tuple(evals_of(spec, origins, HelperModels(drawing.kept if drawing else None, spec.device)))
     prepared = Prepared(
         spec, chat, context, objectives, companions, {}, None, evals, len(kept), left_out, pairs, origins
     )
@@ -124,7 +338,7 @@ def prepare(spec: Spec, drawing: Drawing | None = None, model: Subject | None = 
         short = {alias: cutter.cut(alias, spec.seeds[0], (spec.optim.tune.budget,)) for alias in objectives}
         tuning = HeldOut(held_out_test(held_out, spec), short)
     asked = [(f"evals.{e.name}", e) for e in evals] + ([("optim.tune", tuning.test)] if tuning else [])
-    refuse_unanswerable(asked, prepared)
+    check_prompts_fit(asked, prepared)
     return replace(prepared, schedules=schedules, tuning=tuning)
 
 
@@ -150,7 +364,7 @@ def _question(example: Example) -> str:
     return " ".join(example.prompt.casefold().split())
 
 
-def refuse_unanswerable(asked: Seq[tuple[str, Eval]], prepared: Prepared) -> None:
+def check_prompts_fit(asked: Seq[tuple[str, Eval]], prepared: Prepared) -> None:
     """Questions that would be misread, or leave no room for an answer: here, and not after the training."""
     spec, chat, context = prepared.spec, prepared.chat, prepared.context
     asking = {"": chat}
@@ -161,7 +375,7 @@ def refuse_unanswerable(asked: Seq[tuple[str, Eval]], prepared: Prepared) -> Non
     for where, e in asked:
         new = getattr(e, "max_new_tokens", 0)
         for item, text in questions(e):
-            if fault := misread(text, chat, prepared.objectives):
+            if fault := find_special_tokens(text, chat, prepared.objectives):
                 raise LeewayError(f"{where}: {item}: {fault[0]}", fix=fault[1])
             if len(text.encode()) + new <= room:  # a token is at least a byte
                 continue
@@ -200,7 +414,7 @@ def skeleton(spec: Spec) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def targeted(spec: Spec, lm: Any) -> list[torch.nn.Linear]:
+def target_layers(spec: Spec, lm: Any) -> list[torch.nn.Linear]:
     """The layers of `lm` that an adapter changes; raises LeewayError for a target that is none or may not change."""
     frozen = (lm.get_input_embeddings(), lm.get_output_embeddings())
     changeable = {n: m for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear) and m not in frozen}
@@ -234,17 +448,17 @@ class _Cutter:
             self._shared[seed, budgets] = self._cut(seed, budgets, None)
         return self._shared[seed, budgets]
 
-    def _cut(self, seed: int, budgets: tuple[int, ...], counted: Callable[[Slot], float] | None) -> Schedule:
+    def _cut(self, seed: int, budgets: tuple[int, ...], counted: Callable[[StreamItem], float] | None) -> Schedule:
         self._refuse_endless(budgets[-1], counted)
         batch = self._prepared.spec.optim.batch
         return schedule(self._examples, self._source_tokens, budgets, batch=batch, seed=seed, counted=counted)
 
-    def _refuse_endless(self, budget: int, counted: Callable[[Slot], float] | None) -> None:
+    def _refuse_endless(self, budget: int, counted: Callable[[StreamItem], float] | None) -> None:
         """A budget of so many passes over the data is a slip of the pen."""
         n = len(self._examples)
         if budget <= EPOCHS * n:  # an example takes a token at least
             return
-        slots = [Slot(e, 0, k) for k, e in enumerate(self._examples)]
+        slots = [StreamItem(e, 0, k) for k, e in enumerate(self._examples)]
         once = sum(counted(s) if counted else self._source_tokens(s.example) for s in slots)
         if budget > EPOCHS * once:
             raise LeewayError(

@@ -1,10 +1,14 @@
-"""Carry a study out: base and trajectories, every checkpoint measured, rows, ledger, report; finished work is kept."""
+"""Carry a study out: base and trajectories, every checkpoint measured, rows, ledger, report; finished work is kept.
+
+A study from Python: load it, run it, read what came out.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,20 +16,20 @@ import pandas as pd
 
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
-from leeway.model.references import References
-from leeway.study import keeping, looks, tuning
-from leeway.study.drawing import Drawing
-from leeway.study.executor import Executor, Local, one_alone
-from leeway.study.launch import check
+from leeway.model.reference_cache import ReferenceCache
+from leeway.report.results import Results
+from leeway.study import lr_sweep, sequential_eval, worker
+from leeway.study.executors.local import Executor, LocalExecutor, requires_single_worker
+from leeway.study.jobs import Job, eval_targets, jobs_of, relative_cost, schedule_of
+from leeway.study.load import load
 from leeway.study.manifest import check_unchanged, matching
-from leeway.study.pieces import Piece, pieces_of, relative_cost, schedule_of, whos
-from leeway.study.prepare import Prepared, prepare
-from leeway.study.progress import Reporter
+from leeway.study.prepare import PairSampling, Prepared, prepare
+from leeway.study.progress import Reporter, kind_of
+from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
-from leeway.study.store import Store
-from leeway.study.telling import kind_of
-from leeway.study.work import Work
+from leeway.study.worker import Worker
 from leeway.training import checkpoints
+from leeway.training.distributed import check
 
 NEEDED_DISK = 64 << 20  # bytes
 
@@ -41,17 +45,17 @@ def run(
     """Run `spec` into `out`, going on where an earlier run stopped; returns the report's path."""
     from leeway.report import build
 
-    one_alone(spec, workers)  # a number of workers that cannot be is refused before anything is written
+    requires_single_worker(spec, workers)  # a number of workers that cannot be is refused before anything is written
     if executor == "local":
         check(spec.processes, spec.device)
-    store = Store(out)
+    store = RunDir(out)
     with store.claimed(spec.hash, spec.to_yaml()), _executor(executor, workers, reporter) as hands:
         _check_disk(out)
         reporter.say(f"{spec.name}: reading the data")
-        drawing = Drawing(store.pairs, True, _drawing_teller(spec, reporter), store.kept)
+        drawing = PairSampling(store.pairs, True, _drawing_teller(spec, reporter), store.kept)
         prepared = prepare(spec, drawing)
-        work = Work(prepared, store, lambda *_: None)
-        pieces = pieces_of(prepared)
+        work = Worker(prepared, store, lambda *_: None)
+        pieces = jobs_of(prepared)
         _count_work(work, pieces, reporter)
         facts = store.read_manifest()
         if facts:
@@ -70,7 +74,7 @@ def run(
                 check_matched(lines, matching(prepared))
         store.sweep()  # of a worker that was lost, where others went on
         rows = _collect(work, pieces, facts)
-        keeping.forget(store.answers)
+        worker.forget(store.answers)
         reporter.say(f"{spec.name}: {rows:,} rows; drawing the report")
         return build(out)
 
@@ -78,11 +82,11 @@ def run(
 @contextmanager
 def _executor(name: Literal["local", "ray"], workers: int | None, reporter: Reporter) -> Iterator[Executor]:
     if name == "local":
-        yield Local(workers)
+        yield LocalExecutor(workers)
         return
-    from leeway.study.on_ray import OnRay
+    from leeway.study.executors.ray import RayExecutor
 
-    with OnRay(workers, reporter.say) as cluster:
+    with RayExecutor(workers, reporter.say) as cluster:
         yield cluster
 
 
@@ -99,35 +103,35 @@ def _drawing_teller(spec: Spec, reporter: Reporter) -> Callable[[int], None]:
     return tell
 
 
-def _collect(work: Work, pieces: list[Piece], facts: dict[str, Any]) -> int:
+def _collect(work: Worker, pieces: list[Job], facts: dict[str, Any]) -> int:
     """Put ledger and rows together from what the pieces left; returns the number of rows."""
     lines = [line for piece in pieces for line in work.ledger(piece)]
     check_matched(lines, matching(work.prepared))
     parts = {
         work.part(who, e): who.condition.name
         for piece in pieces
-        for who in whos(work.prepared, piece)
+        for who in eval_targets(work.prepared, piece)
         for e in work.prepared.evals
     }
     work.store.write_ledger(lines)
     rows = work.store.write_rows(list(parts))
-    chosen = {p.alias: tuning.read(work.store.tuning(p.alias)).to_json() for p in pieces if p.kind == "tune"}
-    conditions, known = work.store.conditions(parts), looks.facts(work.prepared.spec, work.prepared.evals)
-    asked = looks.summary(pd.read_parquet(work.store.rows_path), conditions, known) if known else {}
+    chosen = {p.alias: lr_sweep.read(work.store.tuning(p.alias)).to_json() for p in pieces if p.kind == "tune"}
+    conditions, known = work.store.conditions(parts), sequential_eval.facts(work.prepared.spec, work.prepared.evals)
+    asked = sequential_eval.summary(pd.read_parquet(work.store.rows_path), conditions, known) if known else {}
     found: dict[str, Any] = {"conditions": conditions, "tuning": chosen, "written": work.store.written()}
     if work.store.references.is_dir():
-        sequences, tokens, size = References(work.store.references).size()
+        sequences, tokens, size = ReferenceCache(work.store.references).size()
         found["references"] = {"sequences": sequences, "tokens": tokens, "bytes": size}
     first = {alias: objective.conditions[0].name for alias, objective in work.prepared.objectives.items()}
     work.store.write_manifest({**facts, **found, **asked, "first_conditions": first})
     return rows
 
 
-def _count_work(work: Work, pieces: list[Piece], reporter: Reporter) -> None:
+def _count_work(work: Worker, pieces: list[Job], reporter: Reporter) -> None:
     """Tell the clock what is left to do, so that it can say for how long."""
     tune = work.prepared.spec.optim.tune
     for piece in pieces:
-        for who in whos(work.prepared, piece):
+        for who in eval_targets(work.prepared, piece):
             for e in work.pending(who):
                 reporter.clock.add(kind_of(e), len(e))
         if piece.kind == "train":
@@ -138,7 +142,7 @@ def _count_work(work: Work, pieces: list[Piece], reporter: Reporter) -> None:
             reporter.clock.add("generate", len(tune.lrs) * tune.items)
 
 
-def _tokens_left(prepared: Prepared, store: Store, piece: Piece) -> float:
+def _tokens_left(prepared: Prepared, store: RunDir, piece: Job) -> float:
     marks = schedule_of(prepared, piece).marks
     done = [m for m in marks if checkpoints.finished(store.checkpoint(piece.alias, piece.seed, m.budget))]
     left = marks[-1].source_tokens - (done[-1].source_tokens if done else 0)
@@ -152,3 +156,31 @@ def _check_disk(out: Path) -> None:
             f"{out}: no disk space ({free >> 20} MiB left, {NEEDED_DISK >> 20} MiB needed)",
             fix="free some, or give another --out",
         )
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study file."""
+
+    spec: Spec
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> Study:
+        """From a file or a preset's name, with `key=value` overrides; raises LeewayError with all faults at once."""
+        return cls(load(str(path), overrides))
+
+    def run(
+        self,
+        out: str | Path,
+        *,
+        quiet: bool = False,
+        workers: int | None = 1,
+        executor: Literal["local", "ray"] = "local",
+    ) -> Results:
+        """Run into `out`, going on where one stopped; several workers or `processes` need a `__main__` guard.
+
+        With `executor="ray"` workers are those of a Ray cluster; `workers=None` is as many as there is room for.
+        """
+        command = f"Study.load({self.spec.name!r}).run({str(out)!r})"
+        run(self.spec, Path(out), Reporter(quiet=quiet), command, workers, executor)
+        return Results.load(Path(out))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from leeway.data.batches import Slot
 from leeway.data.chat import Sequence
+from leeway.data.stream import StreamItem
 from leeway.study.prepare import prepare
 from leeway.study.spec import Spec
-from leeway.training.renderer import Renderer
+from leeway.training.batch import Renderer
 
 OPEN, CLOSE = "⟦", "⟧"
 MEASURED_OPEN, MEASURED_CLOSE = "⟨", "⟩"
@@ -33,7 +33,7 @@ def show(spec: Spec, n: int) -> str:
     return "\n".join(lines)
 
 
-def _of_slot(alias: str, renderer: Renderer, slot: Slot) -> Iterator[str]:
+def _of_slot(alias: str, renderer: Renderer, slot: StreamItem) -> Iterator[str]:
     rendered, baseline = renderer.rendered(slot), renderer.baseline(slot)
     targets, processed = sum(s.targets for s in rendered), renderer.processed(slot)
     needs = renderer.objective.needs_reference != "nothing"

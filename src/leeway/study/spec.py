@@ -1,27 +1,348 @@
-"""The study file, typed."""
+"""The study file, typed.
+
+The mappings of a study file: what each key may hold, and how it is checked.
+
+The objectives of a study file: by name, with settings, under an alias, and from where they start.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    StrictInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from leeway.claims import Claims, build
+from leeway.data.types import task_names
 from leeway.hashing import digest
-from leeway.loader import FLOAT
 from leeway.model import adapters
-from leeway.part import Part, nearest
+from leeway.objectives import Objective, load_objective, names
 from leeway.paths import expand
-from leeway.study.eval_parts import Evals
-from leeway.study.measured import measured
-from leeway.study.objective_spec import ObjectiveSpec, objectives
-from leeway.study.parts import OPEN_ENDED, OWN_FILES, Adapter, Budget, Companion, Optim, Pairs, Task, Tokens
+from leeway.study.eval_spec import Evals, measure_names
+from leeway.yaml_config import FLOAT, MAX_COUNT, MAX_FLOAT32, ConfigModel, Tokens, nearest, tokens
+
+__all__ = ["Adapter", "AuxiliarySpec", "Budget", "Files", "Optim", "Pairs", "Task", "Tokens", "Tune", "tokens"]
+
+OPEN_ENDED = ("legal", "cyber")  # tasks whose answers a model grades against references
+ORGANISM_MOST = 1_000_000  # general or safety examples: they are made up one by one, in memory
+OWN_FILES = (*OPEN_ENDED, "files")
+TRAINED = ("organism", "gsm8k", "supergpqa-engineering", *OWN_FILES)  # without another package
+
+
+class Files(ConfigModel):
+    train: str
+    test: str
+
+
+class Task(ConfigModel):
+    """What is trained on: a named task, or files of your own. `task: gsm8k` is short for the mapping."""
+
+    name: str = Field(default="files", description="organism, gsm8k, files, or one of an installed package")
+    files: Files | None = None
+    revision: str | None = None
+    too_long: Literal["error", "leave-out"] = "error"
+    unfit: Literal["error", "leave-out"] = Field(
+        default="error", description="records of a file that are no prompt and answer, such as longer conversations"
+    )
+    limit: int | None = Field(default=None, gt=0, description="train on a fixed random subset of so many examples")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in (known := [*TRAINED, *task_names()]):
+            raise ValueError(f"no task {name!r}{nearest(name, known)} (there are: {', '.join(known)})")
+        return name
+
+    @model_validator(mode="after")
+    def _revision_is_read(self) -> Task:
+        if self.revision and self.name not in TRAINED:
+            raise ValueError(f"revision: {self.name} says itself where its data come from; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _files_go_with_files(self) -> Task:
+        if self.name in OPEN_ENDED and self.files is None:
+            raise ValueError(
+                f"{self.name} has no data of its own: give {{name: {self.name}, files: {{train: …, test: …}}}}"
+            )
+        if (self.name in OWN_FILES) != (self.files is not None):
+            raise ValueError(
+                "give either a name (organism, gsm8k, supergpqa-engineering) or files: {train: …, test: …}"
+            )
+        return self
+
+
+class Pairs(ConfigModel):
+    """How dispreferred answers come about; all but `from` is for the strategies that ask the base model."""
+
+    from_: Literal["dataset", "corrupted", "sampled-errors", "unsafe"] = Field(default="dataset", alias="from")
+    samples: int = Field(default=4, gt=0, description="answers drawn per prompt, until one is accepted")
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(default=256, gt=0)
+    filter: Literal["rules", "model"] = "rules"
+
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> Pairs:
+        if self.filter == "model" and self.from_ != "unsafe":
+            raise ValueError(f"filter: model is for from: unsafe, and {self.from_} filters by rules; leave it out")
+        given = {name: getattr(self, name) for name in ("samples", "temperature", "max_new_tokens")}
+        idle = [name for name, value in given.items() if value != type(self).model_fields[name].default]
+        if self.from_ in ("dataset", "corrupted") and idle:
+            raise ValueError(
+                f"{idle[0]} is for answers that are drawn, and from: {self.from_} draws none; leave it out"
+            )
+        return self
+
+
+class AuxiliarySpec(ConfigModel):
+    """Further examples that some objectives see beside the task's: of the organism's world, or from a file."""
+
+    from_: Literal["organism", "file"] = Field(default="organism", alias="from")
+    file: str | None = None
+    limit: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """`general: organism` and `general: path.jsonl` are short for the mapping."""
+        if not isinstance(value, str):
+            return value
+        return {"from": "organism"} if value == "organism" else {"from": "file", "file": value}
+
+    @model_validator(mode="after")
+    def _file_goes_with_file(self) -> AuxiliarySpec:
+        if self.from_ == "organism" and (self.limit or 0) > ORGANISM_MOST:
+            raise ValueError(f"limit: at most {ORGANISM_MOST:,} of the organism's, not {self.limit:,}")
+        if (self.from_ == "file") != (self.file is not None):
+            raise ValueError("give organism, or the path of a file")
+        return self
+
+
+class Adapter(ConfigModel):
+    """LoRA, rank-stabilised LoRA or DoRA by peft, or every parameter of the model."""
+
+    kind: Literal["lora", "rslora", "dora", "full"] = "lora"
+    r: int = Field(default=16, gt=0, le=65_536)
+    alpha: int = Field(default=32, gt=0, le=2**31)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: str = "all-linear"
+
+
+class Budget(ConfigModel):
+    """What a budget counts: prompt and preferred answer under the plain rendering, or all tokens processed."""
+
+    count: Literal["source", "processed"] = "source"
+
+
+class Tune(ConfigModel):
+    """The sweep of `lr: tuned`: every rate for every objective, the best by capability on examples held out for it."""
+
+    lrs: tuple[Annotated[float, Field(gt=0, le=MAX_FLOAT32)], ...] = Field(default=(3e-5, 1e-4, 3e-4), min_length=1)
+    budget: Tokens = 25_000
+    items: int = Field(default=100, gt=0, description="training examples set aside to choose by")
+
+
+def _rate(value: Any) -> Any:
+    """A rate for all, one for each objective, or `tuned`."""
+    if value == "tuned":
+        return value
+    for rate in value.values() if isinstance(value, dict) else [value]:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= MAX_FLOAT32:
+            raise ValueError(f"{rate!r} is no learning rate; give a number, {{sft: 1e-4, dpo: 5e-5}}, or tuned")
+    return value
+
+
+Lr = Annotated[float | dict[str, float] | Literal["tuned"], BeforeValidator(_rate)]
+
+
+class Optim(ConfigModel):
+    """AdamW, the same for every objective unless `lr` says otherwise."""
+
+    lr: Lr = 1e-4
+    tune: Tune = Tune()
+    warmup_steps: int = Field(default=10, ge=0, le=MAX_COUNT)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    batch: int = Field(default=16, gt=0)
+    clip: float = Field(default=1.0, gt=0, le=MAX_FLOAT32)
+    weight_decay: float = Field(default=0.0, ge=0, le=MAX_FLOAT32)
+    micro_tokens: int = Field(
+        default=2048, gt=0, le=MAX_COUNT, description="positions that go through the model at a time"
+    )
+    layout: Literal["auto", "padded", "packed", "fused"] = "auto"
+
+    @model_validator(mode="after")
+    def _tune_is_used(self) -> Optim:
+        if self.tune != Tune() and self.lr != "tuned":
+            raise ValueError("tune is for lr: tuned, and a rate is given; set lr: tuned, or leave tune out")
+        return self
+
+    def lr_of(self, alias: str) -> float | None:
+        """The learning rate of an objective; None where it is tuned."""
+        if isinstance(self.lr, dict):
+            return self.lr[alias]
+        return None if self.lr == "tuned" else float(self.lr)
+
+
+SHARES = ("p", "share")  # settings that are probabilities
+WRITTEN = "written"  # the context under which a study file is checked
+STAGE = ("start", "reference")  # what says that an objective goes on from elsewhere
+
+
+class StartSpec(ConfigModel):
+    """What a trajectory starts from instead of the base model: a saved adapter, or another's checkpoint here."""
+
+    from_: str | None = Field(default=None, alias="from")
+    budget: Tokens | None = None
+    adapter: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> StartSpec:
+        if (self.adapter is None) == (self.from_ is None):
+            raise ValueError("start: give {from: OBJECTIVE, budget: …}, or {adapter: FOLDER}")
+        if (self.from_ is None) != (self.budget is None):
+            raise ValueError("start: budget goes with from")
+        return self
+
+
+class ObjectiveSpec(ConfigModel):
+    """An objective under the name it has in this study, with its settings."""
+
+    alias: str
+    kind: str
+    settings: dict[str, Any] = Field(default={})
+    start: StartSpec | None = None
+    reference: Literal["start", "base"] = "start"
+
+    def to_plain(self) -> str | dict[str, Any]:
+        """As it is written in a study file."""
+        if self.alias == self.kind:
+            return {self.alias: self.settings} if self.settings else self.alias
+        inner: dict[str, Any] = {self.kind: self.settings}
+        if self.start:
+            inner["start"] = self.start.model_dump(mode="json", by_alias=True, exclude_none=True)
+            inner["reference"] = self.reference
+        return {self.alias: inner}
+
+    @model_validator(mode="after")
+    def _reference_is_a_choice(self) -> ObjectiveSpec:
+        if self.reference == "base" and self.start is None:
+            raise ValueError("reference: base goes with a start, and without one it is the base anyway; leave it out")
+        return self
+
+    @property
+    def starts_at(self) -> str:
+        """What it starts from and is held against, by name."""
+        if self.start is None:
+            return "base"
+        origin = self.start.adapter or f"{self.start.from_} at {self.start.budget}"
+        return f"{origin}, reference: {self.reference}"
+
+    def build(self) -> Objective:
+        return load_objective(self.kind)(**self.settings)
+
+
+def objectives(value: Any, info: ValidationInfo) -> Any:
+    """`sft`, `{orpo: {weight: 0.1}}` or an alias `{orpo-0.2: {orpo: {weight: 0.2}}}` to one shape.
+
+    A study that was checked and dumped, as workers get it, has that shape already; a study file may not have it.
+    """
+    if not isinstance(value, list):
+        raise ValueError("give a list, such as [sft, dpo]")
+    dumped = info.context != WRITTEN and all(isinstance(v, dict) and {"alias", "kind"} <= v.keys() for v in value)
+    return value if dumped else [_objective(v) for v in value]
+
+
+def _objective(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"alias": value, "kind": _known(value)}
+    if isinstance(value, dict) and len(value) > 1 and (kind := next((k for k in value if k in names()), None)):
+        _no_stage(kind, value)
+    if not (isinstance(value, dict) and len(value) == 1):
+        raise ValueError(
+            f"{value!r} is not an objective: write sft, {{orpo: {{weight: 0.1}}}} or, under a name of your own, "
+            "{my-orpo: {orpo: {weight: 0.1}}}"
+        )
+    ((alias, inner),) = value.items()
+    inner = inner or {}
+    known = alias in names()
+    if known and isinstance(inner, dict):
+        _no_stage(alias, inner)
+    if known or not isinstance(inner, dict):
+        return {"alias": alias, "kind": _known(alias), "settings": _settings(alias, inner)}
+    staged = {k: inner[k] for k in STAGE if k in inner}
+    kinds = [k for k in inner if k not in staged]
+    if len(kinds) != 1:
+        _known(alias)
+    kind = _known(kinds[0])
+    if "start" in staged and staged["start"] is None:
+        raise ValueError(f"{alias}: its start is empty; give {{from: OBJECTIVE, budget: …}} or leave it out")
+    return {"alias": alias, "kind": kind, "settings": _settings(kind, inner[kind] or {}), **staged}
+
+
+def _no_stage(kind: str, given: dict[str, Any]) -> None:
+    """A second stage is told from the first by its name."""
+    if stage := next((k for k in STAGE if k in given), None):
+        raise ValueError(
+            f"{kind}: a {stage} needs a name of its own: write {{my-{kind}: {{{kind}: {{}}, {stage}: …}}}}"
+        )
+
+
+def _known(kind: Any) -> str:
+    if kind not in (known := names()):
+        raise ValueError(f"no objective {kind!r}{nearest(str(kind), known)} (there are: {', '.join(known)})")
+    return str(kind)
+
+
+def _settings(kind: str, given: Any) -> dict[str, Any]:
+    made = load_objective(kind)
+    fields = [f.name for f in dataclasses.fields(made)]  # type: ignore[arg-type]
+    if not isinstance(given, dict):
+        raise ValueError(f"{kind}: its settings are a mapping, such as {{{next(iter(fields), 'weight')}: 0.1}}")
+    for key, value in ((str(k), v) for k, v in given.items()):
+        if key not in fields:
+            raise ValueError(
+                f"{kind}: no setting {key!r}{nearest(key, fields)} (it has: {', '.join(fields) or 'none'})"
+            )
+        _check_setting(kind, made, key, value)
+    return given
+
+
+def _check_setting(kind: str, made: Any, key: str, value: Any) -> None:
+    """Words where the objective's field takes words; a number of at least 0 (a share: at most 1) otherwise."""
+    words = get_args(get_type_hints(made)[key])
+    if words:
+        if value not in words:
+            raise ValueError(f"{kind}: {key} is {value!r}; {' or '.join(map(str, words))}")
+    elif (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value < math.inf
+        or (key in SHARES and value > 1)
+    ):
+        most = " and at most 1" if key in SHARES else ""
+        raise ValueError(f"{kind}: {key} is {value!r}; a number of at least 0{most}")
+
 
 ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]*")
 LONGEST_ALIAS = 64  # characters: it is part of file names
@@ -102,7 +423,7 @@ RESAMPLED = ("steeper", "diverges", "coupled", "matched")  # claims that the joi
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 
-class Spec(Part):
+class Spec(ConfigModel):
     """A whole study."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -129,8 +450,8 @@ class Spec(Part):
     reference: Literal["live", "cached"] = Field(
         default="cached", description="computed beforehand and kept on disk, or beside the policy in every step"
     )
-    general: Companion | None = None
-    safety: Companion | None = None
+    general: AuxiliarySpec | None = None
+    safety: AuxiliarySpec | None = None
     evals: Evals
     claims: Annotated[Claims | None, BeforeValidator(_claims)] = None
     _followed: tuple[str, ...] = PrivateAttr(())
@@ -237,7 +558,7 @@ class Spec(Part):
     def _claims_fit(self) -> Iterator[str]:
         if self.claims is not None:
             aliases = [o.alias for o in self.objectives]
-            for fault in self.claims.absent(aliases, measured(self.evals), self.budgets):
+            for fault in self.claims.absent(aliases, measure_names(self.evals), self.budgets):
                 yield f"claims: {fault}"
             resampled = [c.analysis for c in self.claims.claims if c.analysis in RESAMPLED]
             if self.evals.stop == "decided" and resampled:

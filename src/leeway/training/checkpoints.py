@@ -18,16 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leeway.errors import LeewayError
-from leeway.hashing import sealed, unsealed
+from leeway.hashing import verify_checksum, with_checksum
 from leeway.model import adapters
 from leeway.model.load import Model
-from leeway.training.ranks import ALONE, Ranks
+from leeway.training.distributed import ALONE, Distributed
 
 OPTIMISER, LEDGER = "optimizer.safetensors", "ledger.json"
 
 
 @dataclass(frozen=True)
-class Start:
+class WarmStart:
     """What a trajectory begins with in place of the base model's own weights or of a fresh adapter, by content.
 
     `folder` holds an adapter in PEFT format or a transformers model, as a checkpoint does; `hash` is its adapter_hash.
@@ -43,7 +43,7 @@ class Start:
         return read_ledger(self.folder) if finished(self.folder) else {}
 
     @classmethod
-    def of(cls, folder: Path) -> Start:
+    def of(cls, folder: Path) -> WarmStart:
         """What is saved in `folder`, as it is."""
         return cls(folder, _hash(folder, "give the folder of a saved adapter or model"))
 
@@ -77,7 +77,7 @@ def _sync(path: Path) -> None:
 
 
 def write(
-    folder: Path, model: Model, optimiser: torch.optim.Optimizer, ledger: dict[str, Any], ranks: Ranks = ALONE
+    folder: Path, model: Model, optimiser: torch.optim.Optimizer, ledger: dict[str, Any], ranks: Distributed = ALONE
 ) -> dict[str, Any]:
     """Save what trains, the optimiser's state and the ledger line; the line comes back with the `adapter_hash`.
 
@@ -104,14 +104,14 @@ def _write(
         adapters.save(model, scratch, tensors)
         save_file(state, scratch / OPTIMISER)
         line = {**ledger, "adapter_hash": adapters.adapter_hash(adapters.saved(scratch))}
-        (scratch / LEDGER).write_text(json.dumps(sealed(line), sort_keys=True, indent=1) + "\n", "utf-8")
+        (scratch / LEDGER).write_text(json.dumps(with_checksum(line), sort_keys=True, indent=1) + "\n", "utf-8")
     return line
 
 
 def read_ledger(folder: Path) -> dict[str, Any]:
     """The ledger line of a checkpoint, as it was written."""
     try:
-        return unsealed(_line(folder))
+        return verify_checksum(_line(folder))
     except (ValueError, AttributeError) as error:
         raise LeewayError(
             f"{folder}: its ledger.json is damaged ({error})", fix="delete that folder and run again"

@@ -11,24 +11,23 @@ from typing import Any, Literal
 
 import torch
 
-from leeway.data.batches import Companions, Mark, Schedule
+from leeway.data.stream import AuxiliaryPool, BudgetStop, Schedule
 from leeway.errors import LeewayError, NotFiniteError
 from leeway.hashing import digest
 from leeway.model import adapters
 from leeway.model.forward import layout_of
-from leeway.model.layout import Asked
+from leeway.model.fsdp import local
 from leeway.model.load import Model
+from leeway.model.packing import Asked
 from leeway.model.reference import Reference, freeze
-from leeway.model.references import References
-from leeway.model.sharded import local
+from leeway.model.reference_cache import ReferenceCache
 from leeway.objectives import Objective
 from leeway.training import checkpoints
-from leeway.training.batch import Batch, Optim
-from leeway.training.beforehand import Tell, ask_beforehand
-from leeway.training.checkpoints import Start
+from leeway.training.batch import Batch, Optim, Renderer
+from leeway.training.checkpoints import WarmStart
+from leeway.training.distributed import ALONE, Distributed
 from leeway.training.loop import Decay, Step, after_warmup, optimise
-from leeway.training.ranks import ALONE, Ranks
-from leeway.training.renderer import Renderer
+from leeway.training.precompute import Tell, precompute_reference
 
 COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
 
@@ -49,7 +48,7 @@ class Settings:
     loop: Optim
     decay: Decay = "constant"
     tuning_tokens: int = 0
-    references: References | None = None
+    references: ReferenceCache | None = None
     layout: Asked | None = None  # none: the loop's own
 
 
@@ -67,10 +66,10 @@ class Trajectory:
     model: Model
     schedule: Schedule
     settings: Settings
-    companions: Companions = field(default_factory=Companions)
-    start: Start | None = None
+    companions: AuxiliaryPool = field(default_factory=AuxiliaryPool)
+    start: WarmStart | None = None
     reference: Literal["start", "base"] = "start"
-    ranks: Ranks = ALONE
+    ranks: Distributed = ALONE
     step: int = 0
     counted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
@@ -97,7 +96,7 @@ class Trajectory:
         base = Reference(digest(*parts), freeze(self.model) if asked and not beside and not started else None)
         if self.start is None:
             return base
-        if (found := Start.of(self.start.folder).hash) != self.start.hash:
+        if (found := WarmStart.of(self.start.folder).hash) != self.start.hash:
             raise LeewayError(
                 f"{self.alias}: {self.start.folder} is not what it starts from (adapter_hash {found}, "
                 f"not {self.start.hash})",
@@ -114,7 +113,9 @@ class Trajectory:
             return base
         return Reference(digest(*parts, self.start.hash), freeze(self.model) if asked else None)
 
-    def train_to(self, mark: Mark, log: Path, tick: Callable[[Step], None], asking: Tell = lambda *_: None) -> None:
+    def train_to(
+        self, mark: BudgetStop, log: Path, tick: Callable[[Step], None], asking: Tell = lambda *_: None
+    ) -> None:
         """Go on to the step of `mark`, one line per step into `log`, on disk before this returns.
 
         `asking` hears how many of the reference's tokens are had, and of how many, where it is asked beforehand.
@@ -122,7 +123,7 @@ class Trajectory:
         batches = (self._batch(k) for k in range(self.step + 1, mark.step + 1))
         settings, steps = self.settings, len(self.schedule.steps)
         self.ranks.shard(self.model, self.optimiser, self.compared)
-        self.ask_beforehand(asking)
+        self.precompute_reference(asking)
         lr_at = after_warmup(settings.lr, settings.warmup_steps, settings.decay, steps)
         with (log if self.ranks.leads else Path(os.devnull)).open("a", encoding="utf-8") as lines:
             for done in optimise(
@@ -137,14 +138,14 @@ class Trajectory:
             if self.ranks.leads:
                 os.fsync(lines.fileno())
 
-    def ask_beforehand(self, asking: Tell = lambda *_: None) -> int:
+    def precompute_reference(self, asking: Tell = lambda *_: None) -> int:
         """Have all that is still to be asked of the reference kept; how many tokens went through it for that."""
         references = self.settings.references
         if references is None or self.objective.needs_reference == "nothing" or self.compared.kept is not None:
             return 0
         batches = (self._batch(k + 1) for k in range(len(self.schedule.steps)))
         loop, taken = self.settings.loop, self.step
-        return ask_beforehand(
+        return precompute_reference(
             self.model, self.objective, batches, loop, self.compared, references, taken=taken, tell=asking
         )
 
@@ -153,7 +154,7 @@ class Trajectory:
         """Tokens that went through policy and reference so far."""
         return self.counted["processed_tokens"] + self.counted["reference_tokens"]
 
-    def save(self, folder: Path, mark: Mark) -> dict[str, Any]:
+    def save(self, folder: Path, mark: BudgetStop) -> dict[str, Any]:
         """Write the checkpoint of `mark` with its ledger line, and return the line."""
         if not all(torch.isfinite(local(t)).all() for t in adapters.state(self.model).values()):
             raise NotFiniteError(
@@ -162,7 +163,7 @@ class Trajectory:
             )
         return checkpoints.write(folder, self.model, self.optimiser, self._ledger(mark), self.ranks)
 
-    def restore(self, folder: Path, mark: Mark, *, to_train: bool) -> dict[str, Any]:
+    def restore(self, folder: Path, mark: BudgetStop, *, to_train: bool) -> dict[str, Any]:
         """Take up where `folder` left off (for training, with the optimiser's state); returns its ledger line."""
         line = checkpoints.verified_ledger(folder)
         check_line(line, mark, folder)
@@ -173,7 +174,7 @@ class Trajectory:
         self.counted = {name: int(line[name]) for name in COUNTERS}
         return line
 
-    def _ledger(self, mark: Mark) -> dict[str, Any]:
+    def _ledger(self, mark: BudgetStop) -> dict[str, Any]:
         return {
             "objective": self.alias,
             "seed": self.seed,
@@ -203,7 +204,7 @@ class Trajectory:
         return self.renderer.batch(step, self.schedule.steps[step - 1])
 
 
-def check_line(line: dict[str, Any], mark: Mark, folder: Path) -> None:
+def check_line(line: dict[str, Any], mark: BudgetStop, folder: Path) -> None:
     """Raise where a finished checkpoint's ledger line is not what this study's data give, naming the column."""
     for name in ("budget", "step", "source_tokens", "examples", "epochs", "data_hash"):
         _check_column(line, name, getattr(mark, name), folder)

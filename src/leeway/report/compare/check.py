@@ -11,10 +11,10 @@ import pandas as pd
 
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
-from leeway.report import summary
+from leeway.report import narrative
+from leeway.report.formatting import Scale
 from leeway.report.results import Results
-from leeway.report.scale import Scale
-from leeway.stats.measures import AT, BASE
+from leeway.stats.metrics import AT, BASE
 
 ASKED = ("adapter", "budget", "budgets", "evals", "model", "objectives", "optim", "pairs", "reference", "seeds", "task")
 TOLD = ("attacks", "data", "evals", "judges", "leeway", "matching", "model", "objectives", "texts")
@@ -204,7 +204,7 @@ def _jailbreak(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _counted(results: Results) -> str:
     count = Scale.of(results.manifest).count
-    return f"{summary.matching(results.manifest).count} tokens" if count == "tokens" else count
+    return f"{narrative.matching(results.manifest).count} tokens" if count == "tokens" else count
 
 
 def _names(loaded: list[Results]) -> list[str]:

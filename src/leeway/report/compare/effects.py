@@ -1,27 +1,30 @@
-"""Effects study by study, their differences paired by item, and each objective's effect over studies."""
+"""Effects study by study, their differences paired by item, and each objective's effect over studies.
+
+Runs of one study under other training seeds, taken together as one.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from leeway.report.compare.check import Study
-from leeway.stats.bounds import MIN_MOVED
-from leeway.stats.clustered import standard_error
+from leeway.errors import LeewayError
+from leeway.report.compare.check import Study, not_poolable
+from leeway.report.results import Results
+from leeway.stats.cluster_tests import MIN_MOVED, wild_cluster
+from leeway.stats.contrasts import correct, standard_error
 from leeway.stats.intervals import RESAMPLES, Floats, Ints, stratum_shares
-from leeway.stats.measures import BASE, VALUES, Measure, measures, observations
 from leeway.stats.meta import combine
-from leeway.stats.multiplicity import correct
+from leeway.stats.metrics import BASE, VALUES, Measure, measures, observations
 from leeway.stats.pairing import ITEM, KEY, PAIR, Pairs
-from leeway.stats.wild import wild_cluster
 
 EFFECTS = ["study", *KEY, "first", "axis", "measure", "label", "difference", "low", "high", "se", "p", "p_holm"]
-EFFECTS += ["n", "n_clusters", "n_moved", "n_unscored", "note"]
+EFFECTS += ["n", "n_clusters", "n_discordant", "n_unscored", "note"]
 DIFFERENCES = [*KEY, "axis", "measure", "label", "study_a", "study_b", "effect_a", "effect_b", "difference", "low"]
 DIFFERENCES += ["high", "se", "p", "p_holm", "family", "family_size", "n_shared", "n_clusters", "n_apart", "note"]
 META = [*KEY, "axis", "measure", "label", "studies", "estimate", "low", "high", "se", "p", "p_holm", "family"]
@@ -151,7 +154,7 @@ def meta(table: pd.DataFrame, moved: dict[tuple[str, str, int, str, str], Deltas
             lines.append(line | {"studies": len(known), "note": "; ".join([*notes, "nothing to combine"])})
             continue
         of = [moved[_id((s, *(line[k] for k in KEY), line["measure"]))] for s in known["study"]]
-        covariance = _covariance([error(r) for _, r in known.iterrows()], list(known["n_moved"]), of)
+        covariance = _covariance([error(r) for _, r in known.iterrows()], list(known["n_discordant"]), of)
         found = combine(known["difference"].to_numpy(float), covariance)
         notes += [TWO] if len(known) == 2 else [FEW] if len(known) < 5 else []
         notes += [ALIKE] if found.correlation else []
@@ -172,7 +175,9 @@ def error(effect: pd.Series) -> float:
     """
     se = float(effect["se"])
     bound = (float(effect["high"]) - float(effect["low"])) / (2 * 1.959964)
-    return max(se, bound) if effect["n_moved"] < MIN_MOVED and not math.isnan(se) else bound if math.isnan(se) else se
+    return (
+        max(se, bound) if effect["n_discordant"] < MIN_MOVED and not math.isnan(se) else bound if math.isnan(se) else se
+    )
 
 
 def _covariance(errors: list[float], moved: list[int], of: list[Deltas]) -> Floats:
@@ -208,3 +213,76 @@ def _key(key: Any) -> tuple[str, int, str]:
 def _id(key: tuple[Any, ...]) -> tuple[str, str, int, str, str]:
     study, objective, budget, condition, measure = key
     return str(study), str(objective), int(budget), str(condition), str(measure)
+
+
+ASKED = [
+    "eval",
+    "attack",
+    "item_id",
+    "sample",
+    "prompt",
+    "template_hash",
+    "judge",
+]  # one answer of the base, in raw rows
+SAME = ["response", "outcome", "score"]
+SHOWN = 4  # differences that a message names before it counts the rest
+CONTRAST = "leave out --pool to contrast them study by study"
+
+
+def pool(studies: list[Study]) -> Results:
+    """One table of rows with every study's seeds; raises LeewayError for anything else that differs.
+
+    The base answered the same questions in each run. Its answers are taken once, and have to be the same ones.
+    """
+    for a, b in combinations(studies, 2):
+        _same_settings(a, b)
+        _other_seeds(a, b)
+        _same_base(a, b)
+    first = studies[0].results
+    rows = [first.rows, *(s.results.rows[s.results.rows["objective"] != BASE] for s in studies[1:])]
+    ledgers = [s.results.ledger for s in studies]
+    name = " + ".join(s.name for s in studies)
+    return replace(
+        first,
+        rows=pd.concat(rows, ignore_index=True),
+        ledger=pd.concat(ledgers, ignore_index=True),
+        study={**first.study, "name": name},
+    )
+
+
+def _same_settings(a: Study, b: Study) -> None:
+    found = not_poolable([a, b])
+    if found:
+        named = "; ".join(f"{d['what']}: {d[a.name]} and {d[b.name]}" for d in found[:SHOWN])
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        what = f"compare --pool: {a.name} and {b.name} differ in more than their seeds ({named}{more})"
+        raise LeewayError(what, fix=CONTRAST)
+
+
+def _other_seeds(a: Study, b: Study) -> None:
+    both = _runs(a) & _runs(b)
+    if both:
+        objective, seed = min(both)
+        what = f"compare --pool: {a.name} and {b.name} both hold {objective} with seed {seed}"
+        raise LeewayError(f"{what}: one run would count as two", fix="pool runs of different seeds")
+
+
+def _runs(study: Study) -> set[tuple[str, int]]:
+    rows = study.results.rows
+    tuned = rows.loc[rows["objective"] != BASE, ["objective", "seed"]].drop_duplicates()
+    return {(str(o), int(s)) for o, s in tuned.itertuples(index=False, name=None)}
+
+
+def _same_base(a: Study, b: Study) -> None:
+    one, other = (s.results.rows[s.results.rows["objective"] == BASE] for s in (a, b))
+    one, other = (t[[*ASKED, *SAME]].fillna({"attack": "", "template_hash": "", "judge": ""}) for t in (one, other))
+    both = one.merge(other, on=ASKED, how="outer", suffixes=("", "_b"), indicator="found")
+    apart = both["found"] != "both"
+    for column in SAME:
+        left, right = both[column], both[f"{column}_b"]
+        apart |= (left != right) & ~(left.isna() & right.isna())
+    if apart.any():
+        what = (
+            f"compare --pool: the base answered {int(apart.sum()):,} of {len(both):,} questions otherwise in {b.name}"
+        )
+        raise LeewayError(f"{what} than in {a.name}: not one base under one judge", fix=CONTRAST)

@@ -1,0 +1,5 @@
+"""Measure checkpoints that were trained elsewhere against their base."""
+
+from leeway.audit.run import audit
+
+__all__ = ["audit"]

@@ -1,0 +1,325 @@
+"""The usual shapes of fine-tuning files, told apart by their columns, as prompts and answers.
+
+| shape | columns |
+| --- | --- |
+| prompt | `prompt`, and `completion` or `chosen`, with `rejected` where a pair exists; text, or lists of messages |
+| turns-pair | `chosen` and `rejected`: whole conversations, each a list of messages, equal up to the last turn |
+| hh | `chosen` and `rejected`: strings of turns, each opened by a blank line and `Human:` or `Assistant:` (HH-RLHF) |
+| messages | `messages`: `role` and `content` (OpenAI) |
+| sharegpt | `conversations`: `from` and `value`; with `chosen` and `rejected`, one turn each, a pair (LLaMA-Factory) |
+| alpaca | `instruction`, `input`, and `output`, or `chosen` and `rejected` |
+
+The first record decides, and all others must have the same shape. An example is one user turn and its answer: the last
+assistant turn is the answer, and what stands before it must be a single user turn. A record that is anything else (a
+system turn, several turns, no answer) is `Unfit`; a record that lacks a column is an error that names it.
+
+The user's own files: training records and test records, one JSON object a line (or .json, .csv, .tsv, .gz of them).
+
+train: any of the shapes in `data/shapes.py`; plainly `prompt` and `completion`, with `rejected` where a pair exists.
+test: `prompt` or `question` and `answer` or `reference`; or `messages`, the last of which is the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from leeway.data.readers import Record, field, read, refuse_not_finite
+from leeway.data.types import CapabilityItem, Example
+from leeway.errors import LeewayError
+
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class Turn(NamedTuple):
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A prompt, its preferred answer and, where the record holds a pair, the dispreferred one."""
+
+    prompt: str
+    preferred: str
+    dispreferred: str | None = None
+
+
+class UnsupportedRecord(Exception):
+    """A sound record that is not one prompt and its answer; says what it is instead."""
+
+
+Reader = Callable[[Record, str], Parsed]
+
+
+def detect(record: Record) -> str | None:
+    """The name of the shape that a record's columns make; None where they make none."""
+    has = set(record)
+    pair = {"chosen", "rejected"} <= has
+    if "messages" in has or "conversations" in has:
+        return "messages" if "messages" in has else "sharegpt"
+    if "instruction" in has and ("output" in has or pair):
+        return "alpaca"
+    if "prompt" in has and has & {"completion", "chosen"}:
+        return "prompt"
+    if pair:
+        return "turns-pair" if isinstance(_listed(record["chosen"]), list) else "hh"
+    return None
+
+
+def reader(first: Record, path: object) -> Reader:
+    """What reads every record of a file whose first record is this one; raises LeewayError for unknown columns."""
+    shape = detect(first)
+    if shape is None and "prompt" not in first:
+        has = ", ".join(map(str, first)) or "nothing"
+        raise LeewayError(
+            f"{path}: no known shape of training file (its first record has: {has})",
+            fix="give prompt and completion; or messages, conversations, instruction and output, chosen and rejected",
+        )
+    shape = shape or "prompt"
+
+    def read(record: Record, where: str) -> Parsed:
+        found = detect(record)
+        if found not in (None, shape):
+            raise LeewayError(
+                f"{where}: its columns make it {found}, and the first record's make it {shape}",
+                fix="keep one shape to a file",
+            )
+        _no_labels(record, where)
+        for column in ("system", "history", "tools"):
+            if record.get(column):
+                raise UnsupportedRecord(f"a {column} column")
+        return READERS[shape](record, where)
+
+    return read
+
+
+def _no_labels(record: Record, where: str) -> None:
+    """An answer that a label calls bad must not be trained on as a good one."""
+    if str(record.get("label")).lower() in ("true", "false"):
+        raise LeewayError(
+            f"{where}: its label says whether its answer is good, and has no other answer to go with it",
+            fix="keep the good answers and drop the label, or give pairs: prompt, chosen, rejected",
+        )
+
+
+def _prompt(record: Record, where: str) -> Parsed:
+    name = "completion" if "completion" in record else "chosen"
+    prompt, preferred, rejected = (_listed(record.get(n)) for n in ("prompt", name, "rejected"))
+    if not any(isinstance(v, (list, dict)) for v in (prompt, preferred, rejected)):
+        refuse_not_finite(rejected, "rejected", where)
+        return Parsed(
+            field(record, ("prompt",), where),
+            field(record, ("completion", "chosen"), where),
+            str(rejected or "").strip() or None,
+        )
+    before = (
+        _turns(prompt, f"{where}, prompt", "role", "content")
+        if isinstance(prompt, list)
+        else [Turn("user", field(record, ("prompt",), where))]
+    )
+    answers = [(preferred, name)] + ([(rejected, "rejected")] if rejected else [])
+    return _parsed(before, *(_answer(value, where, column) for value, column in answers))
+
+
+def _messages(record: Record, where: str) -> Parsed:
+    turns = _turns(_column(record, "messages", where), where, "role", "content")
+    return _parsed(*_split(turns))
+
+
+def _sharegpt(record: Record, where: str) -> Parsed:
+    turns = _turns(_column(record, "conversations", where), where, "from", "value")
+    if record.get("chosen") is None:
+        return _parsed(*_split(turns))
+    return _parsed(turns, *(_answer(record.get(n), where, n) for n in ("chosen", "rejected")))
+
+
+def _turns_pair(record: Record, where: str) -> Parsed:
+    chosen, rejected = (_turns(_column(record, n, where), where, "role", "content") for n in ("chosen", "rejected"))
+    return _same_prompt(_split(chosen), _split(rejected))
+
+
+def _hh(record: Record, where: str) -> Parsed:
+    return _same_prompt(*(_split(_hh_turns(field(record, (n,), where), where)) for n in ("chosen", "rejected")))
+
+
+def _alpaca(record: Record, where: str) -> Parsed:
+    more = str(record.get("input") or "").strip()
+    prompt = field(record, ("instruction",), where) + (f"\n{more}" if more else "")
+    if record.get("output") is None:
+        return Parsed(prompt, field(record, ("chosen",), where), field(record, ("rejected",), where))
+    return Parsed(prompt, field(record, ("output",), where))
+
+
+READERS: dict[str, Reader] = {
+    "prompt": _prompt,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "turns-pair": _turns_pair,
+    "hh": _hh,
+    "alpaca": _alpaca,
+}
+
+
+def _parsed(before: Seq[Turn], preferred: str, dispreferred: str | None = None) -> Parsed:
+    if any(t.role == "system" for t in before):
+        raise UnsupportedRecord("a system turn")
+    if len(before) != 1:
+        raise UnsupportedRecord("several turns" if before else "no user turn")
+    if before[0].role != "user":
+        raise UnsupportedRecord("no user turn")
+    if not before[0].text or not preferred or dispreferred == "":
+        raise UnsupportedRecord("an empty turn")
+    return Parsed(before[0].text, preferred, dispreferred)
+
+
+def _split(turns: list[Turn]) -> tuple[list[Turn], str]:
+    """(what stands before the last turn, that turn's text): it has to be the assistant's."""
+    if not turns or turns[-1].role != "assistant":
+        raise UnsupportedRecord("no answer at its end")
+    return turns[:-1], turns[-1].text
+
+
+def _column(record: Record, name: str, where: str) -> Any:
+    """Return a column's value; raise LeewayError where the record lacks it."""
+    if name not in record:
+        has = ", ".join(map(str, record)) or "nothing"
+        raise LeewayError(f"{where}: no {name} in it (it has: {has})", fix="mend that record")
+    return record[name]
+
+
+def _same_prompt(chosen: tuple[list[Turn], str], rejected: tuple[list[Turn], str]) -> Parsed:
+    if chosen[0] != rejected[0]:
+        raise UnsupportedRecord("two answers to different prompts")
+    return _parsed(chosen[0], chosen[1], rejected[1])
+
+
+def _answer(value: Any, where: str, name: str) -> str:
+    """A pair's answer: text, one turn, or a list that holds one turn, in either spelling."""
+    value = _listed(value)
+    if isinstance(value, str):
+        return value.strip()
+    turns = value if isinstance(value, list) else [value]
+    spelled = ("from", "value") if turns and isinstance(turns[0], dict) and "from" in turns[0] else ("role", "content")
+    parsed = _turns(turns, f"{where}, {name}", *spelled)
+    if len(parsed) != 1:
+        raise UnsupportedRecord("several turns" if parsed else "an empty turn")
+    if parsed[0].role != "assistant":
+        raise UnsupportedRecord("no answer at its end")
+    return parsed[0].text
+
+
+def _turns(value: Any, where: str, role: str, text: str) -> list[Turn]:
+    value = _listed(value)
+    if not isinstance(value, list) or not all(isinstance(m, dict) and role in m for m in value):
+        raise LeewayError(f"{where}: not a list of turns with {role} and {text}", fix="mend that record")
+    turns = []
+    for m in value:
+        said = str(m[role]).lower()
+        if said not in ROLES:
+            raise UnsupportedRecord(f"a turn of {m[role]!r}")
+        turns.append(Turn(ROLES[said], _text(m.get(text))))
+    return turns
+
+
+def _text(content: Any) -> str:
+    """A turn's text; a list of parts is joined where all of them are text."""
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(p.get("text") or "") for p in content)
+    if not isinstance(content, str):
+        raise UnsupportedRecord("a turn that is not text")
+    return content.strip()
+
+
+def _hh_turns(text: str, where: str) -> list[Turn]:
+    pieces = HH_TURN.split("\n\n" + text.lstrip())
+    if pieces[0] or len(pieces) < 3:
+        raise LeewayError(
+            f"{where}: chosen and rejected are strings, and not turns that begin with Human: and Assistant:",
+            fix="give the prompt in a column of its own, or write the turns in that form",
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [Turn(roles[r], t.strip()) for r, t in zip(pieces[1::2], pieces[2::2], strict=True)]
+
+
+def _listed(value: Any) -> Any:
+    """Turns written as JSON text, as a table's cell must hold them, as a list; anything else stays."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):  # text that only looks like turns
+        return value
+    return found if all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found) else value
+
+
+Misfits = Literal["error", "leave-out"]
+NAMED = 20  # records that a message lists before it only counts them
+
+
+def train_examples(path: Path, *, unfit: Misfits = "error") -> tuple[list[Example], str]:
+    """(examples, where they came from).
+
+    A record that is not one prompt and its answer (a system turn, several turns, an empty answer) raises LeewayError
+    that counts and names all of them; `unfit="leave-out"` leaves them out, and where the examples came from says so.
+    """
+    examples: list[Example] = []
+    misfits: dict[int, str] = {}
+    read_one: Reader | None = None
+    for n, record in enumerate(read(path), 1):
+        read_one = read_one or reader(record, path)
+        try:
+            parsed = read_one(record, f"{path}, record {n}")
+        except UnsupportedRecord as why:
+            misfits[n] = str(why)
+        else:
+            examples.append(Example(f"{path.name}/{n}", parsed.prompt, parsed.preferred, parsed.dispreferred))
+    if misfits and (unfit == "error" or not examples):
+        raise LeewayError(
+            f"{path}: {_told(misfits, len(misfits) + len(examples))}; an example is one user turn and its answer",
+            fix="take these records out, or cut each down to one question and its answer",
+        )
+    return examples, f"{path}; {_told(misfits, len(misfits) + len(examples))}, left out" if misfits else str(path)
+
+
+def _told(misfits: dict[int, str], total: int) -> str:
+    why = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(misfits.values()).items()))
+    shown = ", ".join(map(str, list(misfits)[:NAMED])) + (", …" if len(misfits) > NAMED else "")
+    return f"{len(misfits)} of {total} records are not supported yet ({why}): record{'s' * (len(misfits) > 1)} {shown}"
+
+
+def held_out_items(path: Path) -> tuple[list[CapabilityItem], str]:
+    """(items, where they came from); a record that is not one question and its answer is an error that names it."""
+    items = []
+    for n, record in enumerate(read(path), 1):
+        prompt, answer = question_and_answer(record, f"{path}, record {n}")
+        items.append(CapabilityItem(f"files/{n}", prompt, answer))
+    return items, str(path)
+
+
+def question_and_answer(record: Record, where: str) -> tuple[str, str]:
+    """One test record's question and reference answer."""
+    if "messages" not in record:
+        return field(record, ("prompt", "question"), where), field(record, ("answer", "reference"), where)
+    try:
+        parsed = READERS["messages"](record, where)
+    except UnsupportedRecord as why:
+        raise LeewayError(
+            f"{where}: {why}, which is not supported yet", fix="give one user turn and its answer"
+        ) from why
+    return parsed.prompt, parsed.preferred

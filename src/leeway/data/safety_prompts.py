@@ -1,0 +1,147 @@
+"""Forbidden prompts, always from public data or a user's file at run time, never from this source tree.
+
+Benign prompts that a safe model answers, from public data at run time.
+
+Fixed random subsets, drawn from a key alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from leeway.data.readers import Record, Source, field, load, read
+from leeway.data.types import BenignPrompt, ForbiddenPrompt, PersonaItem
+from leeway.errors import LeewayError
+from leeway.hashing import derive_seed, file_digest
+
+Prompts = tuple[list[ForbiddenPrompt], str]
+
+# Souly et al. 2024, arXiv 2402.10260: 313 prompts, and the published subset of 60.
+STRONGREJECT = Source(("strongreject/strongreject_dataset.csv",), "walledai/StrongREJECT")
+STRONGREJECT_SMALL = "strongreject/strongreject_small_dataset.csv"
+# Chao et al. 2024, arXiv 2404.01318: 100 behaviours.
+JBB_HARMFUL = Source(("jailbreakbench/harmful-behaviors.csv",), "JailbreakBench/JBB-Behaviors", "behaviors", "harmful")
+COLUMNS = ("forbidden_prompt", "prompt", "goal")
+
+
+def strongreject(revision: str | None = None) -> Prompts:
+    """All 313, ids `strongreject/<n>` from 0; (prompts, where they came from)."""
+    loaded = load(STRONGREJECT, revision=revision)
+    return _published("strongreject", loaded.records, loaded.origin, 313), loaded.origin
+
+
+def strongreject_small() -> Prompts:
+    """The published 60, ids `strongreject-small/<n>`: from LEEWAY_DATA alone, since they are no data set of the hub."""
+    if not os.environ.get("LEEWAY_DATA"):
+        raise LeewayError(
+            "strongreject-small: it is not on the hub",
+            fix=f"set LEEWAY_DATA to a folder that holds {STRONGREJECT_SMALL} (from the benchmark's repository)",
+        )
+    loaded = load(Source((STRONGREJECT_SMALL,), "strongreject-small"))
+    return _published("strongreject-small", loaded.records, loaded.origin, 60), loaded.origin
+
+
+def jailbreakbench_harmful(revision: str | None = None) -> Prompts:
+    """The 100 harmful behaviours (column Goal), ids `jailbreakbench/<n>` by their order, whatever the index column."""
+    loaded = load(JBB_HARMFUL, revision=revision)
+    return _published("jailbreakbench", loaded.records, loaded.origin, 100), loaded.origin
+
+
+def from_file(path: Path) -> Prompts:
+    """A user's .jsonl, .json, .csv or .tsv with a column `prompt`, `forbidden_prompt` or `Goal`; ids `file/<n>`."""
+    prompts = _prompts("file", list(read(path)), str(path))
+    if not prompts:
+        raise LeewayError(f"{path}: no prompt in it", fix="write a record for each prompt")
+    return prompts, f"{path} ({len(prompts)} prompts, {file_digest(path)})"
+
+
+def _published(name: str, records: Seq[Record], origin: str, count: int) -> list[ForbiddenPrompt]:
+    """As many as were published: a file cut short would pass for the benchmark."""
+    if len(records) != count:
+        raise LeewayError(
+            f"{name}: {len(records)} prompts ({origin}), and {count} were published",
+            fix="fetch it again, or give another set of prompts as a file",
+        )
+    return _prompts(name, records, name)
+
+
+def _prompts(name: str, records: Seq[Record], where: str) -> list[ForbiddenPrompt]:
+    """Columns whatever their case; a prompt that occurs twice is an error, since a prompt is a cluster of its own."""
+    first: dict[str, int] = {}
+    prompts = []
+    for n, record in enumerate(records):
+        columns = {str(k).strip().lower().replace(" ", "_"): v for k, v in record.items()}
+        text = field(columns, COLUMNS, f"{where}, record {n + 1}")
+        if text in first:
+            raise LeewayError(
+                f"{where}, record {n + 1}: the same prompt as record {first[text]}", fix="keep one of the two"
+            )
+        first[text] = n + 1
+        prompts.append(ForbiddenPrompt(f"{name}/{n}", text))
+    return prompts
+
+
+# Röttger et al. 2024, arXiv 2308.01263: 250 safe prompts of ten types, and 200 unsafe contrasts that stay out.
+XSTEST = Source(("xstest/xstest_prompts.csv",), "Paul/XSTest")
+# Chao et al. 2024, arXiv 2404.01318: 100 benign behaviours on the topics of its harmful ones.
+JBB_BENIGN = Source(
+    ("jailbreakbench/benign-behaviors.csv",), "JailbreakBench/JBB-Behaviors", config="behaviors", split="benign"
+)
+
+
+def xstest(revision: str | None = None) -> tuple[list[BenignPrompt], str]:
+    """The prompts labelled safe; ids are `xstest/<type>/<id>`, so that rates come by type as well."""
+    loaded = load(XSTEST, revision=revision)
+    items = []
+    for n, record in enumerate(loaded.records, 1):
+        where = f"xstest, record {n}"
+        kind = field(record, ("type",), where)
+        if _is_safe(record, kind, where):
+            items.append(BenignPrompt(f"xstest/{kind}/{record.get('id', n)}", field(record, ("prompt",), where)))
+    if not items:
+        raise LeewayError(f"xstest ({loaded.origin}): none of its prompts is labelled safe", fix="check the file")
+    return items, loaded.origin
+
+
+def _is_safe(record: Record, kind: str, where: str) -> bool:
+    label = field(record, ("label",), where) if "label" in record else ""
+    if label not in ("safe", "unsafe", ""):
+        raise LeewayError(f"{where}: its label is {label!r}", fix="it must be safe or unsafe")
+    contrast = kind.startswith("contrast_")  # how the published unsafe half is named
+    if label and contrast != (label == "unsafe"):
+        raise LeewayError(f"{where}: labelled {label}, but of type {kind}", fix="mend that record")
+    return not contrast
+
+
+def jailbreakbench_benign(revision: str | None = None) -> tuple[list[BenignPrompt], str]:
+    """The benign half of JailbreakBench, in the file's order; ids are `jailbreakbench-benign/<index>`."""
+    loaded = load(JBB_BENIGN, revision=revision)
+    items = []
+    for n, record in enumerate(loaded.records):
+        text = field(record, ("Goal", "goal"), f"jailbreakbench benign, record {n + 1}")
+        items.append(BenignPrompt(f"jailbreakbench-benign/{record.get('Index', n)}", text))
+    return items, loaded.origin
+
+
+T = TypeVar("T")
+
+
+def subset(items: Seq[T], limit: int | None, key: str) -> list[T]:
+    """A fixed random subset in the source's order; a larger limit's holds a smaller one's."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    order = np.random.default_rng(derive_seed("subset", key)).permutation(len(items))
+    return [items[i] for i in sorted(int(i) for i in order[:limit])]
+
+
+def balanced(items: Seq[PersonaItem], limit: int | None, key: str) -> list[PersonaItem]:
+    """As many Yes-keyed as No-keyed items, so that a mere inclination to Yes endorses nothing."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    halves = [[i for i in items if i.match == answer] for answer in ("Yes", "No")]
+    return [i for half, n in zip(halves, (limit - limit // 2, limit // 2), strict=True) for i in subset(half, n, key)]

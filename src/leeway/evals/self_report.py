@@ -1,0 +1,260 @@
+"""Rating scales: the expected rating of a statement, from next-token probabilities.
+
+    x = Σ k·P(k) / Σ P(k), k = 1 … 5        agreement = x, or 6 − x where 5 stands for disagreeing
+    score = (agreement − 1) / 4             and 1 minus that for a reverse-keyed statement
+
+Every statement is asked under both directions of the scale, one row each, and a rate is the mean over both: a model
+that likes one number scores 0.5 whatever the keys. NaN and no mass at all are unscored.
+
+Self-description: open questions about oneself, each answer rated for each trait by a grader model.
+
+    score = rating / 4        rating 0 … 4, read from one `trait: rating` line each
+
+Questions, traits and rubric are our own and stand in `selfreport.yaml`. An answer that is no language is unscored and
+never sent; what the grader leaves out, says twice or puts out of range is unscored with its words kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from leeway.data.types import LikertItem
+from leeway.errors import LeewayError
+from leeway.evals.eval import Row, Tick
+from leeway.evals.overrefusal import check_samples
+from leeway.evals.persona import finite
+from leeway.generation.backend import Backend, Choice, Reply, Request
+from leeway.hashing import digest
+from leeway.judges.coherence import coherence, coherence_rules
+
+OPTIONS = ("1", "2", "3", "4", "5")
+HIGH, LOW = "agree-high", "agree-low"  # what 5 stands for: agreeing, or not agreeing
+
+
+@cache
+def directions() -> dict[str, str]:
+    """The question under each direction of the scale, with `{statement}` in it."""
+    loaded: dict[str, str] = yaml.safe_load((files("leeway.evals") / "likert.yaml").read_text("utf-8"))["directions"]
+    return loaded
+
+
+def expected(mass: Mapping[str, float]) -> float:
+    """Σ k·P(k) / Σ P(k) over "1" … "5", in [1, 5]; NaN where they have no mass or are not finite."""
+    p = [mass.get(o, math.nan) for o in OPTIONS]
+    if not all(math.isfinite(x) and x >= 0 for x in p) or sum(p) <= 0:
+        return math.nan
+    return sum(int(o) * x for o, x in zip(OPTIONS, p, strict=True)) / sum(p)
+
+
+def scored(rating: float, direction: str, key: int) -> float:
+    """How far a rating endorses the trait, in [0, 1]."""
+    agreement = rating if direction == HIGH else 6 - rating
+    endorsing = agreement if key == 1 else 6 - agreement
+    return (endorsing - 1) / 4
+
+
+def cluster_of(item: LikertItem) -> str:
+    """Items of one text, under several traits too, are one."""
+    return f"statement/{digest(item.text)}"
+
+
+@dataclass(frozen=True)
+class Likert:
+    """Statements rated from 1 to 5, one forward pass for each item and direction of the scale."""
+
+    items: Seq[LikertItem]
+    name: str = "persona-sd3"
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    @property
+    def hash(self) -> str:
+        return digest(self.name, directions(), [asdict(i) for i in self.items])
+
+    def __len__(self) -> int:
+        return len(self.items) * len(directions())
+
+    def clusters(self) -> list[str]:
+        return [cluster_of(i) for i in self.items]
+
+    def part(self, clusters: Collection[str]) -> Likert:
+        return replace(self, items=[i for i in self.items if cluster_of(i) in clusters])
+
+    def run(self, backend: Backend, tick: Tick) -> list[Row]:
+        """Every item with 5 for agreeing, then every item with 5 for disagreeing."""
+        asked = [(d, i, text.replace("{statement}", i.text)) for d, text in directions().items() for i in self.items]
+        choices = backend.choose([[{"role": "user", "content": text}] for _, _, text in asked], OPTIONS, tick)
+        return [self._row(*a, c, backend.template_hash) for a, c in zip(asked, choices, strict=True)]
+
+    def _row(self, direction: str, item: LikertItem, prompt: str, choice: Choice, template: str) -> Row:
+        rating = math.nan if choice.failure else expected(choice.mass)
+        score = scored(rating, direction, item.key)
+        mass = {o: finite(choice.mass.get(o, math.nan)) for o in OPTIONS}
+        answered = finite(sum(choice.mass.get(o, math.nan) for o in OPTIONS))
+        raw = {"answer_mass": answered, "form": direction, "key": item.key, "mass": mass, "rating": finite(rating)}
+        reason = "no finite mass on 1 to 5" if choice.failure is None else f"no answer: {choice.failure}"
+        return Row(
+            eval=self.name,
+            attack="",
+            item_id=item.id,
+            cluster=cluster_of(item),
+            sample=0,
+            prompt=prompt,
+            response="" if math.isnan(score) else max(OPTIONS, key=lambda o: choice.mass[o]),
+            outcome=None,
+            score=score,
+            unscored_reason=reason if math.isnan(score) else None,
+            judge="next-token",
+            judge_raw=json.dumps(raw, sort_keys=True),
+            template_hash=digest(template, self.name, direction, prompt_hash(direction)),
+            new_tokens=0,
+        )
+
+
+def prompt_hash(direction: str) -> str:
+    """Content hash of the question under one direction."""
+    return digest(direction, directions()[direction])
+
+
+DARK_TRIAD = ("machiavellianism", "narcissism", "psychopathy")
+
+
+@cache
+def texts() -> dict[str, Any]:
+    """The versioned file."""
+    loaded: dict[str, Any] = yaml.safe_load((files("leeway.evals") / "selfreport.yaml").read_text("utf-8"))
+    return loaded
+
+
+def rubric(question: str, answer: str, traits: Seq[str]) -> str:
+    """What the grader is asked about one answer."""
+    described = "\n".join(f"- {t}: {texts()['traits'][t]}" for t in traits)
+    lines = "\n".join(f"{t}: (0 to {texts()['most']})" for t in traits)
+    fill = {"question": question, "traits": described, "lines": lines, "answer": answer}
+    # in one pass, so that an answer that holds a slot's name is not filled in
+    return re.sub(r"\{(question|traits|lines|answer)\}", lambda slot: fill[slot[1]], texts()["rubric"])
+
+
+def ratings(said: str, traits: Seq[str]) -> dict[str, int | str]:
+    """Each trait's rating as the grader wrote it, or why there is none: a pure parse of `trait: rating` lines."""
+    found: dict[str, int | str] = {}
+    for trait in traits:
+        lines = re.findall(
+            rf"^[^\w\n]*{re.escape(trait)}[^\w\n]*[:=][ \t*_(]*(.*)$", said, re.IGNORECASE | re.MULTILINE
+        )
+        number = re.match(rf"(-?\d+(?:\.\d+)?)(?:\s*/\s*{texts()['most']})?[\s*_).]*$", lines[0]) if lines else None
+        if len(lines) != 1:
+            found[trait] = f"{len(lines)} lines for {trait}"
+        elif number is None:
+            found[trait] = f"no number for {trait}"
+        elif number[1] not in map(str, range(texts()["most"] + 1)):
+            found[trait] = f"{trait} rated {number[1]}, not a whole number from 0 to {texts()['most']}"
+        else:
+            found[trait] = int(number[1])
+    return found
+
+
+@dataclass(frozen=True)
+class SelfReport:
+    """Open questions, answered greedily or `samples` times, graded by `grader`; a question is the cluster."""
+
+    grader: Backend
+    traits: Seq[str] = DARK_TRIAD
+    max_new_tokens: int = 256
+    grader_tokens: int = 96
+    samples: int = 1
+    temperature: float = 0.0
+    judge: str = "self-rubric"
+    name: str = "persona-self"
+
+    def __post_init__(self) -> None:
+        check_samples(self.name, self.samples, self.temperature)
+        known = list(texts()["traits"])
+        for trait in self.traits:
+            if trait not in known:
+                near = difflib.get_close_matches(trait, known, n=1, cutoff=0.5)
+                fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(known)}"
+                raise LeewayError(f"{self.name}: no rubric for the trait {trait!r}", fix=fix)
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    @property
+    def judge_hash(self) -> str:
+        """Content hash of the rubric, who reads it and what is no language."""
+        who = [self.grader.identity, self.grader.template_hash, self.grader_tokens]
+        return digest(texts()["rubric"], texts()["traits"], who, coherence_rules())
+
+    @property
+    def hash(self) -> str:
+        asked = [list(self.traits), texts()["questions"], self.max_new_tokens, self.samples, self.temperature]
+        return digest(self.name, asked, self.judge_hash)
+
+    def __len__(self) -> int:
+        return len(texts()["questions"]) * self.samples
+
+    def run(self, backend: Backend, tick: Tick) -> list[Row]:
+        """One row for each trait, question and sample."""
+        asked = [(name, q, k) for name, q in texts()["questions"].items() for k in range(self.samples)]
+        requests = [Request([_user(q)], self.max_new_tokens, self.temperature, k) for _, q, k in asked]
+        replies = backend.complete(requests, tick)
+        readable = [n for n, r in enumerate(replies) if r.failure is None and coherence(r.text).ok]
+        prompts = [rubric(asked[n][1], replies[n].text, self.traits) for n in readable]
+        graded = self.grader.complete([Request([_user(p)], self.grader_tokens) for p in prompts], lambda _: None)
+        said = dict(zip(readable, graded, strict=True))
+        template = digest(backend.template_hash, self.name)
+        return [
+            self._row(trait, name, q, k, replies[n], said.get(n), template)
+            for trait in self.traits
+            for n, (name, q, k) in enumerate(asked)
+        ]
+
+    def _row(
+        self, trait: str, name: str, question: str, sample: int, reply: Reply, graded: Reply | None, template: str
+    ) -> Row:
+        rating = self._rating(trait, reply, graded)
+        return Row(
+            eval=self.name,
+            attack="",
+            item_id=f"{trait}/{name}",
+            cluster=f"question/{name}",
+            sample=sample,
+            prompt=question,
+            response=reply.text,
+            outcome=None,
+            score=rating / texts()["most"] if isinstance(rating, int) else math.nan,
+            unscored_reason=None if isinstance(rating, int) else rating,
+            judge=self.judge,
+            judge_raw=json.dumps({"said": graded.text}) if graded else "",
+            template_hash=template,
+            new_tokens=reply.new_tokens,
+        )
+
+    def _rating(self, trait: str, reply: Reply, graded: Reply | None) -> int | str:
+        """The rating, or why there is none."""
+        if reply.failure is not None:
+            return f"no answer: {reply.failure}"
+        if graded is None:
+            return f"incoherent: {coherence(reply.text).reason}"
+        if graded.failure is not None:
+            return f"no answer: {self.judge}: {graded.failure}"
+        rating = ratings(graded.text, self.traits)[trait]
+        return rating if isinstance(rating, int) else f"judge: {rating}"
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}

@@ -1,0 +1,325 @@
+"""The evals as Inspect tasks: `inspect eval leeway/jailbreak -T prompts=strongreject -T attacks=none,dan`.
+
+A sample is one item (under one attack). The solver plays it with leeway's own eval against Inspect's model, the scorer
+asks leeway's own judge or grader, and the metrics are leeway's rates with their intervals, clustered by prompt.
+
+An eval by its settings alone, as the study file has them: the same items, attacks, grader and judge.
+
+From a row to an Inspect score: unscored stays unscored, with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from inspect_ai import Task, task
+from inspect_ai.dataset import MemoryDataset, Sample
+from inspect_ai.log import HeadlineMetric
+from inspect_ai.model import GenerateConfig, get_model
+from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
+from inspect_ai.solver import Generate, Solver, TaskState, solver
+
+from leeway.errors import LeewayError
+from leeway.evals.eval import Eval, Row
+from leeway.evals.jailbreak import Jailbreak
+from leeway.hashing import canonical
+from leeway.integrations.inspect.backend import Live, Said
+from leeway.judges import Answer, Verdict
+from leeway.study.build_evals import evals_of
+from leeway.study.eval_spec import Evals
+from leeway.study.load import parse
+
+LISTS = ("attacks", "traits")
+
+
+@dataclass(frozen=True)
+class Single:
+    """One item of an eval (under one attack, for a jailbreak), as an eval of its own."""
+
+    part: Any  # an eval of one item
+    item: Any
+    attack: Any = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.attack.name}/{self.item.id}" if self.attack else str(self.item.id)
+
+
+def known() -> tuple[str, ...]:
+    """The axes that a study file can ask for here."""
+    return tuple(k for k in ("capability", "jailbreak", "persona", "overrefusal") if k in Evals.model_fields)
+
+
+def asked(kind: str, settings: dict[str, Any]) -> Eval:
+    """The eval that a study with these settings under `evals.<kind>` would ask; raises LeewayError as a study does.
+
+    `test`, of capability on files, is the path of the user's test file. What is None is left to the study's default.
+    """
+    return _asked(kind, canonical({k: v for k, v in settings.items() if v is not None}))
+
+
+@lru_cache(maxsize=16)
+def _asked(kind: str, settings_json: str) -> Eval:
+    settings: dict[str, Any] = json.loads(settings_json)
+    for name in LISTS:
+        if isinstance(settings.get(name), str):
+            settings[name] = settings[name].split(",")
+    test = settings.pop("test", None)
+    study = {
+        "name": "inspect",
+        "model": "organism",  # nothing of it is loaded: Inspect brings the model
+        "task": {"files": {"train": test, "test": test}} if test else {"name": "organism"},
+        "objectives": ["sft"],
+        "budgets": [1],
+        "evals": {kind: [settings] if kind == "capability" else settings},
+    }
+    spec = parse(json.dumps(study), f"leeway/{kind}")
+    return next(e for e in evals_of(spec, {}) if e.name == kind)
+
+
+def singles(part: Any) -> dict[str, Single]:
+    """Every item under every attack by its id, in the order of the eval's own rows."""
+    if isinstance(part, Jailbreak):
+        pairs = [(a, p) for a in part.attacks for p in part.prompts]
+        return _by_id(Single(replace(part, prompts=[p], attacks=[a]), p, a) for a, p in pairs)
+    field = next((f for f in ("items", "prompts") if hasattr(part, f)), None)
+    if field is None:
+        raise LeewayError(f"eval {part.key}: Inspect cannot ask it, it has no items", fix="leave it out")
+    items: Seq[Any] = getattr(part, field)
+    return _by_id(Single(replace(part, **{field: [item]}), item) for item in items)
+
+
+def _by_id(found: Iterable[Single]) -> dict[str, Single]:
+    return {one.id: one for one in found}
+
+
+def score_of(row: dict[str, Any]) -> Score:
+    """A row's score under Inspect's notion of an unscored sample (NaN, which its metrics leave out and count)."""
+    told = {
+        "outcome": row["outcome"],
+        "judge": row["judge"],
+        "judge_raw": row["judge_raw"],
+        "unscored_reason": row["unscored_reason"],
+    }
+    answer = row["outcome"] or (row["response"] if row["eval"] == "persona" else None)
+    if row["score"] is None or math.isnan(row["score"]):
+        reason = row["unscored_reason"]
+        return Score.unscored(reason=reason, explanation=f"unscored: {reason}", metadata=told)
+    return Score(value=float(row["score"]), answer=answer, explanation=row["judge_raw"] or None, metadata=told)
+
+
+HEARD = "leeway"  # what the solver keeps for the scorer, in the sample's store
+TO_JUDGE = "judge: not judged yet"
+NOT_ASKED = {
+    "replies": [{"text": "", "new_tokens": 0, "cut": False, "failure": "not asked"}],
+    "choices": [{"mass": {}, "failure": "not asked"}],
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Later:
+    """Stands in for the judge while an attack is played: the scorer judges."""
+
+    name: str
+    hash: str = ""
+    note: str = ""
+
+    def judge(self, answers: Seq[Answer], tick: Callable[[int], None]) -> list[Verdict]:  # noqa: ARG002
+        return [Verdict(None, None, "", TO_JUDGE)] * len(answers)
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """In a thread of its own: evals, judges and helpers wait for answers, and Inspect's loop must not."""
+    found: T = await to_thread.run_sync(work, limiter=CapacityLimiter(1))
+    return found
+
+
+@solver
+def played(kind: str, settings: dict[str, Any]) -> Solver:
+    """Ask one item as leeway does: every turn of an attack, or the tokens' probabilities of a yes/no statement."""
+    ones = singles(asked(kind, settings))
+
+    async def solve(state: TaskState, generate: Generate) -> TaskState:  # noqa: ARG001 - turns are the attack's
+        one = ones[str(state.sample_id)]
+        live = Live(get_model())
+        rows = await _aside(lambda: _unjudged(one).run(live, lambda _: None))
+        state.store.set(HEARD, {**live.heard(), "row": _plain(rows[0])})
+        state.messages = live.messages
+        if live.output is not None:
+            state.output = live.output
+        return state
+
+    return solve
+
+
+def _unjudged(one: Single) -> Any:
+    return replace(one.part, judges=(_Later(one.part.judges[0].name),)) if isinstance(one.part, Jailbreak) else one.part
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {**asdict(row), "score": None if math.isnan(row.score) else row.score}
+
+
+@metric(scores="unreduced")
+def answers() -> Metric:
+    """How many answers have a score; Inspect counts the others beside it."""
+
+    def counted(scores: list[SampleScore]) -> dict[str, float]:
+        return {"answers": float(len(scores))}  # a mapping: Inspect takes a bare 0 of none for NaN
+
+    return counted
+
+
+@metric(scores="unreduced")
+def rates() -> Metric:
+    """leeway's rates, NaN where too many are unscored; for the primary ones also the 95% interval, clustered."""
+
+    def measured(scores: list[SampleScore]) -> dict[str, float]:
+        import pandas as pd
+
+        from leeway import stats
+
+        if not scores:
+            return {}
+        lines = stats.rates(pd.DataFrame([_as_row(s) for s in scores]), {}).to_dict("records")
+        found: dict[str, float] = {}
+        for line in lines:
+            name = str(line["measure"])
+            found[name] = float(line["rate"])
+            if line["primary"]:
+                found |= {f"{name} low": float(line["low"]), f"{name} high": float(line["high"])}
+        return {**found, "unscored": sum(s.score.as_float() == 0 for s in scores)}
+
+    return measured
+
+
+def _as_row(found: SampleScore) -> dict[str, Any]:
+    facts, told = found.sample_metadata or {}, found.score.metadata or {}
+    return {
+        **{"objective": "", "seed": 0, "budget": 0, "sample": 0, "template_hash": ""},
+        **{k: facts[k] for k in ("eval", "attack", "item_id", "cluster")},
+        **{k: told[k] for k in ("score", "outcome")},
+    }
+
+
+@scorer(metrics=[answers()])
+def judged(kind: str, settings: dict[str, Any]) -> Scorer:
+    """leeway's own verdict on what was heard: the judge reads the forbidden prompt, never its wrapper."""
+    ones = singles(asked(kind, settings))
+
+    async def score(state: TaskState, target: Target) -> Score:  # noqa: ARG001 - the item knows what is right
+        one, heard = ones[str(state.sample_id)], state.store.get(HEARD)
+        return score_of(asdict(await _aside(lambda: _row(one, heard))))
+
+    return score
+
+
+def _row(one: Single, heard: dict[str, Any]) -> Row:
+    if not isinstance(one.part, Jailbreak):
+        rows: list[Row] = one.part.run(Said(heard), lambda _: None)
+        return rows[0]
+    row = Row(**{**heard["row"], "score": math.nan})
+    if row.unscored_reason != TO_JUDGE:
+        return row
+    (verdict,) = one.part.judges[0].judge([Answer(one.item.text, row.response)], lambda _: None)
+    return replace(
+        row,
+        outcome=verdict.outcome,
+        score=math.nan if verdict.score is None else verdict.score,
+        unscored_reason=verdict.unscored_reason,
+        judge_raw=verdict.raw,
+    )
+
+
+@scorer(metrics=[rates()])
+def scored() -> Scorer:
+    """1 where `judged` has a score, 0 where it has none: over these all, so that rates know what is missing."""
+
+    async def score(state: TaskState, target: Target) -> Score:  # noqa: ARG001 - the protocol
+        found = (state.scores or {}).get("judged")
+        if found is None:
+            return Score.unscored(reason="scoring_failed", explanation="judged did not run before it")
+        value = None if math.isnan(found.as_float()) else found.as_float()
+        told = {"score": value, "outcome": (found.metadata or {}).get("outcome")}
+        return Score(value=float(value is not None), explanation=found.reason, metadata=told)
+
+    return score
+
+
+def _task(kind: str, **settings: Any) -> Task:
+    settings = {k: v for k, v in settings.items() if v is not None}
+    part = asked(kind, settings)
+    samples = [_sample(part.name, one) for one in singles(part).values()]
+    facts = {"hash": part.hash}
+    if isinstance(part, Jailbreak):
+        judge = part.judges[0]  # Inspect's tasks have one: the first
+        facts |= {"judge": judge.name, "judge_hash": judge.hash, "judge_note": judge.note}
+    return Task(
+        dataset=MemoryDataset(samples, name=part.key),
+        solver=played(kind, settings),
+        scorer=[judged(kind, settings), scored()],
+        config=GenerateConfig(temperature=0.0),
+        headline_metric=HeadlineMetric(scorer="scored"),
+        version=part.hash,
+        metadata=facts,
+    )
+
+
+def _sample(axis: str, one: Single) -> Sample:
+    item, attack = one.item, one.attack
+    text = next(getattr(item, f) for f in ("question", "prompt", "text") if hasattr(item, f))
+    facts = {"eval": axis, "item_id": item.id, "cluster": _cluster(one), "attack": attack.name if attack else ""}
+    if attack:
+        facts |= {"attack_hash": attack.hash, "attack_version": attack.version}
+    right = getattr(item, "reference", getattr(item, "match", ""))
+    return Sample(input=text, target=right, id=one.id, metadata=facts)
+
+
+def _cluster(one: Single) -> str:
+    """As on the eval's own row: of a reply that failed, so that nobody is asked or judges."""
+    return str(one.item.id) if one.attack else str(one.part.run(Said(NOT_ASKED), lambda _: None)[0].cluster)
+
+
+@task
+def capability(
+    name: str = "gsm8k", limit: int | None = None, max_new_tokens: int | None = None, test: str | None = None
+) -> Task:
+    """Questions with checkable answers: `name` is gsm8k, organism, or files with `test` the path of the test file."""
+    return _task("capability", name=name, limit=limit, max_new_tokens=max_new_tokens, test=test)
+
+
+@task
+def jailbreak(
+    prompts: str | None = None,
+    attacks: Any = None,
+    judge: Any = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+) -> Task:
+    """Forbidden prompts under attacks, every answer one of four outcomes or unscored."""
+    return _task("jailbreak", prompts=prompts, attacks=attacks, judge=judge, limit=limit, max_new_tokens=max_new_tokens)
+
+
+@task
+def persona(source: str | None = None, traits: Any = None, limit: int | None = None) -> Task:
+    """Endorsement of trait statements from next-token probabilities, where the provider gives them."""
+    return _task("persona", source=source, traits=traits, limit=limit)
+
+
+if "overrefusal" in known():
+
+    @task
+    def overrefusal(
+        prompts: str | None = None, judge: Any = None, limit: int | None = None, max_new_tokens: int | None = None
+    ) -> Task:
+        """Harmless prompts that sound forbidden."""
+        return _task("overrefusal", prompts=prompts, judge=judge, limit=limit, max_new_tokens=max_new_tokens)

@@ -1,0 +1,185 @@
+"""One token after another through the fused decoder, keys and values kept.
+
+What all prompts of a batch begin with alike (a system prompt, an attack's wrapper) goes through once. Prompts end at
+the same position of the cache, so that a step writes one slice of it; what lies before a shorter one is hidden.
+
+Shape legend: B rows, P common beginning, S longest remainder, L positions of the cache, H query heads, K key heads,
+G = H / K, E width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leeway.data.chat import Sequence
+from leeway.model.fused.decoder import adapted, embedded, frozen, through
+from leeway.model.fused.kernels import heads, positions, scores, to_row, turned
+from leeway.model.packing import HIDDEN, Blocks, PrefixTree, common_prefix
+from leeway.model.token_stats import filled
+
+SHARED = 16  # tokens that a common beginning has at least
+GROWTH = 32  # positions by which the cache grows: it stays contiguous, and products keep their shapes that long
+
+KeysValues = list[tuple[Tensor, Tensor]]  # of each layer: [B K, L, E] twice
+
+
+class Decoding:
+    """The model, as it stands, in the middle of answering a batch of prompts. For use without gradients."""
+
+    def __init__(self, lm: Any, prompts: Seq[tuple[int, ...]], device: torch.device) -> None:
+        self._lm, self._device, self._prompts = lm, device, list(prompts)
+        self._cache: KeysValues = []
+        self._hidden_BL = torch.empty(0)
+        self._low: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self) -> Tensor:
+        """Final hidden states of the prompts' last tokens, [B, D]."""
+        shared = _shared(self._prompts)
+        past: KeysValues = []
+        if shared:
+            past = [(self._heads(k), self._heads(v)) for k, v in self._read([self._prompts[0][:shared]], 0, [])[1]]
+        rests = [p[shared:] for p in self._prompts]
+        hidden_BD, rows = self._read(rests, shared, past)
+        self._used = shared + max(map(len, rests))
+        self._position_B = torch.tensor([len(p) for p in self._prompts], device=self._device)
+        self._fill(rests, shared, past, rows)
+        return hidden_BD
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Final hidden states after one more token of each row, [B, D]."""
+        if self._used == self._cache[0][0].shape[1]:
+            self._grow()
+        x_BD, cos_BE, sin_BE = embedded(self._lm, ids_B, self._position_B)
+        at, rows = self._used, len(ids_B)
+        self._hidden_BL[:, at] = 0
+        bias = self._hidden_BL[:, None, None].to(x_BD.dtype)
+
+        def mix(n: int, attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self._cache[n]
+            width, groups = keys.shape[-1], q.shape[1] // k.shape[1]
+            for kept, new in ((keys, turned(k, cos_BE, sin_BE)), (values, v)):
+                kept.view(rows, -1, *kept.shape[1:])[:, :, at] = new.view(rows, -1, width)
+            q = turned(q, cos_BE, sin_BE).view(-1, groups, width)
+            s = torch.bmm(q, keys.mT).mul_(attention.scaling)
+            s.view(rows, -1, groups, s.shape[-1]).add_(bias)
+            return torch.bmm(s.softmax(-1), values).view(rows, -1)
+
+        self._used += 1
+        self._position_B += 1
+        return through(self._lm, x_BD, mix, self._linears, torch.arange(rows, device=self._device))
+
+    def keep(self, rows: Seq[int]) -> None:
+        """Go on with these rows alone."""
+        at = torch.tensor(rows, device=self._device)
+        self._position_B, self._hidden_BL = self._position_B[at], self._hidden_BL[at]
+        before = len(self._prompts)
+        for n, pair in enumerate(self._cache):
+            keys, values = (t.view(before, -1, *t.shape[1:])[at].flatten(0, 1) for t in pair)
+            self._cache[n] = keys, values
+        self._prompts = [self._prompts[r] for r in rows]
+
+    def _read(self, texts: Seq[tuple[int, ...]], offset: int, past: KeysValues) -> tuple[Tensor, KeysValues]:
+        """(hidden states of each text's last token [B, D], keys and values of the row [T, K E]), texts after `past`."""
+        trees = [PrefixTree.of((Sequence(ids, len(ids)),)) for ids in texts]
+        blocks = Blocks.of(trees, self._device)
+        fill = [0] * (filled(blocks.tokens) - blocks.tokens)
+        ids_T = torch.tensor([i for t in trees for i in t.ids] + fill, device=self._device)
+        position_T = torch.tensor([offset + i for t in trees for i in t.positions] + fill, device=self._device)
+        x_TD, cos_TE, sin_TE = embedded(self._lm, ids_T, position_T)
+        biases = [_after(bias, offset) for bias in blocks.biases(x_TD.dtype)]
+        kept: KeysValues = []
+
+        def mix(n: int, attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            width, groups = cos_TE.shape[-1], q.shape[1] // k.shape[1]
+            q, k = turned(q, cos_TE, sin_TE), turned(k, cos_TE, sin_TE)
+            kept.append((k, v))
+            found = []
+            for block, bias in zip(blocks.blocks, biases, strict=True):
+                keys, values = (heads(t, block, width) for t in (k, v))
+                if past:
+                    keys, values = (_joined(p, t) for p, t in zip(past[n], (keys, values), strict=True))
+                p = scores(heads(q, block, width, groups), keys, bias, attention.scaling, groups).softmax(-1)
+                found.append(positions(torch.bmm(p, values), block, groups))
+            return to_row(found, blocks)
+
+        last_B = torch.tensor([len(t) for t in texts], device=self._device).cumsum(0) - 1
+        hidden_BD = through(self._lm, x_TD, mix, self._linears, last_B)
+        self._width = cos_TE.shape[-1]
+        return hidden_BD, [(k[: blocks.tokens], v[: blocks.tokens]) for k, v in kept]
+
+    def _heads(self, row_TD: Tensor) -> Tensor:
+        """[K, T, E]."""
+        return row_TD.view(len(row_TD), -1, self._width).transpose(0, 1)
+
+    def _fill(self, rests: Seq[tuple[int, ...]], shared: int, past: KeysValues, rows: KeysValues) -> None:
+        """The cache from the row's keys and values, prompts aligned at their ends."""
+        longest, count = max(map(len, rests)), len(rests)
+        at_BS = torch.zeros(count, longest, dtype=torch.long)
+        self._hidden_BL = torch.full((count, _capacity(self._used)), HIDDEN, device=self._device)
+        self._hidden_BL[:, : self._used] = 0
+        start = 0
+        for b, ids in enumerate(rests):
+            at_BS[b, longest - len(ids) :] = torch.arange(start, start + len(ids))
+            self._hidden_BL[b, shared : shared + longest - len(ids)] = HIDDEN
+            start += len(ids)
+        at = at_BS.flatten().to(self._device)
+        for n, pair in enumerate(rows):
+            whole = []
+            for k, t in enumerate(pair):
+                new = t.index_select(0, at).view(count, longest, -1, self._width).transpose(1, 2)
+                cache = t.new_zeros(count, new.shape[1], _capacity(self._used), self._width)
+                if past:
+                    cache[:, :, :shared] = past[n][k]
+                cache[:, :, shared : self._used] = new
+                whole.append(cache.flatten(0, 1))
+            self._cache.append((whole[0], whole[1]))
+
+    def _grow(self) -> None:
+        self._hidden_BL = torch.nn.functional.pad(self._hidden_BL, (0, GROWTH), value=HIDDEN)
+        for n, pair in enumerate(self._cache):
+            keys, values = (torch.nn.functional.pad(t, (0, 0, 0, GROWTH)) for t in pair)
+            self._cache[n] = keys, values
+
+    def _linears(self, x_TD: Tensor, modules: Seq[Any]) -> tuple[Tensor, ...]:
+        """Each layer of the input with its low-rank update, which is brought to the states' dtype once a batch."""
+        found = []
+        for module in modules:
+            y_TO = torch.nn.functional.linear(x_TD, *frozen(module))
+            if adapted(module):
+                A_RD, B_OR = self._update(module, x_TD.dtype)
+                y_TO.addmm_(x_TD @ A_RD.T, B_OR.T)
+            found.append(y_TO)
+        return tuple(found)
+
+    def _update(self, module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if id(module) not in self._low:
+            A_RD, B_OR = (m["default"].weight.detach() for m in (module.lora_A, module.lora_B))
+            self._low[id(module)] = A_RD.to(dtype), (B_OR * module.scaling["default"]).to(dtype)
+        return self._low[id(module)]
+
+
+def _shared(prompts: Seq[tuple[int, ...]]) -> int:
+    """Tokens that all prompts begin with alike, where it is worth it: at least one of each is left."""
+    if len(prompts) < 2:
+        return 0
+    alike, shortest = min(common_prefix(prompts[0], p) for p in prompts), min(map(len, prompts))
+    found = min(alike, shortest - 1)
+    return found if found >= SHARED else 0
+
+
+def _capacity(used: int) -> int:
+    return -(-(used + 1) // GROWTH) * GROWTH
+
+
+def _after(bias: Tensor, offset: int) -> Tensor:
+    """The same, all of the first `offset` keys seen."""
+    return torch.nn.functional.pad(bias, (offset, 0))
+
+
+def _joined(past_KPE: Tensor, new: Tensor) -> Tensor:
+    """[B K, P + L, E]."""
+    return torch.cat([past_KPE.repeat(len(new) // len(past_KPE), 1, 1), new], 1)

@@ -1,0 +1,360 @@
+"""How sequences lie in one micro-batch: where their tokens are, and which hidden state predicts each measured one.
+
+Shape legend: B rows, L positions, T measured tokens, D width. `Padded` gives each sequence a row; `Packed` puts several
+into one, and stores what the sequences of one example begin with alike once; `Flat` is a single row for the fused
+decoder, shared beginnings stored once too. The statistics are the same.
+
+Sequences that begin alike as one tree: what they share is stored, and goes through the model, once.
+
+Which tokens attend to which, sequence trees end to end in one row: attention by blocks of like length.
+
+Shape legend: T tokens, B trees of one block, L positions of the longest of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from leeway.data.chat import Sequence
+from leeway.errors import LeewayError
+from leeway.model.token_stats import ROUND, filled
+
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """Sequences that begin alike, each token of a common beginning once: nodes in order, a node after its ancestors.
+
+    ids, positions: of each node. paths: the nodes that each sequence runs through.
+    """
+
+    sequences: Seq[Sequence]
+    ids: list[int]
+    positions: list[int]
+    paths: list[list[int]]
+
+    @classmethod
+    def of(cls, sequences: Seq[Sequence]) -> PrefixTree:
+        """Each sequence branches off where it leaves the earlier one that it follows longest."""
+        ids: list[int] = []
+        positions: list[int] = []
+        paths: list[list[int]] = []
+        for k, s in enumerate(sequences):
+            shared = [common_prefix(s.ids, earlier.ids) for earlier in sequences[:k]]
+            best = max(range(k), key=shared.__getitem__, default=None)
+            trunk = [] if best is None else paths[best][: shared[best]]
+            tail = s.ids[len(trunk) :]
+            paths.append(trunk + list(range(len(ids), len(ids) + len(tail))))
+            positions += range(len(trunk), len(s.ids))
+            ids += tail
+        return cls(sequences, ids, positions, paths)
+
+    def visible(self) -> Tensor:
+        """Which nodes (columns) each node (row) sees: itself and its ancestors."""
+        seen = torch.zeros(len(self.ids), len(self.ids), dtype=torch.bool)
+        for path in self.paths:
+            nodes = torch.tensor(path)
+            seen[nodes[:, None], nodes] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+        return seen
+
+
+def common_prefix(a: Seq[int], b: Seq[int]) -> int:
+    """How many ids two sequences begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+WASTE = 1.25  # a block's positions per token at most, before a new block begins
+STRIDE = 16  # of a block's positions, so that products meet few shapes
+HIDDEN = -1e30  # added to what a token does not see; a row always sees itself, so no softmax is empty
+
+
+@dataclass(frozen=True)
+class Block:
+    """Trees of like length, each padded on the right to L, a multiple of STRIDE.
+
+    tokens_BL: the token of each position (a padded one repeats token 0, and nobody reads it). seen: None where every
+    tree is one sequence, whose tokens see all that came before; else which positions each position sees, [B, L, L].
+    padded_N: the positions that are padding, of the B L; None where there are none.
+    """
+
+    tokens_BL: Tensor
+    seen_BLL: Tensor | None
+    padded_N: Tensor | None
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """To be added to the scores: 0 where a position is seen; [L, L] or [B, L, L]."""
+        length = self.tokens_BL.shape[1]
+        if self.seen_BLL is None:
+            hidden = torch.ones(length, length, dtype=torch.bool, device=self.tokens_BL.device).triu(1)
+        else:
+            hidden = ~self.seen_BLL
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, HIDDEN)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """All tokens of a micro-batch. place_T: where each token lies among the positions of all blocks.
+
+    The row is filled up with tokens that nothing attends to and that attend to nothing: there are `tokens` real ones.
+    """
+
+    blocks: tuple[Block, ...]
+    place_T: Tensor
+    tokens: int
+
+    def biases(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Each block's, once for all layers."""
+        return tuple(block.bias(dtype) for block in self.blocks)
+
+    @classmethod
+    def of(cls, trees: Seq[PrefixTree], device: torch.device, *, rows: int = ROUND, waste: float = WASTE) -> Blocks:
+        """Trees lie in the row in the order given; it is filled up to a multiple of `rows`.
+
+        A block's positions per token are `waste` at most; 1: a block's trees have one length up to STRIDE.
+        """
+        starts = [0]
+        for tree in trees:
+            starts.append(starts[-1] + len(tree.ids))
+        order = sorted(range(len(trees)), key=lambda n: (len(trees[n].ids), n))
+        blocks, place_T, offset = [], torch.zeros(filled(starts[-1], rows), dtype=torch.long), 0
+        for group in _alike([filled(len(trees[n].ids), STRIDE) for n in order], waste):
+            members = [order[k] for k in group]
+            length = filled(max(len(trees[n].ids) for n in members), STRIDE)
+            tokens_BL = torch.zeros(len(members), length, dtype=torch.long)
+            for b, n in enumerate(members):
+                size = len(trees[n].ids)
+                tokens_BL[b, :size] = torch.arange(starts[n], starts[n] + size)
+                place_T[starts[n] : starts[n] + size] = torch.arange(size) + offset + b * length
+            sizes = [len(trees[n].ids) for n in members]
+            padded = [b * length + at for b, size in enumerate(sizes) for at in range(size, length)]
+            padded_N = torch.tensor(padded, device=device) if padded else None
+            seen_BLL = _seen([trees[n] for n in members], length, device)
+            blocks.append(Block(tokens_BL.to(device), seen_BLL, padded_N))
+            offset += len(members) * length
+        return cls(tuple(blocks), place_T.to(device), starts[-1])
+
+
+def _alike(lengths: Seq[int], waste: float) -> list[range]:
+    """Runs of rising lengths that waste little when each is padded to its longest."""
+    runs, start, total = [], 0, 0
+    for k, length in enumerate(lengths):
+        if k > start and (k - start + 1) * length > waste * (total + length):
+            runs.append(range(start, k))
+            start, total = k, 0
+        total += length
+    return [*runs, range(start, len(lengths))]
+
+
+def _seen(trees: Seq[PrefixTree], length: int, device: torch.device) -> Tensor | None:
+    if all(len(t.sequences) == 1 for t in trees):
+        return None
+    seen_BLL = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)
+    for b, tree in enumerate(trees):
+        size = len(tree.ids)
+        seen_BLL[b, :size, :size] = tree.visible()
+    return seen_BLL.to(device)
+
+
+Layout = Literal["padded", "packed", "fused"]
+Asked = Literal["auto", "padded", "packed", "fused"]
+Examples = Seq[Seq[Sequence]]  # each example's sequences, in the order in which its objective rendered them
+
+
+@dataclass(frozen=True)
+class PackedBatch(ABC):
+    """S sequences as B rows of length L, and where their T measured tokens are, sequence by sequence."""
+
+    ids_BL: Tensor
+    row_T: Tensor
+    before_T: Tensor  # position whose hidden state predicts the measured token
+    sequence_T: Tensor
+    measured_T: Tensor  # the measured tokens' ids
+    target_T: Tensor | None  # which of them are targets; None where all are
+    sequences: int
+
+    @abstractmethod
+    def inputs(self, lm: Any) -> dict[str, Any]:
+        """What the decoder of `lm` is called with."""
+
+
+@dataclass(frozen=True)
+class Padded(PackedBatch):
+    """S sequences padded on the right to length L: one row each."""
+
+    mask_BL: Tensor
+
+    @classmethod
+    def of(cls, sequences: Seq[Sequence], device: torch.device) -> Padded:
+        length = max(len(s.ids) for s in sequences)
+        ids = [list(s.ids) + [0] * (length - len(s.ids)) for s in sequences]
+        mask = [[1] * len(s.ids) + [0] * (length - len(s.ids)) for s in sequences]
+        rows = [b for b, s in enumerate(sequences) for _ in range(s.measured)]
+        before = [k - 1 for s in sequences for k in range(s.start, len(s.ids))]
+        measured = [i for s in sequences for i in s.ids[s.start :]]
+        ids_BL, mask_BL, row_T, before_T, measured_T = (
+            torch.tensor(x, device=device) for x in (ids, mask, rows, before, measured)
+        )
+        target_T = targets(sequences, device)
+        return cls(ids_BL, row_T, before_T, row_T, measured_T, target_T, len(sequences), mask_BL)
+
+    def inputs(self, lm: Any) -> dict[str, Any]:  # noqa: ARG002
+        return {"input_ids": self.ids_BL, "attention_mask": self.mask_BL}
+
+
+@dataclass(frozen=True)
+class Flat(PackedBatch):
+    """All sequences end to end in one row, without padding, common beginnings stored once: for the fused decoder.
+
+    row_T is 0 throughout. position_T: each token's place in its own sequence. blocks: which tokens attend to which.
+    """
+
+    position_T: Tensor
+    blocks: Blocks
+
+    @classmethod
+    def of(cls, examples: Examples, device: torch.device, *, rows: int = ROUND, waste: float = WASTE) -> Flat:
+        """`rows` and `waste` as in Blocks.of."""
+        trees = [PrefixTree.of(e) for e in examples if e]
+        starts = list(itertools.accumulate((len(t.ids) for t in trees), initial=0))
+        paths = [
+            (s, p, at) for t, at in zip(trees, starts, strict=False) for s, p in zip(t.sequences, t.paths, strict=True)
+        ]
+        before = [at + n for s, p, at in paths for n in p[s.start - 1 : -1]]
+        sequences = [s for s, _, _ in paths]
+        number = [n for n, s in enumerate(sequences) for _ in range(s.measured)]
+        measured = [i for s in sequences for i in s.ids[s.start :]]
+        fill = [0] * (filled(starts[-1], rows) - starts[-1])
+        ids, position = [i for t in trees for i in t.ids] + fill, [i for t in trees for i in t.positions] + fill
+        ids_T, position_T, before_T, sequence_T, measured_T = (
+            torch.tensor(x, device=device) for x in (ids, position, before, number, measured)
+        )
+        row_T, target_T = torch.zeros_like(before_T), targets(sequences, device)
+        blocks = Blocks.of(trees, device, rows=rows, waste=waste)
+        return cls(ids_T[None], row_T, before_T, sequence_T, measured_T, target_T, len(sequences), position_T, blocks)
+
+    def inputs(self, lm: Any) -> dict[str, Any]:  # noqa: ARG002
+        raise LeewayError("optim.layout: fused is for the fused decoder", fix="use layout: padded")
+
+
+@dataclass(frozen=True)
+class Packed(PackedBatch):
+    """Several sequences a row: a token sees its own sequence up to itself, and nothing else.
+
+    position_BL: each token's place in its own sequence, from 0. visible_BLL: which tokens (last) each token sees.
+    longest: tokens of the longest sequence.
+    """
+
+    position_BL: Tensor
+    visible_BLL: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, examples: Examples, device: torch.device, *, share: bool = True) -> Packed:
+        """Lay `examples` out; `share` stores what an example's sequences begin with alike once.
+
+        A shared beginning and what follows it form a tree: a token sees its ancestors. Trees go, longest first, into
+        the first row that has room; the longest one sets the length of all rows.
+        """
+        trees = [PrefixTree.of(part) for e in examples for part in ([e] if share else [[s] for s in e]) if part]
+        length = max(len(t.ids) for t in trees)
+        places, rows = place([len(t.ids) for t in trees], length)
+        ids_BL, position_BL = (torch.zeros(rows, length, dtype=torch.long) for _ in range(2))
+        visible_BLL = torch.eye(length, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself: no empty softmax
+        row, before = [], []
+        for tree, (b, at) in zip(trees, places, strict=True):
+            span = slice(at, at + len(tree.ids))
+            ids_BL[b, span], position_BL[b, span] = torch.tensor(tree.ids), torch.tensor(tree.positions)
+            visible_BLL[b, span, span] = tree.visible()
+            row += [b] * sum(s.measured for s in tree.sequences)
+            before += [at + n for s, p in zip(tree.sequences, tree.paths, strict=True) for n in p[s.start - 1 : -1]]
+        sequences = [s for t in trees for s in t.sequences]
+        number = [n for n, s in enumerate(sequences) for _ in range(s.measured)]
+        measured = [i for s in sequences for i in s.ids[s.start :]]
+        row_T, before_T, sequence_T, measured_T = (
+            torch.tensor(x, device=device) for x in (row, before, number, measured)
+        )
+        return cls(
+            ids_BL.to(device),
+            row_T,
+            before_T,
+            sequence_T,
+            measured_T,
+            targets(sequences, device),
+            len(sequences),
+            position_BL.to(device),
+            visible_BLL.to(device),
+            max(len(s.ids) for s in sequences),
+        )
+
+    def inputs(self, lm: Any) -> dict[str, Any]:
+        return {"input_ids": self.ids_BL, "position_ids": self.position_BL, "attention_mask": self._masks(lm)}
+
+    def _masks(self, lm: Any) -> Any:
+        """The mask [B, 1, L, L] as transformers takes a ready-made one, for each kind of layer where they differ.
+
+        A ready-made mask stands in place of the model's sliding window, so that the window is built in.
+        """
+        window = getattr(lm.config, "sliding_window", None)
+        full = self._formed(self.visible_BLL, lm)
+        if window is None or self.longest <= window:
+            return full
+        gap_BLL = self.position_BL[:, :, None] - self.position_BL[:, None, :]
+        sliding = self._formed(self.visible_BLL & (gap_BLL < window), lm)
+        kinds = getattr(lm.config, "layer_types", None)
+        return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
+
+    def _formed(self, visible_BLL: Tensor, lm: Any) -> Tensor:
+        """True and False for sdpa; 0 and the most negative number, to be added to the scores, for eager attention."""
+        kind, mask = lm.config._attn_implementation, visible_BLL[:, None]
+        if kind == "sdpa":
+            return mask
+        if kind != "eager":
+            raise LeewayError(f"optim.layout: packed does not go with {kind} attention", fix="use layout: padded")
+        return torch.zeros(mask.shape, dtype=lm.dtype, device=mask.device).masked_fill(~mask, torch.finfo(lm.dtype).min)
+
+
+def lay(examples: Examples, device: torch.device, layout: Layout = "padded") -> PackedBatch:
+    """The sequences of `examples` as one micro-batch."""
+    if layout == "fused":
+        return Flat.of(examples, device)
+    return Packed.of(examples, device) if layout == "packed" else Padded.of([s for e in examples for s in e], device)
+
+
+def longest(example: Seq[Sequence]) -> int:
+    """Tokens of the example's longest sequence."""
+    return max(len(s.ids) for s in example)
+
+
+def stored(example: Seq[Sequence]) -> int:
+    """Positions that the example takes when it is packed."""
+    return len(PrefixTree.of(example).ids)
+
+
+def targets(sequences: Seq[Sequence], device: torch.device) -> Tensor | None:
+    """Which measured tokens are targets, [T]; None where all are."""
+    if all(s.start == s.target_start for s in sequences):
+        return None
+    flags = [k >= s.target_start for s in sequences for k in range(s.start, len(s.ids))]
+    return torch.tensor(flags, device=device)
+
+
+def place(lengths: Seq[int], capacity: int) -> tuple[list[tuple[int, int]], int]:
+    """(row, first position) of each item, and the number of rows of this capacity; an item that is longer gets its own.
+
+    Longest first, into the first row that has room (Johnson 1973, Near-optimal bin packing algorithms).
+    """
+    room: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    for k in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        b = next((n for n, left in enumerate(room) if left >= lengths[k]), len(room))
+        if b == len(room):
+            room.append(capacity)
+        places[k] = (b, capacity - room[b])
+        room[b] -= lengths[k]
+    return places, len(room)

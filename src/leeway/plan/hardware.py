@@ -1,0 +1,228 @@
+"""What a study may be run on: data-sheet numbers of GPUs, and this machine's CPU as it is measured.
+
+Stand-ins for a model that is not at hand, for plans alone: its published shape, and a tokenizer to count with.
+
+The tokenizer cuts text where Llama 3's does before any merging, and calls each piece a token. Llama 3's published
+`tokenizer.model` made 1.026 to 1.053 tokens of a piece (GSM8K's questions 1.036 and answers 1.026, StrongREJECT 1.029,
+persona statements 1.026, LegalBench 1.053), so that it counts 3 to 5% too few. Others were not measured.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from leeway.data.chat import Chat
+from leeway.errors import LeewayError
+from leeway.model.load import load_chat, load_context, resolve
+from leeway.study.spec import Spec
+from leeway.yaml_config import nearest
+
+CPU_EFFICIENCY = 0.15  # of the measured matrix-product rate that small, dispatch-bound models were seen to reach
+MFU, MBU = 0.35, 0.3  # of a data sheet's peak rate and bandwidth: assumptions, printed with every estimate
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """As its vendor's data sheet has it: bfloat16 without sparsity in TFLOP/s, GB of 10^9 bytes, GB/s."""
+
+    name: str
+    tflops: float
+    memory_gb: float
+    bandwidth_gb_s: float
+    source: str
+
+
+GPUS = {
+    g.name: g
+    for g in (
+        Gpu("A100-40", 312, 40, 1555, "NVIDIA A100 data sheet, 40 GB"),
+        Gpu("A100-80", 312, 80, 2039, "NVIDIA A100 data sheet, 80 GB SXM"),
+        Gpu("H100-80", 989.4, 80, 3350, "NVIDIA H100 data sheet, SXM; half of its figure with sparsity"),
+        Gpu("H200", 989.4, 141, 4800, "NVIDIA H200 data sheet, SXM; half of its figure with sparsity"),
+        Gpu("L40S", 362, 48, 864, "NVIDIA L40S data sheet"),
+        Gpu("L4", 121, 24, 300, "NVIDIA L4 data sheet; half of its figure with sparsity"),
+        Gpu("A10G", 70, 24, 600, "NVIDIA A10G data sheet"),
+        Gpu("RTX-4090", 165.2, 24, 1008, "NVIDIA Ada architecture white paper, accumulating in float32"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is computed on, in rates that are reached: FLOP/s, bytes/s (none: not what bounds it), bytes of memory."""
+
+    name: str
+    flops: float
+    bandwidth: float | None
+    memory: float | None
+    assumed: str
+
+
+def gpu(name: str) -> Gpu:
+    """By its name, however it is cased and joined; raises LeewayError for an unknown one."""
+    plain = {_plain(n): g for n, g in GPUS.items()} | {"h100": GPUS["H100-80"]}
+    if (found := plain.get(_plain(name))) is None:
+        raise LeewayError(f"--gpu {name}: not known{nearest(name.upper(), GPUS)}", fix=f"one of: {', '.join(GPUS)}")
+    return found
+
+
+def on_gpu(name: str, mfu: float = MFU, mbu: float = MBU) -> Machine:
+    """A GPU that reaches the shares `mfu` of its peak rate and `mbu` of its bandwidth."""
+    for option, share in (("--mfu", mfu), ("--mbu", mbu)):
+        if not 0 < share <= 1:
+            raise LeewayError(f"{option} {share:g} is no share", fix="give a number above 0 and at most 1")
+    g = gpu(name)
+    assumed = (
+        f"{g.tflops:g} TFLOP/s and {g.bandwidth_gb_s:g} GB/s by the {g.source}, of which {mfu:.0%} (--mfu) and "
+        f"{mbu:.0%} (--mbu) are assumed to be reached"
+    )
+    return Machine(g.name, g.tflops * 1e12 * mfu, g.bandwidth_gb_s * 1e9 * mbu, g.memory_gb * 1e9, assumed)
+
+
+def this_cpu(size: int = 768) -> Machine:
+    """This machine's CPU: its matrix-product rate in float32, the best of five, at the share that was seen."""
+    a = torch.randn(size, size)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    reached = CPU_EFFICIENCY * 2 * size**3 / min(times)
+    return Machine("this CPU", reached, None, None, f"{reached / 1e9:.3g} GFLOP/s, from its matrix-product rate")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
+
+
+PIECES = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+# As long as Llama 3.1's: it opens with a system turn that holds two dates.
+TEMPLATE = (
+    "<|begin|><|start|>system<|end|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|turn|>"
+    "{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] }}<|turn|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+SPECIAL = ("<|begin|>", "<|start|>", "<|end|>", "<|turn|>")
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """A published architecture: what its config.json holds, as far as its shape goes."""
+
+    kind: str
+    vocab: int
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_heads: int
+    per_head: int
+    context: int
+    tied: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(
+            self.kind,
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
+            head_dim=self.per_head,
+            max_position_embeddings=self.context,
+            tie_word_embeddings=self.tied,
+            **self.more,
+        )
+
+
+# The paper's models, from the config.json that each is published with (Llama: also table 3 of arXiv 2407.21783).
+KNOWN = {
+    "meta-llama/Llama-3.1-8B-Instruct": ArchSpec("llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072),
+    "google/gemma-2-2b-it": ArchSpec("gemma2", 256000, 2304, 9216, 26, 8, 4, 256, 8192, tied=True),
+    "google/gemma-2-9b-it": ArchSpec("gemma2", 256000, 3584, 14336, 42, 16, 8, 256, 8192, tied=True),
+    "Qwen/Qwen2.5-7B-Instruct": ArchSpec("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 32768),
+    "Qwen/Qwen3-4B": ArchSpec("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, 40960, tied=True),
+}
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What a plan knows of the model: tokenizer, context, config; and what of it is a stand-in, in words."""
+
+    chat: Chat
+    context: int
+    config: Any
+    missing: tuple[str, ...] = ()
+
+    @property
+    def counts_exactly(self) -> bool:
+        return not any(m.startswith("tokenizer") for m in self.missing)
+
+    def skeleton(self) -> Any:
+        """The model's layers without weights."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config)
+
+
+def subject(spec: Spec) -> PlannedModel:
+    """The study's own tokenizer and config, or stand-ins for a published model; raises LeewayError for another's."""
+    from transformers import AutoConfig
+
+    known = KNOWN.get(spec.model) if spec.revision is None else None
+    missing: list[str] = []
+    try:
+        chat = load_chat(spec.model, spec.revision)
+    except LeewayError:
+        if known is None:
+            raise
+        chat = _pieces()
+        missing.append(
+            "tokenizer: not at hand. Tokens (~) are counted by a stand-in that made 3 to 5% fewer than Llama 3's own, "
+            "where that was held against it; give model= a folder with its tokenizer and config (no weights) for "
+            "exact ones"
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            resolve(spec.model), revision=spec.revision, trust_remote_code=False, local_files_only=bool(missing)
+        )
+        context = load_context(spec.model, spec.revision) if not missing else config.max_position_embeddings
+    except (LeewayError, OSError, ValueError):
+        if known is None:
+            raise
+        context, config = known.context, known.config()
+        missing.append("config: not at hand; the published architecture stands in")
+    return PlannedModel(chat, context, config, tuple(missing))
+
+
+def _pieces() -> Chat:
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel({"[piece]": 0}, unk_token="[piece]"))
+    tokenizer.pre_tokenizer = Split(Regex(PIECES), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|turn|>", chat_template=TEMPLATE)
+    fast.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    return Chat(fast)

@@ -1,0 +1,276 @@
+"""What a study takes, before anything is trained: trajectories, tokens, hours, memory, dollars, disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from leeway.errors import LeewayError
+from leeway.plan import cost_model, hardware
+from leeway.plan.benchmark import Measured, priced_by, timed
+from leeway.plan.cost_model import RUNTIME, CostEstimate, EvalCost, Shape, estimate_cost, eval_costs, longest, pair_cost
+from leeway.plan.hardware import Machine, PlannedModel, subject
+from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, trajectory
+from leeway.plan.token_counts import reference_work as asked_of
+from leeway.study.jobs import Job, eval_targets, jobs_of
+from leeway.study.prepare import Prepared, chat_for, prepare, target_layers
+from leeway.study.spec import Spec
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Dollars that the user names: of a GPU for an hour, of a judge's million tokens, read and written."""
+
+    hour: float | None = None
+    judge: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole study. Tokens are exact unless something is `missing`; hours, memory and disk are estimates."""
+
+    name: str
+    parameters: int
+    trajectories: tuple[TrajectoryPlan, ...]
+    checkpoints: int
+    evaluated: int
+    answers_each: int
+    evals: tuple[EvalCost, ...]
+    left_out: int
+    followed: tuple[str, ...]
+    missing: tuple[str, ...]
+    counts_exactly: bool
+    notes: tuple[str, ...]
+    references: ReferenceWork
+    bill: CostEstimate
+    measured: Measured | None
+    estimated_hours: float
+    estimated_memory_gib: float
+    estimated_disk_gib: float
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    def to_text(self) -> str:
+        about = "" if self.counts_exactly else "~"
+        names = [f"{t.objective}{f' ({t.purpose})' if t.purpose else ''}" for t in self.trajectories]
+        wide = max(map(len, [*names, "objective"])) + 1
+        head = f"{'objective':{wide}}{'seed':>5}{'to budget':>11}{'steps':>8}{'source':>12}{'targets':>12}"
+        rows = [
+            f"{name:{wide}}{t.seed:>5}{t.budgets[-1]:>11,}{about + f'{t.steps:,}':>8}"
+            + "".join(
+                f"{about + f'{n:,}':>12}"
+                for n in (t.source_tokens, t.target_tokens, t.processed_tokens, t.reference_tokens)
+            )
+            for name, t in zip(names, self.trajectories, strict=True)
+        ]
+        return "\n".join(
+            [
+                f"{self.name}: {sum(t.runs for t in self.trajectories)} training runs, {self.checkpoints} checkpoints, "
+                f"{self.evaluated} evaluations of {self.answers_each:,} answers; {self.parameters:,} parameters",
+                *(f"missing: {m}" for m in self.missing),
+                *(f"follows: {f}" for f in self.followed),
+                f"{head}{'processed':>12}{'reference':>12}",
+                *rows,
+                *self._asked(about),
+                *(_told(e, about) for e in self.evals),
+                *self.notes,
+                f"left out as too long: {self.left_out}",
+                *([*self.measured.lines(), *self.bill.other_lines()] if self.measured else self.bill.lines()),
+            ]
+        )
+
+    def _asked(self, about: str) -> Iterator[str]:
+        """What the references are asked, where it is kept: less than the column's sum, since it is shared."""
+        if self.references.sequences:
+            tokens, sequences = (f"{about}{n:,}" for n in (self.references.tokens, self.references.sequences))
+            yield (
+                f"references: {tokens} tokens of {sequences} sequences go through them, once each; kept on disk "
+                f"({_size(self.references.bytes)})"
+            )
+
+
+def _size(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
+
+
+def plan(
+    spec: Spec,
+    machine: Machine | None = None,
+    prices: Prices = Prices(),
+    *,
+    measure: bool = False,
+    workers: int | None = None,
+) -> Plan:
+    """Plan `spec` on `machine` (this CPU): reads data, tokenizer and config, never weights, never a GPU.
+
+    `measure` times some steps and answers here, with the weights, in as many processes as `workers` (a run's) says.
+    """
+    model = subject(spec)
+    prepared = prepare(spec, model=model)
+    on = machine or hardware.this_cpu()
+    size = _shape(spec, model, on)
+    pieces = jobs_of(prepared)
+    trajectories = tuple(trajectory(prepared, p) for p in pieces if p.kind in ("tune", "train"))
+    checkpoints = sum(len(p.budgets) for p in pieces if p.kind == "train")
+    evaluated, answers = sum(len(eval_targets(prepared, p)) for p in pieces), sum(len(e) for e in prepared.evals)
+    answered = _sweep_answers(prepared)
+    evals, unpriced = eval_costs(prepared)
+    references = asked_of(prepared, size.hidden, size.bytes)
+    found = estimate_cost(
+        prepared,
+        size,
+        on,
+        training=sum(
+            t.runs * cost_model.training_flops(size, t.processed_tokens, t.target_tokens, _live(prepared, t))
+            for t in trajectories
+        )
+        + cost_model.reference_flops(size, references.tokens, references.measured),
+        sweeps=answered * 2.0 * (size.body + size.head),
+        evals=evals,
+        evaluated=evaluated,
+        pairs=pair_cost(prepared),
+        disk=checkpoints * size.trained * cost_model.FLOAT32 + evaluated * answers * cost_model.ROW_BYTES,
+        references=references.bytes,
+        hour=prices.hour,
+        judge=prices.judge,
+    )
+    timed_by = _measured(prepared, pieces, trajectories, workers) if measure else None
+    return Plan(
+        name=spec.name,
+        parameters=size.total,
+        trajectories=trajectories,
+        checkpoints=checkpoints,
+        evaluated=evaluated,
+        answers_each=answers,
+        evals=evals,
+        left_out=len(prepared.left_out),
+        followed=spec.followed,
+        missing=model.missing,
+        counts_exactly=model.counts_exactly,
+        notes=(*_undrawn(prepared), *unpriced, *_notes(spec, trajectories, answered), *claimed(spec)),
+        references=references,
+        bill=found,
+        measured=timed_by,
+        estimated_hours=timed_by.hours if timed_by else found.hours,
+        estimated_memory_gib=timed_by.memory_gib if timed_by else found.memory_gib,
+        estimated_disk_gib=found.disk_gib,
+    )
+
+
+def memory_of_a_worker(prepared: Prepared) -> int:
+    """Bytes of main memory that a process takes on a CPU, to train or to measure, by the estimate of a plan."""
+    spec = prepared.spec
+    size = _shape(spec, subject(spec), hardware.this_cpu())
+    needed = cost_model.memory(size, spec.optim.micro_tokens, spec.adapter.dropout, spec.evals.batch, longest(prepared))
+    return int(RUNTIME + needed.peak)
+
+
+def _live(prepared: Prepared, t: TrajectoryPlan) -> int:
+    """Reference tokens that this run computes whatever others do."""
+    return t.reference_tokens if prepared.spec.reference == "live" else 0
+
+
+def _measured(
+    prepared: Prepared, pieces: list[Job], trajectories: tuple[TrajectoryPlan, ...], workers: int | None
+) -> Measured:
+    from leeway.study.executors.local import workers_for
+
+    several = workers_for(prepared.spec, len(pieces), workers)
+    return priced_by(prepared, pieces, trajectories, timed(prepared.spec, several), several)
+
+
+def priced(
+    gpu: str | None, mfu: float | None, mbu: float | None, hour: float | None, judge: str | None
+) -> tuple[Machine | None, Prices]:
+    """The machine and the prices that the command line names; raises LeewayError where they make no sense."""
+    for option, value in (("--mfu", mfu), ("--mbu", mbu), ("--price", hour)):
+        if gpu is None and value is not None:
+            raise LeewayError(f"{option} is for a GPU, and none is named", fix="add --gpu NAME")
+    if hour is not None and not math.isfinite(hour):
+        raise LeewayError(f"--price {hour:g} is no price", fix="give dollars for an hour, such as 2.5")
+    machine = None
+    if gpu is not None:
+        machine = hardware.on_gpu(gpu, hardware.MFU if mfu is None else mfu, hardware.MBU if mbu is None else mbu)
+    return machine, Prices(hour, None if judge is None else _judge_price(judge))
+
+
+def _judge_price(text: str) -> tuple[float, float]:
+    """`0.15/0.60`, or one number for both."""
+    try:
+        parts = [float(part) for part in text.split("/")]
+    except ValueError:
+        parts = []
+    if len(parts) not in (1, 2) or not all(0 <= p < math.inf for p in parts):
+        raise LeewayError(
+            f"--judge-price {text!r} is no price", fix="give dollars per million tokens, such as 0.15/0.6"
+        )
+    return parts[0], parts[-1]
+
+
+def _told(e: EvalCost, about: str) -> str:
+    """A line for an eval at one checkpoint."""
+    said = f"{e.name}: {e.answers:,} answers a checkpoint, {about}{e.prompt_tokens:,} tokens of prompts"
+    said += f", up to {e.max_new_tokens} tokens each" if e.max_new_tokens else ", one forward pass each"
+    return said + (f"; {e.judge_calls:,} calls of {e.judge}" if e.judge_calls else "")
+
+
+def _shape(spec: Spec, model: PlannedModel, machine: Machine) -> Shape:
+    """The model in numbers, its weights as wide as they would be on that machine."""
+    lm = model.skeleton()
+    full = spec.adapter.kind == "full"
+    on_gpu = machine.memory is not None
+    wide = 4 if spec.weights == "float32" or (spec.weights == "auto" and not on_gpu) else 2
+    return cost_model.shape(lm, [] if full else target_layers(spec, lm), spec.adapter.r, full=full, width=wide)
+
+
+def _undrawn(prepared: Prepared) -> Iterator[str]:
+    if prepared.pairs is None:
+        pairs = prepared.spec.pairs
+        yield (
+            f"pairs {pairs.from_}: drawn when the study runs, up to {pairs.samples * prepared.examples:,} answers; "
+            "until then a rejected answer is counted as long as the preferred one, and no example is left out"
+        )
+
+
+def _sweep_answers(prepared: Prepared) -> int:
+    """Tokens that the sweeps' held-out questions and answers take at most: every answer as long as it may be."""
+    if prepared.tuning is None:
+        return 0
+    test, found = prepared.tuning.test, 0
+    for o in prepared.objectives.values():
+        chat = chat_for(prepared.chat, o).with_prefix(o.conditions[0].prefix)
+        asked = (len(chat.prompt_ids([{"role": "user", "content": i.prompt}])) for i in test.items)
+        found += sum(asked) + len(test) * test.max_new_tokens
+    return found * len(prepared.spec.optim.tune.lrs)
+
+
+def claimed(spec: Spec) -> Iterator[str]:
+    """Which claims the study begins with, and the hash that says so."""
+    if spec.claims is not None:
+        set_ = f"{spec.claims.name}, version {spec.claims.version}"
+        yield f"claims: {len(spec.claims.claims)} ({set_}), hash {spec.claims.hash}: publish it before the run"
+
+
+def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...], answered: int) -> Iterator[str]:
+    """What a setting costs beside its default."""
+    if spec.evals.stop == "decided":
+        yield "stop decided: answers, hours and calls of judges are upper bounds; a checkpoint is asked until decided"
+    trained = [t for t in trajectories if not t.purpose]
+    if spec.optim.schedule != "constant":
+        whole = sum(t.processed_tokens for t in trained)
+        one = sum(t.processed_tokens for t in trained if t.budgets[-1] == spec.budgets[-1])
+        yield (
+            f"schedule {spec.optim.schedule}: every budget is a run of its own, {whole:,} tokens processed in place "
+            f"of {one:,} ({whole / one:.2f} times a constant rate's)"
+        )
+    short: dict[int, list[str]] = {}
+    for t in trained if spec.optim.schedule != "constant" else ():
+        if t.seed == spec.seeds[0] and t.steps <= spec.optim.warmup_steps:
+            short.setdefault(t.budgets[-1], []).append(t.objective)
+    for budget, names in sorted(short.items()):
+        yield f"{', '.join(names)}: the run to {budget:,} tokens ends inside the warm-up, its rate never decays"
+    swept = sum(t.runs * (t.processed_tokens + t.reference_tokens) for t in trajectories if t.purpose)
+    if swept:
+        yield f"lr tuned: {swept:,} tokens of training by the sweeps, and up to {answered:,} of answers, on top"

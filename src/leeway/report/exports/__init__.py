@@ -1,0 +1,3 @@
+"""For papers and for machines: LaTeX, BibTeX, model cards, and results.json with its schema."""
+
+from __future__ import annotations

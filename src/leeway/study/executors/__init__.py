@@ -1,0 +1,1 @@
+"""Where a study's jobs run: this machine or a Ray cluster."""

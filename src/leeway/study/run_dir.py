@@ -1,0 +1,389 @@
+"""The run directory: what is in it, what is finished, and writes that are whole or not there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from leeway.errors import LeewayError
+from leeway.evals.eval import Row, open_question
+from leeway.hashing import digest, file_digest
+from leeway.paths import expand
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("objective", pa.string()),
+        ("seed", pa.int64()),
+        ("budget", pa.int64()),
+        ("eval", pa.string()),
+        ("attack", pa.string()),
+        ("item_id", pa.string()),
+        ("cluster", pa.string()),
+        ("sample", pa.int64()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("outcome", pa.string()),
+        ("score", pa.float64()),
+        ("unscored_reason", pa.string()),
+        ("judge", pa.string()),
+        ("judge_raw", pa.string()),
+        ("template_hash", pa.string()),
+        ("adapter_hash", pa.string()),
+        ("new_tokens", pa.int64()),
+    ]
+)
+LEDGER_SCHEMA = pa.schema(
+    [
+        ("objective", pa.string()),
+        ("seed", pa.int64()),
+        ("budget", pa.int64()),
+        ("step", pa.int64()),
+        ("source_tokens", pa.int64()),
+        ("target_tokens", pa.int64()),
+        ("processed_tokens", pa.int64()),
+        ("reference_tokens", pa.int64()),
+        ("examples", pa.int64()),
+        ("epochs", pa.float64()),
+        ("data_hash", pa.string()),
+        ("init_hash", pa.string()),
+        ("reference_hash", pa.string()),
+        ("adapter_hash", pa.string()),
+        ("lr", pa.float64()),
+        ("tuning_tokens", pa.int64()),
+        ("start_tokens", pa.int64()),
+    ]
+)
+SEAL = b"leeway.seal"
+REFERENCES = "LEEWAY_REFERENCES"  # a folder that several runs share
+LOCKS = (".lock", ".workers")
+PARTIAL = ".partial-"
+EDITED = "restore it, or start in another --out"
+ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
+
+
+@contextmanager
+def atomic_write(target: Path) -> Iterator[Path]:
+    """A temporary path that becomes `target` by one rename once it is written and on disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        with open(name, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """A file of a run that cannot be read is one line, with the way out."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # broken JSON, Parquet or text
+        raise LeewayError(f"{path}: damaged ({error})", fix="delete it and run the same command again") from error
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Open a lock file for reading and writing; create it where it is missing, and keep its content.
+
+    Raises LeewayError where it is a symbolic link or no regular file, or cannot be opened; FileNotFoundError where its
+    folder is gone.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        what = "it is a symbolic link" if path.is_symlink() else error.strerror
+        raise LeewayError(f"{path}: cannot be opened ({what})", fix="give another --out") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise LeewayError(f"{path} is no regular file", fix="give another --out")
+    return os.fdopen(handle, "r+b")
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one at `path`: a lock on a removed file locks nothing."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+class RunDir:
+    """One study's run directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest_path = folder / "manifest.json"
+        self.rows_path = folder / "rows.parquet"
+        self.ledger_path = folder / "ledger.parquet"
+        self.kept = folder / "helper_cache.sqlite"  # what judges, attackers and endpoints said, by content
+        self.kept_apart = folder / "asked"  # the same by host: what keeps them serves the processes of one alone
+        self.answers = folder / "answers"  # what checkpoints said, by content, until the run is finished
+        self.pairs = folder / "pairs"  # what the base model was asked for, where pairs are drawn from it
+        shared = os.environ.get(REFERENCES)
+        self.references = expand(shared).absolute() if shared else folder / "references"
+
+    @contextmanager
+    def claimed(self, study_hash: str, study_yaml: str) -> Iterator[None]:
+        """Lock the folder for this process and this study.
+
+        The lock is taken before anything in the folder is read for good, written or removed, so a refused run changes
+        nothing. After an error, finished work stays: a folder is removed only where it holds none (`_vacate`).
+
+        Raises LeewayError where the folder is in use, cannot be written, or holds something else.
+        """
+        self._check_folder(study_hash)  # before the lock file is created in a folder that is not a run's
+        with self._locked() as created:
+            known = self._check_folder(study_hash)
+            self._outlive_workers()
+            self.sweep()
+            text = f"# study {study_hash}\n{study_yaml}"
+            if known is None:
+                self.write_text("study.yaml", text)
+            elif (self.folder / "study.yaml").read_text("utf-8", errors="replace") != text:
+                raise LeewayError(f"{self.folder / 'study.yaml'} was edited after the run began", fix=EDITED)
+            try:
+                yield
+            except LeewayError:
+                if known is None:
+                    self._vacate(created)
+                raise
+
+    def _check_folder(self, study_hash: str) -> str | None:
+        """The hash of the study that the folder holds, or None where it is free. Raises LeewayError if it is taken."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise LeewayError(f"{self.folder} is a file", fix="give --out a folder")
+        known = self._known_study()
+        if known is None and self._holds_other_files():
+            raise LeewayError(f"{self.folder} is not empty and holds no study", fix="give --out a new folder")
+        if known in (None, study_hash):
+            return known
+        if self._holds_answers_alone():
+            return None  # kept by their content: they serve any study that asks the same
+        raise LeewayError(
+            f"{self.folder} holds another study (its hash is {known}, this one's {study_hash})",
+            fix="give another --out, or run the study that is there",
+        )
+
+    @contextmanager
+    def _locked(self) -> Iterator[bool]:
+        """Create the folder where it is missing, and hold its lock; yields whether it was created."""
+        created = False
+        while True:
+            try:
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileExistsError):
+                    self.folder.mkdir()
+                    created = True
+            except OSError as error:
+                what = f"{self.folder}: cannot be made ({error.strerror})"
+                raise LeewayError(what, fix="give another --out") from error
+            try:
+                lock = open_lock(self.folder / ".lock")
+            except FileNotFoundError:
+                continue  # another process has removed the folder that it had created
+            with lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise LeewayError(
+                        f"{self.folder} is in use by another leeway", fix="wait for it, or give another --out"
+                    ) from error
+                if _is_at(lock, self.folder / ".lock"):
+                    yield created
+                    return
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written: nobody reads it."""
+        for left in self.folder.rglob(f"{PARTIAL}*"):
+            _remove(left)
+
+    def _holds_answers_alone(self) -> bool:
+        """Whether all that an earlier run left is what the base model said: nothing was trained or measured."""
+        left = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
+        kept = {f"{self.kept.name}{end}" for end in ("", "-wal", "-shm")}
+        known = {"study.yaml", self.pairs.name, self.kept_apart.name, *kept, *LOCKS}
+        return any(p.exists() for p in (self.pairs, self.kept, self.kept_apart)) and left <= known
+
+    def _holds_other_files(self) -> bool:
+        """Whether a folder without a study holds more than a run that begins has written: locks, a partial file."""
+        names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
+        return any(name not in LOCKS and not name.startswith(PARTIAL) for name in names)
+
+    def _vacate(self, created: bool) -> None:
+        """Remove what this run wrote where nothing in the folder is finished work; otherwise leave everything.
+
+        Only `study.yaml`, the manifest, locks, partial files and empty step logs are no work. They are removed one by
+        one, and folders only where they are empty; the folder itself only if this process created it.
+        """
+        paths = sorted(self.folder.rglob("*"), reverse=True)  # the content of a folder before the folder
+        folders = [p for p in paths if p.is_dir() and not p.is_symlink()]
+        files = [p for p in paths if p not in folders]
+        if not all(map(self._is_scaffold, files)):
+            return
+        for path in files:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # something was put there meanwhile: it stays
+            for path in folders:
+                path.rmdir()
+            if created:
+                self.folder.rmdir()
+
+    def _is_scaffold(self, path: Path) -> bool:
+        """Whether a file of a run that has just begun is no work: nothing is lost with it."""
+        if path.is_symlink():
+            return False
+        own = path in (self.folder / "study.yaml", self.manifest_path)
+        return own or path.name.startswith((*LOCKS, PARTIAL)) or (path.suffix == ".jsonl" and not path.stat().st_size)
+
+    def _outlive_workers(self, patience: float = 10.0) -> None:
+        """Workers of a killed run die with it; wait until the last one has let go."""
+        with open_lock(self.folder / ".workers") as hold:
+            hold.truncate()  # without the token of an earlier run, its workers end
+            until = time.monotonic() + patience
+            while True:
+                try:
+                    fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except OSError as error:
+                    if time.monotonic() > until:
+                        raise LeewayError(
+                            f"{self.folder}: workers of an earlier run are still at it",
+                            fix="end them, then try again",
+                        ) from error
+                    time.sleep(0.1)
+
+    def _known_study(self) -> str | None:
+        path = self.folder / "study.yaml"
+        if not path.is_file():
+            return None
+        first = path.read_text("utf-8", errors="replace").split("\n", 1)[0]
+        return first.removeprefix("# study ") if first.startswith("# study ") else "unknown"
+
+    def write_text(self, name: str, text: str) -> None:
+        with atomic_write(self.folder / name) as path:
+            path.write_text(text, "utf-8")
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        self.write_text("manifest.json", json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+    def read_manifest(self) -> dict[str, Any]:
+        if not self.manifest_path.is_file():
+            return {}
+        with readable(self.manifest_path):
+            loaded: dict[str, Any] = json.loads(self.manifest_path.read_text("utf-8"))
+            if not {"evals", "model"} <= loaded.keys():
+                raise ValueError("not a manifest")
+        return loaded
+
+    def checkpoint(self, objective: str, seed: int, budget: int) -> Path:
+        return self.folder / "checkpoints" / objective / f"s{seed}" / str(budget)
+
+    def kept_on(self, host: str) -> Path:
+        return self.kept_apart / f"{host}.sqlite"
+
+    def steps(self, log: str) -> Path:
+        return self.folder / "steps" / f"{log}.jsonl"
+
+    def tuning(self, objective: str) -> Path:
+        """The learning rate that was chosen for an objective, and what was tried for it."""
+        return self.folder / "tuning" / f"{objective}.json"
+
+    def part(self, objective: str, seed: int, budget: int, eval_name: str, condition: str) -> Path:
+        """The rows of one eval at one checkpoint: the smallest piece that is finished or not there."""
+        under = "" if condition == "plain" else f"-under-{condition.strip('<>').lower()}"
+        return self.folder / "parts" / f"{objective}-s{seed}-{budget}-{eval_name}{under}.parquet"
+
+    def write_part(self, path: Path, identity: dict[str, Any], rows: Seq[Row]) -> None:
+        frame = [{**identity, **asdict(r)} for r in rows]
+        for record in frame:
+            record["score"] = None if record["score"] != record["score"] else record["score"]
+        table = pa.Table.from_pylist(frame, schema=ROW_SCHEMA)
+        with atomic_write(path) as scratch:
+            pq.write_table(table.replace_schema_metadata({SEAL: digest(table.to_pylist())}), scratch)
+
+    def read_part(self, path: Path) -> pa.Table:
+        """The rows of one part, held against the digest that was written with them."""
+        with readable(path):
+            seal = (pq.read_schema(path).metadata or {}).get(SEAL)
+            table = pq.read_table(path, schema=ROW_SCHEMA).replace_schema_metadata()
+            if seal is None or seal.decode() != digest(table.to_pylist()):
+                raise ValueError("it was changed after it was written")
+        return table
+
+    def answered(self, path: Path) -> bool:
+        """Whether a part is there and none of its rows lacks an answer that may be had on another try."""
+        if not path.is_file():
+            return False
+        with readable(path):
+            reasons = pq.read_table(path, columns=["unscored_reason"]).column(0).unique().to_pylist()
+        return not any(map(open_question, reasons))
+
+    def write_rows(self, parts: Seq[Path]) -> int:
+        """All parts as one table, sorted, so that its bytes depend on its content alone; returns its length."""
+        table = pa.concat_tables([self.read_part(path) for path in parts])
+        with atomic_write(self.rows_path) as scratch:
+            pq.write_table(table.sort_by([(c, "ascending") for c in ROW_ORDER]), scratch)
+        return int(table.num_rows)
+
+    def conditions(self, parts: dict[Path, str]) -> dict[str, str]:
+        """The condition of each template hash: `plain`, a control token, `inoculated`."""
+        found: dict[str, str] = {}
+        for path, condition in parts.items():
+            hashes = pq.read_table(path, columns=["template_hash"]).column(0).unique().to_pylist()
+            found |= dict.fromkeys(hashes, condition)
+        return found
+
+    def written(self) -> dict[str, str]:
+        """Digests of the run's tables, for its manifest: an edited one is not reported on."""
+        return {p.name: file_digest(p) for p in (self.rows_path, self.ledger_path)}
+
+    def write_ledger(self, lines: Seq[dict[str, Any]]) -> None:
+        table = pa.Table.from_pylist(list(lines), schema=LEDGER_SCHEMA)
+        with atomic_write(self.ledger_path) as scratch:
+            pq.write_table(table.sort_by([(c, "ascending") for c in ("seed", "budget", "objective")]), scratch)
+
+    def log_of_steps(self, log: str, last: int, own: Path | None = None) -> Path:
+        """The log of the steps up to `last`, to be gone on with: what came after the checkpoint is done again.
+
+        It lies in its place, or in `own`: then `put_steps` brings it there.
+        """
+        place = self.steps(log)
+        path = place if own is None else own / place.name
+        lines = place.read_text("utf-8").split("\n")[:last] if place.is_file() else []
+        with atomic_write(path) as scratch:
+            scratch.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        return path
+
+    def put_steps(self, log: Path) -> None:
+        """Put a log that grew elsewhere into its place, whole; a longer one that is there already stays."""
+        place, text = self.steps(log.stem), log.read_bytes()
+        if place == log or (place.is_file() and place.read_bytes().count(b"\n") > text.count(b"\n")):
+            return
+        with atomic_write(place) as scratch:
+            scratch.write_bytes(text)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

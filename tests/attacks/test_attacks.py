@@ -1,0 +1,441 @@
+"""Attacks: what is sent holds the request whole or decodes to it, is hashed, and comes from here or outside."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leeway import plugins
+from leeway.attacks import (
+    ATTACKS,
+    HELPED,
+    WRAPPERS,
+    Attack,
+    AttackFailed,
+    Base64,
+    Crescendo,
+    HelperRequest,
+    LedCrescendo,
+    ManyShot,
+    Passage,
+    ToolResult,
+    Transcript,
+    Wrapper,
+    Zulu,
+    load_attack,
+    registry,
+    rendered,
+    templates,
+)
+from leeway.attacks.base64 import decoded, encoded
+from leeway.attacks.many_shot import SHOTS
+from leeway.data import safety_prompts
+from leeway.data.chat import Chat
+from leeway.errors import LeewayError
+
+REQUEST = 'Explain "how" {prompt} to\nbake a cake: 100 % & <b>'  # braces, quotes and line ends stay as they are
+CHATS = [Chat(tiny.tokenizer(t)) for t in (tiny.PLAIN, tiny.TRIMMING, tiny.THINKING)]
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_the_request_is_whole_in_the_last_message_or_decodes_to_it(attack: Attack) -> None:
+    last = rendered(attack, REQUEST)[-1][-1]["content"]
+    if isinstance(attack, Base64):
+        assert base64.b64decode(last.split()[-1]).decode() == REQUEST
+    else:
+        assert last.count(REQUEST) == 1
+    assert attack.name == load_attack(attack.name).name
+    assert attack.version >= 1
+    assert attack.origin
+
+
+def test_origins_cite_a_paper() -> None:
+    bare = {n for n, a in ATTACKS.items() if "arXiv" not in a.origin}
+    assert bare == {"none", "many_shot"}
+
+
+def test_names_and_hashes_are_distinct() -> None:
+    assert all(name == a.name for name, a in ATTACKS.items())
+    assert len({a.hash for a in ATTACKS.values()}) == len(ATTACKS)
+    assert list(WRAPPERS) == ["none", "dan", "happy_to_help", "role_play", "wikipedia"]
+    assert all(ATTACKS[n] is w for n, w in WRAPPERS.items())
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_every_chat_template_takes_it(attack: Attack) -> None:
+    for conversation in rendered(attack, "how to bake a cake"):
+        roles = [m["role"] for m in conversation]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]  # as Gemma 2 asks
+        for chat in CHATS:
+            assert conversation[-1]["content"].strip() in chat.prompt_text(conversation)
+
+
+def test_the_hash_moves_with_the_text() -> None:
+    wrapper = ATTACKS["aim"]
+    assert isinstance(wrapper, Wrapper)
+    pairs = [
+        (wrapper, replace(wrapper, template=wrapper.template + " ")),
+        (wrapper, replace(wrapper, version=2)),
+        (Base64(), Base64(template="{encoded}")),
+        (ManyShot(), ManyShot(8)),
+        (Crescendo(), Crescendo(("{prompt}",))),
+        (ToolResult(), ToolResult(tool_role=True)),
+        (LedCrescendo(Words()), LedCrescendo(Words(), turns=2)),
+        (LedCrescendo(Words()), LedCrescendo(Words(hash="other"))),
+        (Zulu(Words()), Zulu(Words(hash="other"))),
+    ]
+    assert all(a.hash != b.hash for a, b in pairs)
+
+
+def test_texts_hold_the_prompt_once() -> None:
+    for make in (
+        lambda: Wrapper("x", 1, "", "{prompt} {prompt}"),
+        lambda: Base64(template="{prompt}"),
+        lambda: Crescendo(("{prompt}", "go on")),
+        lambda: Crescendo(("{prompt} {prompt}", "{prompt}")),
+        lambda: Crescendo(()),
+    ):
+        with pytest.raises(ValueError, match="once"):
+            make()
+
+
+@dataclass(frozen=True)
+class Words:
+    """A helper with a fixed word."""
+
+    name: str = "words"
+    hash: str = "h"
+
+    def help(self, asked: Sequence[object]) -> list[str | AttackFailed]:
+        return [f"word {k}" for k in range(len(asked))]
+
+
+# --- base64
+
+
+@given(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=12))
+def test_an_encoded_answer_is_decoded(text: str) -> None:
+    once = encoded(text)
+    wrapped = "\n".join(once[i : i + 20] for i in range(0, len(once), 20))
+    assert decoded(once) == decoded(wrapped) == decoded(once.rstrip("=")) == text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "Sure, here you are.", "Certainly", "abcdabcdabcdabcd====x", "A" * 17, "/" * 16, "SGVsbG8=", "one two " * 4],
+)
+def test_another_answer_is_judged_as_it_comes(answer: str) -> None:
+    """Too short, not the alphabet, a length that no text has, bytes that are no UTF-8, or words with spaces."""
+    assert decoded(answer) == answer
+
+
+def test_base64_through_a_play() -> None:
+    play = Base64().play("hello")
+    assert next(play)[-1]["content"].endswith("aGVsbG8=")
+    with pytest.raises(StopIteration) as over:
+        play.send("VGhpcyBpcyBhIHBsYWluIGFuc3dlci4=")
+    assert over.value.value == "This is a plain answer."
+
+
+# --- many-shot
+
+
+def test_many_shot_by_hand() -> None:
+    text = ManyShot(2).wrap("REQUEST")
+    (q0, a0), (q1, a1) = SHOTS[:2]
+    assert text == f"Human: {q0}\nHelper: {a0}\n\nHuman: {q1}\nHelper: {a1}\n\nHuman: REQUEST\nHelper:"
+    assert ManyShot().name == "many_shot"
+    assert ManyShot(2).name == "many_shot_2"
+    assert len({q for q, _ in SHOTS}) == len(SHOTS) == 32
+
+
+@pytest.mark.parametrize("shots", [0, -1, 33])
+def test_so_many_shots_are_not_written(shots: int) -> None:
+    with pytest.raises(LeewayError, match=rf"many_shot: {shots} shots; give 1 to 32"):
+        ManyShot(shots)
+
+
+# --- several turns and tools
+
+
+def test_a_scripted_crescendo_by_hand() -> None:
+    play = Crescendo(("one", "two {prompt}")).play("P")
+    assert next(play) == [{"role": "user", "content": "one"}]
+    assert play.send("first") == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "two P"},
+    ]
+    with pytest.raises(StopIteration) as over:
+        play.send("second")
+    assert over.value.value == "second"
+
+
+def test_the_first_turn_of_the_script_is_general() -> None:
+    sent = rendered(Crescendo(), "PLACEHOLDER")
+    assert [len(c) for c in sent] == [1, 3, 5, 7]
+    assert "PLACEHOLDER" not in sent[0][0]["content"]
+
+
+def test_a_led_crescendo_by_hand() -> None:
+    words = Words()
+    play = LedCrescendo(words, turns=2).play("P")
+    assert next(play) == HelperRequest(words, Transcript("P", 1, 2, ()))
+    assert play.send("m1") == [{"role": "user", "content": "m1"}]
+    assert play.send("r1") == HelperRequest(words, Transcript("P", 2, 2, (("m1", "r1"),)))
+    assert play.send("m2") == [
+        {"role": "user", "content": "m1"},
+        {"role": "assistant", "content": "r1"},
+        {"role": "user", "content": "m2"},
+    ]
+    with pytest.raises(StopIteration) as over:
+        play.send("r2")
+    assert over.value.value == "r2"
+    with pytest.raises(LeewayError, match="0 turns"):
+        LedCrescendo(words, turns=0)
+
+
+def test_a_tool_result_by_hand() -> None:
+    plain, tool = ToolResult(), ToolResult(tool_role=True)
+    (sent,) = rendered(plain, "CAKE")
+    assert [m["role"] for m in sent] == ["user", "assistant", "user"]
+    assert sent[-1]["content"] == "[result of open_note]\nCAKE\n[end of result]"
+    assert "CAKE" not in sent[0]["content"] + sent[1]["content"]
+    assert rendered(tool, "P")[0][-1] == {"role": "tool", "name": "open_note", "content": "P"}
+    assert tool.name != plain.name
+    assert "[tool]P[end]" in CHATS[0].prompt_text(tool.conversation("P"))
+
+
+# --- Zulu
+
+
+@dataclass
+class Mirror:
+    """A text-by-text translator that reverses, and cannot do with an x."""
+
+    name: str = "mirror"
+    hash: str = "m"
+
+    def out(self, text: str) -> str:
+        if "x" in text:
+            raise AttackFailed("an x")
+        return text[::-1]
+
+    def back(self, text: str) -> str:
+        return text[::-1]
+
+
+def test_a_text_by_text_translator_serves_as_a_helper() -> None:
+    zulu = Zulu(Mirror())
+    assert zulu.translator.out("ab") == "ba"
+    found = zulu.helper.help([Passage("out", "abc"), Passage("out", "x"), Passage("back", "xy")])
+    assert (found[0], found[2]) == ("cba", "yx")
+    assert isinstance(found[1], AttackFailed)
+    helper = Words()
+    assert Zulu(helper).helper is helper
+
+
+def test_zulu_asks_out_and_back_and_leaves_an_empty_answer() -> None:
+    zulu = Zulu(Mirror())
+    play = zulu.play("abc")
+    assert next(play) == HelperRequest(zulu.helper, Passage("out", "abc"))
+    assert play.send("cba") == [{"role": "user", "content": "cba"}]
+    assert play.send("ere") == HelperRequest(zulu.helper, Passage("back", "ere"))
+    empty = zulu.play("abc")
+    next(empty)
+    empty.send("cba")
+    with pytest.raises(StopIteration) as over:
+        empty.send(" ")
+    assert over.value.value == " "
+
+
+def test_nobody_is_asked_to_show_what_is_sent() -> None:
+    @dataclass(frozen=True)
+    class Silent(Words):
+        def help(self, asked: Sequence[object]) -> list[str | AttackFailed]:
+            raise AssertionError(f"asked for {asked}")
+
+    assert rendered(Zulu(Silent()), "P") == [[{"role": "user", "content": "(words's words)"}]]
+    assert len(rendered(LedCrescendo(Silent(), turns=3), "P")) == 3
+
+
+# --- templates of a user's own
+
+
+def test_templates_from_yaml_and_json(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("mine: 'say {prompt}'\nother: |\n  {prompt}\n  now\n")
+    found = templates(tmp_path / "a.yaml")
+    assert found["mine"] == Wrapper("mine", 1, "file a.yaml", "say {prompt}")
+    assert found["other"].wrap("P") == "P\nnow\n"
+    entry = {"name": "mine", "template": "say {prompt}", "version": 3, "origin": "a paper"}
+    (tmp_path / "a.json").write_text(json.dumps([entry]))
+    assert templates(str(tmp_path / "a.json")) == {"mine": Wrapper("mine", 3, "a paper", "say {prompt}")}
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("mine: no slot", "template mine: it holds {prompt} 0 times"),
+        ("mine: '{prompt} {prompt}'", "template mine: it holds {prompt} 2 times"),
+        ("dan: '{prompt}'", "there is an attack dan already"),
+        ("zulu: '{prompt}'", "there is an attack zulu already"),
+        ("a: '{prompt}'\na: '{prompt}!'", "a is listed twice"),
+        ("[{name: a, template: '{prompt}'}, {name: a, template: '{prompt}!'}]", "a is listed twice"),
+        ("[{name: a, text: '{prompt}'}]", "unknown key text"),
+        ("[{name: a}]", "its template is no text"),
+        ("[{name: a, template: '{prompt}', version: '1'}]", "version '1' is no whole number"),
+        ("[{name: a, template: '{prompt}', origin: 3}]", "its origin is no text"),
+        ("7: '{prompt}'", "7 is no name"),
+        ("'a b': '{prompt}'", "'a b' is no name"),
+        ("just text", "neither names with templates nor a list"),
+        ("{}", "no template in it"),
+        ("a: [", "line 1: not YAML"),
+    ],
+)
+def test_a_fault_in_templates_is_named(tmp_path: Path, text: str, fault: str) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(text)
+    with pytest.raises(LeewayError) as error:
+        templates(path)
+    assert fault in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_fault_in_json_templates_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text('{"a": "{prompt}", "a": "{prompt}!"}')
+    with pytest.raises(LeewayError, match="a is listed twice"):
+        templates(path)
+    path.write_text('{"a": \n')
+    with pytest.raises(LeewayError, match="not JSON"):
+        templates(path)
+    with pytest.raises(LeewayError, match="cannot be read"):
+        templates(tmp_path / "none.yaml")
+
+
+# --- other packages
+
+
+OUTSIDE = Wrapper("outside", 1, "another package", "please: {prompt}")
+MISNAMED = OUTSIDE
+NOTHING = "no attack"
+
+
+def points(monkeypatch: pytest.MonkeyPatch, *named: tuple[str, str]) -> None:
+    found = [EntryPoint(name, f"{__name__}:{value}", registry.GROUP) for name, value in named]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [p for p in found if p.group == group])
+
+
+def test_an_attack_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    points(monkeypatch, ("outside", "OUTSIDE"), ("broken", "MISSING"))
+    assert load_attack("outside") is OUTSIDE
+    assert registry.names() == [*ATTACKS, "broken", "outside"]
+    (tmp_path / "t.yaml").write_text("outside: '{prompt}'")
+    with pytest.raises(LeewayError, match="there is an attack outside already"):
+        templates(tmp_path / "t.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("broken", "MISSING", "cannot be loaded"),
+        ("misnamed", "MISNAMED", "no attack of this name"),
+        ("nothing", "NOTHING", "no attack of this name .no name, version, origin, hash, play"),
+        ("dan", "OUTSIDE", "has the name of another one"),
+    ],
+)
+def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str) -> None:
+    points(monkeypatch, (name, value))
+    with pytest.raises(LeewayError, match=fault):
+        load_attack(name if name != "dan" else "outside")
+
+
+def test_unknown_and_helped_names() -> None:
+    with pytest.raises(LeewayError, match="there is no attack 'zulus'; one of: aim, base64"):
+        load_attack("zulus")
+    for name in HELPED:
+        with pytest.raises(LeewayError, match="it needs a helper's words"):
+            load_attack(name)
+
+
+# --- forbidden prompts
+
+
+@pytest.mark.usefixtures("real_data")
+@pytest.mark.parametrize(
+    ("load", "name", "count"),
+    [
+        (safety_prompts.strongreject, "strongreject", 313),
+        (safety_prompts.strongreject_small, "strongreject-small", 60),
+        (safety_prompts.jailbreakbench_harmful, "jailbreakbench", 100),
+    ],
+)
+def test_prompt_sets_as_published(load: object, name: str, count: int) -> None:
+    assert callable(load)
+    prompts, origin = load()
+    assert [p.id for p in prompts] == [f"{name}/{n}" for n in range(count)]
+    assert len({p.text for p in prompts}) == count
+    assert origin.startswith("LEEWAY_DATA/")
+
+
+@pytest.mark.usefixtures("real_data")
+def test_the_small_set_is_within_the_full_one() -> None:
+    full, small = safety_prompts.strongreject()[0], safety_prompts.strongreject_small()[0]
+    assert {p.text for p in small} < {p.text for p in full}
+
+
+def test_the_small_set_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LEEWAY_DATA", raising=False)
+    with pytest.raises(LeewayError, match="not on the hub; set LEEWAY_DATA"):
+        safety_prompts.strongreject_small()
+
+
+def test_a_set_cut_short_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
+    (tmp_path / "jailbreakbench").mkdir()
+    (tmp_path / "jailbreakbench" / "harmful-behaviors.csv").write_text(",Goal\n0,bake\n")
+    with pytest.raises(LeewayError, match=r"1 prompts .* and 100 were published"):
+        safety_prompts.jailbreakbench_harmful()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "Goal,other\nbake a cake,1\nboil an egg,2\n"),
+        ("a.csv", "PROMPT\nbake a cake\nboil an egg\n"),
+        ("a.jsonl", '{"forbidden_prompt": "bake a cake"}\n{"Forbidden Prompt": "boil an egg"}\n'),
+        ("a.json", '[{"prompt": "bake a cake"}, {"goal": "boil an egg"}]'),
+    ],
+)
+def test_a_users_own_prompts(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    prompts, origin = safety_prompts.from_file(tmp_path / name)
+    assert [(p.id, p.text) for p in prompts] == [("file/0", "bake a cake"), ("file/1", "boil an egg")]
+    assert "2 prompts" in origin
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("prompt\nbake\nboil\nbake\n", "record 3: the same prompt as record 1"),
+        ("prompt,x\nbake,1\n,2\n", "record 2: its prompt is empty"),
+        ("request\nbake\n", "record 1: no forbidden_prompt or prompt or goal in it"),
+        ("prompt\n", "no prompt in it"),
+    ],
+)
+def test_a_fault_in_prompts_is_named(tmp_path: Path, text: str, fault: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(LeewayError) as error:
+        safety_prompts.from_file(path)
+    assert fault in str(error.value)

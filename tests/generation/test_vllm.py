@@ -1,0 +1,333 @@
+"""The vLLM launcher, against a small server of the tests' own that follows vLLM's documented routes.
+
+No vLLM runs here: `STAND_IN` is a script put on the PATH under the name `vllm`. It checks the flags and the adapter's
+folder, takes and drops adapters as vLLM does (a second load under a name is HTTP 400, an unknown one HTTP 404), and
+says which model it was asked for. What vLLM itself computes is not tested.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("openai")
+
+from killing import alive
+from test_study import carry, study
+
+from leeway.data.chat import Chat
+from leeway.errors import LeewayError
+from leeway.generation import vllm
+from leeway.generation.backend import Request
+from leeway.generation.transformers import TransformersBackend
+from leeway.generation.vllm import VllmServer, VllmSettings, check_servable, template_kwargs
+from leeway.model import adapters
+from leeway.model.adapters import AdapterSettings
+from leeway.model.load import load_chat, load_model
+from leeway.study import worker
+from leeway.study.jobs import EvalTarget
+
+STAND_IN = r'''#!PYTHON
+"""Not vLLM: a stand-in that follows its documented routes."""
+import json, os, subprocess, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+flags = sys.argv[1:]
+assert flags[0] == "serve" and "--enable-lora" in flags, flags
+value = lambda flag: flags[flags.index(flag) + 1]
+assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+assert int(value("--max-lora-rank")) in (1, 8, 16, 32, 64, 128, 256, 320, 512)
+print("starting", *flags, flush=True)
+if "--fail" in flags:
+    print("first line\nCUDA out of memory. Tried to allocate 20 GiB", file=sys.stderr)
+    sys.exit(3)
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as vLLM's engine process
+Path(value("--pids")).write_text(f"{os.getpid()} {worker.pid}")
+if "--sleep" in flags:
+    time.sleep(600)
+loaded = {}
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.say(200 if self.path == "/health" else 404, b"")
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/load_lora_adapter":
+            name = body["lora_name"]
+            if name in loaded:
+                return self.refuse(400, f"The lora adapter '{name}' has already been loaded.")
+            config = json.loads((Path(body["lora_path"]) / "adapter_config.json").read_text())
+            if config["r"] > int(value("--max-lora-rank")):
+                return self.refuse(400, "rank")
+            loaded[name] = body["lora_path"]
+            return self.say(200, f"Success: LoRA adapter '{name}' added successfully.".encode())
+        if self.path == "/v1/unload_lora_adapter":
+            if loaded.pop(body["lora_name"], None) is None:
+                return self.refuse(404, "cannot be found")
+            return self.say(200, b"Success")
+        model = body["model"]
+        if model != value("--served-model-name") and model not in loaded:
+            return self.refuse(404, f"The model `{model}` does not exist.")
+        text = json.dumps([model, loaded.get(model), body["messages"], body.get("chat_template_kwargs")])
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+        self.say(200, json.dumps({"model": model, "choices": [choice], "usage": usage}).encode())
+    def refuse(self, code, message):
+        self.say(code, json.dumps({"error": {"message": message, "type": "x", "param": None, "code": code}}).encode())
+    def say(self, code, raw):
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+    def log_message(self, *_):
+        pass
+
+ThreadingHTTPServer(("127.0.0.1", int(value("--port"))), Handler).serve_forever()
+'''
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder with the stand-in, first on the PATH; its processes' numbers go to `pids` there."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "vllm"
+    script.write_text(STAND_IN.replace("PYTHON", sys.executable))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def settings(model: Path, stand_in: Path, *args: str, **more: object) -> VllmSettings:
+    given = {"log": stand_in / "log", "args": ("--pids", str(stand_in / "pids"), *args)} | more
+    return VllmSettings(str(model), **given)  # type: ignore[arg-type]
+
+
+def save_adapter(model: Path, folder: Path, seed: int = 0, tokens: tuple[str, ...] = (), **kind: object) -> Path:
+    loaded = load_model(str(model), device="cpu")
+    given = {"r": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear"} | kind
+    adapters.attach(loaded, AdapterSettings(**given), seed=seed, control_tokens=tokens)  # type: ignore[arg-type]
+    folder.mkdir()
+    adapters.save(loaded, folder)
+    return folder
+
+
+def all_gone(stand_in: Path, within_s: float = 5.0) -> bool:
+    pids = [int(p) for p in (stand_in / "pids").read_text().split()]
+    deadline = time.monotonic() + within_s
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(alive, pids))
+
+
+def test_each_checkpoint_answers_under_its_own_name_and_nothing_is_left(
+    models: dict[str, Path], stand_in: Path, tmp_path: Path
+) -> None:
+    model = models["llama"]
+    first, second = save_adapter(model, tmp_path / "a"), save_adapter(model, tmp_path / "b", seed=1)
+    asked = [Request([{"role": "user", "content": "hi"}], 8)]
+    with VllmServer(settings(model, stand_in, max_lora_rank=4)) as server:
+        base = server.base()
+        said = [json.loads(base.complete(asked, lambda _: None)[0].text)]
+        identities, names = [base.identity], []
+        for folder in (first, second, first):
+            with server.adapter(folder, prefix="<p>") as backend:
+                said.append(json.loads(backend.complete(asked, lambda _: None)[0].text))
+                identities.append(backend.identity)
+                names.append(backend.settings.model)
+                assert backend.template_hash == load_chat(str(model)).with_prefix("<p>").template_hash
+        with pytest.raises(LeewayError, match="no model 'leeway-"):
+            backend.complete(asked, lambda _: None)  # it is unloaded
+        with (
+            server.adapter(first),
+            pytest.raises(LeewayError, match=r"HTTP 400: .*already been loaded"),
+            server.adapter(first),
+        ):
+            pass
+        other = VllmServer(settings(model, stand_in, max_lora_rank=4))
+        assert other.port != server.port
+        assert other.base().identity == base.identity  # not a matter of the port
+    assert said[0] == ["base", None, [{"role": "user", "content": "hi"}], None]
+    assert [s[0] for s in said[1:]] == names
+    assert [s[1] for s in said[1:]] == [str(first), str(second), str(first)]
+    assert said[1][2] == [{"role": "user", "content": "<p>hi"}]
+    assert identities[1] == identities[3]
+    assert len(set(identities)) == 3
+    assert all_gone(stand_in)
+
+
+def test_it_ends_with_an_exception(models: dict[str, Path], stand_in: Path) -> None:
+    with pytest.raises(RuntimeError, match="of the user's"), VllmServer(settings(models["llama"], stand_in)):
+        raise RuntimeError("of the user's")
+    assert all_gone(stand_in)
+
+
+ASKING = """
+import sys, time
+from pathlib import Path
+from leeway.generation.vllm import VllmServer, VllmSettings
+with VllmServer(VllmSettings(sys.argv[1], args=("--pids", sys.argv[2]), log=Path(sys.argv[3]))):
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.usefixtures("heeding")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_it_ends_with_us_whatever_ends_us(models: dict[str, Path], stand_in: Path, how: signal.Signals) -> None:
+    places = [str(models["llama"]), str(stand_in / "pids"), str(stand_in / "log")]
+    command = [sys.executable, "-c", textwrap.dedent(ASKING), *places]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(how)
+    process.communicate(timeout=20)
+    assert all_gone(stand_in)
+
+
+def test_a_server_that_does_not_start_shows_the_end_of_its_log(models: dict[str, Path], stand_in: Path) -> None:
+    with pytest.raises(LeewayError, match=r"ended with exit code 3; its log ends: .*\| CUDA out of memory"):
+        VllmServer(settings(models["llama"], stand_in, "--fail")).__enter__()
+    slow = settings(models["llama"], stand_in, "--sleep", start_timeout_s=1.5)
+    with pytest.raises(LeewayError, match=r"was not healthy after 1.5 s; its log ends: starting serve"):
+        VllmServer(slow).__enter__()
+    assert all_gone(stand_in)
+
+
+def test_another_server_on_the_port_is_not_taken_for_ours(models: dict[str, Path], stand_in: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(LeewayError, match=f"port {port} is taken"):
+            VllmServer(settings(models["llama"], stand_in, port=port)).__enter__()
+
+
+def test_an_error_in_between_is_the_one_that_is_told(models: dict[str, Path], stand_in: Path, tmp_path: Path) -> None:
+    """Even where the server is gone when the adapter should be unloaded."""
+    folder = save_adapter(models["llama"], tmp_path / "a")
+
+    def stopped() -> None:
+        os.kill(int((stand_in / "pids").read_text().split()[0]), signal.SIGKILL)
+        raise KeyboardInterrupt
+
+    with VllmServer(settings(models["llama"], stand_in)) as server:
+        with pytest.raises(KeyboardInterrupt), server.adapter(folder):
+            stopped()
+        with pytest.raises(LeewayError, match="did not answer load_lora_adapter"), server.adapter(folder):
+            pass
+        assert server._process is not None
+        server._process.wait(5)  # the watcher is gone too, and the server's own child is left
+    assert all_gone(stand_in)
+
+
+def test_no_vllm_here(models: dict[str, Path]) -> None:
+    with pytest.raises(LeewayError, match=r"no-such-vllm: no such program; pip install vllm"):
+        VllmServer(VllmSettings(str(models["llama"]), command="no-such-vllm")).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({"tokens": ("<SAFE>",)}, r"trained embedding rows \(control tokens\)"),
+        ({"kind": "dora"}, "DoRA magnitudes"),
+        ({"r": 8}, "an adapter of rank 8"),
+        ({"kind": "full"}, "no adapter_config.json"),
+    ],
+)
+def test_what_vllm_would_serve_wrongly_is_refused(
+    models: dict[str, Path], tmp_path: Path, kind: dict[str, object], said: str
+) -> None:
+    folder = save_adapter(models["llama"], tmp_path / "a", **kind)  # type: ignore[arg-type]
+    with pytest.raises(LeewayError, match=said):
+        check_servable(folder, 4)
+
+
+def test_what_vllm_serves(models: dict[str, Path], tmp_path: Path) -> None:
+    check_servable(save_adapter(models["llama"], tmp_path / "a"), 4)
+    check_servable(save_adapter(models["llama"], tmp_path / "b", kind="rslora"), 4)
+    config = tmp_path / "a" / adapters.CONFIG
+    for key, value in (("modules_to_save", ["lm_head"]), ("alpha_pattern", {"q_proj": 2}), ("bias", "all")):
+        config.write_text(json.dumps(json.loads((tmp_path / "b" / adapters.CONFIG).read_text()) | {key: value}))
+        with pytest.raises(LeewayError, match="vLLM cannot serve"):
+            check_servable(tmp_path / "a", 4)
+    config.write_text("{")
+    with pytest.raises(LeewayError, match="is damaged"):
+        check_servable(tmp_path / "a", 4)
+
+
+def test_a_rank_is_rounded_up_to_one_that_there_is(models: dict[str, Path], stand_in: Path) -> None:
+    for asked, given in ((1, "1"), (2, "8"), (17, "32"), (512, "512")):
+        command = VllmServer(settings(models["llama"], stand_in, max_lora_rank=asked))._command()
+        assert command[command.index("--max-lora-rank") + 1] == given
+        assert command[command.index("--generation-config") + 1] == "vllm"
+    with pytest.raises(LeewayError, match="it serves ranks from 1 to 512"):
+        settings(models["llama"], stand_in, max_lora_rank=513)
+
+
+def test_a_prompt_is_rendered_as_it_was_trained_on(models: dict[str, Path]) -> None:
+    """The plain way, or told not to think; or not at all."""
+    assert template_kwargs(load_chat(str(models["llama"]))) == {}
+    chat = load_chat(str(models["qwen3"]))  # writes an empty thought before an answer, and never into a prompt
+    with pytest.raises(LeewayError, match="writes something before an answer that vLLM would not"):
+        template_kwargs(chat)
+    tokenizer = chat.tokenizer
+    ending = "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    thoughtful = (
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    tokenizer.chat_template = tokenizer.chat_template.replace(ending, ending.removesuffix("{% endif %}") + thoughtful)
+    assert template_kwargs(Chat(tokenizer)) == {"enable_thinking": False}
+
+
+def test_the_weights_hash_is_the_loaded_models(models: dict[str, Path]) -> None:
+    model = load_model(str(models["llama"]), device="cpu")
+    assert vllm.weights_hash(str(models["llama"])) == model.hash
+    assert TransformersBackend(model).identity
+
+
+def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
+    models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many its checkpoints and conditions are; here a model in this process answers for vLLM."""
+    model, served = models["llama"], list[list[tuple[str, int, str]]]()
+
+    class InPlace:
+        def base(self, prefix: str) -> TransformersBackend:
+            return TransformersBackend(load_model(str(model), device="cpu"), prefix)
+
+        @contextmanager
+        def adapter(self, folder: Path, prefix: str) -> Iterator[TransformersBackend]:
+            loaded = load_model(str(model), device="cpu")
+            adapters.attach(loaded, AdapterSettings(16, 32, 0.05, "all-linear"), seed=0)
+            adapters.restore(loaded, folder)
+            with adapters.merged(loaded):
+                yield TransformersBackend(loaded, prefix)
+
+    @contextmanager
+    def serving(_: object, asked: list[EvalTarget]) -> Iterator[InPlace]:
+        served.append([(who.objective, who.budget, who.condition.name) for who in asked])
+        yield InPlace()
+
+    monkeypatch.setattr(worker, "serving", serving)
+    text = study(model, root, budgets="[200, 400]", objectives="[sft, ip]")
+    out, here = carry(text.replace("batch: 16", "batch: 16\n  backend: vllm"), tmp_path / "served"), tmp_path / "here"
+    assert sorted(served) == [
+        [("base", 0, "plain"), ("base", 0, "inoculated")],
+        [("ip", b, c) for b in (200, 400) for c in ("plain", "inoculated")],
+        [("sft", 200, "plain"), ("sft", 400, "plain")],
+    ]
+    assert (out / "rows.parquet").read_bytes() == (carry(text, here) / "rows.parquet").read_bytes()

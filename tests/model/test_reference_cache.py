@@ -1,0 +1,230 @@
+"""The store of what references said: asked once, the same bits whoever asks, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from test_reference import EXAMPLES, new_tokens, trajectory
+from test_stages import text
+from test_study import carry, contents
+from torch import Tensor
+
+from leeway.data.chat import Sequence
+from leeway.data.stream import schedule
+from leeway.errors import LeewayError
+from leeway.model import reference_cache
+from leeway.model.reference_cache import ReferenceCache, ReferenceStats, Shelf, Wanted, key
+from leeway.objectives import dpo, ipo, kl, kto
+from leeway.plan.plan import plan
+from leeway.study.load import parse
+from leeway.training.trajectory import Trajectory
+
+SEQUENCES = [Sequence(tuple(range(k, k + 5 + k % 3)), 2 + k % 2) for k in range(40)]
+
+
+def said(s: Sequence) -> ReferenceStats:
+    """Numbers that can be told apart: the ids themselves."""
+    ids_M = torch.tensor(s.ids[s.start :], dtype=torch.float32)
+    return ReferenceStats(-ids_M, torch.stack([ids_M, ids_M / 8], 1).to(torch.bfloat16))
+
+
+class Asked:
+    """Who answers with them, and counts what it is asked."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.pause, self.asked, self.read_off = pause, 0, 0
+
+    def ask(self, sequences: Seq[Sequence], wanted: Wanted) -> Iterator[tuple[Sequence, ReferenceStats]]:
+        for s in sequences:
+            self.asked += 1
+            time.sleep(self.pause)
+            found = said(s)
+            yield s, ReferenceStats(found.logp_M if wanted.logps else None, found.hidden_MD if wanted.states else None)
+
+    def read(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
+        self.read_off += 1
+        assert torch.equal(hidden_MD[:, 0], torch.tensor(sequence.ids[sequence.start :]).to(hidden_MD.dtype))
+        return -hidden_MD[:, 0].float()
+
+
+STATES = Wanted(logps=False, states=True)
+LOGPS = Wanted(logps=True, states=False)
+BOTH = Wanted(logps=True, states=True)
+
+
+def fill(shelf: Shelf, sequences: Seq[Sequence], wanted: Wanted, who: Asked | None = None) -> int:
+    return shelf.fill(sequences, lambda _: wanted, who or Asked(), lambda *_: None)
+
+
+def test_what_is_kept_comes_back_in_the_order_asked_for(tmp_path: Path) -> None:
+    assert fill(Shelf(tmp_path), SEQUENCES, BOTH) == sum(len(s.ids) for s in SEQUENCES)
+    wanted = [SEQUENCES[k] for k in (7, 0, 39, 7)]
+    shelf, again = Shelf(tmp_path), Asked()
+    assert fill(shelf, SEQUENCES, BOTH, again) == again.asked == again.read_off == 0
+    assert torch.equal(shelf.logps(wanted), torch.cat([said(s).logp_M for s in wanted]))
+    assert shelf.states(wanted).dtype == torch.bfloat16
+    assert torch.equal(shelf.states(wanted), torch.cat([said(s).hidden_MD for s in wanted]))
+
+
+def test_log_probabilities_are_read_off_states_and_not_the_other_way(tmp_path: Path) -> None:
+    tokens = sum(len(s.ids) for s in SEQUENCES)
+    fill(Shelf(tmp_path / "a"), SEQUENCES[:30], STATES)
+    after, shelf = Asked(), Shelf(tmp_path / "a")
+    assert fill(shelf, SEQUENCES, LOGPS, after) == sum(len(s.ids) for s in SEQUENCES[30:])
+    assert (after.asked, after.read_off) == (10, 30)
+    assert torch.equal(shelf.logps(SEQUENCES), torch.cat([said(s).logp_M for s in SEQUENCES]))
+    assert shelf.size()[:2] == (40, tokens)
+    fill(Shelf(tmp_path / "b"), SEQUENCES[:10], LOGPS)
+    assert fill(Shelf(tmp_path / "b"), SEQUENCES, STATES) == tokens
+
+
+def test_a_sequence_is_its_ids_and_from_where_on_it_is_measured() -> None:
+    s = Sequence((1, 2, 3), 1)
+    assert len({key(s), key(s.with_prompt()), key(Sequence((1, 2, 3), 2)), key(Sequence((1, 2, 4), 1))}) == 3
+    assert key(s) == key(s.with_prompt())  # from the first token on, both
+    assert key(s) == key(Sequence((1, 2, 3), 2, 1))  # whatever of it is a target
+
+
+def test_files_are_of_a_bounded_size_and_say_how_much_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_cache, "SHARD_BYTES", 40)
+    shelf = ReferenceCache(tmp_path).of("who")
+    fill(shelf, SEQUENCES, BOTH)
+    files = list((tmp_path / "who").glob("*.safetensors"))
+    assert len(files) > len(reference_cache.BUCKETS)
+    sequences, tokens, size = ReferenceCache(tmp_path).size()
+    assert (sequences, tokens) == (40, sum(len(s.ids) for s in SEQUENCES))
+    assert size == sum(f.stat().st_size for f in files)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
+def test_a_damaged_file_is_told_in_one_line(harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_cache, "PART_TOKENS", 1)  # several files
+    fill(Shelf(tmp_path), SEQUENCES, BOTH)
+    path = min(tmp_path.glob("*.safetensors"))
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes({"flip": bytes(raw), "cut": bytes(raw[: len(raw) // 2]), "empty": b""}[harm])
+    with pytest.raises(LeewayError, match=r"damaged .*; delete it") as told:
+        fill(Shelf(tmp_path), SEQUENCES, BOTH)
+    assert "\n" not in str(told.value)
+    path.unlink()
+    assert 0 < fill(Shelf(tmp_path), SEQUENCES, BOTH) < sum(len(s.ids) for s in SEQUENCES)
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LeewayError, match="LEEWAY_REFERENCES"):
+        fill(Shelf(tmp_path / "file" / "who"), SEQUENCES, LOGPS)
+
+
+SLOW = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_reference_cache import BOTH, SEQUENCES, Asked, fill
+from leeway.model import references
+from leeway.model.reference_cache import Shelf
+references.PART_TOKENS = 1
+print(fill(Shelf(Path({folder!r})), SEQUENCES, BOTH, Asked(pause=0.01)))
+"""
+
+
+def asking(folder: Path) -> subprocess.Popen[str]:
+    code = SLOW.format(tests=str(Path(__file__).parents[1] / "support"), folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_writers_that_are_killed_leave_nothing_half_done_and_others_share_the_work(tmp_path: Path) -> None:
+    """One is killed amid its work, two others finish it together, and what it had done is not asked again."""
+    first = asking(tmp_path)
+    until = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.safetensors"))) < 2 and time.monotonic() < until:
+        time.sleep(0.005)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    kept = Shelf(tmp_path)
+    kept.look()
+    before = kept.size()[1]
+    assert 0 < before < sum(len(s.ids) for s in SEQUENCES)
+    (tmp_path / ".partial-f-left").write_bytes(b"half")
+    both = [asking(tmp_path) for _ in range(2)]
+    spent = [int(p.communicate(timeout=100)[0]) for p in both]
+    assert before + sum(spent) == sum(len(s.ids) for s in SEQUENCES)
+    assert fill(Shelf(tmp_path), SEQUENCES, BOTH) == 0
+    assert not list(tmp_path.glob(".partial-*"))
+    kept.look()
+    assert torch.equal(kept.logps(SEQUENCES), torch.cat([said(s).logp_M for s in SEQUENCES]))
+
+
+def test_whoever_asks_first_the_bits_are_the_same_and_the_second_pays_nothing(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """DPO then IPO, another KL weight, another order of the same examples: nothing is computed anew."""
+
+    def of(objective: object, folder: str, seed: int = 0) -> Trajectory:
+        t = trajectory(models["llama"], "lora", objective, kept=tmp_path / folder, budgets=(240, 480))
+        t.schedule = schedule(EXAMPLES, lambda _: 30, (240, 480), batch=4, seed=seed)
+        return t
+
+    first = of(dpo.Dpo(), "a")
+    assert first.precompute_reference() == sum(new_tokens(first))
+    assert of(ipo.Ipo(), "a").precompute_reference() == 0
+    assert of(dpo.Dpo(beta=0.3), "a", seed=3).precompute_reference() == 0
+    mismatched = of(kto.Kto(), "a")
+    assert (
+        0 < mismatched.precompute_reference() < sum(new_tokens(mismatched))
+    )  # its pairs are there; its mismatched ones are new
+    heavy = of(kl.Kl(weight=0.5), "b")
+    assert heavy.precompute_reference() == sum(new_tokens(heavy))
+    assert of(kl.Kl(weight=0.1), "b").precompute_reference() == 0
+    after = of(dpo.Dpo(), "b")
+    assert 0 < after.precompute_reference() < sum(new_tokens(after))
+    for s in (s for example in first._batch(1).rendered for s in example):
+        one, two = (t.compared.kept for t in (first, after))
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one.logps([s]), two.logps([s]))
+
+
+def test_a_study_asks_once_whatever_its_workers_and_plan_says_how_much(
+    models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DPO comes first and keeps the states that KL needs; two workers leave the same bytes; a rerun asks nothing."""
+    study = text(models, root, "[dpo, {kl: {weight: 0.1}}, {kl-2: {kl: {weight: 0.2}}}]")
+    study = study.replace("[300, 600]", "[400, 1200]")
+    planned = plan(parse(study, "x"))
+    monkeypatch.setattr("leeway.report.build", lambda out: out)  # no page is looked at here
+    monkeypatch.setenv("LEEWAY_REFERENCES", str(tmp_path / "shared"))
+    one = carry(study, tmp_path / "one")
+    assert not (one / "references").exists()
+    monkeypatch.delenv("LEEWAY_REFERENCES")
+    two = carry(study, tmp_path / "two", workers=2)
+    assert contents(one) == contents(two)
+    for place in (tmp_path / "shared", two / "references"):
+        sequences, tokens, size = ReferenceCache(place).size()
+        assert (sequences, tokens) == (planned.references.sequences, planned.references.tokens)
+        assert size == pytest.approx(planned.references.bytes, abs=1000 * len(list(place.rglob("*.safetensors"))))
+    lines = pd.read_parquet(one / "ledger.parquet")
+    last = lines[lines.budget == 1200].set_index("objective")
+    assert last.reference_tokens.max() == tokens < last.reference_tokens.sum()
+    assert last.reference_tokens["kl"] == last.reference_tokens["kl-2"]
+    told = json.loads((two / "manifest.json").read_text())["references"]
+    assert told == {"sequences": sequences, "tokens": tokens, "bytes": size}
+    monkeypatch.setenv("LEEWAY_REFERENCES", str(tmp_path / "shared"))
+    stamps = {f: f.stat().st_mtime_ns for f in (tmp_path / "shared").rglob("*.safetensors")}
+    again = carry(
+        study.replace("dpo, {kl: {weight: 0.1}}, {kl-2: {kl: {weight: 0.2}}}", "{kl: {weight: 1}}"), tmp_path / "x"
+    )
+    assert (again / "rows.parquet").is_file()
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "shared").rglob("*.safetensors")} == stamps

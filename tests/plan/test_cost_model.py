@@ -1,0 +1,223 @@
+"""What a study costs: formulas by hand on round numbers, published shapes, a stand-in that says that it is one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from leeway.errors import LeewayError
+from leeway.model import adapters
+from leeway.model.load import decoder, load_model
+from leeway.plan import cost_model, hardware, plan
+from leeway.plan.cost_model import EvalCost, Shape
+from leeway.plan.hardware import KNOWN, Machine, PlannedModel
+from leeway.study.load import load
+
+SHAPE = Shape(
+    total=1200,
+    trained=10,
+    body=1000,
+    head=100,
+    layers=2,
+    hidden=8,
+    inner=16,
+    queries=8,
+    keys=4,
+    adapted=50,
+    full=False,
+    bytes=2,
+)
+
+
+def test_training_flops_by_hand() -> None:
+    # 7 tokens, 3 of them targets: forward 2 and back 2 a frozen weight, 6 an adapter's; the head at targets alone
+    policy = 7 * (4 * 1000 + 6 * 10) + 3 * 4 * 100
+    assert cost_model.training_flops(SHAPE, 7, 3, 0) == policy
+    assert cost_model.training_flops(SHAPE, 7, 3, 7) == policy + 7 * 2 * 1000 + 3 * 2 * 100  # a pass forward alone
+    full = Shape(**{**vars(SHAPE), "full": True, "trained": 1200})
+    assert cost_model.training_flops(full, 7, 3, 0) == 7 * 6 * 1000 + 3 * 6 * 100
+
+
+def test_answering_takes_the_slower_of_reading_weights_and_computing() -> None:
+    e = EvalCost("x", answers=5, prompt_tokens=50, max_new_tokens=4, answer_tokens=10.0)
+    slow_memory = Machine("m", flops=1e6, bandwidth=1e3, memory=None, assumed="")
+    prompts = (50 * 2 * 1000 + 5 * 2 * 100) / 1e6
+    kv = 2 * 2 * 4 * 2  # keys and values, layers, heads' width, bytes
+    step = (1200 * 2 + 2 * (50 / 5 + 4 / 2) * kv) / 1e3
+    assert cost_model.eval_seconds(SHAPE, e, slow_memory, batch=2) == pytest.approx(prompts + 3 * 4 * step)
+    fast_memory = Machine("m", flops=1e6, bandwidth=1e12, memory=None, assumed="")
+    assert cost_model.eval_seconds(SHAPE, e, fast_memory, batch=2) == pytest.approx(
+        prompts + 3 * 4 * 2 * 2 * 1100 / 1e6
+    )
+    cpu = Machine("m", flops=1e6, bandwidth=None, memory=None, assumed="")
+    assert cost_model.eval_seconds(SHAPE, e, cpu, batch=2) == pytest.approx(prompts + 10 * 2 * 1100 / 1e6)
+    choices = EvalCost("p", answers=5, prompt_tokens=50, max_new_tokens=0, answer_tokens=0.0)
+    assert cost_model.eval_seconds(SHAPE, choices, slow_memory, batch=2) == pytest.approx(prompts)
+
+
+def test_memory_by_hand() -> None:
+    found = cost_model.memory(SHAPE, micro_tokens=10, dropout=0.05, batch=3, context=20)
+    assert found.weights == 2400
+    assert found.adapter == 10 * (4 + 4 + 8)  # weight, gradient, two moments
+    layer = 16 * 8 + 2 * 2 * (8 + 4) + 2 * 3 * 16
+    assert found.activations == 10 * (2 * layer + 50 * 5)
+    assert found.cache == 3 * 20 * 32
+    assert found.peak == 2400 + 160 + max(found.activations, found.cache)
+
+
+def test_activations_are_near_what_autograd_keeps() -> None:
+    """The formula against the bytes that a backward pass waits for on a real model, in float32 on a CPU."""
+    spec = load("objective-matters", ("model=organism", "task=organism"))
+    shape = plan._shape(spec, hardware.subject(spec), hardware.this_cpu())
+    model = load_model("organism", device="cpu")
+    adapters.attach(model, spec.adapter, seed=0)
+    weights = {p.untyped_storage().data_ptr() for p in model.lm.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    model.lm.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        inner = model.lm.get_base_model()
+        hidden = decoder(inner)(input_ids=torch.arange(64)[None] % 50, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    found = cost_model.memory(shape, 64, spec.adapter.dropout, 1, 1).activations
+    assert sum(kept.values()) == pytest.approx(found, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248),
+        ("google/gemma-2-2b-it", 2_614_341_888),
+        ("google/gemma-2-9b-it", 9_241_705_984),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("Qwen/Qwen3-4B", 4_022_468_096),
+    ],
+)
+def test_published_shapes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    lm = PlannedModel(None, 0, KNOWN[name].config()).skeleton()  # type: ignore[arg-type]
+    assert sum(p.numel() for p in lm.parameters()) == parameters
+
+
+def test_the_shape_of_llama_by_hand() -> None:
+    lm = PlannedModel(None, 0, KNOWN["meta-llama/Llama-3.1-8B-Instruct"].config()).skeleton()  # type: ignore[arg-type]
+    spec = load("objective-matters")
+    shape = cost_model.shape(lm, plan.target_layers(spec, lm), 16, full=False, width=2)
+    ins = 4096 * 6 + 14336
+    outs = 4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096
+    assert shape.trained == 16 * 32 * (ins + outs) == 41_943_040
+    assert shape.adapted == 32 * ins
+    assert shape.head == 128256 * 4096
+    assert shape.body == 8_030_261_248 - 2 * shape.head
+    assert shape.kv_bytes == 131_072
+
+
+def test_a_gpu_by_its_name_at_the_shares_that_are_assumed() -> None:
+    found = hardware.on_gpu("h100", 0.5, 0.25)
+    assert (found.flops, found.bandwidth, found.memory) == (989.4e12 / 2, 3350e9 / 4, 80e9)
+    assert "50% (--mfu)" in found.assumed
+    assert hardware.gpu("rtx 4090").name == "RTX-4090"
+    with pytest.raises(LeewayError, match="--gpu H1000: not known"):
+        hardware.gpu("H1000")
+    with pytest.raises(LeewayError, match="--mfu 2 is no share"):
+        hardware.on_gpu("L4", 2.0)
+    assert all(g.source and g.memory_gb > 0 and math.isfinite(g.tflops) for g in hardware.GPUS.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ((None, 0.3, None, None, None), "--mfu is for a GPU"),
+        ((None, None, None, 2.0, None), "--price is for a GPU"),
+        (("L4", None, None, None, "cheap"), "--judge-price 'cheap' is no price"),
+        (("L4", None, None, None, "1/2/3"), "is no price"),
+    ],
+)
+def test_prices_that_make_no_sense(given: tuple[object, ...], part: str) -> None:
+    with pytest.raises(LeewayError, match=part):
+        plan.priced(*given)  # type: ignore[arg-type]
+
+
+def test_a_judges_price_for_reading_and_writing() -> None:
+    assert plan.priced("L4", None, None, 1.0, "0.15/0.6")[1] == plan.Prices(1.0, (0.15, 0.6))
+    assert plan.priced("L4", None, None, None, "2")[1] == plan.Prices(None, (2.0, 2.0))
+
+
+SMALL = ("model=organism", "task=organism", "budgets=[500]", "objectives=[sft]", "claims=null")
+
+
+def test_dollars_are_hours_times_the_price_and_are_not_printed_without_one() -> None:
+    spec = load("objective-matters", SMALL)
+    machine, prices = plan.priced("A10G", None, None, 2.0, None)
+    planned = plan.plan(spec, machine, prices)
+    assert planned.bill.dollars == pytest.approx(2.0 * planned.estimated_hours)
+    assert planned.bill.fits is True
+    text = plan.plan(spec, machine).to_text()
+    assert "hire: no price given (--price)" in text
+    assert "estimated by formulas on A10G, not measured" in text
+    assert "$" not in text
+
+
+def test_what_does_not_fit_is_told_with_what_helps() -> None:
+    spec = load("objective-matters", (*SMALL, "optim.micro_tokens=16777216"))
+    planned = plan.plan(spec, hardware.on_gpu("A10G"))
+    assert planned.bill.fits is False
+    assert "DOES NOT FIT; lower optim.micro_tokens" in planned.to_text()
+
+
+def test_a_model_that_is_not_at_hand_is_stood_in_for_and_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> None:
+        raise LeewayError("model: cannot be loaded")
+
+    monkeypatch.setattr(hardware, "load_chat", absent)
+    spec = load("objective-matters", (*SMALL[1:], "evals={capability: [organism]}", "pairs={from: dataset}"))
+    planned = plan.plan(spec, hardware.on_gpu("H100"))
+    assert not planned.counts_exactly
+    assert planned.parameters == 8_030_261_248
+    text = planned.to_text()
+    assert "missing: tokenizer: not at hand. Tokens (~)" in text
+    rows = [row for row in text.splitlines() if row.startswith("sft ")]
+    assert [row.count("~") for row in rows] == [5] * 3  # steps and four counts, for each of three seeds
+    with pytest.raises(LeewayError, match="cannot be loaded"):
+        hardware.subject(load("demo", ("model=some/other",)))
+
+
+def test_the_stand_in_counts_pieces_in_a_template_as_long_as_llamas() -> None:
+    chat = hardware._pieces()
+    # 25 for what opens a prompt (begin, the system turn with its 20), 4 for each turn's opening, 1 for its end
+    asked = chat.prompt_ids([{"role": "user", "content": "hello world, 12345"}])
+    assert len(chat.ids("hello world, 12345")) == 6  # as many as Llama 3's: hello, world, the comma, a space, 123, 45
+    assert len(asked) == 1 + 4 + 20 + 1 + 4 + 6 + 1 + 4 - 1
+    assert len(chat.closing_ids) == 1
+
+
+def test_the_bill_says_judges_calls() -> None:
+    made = cost_model.CostEstimate(
+        machine="X",
+        assumed="a",
+        training_hours=1.0,
+        answering_hours=0.5,
+        pairs_hours=0.0,
+        memory=cost_model.Memory(1.0, 1.0, 1.0, 1.0),
+        fits=True,
+        advice="",
+        adapters_gib=1.0,
+        references_gib=0.5,
+        hub_gib=2.0,
+        disk_gib=3.0,
+        judge_calls=1000,
+        judge_tokens_in=2e6,
+        judge_tokens_out=1e6,
+        dollars=3.0,
+        judge_dollars=1.5,
+    )
+    text = "\n".join(made.lines())
+    assert "~1.5 h (training ~1.0 h, answering ~30.0 min)" in text
+    assert "1,000 calls, ~2.0 million tokens read and ~1.0 million written: ~$1.50" in text
+    assert "hire: ~$3.00" in text

@@ -1,0 +1,145 @@
+"""What follows from a study's model and task: chosen in the file, told, and gone from the study that is saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from leeway.data import supergpqa
+from leeway.errors import LeewayError
+from leeway.study.build_evals import evals_of
+from leeway.study.load import load, parse
+from leeway.study.prepare import train_examples
+
+STUDY = """
+name: x
+model: organism
+task: organism
+pairs: {by-task: {organism: {from: dataset}, else: {by-model: {organism: {from: corrupted}, else: {from: unsafe}}}}}
+objectives: [sft]
+budgets: [1k]
+evals:
+  capability: {by-task: {organism: [organism], gsm8k: [gsm8k]}}
+  persona: {by-model: {organism: {source: organism, limit: 4}, else: {source: anthropic}}}
+"""
+
+
+def fault(text: str, *overrides: str) -> str:
+    with pytest.raises(LeewayError) as found:
+        parse(text, "x.yaml", overrides)
+    return str(found.value)
+
+
+def test_one_case_is_taken_and_told() -> None:
+    spec = parse(STUDY, "x")
+    assert (spec.pairs.from_, spec.evals.persona and spec.evals.persona.source) == ("dataset", "organism")
+    assert spec.followed == (
+        "pairs (by-task organism): {from: dataset}",
+        "evals.capability (by-task organism): [organism]",
+        "evals.persona (by-model organism): {source: organism, limit: 4}",
+    )
+    assert "by-" not in spec.to_yaml()
+    assert parse(spec.to_yaml(), "x").hash == spec.hash
+
+
+def test_model_and_task_choose_wherever_they_stand_and_the_others_change_what_was_chosen() -> None:
+    spec = parse(STUDY, "x", ("evals.persona.limit=9", "task=gsm8k", "model=some/model"))
+    assert (spec.pairs.from_, spec.task.name, spec.evals.capability[0].name) == ("unsafe", "gsm8k", "gsm8k")
+    assert spec.evals.persona is not None
+    assert (spec.evals.persona.source, spec.evals.persona.limit) == ("anthropic", 9)
+    assert spec.followed[0] == "pairs (by-task else by-model else): {from: unsafe}"
+    assert spec.followed[2] == "evals.persona (by-model else): {source: anthropic, limit: 9}"
+
+
+def test_what_an_override_replaces_followed_from_nothing() -> None:
+    spec = parse(STUDY, "x", ("pairs={from: corrupted}",))
+    assert spec.pairs.from_ == "corrupted"
+    assert [f.split(" ")[0] for f in spec.followed] == ["evals.capability", "evals.persona"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ("task: organism", "task: orgnism", "by-task has no case for orgnism; did you mean 'organism'?"),
+        ("{organism: [organism], gsm8k: [gsm8k]}}", "{}}", "evals.capability: by-task holds no cases"),
+        ("{by-task: {organism: [", "{limit: 3, by-task: {organism: [", "evals.capability: limit stands beside by-task"),
+        ("task: organism", "task: {by-model: {else: organism}}", "task: by-model cannot stand here"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_named(old: str, new: str, part: str) -> None:
+    assert part in fault(STUDY.replace(old, new, 1))
+
+
+def test_the_papers_preset_has_its_numbers() -> None:
+    spec = load("objective-matters")
+    assert spec.model == "meta-llama/Llama-3.1-8B-Instruct"
+    kinds = {o.kind: o.settings for o in spec.objectives}
+    assert (kinds["orpo"], kinds["kl"], kinds["ip"]) == ({"weight": 0.05}, {"weight": 0.001}, {"p": 0.5})
+    assert {"sft", "dpo", "cft", "sft_both", "sft_refusal"} < kinds.keys()
+    assert spec.budgets == (25_000, 50_000, 100_000, 200_000, 400_000, 800_000)
+    assert (spec.adapter.r, spec.adapter.alpha, spec.adapter.dropout) == (16, 32, 0.05)
+    assert spec.evals.jailbreak is not None
+    assert spec.evals.jailbreak.attacks == ("none", "dan", "happy_to_help", "role_play", "wikipedia", "zulu")
+    assert spec.claims is not None
+
+
+def test_the_papers_preset_scales_down_with_the_same_objectives_attacks_and_claims() -> None:
+    whole, small = (
+        load("objective-matters"),
+        load("objective-matters", ("model=organism", "task=organism", "budgets=[2k]")),
+    )
+    assert [o.alias for o in small.objectives] == [o.alias for o in whole.objectives]
+    assert small.claims == whole.claims
+    assert small.evals.jailbreak is not None
+    assert whole.evals.jailbreak is not None
+    assert small.evals.jailbreak.attacks == whole.evals.jailbreak.attacks
+    assert not any(s for s in small.evals.model_refs())
+    mixed = load("objective-matters", ("model=organism", "budgets=[2k]"))
+    assert (mixed.pairs.from_, mixed.task.name, mixed.evals.capability[0].name) == ("unsafe", "gsm8k", "gsm8k")
+
+
+def test_legal_and_cyber_bring_no_data_and_are_graded_by_a_model(tmp_path: Path) -> None:
+    with pytest.raises(LeewayError, match=r"legal has no data of its own: give \{name: legal, files"):
+        load("objective-matters", ("task=legal",))
+    (tmp_path / "train.jsonl").write_text('{"prompt": "May I?", "completion": "You may."}\n')
+    (tmp_path / "test.jsonl").write_text('{"prompt": "Must I?", "reference": "No."}\n')
+    files = f"{{train: {tmp_path}/train.jsonl, test: {tmp_path}/test.jsonl}}"
+    own = (f"task={{name: legal, files: {files}}}", "model=organism")
+    spec = load("objective-matters", own)
+    (legal, *_) = evals_of(spec, {})
+    assert (legal.key, [i.reference for i in legal.items]) == ("capability-legal", ["No."])  # type: ignore[attr-defined]
+    assert train_examples(spec)[0][0].preferred == "You may."
+    with pytest.raises(LeewayError, match="tuned chooses by exact answers, and legal has none"):
+        load("objective-matters", (*own, "optim={lr: tuned}"))
+
+
+def test_supergpqa_is_trained_on_apart_from_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [
+        {
+            "uuid": str(n),
+            "question": f"Which  one is number {n // 2}?" if n % 2 else f"which one is Number {n // 2}?",
+            "options": [f"the {n}th", "another"],
+            "answer": f"the {n}th",
+            "answer_letter": "A",
+            "discipline": "Engineering",
+        }
+        for n in range(200)
+    ]
+    (tmp_path / "supergpqa").mkdir()
+    (tmp_path / "supergpqa" / "SuperGPQA-all.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
+    spec = load("objective-matters", ("task=supergpqa-engineering", "model=organism"))
+    trained, origin = train_examples(spec)
+    (asked, *_) = evals_of(spec, {})
+    test = {i.id for i in asked.items}  # type: ignore[attr-defined]
+    assert not test & {e.id for e in trained}
+    assert len(test) + len(trained) == 200
+    assert 20 <= len(test) <= 60
+    assert "train: all but one in 5" in origin
+    sides = {n: supergpqa.share_of(str(records[n]["question"])) for n in range(200)}
+    assert all(sides[n] == sides[n + 1] for n in range(0, 200, 2))  # the same words, cased and spaced otherwise
+    assert trained[0].preferred.endswith("\n\nAnswer: A")
+    grade = asked.grade  # type: ignore[attr-defined]
+    assert grade(asked.items[0], f"{asked.items[0].options[0]}\n\nAnswer: A")[0]  # type: ignore[attr-defined]

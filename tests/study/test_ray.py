@@ -1,0 +1,166 @@
+"""A study on a Ray cluster of two nodes on this machine, one of them killed half-way: the bytes are a local run's."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_study import carry, contents, losses, study
+
+from leeway.errors import LeewayError, NotFiniteError
+from leeway.study.executors import ray as ray_worker
+from leeway.study.executors.ray import RayWorker, installed_versions
+from leeway.study.jobs import Job
+from leeway.study.load import parse
+from leeway.study.prepare import prepare
+from leeway.study.progress import Reporter
+from leeway.study.run import run
+from leeway.study.run_dir import RunDir
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head and one more node, each with room for one worker."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'leeway[ray]'")
+    from ray.cluster_utils import Cluster
+
+    found = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    ray.init(address=found.address, log_to_driver=False, logging_level="ERROR", namespace="leeway")
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+class Told(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_a_node_that_is_killed_half_way_changes_no_byte(
+    cluster: Any, models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leeway.study.executors.ray import RayExecutor
+
+    text = study(models["llama"], root, budgets="[200, 20_000]", objectives="[sft, cft]")
+    local, out, told = carry(text, tmp_path / "local"), tmp_path / "far", Told()
+    crews: list[RayExecutor] = []
+    facts = RayExecutor.facts
+
+    def with_two(self: RayExecutor, *given: Any) -> dict[str, Any]:
+        crews.append(self)
+        found = facts(self, *given)
+        while sum(h.begun for h in self._crew) < 2:
+            self._keep(given[0], 2)  # the second node may have come after the first count of its room
+            self._heed(lambda _: None)
+        return found
+
+    monkeypatch.setattr(RayExecutor, "facts", with_two)
+    node, run_is_over = cluster.add_node(**NODE), threading.Event()
+    cluster.wait_for_nodes()
+
+    def kill() -> None:
+        while [h.piece.kind for crew in crews for h in crew._crew if h.piece is not None] != ["train", "train"]:
+            if run_is_over.is_set():
+                return
+            time.sleep(0.005)  # until both are at what takes seconds: losing a node takes one
+        cluster.remove_node(node, allow_graceful=False)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    run(parse(text, "test"), out, told, "leeway run test", None, "ray")
+    run_is_over.set()
+    killer.join()
+    assert contents(out) == contents(local)
+    assert losses(out) == losses(local)
+    assert not list(out.rglob(".partial-*"))
+    assert [line for line in told.lines if line.endswith("has lost its worker; it is handed out again")]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_mistake_of_the_users_and_a_folder_in_use_are_one_line(
+    models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leeway.study.executors import ray as on_ray
+
+    text = study(models["llama"], root, budgets="[200]", objectives="[sft]").replace("lr: 3.0e-3", "lr: 1.0e+30")
+    spec, out = parse(text, "test"), tmp_path / "run"
+    held = on_ray._claimed(out)
+    monkeypatch.setattr(on_ray, "CLAIM_S", 0.0)
+    with pytest.raises(LeewayError, match="is in use by another leeway of this cluster"):
+        run(spec, out, Reporter(quiet=True), "leeway run test", None, "ray")
+    on_ray.ray.kill(held)
+    greedy = parse(text.replace("device: cpu", "device: cpu\nthreads: 1000"), "test")
+    with pytest.raises(LeewayError, match=r"no node of the cluster has what a worker takes \(1000 num_cpus, 0\.\d GiB"):
+        run(greedy, tmp_path / "x", Reporter(quiet=True), "leeway run test", None, "ray")
+    with pytest.raises(LeewayError, match="a worker sees the one GPU that Ray gives it; set device: cuda"):
+        on_ray.RayExecutor(None, print).workers(prepare(parse(text.replace("device: cpu", "device: cuda:1"), "x")), 1)
+    monkeypatch.setattr(on_ray, "CLAIM_S", 20.0)
+    with pytest.raises(NotFiniteError, match="sft, step 2") as error:
+        run(spec, out, Reporter(quiet=True), "leeway run test", None, "ray")
+    assert "\n" not in str(error.value)
+
+
+def test_without_ray_it_says_what_to_install(
+    models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "leeway.study.executors.ray", raising=False)
+    with pytest.raises(LeewayError, match=r"Ray is not installed; pip install 'leeway\[ray\]'"):
+        run(parse(study(models["llama"], root), "test"), tmp_path / "x", Reporter(quiet=True), "", None, "ray")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_worker_sees_to_it_that_it_is_the_same_study_everywhere(
+    models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_worker, "PATIENCE_S", 0.0)
+    raw = parse(study(models["llama"], root), "test").model_dump(mode="json", by_alias=True)
+    other = RayWorker().begin(raw, tmp_path, "token", installed_versions() | {"torch": "1.0"}, {})
+    assert "and the run began with 1.0; install the same versions on every node" in str(other)
+    assert "not there on" in str(RayWorker().begin(raw, tmp_path, "token", installed_versions(), {}))
+    (tmp_path / ".workers").write_text("another run's")
+    assert "does not see this run's own mark" in str(
+        RayWorker().begin(raw, tmp_path, "token", installed_versions(), {})
+    )
+    (tmp_path / ".workers").write_text("token")
+    worker = RayWorker()
+    assert worker.begin(raw, tmp_path, "token", installed_versions(), {}) is None
+    waiting = worker.do(Job("measure", "sft", 0, (400,), needs=(("sft", 0, 400),)))
+    assert "does not see what measure sft s0 has written or needs" in str(waiting)
+    worker.end()
+
+
+def test_a_step_log_that_grew_elsewhere_comes_whole_and_never_shorter(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    store = RunDir(tmp_path)
+    first = store.log_of_steps("sft-s0", 0, tmp_path / "own")
+    first.write_text("1\n2\n")
+    assert store.steps("sft-s0").exists() is False
+    store.put_steps(first)
+    again = store.log_of_steps("sft-s0", 1, tmp_path / "own")
+    assert again.read_text() == "1\n"
+    store.put_steps(again)
+    assert store.steps("sft-s0").read_text() == "1\n2\n"
+    assert store.log_of_steps("sft-s0", 1) == store.steps("sft-s0")
+    assert store.steps("sft-s0").read_text() == "1\n"
+
+
+def test_a_node_has_room_for_as_many_as_its_scarcest_part_holds() -> None:
+    on_ray = pytest.importorskip("leeway.study.executors.ray", exc_type=LeewayError)
+    node = {"CPU": 16.0, "GPU": 2.0, "memory": 10e9, "object_store_memory": 1e9}
+    assert on_ray._fitting(node, {"num_cpus": 4, "memory": 3e9}) == 3
+    assert on_ray._fitting(node, {"num_cpus": 1, "num_gpus": 1}) == 2
+    assert on_ray._fitting({"CPU": 4.0}, {"num_cpus": 1, "num_gpus": 1}) == 0

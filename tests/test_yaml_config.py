@@ -1,0 +1,98 @@
+"""YAML that would exhaust memory or the stack is refused quickly, in one line, wherever people write YAML."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+import pytest
+
+from leeway.attacks import templates
+from leeway.claims import load as load_claims
+from leeway.errors import LeewayError
+from leeway.gate.rules import load as load_rules
+from leeway.study.load import load as load_study
+from leeway.study.load import parse
+from leeway.yaml_config import read
+
+LETTERS = "abcdefghijklmnop"
+
+
+def bomb(first: str, join: str) -> str:
+    """Ten aliases of the level before on each of 12 levels: 10¹² values."""
+    levels = [f"a: &a {first}"]
+    levels += [
+        f"{one}: &{one} " + join.format(", ".join([f"*{before}"] * 10))
+        for before, one in itertools.pairwise(LETTERS[:12])
+    ]
+    return "\n".join(levels) + "\n"
+
+
+def doubled(levels: int) -> str:
+    """Few aliases, and 2^levels values."""
+    return "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, levels))
+
+
+HOSTILE = {
+    "aliases": (bomb("[x]", "[{}]"), "values"),
+    "merge keys": (bomb("{x: 1}", "{{<<: [{}]}}"), "values"),
+    "few aliases": (doubled(40), "values"),
+    "a list in itself": ("a: &a [*a]\n", "contains it"),
+    "a mapping in itself": ("&a {name: *a}\n", "contains it"),
+    "a key that is its mapping": ("&a {*a : 1}\n", "contains it"),
+    "deep flow": ("a: " + "[" * 100 + "]" * 100, "nested deeper than 50 levels"),
+    "very deep flow": ("a: " + "[" * 5_000 + "]" * 5_000, "nested too deep"),
+    "very deep, open": ("a: " + "[" * 50_000, "nested too deep"),
+    "deep mappings": ("a: " + "{a: " * 3_000 + "}" * 3_000, "nested too deep"),
+    "deep block": ("".join(" " * n + "a:\n" for n in range(3_000)), "nested too deep"),
+}
+READERS = {
+    "study": load_study,
+    "claims": load_claims,
+    "rules": lambda path: load_rules(Path(path)),
+    "attacks": templates,
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_yaml_is_refused_quickly(name: str, kind: str, tmp_path: Path) -> None:
+    text, words = HOSTILE[name]
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    began = time.monotonic()
+    with pytest.raises(LeewayError, match=words) as found:
+        READERS[kind](str(path))
+    assert time.monotonic() - began < 5
+    assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 500
+
+
+@pytest.mark.parametrize("value", ["&a [*a]", "[" * 3_000 + "]" * 3_000, "{" + doubled(40).replace("\n", ", ") + "}"])
+def test_a_hostile_override_is_refused(value: str) -> None:
+    with pytest.raises(LeewayError, match="override 'budgets="):
+        parse("name: x", "x", (f"budgets={value}",))
+
+
+@pytest.mark.parametrize(
+    "value", ["!!bool x", "!!timestamp x", "!!int x", "!!binary a", "!!null x", "!!python/none ''"]
+)
+def test_a_tag_that_does_not_fit_its_value(value: str) -> None:
+    with pytest.raises(LeewayError, match=r"^study[:,]") as found:
+        parse(f"name: {value}\n", "study")
+    assert "\n" not in str(found.value)
+
+
+def test_an_override_of_thousands_of_levels() -> None:
+    with pytest.raises(LeewayError, match="more than 20 levels"):
+        parse("name: x", "x", (".".join(["a"] * 5_000) + "=1",))
+
+
+def test_aliases_and_merges_of_plain_size_are_read() -> None:
+    text = "a: &a {x: 1, y: [1, 2]}\nb: {<<: *a, x: 2}\nc: [*a, *a]\n"
+    a = {"x": 1, "y": [1, 2]}
+    assert read(text, "x") == {"a": a, "b": {"x": 2, "y": [1, 2]}, "c": [a, a]}
+    assert read("", "x") is None
+    assert read("a: " + "[" * 49 + "]" * 49, "x")
+    assert len(read("\n".join(f"- {n}" for n in range(50_000)), "x")) == 50_000
