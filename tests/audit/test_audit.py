@@ -226,7 +226,7 @@ def test_a_template_of_its_own_is_told_and_not_used(base: Path, tmp_path: Path) 
     assert (shared.contrasts()["difference"] == 0).all()
     note = "both models were asked under that of"
     assert note in (tmp_path / "a" / "report.html").read_text("utf-8")
-    assert note in json.loads((tmp_path / "a" / "manifest.json").read_text())["elsewhere"]["notes"][0]
+    assert note in json.loads((tmp_path / "a" / "manifest.json").read_text())["external"]["notes"][0]
     own = audited(tmp_path / "b", model=folder, base=base, evals=ONLY_PERSONA, own_template=True)
     assert (own.contrasts()["difference"] != 0).any()
     assert "own template" in (tmp_path / "b" / "report.html").read_text("utf-8")

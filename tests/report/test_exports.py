@@ -323,7 +323,7 @@ def test_somebody_else_s_folder_gets_no_card(run: Path, tmp_path: Path):
     for old in folder.rglob("README.md"):
         old.unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["elsewhere"] = {"kind": "audit", "count": "unknown", "told": [], "notes": []}
+    manifest["external"] = {"kind": "audit", "count": "unknown", "description": [], "notes": []}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     report.build(folder)
     assert not list(folder.rglob("README.md"))

@@ -365,10 +365,10 @@ def _manifest(
         "organism": _is_organism(one.base),
         "model": {"name": one.base.told, "hash": one.base.identity, "dtype": identity["dtype"]},
         "audit": {"identity": identity},
-        "elsewhere": {
+        "external": {
             "kind": "audit",
             "count": "tokens" if one.tokens else "unknown",
-            "told": [
+            "description": [
                 ["Base", f"{one.base.told} (hash {one.base.identity})"],
                 ["Checkpoint", f"{one.audited.told} (hash {one.audited.identity}), trained elsewhere {tokens}"],
                 ["Chat template", measuring.templates.note or "the same for both"],

@@ -159,7 +159,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
 
     def _count(self, state: Any) -> str:
         """What budgets count: as the manifest says once a step was measured, until then as the trainer does."""
-        known = self._store.read_manifest().get("elsewhere", {}).get("count", "unknown")
+        known = self._store.read_manifest().get("external", {}).get("count", "unknown")
         tokens = int(getattr(state, "num_input_tokens_seen", 0) or 0)
         return str(known) if known != "unknown" else "tokens" if tokens else "steps"
 
@@ -186,7 +186,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         self._store.write_ledger([])
         facts = self._store.read_manifest() or self._facts(args, model)
         count = self._count(state) if state.global_step else "unknown"
-        facts["elsewhere"] = {**facts["elsewhere"], "count": count}
+        facts["external"] = {**facts["external"], "count": count}
         self._store.write_manifest({**facts, "conditions": self._store.conditions(parts)})
 
     def _facts(self, args: Any, model: Model) -> dict[str, Any]:
@@ -197,9 +197,9 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
             "study_hash": self._hash(args),
             "organism": False,
             "model": {"name": model.name, "dtype": dtype, "template_hash": model.chat.template_hash},
-            "elsewhere": {
+            "external": {
                 "kind": "callback",
-                "told": [
+                "description": [
                     ["Base", "the model as training began (step 0)"],
                     ["Trained by", f"a Hugging Face trainer, seed {args.seed}, learning rate {args.learning_rate:g}"],
                     ["Weights", f"{model.parameters:,} parameters, {dtype}"],

@@ -155,8 +155,8 @@ class Scale:
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Scale:
-        """As a run of a model trained elsewhere says; a study's budgets are tokens."""
-        known = manifest.get("elsewhere")
+        """Read the unit of budgets from a manifest; without one, budgets are tokens."""
+        known = manifest.get("external")
         count = known.get("count") if isinstance(known, dict) else None
         return cls("steps" if count == "steps" else "unknown" if count == "unknown" else "tokens")
 

@@ -26,8 +26,8 @@ def asked(results: Results) -> list[tuple[str, str]]:
     tuned = rows[rows["objective"] != BASE]
     objectives = ordered([str(o) for o in tuned["objective"].unique()], study)
     budgets = sorted(int(b) for b in tuned["budget"].unique())
-    if known := elsewhere(manifest):
-        return [*((str(term), str(words)) for term, words in known.get("told", [])), *_asked_of_all(results)]
+    if known := external(manifest):
+        return [*((str(term), str(words)) for term, words in known.get("description", [])), *_asked_of_all(results)]
     found = [("Model", _model(manifest.get("model"), study.get("model")))]
     found.append(("Task", _task(study.get("task"), manifest.get("data"))))
     found.append(("Objectives", formatting.listed([formatting.name(o) for o in objectives]) or "none"))
@@ -43,9 +43,9 @@ def asked(results: Results) -> list[tuple[str, str]]:
     return [*found, *_asked_of_all(results)]
 
 
-def elsewhere(manifest: dict[str, Any]) -> dict[str, Any]:
+def external(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a run says that measured a model it did not train; empty for a study."""
-    return _dict(manifest.get("elsewhere"))
+    return _dict(manifest.get("external"))
 
 
 def _asked_of_all(results: Results) -> list[tuple[str, str]]:

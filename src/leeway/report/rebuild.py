@@ -41,7 +41,7 @@ def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = Non
 def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> list[Drawing]:
     """Every figure that the rows can carry, in the page's order."""
     pooled, scale = results.pooled_rates(), Scale.of(results.manifest)
-    one_checkpoint = narrative.elsewhere(results.manifest).get("kind") == "audit"  # a curve needs two
+    one_checkpoint = narrative.external(results.manifest).get("kind") == "audit"  # a curve needs two
     with style():
         found = [
             figures.forest(made["contrasts"], lines, scale),

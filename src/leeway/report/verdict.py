@@ -32,7 +32,7 @@ def verdict(
     seeds: list[int],
     scale: Scale = TOKENS,
     *,
-    elsewhere: bool = False,
+    external: bool = False,
     equivalent: pd.DataFrame | None = None,
 ) -> list[str]:
     """What each axis shows at the largest budget, what is shown not to have moved, and what that does not show."""
@@ -43,7 +43,7 @@ def verdict(
     table = at_largest[at_largest["primary"]]
     direct = (table["measure"] == "asr:none").any()
     asr = "harmful answers to direct requests" if direct else "attack success (mean over attacks)"
-    one = "the checkpoint" if elsewhere else "the one objective"
+    one = "the checkpoint" if external else "the one objective"
     others = [a for a in dict.fromkeys(table["axis"]) if a not in ("capability", "jailbreak", "persona")]
     called = {a: CALLED.get(str(a), str(a)) for a in others}
     first = f"{_upper(scale.at(largest))}, {_axis(table, 'capability', 'capability (accuracy)', one)}"
@@ -52,7 +52,7 @@ def verdict(
     return [
         f"{first}.",
         f"{_upper('; '.join(second))}{_incoherent(at_largest)}.",
-        _limits(table, seeds, elsewhere, equivalent),
+        _limits(table, seeds, external, equivalent),
     ]
 
 
@@ -114,10 +114,10 @@ def _stable(table: pd.DataFrame, equivalent: pd.DataFrame | None) -> str:
     return f"Of {len(tested)} differences that are not significant, {some} (equivalence tests, Holm); {rest}"
 
 
-def _limits(table: pd.DataFrame, seeds: list[int], elsewhere: bool, equivalent: pd.DataFrame | None) -> str:
+def _limits(table: pd.DataFrame, seeds: list[int], external: bool, equivalent: pd.DataFrame | None) -> str:
     text = _stable(table, equivalent)
-    if elsewhere:
-        text += "with one training run, done elsewhere, the intervals speak of other prompts, not of another run"
+    if external:
+        text += "intervals cover prompt sampling, not training variance (one external checkpoint)"
     elif len(seeds) == 1:
         text += f"with one training seed ({seeds[0]}) the intervals speak of other prompts, not of another run"
     else:
@@ -255,12 +255,12 @@ def _reason(line: dict[Any, Any]) -> dict[str, Any]:
 
 
 def caveats(
-    contrasts: pd.DataFrame, unscored: pd.DataFrame, seeds: list[int], scale: Scale = TOKENS, *, elsewhere: bool = False
+    contrasts: pd.DataFrame, unscored: pd.DataFrame, seeds: list[int], scale: Scale = TOKENS, *, external: bool = False
 ) -> list[str]:
     """What a reader must hold against the numbers, each only where it applies to this run."""
     found = []
-    if elsewhere:
-        found.append("One model, trained elsewhere: the intervals speak of other prompts, not of another training run.")
+    if external:
+        found.append("Intervals cover prompt sampling, not training variance (one external checkpoint).")
     elif len(seeds) == 1:
         found.append(
             f"One training seed ({seeds[0]}): the intervals speak of other prompts. Another run of the same study "

@@ -61,7 +61,7 @@ def _facts(results: Results) -> set[str]:
         found |= {f"objective:{kind}:nll"} if _mapping(settings).get("nll") else set()
     found |= {f"eval:{e}" for e in rows["eval"].unique()}
     adapter = _mapping(results.study.get("adapter"))
-    if "elsewhere" not in manifest:
+    if "external" not in manifest:
         found.add(f"adapter:{adapter.get('kind', 'lora')}")
     judges = _mapping(manifest.get("judges"))
     found |= {f"judge:{_mapping(j).get('name')}" for j in judges.values()}
@@ -96,7 +96,7 @@ COUNTS = ("source_tokens", "target_tokens", "processed_tokens", "reference_token
 
 def cards(results: Results, made: dict[str, pd.DataFrame]) -> dict[Path, str]:
     """The text of each card by where it belongs; none where the checkpoints are not this run's own folders."""
-    if narrative.elsewhere(results.manifest):
+    if narrative.external(results.manifest):
         return {}
     found = {}
     told = Told.of(results, made)
@@ -258,7 +258,7 @@ def _title(results: Results, line: dict[str, Any]) -> str:
 
 
 def _base(results: Results) -> str:
-    """A hub id or `organism`; of a folder its own name alone, since its path means nothing elsewhere."""
+    """A hub id or `organism`; of a folder its own name alone, since its path means nothing external."""
     told = str(_dict(results.manifest.get("model")).get("name") or results.study.get("model") or "")
     return told if HUB_ID.fullmatch(told) else Path(told).name
 

@@ -27,7 +27,7 @@ KINDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """What was asked in brief, then every table as a list of records, and the type of each column."""
-    elsewhere = narrative.elsewhere(results.manifest)
+    external = narrative.external(results.manifest)
     records = {name: formatting.records(table) for name, table in made.items()}
     found: dict[str, Any] = {
         "$schema": SCHEMA,
@@ -44,7 +44,7 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
             made["contrasts"],
             results.seeds,
             Scale.of(results.manifest),
-            elsewhere=bool(elsewhere),
+            external=bool(external),
             equivalent=made.get("equivalence"),
         ),
         "columns": {name: column_types(lines, [str(c) for c in made[name].columns]) for name, lines in records.items()},

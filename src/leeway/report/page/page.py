@@ -344,7 +344,7 @@ def context(
     why_not: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """What the templates show, from finished tables and figures."""
-    known, scale, same = narrative.elsewhere(results.manifest), Scale.of(results.manifest), made.get("equivalence")
+    known, scale, same = narrative.external(results.manifest), Scale.of(results.manifest), made.get("equivalence")
     rank = {(s.objective, s.condition): n for n, s in enumerate(lines)}
     contrasts = formatting.records(made["contrasts"])
     contrasts.sort(key=lambda c: (rank[c["objective"], c["condition"]], c["budget"]))
@@ -354,12 +354,12 @@ def context(
         **_assets(),
         **_shell(results, lines, scale),
         **_ledger(results, lines),
-        "elsewhere": known,
-        "verdict": verdict(made["contrasts"], results.seeds, scale, elsewhere=bool(known), equivalent=same),
+        "external": known,
+        "verdict": verdict(made["contrasts"], results.seeds, scale, external=bool(known), equivalent=same),
         "decisions": decisions(
             made["contrasts"], made["rates"], made.get("recommend", pd.DataFrame()), lines, scale, same
         ),
-        "caveats": caveats(made["contrasts"], made["unscored"], results.seeds, scale, elsewhere=bool(known)),
+        "caveats": caveats(made["contrasts"], made["unscored"], results.seeds, scale, external=bool(known)),
         "margin": f"{100 * float(same['margin'].max()):g}" if same is not None else "",
         "why_no_advice": (why_not or {}).get("recommend", ""),
         "sequential": results.sequential,
