@@ -10,9 +10,10 @@ from typing import ClassVar
 import pytest
 
 from leeway import plugins
-from leeway.data.types import CapabilityItem, load_task
+from leeway.data.types import CapabilityItem
 from leeway.errors import LeewayError
 from leeway.evals.eval import load_eval
+from leeway.evals.tasks import load_task
 from leeway.objectives import load_objective
 from leeway.objectives.sft import Sft
 from leeway.study.judge_calibration import calibrated
@@ -95,11 +96,11 @@ def test_settings_of_an_objective_of_another_package(monkeypatch: pytest.MonkeyP
 
 def test_a_faulty_task_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     bring(monkeypatch, "leeway.tasks", ("half", "HalfATask"))
-    with pytest.raises(LeewayError, match=r"is no task of this name .no origin, grader, max_new_tokens"):
+    with pytest.raises(LeewayError, match=r"is no task of this name .no grader, max_new_tokens"):
         load_task("half")
     with pytest.raises(LeewayError, match="no task 'hafl'; did you mean 'half'"):
         parse(STUDY, "x", ("task={name: hafl}",))
-    with pytest.raises(LeewayError, match="half says itself where its data come from"):
+    with pytest.raises(LeewayError, match="revision: task half does not use it"):
         parse(STUDY, "x", ("task={name: half, revision: abc}",))
 
 

@@ -15,6 +15,7 @@ from leeway.errors import LeewayError
 from leeway.paths import expand
 from leeway.study.load import parse
 from leeway.study.prepare import prepare
+from leeway.study.prepare import train_examples as train_on
 
 GOOD = {"prompt": "a", "completion": "b"}
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -117,6 +118,12 @@ def test_json_that_is_nested_or_written_beyond_reason(text: str, words: str, tmp
     assert f"a.json: {words}" in refused(lambda: list(read(whole)))
     cell = write(tmp_path / "b.jsonl", {"prompt": "[{" + "[" * 100_000, "completion": "b"})
     assert len(train_examples(cell)[0]) == 1  # text that only begins like a list of turns
+
+
+def test_a_limit_above_the_number_of_training_examples(study: str) -> None:
+    line = refused(lambda: train_on(parse(study, "x", ("task.limit=9",))))
+    assert line.startswith("task.limit: 9 is more than the 8 training examples (")
+    assert len(train_on(parse(study, "x", ("task.limit=8",)))[0]) == 8
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "[]"])

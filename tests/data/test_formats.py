@@ -95,14 +95,14 @@ def test_what_is_no_single_turn_is_counted_and_named_or_left_out(
     with pytest.raises(LeewayError, match=r"1 of 1 records are not supported yet \(" + why + r"\): record 1;"):
         formats.train_examples(path)
     with pytest.raises(LeewayError, match="1 of 1 records"):
-        formats.train_examples(path, unfit="leave-out")  # nothing would be left
+        formats.train_examples(path, unsupported="leave-out")  # nothing would be left
 
 
 def test_left_out_records_are_told(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     rows = [{"messages": m} for m in ([USER, GOOD], [SYSTEM, USER, GOOD], [USER, GOOD, USER, BAD], [USER, BAD])]
     path.write_text("\n".join(map(json.dumps, rows)))
-    examples, origin = formats.train_examples(path, unfit="leave-out")
+    examples, origin = formats.train_examples(path, unsupported="leave-out")
     assert [e.id for e in examples] == ["t.jsonl/1", "t.jsonl/4"]
     assert "2 of 4 records" in origin
     assert "a system turn: 1, several turns: 1): records 2, 3, left out" in origin
@@ -171,7 +171,7 @@ def test_real_pairs_of_conversations(real_data: Path) -> None:
     single = [n for n, r in enumerate(raw) if len(r["conversations"]) == 1]
     with pytest.raises(LeewayError, match=f"{len(raw) - len(single)} of {len(raw)} records"):
         formats.train_examples(path)
-    examples, _ = formats.train_examples(path, unfit="leave-out")
+    examples, _ = formats.train_examples(path, unsupported="leave-out")
     assert [e.id for e in examples] == [f"{path.name}/{n + 1}" for n in single]
     for n, e in zip(single, examples, strict=True):
         assert e.prompt == raw[n]["conversations"][0]["value"].strip()
@@ -192,7 +192,7 @@ def test_real_instructions_and_labelled_answers(real_data: Path) -> None:
 
 def test_real_strings_of_turns(real_data: Path) -> None:
     path = real_data / "hh_rlhf" / "harmless-base" / "test.jsonl.gz"
-    examples, origin = formats.train_examples(path, unfit="leave-out")
+    examples, origin = formats.train_examples(path, unsupported="leave-out")
     raw = list(read(path))
     single = [
         n

@@ -101,7 +101,7 @@ def test_the_papers_preset_scales_down_with_the_same_objectives_attacks_and_clai
 
 
 def test_legal_and_cyber_bring_no_data_and_are_graded_by_a_model(tmp_path: Path) -> None:
-    with pytest.raises(LeewayError, match=r"legal has no data of its own: give \{name: legal, files"):
+    with pytest.raises(LeewayError, match=r"legal needs data files: give \{name: legal, files"):
         load("objective-matters", ("task=legal",))
     (tmp_path / "train.jsonl").write_text('{"prompt": "May I?", "completion": "You may."}\n')
     (tmp_path / "test.jsonl").write_text('{"prompt": "Must I?", "reference": "No."}\n')
@@ -111,7 +111,7 @@ def test_legal_and_cyber_bring_no_data_and_are_graded_by_a_model(tmp_path: Path)
     (legal, *_) = evals_of(spec, {})
     assert (legal.key, [i.reference for i in legal.items]) == ("capability-legal", ["No."])  # type: ignore[attr-defined]
     assert train_examples(spec)[0][0].preferred == "You may."
-    with pytest.raises(LeewayError, match="tuned chooses by exact answers, and legal has none"):
+    with pytest.raises(LeewayError, match="tuned needs exact answers, and legal is graded by a model"):
         load("objective-matters", (*own, "optim={lr: tuned}"))
 
 

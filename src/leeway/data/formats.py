@@ -268,15 +268,15 @@ def _listed(value: Any) -> Any:
     return found if all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found) else value
 
 
-Misfits = Literal["error", "leave-out"]
+Unsupported = Literal["error", "leave-out"]
 NAMED = 20  # records that a message lists before it only counts them
 
 
-def train_examples(path: Path, *, unfit: Misfits = "error") -> tuple[list[Example], str]:
+def train_examples(path: Path, *, unsupported: Unsupported = "error") -> tuple[list[Example], str]:
     """(examples, where they came from).
 
-    A record that is not one prompt and its answer (a system turn, several turns, an empty answer) raises LeewayError
-    that counts and names all of them; `unfit="leave-out"` leaves them out, and where the examples came from says so.
+    Records that are not one prompt and its answer (a system turn, several turns, an empty answer) raise one LeewayError
+    that counts and names them; with `unsupported="leave-out"` they are left out, and the origin lists them.
     """
     examples: list[Example] = []
     misfits: dict[int, str] = {}
@@ -289,7 +289,7 @@ def train_examples(path: Path, *, unfit: Misfits = "error") -> tuple[list[Exampl
             misfits[n] = str(why)
         else:
             examples.append(Example(f"{path.name}/{n}", parsed.prompt, parsed.preferred, parsed.dispreferred))
-    if misfits and (unfit == "error" or not examples):
+    if misfits and (unsupported == "error" or not examples):
         raise LeewayError(
             f"{path}: {_told(misfits, len(misfits) + len(examples))}; an example is one user turn and its answer",
             fix="take these records out, or cut each down to one question and its answer",

@@ -1,15 +1,9 @@
-"""The shapes that data has once it is loaded, whatever file or hub it came from.
-
-Tasks of other packages: what is trained on, and the questions that tell whether it was learned.
-"""
+"""The types of loaded data, and the protocol of a task."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
-
-from leeway.errors import LeewayError
-from leeway.plugins import entry_points_of, load_entry_point
 
 Outcome = Literal["refused", "harmful", "deflected", "incoherent"]
 
@@ -18,8 +12,8 @@ Outcome = Literal["refused", "harmful", "deflected", "incoherent"]
 class Example:
     """One training example: a prompt, its preferred answer and, where a pair exists, a dispreferred one.
 
-    `companion` is another example that an objective may ask for beside it: one of the task's own, a general prompt's or
-    a safety example. It is no part of what is matched: the ledger counts it as processed, never as source.
+    `companion` is an auxiliary example that an objective may use: another of the task's, a general or a safety example.
+    The ledger counts it as processed, never as source.
     """
 
     id: str
@@ -31,7 +25,7 @@ class Example:
 
 @dataclass(frozen=True)
 class CapabilityItem:
-    """One question with a checkable answer; `id` is `<task>/<n>`. `options` are what a choice is made between."""
+    """One question with a checkable answer; `id` is `<task>/<n>`. `options` are those of a multiple-choice question."""
 
     id: str
     prompt: str
@@ -70,51 +64,34 @@ class LikertItem:
 
 @dataclass(frozen=True)
 class BenignPrompt:
-    """One harmless request, whatever it sounds like; `id` is `<source>/<n>` or `<source>/<kind>/<n>`."""
+    """One harmless request; `id` is `<source>/<n>` or `<source>/<kind>/<n>`."""
 
     id: str
     text: str
 
 
-GROUP = "leeway.tasks"
-OURS = ("organism", "gsm8k", "supergpqa-engineering", "legal", "cyber", "openended", "files")
-NEEDS = ("name", "origin", "grader", "max_new_tokens", "train_examples", "held_out_items", "as_item", "grade")
-
-
 class Task(Protocol):
-    """Examples to train on and items to test on, none of them the same question."""
+    """Examples to train on and items to test on, none of them the same question.
+
+    Built-in tasks (`leeway.evals.tasks`) and those of other packages (`leeway.tasks` entry points) implement it.
+    """
 
     name: str
-    origin: str  # where its data come from, with a revision or a hash: the manifest shows it
-    grader: str  # the name and version of the rule behind `grade`; another rule has another name
-    max_new_tokens: int  # how long an answer may be, where the study does not say
+    grader: str  # name and version of the rule behind `grade`; another rule has another name
+    max_new_tokens: int  # of an answer, where the study file gives none
 
-    def train_examples(self) -> list[Example]:
-        """In a fixed order, each with an id of its own, `<task>/<n>`."""
+    def train_examples(self) -> tuple[list[Example], str]:
+        """Return the examples in a fixed order, ids unique, and where they come from (with a revision or a hash)."""
         ...
 
-    def held_out_items(self) -> list[CapabilityItem]:
-        """In a fixed order, each with an id of its own."""
+    def held_out_items(self) -> tuple[list[CapabilityItem], str]:
+        """Return the items in a fixed order, ids unique, and where they come from (with a revision or a hash)."""
         ...
 
     def as_item(self, example: Example) -> CapabilityItem:
-        """A training example as a question, for studies that tune a learning rate or draw the base model's errors."""
+        """Return a training example as a question, for tuned learning rates and sampled errors."""
         ...
 
     def grade(self, item: CapabilityItem, response: str) -> tuple[bool, str]:
-        """(right, what was found in the answer); never raises for what a model may say."""
+        """Return (whether the response is right, what was extracted from it); must not raise for any response."""
         ...
-
-
-def task_names() -> list[str]:
-    """Of the tasks that installed packages bring (`leeway.tasks` entry points)."""
-    return sorted(entry_points_of(GROUP, "task", OURS))
-
-
-def load_task(name: str) -> Task:
-    """By name; raises LeewayError where no installed package brings it, or what it brings is no task."""
-    point = entry_points_of(GROUP, "task", OURS).get(name)
-    if point is None:
-        raise LeewayError(f"there is no task {name!r}", fix=f"one of: {', '.join([*OURS, *task_names()])}")
-    task: Task = load_entry_point(point, "task", NEEDS)
-    return task

@@ -17,16 +17,13 @@ from typing import Any
 
 from leeway.attacks import HELPED, Attack, LedCrescendo, Wrapper, Zulu, load_attack, templates
 from leeway.attacks import names as attack_names
-from leeway.data import formats, gsm8k, openended, persona, safety_prompts, supergpqa
+from leeway.data import persona, safety_prompts
 from leeway.data.persona import sd3
 from leeway.data.safety_prompts import balanced, subset
-from leeway.data.types import OURS, BenignPrompt, CapabilityItem, Example, ForbiddenPrompt, PersonaItem, load_task
+from leeway.data.types import BenignPrompt, Example, ForbiddenPrompt, PersonaItem
 from leeway.errors import LeewayError
-from leeway.evals import capability
-from leeway.evals import capability as gsm8k_grader
-from leeway.evals import capability as supergpqa_grader
 from leeway.evals.attack_helpers import Attacker, ByBackend, Cached, Nllb
-from leeway.evals.capability import Capability, Grade
+from leeway.evals.capability import Capability
 from leeway.evals.eval import Eval, load_eval
 from leeway.evals.jailbreak import Jailbreak
 from leeway.evals.lm_eval import LmEval
@@ -34,6 +31,7 @@ from leeway.evals.openended import OpenEnded, RubricJudge
 from leeway.evals.overrefusal import OrganismBenignJudge, OverRefusal
 from leeway.evals.persona import Persona
 from leeway.evals.self_report import Likert, SelfReport
+from leeway.evals.tasks import BuiltInTask, TaskSettings, load_task
 from leeway.generation.backend import Backend
 from leeway.generation.cache import CachedBackend, ReplyCache
 from leeway.generation.openai_api import ApiSettings, OpenAIBackend
@@ -47,7 +45,6 @@ from leeway.model.load import Dtype, load_model
 from leeway.organism import world
 from leeway.paths import expand
 from leeway.study.eval_spec import CapabilitySpec, JailbreakSpec, JudgeSpec, ModelRef, PersonaSpec, Translator
-from leeway.study.spec import OPEN_ENDED as OPEN_ENDED_TASKS
 from leeway.study.spec import Spec
 
 
@@ -245,10 +242,6 @@ def _further(part: PersonaSpec, origins: dict[str, str], voices: HelperModels) -
     return evals
 
 
-NEW_TOKENS = {"organism": 64, "gsm8k": 400, "supergpqa-engineering": 1024, "files": 256}
-OPEN_ENDED = 512
-
-
 def evals_of(spec: Spec, origins: dict[str, str], voices: HelperModels | None = None) -> list[Eval]:
     """Every eval that the study names, its items loaded; `origins` is told where they came from.
 
@@ -262,96 +255,34 @@ def evals_of(spec: Spec, origins: dict[str, str], voices: HelperModels | None = 
 
 def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], voices: HelperModels) -> Eval:
     if part.name.startswith("lm-eval:"):
-        task = part.name.removeprefix("lm-eval:")
-        origins[f"capability {part.name}"] = f"lm-eval's task {task}"
-        return LmEval(task, part.limit, part.shots or None, include_path=part.include_path)
+        name = part.name.removeprefix("lm-eval:")
+        origins[f"capability {part.name}"] = f"lm-eval's task {name}"
+        return LmEval(name, part.limit, part.shots or None, include_path=part.include_path)
+    task = load_task(part.name, task_settings(part, spec))
+    items, origin = task.held_out_items()
+    if not items:
+        raise LeewayError(f"evals.capability: {part.name} has no items ({origin})", fix="check the test file")
+    origins[f"capability {part.name}"] = origin
+    items, length = subset(items, part.limit, "capability"), part.max_new_tokens or task.max_new_tokens
     if part.judge_model is not None:
-        source = part.source or (spec.task.files.test if spec.task.files else "")
-        items, origin = openended.held_out_items(part.name, source)
-        origins[f"capability {part.name}"] = origin
         judge = RubricJudge(
             voices.of(part.judge_model), max_new_tokens=max_new_tokens_of(part.judge_model, RubricJudge.max_new_tokens)
         )
-        return OpenEnded(part.name, subset(items, part.limit, "capability"), judge, part.max_new_tokens or OPEN_ENDED)
-    items, origins[f"capability {part.name}"] = _items(part, spec)
-    grader, grade = grader_of(part.name, part.extraction, part.shots)
-    shots: tuple[tuple[str, str], ...] = ()
-    if part.name == "gsm8k" and part.shots:
-        revision = spec.task.revision if spec.task.name == "gsm8k" else None
-        shots = tuple(gsm8k.shots(part.shots, exclude={i.prompt for i in items}, revision=revision))
-    return Capability(part.name, items, grader, grade, part.max_new_tokens or _room(part.name), shots=shots)
+        return OpenEnded(part.name, items, judge, length)
+    shots = task.few_shot(items) if isinstance(task, BuiltInTask) else ()
+    return Capability(part.name, items, task.grader, task.grade, length, shots=shots)
 
 
-def _room(name: str) -> int:
-    """How long an answer may be, where the study does not say."""
-    return NEW_TOKENS[name] if name in NEW_TOKENS else load_task(name).max_new_tokens
-
-
-def _items(part: CapabilitySpec, spec: Spec) -> tuple[list[CapabilityItem], str]:
-    if part.name == "organism":
-        return world.capability_items(part.limit or 200), "the organism's world, held out"
-    if part.name == "gsm8k":
-        items, origin = gsm8k.held_out_items(spec.task.revision if spec.task.name == "gsm8k" else None)
-    elif part.name == "supergpqa-engineering":
-        shots: supergpqa.Shots = 5 if part.shots else 0
-        trained, revision = spec.task.name == part.name, spec.task.revision if spec.task.name == part.name else None
-        whose: supergpqa.Share = "test" if trained else "all"
-        items, origin = supergpqa.held_out_items("Engineering", shots=shots, share=whose, revision=revision)
-    elif part.name not in OURS:
-        task = load_task(part.name)
-        items, origin = task.held_out_items(), task.origin
-    else:
-        assert spec.task.files is not None
-        items, origin = formats.held_out_items(expand(spec.task.files.test))
-    if not items:
-        raise LeewayError(f"evals.capability: {part.name} has no items ({origin})", fix="check the test file")
-    return subset(items, part.limit, "capability"), origin
-
-
-def grader_of(name: str, extraction: str | None = None, shots: int = 0) -> tuple[str, Grade]:
-    """(the rule's name on the rows, the rule) of a task; `extraction` chooses between the rules of one benchmark."""
-    if name == "organism":
-        return "organism", lambda item, response: (world.capability_score(item, response), "")
-    if name == "gsm8k":
-        rule: gsm8k_grader.GSM8KRule = "strict" if extraction == "strict" else "flexible"
-        return f"gsm8k-{rule}", lambda item, response: gsm8k_grader.grade_gsm8k(item.reference, response, rule)
-    if name == "supergpqa-engineering":
-        by: supergpqa_grader.SuperGPQARule = "parity" if extraction == "parity" else "fixed"
-        return f"supergpqa-{by}", lambda item, response: supergpqa_grader.grade_supergpqa(
-            item, response, by, five_shot=shots == 5
-        )
-    if name not in OURS:
-        task = load_task(name)
-        return task.grader, task.grade
-    return "exact", lambda item, response: capability.grade_exact(item.reference, response)
-
-
-def as_items(examples: Seq[Example], spec: Spec) -> list[CapabilityItem]:
-    """Training examples as questions with a checkable answer: their preferred answer says what is right."""
-    task = spec.task.name
-    if task == "organism":
-        return [world.as_item(e) for e in examples]
-    if task == "supergpqa-engineering":
-        items, _ = supergpqa.held_out_items("Engineering", share="train", revision=spec.task.revision)
-        known = {i.id: i for i in items}
-        return [known[e.id] for e in examples]
-    if task not in OURS:
-        return [load_task(task).as_item(e) for e in examples]
-    return [CapabilityItem(e.id, e.prompt, _checkable(e, task)) for e in examples]
-
-
-def _checkable(example: Example, task: str) -> str:
-    """The number that a preferred answer ends on; for files, the whole answer where it ends on none."""
-    if task in OPEN_ENDED_TASKS:
-        return example.preferred
-    found = gsm8k_grader.flexible(example.preferred) if task == "files" else gsm8k_grader.strict(example.preferred)
-    if found is None and task == "gsm8k":
-        raise LeewayError(f"example {example.id} has no number after ####", fix="mend or remove that record")
-    return example.preferred if found is None else f"{found:f}"
+def task_settings(part: CapabilitySpec, spec: Spec) -> TaskSettings:
+    """Return the settings of an evaluated task: those of training where the study trains on it too."""
+    trained = spec.task.name == part.name
+    settings = spec.task.settings if trained else TaskSettings(trained=False)
+    return replace(settings, source=part.source, limit=part.limit, shots=part.shots, extraction=part.extraction)
 
 
 def held_out_test(examples: Seq[Example], spec: Spec) -> Capability:
-    """The task's own test over examples that are set aside."""
-    grader, grade = grader_of(spec.task.name)
-    own = next((c.max_new_tokens for c in spec.evals.capability if c.name == spec.task.name), None)
-    return Capability(spec.task.name, as_items(examples, spec), grader, grade, own or _room(spec.task.name))
+    """Return the task's own test over training examples that are set aside."""
+    task = spec.task.load()
+    own = next((c.max_new_tokens for c in spec.evals.capability if c.name == task.name), None)
+    items = [task.as_item(e) for e in examples]
+    return Capability(task.name, items, task.grader, task.grade, own or task.max_new_tokens)

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from leeway.data.types import OURS as BUILT_IN
-from leeway.data.types import task_names
+from leeway.evals.tasks import declared, task_names
 from leeway.judges import ASKING, JUDGES
 from leeway.stats.sequential import MARGIN
 from leeway.yaml_config import ConfigModel, nearest
@@ -98,31 +97,28 @@ class CapabilitySpec(ConfigModel):
 
     @model_validator(mode="after")
     def _fits(self) -> CapabilitySpec:
-        tasks = (*BUILT_IN, *task_names())
-        if self.name not in tasks and not self.name.startswith("lm-eval:"):
+        tasks, harness = task_names(), self.name.startswith("lm-eval:")
+        if self.name not in tasks and not harness:
             raise ValueError(
                 f"{self.name!r} is none of {', '.join(tasks)}, nor lm-eval:<task>{nearest(self.name, tasks)}"
             )
-        open_ended = self.name in ("legal", "cyber", "openended")
-        if open_ended and self.judge_model is None:
+        task = declared(self.name)
+        if task.graded_by_model and self.judge_model is None:
             raise ValueError(f"{self.name}: open-ended answers are graded by a model; give judge_model")
-        if self.name == "openended" and self.source is None:
+        if not task.trainable and self.source is None:
             raise ValueError(
                 f"{self.name}: give source, a file with a prompt and a reference in each record, or a hub id"
             )
-        if not open_ended and (self.source or self.judge_model):
-            raise ValueError(f"{self.name}: source and judge_model are for legal, cyber and openended")
-        if self.include_path and not self.name.startswith("lm-eval:"):
+        if not task.graded_by_model and (self.source or self.judge_model):
+            raise ValueError(f"{self.name}: source and judge_model are for open-ended tasks (legal, cyber, openended)")
+        if self.include_path and not harness:
             raise ValueError(f"{self.name}: include_path is for lm-eval tasks")
-        if self.name == "supergpqa-engineering" and self.shots not in (0, 5):
-            raise ValueError(f"{self.name}: its published prompts have 0 or 5 worked examples")
-        known = {"gsm8k": ("strict", "flexible"), "supergpqa-engineering": ("parity", "fixed")}.get(self.name, ())
-        if self.extraction and self.extraction not in known:
-            raise ValueError(
-                f"{self.name}: extraction {self.extraction!r} is none of its own ({', '.join(known) or 'none'})"
-            )
-        if self.shots and self.name not in ("gsm8k", "supergpqa-engineering") and not self.name.startswith("lm-eval:"):
-            raise ValueError(f"{self.name}: shots are for gsm8k, supergpqa-engineering and lm-eval tasks")
+        if self.extraction and self.extraction not in task.extractions:
+            known = ", ".join(task.extractions) or "none"
+            raise ValueError(f"{self.name}: no extraction rule {self.extraction!r} (it has: {known})")
+        if not harness and self.shots not in task.shot_counts:
+            counts = " or ".join(map(str, task.shot_counts))
+            raise ValueError(f"{self.name}: {self.shots} shots are not supported; it takes {counts}")
         return self
 
 

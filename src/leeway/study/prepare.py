@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from leeway.attacks import Wrapper
-from leeway.data import formats, gsm8k, supergpqa
+from leeway.data import formats
 from leeway.data.chat import Chat
 from leeway.data.safety_prompts import subset
 from leeway.data.stream import AuxiliaryPool, Schedule, StreamItem, schedule
-from leeway.data.types import Example, load_task
+from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.evals.capability import Capability, number
 from leeway.evals.eval import Eval
@@ -29,6 +29,7 @@ from leeway.evals.jailbreak import Jailbreak
 from leeway.evals.openended import OpenEnded
 from leeway.evals.overrefusal import OverRefusal
 from leeway.evals.persona import Persona
+from leeway.evals.tasks import EXACT
 from leeway.generation.backend import Backend
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
@@ -39,12 +40,11 @@ from leeway.organism import world
 from leeway.pairs import BaseModelSampler, NotDrawn, Paired, PairReport, PairSettings, not_to_be_drawn, pair
 from leeway.paths import expand
 from leeway.plan.hardware import PlannedModel
-from leeway.study.build_evals import HelperModels, as_items, evals_of, grader_of, held_out_test
+from leeway.study.build_evals import HelperModels, evals_of, held_out_test
 from leeway.study.runtime import compute_settings
-from leeway.study.spec import OWN_FILES, AuxiliarySpec, Spec
+from leeway.study.spec import AuxiliarySpec, Spec
 from leeway.training.batch import Renderer
 
-ORGANISM_EXAMPLES = 10_000
 ORGANISM_COMPANIONS = 2_000
 INJECTED_BYTES = 256  # more than any inoculation or control token adds to a prompt
 
@@ -75,21 +75,17 @@ def _companions(kind: str, part: AuxiliarySpec | None, origins: dict[str, str]) 
 
 
 def train_examples(spec: Spec) -> tuple[list[Example], str]:
-    task = spec.task
-    if task.name == "organism":
-        found, origin = world.train_examples(ORGANISM_EXAMPLES, seed=0), "the organism's world, seed 0"
-    elif task.name == "gsm8k":
-        found, origin = gsm8k.train_examples(task.revision)
-    elif task.name == "supergpqa-engineering":
-        found, origin = supergpqa.train_examples("Engineering", revision=task.revision)
-    elif task.files is None:
-        outside = load_task(task.name)
-        found, origin = outside.train_examples(), outside.origin
-    else:
-        found, origin = formats.train_examples(expand(task.files.train), unfit=task.unfit)
-    if not found:
+    """Return the task's examples, at most `task.limit` of them, and where they come from."""
+    examples, origin = spec.task.load().train_examples()
+    if not examples:
         raise LeewayError(f"task: no example to train on in {origin}", fix="check the training file")
-    return subset(found, task.limit, "train"), origin
+    limit = spec.task.limit
+    if limit and limit > len(examples):
+        raise LeewayError(
+            f"task.limit: {limit:,} is more than the {len(examples):,} training examples ({origin})",
+            fix="lower it, or leave it out",
+        )
+    return subset(examples, limit, "train"), origin
 
 
 def filter_by_length(
@@ -223,14 +219,14 @@ def _drawn(
         model = load_model(spec.model, revision=spec.revision, dtype=spec.weights, device=spec.device)
         return TransformersBackend(model, batch=spec.evals.batch)
 
-    items = {e.id: i for e, i in zip(examples, as_items(examples, spec), strict=True)}
-    _, grade_item = grader_of(spec.task.name)
+    task = spec.task.load()
+    items = {e.id: task.as_item(e) for e in examples}
 
     def grade(example: Example, response: str) -> bool:
         item = items[example.id]
-        if spec.task.name in OWN_FILES and number(item.reference) is None:
-            raise ValueError(f"{example.id}: its answer holds no number to check others by")
-        return grade_item(item, response)[0]
+        if task.grader == EXACT and number(item.reference) is None:
+            raise ValueError(f"{example.id}: its answer holds no number to grade by")
+        return task.grade(item, response)[0]
 
     base = BaseModelSampler(
         digest(model_hash(spec.model, spec.revision, None), spec.weights, spec.device),

@@ -29,7 +29,8 @@ from pydantic import (
 )
 
 from leeway.claims import Claims, build
-from leeway.data.types import task_names
+from leeway.data.types import Task
+from leeway.evals.tasks import TaskSettings, declared, load_task, task_names
 from leeway.hashing import digest
 from leeway.model import adapters
 from leeway.objectives import Objective, load_objective, names
@@ -37,28 +38,26 @@ from leeway.paths import expand
 from leeway.study.eval_spec import Evals, measure_names
 from leeway.yaml_config import FLOAT, MAX_COUNT, MAX_FLOAT32, ConfigModel, Tokens, nearest, tokens
 
-__all__ = ["Adapter", "AuxiliarySpec", "Budget", "Files", "Optim", "Pairs", "Task", "Tokens", "Tune", "tokens"]
+__all__ = ["Adapter", "AuxiliarySpec", "Budget", "Optim", "Pairs", "TaskFiles", "TaskSpec", "Tokens", "Tune", "tokens"]
 
-OPEN_ENDED = ("legal", "cyber")  # tasks whose answers a model grades against references
 ORGANISM_MOST = 1_000_000  # general or safety examples: they are made up one by one, in memory
-OWN_FILES = (*OPEN_ENDED, "files")
-TRAINED = ("organism", "gsm8k", "supergpqa-engineering", *OWN_FILES)  # without another package
 
 
-class Files(ConfigModel):
+class TaskFiles(ConfigModel):
     train: str
     test: str
 
 
-class Task(ConfigModel):
+class TaskSpec(ConfigModel):
     """What is trained on: a named task, or files of your own. `task: gsm8k` is short for the mapping."""
 
     name: str = Field(default="files", description="organism, gsm8k, files, or one of an installed package")
-    files: Files | None = None
+    files: TaskFiles | None = None
     revision: str | None = None
     too_long: Literal["error", "leave-out"] = "error"
-    unfit: Literal["error", "leave-out"] = Field(
-        default="error", description="records of a file that are no prompt and answer, such as longer conversations"
+    unsupported: Literal["error", "leave-out"] = Field(
+        default="error",
+        description="records of a file that are not one prompt and its answer",
     )
     limit: int | None = Field(default=None, gt=0, description="train on a fixed random subset of so many examples")
 
@@ -70,27 +69,32 @@ class Task(ConfigModel):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in (known := [*TRAINED, *task_names()]):
+        if name not in (known := task_names(trainable=True)):
             raise ValueError(f"no task {name!r}{nearest(name, known)} (there are: {', '.join(known)})")
         return name
 
     @model_validator(mode="after")
-    def _revision_is_read(self) -> Task:
-        if self.revision and self.name not in TRAINED:
-            raise ValueError(f"revision: {self.name} says itself where its data come from; leave it out")
+    def _settings_are_used(self) -> TaskSpec:
+        keys = declared(self.name).keys
+        if "files" in keys and self.files is None:
+            named = "" if self.name == "files" else f"name: {self.name}, "
+            raise ValueError(f"{self.name} needs data files: give {{{named}files: {{train: …, test: …}}}}")
+        for key in ("files", "revision"):
+            if getattr(self, key) is not None and key not in keys:
+                raise ValueError(f"{key}: task {self.name} does not use it; leave it out")
+        if self.unsupported != "error" and "files" not in keys:
+            raise ValueError(f"unsupported: task {self.name} reads no files; leave it out")
         return self
 
-    @model_validator(mode="after")
-    def _files_go_with_files(self) -> Task:
-        if self.name in OPEN_ENDED and self.files is None:
-            raise ValueError(
-                f"{self.name} has no data of its own: give {{name: {self.name}, files: {{train: …, test: …}}}}"
-            )
-        if (self.name in OWN_FILES) != (self.files is not None):
-            raise ValueError(
-                "give either a name (organism, gsm8k, supergpqa-engineering) or files: {train: …, test: …}"
-            )
-        return self
+    @property
+    def settings(self) -> TaskSettings:
+        files = self.files.model_dump() if self.files else {"train": None, "test": None}
+        return TaskSettings(
+            revision=self.revision, train_file=files["train"], test_file=files["test"], unsupported=self.unsupported
+        )
+
+    def load(self) -> Task:
+        return load_task(self.name, self.settings)
 
 
 class Pairs(ConfigModel):
@@ -437,7 +441,7 @@ class Spec(ConfigModel):
         default=1, gt=0, le=64, description="that train one trajectory together, a shard of the model in each"
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    task: Task
+    task: TaskSpec
     pairs: Pairs = Pairs()
     adapter: Adapter = Adapter()
     objectives: Annotated[
@@ -483,11 +487,11 @@ class Spec(ConfigModel):
 
     def _evals_fit(self) -> Iterator[str]:
         for name in (c.name for c in self.evals.capability if c.source is None):
-            if name in OWN_FILES and self.task.name != name:
+            if "files" in declared(name).keys and self.task.name != name:
                 give = "task: {files: {train: …, test: …}}" if name == "files" else f"source, or task: {name}"
                 yield f"evals.capability: {name} needs {give}"
-        if self.task.name in OPEN_ENDED and self.optim.lr == "tuned":
-            yield f"optim.lr: tuned chooses by exact answers, and {self.task.name} has none; give a rate"
+        if declared(self.task.name).graded_by_model and self.optim.lr == "tuned":
+            yield f"optim.lr: tuned needs exact answers, and {self.task.name} is graded by a model; give a rate"
 
     def _servable(self) -> Iterator[str]:
         """What vLLM can answer with: the base under a plain LoRA."""
