@@ -20,7 +20,8 @@ pytest.importorskip("uvicorn")
 
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.generation.cache import CachedBackend, ReplyCache
-from leeway.generation.openai_api import ApiSettings, OpenAIBackend
+from leeway.generation.openai_api import OpenAIBackend
+from leeway.generation.openai_client import ApiSettings
 from leeway.generation.transformers import LocalBackend, TransformersBackend
 from leeway.model.load import load_model, resolve
 from leeway.organism import world
@@ -98,7 +99,7 @@ def test_greedy_replies_are_the_same_over_http_and_asked_once(
 def test_an_endpoint_without_logprobs_has_no_choices(url: str) -> None:
     endpoint = OpenAIBackend(ApiSettings(model=resolve("organism"), base_url=url, key_env="", timeout_s=30.0))
     told = endpoint.choose([[{"role": "user", "content": "2 + 2 ?"}]], ["Yes", "No"], lambda _: None)
-    assert [c.failure for c in told] == ["the endpoint tells no logprobs"]
+    assert [c.failure for c in told] == ["the reply has no logprobs"]
 
 
 def test_a_local_model_answers_as_the_backend_does_and_is_known_before_it_is_loaded(

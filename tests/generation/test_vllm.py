@@ -322,7 +322,7 @@ def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
         served.append([(who.objective, who.budget, who.condition.name) for who in asked])
         yield InPlace()
 
-    monkeypatch.setattr(worker, "serving", serving)
+    monkeypatch.setattr(worker, "vllm_server", serving)
     text = study(model, root, budgets="[200, 400]", objectives="[sft, ip]")
     out, here = carry(text.replace("batch: 16", "batch: 16\n  backend: vllm"), tmp_path / "served"), tmp_path / "here"
     assert sorted(served) == [

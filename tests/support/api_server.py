@@ -1,7 +1,7 @@
-"""A faulty endpoint for the tests: chat completions over real HTTP, each request answered as the prompt says.
+"""A faulty endpoint for the tests: chat completions over real HTTP; the prompt selects the fault.
 
-A prompt's first word is what is to go wrong; a number behind it is how many times, before it goes right. The server
-counts every request it received, by prompt, and keeps what was sent.
+A prompt's first word names the fault; "fault*n" fails n times before it succeeds. The server counts requests by prompt
+and records their bodies.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def say_later(self, *_: Any) -> None:
         self.error(429, {"Retry-After": "3600"})
+
+    def say_redirect(self, *_: Any) -> None:
+        self.error(307, {"Location": self.server.redirect_to})
 
     def say_broken(self, *_: Any) -> None:
         self.error(500, {})
@@ -185,6 +188,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.keys: set[str] = set()
         self.flooded = 0  # bytes of floods that were sent
         self.served = "model-of-today"
+        self.redirect_to = ""
         self.stopping = threading.Event()
         self.under_way = self.most_under_way = 0
         self._lock = threading.Lock()

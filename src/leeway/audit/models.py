@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.generation.backend import Backend
-from leeway.generation.openai_api import ApiSettings, OpenAIBackend
+from leeway.generation.openai_api import OpenAIBackend
+from leeway.generation.openai_client import ApiSettings
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest, file_digest
 from leeway.model import adapters

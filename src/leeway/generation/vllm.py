@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
-from leeway.generation.openai_api import ApiSettings, OpenAIBackend
+from leeway.generation.openai_api import OpenAIBackend
+from leeway.generation.openai_client import ApiSettings
 from leeway.generation.transformers import weights_hash
 from leeway.hashing import digest
 from leeway.model import adapters
@@ -175,8 +176,8 @@ class VllmServer:
                 served=name,
             ),
             prefix=prefix,
-            who=digest("vllm", self._weights, adapter, s.dtype, list(s.args)),
-            template=self._chat.with_prefix(prefix).template_hash,
+            identity_override=digest("vllm", self._weights, adapter, s.dtype, list(s.args)),
+            template_override=self._chat.with_prefix(prefix).template_hash,
         )
 
     def _command(self) -> list[str]:

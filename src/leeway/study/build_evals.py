@@ -34,7 +34,8 @@ from leeway.evals.self_report import Likert, SelfReport
 from leeway.evals.tasks import BuiltInTask, TaskSettings, load_task
 from leeway.generation.backend import Backend
 from leeway.generation.cache import CachedBackend, ReplyCache
-from leeway.generation.openai_api import ApiSettings, OpenAIBackend
+from leeway.generation.openai_api import OpenAIBackend
+from leeway.generation.openai_client import ApiSettings
 from leeway.generation.transformers import LocalBackend, weights_hash
 from leeway.hashing import digest
 from leeway.judges import Judge, load_judge
