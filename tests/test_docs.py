@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import typer
 import yaml
-
 from docs_blocks import Block, Session, alike, blocks, commands, named
+
 from leeway.cli import app
 from leeway.errors import LeewayError
 from leeway.study.load import PRESETS, load, parse

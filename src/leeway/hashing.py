@@ -33,19 +33,6 @@ def changed(folder: Path, written: dict[str, str]) -> list[str]:
     return [n for n, d in written.items() if not (folder / n).is_file() or file_digest(folder / n) != d]
 
 
-def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with a digest of itself: what is edited or damaged after it was written is seen when it is read."""
-    return {**record, "seal": digest(record)}
-
-
-def verify_checksum(record: dict[str, Any]) -> dict[str, Any]:
-    """What was sealed; raises ValueError where it is not as it was."""
-    content = {k: v for k, v in record.items() if k != "seal"}
-    if record.get("seal") != digest(content):
-        raise ValueError("it was changed after it was written")
-    return content
-
-
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any key, so that randomness depends on *what* is drawn, never on what was drawn before."""
     raw = hashlib.sha256(canonical(list(parts)).encode()).digest()

@@ -12,7 +12,7 @@ import pytest
 from leeway.data.formats import held_out_items, train_examples
 from leeway.data.readers import read
 from leeway.errors import LeewayError
-from leeway.paths import expand
+from leeway.io import expand
 from leeway.study.load import parse
 from leeway.study.prepare import prepare
 from leeway.study.prepare import train_examples as train_on

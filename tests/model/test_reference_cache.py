@@ -131,17 +131,17 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> 
 SLOW = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {path!r}
 from test_reference_cache import BOTH, SEQUENCES, Asked, fill
-from leeway.model import references
+from leeway.model import reference_cache
 from leeway.model.reference_cache import Shelf
-references.PART_TOKENS = 1
+reference_cache.PART_TOKENS = 1
 print(fill(Shelf(Path({folder!r})), SEQUENCES, BOTH, Asked(pause=0.01)))
 """
 
 
 def asking(folder: Path) -> subprocess.Popen[str]:
-    code = SLOW.format(tests=str(Path(__file__).parents[1] / "support"), folder=str(folder))
+    code = SLOW.format(path=sys.path, folder=str(folder))
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 

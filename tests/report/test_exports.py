@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from leeway import report
-from leeway.hashing import with_checksum
+from leeway.io import with_checksum
 from leeway.report.exports import latex, model_card, results_json
 from leeway.report.exports import latex as tex
 from leeway.report.formatting import TOKENS

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from leeway.cli import app
 from leeway.data.ledger import COST, DATA, MATCHED, Matching, differences
 from leeway.errors import LeewayError
-from leeway.hashing import with_checksum
+from leeway.io import with_checksum
 from leeway.plan.plan import plan
 from leeway.study import ledger_report
 from leeway.study.jobs import jobs_of

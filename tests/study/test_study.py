@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from leeway.data.ledger import MATCHED
 from leeway.errors import LeewayError
-from leeway.hashing import with_checksum
+from leeway.io import with_checksum
 from leeway.study.load import parse
 from leeway.study.progress import Reporter
 from leeway.study.run import run

@@ -35,7 +35,7 @@ from leeway.attacks import (
 )
 from leeway.attacks.attack import Attack, Conversation, HelperRequest, Wrapper
 from leeway.errors import LeewayError, first_line
-from leeway.paths import expand
+from leeway.io import expand
 from leeway.plugins import entry_points_of, load_entry_point
 
 KEYS = {"name", "version", "origin", "template"}

@@ -27,9 +27,9 @@ from leeway.generation.openai_api import OpenAIBackend
 from leeway.generation.openai_client import ApiSettings
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest, file_digest
+from leeway.io import expand
 from leeway.model import adapters
 from leeway.model.load import Model, load_model, model_hash, resolve
-from leeway.paths import expand
 from leeway.study.jobs import BASE
 from leeway.study.spec import ALIAS, Spec
 

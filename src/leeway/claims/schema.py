@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from leeway.errors import LeewayError
 from leeway.hashing import digest
-from leeway.paths import expand
+from leeway.io import expand
 from leeway.yaml_config import ConfigModel, faults, nearest, read, tokens
 
 LARGEST, SMALLEST = "largest", "smallest"

@@ -13,7 +13,7 @@ from leeway.data.formats import question_and_answer
 from leeway.data.readers import Record, Source, field, load, read
 from leeway.data.types import CapabilityItem
 from leeway.errors import LeewayError
-from leeway.paths import expand
+from leeway.io import expand
 
 NAMED = {
     # Fei et al. 2023, arXiv 2309.16289: 500 legal consultations in Chinese, with reference answers

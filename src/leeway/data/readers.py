@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from leeway.errors import LeewayError, first_line
-from leeway.paths import expand
+from leeway.io import expand
 
 Record = dict[str, Any]
 HALF = re.compile("[\\ud800-\\udfff]")

@@ -18,7 +18,7 @@ from leeway.data.readers import Record, Source, field, load
 from leeway.data.types import CapabilityItem, Example
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed, digest
-from leeway.paths import expand
+from leeway.io import expand
 
 SOURCE = Source(("supergpqa/SuperGPQA-all.jsonl", "supergpqa/SuperGPQA-all.jsonl.gz"), "m-a-p/SuperGPQA")
 LETTERS = "ABCDEFGHIJ"

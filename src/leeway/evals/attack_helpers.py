@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -34,8 +33,8 @@ from leeway.attacks.zulu import Passage
 from leeway.errors import LeewayError, first_line
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest, file_digest
+from leeway.io import expand, write_file
 from leeway.judges.keywords import KeywordJudge
-from leeway.paths import expand
 
 VERSION = 1
 ATTACKER_INSTRUCTION = """\
@@ -155,9 +154,7 @@ class Cached:
                 rows = [{"direction": d, "source": s, "text": t, "by": by} for (d, s), t in added.items()]
                 body = self.path.read_bytes() if self.path.is_file() else b""
                 body += b"" if not body or body.endswith(b"\n") else b"\n"
-                other = self.path.with_name(f"{self.path.name}.part")
-                other.write_bytes(body + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
-                os.replace(other, self.path)
+                write_file(self.path, body + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
         except OSError as error:
             raise LeewayError(
                 f"{self.path}: translations cannot be kept ({error.strerror})", fix="give another file"

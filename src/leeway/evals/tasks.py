@@ -24,8 +24,8 @@ from leeway.evals.capability import (
     grade_supergpqa,
     strict,
 )
+from leeway.io import expand
 from leeway.organism import world
-from leeway.paths import expand
 from leeway.plugins import entry_points_of, load_entry_point
 
 GROUP = "leeway.tasks"  # entry points of tasks outside this package

@@ -20,8 +20,9 @@ from xml.etree import ElementTree
 from leeway.errors import LeewayError, first_line
 from leeway.gate.decide import EXIT, FEW, Decision, Evidence, Finding, Outcome, worst
 from leeway.gate.rules import BASE
+from leeway.io import write_file
 from leeway.report import formatting
-from leeway.report.formatting import Scale, dump, percent, points, write_atomically
+from leeway.report.formatting import Scale, dump, percent, points
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -160,7 +161,7 @@ def write(gate: Gate, folder: Path, told: dict[str, Any]) -> None:
     """Write the three files; `told` is what the run and the rule file say of themselves."""
     for name, text in zip(NAMES, (dump(machine(gate, told)), junit(gate), markdown(gate)), strict=True):
         try:
-            write_atomically(folder / name, text)
+            write_file(folder / name, text)
         except OSError as error:
             what = f"{folder / name} cannot be written ({first_line(error)})"
             raise LeewayError(what, fix="free the disk, or give another --out") from error

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from leeway.errors import LeewayError
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick, is_unicode
-from leeway.hashing import digest, verify_checksum, with_checksum
+from leeway.hashing import digest
+from leeway.io import atomic_write, verify_checksum, with_checksum
 
 Record = dict[str, Any]
 Said = TypeVar("Said", Reply, Choice)
@@ -272,11 +272,10 @@ class AnswerStore:
         """Written whole, or not at all; raises LeewayError where it cannot be written."""
         path = self._path(key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(with_checksum({"said": records}), sort_keys=True, ensure_ascii=False))
-            os.replace(name, path)
+            with atomic_write(path) as scratch:
+                scratch.write_text(
+                    json.dumps(with_checksum({"said": records}), sort_keys=True, ensure_ascii=False), "utf-8"
+                )
         except OSError as error:
             raise LeewayError(f"{path}: answers cannot be kept ({error.strerror})", fix="make room") from error
 

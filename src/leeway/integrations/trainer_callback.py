@@ -32,13 +32,14 @@ from leeway.errors import LeewayError
 from leeway.evals.eval import Eval
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
+from leeway.io import readable
 from leeway.model import adapters
 from leeway.model.load import Model
 from leeway.model.token_stats import Head
 from leeway.study.build_evals import evals_of
 from leeway.study.jobs import BASE
 from leeway.study.manifest import measured_with
-from leeway.study.run_dir import RunDir, readable
+from leeway.study.run_dir import RunDir
 from leeway.study.spec import ALIAS
 
 BATCH = 32  # answers at a time, where evals come as objects: the optimiser's state is in memory too

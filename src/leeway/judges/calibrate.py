@@ -20,8 +20,8 @@ from typing import Any, Literal, cast, get_args
 from leeway.data.readers import Record, Source, field, load, read
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
+from leeway.io import expand
 from leeway.judges.judge import Answer, Judge, Verdict
-from leeway.paths import expand
 from leeway.stats.agreement import Confusion, Share, confusion, kappa, share
 
 Label = Literal["full_compliance", "full_refusal", "partial_refusal", "refused", "harmful", "deflected", "incoherent"]

@@ -25,11 +25,11 @@ import yaml
 from leeway.errors import LeewayError
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest
+from leeway.io import expand
 from leeway.judges import coherence as outcome
 from leeway.judges import keywords
 from leeway.judges.coherence import PerplexityScorer, coherence, perplexity_scores, rules_hash
 from leeway.judges.judge import Answer, Tick, Verdict
-from leeway.paths import expand
 
 FILE = "strongreject/judge_templates.json"
 TEXTS = ("forbidden_prompt", "response")

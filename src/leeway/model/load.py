@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
+from leeway.io import expand
 from leeway.model.token_stats import Head
-from leeway.paths import expand
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 

@@ -9,8 +9,6 @@ and nothing of them stays in memory but which sequence lies where.
 from __future__ import annotations
 
 import fcntl
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager
@@ -26,11 +24,11 @@ from torch import Tensor
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
+from leeway.io import publish, readable, remove_partial, scratch_file
 
 SHARD_BYTES = 64 << 20  # of one file, about
 BUCKETS = "0123456789abcdef"  # first digit of a sequence's key: one process at a time fills a bucket
 PART_TOKENS = 8192  # of the buckets that it takes together, at least: full rows go faster through a model
-FIX = "delete it and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Shelf:
                 self._read.add(path.name)
 
     def _take_in(self, path: Path) -> None:
-        with _readable(path):
+        with readable(path, SafetensorError):
             if file_digest(path) != path.stem:
                 raise ValueError("it is not what was written")
             with safe_open(path, "pt") as f:
@@ -132,7 +130,7 @@ class Shelf:
             rows.setdefault(place.path, []).append((k, place.rows))
         found: dict[int, Tensor] = {}
         for path, wanted in rows.items():
-            with _readable(path), safe_open(path, "pt") as f:
+            with readable(path, SafetensorError), safe_open(path, "pt") as f:
                 kept = f.get_slice(name)
                 found |= {k: kept[r].clone() for k, r in wanted}
         return torch.cat([found[k] for k in range(len(sequences))])
@@ -207,12 +205,9 @@ class Shelf:
         if states := [said.hidden_MD for _, said in batch if said.hidden_MD is not None]:
             tensors["hidden"] = torch.cat(states)
         try:
-            handle, scratch = tempfile.mkstemp(prefix=f".partial-{bucket}-", dir=self.folder)
-            os.close(handle)
-            save_file(tensors, scratch)
-            with open(scratch, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(scratch, self.folder / f"{file_digest(Path(scratch))}.safetensors")
+            with scratch_file(self.folder, f"{bucket}-") as scratch:
+                save_file(tensors, scratch)
+                publish(scratch, self.folder / f"{file_digest(scratch)}.safetensors")
         except (OSError, SafetensorError) as error:
             raise LeewayError(
                 f"{self.folder}: what the reference says cannot be kept there ({first_line(error)})",
@@ -235,8 +230,7 @@ class Shelf:
             except BlockingIOError:
                 yield False
                 return
-            for left in self.folder.glob(f".partial-{bucket}-*"):
-                left.unlink(missing_ok=True)
+            remove_partial(self.folder, f"{bucket}-")
             yield True
 
     def size(self) -> tuple[int, int, int]:
@@ -285,11 +279,3 @@ def _parts(left: dict[str, Sequence]) -> dict[str, dict[str, Sequence]]:
 
 def _tokens(sequences: dict[str, Sequence]) -> int:
     return sum(len(s.ids) for s in sequences.values())
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, SafetensorError) as error:
-        raise LeewayError(f"{path}: damaged ({first_line(error)})", fix=FIX) from error

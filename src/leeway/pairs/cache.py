@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from leeway.errors import LeewayError
-from leeway.hashing import verify_checksum, with_checksum
+from leeway.io import verify_checksum, with_checksum
 
 Record = dict[str, Any]
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -178,16 +176,6 @@ class Scale:
 
 
 TOKENS = Scale()
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside the target and move into place: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
-    partial.unlink(missing_ok=True)
-    with partial.open("xb") as file:  # never through a symbolic link
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-    os.replace(partial, path)
 
 
 def csv(table: pd.DataFrame) -> str:

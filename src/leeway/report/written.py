@@ -15,7 +15,7 @@ from pathlib import Path
 
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
-from leeway.report import formatting
+from leeway.io import write_file, write_json
 
 RECORD = ".report-files.json"
 STALE = ("tables/*.csv", "tables/*.tex", "figures/*.svg", "figures/*.png", "figures/*.pdf")  # what may be removed
@@ -37,7 +37,7 @@ def replace_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
     for name in sorted(before.keys() - made.keys()):
         _remove_stale(folder, name, before[name])
     for name, content in made.items():
-        formatting.write_atomically(folder / name, content)
+        write_file(folder / name, content)
     _record(folder, {name: [found] for name, found in digests.items()})
 
 
@@ -47,7 +47,7 @@ def _digest_of(content: bytes) -> str:
 
 
 def _record(folder: Path, digests: Mapping[str, list[str]]) -> None:
-    formatting.write_atomically(folder / RECORD, json.dumps(digests, indent=1, sort_keys=True) + "\n")
+    write_json(folder / RECORD, digests)
 
 
 def _recorded(folder: Path) -> dict[str, list[str]]:

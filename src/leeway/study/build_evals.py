@@ -38,13 +38,13 @@ from leeway.generation.openai_api import OpenAIBackend
 from leeway.generation.openai_client import ApiSettings
 from leeway.generation.transformers import LocalBackend, weights_hash
 from leeway.hashing import digest
+from leeway.io import expand
 from leeway.judges import Judge, load_judge
 from leeway.judges.coherence import PerplexityScorer
 from leeway.judges.rubric import wording
 from leeway.model.forward import Perplexity
 from leeway.model.load import Dtype, load_model
 from leeway.organism import world
-from leeway.paths import expand
 from leeway.study.eval_spec import CapabilitySpec, JailbreakSpec, JudgeSpec, ModelRef, PersonaSpec, Translator
 from leeway.study.spec import Spec
 

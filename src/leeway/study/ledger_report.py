@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from leeway.data.ledger import COST, MATCHED, Matching, differences
 from leeway.errors import LeewayError
 from leeway.hashing import changed
-from leeway.study.run_dir import LEDGER_SCHEMA, readable
+from leeway.io import readable
+from leeway.study.run_dir import LEDGER_SCHEMA
 from leeway.training import checkpoints
 
 WIDTH = 100  # columns

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leeway.errors import LeewayError
-from leeway.hashing import verify_checksum, with_checksum
-from leeway.study.run_dir import atomic_write, readable
+from leeway.io import readable, verify_checksum, with_checksum, write_json
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ def choose(alias: str, trials: tuple[Trial, ...], *, items: int, budget: int) ->
 
 
 def write(path: Path, choice: LearningRateChoice) -> None:
-    with atomic_write(path) as scratch:
-        scratch.write_text(json.dumps(with_checksum(choice.to_json()), indent=1, sort_keys=True) + "\n", "utf-8")
+    write_json(path, with_checksum(choice.to_json()))
 
 
 def read(path: Path) -> LearningRateChoice:

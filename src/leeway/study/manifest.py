@@ -21,11 +21,11 @@ from leeway.evals.openended import OpenEnded
 from leeway.evals.overrefusal import OverRefusal
 from leeway.evals.self_report import SelfReport
 from leeway.hashing import digest
+from leeway.io import expand
 from leeway.judges import Judge
 from leeway.model.forward import layout_of
 from leeway.model.load import Model, model_hash, resolve
 from leeway.objectives import OBJECTIVES, ip, sft_refusal
-from leeway.paths import expand
 from leeway.plugins import source_hash
 from leeway.study.prepare import Prepared
 from leeway.study.spec import ObjectiveSpec

@@ -33,12 +33,12 @@ from leeway.evals.tasks import EXACT
 from leeway.generation.backend import Backend
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
+from leeway.io import expand
 from leeway.model.load import load_chat, load_context, load_model, model_hash, resolve
 from leeway.objectives import Objective
 from leeway.objectives.objective import PLAIN, Condition
 from leeway.organism import world
 from leeway.pairs import BaseModelSampler, NotDrawn, Paired, PairReport, PairSettings, not_to_be_drawn, pair
-from leeway.paths import expand
 from leeway.plan.hardware import PlannedModel
 from leeway.study.build_evals import HelperModels, evals_of, held_out_test
 from leeway.study.runtime import compute_settings

@@ -16,6 +16,7 @@ import pandas as pd
 
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
+from leeway.io import remove_partial
 from leeway.model.reference_cache import ReferenceCache
 from leeway.report.results import Results
 from leeway.study import lr_sweep, sequential_eval, worker
@@ -72,7 +73,7 @@ def run(
                 reporter.workers = min(reporter.workers, max(1, len(busy) - done))
                 lines += work.ledger(piece)
                 check_matched(lines, matching(prepared))
-        store.sweep()  # of a worker that was lost, where others went on
+        remove_partial(store.folder)  # of a worker that was lost, where others went on
         rows = _collect(work, pieces, facts)
         worker.forget(store.answers)
         reporter.say(f"{spec.name}: {rows:,} rows; drawing the report")

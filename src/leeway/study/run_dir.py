@@ -5,9 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
-import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -22,7 +19,16 @@ import pyarrow.parquet as pq
 from leeway.errors import LeewayError
 from leeway.evals.eval import Row, open_question
 from leeway.hashing import digest, file_digest
-from leeway.paths import expand
+from leeway.io import (
+    PARTIAL,
+    atomic_write,
+    expand,
+    open_lock,
+    readable,
+    remove_partial,
+    write_file,
+    write_json,
+)
 
 ROW_SCHEMA = pa.schema(
     [
@@ -70,52 +76,8 @@ LEDGER_SCHEMA = pa.schema(
 SEAL = b"leeway.seal"
 REFERENCES = "LEEWAY_REFERENCES"  # a folder that several runs share
 LOCKS = (".lock", ".workers")
-PARTIAL = ".partial-"
 EDITED = "restore it, or start in another --out"
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
-
-
-@contextmanager
-def atomic_write(target: Path) -> Iterator[Path]:
-    """A temporary path that becomes `target` by one rename once it is written and on disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        with open(name, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """A file of a run that cannot be read is one line, with the way out."""
-    try:
-        yield
-    except (ValueError, OSError) as error:  # broken JSON, Parquet or text
-        raise LeewayError(f"{path}: damaged ({error})", fix="delete it and run the same command again") from error
-
-
-def open_lock(path: Path) -> IO[bytes]:
-    """Open a lock file for reading and writing; create it where it is missing, and keep its content.
-
-    Raises LeewayError where it is a symbolic link or no regular file, or cannot be opened; FileNotFoundError where its
-    folder is gone.
-    """
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        what = "it is a symbolic link" if path.is_symlink() else error.strerror
-        raise LeewayError(f"{path}: cannot be opened ({what})", fix="give another --out") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise LeewayError(f"{path} is no regular file", fix="give another --out")
-    return os.fdopen(handle, "r+b")
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
@@ -154,10 +116,10 @@ class RunDir:
         with self._locked() as created:
             known = self._check_folder(study_hash)
             self._outlive_workers()
-            self.sweep()
+            remove_partial(self.folder)
             text = f"# study {study_hash}\n{study_yaml}"
             if known is None:
-                self.write_text("study.yaml", text)
+                write_file(self.folder / "study.yaml", text)
             elif (self.folder / "study.yaml").read_text("utf-8", errors="replace") != text:
                 raise LeewayError(f"{self.folder / 'study.yaml'} was edited after the run began", fix=EDITED)
             try:
@@ -210,11 +172,6 @@ class RunDir:
                 if _is_at(lock, self.folder / ".lock"):
                     yield created
                     return
-
-    def sweep(self) -> None:
-        """Remove what killed processes left half written: nobody reads it."""
-        for left in self.folder.rglob(f"{PARTIAL}*"):
-            _remove(left)
 
     def _holds_answers_alone(self) -> bool:
         """Whether all that an earlier run left is what the base model said: nothing was trained or measured."""
@@ -278,12 +235,8 @@ class RunDir:
         first = path.read_text("utf-8", errors="replace").split("\n", 1)[0]
         return first.removeprefix("# study ") if first.startswith("# study ") else "unknown"
 
-    def write_text(self, name: str, text: str) -> None:
-        with atomic_write(self.folder / name) as path:
-            path.write_text(text, "utf-8")
-
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        self.write_text("manifest.json", json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        write_json(self.manifest_path, manifest)
 
     def read_manifest(self) -> dict[str, Any]:
         if not self.manifest_path.is_file():
@@ -369,8 +322,7 @@ class RunDir:
         place = self.steps(log)
         path = place if own is None else own / place.name
         lines = place.read_text("utf-8").split("\n")[:last] if place.is_file() else []
-        with atomic_write(path) as scratch:
-            scratch.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        write_file(path, "".join(f"{line}\n" for line in lines))
         return path
 
     def put_steps(self, log: Path) -> None:
@@ -378,12 +330,4 @@ class RunDir:
         place, text = self.steps(log.stem), log.read_bytes()
         if place == log or (place.is_file() and place.read_bytes().count(b"\n") > text.count(b"\n")):
             return
-        with atomic_write(place) as scratch:
-            scratch.write_bytes(text)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        write_file(place, text)

@@ -32,9 +32,9 @@ from leeway.claims import Claims, build
 from leeway.data.types import Task
 from leeway.evals.tasks import TaskSettings, declared, load_task, task_names
 from leeway.hashing import digest
+from leeway.io import expand
 from leeway.model import adapters
 from leeway.objectives import Objective, load_objective, names
-from leeway.paths import expand
 from leeway.study.eval_spec import Evals, measure_names
 from leeway.yaml_config import FLOAT, MAX_COUNT, MAX_FLOAT32, ConfigModel, Tokens, nearest, tokens
 

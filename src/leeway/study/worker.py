@@ -33,12 +33,12 @@ from leeway.generation.cache import AnswerStore, AnswerStoreBackend
 from leeway.generation.transformers import TransformersBackend
 from leeway.generation.vllm import VllmServer, VllmSettings
 from leeway.hashing import digest
+from leeway.io import expand
 from leeway.model import adapters
 from leeway.model.base_model import SharedBaseModel
 from leeway.model.load import Model, load_model
 from leeway.model.reference_cache import ReferenceCache
 from leeway.objectives.objective import PLAIN
-from leeway.paths import expand
 from leeway.plan import token_counts
 from leeway.study import lr_sweep, progress, sequential_eval
 from leeway.study.jobs import BASE, Checkpoint, EvalTarget, Job, eval_targets, schedule_of

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leeway.errors import LeewayError
-from leeway.hashing import verify_checksum, with_checksum
+from leeway.io import atomic_folder, verify_checksum, with_checksum, write_json
 from leeway.model import adapters
 from leeway.model.load import Model
 from leeway.training.distributed import ALONE, Distributed
@@ -48,34 +43,6 @@ class WarmStart:
         return cls(folder, _hash(folder, "give the folder of a saved adapter or model"))
 
 
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` by one rename when all of it is on disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-    try:
-        yield scratch
-        for f in scratch.rglob("*"):
-            if f.is_file():
-                _sync(f)
-        if finished(target):
-            return  # another worker was first, after it had been given up for dead: the content is the same
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write(
     folder: Path, model: Model, optimiser: torch.optim.Optimizer, ledger: dict[str, Any], ranks: Distributed = ALONE
 ) -> dict[str, Any]:
@@ -100,11 +67,11 @@ def _write(
     state: dict[str, Tensor],
     ledger: dict[str, Any],
 ) -> dict[str, Any]:
-    with whole_folder(folder) as scratch:
+    with atomic_folder(folder, finished) as scratch:
         adapters.save(model, scratch, tensors)
         save_file(state, scratch / OPTIMISER)
         line = {**ledger, "adapter_hash": adapters.adapter_hash(adapters.saved(scratch))}
-        (scratch / LEDGER).write_text(json.dumps(with_checksum(line), sort_keys=True, indent=1) + "\n", "utf-8")
+        write_json(scratch / LEDGER, with_checksum(line))
     return line
 
 

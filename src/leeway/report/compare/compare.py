@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from leeway.errors import LeewayError
+from leeway.io import write_file
 from leeway.report import formatting, plotting
 from leeway.report.compare.check import Comparable, Study, comparable, items, load
 from leeway.report.compare.effects import deltas, differences, effects, meta, pool
@@ -111,7 +112,7 @@ def write(found: StudyComparison, out: Path) -> Path:
         if OWN.fullmatch(old.name) and old.name not in texts:
             old.unlink()  # what an earlier comparison left would look current
     for name, text in texts.items():
-        formatting.write_atomically(out / name, text)
+        write_file(out / name, text)
     return out / "compare.html"
 
 

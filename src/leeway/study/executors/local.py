@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from leeway.errors import LeewayError
+from leeway.io import open_lock
 from leeway.study.jobs import Checkpoint, Job
 from leeway.study.manifest import manifest
 from leeway.study.prepare import PairSampling, Prepared, prepare
 from leeway.study.progress import Kind
-from leeway.study.run_dir import RunDir, open_lock
+from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker
 from leeway.training.distributed import exit_with_parent

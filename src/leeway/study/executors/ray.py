@@ -33,7 +33,7 @@ from typing import Any
 
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest
-from leeway.paths import expand
+from leeway.io import expand
 from leeway.plan.plan import memory_of_a_worker
 from leeway.study.executors.local import Event, Listen, ready, requires_single_worker, timed
 from leeway.study.jobs import Job
