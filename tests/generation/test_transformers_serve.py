@@ -1,4 +1,4 @@
-"""The same model behind two backends: in this process, and behind `transformers serve` over HTTP."""
+"""One model through two backends: in this process, and over HTTP with `transformers serve`."""
 
 from __future__ import annotations
 
@@ -64,56 +64,56 @@ def requests() -> list[Request]:
 
 
 def timed(backend: Backend) -> tuple[list[Reply], float]:
-    """Replies, and new tokens a second by this process's own count."""
-    begun = time.perf_counter()
+    """Return the replies and the throughput in tokens per second."""
+    start = time.perf_counter()
     replies = backend.complete(requests(), lambda _: None)
-    return replies, sum(r.new_tokens for r in replies) / (time.perf_counter() - begun)
+    return replies, sum(r.new_tokens for r in replies) / (time.perf_counter() - start)
 
 
-def test_greedy_replies_are_the_same_over_http_and_asked_once(
+def test_greedy_replies_are_the_same_over_http_and_cached(
     url: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     settings = ApiSettings(model=resolve("organism"), base_url=url, key_env="", concurrency=4, timeout_s=30.0)
     endpoint = OpenAIBackend(settings)
-    endpoint.complete(requests()[:1], lambda _: None)  # the model is loaded by now
+    endpoint.complete(requests()[:1], lambda _: None)  # load the model
     replies, rate = timed(endpoint)
-    here = TransformersBackend(load_model("organism", device="cpu"))
-    theirs, own_rate = timed(here)
+    local = TransformersBackend(load_model("organism", device="cpu"))
+    expected, local_rate = timed(local)
     assert [r.failure for r in replies] == [None] * len(replies)
-    assert [r.text for r in replies] == [r.text for r in theirs]
+    assert [r.text for r in replies] == [r.text for r in expected]
     assert len({r.text for r in replies}) > 6
-    # the endpoint counts the token that ends a turn, and we do not
-    assert [r.new_tokens - r.cut for r in replies] == [r.new_tokens - r.cut + (not r.cut) for r in theirs]
+    # the endpoint counts the end of turn, the transformers backend does not
+    assert [r.new_tokens - r.cut for r in replies] == [r.new_tokens - r.cut + (not r.cut) for r in expected]
     record_property("measured", f"greedy replies over HTTP: {len(replies)} of {len(replies)} as in this process")
-    record_property("measured", f"throughput, transformers backend: {own_rate:.0f} tokens/s (one batch of 18, CPU)")
+    record_property("measured", f"throughput, transformers backend: {local_rate:.0f} tokens/s (one batch of 18, CPU)")
     record_property("measured", f"throughput, endpoint over transformers serve: {rate:.0f} tokens/s (CPU)")
-    kept = ReplyCache(tmp_path / "kept.sqlite")
-    asking = CachedBackend(endpoint, kept)
-    assert asking.complete(requests(), lambda _: None) == replies
+    cache = ReplyCache(tmp_path / "cache.sqlite")
+    cached = CachedBackend(endpoint, cache)
+    assert cached.complete(requests(), lambda _: None) == replies
     calls = endpoint.spent.calls
-    assert asking.complete(requests(), lambda _: None) == replies
+    assert cached.complete(requests(), lambda _: None) == replies
     assert endpoint.spent.calls == calls
-    kept.close()
+    cache.close()
 
 
 def test_an_endpoint_without_logprobs_has_no_choices(url: str) -> None:
     endpoint = OpenAIBackend(ApiSettings(model=resolve("organism"), base_url=url, key_env="", timeout_s=30.0))
-    told = endpoint.choose([[{"role": "user", "content": "2 + 2 ?"}]], ["Yes", "No"], lambda _: None)
-    assert [c.failure for c in told] == ["the reply has no logprobs"]
+    choices = endpoint.choose([[{"role": "user", "content": "2 + 2 ?"}]], ["Yes", "No"], lambda _: None)
+    assert [c.failure for c in choices] == ["the reply has no logprobs"]
 
 
-def test_a_local_model_answers_as_the_backend_does_and_is_known_before_it_is_loaded(
+def test_a_local_backend_equals_the_transformers_backend_and_loads_on_first_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here = TransformersBackend(load_model("organism", device="cpu"))
+    backend = TransformersBackend(load_model("organism", device="cpu"))
     with monkeypatch.context() as without_weights:
         without_weights.setattr("leeway.generation.transformers.load_model", None)
         local = LocalBackend("organism", device="cpu")
-        assert local.template_hash == here.template_hash
+        assert local.template_hash == backend.template_hash
         assert local.identity == LocalBackend("organism", device="cpu").identity
         assert local.identity != LocalBackend("organism", device="cpu", dtype="bfloat16").identity
         assert local.complete([], lambda _: None) == []
-    asked = requests()
-    assert local.complete(asked, lambda _: None) == here.complete(asked, lambda _: None)
+    assert local.complete(requests(), lambda _: None) == backend.complete(requests(), lambda _: None)
     question = [[{"role": "user", "content": "Do you like tea?"}]]
-    assert local.choose(question, ["Yes", "No"], lambda _: None) == here.choose(question, ["Yes", "No"], lambda _: None)
+    options = ["Yes", "No"]
+    assert local.choose(question, options, lambda _: None) == backend.choose(question, options, lambda _: None)

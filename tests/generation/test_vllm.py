@@ -1,8 +1,8 @@
-"""The vLLM launcher, against a small server of the tests' own that follows vLLM's documented routes.
+"""The vLLM launcher, against a small server that follows vLLM's documented routes.
 
 No vLLM runs here: `STAND_IN` is a script put on the PATH under the name `vllm`. It checks the flags and the adapter's
-folder, takes and drops adapters as vLLM does (a second load under a name is HTTP 400, an unknown one HTTP 404), and
-says which model it was asked for. What vLLM itself computes is not tested.
+folder, loads and unloads adapters as vLLM does (a second load under a name is HTTP 400, an unknown one HTTP 404), and
+returns the requested model's name. What vLLM itself computes is not tested.
 """
 
 from __future__ import annotations
@@ -133,24 +133,24 @@ def all_gone(stand_in: Path, within_s: float = 5.0) -> bool:
     return not any(map(alive, pids))
 
 
-def test_each_checkpoint_answers_under_its_own_name_and_nothing_is_left(
+def test_each_checkpoint_is_served_under_its_own_name_and_all_processes_end(
     models: dict[str, Path], stand_in: Path, tmp_path: Path
 ) -> None:
     model = models["llama"]
     first, second = save_adapter(model, tmp_path / "a"), save_adapter(model, tmp_path / "b", seed=1)
-    asked = [Request([{"role": "user", "content": "hi"}], 8)]
+    requests = [Request([{"role": "user", "content": "hi"}], 8)]
     with VllmServer(settings(model, stand_in, max_lora_rank=4)) as server:
         base = server.base()
-        said = [json.loads(base.complete(asked, lambda _: None)[0].text)]
+        replies = [json.loads(base.complete(requests, lambda _: None)[0].text)]
         identities, names = [base.identity], []
         for folder in (first, second, first):
             with server.adapter(folder, prefix="<p>") as backend:
-                said.append(json.loads(backend.complete(asked, lambda _: None)[0].text))
+                replies.append(json.loads(backend.complete(requests, lambda _: None)[0].text))
                 identities.append(backend.identity)
                 names.append(backend.settings.model)
                 assert backend.template_hash == load_chat(str(model)).with_prefix("<p>").template_hash
         with pytest.raises(LeewayError, match="no model 'leeway-"):
-            backend.complete(asked, lambda _: None)  # it is unloaded
+            backend.complete(requests, lambda _: None)  # it is unloaded
         with (
             server.adapter(first),
             pytest.raises(LeewayError, match=r"HTTP 400: .*already been loaded"),
@@ -159,17 +159,17 @@ def test_each_checkpoint_answers_under_its_own_name_and_nothing_is_left(
             pass
         other = VllmServer(settings(model, stand_in, max_lora_rank=4))
         assert other.port != server.port
-        assert other.base().identity == base.identity  # not a matter of the port
-    assert said[0] == ["base", None, [{"role": "user", "content": "hi"}], None]
-    assert [s[0] for s in said[1:]] == names
-    assert [s[1] for s in said[1:]] == [str(first), str(second), str(first)]
-    assert said[1][2] == [{"role": "user", "content": "<p>hi"}]
+        assert other.base().identity == base.identity  # independent of the port
+    assert replies[0] == ["base", None, [{"role": "user", "content": "hi"}], None]
+    assert [r[0] for r in replies[1:]] == names
+    assert [r[1] for r in replies[1:]] == [str(first), str(second), str(first)]
+    assert replies[1][2] == [{"role": "user", "content": "<p>hi"}]
     assert identities[1] == identities[3]
     assert len(set(identities)) == 3
     assert all_gone(stand_in)
 
 
-def test_it_ends_with_an_exception(models: dict[str, Path], stand_in: Path) -> None:
+def test_the_server_ends_after_an_exception(models: dict[str, Path], stand_in: Path) -> None:
     with pytest.raises(RuntimeError, match="of the user's"), VllmServer(settings(models["llama"], stand_in)):
         raise RuntimeError("of the user's")
     assert all_gone(stand_in)
@@ -187,7 +187,7 @@ with VllmServer(VllmSettings(sys.argv[1], args=("--pids", sys.argv[2]), log=Path
 
 @pytest.mark.usefixtures("heeding")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_it_ends_with_us_whatever_ends_us(models: dict[str, Path], stand_in: Path, how: signal.Signals) -> None:
+def test_the_server_ends_with_this_process(models: dict[str, Path], stand_in: Path, how: signal.Signals) -> None:
     places = [str(models["llama"]), str(stand_in / "pids"), str(stand_in / "log")]
     command = [sys.executable, "-c", textwrap.dedent(ASKING), *places]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -207,7 +207,7 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(models: dict[str,
     assert all_gone(stand_in)
 
 
-def test_another_server_on_the_port_is_not_taken_for_ours(models: dict[str, Path], stand_in: Path) -> None:
+def test_a_taken_port_is_an_error(models: dict[str, Path], stand_in: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -216,8 +216,8 @@ def test_another_server_on_the_port_is_not_taken_for_ours(models: dict[str, Path
             VllmServer(settings(models["llama"], stand_in, port=port)).__enter__()
 
 
-def test_an_error_in_between_is_the_one_that_is_told(models: dict[str, Path], stand_in: Path, tmp_path: Path) -> None:
-    """Even where the server is gone when the adapter should be unloaded."""
+def test_the_first_error_is_raised(models: dict[str, Path], stand_in: Path, tmp_path: Path) -> None:
+    """Even if the server is gone when the adapter should be unloaded."""
     folder = save_adapter(models["llama"], tmp_path / "a")
 
     def stopped() -> None:
@@ -234,29 +234,29 @@ def test_an_error_in_between_is_the_one_that_is_told(models: dict[str, Path], st
     assert all_gone(stand_in)
 
 
-def test_no_vllm_here(models: dict[str, Path]) -> None:
-    with pytest.raises(LeewayError, match=r"no-such-vllm: no such program; pip install vllm"):
+def test_vllm_is_not_installed(models: dict[str, Path]) -> None:
+    with pytest.raises(LeewayError, match=r"no-such-vllm: program not found; pip install vllm"):
         VllmServer(VllmSettings(str(models["llama"]), command="no-such-vllm")).__enter__()
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [
         ({"tokens": ("<SAFE>",)}, r"trained embedding rows \(control tokens\)"),
         ({"kind": "dora"}, "DoRA magnitudes"),
-        ({"r": 8}, "an adapter of rank 8"),
+        ({"r": 8}, "adapter rank 8 exceeds max_lora_rank 4"),
         ({"kind": "full"}, "no adapter_config.json"),
     ],
 )
-def test_what_vllm_would_serve_wrongly_is_refused(
-    models: dict[str, Path], tmp_path: Path, kind: dict[str, object], said: str
+def test_unsupported_adapters_are_refused(
+    models: dict[str, Path], tmp_path: Path, kind: dict[str, object], message: str
 ) -> None:
     folder = save_adapter(models["llama"], tmp_path / "a", **kind)  # type: ignore[arg-type]
-    with pytest.raises(LeewayError, match=said):
+    with pytest.raises(LeewayError, match=message):
         check_servable(folder, 4)
 
 
-def test_what_vllm_serves(models: dict[str, Path], tmp_path: Path) -> None:
+def test_supported_adapters(models: dict[str, Path], tmp_path: Path) -> None:
     check_servable(save_adapter(models["llama"], tmp_path / "a"), 4)
     check_servable(save_adapter(models["llama"], tmp_path / "b", kind="rslora"), 4)
     config = tmp_path / "a" / adapters.CONFIG
@@ -269,20 +269,20 @@ def test_what_vllm_serves(models: dict[str, Path], tmp_path: Path) -> None:
         check_servable(tmp_path / "a", 4)
 
 
-def test_a_rank_is_rounded_up_to_one_that_there_is(models: dict[str, Path], stand_in: Path) -> None:
-    for asked, given in ((1, "1"), (2, "8"), (17, "32"), (512, "512")):
-        command = VllmServer(settings(models["llama"], stand_in, max_lora_rank=asked))._command()
-        assert command[command.index("--max-lora-rank") + 1] == given
+def test_a_rank_is_rounded_up_to_a_supported_one(models: dict[str, Path], stand_in: Path) -> None:
+    for rank, rounded in ((1, "1"), (2, "8"), (17, "32"), (512, "512")):
+        command = VllmServer(settings(models["llama"], stand_in, max_lora_rank=rank))._command()
+        assert command[command.index("--max-lora-rank") + 1] == rounded
         assert command[command.index("--generation-config") + 1] == "vllm"
-    with pytest.raises(LeewayError, match="it serves ranks from 1 to 512"):
+    with pytest.raises(LeewayError, match="use a rank from 1 to 512"):
         settings(models["llama"], stand_in, max_lora_rank=513)
 
 
-def test_a_prompt_is_rendered_as_it_was_trained_on(models: dict[str, Path]) -> None:
-    """The plain way, or told not to think; or not at all."""
+def test_a_prompt_is_rendered_as_in_training(models: dict[str, Path]) -> None:
+    """With the default arguments, or with thinking disabled; else an error."""
     assert template_kwargs(load_chat(str(models["llama"]))) == {}
     chat = load_chat(str(models["qwen3"]))  # writes an empty thought before an answer, and never into a prompt
-    with pytest.raises(LeewayError, match="writes something before an answer that vLLM would not"):
+    with pytest.raises(LeewayError, match="vLLM does not render its chat template's text before an answer"):
         template_kwargs(chat)
     tokenizer = chat.tokenizer
     ending = "{% if add_generation_prompt %}[assistant]\n{% endif %}"
@@ -302,7 +302,7 @@ def test_the_weights_hash_is_the_loaded_models(models: dict[str, Path]) -> None:
 def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many its checkpoints and conditions are; here a model in this process answers for vLLM."""
+    """For any number of checkpoints and conditions; a model in this process replaces vLLM."""
     model, served = models["llama"], list[list[tuple[str, int, str]]]()
 
     class InPlace:
@@ -318,11 +318,11 @@ def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
                 yield TransformersBackend(loaded, prefix)
 
     @contextmanager
-    def serving(_: object, asked: list[EvalTarget]) -> Iterator[InPlace]:
-        served.append([(who.objective, who.budget, who.condition.name) for who in asked])
+    def vllm_server(_: object, targets: list[EvalTarget]) -> Iterator[InPlace]:
+        served.append([(t.objective, t.budget, t.condition.name) for t in targets])
         yield InPlace()
 
-    monkeypatch.setattr(worker, "vllm_server", serving)
+    monkeypatch.setattr(worker, "vllm_server", vllm_server)
     text = study(model, root, budgets="[200, 400]", objectives="[sft, ip]")
     out, here = carry(text.replace("batch: 16", "batch: 16\n  backend: vllm"), tmp_path / "served"), tmp_path / "here"
     assert sorted(served) == [

@@ -1,4 +1,4 @@
-"""The backend protocol: whoever answers prompts. Two questions only: what would you say, and which of these?"""
+"""The backend protocol: complete conversations, or give the probabilities of options as the next token."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 Conversation = list[dict[str, str]]
-NOT_FINITE = "the model's logits are not finite"  # a failure that asking again does not mend
-OVERLONG = "exceed its context of"  # nor this one
-Tick = Callable[[int], None]  # called with the number of requests just answered
+NOT_FINITE = "the model's logits are not finite"  # a permanent failure: a retry cannot succeed
+OVERLONG = "exceed its context of"  # another permanent failure
+Tick = Callable[[int], None]  # called with the number of requests just completed
 
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation to go on with for at most `max_new_tokens`: greedily, or drawn at a temperature.
+    """A conversation to continue by at most `max_new_tokens`: greedy at temperature 0, else sampled.
 
-    A drawn answer is a function of the prompt's ids, `temperature`, `sample` and `seed`: pure ancestral sampling, no
-    top-k, no top-p. `sample` tells several answers to one prompt apart.
+    A sampled reply is a function of the prompt's ids, `temperature`, `sample` and `seed`: ancestral sampling without
+    top-k or top-p. `sample` indexes several replies to one prompt.
     """
 
     conversation: Conversation
@@ -30,14 +30,14 @@ class Request:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"a temperature of {self.temperature}: 0 is greedy, above it answers are drawn")
+            raise ValueError(f"temperature {self.temperature}: it must be finite and not negative")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The text, how many tokens it took, and whether the limit cut it off; or why there is none (`failure`).
+    """The text, its length in tokens, and whether the limit cut it off; or the reason for its absence (`failure`).
 
-    A failure of transport or of the model's numbers is no answer: whatever was to be scored is unscored.
+    A failure of transport or non-finite logits leave the item unscored.
     """
 
     text: str
@@ -48,14 +48,14 @@ class Reply:
 
 @dataclass(frozen=True)
 class Choice:
-    """Next-token probability of each option, summed over its spellings, as a share of the whole vocabulary."""
+    """Next-token probability of each option, summed over its spellings."""
 
     mass: dict[str, float]
     failure: str | None = None
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8; a lone surrogate, one half of a character, cannot."""
+    """Return whether a text can be encoded as UTF-8; a lone surrogate cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -64,22 +64,22 @@ def is_unicode(text: str) -> bool:
 
 
 class Backend(Protocol):
-    """Answers conversations under one checkpoint and one chat template."""
+    """One checkpoint with one chat template."""
 
     @property
     def identity(self) -> str:
-        """Who answers: a hash over the weights and adapter, or over an endpoint's address and model name."""
+        """Hash of the weights and adapter, or of an endpoint's address and model name."""
         ...
 
     @property
     def template_hash(self) -> str:
-        """Identity of the chat template and of what stands before every prompt."""
+        """Hash of the chat template and the prompt prefix."""
         ...
 
     def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
-        """One reply per request, in their order."""
+        """Return one reply per request, in order."""
         ...
 
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
-        """How likely each option is to come next, in the conversations' order."""
+        """Return each option's next-token probability per conversation, in order."""
         ...

@@ -1,7 +1,7 @@
-"""vLLM: one server for a base model, each checkpoint's adapter loaded into it by name and asked like any endpoint.
+"""A vLLM server of a base model, with adapters loaded by name and queried as an OpenAI-compatible endpoint.
 
-`vllm serve` runs as a child process of a watcher that ends it, and all it has started, when this process is gone: after
-an exception, Ctrl-C or a kill alike. Routes and flags: https://docs.vllm.ai/en/latest/features/lora/.
+`vllm serve` is the child of a watcher process that ends it and its descendants when this process ends, even by SIGKILL.
+Routes and flags: https://docs.vllm.ai/en/latest/features/lora/.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from leeway.hashing import digest
 from leeway.model import adapters
 from leeway.model.load import load_chat, resolve
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
-BASE = "base"  # the name the base model is served under
-TAIL = 8  # lines of the log in an error
-GRACE_S = 20.0  # between asking the server to end and ending it
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
+BASE_NAME = "base"  # served model name of the base model
+LOG_TAIL = 8  # lines of the log in an error
+GRACE_S = 20.0  # between SIGTERM and SIGKILL
 
-# Ends the whole process group once its standard input closes, which the kernel does whatever became of the parent.
+# End the process group when standard input closes, which the kernel does however the parent ended.
 WATCHER = """
 import os, signal, subprocess, sys, threading, time
 grace, command = float(sys.argv[1]), sys.argv[2:]
 signal.signal(signal.SIGTERM, lambda *_: None)
 signal.signal(signal.SIGINT, lambda *_: None)
 child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-asked = threading.Event()
+stopping = threading.Event()
 def watch():
     os.read(0, 1)
-    asked.set()
+    stopping.set()
     os.killpg(0, signal.SIGTERM)
     time.sleep(grace)
     os.killpg(0, signal.SIGKILL)
 threading.Thread(target=watch, daemon=True).start()
 code = child.wait()
-if asked.is_set():
+if stopping.is_set():
     os.killpg(0, signal.SIGKILL)
 os._exit(code & 255)
 """
@@ -64,10 +64,10 @@ os._exit(code & 255)
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """A base model (hub id or folder) and how to serve it; `args` are further flags of `vllm serve`.
+    """A base model (hub id or folder) and how to serve it; `args` are additional flags of `vllm serve`.
 
-    `max_lora_rank` is rounded up to one that vLLM knows. `log` is where the server's output goes (None: a temporary
-    file, deleted when all went well). Concurrency, timeout and retries are those of `ApiSettings`.
+    `max_lora_rank` is rounded up to a supported value. `log` receives the server's output (None: a temporary file,
+    deleted on success). For `concurrency`, `timeout_s` and `retries` see `ApiSettings`.
     """
 
     model: str
@@ -84,14 +84,15 @@ class VllmSettings:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_lora_rank <= RANKS[-1]:
+        if not 0 < self.max_lora_rank <= LORA_RANKS[-1]:
             raise LeewayError(
-                f"vLLM: an adapter of rank {self.max_lora_rank}", fix=f"it serves ranks from 1 to {RANKS[-1]}"
+                f"vLLM: adapter rank {self.max_lora_rank} is not supported",
+                fix=f"use a rank from 1 to {LORA_RANKS[-1]}",
             )
 
 
 class VllmServer:
-    """`with VllmServer(settings) as server:` starts it, waits until it is healthy, and ends it whatever happens."""
+    """`with VllmServer(settings) as server:` starts a server, waits until it is healthy, and always ends it."""
 
     def __init__(self, settings: VllmSettings) -> None:
         self.settings = settings
@@ -101,7 +102,7 @@ class VllmServer:
 
     def __enter__(self) -> Self:
         command = self._command()
-        _check_free(self.port)  # another server there would be taken for ours
+        _check_free(self.port)  # a server already there would answer in place of ours
         if self._log is None:
             handle, name = tempfile.mkstemp(prefix="leeway-vllm-", suffix=".log")
             os.close(handle)
@@ -128,27 +129,27 @@ class VllmServer:
             self._log.unlink(missing_ok=True)
 
     def base(self, prefix: str = "") -> OpenAIBackend:
-        """The base model without an adapter."""
-        return self._backend(BASE, "", prefix)
+        """Return a backend of the base model without an adapter."""
+        return self._backend(BASE_NAME, "", prefix)
 
     @contextmanager
     def adapter(self, folder: Path, prefix: str = "") -> Iterator[OpenAIBackend]:
-        """The base model under the adapter saved in `folder`, for as long as the context lasts.
+        """Load the adapter saved in `folder` for the duration of the context.
 
-        Raises LeewayError where vLLM cannot serve it, or would serve another function than was trained.
+        Raises LeewayError if vLLM cannot serve it, or would compute another function than was trained.
         """
         check_servable(folder, self.settings.max_lora_rank)
         try:
             content = adapters.adapter_hash(adapters.saved(folder))
         except (SafetensorError, OSError) as error:
             raise LeewayError(f"{folder}: its adapter is damaged or missing", fix="train it again") from error
-        name = f"leeway-{content}"  # by content: vLLM keeps what it computed under a name
+        name = f"leeway-{content}"  # by content, because vLLM caches prefixes by name
         backend = self._backend(name, content, prefix)
         self._post("load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())}, folder)
         try:
             yield backend
         except BaseException:
-            with suppress(LeewayError):  # what went wrong first is what is told
+            with suppress(LeewayError):  # report the first error
                 self._post("unload_lora_adapter", {"lora_name": name}, folder)
             raise
         self._post("unload_lora_adapter", {"lora_name": name}, folder)
@@ -182,23 +183,23 @@ class VllmServer:
 
     def _command(self) -> list[str]:
         s = self.settings
-        found = shutil.which(s.command)
-        if found is None:
+        program = shutil.which(s.command)
+        if program is None:
             raise LeewayError(
-                f"{s.command}: no such program", fix="pip install vllm where there is a GPU, or leave vLLM out"
+                f"{s.command}: program not found", fix="pip install vllm (it needs a GPU), or use backend: transformers"
             )
-        rank = next(r for r in RANKS if r >= s.max_lora_rank)
+        rank = next(r for r in LORA_RANKS if r >= s.max_lora_rank)
         revision = ["--revision", s.revision] if s.revision else []
         return [
-            *(found, "serve", resolve(s.model), *revision),
-            *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", BASE, "--dtype", s.dtype),
+            *(program, "serve", resolve(s.model), *revision),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", BASE_NAME, "--dtype", s.dtype),
             *("--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)),
-            *("--generation-config", "vllm"),  # no top-k, top-p or penalty that came with the model
+            *("--generation-config", "vllm"),  # no top-k, top-p or penalty from the model's own config
             *s.args,
         ]
 
     def _wait(self) -> None:
-        """Until /health answers. Raises LeewayError with the end of the log where it does not."""
+        """Wait until /health answers. Raises LeewayError with the end of the log if it does not."""
         deadline = time.monotonic() + self.settings.start_timeout_s
         while True:
             code = self._process.poll() if self._process else None
@@ -212,7 +213,7 @@ class VllmServer:
 
     def _failed(self, why: str) -> LeewayError:
         lines = self._log.read_text("utf-8", "replace").splitlines() if self._log else []
-        tail = " | ".join([line.strip() for line in lines if line.strip()][-TAIL:]) or "empty"
+        tail = " | ".join([line.strip() for line in lines if line.strip()][-LOG_TAIL:]) or "empty"
         return LeewayError(f"vllm serve {self.settings.model} {why}; its log ends: {tail}", fix=f"see {self._log}")
 
     def _post(self, route: str, body: dict[str, str], folder: Path) -> None:
@@ -221,15 +222,16 @@ class VllmServer:
                 return
         except urllib.error.HTTPError as error:
             with error:
-                said = " ".join(error.read().decode("utf-8", "replace").split())[:300]
+                detail = " ".join(error.read().decode("utf-8", "replace").split())[:300]
             raise LeewayError(
-                f"{folder}: vLLM refused {route} (HTTP {error.code}: {said})", fix=f"see the server's log, {self._log}"
+                f"{folder}: vLLM refused {route} (HTTP {error.code}: {detail})",
+                fix=f"see the server's log, {self._log}",
             ) from error
         except OSError as error:
             raise self._failed(f"did not answer {route} ({error})") from error
 
     def _end(self) -> None:
-        """Close the watcher's standard input: it ends the group, gently first. Does nothing where all is over."""
+        """Close the watcher's standard input, which ends the group. Do nothing if it has ended."""
         process, self._process = self._process, None
         if process is None or process.stdin is None:
             return
@@ -241,56 +243,58 @@ class VllmServer:
             _kill(process.pid)
             process.wait()
             raise
-        _kill(process.pid)  # what a server that ended by itself has left behind
+        _kill(process.pid)  # children of a server that ended by itself
 
 
 def check_servable(folder: Path, max_rank: int) -> None:
-    """Raise LeewayError where `folder` holds no adapter that vLLM applies as it was trained."""
+    """Raise LeewayError unless `folder` holds an adapter that vLLM applies as it was trained."""
     try:
         config = json.loads((folder / adapters.CONFIG).read_text("utf-8"))
     except FileNotFoundError as error:
         raise LeewayError(
-            f"{folder}: no {adapters.CONFIG}, so no adapter to load into vLLM",
-            fix="serve whole weights as the model itself, or use the transformers backend",
+            f"{folder}: no {adapters.CONFIG}, so vLLM cannot load it as an adapter",
+            fix="serve whole weights as the model itself, or use backend: transformers",
         ) from error
     except ValueError as error:
         raise LeewayError(f"{folder}: its {adapters.CONFIG} is damaged", fix="train it again") from error
     for key, what in (
         ("trainable_token_indices", "trained embedding rows (control tokens)"),
-        ("modules_to_save", "whole modules beside its low-rank matrices"),
+        ("modules_to_save", "modules trained in full"),
         ("use_dora", "DoRA magnitudes"),
         ("rank_pattern", "ranks that differ by layer"),
         ("alpha_pattern", "scales that differ by layer"),
     ):
         if config.get(key):
-            raise LeewayError(f"{folder}: vLLM cannot serve {what}", fix="measure it with the transformers backend")
+            raise LeewayError(f"{folder}: vLLM cannot serve {what}", fix="use backend: transformers")
     if config.get("bias", "none") != "none":
-        raise LeewayError(f"{folder}: vLLM cannot serve trained biases", fix="measure it with the transformers backend")
+        raise LeewayError(f"{folder}: vLLM cannot serve trained biases", fix="use backend: transformers")
     if int(config["r"]) > max_rank:
-        raise LeewayError(f"{folder}: an adapter of rank {config['r']}", fix=f"raise max_lora_rank ({max_rank})")
+        raise LeewayError(
+            f"{folder}: adapter rank {config['r']} exceeds max_lora_rank {max_rank}", fix="raise max_lora_rank"
+        )
 
 
 def template_kwargs(chat: Chat) -> dict[str, Any]:
-    """What makes the server render a prompt to the very ids that were trained on.
+    """Return template arguments with which the server renders a prompt to the same ids as in training.
 
-    Some templates write an empty thought before every answer of a conversation, and before a new one only where they
-    are told not to think. Raises LeewayError where neither way gives the same ids.
+    Some templates write an empty thought before every answer in a conversation, but before a new answer only with
+    `enable_thinking: false`. Raises LeewayError if neither gives the same ids.
     """
     turns = [{"role": "user", "content": "hello"}]
-    wanted = chat.prompt_ids(turns)
-    ways: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False})
-    for kwargs in ways:
+    expected = chat.prompt_ids(turns)
+    candidates: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False})
+    for kwargs in candidates:
         text = chat.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
-        if chat.ids(str(text)) == wanted:
+        if chat.ids(str(text)) == expected:
             return kwargs
     raise LeewayError(
-        f"model {chat.tokenizer.name_or_path}: its chat template writes something before an answer that vLLM would not",
-        fix="measure it with the transformers backend",
+        f"model {chat.tokenizer.name_or_path}: vLLM does not render its chat template's text before an answer",
+        fix="use backend: transformers",
     )
 
 
 def _open(url: str, body: dict[str, str] | None, timeout_s: float) -> Any:
-    """A plain request to this machine, past any proxy."""
+    """Send a request to this machine, without any proxy."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s)
