@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from leeway import cli
 
 STUDY = """
 name: x
@@ -53,7 +60,7 @@ def mistake(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_usage_mistakes() -> None:
-    assert "No such command 'rum'" in mistake(leeway("rum"))
+    assert "No such command 'rnu'. Did you mean 'run'?" in mistake(leeway("rnu"))
     assert "neither a study file nor a preset" in mistake(leeway("run", "nowhere.yaml"))
 
 
@@ -63,6 +70,41 @@ def test_what_is_given_twice_is_an_error_and_not_the_last_of_two() -> None:
     assert "no preset" not in mistake(leeway("report", "nowhere", "--card", "a", "--card", "b"))  # takes several
     assert "override seeds is given twice" in mistake(leeway("plan", "demo", "seeds=[0]", "seeds=[1]"))
     assert "--price inf is no price" in mistake(leeway("plan", "demo", "--gpu", "L4", "--price", "inf"))
+
+
+def test_version() -> None:
+    assert leeway("--version").stdout == f"leeway {version('leeway')}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["rnu"]])
+def test_help_version_and_a_typo_import_nothing_heavy(arguments: list[str]) -> None:
+    script = f"""
+import sys
+from leeway import cli
+sys.argv = ["leeway", *{arguments}]
+try:
+    cli.main()
+finally:
+    print("loaded", *{{"torch", "numpy", "pandas", "transformers", "pyarrow"}} & sys.modules.keys())
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines()[-1] == "loaded"
+
+
+def commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def test_every_command_has_an_example_that_parses() -> None:
+    for path, command in commands(typer.main.get_command(cli.app), "leeway"):
+        example = command.epilog.removeprefix("Example: ")
+        assert example.startswith(f"{path} ") or example == path, path
+        arguments = shlex.split(example.removeprefix(path).split(" > ")[0])
+        assert command.make_context(path, arguments), path
 
 
 def test_a_traceback_when_asked_for() -> None:
@@ -245,7 +287,7 @@ def test_ctrl_c_says_that_the_run_can_go_on(after: float, models: dict[str, Path
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert said.strip() == "leeway: stopped; the same command carries on from here"
+    assert said.strip() == "leeway: stopped; run the same command again to resume"
     assert leeway(*command[3:]).returncode == 0
 
 

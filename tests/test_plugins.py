@@ -10,13 +10,13 @@ from typing import ClassVar
 import pytest
 
 from leeway import plugins
+from leeway.cli import judge_calibrate
 from leeway.data.types import CapabilityItem
 from leeway.errors import LeewayError
 from leeway.evals.eval import load_eval
 from leeway.evals.tasks import load_task
 from leeway.objectives import load_objective
 from leeway.objectives.sft import Sft
-from leeway.study.judge_calibration import calibrated
 from leeway.study.load import parse
 
 STUDY = """
@@ -122,7 +122,7 @@ def test_a_faulty_eval_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_file_of_labels_is_told_as_one(tmp_path: Path) -> None:
     with pytest.raises(LeewayError, match=r"none\.csv: no such file; check that path"):
-        calibrated("keywords", str(tmp_path / "none.csv"), None, None, "OPENAI_API_KEY", tmp_path)
+        judge_calibrate("keywords", str(tmp_path / "none.csv"), None, None, "OPENAI_API_KEY", tmp_path)
 
 
 def test_an_asking_judge_and_one_that_asks_nobody() -> None:

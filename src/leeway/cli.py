@@ -1,4 +1,7 @@
-"""The command line. Each command parses its options and calls one function of the package."""
+"""The command line. Each command parses its options and calls one function of the package.
+
+Heavy modules are imported inside the commands, so that `--help`, `--version` and a typo return at once.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -19,17 +23,17 @@ from typer.core import TyperCommand
 
 from leeway.errors import LeewayError, first_line
 
-INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
-CLOSED_PIPE = 141  # and for one that writes into a pipe whose reader has gone, as `| head` does
-CRASH = 70  # EX_SOFTWARE; 0, 1 and 3 are a gate's verdicts
-STOPPED = "stopped; the same command carries on from here"
+INTERRUPTED = 130  # what shells report after Ctrl-C
+CLOSED_PIPE = 141  # and for a write into a pipe that its reader has closed, as `| head` does
+CRASH = 70  # EX_SOFTWARE; 0, 1 and 3 are the verdicts of `leeway gate`
+STOPPED = "stopped; run the same command again to resume"
 
 
 class SingleOptionCommand(TyperCommand):
-    """A command that refuses an option given twice, unless it is a flag or takes several."""
+    """A command that refuses a repeated option, unless it is a flag or takes several values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse as ever, after a look at what was named; raises LeewayError."""
+        """Parse `args`; raises LeewayError for a repeated option."""
         _, _, order = self.make_parser(ctx).parse_args(list(args))
         seen = set()
         for option in order:
@@ -41,15 +45,14 @@ class SingleOptionCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Commands(typer.Typer):
-    """Commands, each of them a SingleOptionCommand."""
+    """A group of SingleOptionCommands."""
 
-    def command(self, name: str | None = None, **more: Any) -> Callable[[Command], Command]:
-        """As in Typer."""
-        return super().command(name, **{"cls": SingleOptionCommand, **more})
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Function], Function]:
+        return super().command(name, **{"cls": SingleOptionCommand, **options})
 
 
 app = Commands(
@@ -57,14 +60,25 @@ app = Commands(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Measure how far fine-tuning pushes a chat model off course. Add -v to any command for a traceback.",
+    epilog="Example: leeway demo --out runs/demo",
+)
+organism_app = Commands(
+    no_args_is_help=True,
+    help="The embedded micro chat model: rebuild it, measure it.",
+    epilog="Example: leeway organism card",
+)
+judge_app = Commands(
+    no_args_is_help=True,
+    help="The judges that score responses: measure their agreement with human labels.",
+    epilog="Example: leeway judge calibrate keywords --on xstest",
 )
 
 
 def main() -> None:
     """Run a command and exit with its code.
 
-    A user's mistake is one line on stderr and exit code 2; any other exception is one line and 70; `-v` adds the
-    traceback to either. A closed pipe on stdout is 141.
+    Exit 2 with one line on stderr for a user's mistake, 70 with one line for any other exception; `-v` adds the
+    traceback to either. Exit 141 if stdout is a closed pipe.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads that spin starve a busy machine
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -82,7 +96,7 @@ def main() -> None:
     except LeewayError as error:
         _fail(str(error), 2, verbose)
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # the command-line and terminal libraries exit 1 on it
+        if isinstance(error.__context__, BrokenPipeError):  # typer and rich exit with 1 on it
             _leave(CLOSED_PIPE)
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not exit 1
@@ -108,7 +122,7 @@ def _stdout_is_closed() -> bool:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit with `code` even where stdout or stderr cannot be flushed: the interpreter would exit 120 then."""
+    """Exit with `code` even if stdout or stderr cannot be flushed: the interpreter would exit with 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -119,17 +133,17 @@ def _leave(code: int) -> NoReturn:
 
 
 def _mistake(error: Exception) -> str | None:
-    """One line for what a user can mend and other libraries raise: a usage error, a full disk, a folder of others."""
-    if hasattr(error, "format_message"):  # the command-line library's own
-        said = error.format_message().replace("\n", " ")
-        return f"{said} (see `leeway --help`)" if said else "name a command (see `leeway --help`)"
+    """Return one line for a user's mistake that another library raised: usage, full disk, unwritable folder."""
+    if hasattr(error, "format_message"):  # typer's usage errors
+        message = error.format_message().replace("\n", " ")
+        return f"{message} (see `leeway --help`)" if message else "name a command (see `leeway --help`)"
     code = error.errno if isinstance(error, OSError) else None
     full = any(sign in str(error) for sign in ("No space left", "StorageFull"))  # writers in Rust raise their own kind
     if full or code in (errno.ENOSPC, errno.EDQUOT):
-        return "no disk space left for the output folder; free some and run the same command again: it carries on"
+        return "no disk space left for the output folder; free some and run the same command again to resume"
     if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
         where = getattr(error, "filename", None) or "the output folder"
-        return f"{where}: may not be written; give another --out"
+        return f"{where}: not writable; give another --out"
     return None
 
 
@@ -146,35 +160,49 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="settings of the study, such as optim.lr=1e-4"),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="the run directory; carried on with if it exists")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")]
+Out = Annotated[Path | None, typer.Option("--out", help="the run directory; resumed if it exists")]
 Workers = Annotated[
     int | None,
     typer.Option(
-        "--workers",
-        min=1,
-        help="how many work at once (default: on a CPU as many as there are cores for, one on a GPU)",
+        "--workers", min=1, help="worker processes (default: on a CPU as many as its cores allow, one on a GPU)"
     ),
 ]
 Executor = Annotated[
     Literal["local", "ray"],
     typer.Option(
         "--executor",
-        help="this machine, or a Ray cluster: RAY_ADDRESS's, else one started here (default: local)",
+        help="this machine, or a Ray cluster: the one at RAY_ADDRESS, or a new one here (default: local)",
         show_default=False,
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but the final paths")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="print only the final paths")]
 
 
-@app.command()
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"leeway {version('leeway')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
+
+
+@app.command(epilog="Example: leeway demo --out runs/demo")
 def demo(out: Out = None, workers: Workers = None, quiet: Quiet = False) -> None:
-    """Run the embedded study, on a CPU, without any download."""
-    _run("demo", (), out or Path("leeway-demo"), workers, quiet)
+    """Run the embedded study on a CPU, without any download."""
+    _run("demo", None, out or Path("leeway-demo"), workers, "local", quiet)
 
 
-@app.command()
+@app.command(epilog="Example: leeway studies real-data > study.yaml")
 def studies(name: Annotated[str | None, typer.Argument(help="print this preset")] = None) -> None:
-    """List the presets, or print one to start a file from."""
+    """List the presets, or print one as the start of a study file."""
     from leeway.study.load import PRESETS, preset_text
 
     if name:
@@ -184,58 +212,58 @@ def studies(name: Annotated[str | None, typer.Argument(help="print this preset")
         typer.echo(f"{preset:18} {what}")
 
 
-@app.command()
+@app.command(epilog="Example: leeway plan study.yaml --gpu H100-80 --price 2.5 optim.lr=2e-4")
 def plan(
     study: Study,
     overrides: Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="a GPU to price it on, such as H100-80, A100-40, L4 (default: this CPU)")
+        str | None, typer.Option("--gpu", help="a GPU to price, such as H100-80, A100-40, L4 (default: this CPU)")
     ] = None,
-    mfu: Annotated[float | None, typer.Option("--mfu", help="the share of its peak rate that is reached")] = None,
-    mbu: Annotated[float | None, typer.Option("--mbu", help="the share of its bandwidth that is reached")] = None,
-    price: Annotated[float | None, typer.Option("--price", min=0, help="dollars for an hour of it")] = None,
+    mfu: Annotated[float | None, typer.Option("--mfu", help="model FLOPs utilisation, 0 to 1")] = None,
+    mbu: Annotated[float | None, typer.Option("--mbu", help="model bandwidth utilisation, 0 to 1")] = None,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="dollars per GPU hour")] = None,
     judge_price: Annotated[
         str | None,
         typer.Option(
             "--judge-price",
             metavar="IN/OUT",
-            help="a judge's dollars per million tokens, read and written; one number for both",
+            help="a judge's dollars per million input and output tokens; one number for both",
         ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="time some steps and answers on this machine: loads the model")
+        bool, typer.Option("--measure", help="time a few steps and answers on this machine (loads the model)")
     ] = False,
     workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say what a study takes: trajectories, exact tokens, hours, memory, dollars, disk; by formulas, or --measure."""
+    """Estimate a study: trajectories, exact tokens, hours, memory, dollars, disk; by formulas or --measure."""
     from leeway.plan.plan import plan as make_plan
     from leeway.plan.plan import priced
     from leeway.study.load import load
 
     machine, prices = priced(gpu, mfu, mbu, price, judge_price)
     if gpu is not None and measure:
-        raise LeewayError("--measure is of this machine, --gpu of another", fix="leave one of them out")
+        raise LeewayError("--measure times this machine, --gpu names another", fix="leave one of them out")
     if workers is not None and not measure:
-        raise LeewayError("--workers is for what is measured", fix="add --measure")
+        raise LeewayError("--workers needs --measure", fix="add --measure")
     planned = make_plan(load(study, tuple(overrides or ())), machine, prices, measure=measure, workers=workers)
     typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text())
 
 
-@app.command()
+@app.command(epilog="Example: leeway show study.yaml -n 2")
 def show(
     study: Study,
     overrides: Overrides = None,
     n: Annotated[int, typer.Option("-n", min=1, help="examples per objective")] = 1,
 ) -> None:
-    """Print rendered training examples per objective, their targets marked: what is trained on."""
+    """Print rendered training examples of each objective with their targets marked."""
     from leeway.study.load import load
     from leeway.study.show import show as make_text
 
     typer.echo(make_text(load(study, tuple(overrides or ())), n))
 
 
-@app.command()
+@app.command(epilog="Example: leeway run study.yaml --out runs/x optim.lr=2e-4")
 def run(
     study: Study,
     overrides: Overrides = None,
@@ -244,66 +272,70 @@ def run(
     executor: Executor = "local",
     quiet: Quiet = False,
 ) -> None:
-    """Run a study; the same command carries on where it stopped."""
-    _run(study, tuple(overrides or ()), out, workers, quiet, executor)
+    """Run a study; the same command resumes it."""
+    _run(study, overrides, out, workers, executor, quiet)
 
 
-@app.command()
+def _run(
+    study: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    workers: int | None,
+    executor: Literal["local", "ray"],
+    quiet: bool,
+) -> None:
+    from leeway.study.load import load
+    from leeway.study.progress import Reporter
+    from leeway.study.run import run as run_study
+
+    spec = load(study, tuple(overrides or ()))
+    page = run_study(spec, out or Path("runs") / spec.name, Reporter(quiet=quiet), _command(), workers, executor)
+    typer.echo(str(page.resolve()))
+
+
+def _command() -> str:
+    return "leeway " + shlex.join(sys.argv[1:])
+
+
+@app.command(epilog="Example: leeway audit --adapter my-lora --study demo --out runs/audit")
 def audit(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="the fine-tuned model, or the base")] = None,
     overrides: Overrides = None,
-    base: Annotated[str | None, typer.Option("--base", help="what it is compared with: a folder or hub id")] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="a PEFT folder on MODEL or --base")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="its name on rows and page")] = None,
-    study: Annotated[str | None, typer.Option("--study", help="a study file or preset: its evals are asked")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="the base model: a folder or hub id")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="a PEFT folder for MODEL or --base")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="the checkpoint's name on rows and page")] = None,
+    study: Annotated[str | None, typer.Option("--study", help="a study file or preset with the evals to run")] = None,
     endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible server of MODEL")] = None,
-    base_endpoint: Annotated[str | None, typer.Option("--base-endpoint", help="and one of the base")] = None,
+    base_endpoint: Annotated[
+        str | None, typer.Option("--base-endpoint", help="an OpenAI-compatible server of the base")
+    ] = None,
     key_env: Annotated[str | None, typer.Option("--key-env", help="the variable that holds the server's key")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=0, help="that it was trained on, where known")] = 0,
-    own_template: Annotated[bool, typer.Option("--own-template", help="ask each under its own template")] = False,
+    tokens: Annotated[int, typer.Option("--tokens", min=0, help="training tokens of the checkpoint, if known")] = 0,
+    own_template: Annotated[bool, typer.Option("--own-template", help="prompt each under its own template")] = False,
     other_base: Annotated[bool, typer.Option("--other-base", help="use a base the adapter does not name")] = False,
     out: Out = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model that was trained elsewhere against its base; the same command carries on."""
+    """Measure a model that was trained elsewhere against its base; the same command resumes it."""
     from leeway.audit import run as audits
     from leeway.audit.models import served, subjects
     from leeway.study.progress import Reporter
 
     settings = list(overrides or ())
     if model is not None and "=" in model and not Path(model).exists():
-        settings, model = [model, *settings], None  # no MODEL was given: what stands there is a setting
+        settings, model = [model, *settings], None  # no MODEL was given: the first argument is a setting
     if endpoint or base_endpoint:
         compared = served(model, base, endpoint, base_endpoint, key_env)
     else:
         compared = subjects(model, base, adapter, other_base=other_base)
     one = audits.checked(*compared, study, settings, name=name, tokens=tokens, own_template=own_template)
-    command = "leeway " + shlex.join(sys.argv[1:])
-    page = audits.run(one, out or Path("runs") / f"audit-{one.name}", Reporter(quiet=quiet), command)
+    page = audits.run(one, out or Path("runs") / f"audit-{one.name}", Reporter(quiet=quiet), _command())
     typer.echo(str(page.resolve()))
 
 
-def _run(
-    study: str,
-    overrides: tuple[str, ...],
-    out: Path | None,
-    workers: int | None,
-    quiet: bool,
-    executor: Literal["local", "ray"] = "local",
-) -> None:
-    from leeway.study.load import load
-    from leeway.study.progress import Reporter
-    from leeway.study.run import run as carry_out
-
-    spec = load(study, overrides)
-    command = "leeway " + shlex.join(sys.argv[1:])
-    page = carry_out(spec, out or Path("runs") / spec.name, Reporter(quiet=quiet), command, workers, executor)
-    typer.echo(str(page.resolve()))
-
-
-@app.command()
-def ledger(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")]) -> None:
-    """Print what was matched over objectives and what each cost; exit 1 if anything differs."""
+@app.command(epilog="Example: leeway ledger runs/x")
+def ledger(directory: RunDirectory) -> None:
+    """Print what is matched across objectives and what each cost; exit 1 if anything differs."""
     from leeway.study.ledger_report import view
 
     found = view(directory)
@@ -311,49 +343,40 @@ def ledger(directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run 
     raise typer.Exit(1 if found.faults else 0)
 
 
-@app.command()
+@app.command(epilog="Example: leeway report runs/x --card judges/keywords-xstest.json")
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")],
+    directory: RunDirectory,
     card: Annotated[
-        list[Path] | None, typer.Option("--card", help="a judge's card: refusal rates corrected for its errors too")
+        list[Path] | None, typer.Option("--card", help="a judge's card, to correct refusal rates for its errors")
     ] = None,
     claims: Annotated[
-        str | None, typer.Option("--claims", help="a file of claims, or a set's name: judged as written after the run")
+        str | None, typer.Option("--claims", help="a claims file or set, marked as written after the run")
     ] = None,
 ) -> None:
-    """Rebuild tables, figures and page from the rows alone."""
+    """Rebuild tables, figures, page and citation.bib from the rows."""
     from leeway.report import build
 
     typer.echo(str(build(directory, card or (), claims).resolve()))
 
 
-@app.command()
-def cite(directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="a run directory")] = None) -> None:
-    """Print BibTeX for Leeway and, given a run, for everything that it rests on."""
-    from leeway.report import Results
-    from leeway.report.exports.model_card import of_leeway, of_run
-
-    typer.echo(of_run(Results.load(directory)) if directory else of_leeway(), nl=False)
-
-
-@app.command()
+@app.command(epilog="Example: leeway compare runs/a runs/b --out compared")
 def compare(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="two or more run directories")],
-    out: Annotated[Path, typer.Option("--out", help="the folder to write into")] = Path("leeway-compare"),
-    pool: Annotated[bool, typer.Option("--pool", help="one study under several training seeds: pool its rows")] = False,
+    out: Annotated[Path, typer.Option("--out", help="the output folder")] = Path("leeway-compare"),
+    pool: Annotated[bool, typer.Option("--pool", help="pool the training seeds of one study")] = False,
 ) -> None:
-    """Contrast several studies, or pool the runs of one; what must not be compared is refused or left out by name."""
+    """Contrast several studies, or pool the runs of one; refuse or list what is not comparable."""
     from leeway.report.compare.compare import compare as make
     from leeway.report.compare.compare import write
 
     typer.echo(str(write(make(directories, pooling=pool), out).resolve()))
 
 
-@app.command()
+@app.command(epilog="Example: leeway export runs/x --inspect")
 def export(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")],
-    inspect: Annotated[bool, typer.Option("--inspect", help="as logs of Inspect, one per checkpoint and eval")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="the folder to write into (default: DIR/inspect)")] = None,
+    directory: RunDirectory,
+    inspect: Annotated[bool, typer.Option("--inspect", help="as Inspect logs, one per checkpoint and eval")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="the output folder (default: DIR/inspect)")] = None,
 ) -> None:
     """Write a finished run in another tool's format."""
     if not inspect:
@@ -363,13 +386,13 @@ def export(
     typer.echo(str(write(directory, out)[0].parent.resolve()))
 
 
-@app.command()
+@app.command(epilog="Example: leeway gate runs/x --rule rule.yaml")
 def gate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory, of a study or an audit")],
+    directory: RunDirectory,
     rule: Annotated[Path, typer.Option("--rule", help="the rule file: see docs/gate.md")],
-    out: Annotated[Path | None, typer.Option("--out", help="the folder to write into (default: DIR/gate)")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="the output folder (default: DIR/gate)")] = None,
 ) -> None:
-    """Decide on release: exit 0 pass, 1 fail, 3 inconclusive; gate.json, gate.xml (JUnit) and gate.md say why."""
+    """Decide on release: exit 0 pass, 1 fail, 3 inconclusive; write gate.json, gate.xml (JUnit) and gate.md."""
     from rich.console import Console
 
     from leeway.gate import gate as decide
@@ -381,52 +404,32 @@ def gate(
     raise typer.Exit(EXIT[found.outcome])
 
 
-organism_app = Commands(no_args_is_help=True, help="The embedded micro chat model: rebuild it, measure it.")
-app.add_typer(organism_app, name="organism")
-judge_app = Commands(no_args_is_help=True, help="Who scores answers: hold a judge against labels that people made.")
-app.add_typer(judge_app, name="judge")
-
-
-@app.command()
+@app.command(epilog="Example: leeway attacks zulu")
 def attacks(
     name: Annotated[str | None, typer.Argument(help="show what this attack sends")] = None,
     templates: Annotated[Path | None, typer.Option("--templates", help="a file of your own attacks")] = None,
 ) -> None:
-    """List the attacks with version, hash and origin, or show what one of them sends for a harmless placeholder."""
+    """List the attacks with version, hash and origin, or show what one sends for a harmless placeholder."""
     from leeway.attacks.registry import listed, shown
 
     typer.echo(shown(name, templates) if name else listed(templates))
 
 
-@judge_app.command("calibrate")
-def judge_calibrate(
-    judge: Annotated[str, typer.Argument(metavar="JUDGE", help="keywords, rubric, finetuned, or an installed one")],
-    on: Annotated[str, typer.Option("--on", help="xstest, or a file of prompt, response and label")] = "xstest",
-    model: Annotated[str | None, typer.Option("--model", help="who is asked: a folder, a hub id or an API's")] = None,
-    endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible address for --model")] = None,
-    key_env: Annotated[str, typer.Option("--key-env", help="the variable that holds its key")] = "OPENAI_API_KEY",
-    out: Annotated[Path, typer.Option("--out", help="where the card is kept")] = Path("judges"),
-) -> None:
-    """Measure a judge's agreement with people, and keep it as the judge's card."""
-    from leeway.study.judge_calibration import calibrated
-
-    text, card = calibrated(judge, on, model, endpoint, key_env, out)
-    typer.echo(text)
-    typer.echo(str(card.resolve()))
+app.add_typer(organism_app, name="organism")
 
 
-@organism_app.command("build")
+@organism_app.command("build", epilog="Example: leeway organism build --out my-organism")
 def organism_build(
     out: Annotated[Path, typer.Option("--out", help="the folder to write the model into")],
 ) -> None:
-    """Train the organism from nothing on this machine's CPU (minutes) and measure its card."""
+    """Train the organism from scratch on this machine's CPU (minutes) and measure its card."""
     from leeway.organism.recipe import build
 
     build(out, lambda line: print(line, file=sys.stderr, flush=True))
     typer.echo(str(out.resolve()))
 
 
-@organism_app.command("card")
+@organism_app.command("card", epilog="Example: leeway organism card my-organism")
 def organism_card(
     model: Annotated[str, typer.Argument(help="the model's folder")] = "organism",
 ) -> None:
@@ -435,3 +438,41 @@ def organism_card(
     from leeway.organism.card import measure
 
     typer.echo(json.dumps(measure(Path(resolve(model))), indent=1))
+
+
+app.add_typer(judge_app, name="judge")
+
+
+@judge_app.command("calibrate", epilog="Example: leeway judge calibrate keywords --on xstest --out judges")
+def judge_calibrate(
+    judge: Annotated[str, typer.Argument(metavar="JUDGE", help="keywords, rubric, finetuned, or an installed one")],
+    on: Annotated[str, typer.Option("--on", help="xstest, or a file of prompt, response and label")] = "xstest",
+    model: Annotated[str | None, typer.Option("--model", help="its model: a folder, hub id or API name")] = None,
+    endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible address for --model")] = None,
+    key_env: Annotated[str, typer.Option("--key-env", help="the variable that holds its key")] = "OPENAI_API_KEY",
+    out: Annotated[Path, typer.Option("--out", help="the folder to write the card into")] = Path("judges"),
+) -> None:
+    """Measure a judge's agreement with human labels and save it as the judge's card."""
+    from leeway.judges import ASKING, JUDGES, load_judge
+    from leeway.judges.calibrate import calibrate
+    from leeway.study.build_evals import HelperModels
+    from leeway.study.eval_spec import ModelRef
+
+    if endpoint and not model:
+        raise LeewayError(f"judge {judge}: an endpoint without a model", fix="give --model, the name it serves")
+    if judge in ASKING and not model:
+        raise LeewayError(f"judge {judge}: no model given", fix="give --model")
+    if judge in JUDGES and judge not in ASKING and model:
+        raise LeewayError(f"judge {judge}: it uses no model", fix="leave --model out")
+    if not endpoint and key_env != ModelRef.model_fields["key_env"].default:
+        raise LeewayError(f"judge {judge}: --key-env needs --endpoint", fix="give --endpoint, or leave --key-env out")
+    backend = None
+    if model:  # its replies are cached in `out`, so that a second calibration costs nothing
+        helper = ModelRef(model=model, endpoint=endpoint, key_env=key_env)
+        backend = HelperModels(out / "helper_cache.sqlite").of(helper)
+    loaded = load_judge(judge, backend, **({"model": model} if model else {}))
+    card = calibrate(loaded, on)
+    path = out / f"{loaded.name}-{loaded.hash}-{Path(on).stem}.json"
+    card.save(path)
+    typer.echo(card.to_text())
+    typer.echo(str(path.resolve()))

@@ -90,8 +90,8 @@ def test_a_plan_measures_by_the_code_that_runs(models: dict[str, Path], root: Pa
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (["--measure", "--gpu", "L4"], "--measure is of this machine"),
-        (["--workers", "2"], "--workers is for what is measured"),
+        (["--measure", "--gpu", "L4"], "--measure times this machine"),
+        (["--workers", "2"], "--workers needs --measure"),
         (["--measure", "evals.backend=vllm", "objectives=[sft]", "budgets=[500]"], "vllm is not timed"),
     ],
 )

@@ -265,7 +265,7 @@ def test_leeway_is_cited_as_its_own_file_says():
     told = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text("utf-8"))
     assert told["title"] == model_card.TITLE
     assert told["authors"][0]["name"] in model_card.AUTHOR
-    assert f"version = {{{told['version']}}}" in model_card.of_leeway()
+    assert f"version = {{{told['version']}}}" in model_card.leeway()
     assert "{0.0.9}" in model_card.leeway("0.0.9")
 
 

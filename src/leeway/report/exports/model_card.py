@@ -35,19 +35,13 @@ def leeway(told: str | None = None) -> str:
 
 
 def of_run(results: Results) -> str:
-    """`citation.bib` of a run."""
-    return _bib(_facts(results), str(results.manifest.get("leeway") or version("leeway")))
-
-
-def of_leeway() -> str:
-    """What to cite where no run is named: Leeway, the paper, and the statistics that every run uses."""
-    return _bib({ALWAYS}, version("leeway"))
-
-
-def _bib(facts: set[str], number: str) -> str:
+    """Return `citation.bib` of a run."""
+    facts = _facts(results)
     text = files("leeway.report.exports").joinpath("sources.yaml").read_text("utf-8")
     entries: dict[str, dict[str, Any]] = yaml.safe_load(text)
-    return "\n".join([leeway(number), *(e["bib"] for e in entries.values() if facts & set(e["when"]))])
+    return "\n".join(
+        [leeway(results.manifest.get("leeway")), *(e["bib"] for e in entries.values() if facts & set(e["when"]))]
+    )
 
 
 def _facts(results: Results) -> set[str]:
