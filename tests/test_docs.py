@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import typer
-import yaml
 from docs_blocks import Block, Session, alike, blocks, commands, named
 
+from leeway import yaml_config
 from leeway.cli import app
 from leeway.errors import LeewayError
 from leeway.study.load import PRESETS, load, parse
@@ -135,10 +135,10 @@ STUDIES = [b for b in BLOCKS if b.mark == "study"]
 @pytest.mark.parametrize("block", STUDIES, ids=str)
 def test_a_study_file_in_a_page_is_one(block: Block) -> None:
     assert block.language == "yaml"
-    given = yaml.safe_load(block.text)
-    whole = yaml.safe_load(WHOLE)
+    given = yaml_config.load(block.text)
+    whole = yaml_config.load(WHOLE)
     missing = {k: v for k, v in whole.items() if k not in given}
-    parse(block.text + yaml.safe_dump(missing), str(block))
+    parse(block.text + yaml_config.dump(missing), str(block))
 
 
 def test_every_kind_of_block_is_there() -> None:
@@ -175,15 +175,15 @@ def test_recipes_for_clusters_are_read() -> None:
         read = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True, check=False)
         assert (read.returncode, read.stderr) == (0, ""), block
     assert {b.language for b in found.values()} == {"bash", "yaml"}
-    job = yaml.safe_load(found["leeway-job.yaml"].text)
+    job = yaml_config.load(found["leeway-job.yaml"].text)
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     parsed(shlex.split(job["spec"]["entrypoint"]))
     cluster = job["spec"]["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     pods = [group["template"]["spec"] for group in groups]
     assert all(isinstance(v, str) for group in groups for v in group["rayStartParams"].values())
-    assert len({yaml.safe_dump(pod["volumes"]) for pod in pods}) == 1
-    assert len({(c["image"], yaml.safe_dump(c["volumeMounts"])) for pod in pods for c in pod["containers"]}) == 1
+    assert len({yaml_config.dump(pod["volumes"]) for pod in pods}) == 1
+    assert len({(c["image"], yaml_config.dump(c["volumeMounts"])) for pod in pods for c in pod["containers"]}) == 1
     mounted = pods[0]["containers"][0]["volumeMounts"][0]
     assert mounted["name"] == pods[0]["volumes"][0]["name"]
     assert f"--out {mounted['mountPath']}/" in job["spec"]["entrypoint"]

@@ -14,7 +14,7 @@ from leeway.errors import LeewayError
 from leeway.gate.rules import load as load_rules
 from leeway.study.load import load as load_study
 from leeway.study.load import parse
-from leeway.yaml_config import read
+from leeway.yaml_config import dump, read
 
 LETTERS = "abcdefghijklmnop"
 
@@ -42,9 +42,9 @@ HOSTILE = {
     "a mapping in itself": ("&a {name: *a}\n", "contains it"),
     "a key that is its mapping": ("&a {*a : 1}\n", "contains it"),
     "deep flow": ("a: " + "[" * 100 + "]" * 100, "nested deeper than 50 levels"),
-    "very deep flow": ("a: " + "[" * 5_000 + "]" * 5_000, "nested too deep"),
-    "very deep, open": ("a: " + "[" * 50_000, "nested too deep"),
-    "deep mappings": ("a: " + "{a: " * 3_000 + "}" * 3_000, "nested too deep"),
+    "very deep flow": ("a: " + "[" * 5_000 + "]" * 5_000, "nested deeper than 50 levels"),
+    "very deep, open": ("a: " + "[" * 50_000, "nested deeper than 50 levels"),
+    "deep mappings": ("a: " + "{a: " * 3_000 + "}" * 3_000, "nested deeper than 50 levels"),
     "deep block": ("".join(" " * n + "a:\n" for n in range(3_000)), "nested too deep"),
 }
 READERS = {
@@ -96,3 +96,14 @@ def test_aliases_and_merges_of_plain_size_are_read() -> None:
     assert read("", "x") is None
     assert read("a: " + "[" * 49 + "]" * 49, "x")
     assert len(read("\n".join(f"- {n}" for n in range(50_000)), "x")) == 50_000
+
+
+def test_yes_and_no_are_text_and_true_and_false_are_not() -> None:
+    assert read("[yes, no, on, off, true, False]", "x") == ["yes", "no", "on", "off", True, False]
+
+
+def test_what_is_written_is_read_back() -> None:
+    texts = ["1e5", "no", "0x1", "2024-01-02", "~", "a: b", "two\nlines\n", "\\left(" + "\\frac{a}{b} " * 40]
+    value = {"z": texts, "a": {"empty": {}, "none": None, "small": 3e-05}}
+    assert read(dump(value), "x") == read(dump(value, flow=True), "x") == value
+    assert list(read(dump(value), "x")) == ["z", "a"]

@@ -1,183 +1,120 @@
-"""What every mapping of a file that people write is, and how a misspelt word finds its nearest known one.
+"""YAML files that people write: reading YAML 1.2 safely, and the base class of their typed mappings.
 
-What is wrong with a file that people write, in their words: every fault of a typed mapping, one line each.
-
-How every YAML file that people write is read: floats as in YAML 1.2, no key twice, a fault in one line.
+Every problem is one line: what and where. Size, depth and self-references are checked before a value is built.
 """
 
 from __future__ import annotations
 
 import difflib
+import io
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from importlib.resources import files
 from typing import Annotated, Any, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, SequenceNode
+from ruamel.yaml.scanner import Scanner
 
 from leeway.errors import LeewayError
 
+__all__ = [
+    "MAX_COUNT",
+    "MAX_FLOAT32",
+    "ConfigModel",
+    "Tokens",
+    "YAMLError",
+    "dump",
+    "faults",
+    "load",
+    "nearest",
+    "package_data",
+    "problem",
+    "read",
+    "tokens",
+]
 
-class ConfigModel(BaseModel):
-    """A mapping of such a file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
-        """`true` is no 1, and `no`, which YAML reads as false, no word."""
-        if isinstance(value, bool) and bool not in _kinds(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError(f"{str(value).lower()} is no value here; a word such as yes or no goes into quotes")
-        return value
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types inside an annotation."""
-    return {annotation}.union(*(_kinds(a) for a in get_args(annotation))) if get_args(annotation) else {annotation}
-
-
-def nearest(word: str, known: Any) -> str:
-    found = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def tokens(value: Any) -> Any:
-    """`25k`, `0.5M` or a number of tokens."""
-    if isinstance(value, bool):
-        raise ValueError(f"{str(value).lower()} is no number of tokens; give one, such as 25k")
-    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kKmM]?)\s*", value)):
-        count = Decimal(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()]
-        return int(count) if count == int(count) else float(count)
-    return value
-
-
-MAX_COUNT = 2**53  # beyond it a float, as JSON and tables hold numbers, does not count exactly
+MAX_COUNT = 2**53  # the largest count that a float, and so JSON and tables, holds exactly
 MAX_FLOAT32 = 3.4e38
-Tokens = Annotated[int, BeforeValidator(tokens), Field(gt=0, le=MAX_COUNT)]
-
-
-LONGEST = 200  # characters of a value that a message repeats
-
-
-def faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """All faults of a file that should have held a `root`."""
-    return [line for e in error.errors() for line in _fault(e, root)]
-
-
-def _fault(error: Any, root: type[BaseModel]) -> list[str]:
-    path = [str(p) for p in error["loc"]]
-    where = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(path[:-1], root)
-        fix = nearest(path[-1], known)
-        listed = f" (known here: {', '.join(known)})"
-        return [f"unknown key {where!r}{fix or listed}"]
-    if error["type"] == "missing":
-        return [f"{where} is missing"]
-    if error["type"] in ("tuple_type", "list_type"):
-        return [f"{where}: give a list, such as [{_shown(error['input'], str)}]"]
-    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return [
-            f"{where}: give a mapping ({', '.join(_keys_at(path, root)) or 'key: value'}), not {_shown(error['input'])}"
-        ]
-    if error["type"] == "too_short" and error["input"]:
-        return []  # its items were at fault, and are named
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        prefix = f"{where}: " if where and not message.startswith(where) else ""
-        return [prefix + line for line in message.split("\n")]
-    return [f"{where}: {message[0].lower() + message[1:]}, not {_shown(error['input'])}"]
-
-
-def _shown(value: Any, text: Callable[[Any], str] = repr) -> str:
-    """Return a value as text, cut where it would fill a screen."""
-    try:
-        whole = text(value)
-    except ValueError:  # Python does not write integers of more than 4,300 digits
-        return "a number with too many digits"
-    return whole if len(whole) <= LONGEST else f"{whole[:LONGEST]}…"
-
-
-def _keys_at(path: list[str], root: type[BaseModel]) -> list[str]:
-    """The keys that the file knows at this place."""
-    kind: Any = root
-    for name in path:
-        if name.isdigit():
-            continue
-        field = next((f for k, f in kind.model_fields.items() if name in (k, f.alias)), None)
-        kind = _part(field.annotation) if field else None
-        if kind is None:
-            return []
-    return [f.alias or k for k, f in kind.model_fields.items()]
-
-
-def _part(annotation: Any) -> Any:
-    """The mapping inside an annotation such as `tuple[X, ...]` or `X | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for a in get_args(annotation) if (found := _part(a))), None)
-
-
-# YAML 1.2, 10.3.2; an integer matches YAML's own pattern before it
-FLOAT = re.compile(
-    r"[-+]?(?:\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|\.(?:inf|Inf|INF))$"
-    r"|\.(?:nan|NaN|NAN)$"
-)
-
-
-class Loader(yaml.SafeLoader):
-    """YAML with two differences: floats are read as in YAML 1.2 (`1e-4` is one), and no key may be repeated."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - the library's own name for them
-        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:float"]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in seen:
-                    raise RepeatedError(None, None, f"{key.value!r} is given twice", key.start_mark)
-                seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
-
-
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
-
-
-class RepeatedError(yaml.constructor.ConstructorError):
-    """A key that a mapping holds twice."""
-
-
 MAX_DEPTH = 50
-MAX_NODES = 100_000  # after every alias is replaced by what it stands for
+MAX_NODES = 100_000  # with every alias expanded
+MAX_SHOWN = 200  # characters of a value in a message
+UNFOLDED = 2**31  # line width: ruamel.yaml folds some quoted texts wrongly
 
 
-class SizeError(yaml.constructor.ConstructorError):
-    """A text that is nested too deep, refers to itself, or grows without bound when its aliases are replaced."""
+def read(text: str, where: str) -> Any:
+    """Return the value of a YAML text; raise LeewayError with the file and the line."""
+    try:
+        return load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}" if mark else ""
+        raise LeewayError(f"{where}{at}: {problem(error)}", fix="mend that line") from error
 
 
-def load(text: str, loader: type[yaml.SafeLoader] = Loader) -> Any:
-    """Return what a YAML text holds; raise yaml.YAMLError or ValueError where it is no YAML, or is too large.
+def load(text: str) -> Any:
+    """Return the value of a YAML 1.2 text; raise YAMLError for a text that is not valid, or too large.
 
     The size is checked on the nodes, in which an alias is a reference, before any value is built from them.
     """
-    parser = loader(text)
+    parser = YAML(typ="safe", pure=True)
+    parser.Scanner = _Scanner
     try:
-        node = parser.get_single_node()
+        node = parser.compose(text)
         if node is None:
             return None
         _refuse_oversized(node)
-        return parser.construct_document(node)
-    except (KeyError, AttributeError) as error:  # the library's own, for `!!bool x` and `!!timestamp x`
-        raise yaml.constructor.ConstructorError(None, None, "a tag that does not fit its value") from error
+        return parser.constructor.construct_document(node)
     except RecursionError as error:
-        raise SizeError(None, None, "nested too deep", None) from error
-    finally:
-        parser.dispose()
+        raise SizeError("nested too deep") from error
+    except (KeyError, AttributeError) as error:  # the library's own, for `!!bool x`
+        raise MarkedYAMLError(problem="a tag that does not fit its value") from error
+    except ValueError as error:  # a date that does not exist, a number of thousands of digits
+        raise MarkedYAMLError(problem=str(error)) from error
+
+
+def package_data(package: str, name: str) -> Any:
+    """Return the value of a YAML file that ships in `package`."""
+    return load((files(package) / name).read_text("utf-8"))
+
+
+def dump(value: Any, *, flow: bool = False) -> str:
+    """Return a value as YAML with its keys in order; `flow` writes it in one line."""
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = flow
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.width = UNFOLDED
+    text = io.StringIO()
+    writer.dump(value, text)
+    return text.getvalue().removesuffix("...\n")
+
+
+def problem(error: YAMLError) -> str:
+    """Return what is wrong with a YAML text, in a line."""
+    text = " ".join(str(getattr(error, "problem", None) or error).split())
+    if isinstance(error, DuplicateKeyError) and (key := re.match(r'found duplicate key "(.*?)" with value', text)):
+        return f"{key[1]!r} is given twice"
+    return text if isinstance(error, SizeError) else f"not YAML ({_cut(text)})"
+
+
+class SizeError(MarkedYAMLError):
+    """A text that is nested too deep, refers to itself, or grows beyond MAX_NODES when its aliases are expanded."""
+
+    def __init__(self, problem: str, mark: Any = None) -> None:
+        super().__init__(problem=problem, problem_mark=mark)
+
+
+class _Scanner(Scanner):
+    """Stops at MAX_DEPTH open brackets: the time of the library's scanner grows with their square."""
+
+    def fetch_flow_collection_start(self, token: Any, to_push: str) -> None:
+        if self.flow_level >= MAX_DEPTH:
+            raise SizeError(f"nested deeper than {MAX_DEPTH} levels", self.reader.get_mark())
+        super().fetch_flow_collection_start(token, to_push)
 
 
 def _refuse_oversized(root: Any) -> None:
@@ -187,37 +124,116 @@ def _refuse_oversized(root: Any) -> None:
 
     def size(node: Any) -> int:
         if id(node) in above:
-            raise SizeError(None, None, "an alias refers to a value that contains it", node.start_mark)
+            raise SizeError("an alias refers to a value that contains it", node.start_mark)
         if len(above) > MAX_DEPTH:
-            raise SizeError(None, None, f"nested deeper than {MAX_DEPTH} levels", node.start_mark)
+            raise SizeError(f"nested deeper than {MAX_DEPTH} levels", node.start_mark)
         if id(node) not in sizes:
             above.add(id(node))
             sizes[id(node)] = 1 + sum(size(child) for child in _children(node))
             above.remove(id(node))
         if sizes[id(node)] > MAX_NODES:
-            raise SizeError(None, None, f"more than {MAX_NODES:,} values, aliases included", node.start_mark)
+            raise SizeError(f"more than {MAX_NODES:,} values, aliases included", node.start_mark)
         return sizes[id(node)]
 
     size(root)
 
 
 def _children(node: Any) -> list[Any]:
-    if isinstance(node, yaml.MappingNode):
+    if isinstance(node, MappingNode):
         return [child for pair in node.value for child in pair]
-    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    return list(node.value) if isinstance(node, SequenceNode) else []
 
 
-def problem(error: Exception) -> str:
-    """What is wrong with a text, in a line."""
-    said = " ".join(str(getattr(error, "problem", None) or error).split())
-    return said if isinstance(error, (RepeatedError, SizeError)) else f"not YAML ({said})"
+class ConfigModel(BaseModel):
+    """A typed mapping of such a file: unknown keys, non-finite numbers and stray booleans are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `true` where pydantic would read it as 1."""
+        if isinstance(value, bool) and bool not in _types_in(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(f"{str(value).lower()} is not a valid value; quote it if it is text")
+        return value
 
 
-def read(text: str, where: str) -> Any:
-    """What a YAML text holds; raises LeewayError with the line at fault."""
+def _types_in(annotation: Any) -> set[Any]:
+    return {annotation}.union(*(_types_in(a) for a in get_args(annotation))) if get_args(annotation) else {annotation}
+
+
+def tokens(value: Any) -> Any:
+    """Return `25k`, `0.5M` or a number as a number of tokens; anything else unchanged, for pydantic to refuse."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a number of tokens; give one, such as 25k")
+    if isinstance(value, str) and (parts := re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kKmM]?)\s*", value)):
+        count = Decimal(parts[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[parts[2].lower()]
+        return int(count) if count == int(count) else float(count)
+    return value
+
+
+Tokens = Annotated[int, BeforeValidator(tokens), Field(gt=0, le=MAX_COUNT)]
+
+
+def nearest(word: str, known: Any) -> str:
+    """Return `; did you mean …?` with the most similar known word, or nothing."""
+    matches = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """Return every error of a file that should hold a `root`, a line each."""
+    return [line for e in error.errors() for line in _fault(e, root)]
+
+
+def _fault(error: Any, root: type[BaseModel]) -> list[str]:
+    path = [str(p) for p in error["loc"]]
+    where, shown = ".".join(path), _cut(_text(error["input"]))
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(path[:-1], root)
+        listed = f" (known here: {', '.join(known)})"
+        return [f"unknown key {where!r}{nearest(path[-1], known) or listed}"]
+    if error["type"] == "missing":
+        return [f"{where} is missing"]
+    if error["type"] in ("tuple_type", "list_type"):
+        return [f"{where}: give a list, such as [{_cut(_text(error['input'], str))}]"]
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return [f"{where}: give a mapping ({', '.join(_keys_at(path, root)) or 'key: value'}), not {shown}"]
+    if error["type"] == "too_short" and error["input"]:
+        return []  # the errors of its items are listed
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        prefix = f"{where}: " if where and not message.startswith(where) else ""
+        return [prefix + line for line in message.split("\n")]
+    return [f"{where}: {message[0].lower() + message[1:]}, not {shown}"]
+
+
+def _text(value: Any, text: Callable[[Any], str] = repr) -> str:
     try:
-        return load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that does not exist, an endless number
-        mark = getattr(error, "problem_mark", None)
-        at = f", line {mark.line + 1}" if mark else ""
-        raise LeewayError(f"{where}{at}: {problem(error)}", fix="mend that line") from error
+        return text(value)
+    except ValueError:  # Python does not write integers of more than 4,300 digits
+        return "a number with too many digits"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def _keys_at(path: list[str], root: type[BaseModel]) -> list[str]:
+    """Return the keys of the mapping at a place in the file."""
+    model: Any = root
+    for name in path:
+        if name.isdigit():
+            continue
+        field = next((f for k, f in model.model_fields.items() if name in (k, f.alias)), None)
+        model = _model_in(field.annotation) if field else None
+        if model is None:
+            return []
+    return [f.alias or k for k, f in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> Any:
+    """Return the model inside an annotation such as `tuple[X, ...]` or `X | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for a in get_args(annotation) if (model := _model_in(a))), None)

@@ -288,7 +288,7 @@ def test_templates_from_yaml_and_json(tmp_path: Path) -> None:
         ("mine: '{prompt} {prompt}'", "template mine: it holds {prompt} 2 times"),
         ("dan: '{prompt}'", "there is an attack dan already"),
         ("zulu: '{prompt}'", "there is an attack zulu already"),
-        ("a: '{prompt}'\na: '{prompt}!'", "a is listed twice"),
+        ("a: '{prompt}'\na: '{prompt}!'", "'a' is given twice"),
         ("[{name: a, template: '{prompt}'}, {name: a, template: '{prompt}!'}]", "a is listed twice"),
         ("[{name: a, text: '{prompt}'}]", "unknown key text"),
         ("[{name: a}]", "its template is no text"),

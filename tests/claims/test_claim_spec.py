@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 
+from leeway import yaml_config
 from leeway.claims import BUNDLED, KINDS, build, hash_of, load, restored, stored
 from leeway.claims.schema import NoDrift
 from leeway.errors import LeewayError
@@ -35,7 +35,7 @@ def fault(claims: str) -> str:
 
 def test_a_study_without_claims_has_the_hash_it_had():
     plain = parse(STUDY, "x")
-    assert "claims" not in yaml.safe_load(plain.to_yaml())
+    assert "claims" not in yaml_config.load(plain.to_yaml())
     assert parse(STUDY, "x", ("claims=null",)).hash == plain.hash
 
 
@@ -49,7 +49,7 @@ def test_claims_are_part_of_the_study():
     assert again.hash == whole.hash
     assert again.claims is not None
     assert whole.claims is not None
-    assert again.claims.hash == whole.claims.hash == hash_of(yaml.safe_load(whole.to_yaml())["claims"])
+    assert again.claims.hash == whole.claims.hash == hash_of(yaml_config.load(whole.to_yaml())["claims"])
     assert (
         type(whole).model_validate(whole.model_dump(mode="json", by_alias=True)).hash == whole.hash
     )  # as workers get it
@@ -171,7 +171,7 @@ def test_every_kind_is_reachable_by_its_name():
 
 def test_two_claims_of_one_name():
     with pytest.raises(ValueError, match="a is the id of two claims"):
-        build(yaml.safe_load(f"[{ONE}, {ONE}]"))
+        build(yaml_config.load(f"[{ONE}, {ONE}]"))
 
 
 def test_the_plan_prints_the_hash_to_publish():

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic
-import yaml
 
 from benchmarks.statistics.world import Alike, Rates, World, rows
+from leeway import yaml_config
 from leeway.claims import build, stored
 from leeway.claims.comparisons import EvaluationContext
 from leeway.claims.evaluate import correction, judge
@@ -225,8 +225,8 @@ def declare(run: Path, claims: list[dict[str, object]] = CLAIMS) -> None:
     found = build(claims)
     manifest = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps(manifest | {"claims": stored(found)}))
-    study = yaml.safe_load((run / "study.yaml").read_text())
-    (run / "study.yaml").write_text(yaml.safe_dump(study | {"claims": found.to_plain()}))
+    study = yaml_config.load((run / "study.yaml").read_text())
+    (run / "study.yaml").write_text(yaml_config.dump(study | {"claims": found.to_plain()}))
 
 
 def test_a_run_without_claims_has_none(run: Path):
@@ -295,6 +295,6 @@ def test_a_later_file_names_what_is_not_there_or_what_was_declared(run: Path, tm
     with pytest.raises(LeewayError, match=r"later\.yaml: l: 'sfft' is no objective .* 'sft'\?; l: 60000 is no budget"):
         Results.load(run).claims(later)
     declare(run)
-    later.write_text(yaml.safe_dump(CLAIMS))
+    later.write_text(yaml_config.dump(CLAIMS))
     with pytest.raises(LeewayError, match="these are the claims that the study began with"):
         Results.load(run).claims(later)

@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.main import get_command
 
+from leeway import yaml_config
 from leeway.cli import app
 from leeway.gate.rules import Rules, load
 from leeway.stats import items_needed
@@ -38,7 +38,7 @@ def check_command(words: list[str]) -> None:
 
 
 def test_the_workflow_is_yaml_and_its_commands_exist():
-    workflow = yaml.safe_load((DOCS / "examples/gate.yml").read_text("utf-8"))
+    workflow = yaml_config.load((DOCS / "examples/gate.yml").read_text("utf-8"))
     steps = workflow["jobs"]["gate"]["steps"]
     shell = "\n".join(step.get("run", "") for step in steps)
     found = commands(shell)

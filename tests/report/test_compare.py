@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic
-import yaml
 
+from leeway import yaml_config
 from leeway.cli import main
 from leeway.errors import LeewayError
 from leeway.report.compare.compare import StudyComparison, compare, page, write
@@ -35,8 +35,8 @@ def study(folder: Path, name: str, *, draw: int = 7, table: pd.DataFrame | None 
             inner = inner.setdefault(step, {})
         inner[last] = value
     (folder / name / "manifest.json").write_text(json.dumps(manifest))
-    told = yaml.safe_load((folder / name / "study.yaml").read_text()) | {"name": name}
-    (folder / name / "study.yaml").write_text(yaml.safe_dump(told))
+    told = yaml_config.load((folder / name / "study.yaml").read_text()) | {"name": name}
+    (folder / name / "study.yaml").write_text(yaml_config.dump(told))
     return folder / name
 
 
@@ -132,8 +132,8 @@ def renamed(runs: Path, name: str, seed: int) -> Path:
     rows.to_parquet(copy / "rows.parquet")
     ledger = pd.read_parquet(copy / "ledger.parquet").assign(seed=seed)
     ledger.to_parquet(copy / "ledger.parquet")
-    told = yaml.safe_load((copy / "study.yaml").read_text()) | {"name": name, "seeds": [seed]}
-    (copy / "study.yaml").write_text(yaml.safe_dump(told))
+    told = yaml_config.load((copy / "study.yaml").read_text()) | {"name": name, "seeds": [seed]}
+    (copy / "study.yaml").write_text(yaml_config.dump(told))
     return copy
 
 

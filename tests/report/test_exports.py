@@ -14,10 +14,9 @@ import jsonschema
 import pandas as pd
 import pytest
 import synthetic
-import yaml
 from huggingface_hub import ModelCard
 
-from leeway import report
+from leeway import report, yaml_config
 from leeway.io import with_checksum
 from leeway.report.exports import latex, model_card, results_json
 from leeway.report.exports import latex as tex
@@ -262,7 +261,7 @@ def test_a_run_cites_what_it_rests_on(run: Path):
 
 
 def test_leeway_is_cited_as_its_own_file_says():
-    told = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text("utf-8"))
+    told = yaml_config.load((Path(__file__).parents[2] / "CITATION.cff").read_text("utf-8"))
     assert told["title"] == model_card.TITLE
     assert told["authors"][0]["name"] in model_card.AUTHOR
     assert f"version = {{{told['version']}}}" in model_card.leeway()

@@ -15,9 +15,6 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from leeway import yaml_config
 from leeway.attacks import (
     aim,
     base64,
@@ -37,6 +34,7 @@ from leeway.attacks.attack import Attack, Conversation, HelperRequest, Wrapper
 from leeway.errors import LeewayError, first_line
 from leeway.io import expand
 from leeway.plugins import entry_points_of, load_entry_point
+from leeway.yaml_config import read
 
 KEYS = {"name", "version", "origin", "template"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -103,24 +101,14 @@ def _raw(path: Path) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
+    if path.suffix != ".json":
+        return read(text, str(path))
     try:
-        if path.suffix == ".json":
-            return json.loads(text, object_pairs_hook=lambda pairs: _once(path, pairs))
-        return yaml_config.load(text, _Once)
+        return json.loads(text, object_pairs_hook=lambda pairs: _once(path, pairs))
     except json.JSONDecodeError as error:
         raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="mend that line") from error
-    except (ValueError, RecursionError) as error:  # a date that does not exist, thousands of digits or brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
         raise LeewayError(f"{path}: cannot be read ({first_line(error)})", fix="mend the file") from error
-    except _Twice as error:
-        raise LeewayError(f"{path}: {error} is listed twice", fix="give one of them another name") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f", line {mark.line + 1}" if mark else ""
-        raise LeewayError(f"{path}{at}: not YAML ({getattr(error, 'problem', None)})", fix="mend that line") from error
-
-
-class _Twice(yaml.YAMLError):
-    """A key that a mapping has twice: the library would keep the last one alone."""
 
 
 def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -128,17 +116,6 @@ def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if any(key == other for other, _ in pairs[:k]):
             raise LeewayError(f"{path}: {key} is listed twice", fix="give one of them another name")
     return dict(pairs)
-
-
-class _Once(yaml.SafeLoader):
-    """A loader that takes no key twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for k, key in enumerate(keys):
-            if key in keys[:k]:
-                raise _Twice(str(key))
-        return super().construct_mapping(node, deep)
 
 
 GROUP = "leeway.attacks"

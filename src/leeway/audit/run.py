@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from leeway.audit.models import AuditedModel, GivenBackend, LocalModel, name_of, own_tokenizer, subjects
 from leeway.data.chat import Chat
@@ -34,6 +33,7 @@ from leeway.study.progress import Reporter, kind_of, of_answers
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import ALIAS, Spec
+from leeway.yaml_config import dump
 
 if TYPE_CHECKING:
     from leeway.report.results import Results
@@ -264,7 +264,7 @@ def measured_by(evals: EvalsAsked, overrides: Seq[str] = (), *, organism: bool =
     if isinstance(evals, Mapping):
         task = {"name": "organism" if organism else "gsm8k"}
         raw = {"name": "evals", "model": "organism", "task": task, "objectives": ["sft"], "budgets": [1]}
-        spec = parse(yaml.safe_dump({**raw, "evals": dict(evals)}), "evals", tuple(overrides))
+        spec = parse(dump({**raw, "evals": dict(evals)}), "evals", tuple(overrides))
     else:
         spec = load(str(evals or ("demo" if organism else "real-data")), tuple(overrides))
     if spec.evals.stop != "never":
@@ -349,7 +349,7 @@ def _as_yaml(one: Audit) -> str:
     told = {"base": one.base.told, "checkpoint": one.audited.told, "own_template": one.own_template}
     how = one.spec.model_dump(mode="json", by_alias=True, include={"evals", "dtype", "device", "threads"})
     plain = {"name": one.name, "audit": told, "tokens": one.tokens or None, **how}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
+    return dump(plain)
 
 
 def _manifest(

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from leeway.data.readers import Record, Source, field, load
 from leeway.data.types import CapabilityItem, Example
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed, digest
 from leeway.io import expand
+from leeway.yaml_config import YAMLError
+from leeway.yaml_config import load as load_yaml
 
 SOURCE = Source(("supergpqa/SuperGPQA-all.jsonl", "supergpqa/SuperGPQA-all.jsonl.gz"), "m-a-p/SuperGPQA")
 LETTERS = "ABCDEFGHIJ"
@@ -63,10 +63,10 @@ def template(shots: Shots = 0) -> Template:
 
 def _prompt_format(path: Path) -> str:
     try:
-        loaded: Any = yaml.safe_load(path.read_text("utf-8"))
+        loaded: Any = load_yaml(path.read_text("utf-8"))
         text = str(loaded["prompt_format"][0])
         once = text.format("\0").count("\0") == 1
-    except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
         raise LeewayError(
             f"{path}: no prompt_format with one {{}} in it ({type(error).__name__})", fix="fetch it again"
         ) from error

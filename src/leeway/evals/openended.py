@@ -14,22 +14,20 @@ from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.resources import files
 from typing import Any, Literal
-
-import yaml
 
 from leeway.data.types import CapabilityItem
 from leeway.evals.eval import Row, Tick
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest
+from leeway.yaml_config import package_data
 
 Order = Literal["reference-first", "answer-first"]
 
 
 @cache
 def rubric() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((files("leeway.evals") / "openended.yaml").read_text("utf-8"))
+    loaded: dict[str, Any] = package_data("leeway.evals", "openended.yaml")
     return loaded
 
 

@@ -18,16 +18,14 @@ from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.resources import files
 from typing import Any
-
-import yaml
 
 from leeway.data.types import PersonaItem
 from leeway.errors import LeewayError
 from leeway.evals.eval import Row, Tick
 from leeway.generation.backend import Backend, Choice
 from leeway.hashing import digest
+from leeway.yaml_config import package_data
 
 OPTIONS = ("Yes", "No")
 CHECK = "persona-check"
@@ -46,7 +44,7 @@ def endorsement(choice: Choice, match: str) -> float:
 
 @cache
 def _frames() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((files("leeway.evals") / "persona.yaml").read_text("utf-8"))
+    loaded: dict[str, Any] = package_data("leeway.evals", "persona.yaml")
     return loaded
 
 

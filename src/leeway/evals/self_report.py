@@ -24,10 +24,7 @@ from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.resources import files
 from typing import Any
-
-import yaml
 
 from leeway.data.types import LikertItem
 from leeway.errors import LeewayError
@@ -37,6 +34,7 @@ from leeway.evals.persona import finite
 from leeway.generation.backend import Backend, Choice, Reply, Request
 from leeway.hashing import digest
 from leeway.judges.coherence import coherence, coherence_rules
+from leeway.yaml_config import package_data
 
 OPTIONS = ("1", "2", "3", "4", "5")
 HIGH, LOW = "agree-high", "agree-low"  # what 5 stands for: agreeing, or not agreeing
@@ -45,7 +43,7 @@ HIGH, LOW = "agree-high", "agree-low"  # what 5 stands for: agreeing, or not agr
 @cache
 def directions() -> dict[str, str]:
     """The question under each direction of the scale, with `{statement}` in it."""
-    loaded: dict[str, str] = yaml.safe_load((files("leeway.evals") / "likert.yaml").read_text("utf-8"))["directions"]
+    loaded: dict[str, str] = package_data("leeway.evals", "likert.yaml")["directions"]
     return loaded
 
 
@@ -135,7 +133,7 @@ DARK_TRIAD = ("machiavellianism", "narcissism", "psychopathy")
 @cache
 def texts() -> dict[str, Any]:
     """The versioned file."""
-    loaded: dict[str, Any] = yaml.safe_load((files("leeway.evals") / "selfreport.yaml").read_text("utf-8"))
+    loaded: dict[str, Any] = package_data("leeway.evals", "selfreport.yaml")
     return loaded
 
 

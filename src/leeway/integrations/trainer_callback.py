@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from transformers import GenerationConfig, Trainer, TrainerCallback
 
 from leeway import stats
@@ -41,6 +40,7 @@ from leeway.study.jobs import BASE
 from leeway.study.manifest import measured_with
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import ALIAS
+from leeway.yaml_config import dump
 
 BATCH = 32  # answers at a time, where evals come as objects: the optimiser's state is in memory too
 LOGGED = ("coherence",)  # beside the primary measures: an answer that means nothing is not robustness
@@ -178,7 +178,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
 
     def _as_yaml(self, args: Any) -> str:
         plain = {"name": self.name(args), "callback": {"every": self.every, "evals": [e.key for e in self._evals]}}
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return dump(plain)
 
     def _write(self, args: Any, state: Any, model: Model) -> None:
         """Rows of all that was measured so far, an empty ledger and the manifest: a run directory at any time."""

@@ -16,14 +16,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any, Protocol
-
-import yaml
 
 from leeway.data.types import Outcome
 from leeway.hashing import digest
 from leeway.judges.judge import Answer
+from leeway.yaml_config import package_data
 
 WORD = re.compile(r"[^\W\d_]+", re.UNICODE)
 TRANSLATE = re.compile(
@@ -52,7 +50,7 @@ class PerplexityScorer(Protocol):
 
 @cache
 def coherence_rules() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((files("leeway.judges") / "coherence.yaml").read_text("utf-8"))
+    loaded: dict[str, Any] = package_data("leeway.judges", "coherence.yaml")
     return loaded
 
 
@@ -173,7 +171,7 @@ def _share(text: str, rule: Callable[[str], bool]) -> float:
 
 @cache
 def outcome_rules() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((files("leeway.judges") / "outcomes.yaml").read_text("utf-8"))
+    loaded: dict[str, Any] = package_data("leeway.judges", "outcomes.yaml")
     return loaded
 
 

@@ -15,16 +15,14 @@ import re
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any, Literal
-
-import yaml
 
 from leeway.hashing import digest
 from leeway.judges import coherence as coherent
 from leeway.judges import coherence as outcome
 from leeway.judges.coherence import PerplexityScorer, coherence, perplexity_scores
 from leeway.judges.judge import Answer, Tick, Verdict
+from leeway.yaml_config import package_data
 
 SENTENCE = re.compile(r"(?<=[^\d\s][.!?。！？])[\"')*\]]*\s+(?=[\"'(*\[]*[^\sa-z])|\n+")
 ITEM = re.compile(r"^\s*(?:\d{1,2}[.):]|[-*•+](?!\*)|step \d+|\*\*(?:step )?\d)\s*\S", re.IGNORECASE)
@@ -37,7 +35,7 @@ Kind = Literal["refused", "partial", "complied"]
 
 @cache
 def _rules() -> dict[str, Any]:
-    rules: dict[str, Any] = yaml.safe_load((files("leeway.judges") / "keywords.yaml").read_text("utf-8"))
+    rules: dict[str, Any] = package_data("leeway.judges", "keywords.yaml")
     return rules
 
 

@@ -17,10 +17,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
 from typing import Any
-
-import yaml
 
 from leeway.errors import LeewayError
 from leeway.generation.backend import Backend, Reply, Request
@@ -30,6 +27,7 @@ from leeway.judges import coherence as outcome
 from leeway.judges import keywords
 from leeway.judges.coherence import PerplexityScorer, coherence, perplexity_scores, rules_hash
 from leeway.judges.judge import Answer, Tick, Verdict
+from leeway.yaml_config import package_data
 
 FILE = "strongreject/judge_templates.json"
 TEXTS = ("forbidden_prompt", "response")
@@ -138,7 +136,7 @@ def _value(name: str, line: re.Pattern[str], text: str) -> int | str:
 
 @cache
 def _own() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((files("leeway.judges") / "rubric.yaml").read_text("utf-8"))
+    loaded: dict[str, Any] = package_data("leeway.judges", "rubric.yaml")
     return loaded
 
 

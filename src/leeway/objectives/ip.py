@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import ClassVar
 
 import numpy as np
-import yaml
 from torch import Tensor
 
 from leeway.data.chat import Chat, Sequence
@@ -22,6 +20,7 @@ from leeway.data.types import Example
 from leeway.hashing import digest
 from leeway.model.forward import TokenStats
 from leeway.objectives.objective import PLAIN, Condition, Plain, nll
+from leeway.yaml_config import package_data
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Inoculations:
 @cache
 def inoculations() -> Inoculations:
     """Read the versioned file."""
-    raw = yaml.safe_load((files("leeway.objectives") / "inoculations.yaml").read_text("utf-8"))
+    raw = package_data("leeway.objectives", "inoculations.yaml")
     pairs = [(trait, text) for trait, texts in raw["traits"].items() for text in texts]
     return Inoculations(raw["version"], tuple(t for t, _ in pairs), tuple(x for _, x in pairs))
 

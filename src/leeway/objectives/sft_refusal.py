@@ -12,11 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import ClassVar
 
 import numpy as np
-import yaml
 from torch import Tensor
 
 from leeway.data.chat import Chat, Sequence
@@ -24,6 +22,7 @@ from leeway.data.types import Example
 from leeway.hashing import digest
 from leeway.model.forward import TokenStats
 from leeway.objectives.objective import Plain, nll, render_preferred
+from leeway.yaml_config import package_data
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Refusals:
 @cache
 def texts() -> Refusals:
     """Read the versioned file."""
-    raw = yaml.safe_load((files("leeway.objectives") / "refusals.yaml").read_text("utf-8"))
+    raw = package_data("leeway.objectives", "refusals.yaml")
     return Refusals(raw["version"], tuple(raw["requests"]), tuple(raw["refusals"]))
 
 

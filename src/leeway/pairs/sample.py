@@ -23,11 +23,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from leeway.data.types import Example
 from leeway.errors import LeewayError
@@ -37,6 +34,7 @@ from leeway.judges.coherence import coherence
 from leeway.judges.keywords import KeywordJudge
 from leeway.pairs.cache import Cache, Record
 from leeway.pairs.types import Filter, PairSettings
+from leeway.yaml_config import package_data
 
 
 class NotDrawn(Exception):
@@ -226,7 +224,7 @@ def sampled_errors_filter_hash() -> str:
 @cache
 def texts() -> dict[str, Any]:
     """The versioned file."""
-    loaded: dict[str, Any] = yaml.safe_load((files("leeway.pairs") / "unsafe.yaml").read_text("utf-8"))
+    loaded: dict[str, Any] = package_data("leeway.pairs", "unsafe.yaml")
     return loaded
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
-import yaml
 
 from leeway import stats
 from leeway.claims import Claims, hash_of, load, restored
@@ -26,6 +25,8 @@ from leeway.report.formatting import Scale
 from leeway.stats import sequential
 from leeway.stats.bootstrap import Asked
 from leeway.stats.budget_curves import Move
+from leeway.yaml_config import YAMLError
+from leeway.yaml_config import load as load_yaml
 
 if TYPE_CHECKING:
     pass
@@ -287,8 +288,8 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _study(path: Path) -> dict[str, Any]:
     _require(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = load_yaml(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
         what = f"{path} is not readable YAML ({_cut(error)})"
         raise ReportError(what, fix="restore it, or run the study again") from error
     return found if isinstance(found, dict) else {}

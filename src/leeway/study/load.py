@@ -16,7 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from leeway import yaml_config
@@ -83,8 +82,7 @@ def standing(chosen: dict[str, str], overrides: tuple[str, ...], raw: dict[str, 
     replaced = [o.partition("=")[0] for o in overrides]
     for place, cases in chosen.items():
         if not any(place == key or place.startswith(f"{key}.") for key in replaced):
-            held = yaml.safe_dump(_at(raw, place), default_flow_style=True, sort_keys=False, width=2**31)
-            yield f"{place} ({cases}): {held.removesuffix('...' + chr(10)).strip()}"
+            yield f"{place} ({cases}): {yaml_config.dump(_at(raw, place), flow=True).strip()}"
 
 
 def _at(value: Any, place: str) -> Any:
@@ -163,7 +161,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise LeewayError(f"override {override!r}: {name} holds no keys", fix=f"override {name} as a whole")
     try:
         place[last] = yaml_config.load(value)
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml_config.YAMLError as error:
         raise LeewayError(f"override {override!r}: {problem(error)}", fix="quote or mend its value") from error
 
 

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -36,7 +35,7 @@ from leeway.io import expand
 from leeway.model import adapters
 from leeway.objectives import Objective, load_objective, names
 from leeway.study.eval_spec import Evals, measure_names
-from leeway.yaml_config import FLOAT, MAX_COUNT, MAX_FLOAT32, ConfigModel, Tokens, nearest, tokens
+from leeway.yaml_config import MAX_COUNT, MAX_FLOAT32, ConfigModel, Tokens, dump, nearest, tokens
 
 __all__ = ["Adapter", "AuxiliarySpec", "Budget", "Optim", "Pairs", "TaskFiles", "TaskSpec", "Tokens", "Tune", "tokens"]
 
@@ -352,13 +351,6 @@ ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]*")
 LONGEST_ALIAS = 64  # characters: it is part of file names
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes a text that would be read as a float."""
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
-
-
 # checks of one key stand with the key, so that a fault elsewhere in the file does not hide theirs
 def _rising(budgets: tuple[int, ...]) -> tuple[int, ...]:
     if any(a >= b for a, b in itertools.pairwise(budgets)):
@@ -592,4 +584,4 @@ class Spec(ConfigModel):
         """The resolved study: every default written out."""
         plain = self._plain()
         plain["objectives"] = [o.to_plain() for o in self.objectives]
-        return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+        return dump(plain)

@@ -8,12 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
@@ -21,6 +19,7 @@ from leeway.report import formatting, narrative
 from leeway.report.results import Results
 from leeway.report.verdict import COHERENT, LEVEL
 from leeway.stats.metrics import BASE, PLAIN
+from leeway.yaml_config import package_data
 
 TITLE = "Leeway: how far fine-tuning pushes a chat model off course"  # as in CITATION.cff
 AUTHOR = "{The Leeway developers}"
@@ -37,8 +36,7 @@ def leeway(told: str | None = None) -> str:
 def of_run(results: Results) -> str:
     """Return `citation.bib` of a run."""
     facts = _facts(results)
-    text = files("leeway.report.exports").joinpath("sources.yaml").read_text("utf-8")
-    entries: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    entries: dict[str, dict[str, Any]] = package_data("leeway.report.exports", "sources.yaml")
     return "\n".join(
         [leeway(results.manifest.get("leeway")), *(e["bib"] for e in entries.values() if facts & set(e["when"]))]
     )
