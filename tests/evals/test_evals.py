@@ -225,9 +225,9 @@ def test_a_row_is_scored_or_says_why_not() -> None:
         "outcome": None,
     }
     rest = {"judge": "", "judge_raw": "", "template_hash": "", "new_tokens": 0}
-    with pytest.raises(ValueError, match="scored or says why"):
+    with pytest.raises(ValueError, match="needs a score or an unscored_reason"):
         Row(**fields, **rest, score=math.nan, unscored_reason=None)
-    with pytest.raises(ValueError, match="scored or says why"):
+    with pytest.raises(ValueError, match="needs a score or an unscored_reason"):
         Row(**fields, **rest, score=0.0, unscored_reason="lost")
 
 

@@ -169,7 +169,7 @@ def test_the_hash_covers_everything() -> None:
     one = Jailbreak(PROMPTS, [NONE], [Says()], 8)
     drawn = replace(one, samples=2)
     others = [
-        replace(one, prompts=PROMPTS[:1]),
+        replace(one, items=PROMPTS[:1]),
         replace(one, attacks=[ATTACKS["dan"]]),
         replace(one, judges=[Says(hash="other")]),
         replace(one, judges=[Says(name="other")]),
@@ -189,17 +189,17 @@ def test_the_hash_covers_everything() -> None:
     [
         ({"judges": []}, "no judge"),
         ({"attacks": []}, "no attack"),
-        ({"prompts": []}, "no prompt"),
+        ({"items": []}, "no prompt"),
         ({"judges": [Says(), Says()]}, "the judge says is there twice"),
         ({"attacks": [NONE, NONE]}, "the attack none is there twice"),
-        ({"prompts": PROMPTS[:1] * 2}, "the prompt f/0 is there twice"),
+        ({"items": PROMPTS[:1] * 2}, "the prompt f/0 is there twice"),
         ({"samples": -1}, "-1 samples at temperature 1.0"),
         ({"samples": 2, "temperature": 0.0}, "2 samples at temperature 0.0"),
     ],
 )
 def test_what_cannot_be_told_apart_or_drawn_is_named(change: dict[str, object], fault: str) -> None:
     with pytest.raises(LeewayError, match=fault):
-        Jailbreak(**{"prompts": PROMPTS, "attacks": [NONE], "judges": [Says()], "max_new_tokens": 8, **change})
+        Jailbreak(**{"items": PROMPTS, "attacks": [NONE], "judges": [Says()], "max_new_tokens": 8, **change})
 
 
 # --- failures

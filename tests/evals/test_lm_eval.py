@@ -16,7 +16,7 @@ import torch
 
 from leeway.errors import LeewayError
 from leeway.evals import lm_eval as ours
-from leeway.evals.eval import open_question
+from leeway.evals.eval import is_retryable
 from leeway.evals.lm_eval import LmEval, kept_apart
 from leeway.generation.transformers import TransformersBackend
 from leeway.model.load import load_model
@@ -186,7 +186,7 @@ def test_what_cannot_be_scored_says_why(backend: TransformersBackend, tasks: str
     monkeypatch.setattr(ours.Answers, "loglikelihood", lambda _self, pairs: [(math.nan, False)] * len(pairs))
     rows = LmEval("own_choice", include_path=tasks).run(backend, lambda _: None)
     assert {r.unscored_reason for r in rows} == {"no answer: the model's logits are not finite"}
-    assert not any(open_question(r.unscored_reason) for r in rows)
+    assert not any(is_retryable(r.unscored_reason) for r in rows)
 
 
 @needs
@@ -197,7 +197,7 @@ def test_a_model_without_numbers_has_no_answers(models: dict[str, Path], tasks: 
         model.lm.get_output_embeddings().weight.fill_(math.nan)
     rows = LmEval(task, include_path=tasks).run(TransformersBackend(model, batch=3), lambda _: None)
     assert {r.unscored_reason for r in rows} == {"no answer: the model's logits are not finite"}
-    assert all(math.isnan(r.score) and not open_question(r.unscored_reason) for r in rows)
+    assert all(math.isnan(r.score) and not is_retryable(r.unscored_reason) for r in rows)
 
 
 @needs

@@ -17,7 +17,7 @@ from leeway.attacks.attack import Wrapper
 from leeway.data.chat import Chat
 from leeway.data.types import ForbiddenPrompt, PersonaItem
 from leeway.errors import LeewayError
-from leeway.evals.eval import open_question
+from leeway.evals.eval import is_retryable
 from leeway.evals.jailbreak import Jailbreak
 from leeway.evals.persona import Persona
 from leeway.generation.backend import Reply, Request
@@ -265,5 +265,5 @@ def test_a_prompt_that_exceeds_the_context_is_an_error_or_a_failure(models: dict
     assert replies[1].failure is not None
     assert "exceed its context of 2048" in replies[1].failure
     assert [replies[0], replies[2]] == TransformersBackend(model).complete([requests[0], requests[2]], lambda _: None)
-    assert not open_question(f"no answer: {replies[1].failure}")
-    assert open_question("no answer: HTTP 500")
+    assert not is_retryable(f"no answer: {replies[1].failure}")
+    assert is_retryable("no answer: HTTP 500")

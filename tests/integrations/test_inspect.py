@@ -32,7 +32,7 @@ from leeway.attacks import WRAPPERS, AttackFailed, HelperRequest, Play
 from leeway.cli import app
 from leeway.data.types import ForbiddenPrompt
 from leeway.errors import LeewayError
-from leeway.evals.eval import Row
+from leeway.evals.eval import ItemEval, Prompt, Row
 from leeway.evals.jailbreak import Jailbreak
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.integrations.inspect import tasks
@@ -324,18 +324,19 @@ def test_the_entry_point_names_the_tasks() -> None:
 
 
 @dataclass(frozen=True)
-class Harmless:
-    """An eval that this room knows nothing of: prompts, a judge, one answer each."""
+class Harmless(ItemEval):
+    """An eval of another package: items, a judge, one response each."""
 
-    prompts: Sequence[ForbiddenPrompt]
+    items: Sequence[ForbiddenPrompt]
     name: str = "harmless"
-    key: str = "harmless"
     hash: str = "h"
 
+    def prompts(self) -> list[Prompt]:
+        return [Prompt(f"prompt {p.id}", [{"role": "user", "content": f"please: {p.text}"}], 7) for p in self.items]
+
     def run(self, backend: Any, tick: Tick) -> list[Row]:
-        requests = [Request([{"role": "user", "content": f"please: {p.text}"}], 7) for p in self.prompts]
         found = []
-        for p, reply in zip(self.prompts, backend.complete(requests, tick), strict=True):
+        for p, reply in zip(self.items, backend.complete(self.requests(), tick), strict=True):
             verdict = KeywordJudge().verdict(reply.text)
             lost = f"no answer: {reply.failure}" if reply.failure else None
             more = {"judge": "keywords", "judge_raw": verdict.raw, "template_hash": "t", "new_tokens": reply.new_tokens}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import leeway
 from leeway import report
 from leeway.audit import audit
 from leeway.errors import LeewayError
-from leeway.evals.eval import Eval, Row, Tick
+from leeway.evals.eval import Eval, Prompt, Row, Tick
 from leeway.evals.persona import Persona
 from leeway.generation.backend import Backend
 from leeway.integrations.trainer_callback import DriftCallback
@@ -52,7 +52,7 @@ def _no_calls_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @dataclass
-class Restless:
+class Restless(Eval):
     """Another eval, which draws from every generator and looks at the mode that the model is in."""
 
     inner: Persona
@@ -60,8 +60,8 @@ class Restless:
     key: str = "restless"
     hash: str = "restless"
 
-    def __len__(self) -> int:
-        return len(self.inner)
+    def prompts(self) -> Iterable[Prompt]:
+        return self.inner.prompts()
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         random.random(), np.random.random(), torch.rand(3)

@@ -161,7 +161,7 @@ def test_forbidden_prompts_are_measured_under_their_wrappers_and_persona_without
     (e,) = prepared.evals
     longest = max(
         len(prepared.chat.prompt_ids([{"role": "user", "content": WRAPPERS["role_play"].wrap(p.text)}]))
-        for p in e.prompts  # type: ignore[attr-defined]
+        for p in e.items  # type: ignore[attr-defined]
     )
     assert prepare(parse(study, "x", (f"model={tiny.build('llama', tmp_path / 'l', context=longest + 30)}", asked)))
     said = fault(study, f"model={tiny.build('llama', tmp_path / 'm', context=longest + 29)}", asked)

@@ -29,7 +29,7 @@ from leeway.study.executors.local import timed
 from leeway.study.jobs import BASE
 from leeway.study.load import load, parse
 from leeway.study.manifest import measured_with
-from leeway.study.progress import Reporter, kind_of, of_answers
+from leeway.study.progress import Reporter, of_answers
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import ALIAS, Spec
@@ -177,7 +177,7 @@ class _Measuring:
         tell = timed(self.reporter.heard)
         for objective, budget, _ in self.audit.who:
             for e in self.pending(objective, budget):
-                self.reporter.clock.add(kind_of(e), len(e))
+                self.reporter.clock.add(e.work, len(e))
         for objective, budget, subject in self.audit.who:
             pending = self.pending(objective, budget)
             if not pending:

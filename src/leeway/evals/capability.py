@@ -36,9 +36,9 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from decimal import Decimal, localcontext
 from functools import cache
 from typing import Literal
@@ -47,15 +47,15 @@ from leeway.data.gsm8k import COMMAND, IN_BOX
 from leeway.data.supergpqa import LETTERS
 from leeway.data.types import CapabilityItem
 from leeway.errors import LeewayError
-from leeway.evals.eval import Row, Tick
-from leeway.generation.backend import Backend, Conversation, Request
+from leeway.evals.eval import NO_ANSWER, ItemEval, Prompt, Row, Tick
+from leeway.generation.backend import Backend, Conversation
 from leeway.hashing import digest
 
 Grade = Callable[[CapabilityItem, str], tuple[bool, str]]
 
 
 @dataclass(frozen=True)
-class Capability:
+class Capability(ItemEval):
     """Items of one task and the rule that grades them; an item is its own cluster.
 
     `shots` are questions with their answers that stand before every item as turns of their own: none is 0-shot. No
@@ -88,22 +88,16 @@ class Capability:
         before = [[list(shot) for shot in self.shots]] if self.shots else []
         return digest(self.name, self.grader, self.max_new_tokens, [asdict(i) for i in self.items], *before)
 
-    def __len__(self) -> int:
-        return len(self.items)
-
     def conversation(self, item: CapabilityItem) -> Conversation:
         """The shots as user and assistant turns, then the item's question."""
         turns = [(role, text) for shot in self.shots for role, text in zip(("user", "assistant"), shot, strict=True)]
         return [{"role": role, "content": text} for role, text in [*turns, ("user", item.prompt)]]
 
-    def clusters(self) -> list[str]:
-        return [i.id for i in self.items]
-
-    def part(self, clusters: Collection[str]) -> Capability:
-        return replace(self, items=[i for i in self.items if i.id in clusters])
+    def prompts(self) -> Iterator[Prompt]:
+        yield from (Prompt(f"item {i.id}", self.conversation(i), self.max_new_tokens) for i in self.items)
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
-        requests = [Request(self.conversation(i), self.max_new_tokens) for i in self.items]
+        requests = self.requests()
         before = [[list(shot) for shot in self.shots]] if self.shots else []
         template = digest(backend.template_hash, self.name, self.grader, *before)
         rows = []
@@ -120,7 +114,7 @@ class Capability:
                     response=reply.text,
                     outcome=None,
                     score=float(right),
-                    unscored_reason=None if reply.failure is None else f"no answer: {reply.failure}",
+                    unscored_reason=None if reply.failure is None else f"{NO_ANSWER}{reply.failure}",
                     judge=self.grader,
                     judge_raw=raw,
                     template_hash=template,

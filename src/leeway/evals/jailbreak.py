@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from leeway.attacks import Attack, AttackFailed, Conversation, HelperRequest
+from leeway.attacks import Attack, AttackFailed, Conversation, HelperRequest, Wrapper
 from leeway.attacks.attack import Play
 from leeway.data.types import ForbiddenPrompt
 from leeway.errors import LeewayError
-from leeway.evals.eval import Row, Tick
+from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, Tick, requests_to, user_message
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest
 from leeway.judges import Answer, Judge, Verdict
 
-TRANSPORT = "no answer: "
+TO_JUDGE = "judge: not judged yet"
 
 
 @dataclass(eq=False)
@@ -37,14 +38,26 @@ class _Game:
 
 
 @dataclass(frozen=True)
-class Jailbreak:
+class _OpenVerdict:
+    """A judge that leaves every response unscored, to be judged later."""
+
+    name: str
+    hash: str = ""
+    note: str = ""
+
+    def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:  # noqa: ARG002
+        return [Verdict(None, None, "", TO_JUDGE)] * len(answers)
+
+
+@dataclass(frozen=True)
+class Jailbreak(ItemEval):
     """Every prompt under every attack; prompts are the clusters, since attacks on one prompt are not independent.
 
     Greedy (sample 0), or `samples` answers drawn at `temperature` (sample 0 to samples - 1), every turn of an attack
     with the same sample and seed. Each judge has its own row for each answer: judges are never averaged.
     """
 
-    prompts: Seq[ForbiddenPrompt]
+    items: Seq[ForbiddenPrompt]
     attacks: Seq[Attack]
     judges: Seq[Judge]
     max_new_tokens: int
@@ -55,7 +68,7 @@ class Jailbreak:
 
     def __post_init__(self) -> None:
         for what, named in (
-            ("prompt", [p.id for p in self.prompts]),
+            ("prompt", [p.id for p in self.items]),
             ("attack", [a.name for a in self.attacks]),
             ("judge", [j.name for j in self.judges]),
         ):
@@ -70,10 +83,6 @@ class Jailbreak:
             )
 
     @property
-    def key(self) -> str:
-        return self.name
-
-    @property
     def hash(self) -> str:
         return digest(
             self.name,
@@ -81,25 +90,54 @@ class Jailbreak:
             [self.samples, self.temperature, self.seed] if self.samples else "greedy",
             [[j.name, j.hash] for j in self.judges],
             [[a.name, a.hash] for a in self.attacks],
-            [asdict(p) for p in self.prompts],
+            [asdict(p) for p in self.items],
         )
 
-    def __len__(self) -> int:
-        """Answers, however many judges read them."""
-        return len(self.prompts) * len(self.attacks) * max(1, self.samples)
+    def prompts(self) -> Iterator[Prompt]:
+        """Yield each item under each attack: the wrapped text, or the bare one where the attack writes it later."""
+        drawn = (self.temperature, self.samples) if self.samples else (0.0, 1)
+        for attack in self.attacks:
+            for p in self.items:
+                text = attack.wrap(p.text) if isinstance(attack, Wrapper) else p.text
+                item = f"prompt {p.id}" + (f" under {attack.name}" if text != p.text else "")
+                yield Prompt(item, user_message(text), self.max_new_tokens, (), *drawn)
 
-    def clusters(self) -> list[str]:
-        return [p.id for p in self.prompts]
+    def judged_by(self) -> list[JudgeRef]:
+        return [JudgeRef(j.name, j.hash, j.note) for j in self.judges]
 
-    def part(self, clusters: Collection[str]) -> Jailbreak:
-        return replace(self, prompts=[p for p in self.prompts if p.id in clusters])
+    def judge_requests(self) -> Iterator[tuple[str, Request]]:
+        times = len(self.attacks) * max(1, self.samples)
+        return requests_to(self.judges, [p.text for p in self.items for _ in range(times)])
+
+    def facts(self) -> dict[str, Any]:
+        return {"attacks": {a.name: {"version": a.version, "hash": a.hash, "origin": a.origin} for a in self.attacks}}
+
+    def split(self) -> dict[str, Jailbreak]:
+        pairs = [(a, p) for a in self.attacks for p in self.items]
+        return {f"{a.name}/{p.id}": replace(self, items=[p], attacks=[a]) for a, p in pairs}
+
+    def unjudged(self) -> Jailbreak:
+        return replace(self, judges=[_OpenVerdict(self.judges[0].name)])
+
+    def judge_row(self, row: Row) -> Row:
+        if row.unscored_reason != TO_JUDGE:
+            return row
+        prompt = next(p.text for p in self.items if p.id == row.item_id)
+        (verdict,) = self.judges[0].judge([Answer(prompt, row.response)], lambda _: None)
+        return replace(
+            row,
+            outcome=verdict.outcome,
+            score=math.nan if verdict.score is None else verdict.score,
+            unscored_reason=verdict.unscored_reason,
+            judge_raw=verdict.raw,
+        )
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Play all games at once, a turn of each at a time, so that a turn is one batch whatever the attacks are.
 
         Rows: attack by attack, prompt by prompt, sample by sample, judge by judge.
         """
-        asked = ((a, p, s) for a in self.attacks for p in self.prompts for s in range(max(1, self.samples)))
+        asked = ((a, p, s) for a in self.attacks for p in self.items for s in range(max(1, self.samples)))
         games = [_Game(k, p, a, s, a.play(p.text)) for k, (a, p, s) in enumerate(asked)]
         waiting = _helped([g for g in games if _advance(g, None)])
         while waiting:
@@ -156,7 +194,7 @@ def _sound(verdict: Verdict) -> Verdict:
         reason = f"a score of {verdict.score} is not in [0, 1]"
     if reason is None:
         return verdict
-    said = reason if reason.startswith((TRANSPORT, "judge: ")) else f"judge: {reason}"
+    said = reason if reason.startswith((NO_ANSWER, "judge: ")) else f"judge: {reason}"
     return Verdict(None, None, verdict.raw, said)
 
 
@@ -179,7 +217,7 @@ def _answered(game: _Game, reply: Reply) -> bool:
     game.tokens += reply.new_tokens
     game.judged = reply.text
     if reply.failure is not None:
-        game.failure = f"{TRANSPORT}{reply.failure}"
+        game.failure = f"{NO_ANSWER}{reply.failure}"
         game.play.close()
         return False
     return _advance(game, reply.text)
@@ -197,7 +235,7 @@ def _advance(game: _Game, text: str | AttackFailed | None) -> bool:
         return False
     except AttackFailed as failed:
         reason = str(failed)
-        game.failure = reason if reason.startswith(TRANSPORT) else f"attack: {reason}"
+        game.failure = reason if reason.startswith(NO_ANSWER) else f"attack: {reason}"
         return False
     if isinstance(asked, HelperRequest):
         game.aside = asked

@@ -37,7 +37,7 @@ from torch import Tensor
 from leeway.data.chat import Chat
 from leeway.data.safety_prompts import subset
 from leeway.errors import LeewayError, first_line
-from leeway.evals.eval import NO_ANSWER, Row, Tick
+from leeway.evals.eval import NO_ANSWER, Eval, Prompt, Row, Tick
 from leeway.generation.backend import NOT_FINITE, Backend, Conversation
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
@@ -283,7 +283,7 @@ Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class LmEval:
+class LmEval(Eval):
     """One task, or one group of tasks; `limit` takes a fixed random subset of each, `shots` are drawn by lm-eval.
 
     `prepared` runs once over all items with a stand-in for the model, so that items, prompts and faults are known
@@ -306,8 +306,15 @@ class LmEval:
     def hash(self) -> str:
         return digest(self.name, self.judge, self.chat, self.shots, version(), self.prepared.content)
 
+    @property
+    def needs_model(self) -> bool:
+        return True
+
     def __len__(self) -> int:
         return len(self.prepared.items)
+
+    def prompts(self) -> tuple[Prompt, ...]:
+        return ()  # lm-eval renders them itself
 
     @property
     def judge(self) -> str:

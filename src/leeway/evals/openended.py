@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal
 
 from leeway.data.types import CapabilityItem
-from leeway.evals.eval import Row, Tick
+from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, Tick, user_message
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest
 from leeway.yaml_config import package_data
@@ -110,13 +110,15 @@ class RubricJudge:
 
     def marks(self, items: Seq[CapabilityItem], responses: Seq[str]) -> list[Reply]:
         """The judge's replies, in the items' order."""
-        asked = [self.prompt(i, r) for i, r in zip(items, responses, strict=True)]
-        requests = [Request([{"role": "user", "content": a}], self.max_new_tokens) for a in asked]
+        requests = [self.request(i, r) for i, r in zip(items, responses, strict=True)]
         return self.backend.complete(requests, lambda _: None)
+
+    def request(self, item: CapabilityItem, response: str) -> Request:
+        return Request(user_message(self.prompt(item, response)), self.max_new_tokens)
 
 
 @dataclass(frozen=True)
-class OpenEnded:
+class OpenEnded(ItemEval):
     """Open-ended questions of one task (`legal`, `cyber`, `openended`); an item is its own cluster."""
 
     task: str
@@ -133,18 +135,17 @@ class OpenEnded:
     def hash(self) -> str:
         return digest(self.name, self.judge.hash, self.max_new_tokens, [asdict(i) for i in self.items])
 
-    def __len__(self) -> int:
-        return len(self.items)
+    def prompts(self) -> Iterator[Prompt]:
+        yield from (Prompt(f"item {i.id}", user_message(i.prompt), self.max_new_tokens) for i in self.items)
 
-    def clusters(self) -> list[str]:
-        return [i.id for i in self.items]
+    def judged_by(self) -> list[JudgeRef]:
+        return [JudgeRef(self.judge.name, self.judge.hash)]
 
-    def part(self, clusters: Collection[str]) -> OpenEnded:
-        return replace(self, items=[i for i in self.items if i.id in clusters])
+    def judge_requests(self) -> Iterator[tuple[str, Request]]:
+        yield from ((self.judge.name, self.judge.request(i, "")) for i in self.items)
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
-        requests = [Request([{"role": "user", "content": i.prompt}], self.max_new_tokens) for i in self.items]
-        replies = backend.complete(requests, tick)
+        replies = backend.complete(self.requests(), tick)
         answered = [(i, r.text) for i, r in zip(self.items, replies, strict=True) if r.failure is None]
         marked = iter(self.judge.marks([i for i, _ in answered], [text for _, text in answered]))
         template = digest(backend.template_hash, self.name, self.judge.hash)
@@ -176,9 +177,9 @@ class OpenEnded:
 def _verdict(reply: Reply, marked: Reply | None) -> tuple[float, str | None]:
     """(score, None), or (NaN, why there is none)."""
     if marked is None:
-        return math.nan, f"no answer: {reply.failure}"
+        return math.nan, f"{NO_ANSWER}{reply.failure}"
     if marked.failure is not None:
-        return math.nan, f"no answer: judge: {marked.failure}"
+        return math.nan, f"{NO_ANSWER}judge: {marked.failure}"
     marks = parse(marked.text)
     if isinstance(marks, str):
         return math.nan, f"judge: {marks}" + (" (its reply was cut off)" if marked.cut else "")

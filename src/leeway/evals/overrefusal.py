@@ -10,13 +10,13 @@ calls `harmful` of a forbidden prompt is here `answered`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from leeway.data.types import BenignPrompt, Outcome
 from leeway.errors import LeewayError
-from leeway.evals.eval import Row, Tick
+from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, Tick, requests_to, user_message
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest
 from leeway.judges import Answer, Judge, Verdict
@@ -26,7 +26,7 @@ ANSWERED = "answered"
 
 
 @dataclass(frozen=True)
-class OverRefusal:
+class OverRefusal(ItemEval):
     """Benign prompts, greedily or `samples` drawn answers each; a prompt is its own cluster."""
 
     items: Seq[BenignPrompt]
@@ -48,29 +48,28 @@ class OverRefusal:
         drawn = [self.samples, self.temperature]
         return digest(self.name, self.max_new_tokens, self.judge.hash, drawn, [asdict(i) for i in self.items])
 
-    def __len__(self) -> int:
-        return len(self.items) * self.samples
+    def prompts(self) -> Iterator[Prompt]:
+        drawn = (self.temperature, self.samples)
+        for i in self.items:
+            yield Prompt(f"prompt {i.id}", user_message(i.text), self.max_new_tokens, (), *drawn)
 
-    def clusters(self) -> list[str]:
-        return [i.id for i in self.items]
+    def judged_by(self) -> list[JudgeRef]:
+        return [JudgeRef(self.judge.name, self.judge.hash, self.judge.note)]
 
-    def part(self, clusters: Collection[str]) -> OverRefusal:
-        return replace(self, items=[i for i in self.items if i.id in clusters])
+    def judge_requests(self) -> Iterator[tuple[str, Request]]:
+        return requests_to([self.judge], [i.text for i in self.items for _ in range(self.samples)])
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Every prompt's samples in turn."""
         asked = [(item, k) for item in self.items for k in range(self.samples)]
-        requests = [
-            Request([{"role": "user", "content": i.text}], self.max_new_tokens, self.temperature, k) for i, k in asked
-        ]
-        replies = backend.complete(requests, tick)
+        replies = backend.complete(self.requests(), tick)
         answers = [Answer(i.text, r.text) for (i, _), r in zip(asked, replies, strict=True) if r.failure is None]
         verdicts = iter(self.judge.judge(answers, lambda _: None))
         template = digest(backend.template_hash, self.name)
         rows = []
         for (item, k), reply in zip(asked, replies, strict=True):
             verdict = (
-                next(verdicts) if reply.failure is None else Verdict(None, None, "", f"no answer: {reply.failure}")
+                next(verdicts) if reply.failure is None else Verdict(None, None, "", f"{NO_ANSWER}{reply.failure}")
             )
             rows.append(self._row(item, k, reply, verdict, template))
         return rows

@@ -14,15 +14,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 from leeway.data.types import PersonaItem
 from leeway.errors import LeewayError
-from leeway.evals.eval import Row, Tick
+from leeway.evals.eval import NO_ANSWER, ItemEval, Prompt, Row, Tick, user_message
 from leeway.generation.backend import Backend, Choice
 from leeway.hashing import digest
 from leeway.yaml_config import package_data
@@ -88,7 +88,7 @@ def cluster_of(item: PersonaItem) -> str:
 
 
 @dataclass(frozen=True)
-class Persona:
+class Persona(ItemEval):
     """Yes/no statements of several traits, one forward pass for each item and form."""
 
     items: Seq[PersonaItem]
@@ -106,33 +106,27 @@ class Persona:
         return forms(self.order_swap, self.paraphrases)
 
     @property
-    def key(self) -> str:
-        return self.name
-
-    @property
     def hash(self) -> str:
         checks = [[f.name, f.hash] for f in self.forms if f.name != PLAIN]
         return digest(self.name, [asdict(i) for i in self.items], *([checks] if checks else []))
 
-    def __len__(self) -> int:
-        return len(self.items) * len(self.forms)
+    def prompts(self) -> Iterator[Prompt]:
+        for form in self.forms:
+            yield from (Prompt(f"item {i.id}", user_message(form.ask(i)), options=OPTIONS) for i in self.items)
 
-    def clusters(self) -> list[str]:
-        return [cluster_of(i) for i in self.items]
-
-    def part(self, clusters: Collection[str]) -> Persona:
-        return replace(self, items=[i for i in self.items if cluster_of(i) in clusters])
+    def cluster_of(self, item: PersonaItem) -> str:
+        return cluster_of(item)
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """The items under the plain form, then under each check: rows of `persona`, then of `persona-check`."""
         asked = [(form, item, form.ask(item)) for form in self.forms for item in self.items]
-        choices = backend.choose([[{"role": "user", "content": text}] for _, _, text in asked], OPTIONS, tick)
+        choices = backend.choose([user_message(text) for _, _, text in asked], OPTIONS, tick)
         return [self._row(*a, c, backend.template_hash) for a, c in zip(asked, choices, strict=True)]
 
     def _row(self, form: Form, item: PersonaItem, prompt: str, choice: Choice, template: str) -> Row:
         yes, no = choice.mass.get("Yes", math.nan), choice.mass.get("No", math.nan)
         score = math.nan if choice.failure else endorsement(Choice({"Yes": yes, "No": no}), item.match)
-        reason = "no finite mass on Yes or No" if choice.failure is None else f"no answer: {choice.failure}"
+        reason = "no finite mass on Yes or No" if choice.failure is None else f"{NO_ANSWER}{choice.failure}"
         plain = form.name == PLAIN
         raw = {"match": item.match, "p_no": finite(no), "p_yes": finite(yes)} | ({} if plain else {"form": form.name})
         return Row(

@@ -20,15 +20,15 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 from leeway.data.types import LikertItem
 from leeway.errors import LeewayError
-from leeway.evals.eval import Row, Tick
+from leeway.evals.eval import NO_ANSWER, Eval, ItemEval, JudgeRef, Prompt, Row, Tick, user_message
 from leeway.evals.overrefusal import check_samples
 from leeway.evals.persona import finite
 from leeway.generation.backend import Backend, Choice, Reply, Request
@@ -68,33 +68,28 @@ def cluster_of(item: LikertItem) -> str:
 
 
 @dataclass(frozen=True)
-class Likert:
+class Likert(ItemEval):
     """Statements rated from 1 to 5, one forward pass for each item and direction of the scale."""
 
     items: Seq[LikertItem]
     name: str = "persona-sd3"
 
     @property
-    def key(self) -> str:
-        return self.name
-
-    @property
     def hash(self) -> str:
         return digest(self.name, directions(), [asdict(i) for i in self.items])
 
-    def __len__(self) -> int:
-        return len(self.items) * len(directions())
+    def prompts(self) -> Iterator[Prompt]:
+        for text in directions().values():
+            shown = ((i, user_message(text.replace("{statement}", i.text))) for i in self.items)
+            yield from (Prompt(f"item {i.id}", conversation, options=OPTIONS) for i, conversation in shown)
 
-    def clusters(self) -> list[str]:
-        return [cluster_of(i) for i in self.items]
-
-    def part(self, clusters: Collection[str]) -> Likert:
-        return replace(self, items=[i for i in self.items if cluster_of(i) in clusters])
+    def cluster_of(self, item: LikertItem) -> str:
+        return cluster_of(item)
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Every item with 5 for agreeing, then every item with 5 for disagreeing."""
         asked = [(d, i, text.replace("{statement}", i.text)) for d, text in directions().items() for i in self.items]
-        choices = backend.choose([[{"role": "user", "content": text}] for _, _, text in asked], OPTIONS, tick)
+        choices = backend.choose([user_message(text) for _, _, text in asked], OPTIONS, tick)
         return [self._row(*a, c, backend.template_hash) for a, c in zip(asked, choices, strict=True)]
 
     def _row(self, direction: str, item: LikertItem, prompt: str, choice: Choice, template: str) -> Row:
@@ -103,7 +98,7 @@ class Likert:
         mass = {o: finite(choice.mass.get(o, math.nan)) for o in OPTIONS}
         answered = finite(sum(choice.mass.get(o, math.nan) for o in OPTIONS))
         raw = {"answer_mass": answered, "form": direction, "key": item.key, "mass": mass, "rating": finite(rating)}
-        reason = "no finite mass on 1 to 5" if choice.failure is None else f"no answer: {choice.failure}"
+        reason = "no finite mass on 1 to 5" if choice.failure is None else f"{NO_ANSWER}{choice.failure}"
         return Row(
             eval=self.name,
             attack="",
@@ -166,7 +161,7 @@ def ratings(said: str, traits: Seq[str]) -> dict[str, int | str]:
 
 
 @dataclass(frozen=True)
-class SelfReport:
+class SelfReport(Eval):
     """Open questions, answered greedily or `samples` times, graded by `grader`; a question is the cluster."""
 
     grader: Backend
@@ -188,10 +183,6 @@ class SelfReport:
                 raise LeewayError(f"{self.name}: no rubric for the trait {trait!r}", fix=fix)
 
     @property
-    def key(self) -> str:
-        return self.name
-
-    @property
     def judge_hash(self) -> str:
         """Content hash of the rubric, who reads it and what is no language."""
         who = [self.grader.identity, self.grader.template_hash, self.grader_tokens]
@@ -202,17 +193,26 @@ class SelfReport:
         asked = [list(self.traits), texts()["questions"], self.max_new_tokens, self.samples, self.temperature]
         return digest(self.name, asked, self.judge_hash)
 
-    def __len__(self) -> int:
-        return len(texts()["questions"]) * self.samples
+    def prompts(self) -> Iterator[Prompt]:
+        drawn = (self.temperature, self.samples)
+        for name, question in texts()["questions"].items():
+            yield Prompt(f"question {name}", user_message(question), self.max_new_tokens, (), *drawn)
+
+    def judged_by(self) -> list[JudgeRef]:
+        return [JudgeRef(self.judge, self.judge_hash)]
+
+    def judge_requests(self) -> Iterator[tuple[str, Request]]:
+        for question in texts()["questions"].values():
+            request = Request(user_message(rubric(question, "", self.traits)), self.grader_tokens)
+            yield from [(self.judge, request)] * self.samples
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """One row for each trait, question and sample."""
         asked = [(name, q, k) for name, q in texts()["questions"].items() for k in range(self.samples)]
-        requests = [Request([_user(q)], self.max_new_tokens, self.temperature, k) for _, q, k in asked]
-        replies = backend.complete(requests, tick)
+        replies = backend.complete(self.requests(), tick)
         readable = [n for n, r in enumerate(replies) if r.failure is None and coherence(r.text).ok]
         prompts = [rubric(asked[n][1], replies[n].text, self.traits) for n in readable]
-        graded = self.grader.complete([Request([_user(p)], self.grader_tokens) for p in prompts], lambda _: None)
+        graded = self.grader.complete([Request(user_message(p), self.grader_tokens) for p in prompts], lambda _: None)
         said = dict(zip(readable, graded, strict=True))
         template = digest(backend.template_hash, self.name)
         return [
@@ -245,14 +245,10 @@ class SelfReport:
     def _rating(self, trait: str, reply: Reply, graded: Reply | None) -> int | str:
         """The rating, or why there is none."""
         if reply.failure is not None:
-            return f"no answer: {reply.failure}"
+            return f"{NO_ANSWER}{reply.failure}"
         if graded is None:
             return f"incoherent: {coherence(reply.text).reason}"
         if graded.failure is not None:
-            return f"no answer: {self.judge}: {graded.failure}"
+            return f"{NO_ANSWER}{self.judge}: {graded.failure}"
         rating = ratings(graded.text, self.traits)[trait]
         return rating if isinstance(rating, int) else f"judge: {rating}"
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}

@@ -22,13 +22,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from leeway.attacks import Wrapper
 from leeway.data.stream import BudgetStop, Schedule
 from leeway.errors import LeewayError
-from leeway.evals.eval import Eval
-from leeway.evals.jailbreak import Jailbreak
-from leeway.evals.persona import Persona
-from leeway.evals.self_report import OPTIONS, Likert, directions
+from leeway.evals.eval import Eval, Prompt
 from leeway.generation.backend import Request
 from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
@@ -36,7 +32,7 @@ from leeway.model.reference_cache import ReferenceCache
 from leeway.plan.cost_model import GIB, as_time
 from leeway.plan.token_counts import TrajectoryPlan, new_tokens
 from leeway.study.jobs import Checkpoint, Job, eval_targets
-from leeway.study.prepare import Prepared, prepare, questions
+from leeway.study.prepare import Prepared, prepare
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import Spec
@@ -150,8 +146,8 @@ def measured(prepared: Prepared, scratch: Path) -> Timing:
     backend = TransformersBackend(model, "", prepared.spec.evals.batch, overlong="failure")
     with adapters.merged(model):
         for e in prepared.evals:
-            if texts := asked_texts(e):
-                found.answering[e.key] = _answer(backend, e, texts)
+            if prompts := [p for p in e.prompts() for _ in range(p.samples)]:
+                found.answering[e.key] = _answer(backend, e, prompts)
     found.peak = _held()
     return found
 
@@ -197,42 +193,26 @@ def _few(prepared: Prepared, alias: str, seed: int) -> Schedule:
     return Schedule(chosen, (BudgetStop(0, len(chosen), 0, 0, 0.0, ""),))
 
 
-def asked_texts(e: Eval) -> list[str]:
-    """The first message of everything that an eval asks; none of it is sent to a judge or to another model."""
-    if isinstance(e, Persona):
-        return [form.ask(i) for form in e.forms for i in e.items]
-    if isinstance(e, Likert):
-        return [text.replace("{statement}", i.text) for text in directions().values() for i in e.items]
-    if isinstance(e, Jailbreak):
-        asked = [a.wrap(p.text) if isinstance(a, Wrapper) else p.text for a in e.attacks for p in e.prompts]
-        return asked * max(1, e.samples)
-    return [text for _, text in questions(e)] * int(getattr(e, "samples", 1) or 1)
-
-
-def _answer(backend: TransformersBackend, e: Eval, texts: Seq[str]) -> float:
-    """Seconds of the whole eval at one checkpoint, from some of its batches."""
+def _answer(backend: TransformersBackend, e: Eval, prompts: Seq[Prompt]) -> float:
+    """Return the seconds of the whole eval at one checkpoint, extrapolated from some of its batches."""
     began = time.perf_counter()
-    lengths = [len(backend.chat.prompt_ids([{"role": "user", "content": t}])) for t in texts]
+    lengths = [len(backend.chat.prompt_ids(p.conversation)) for p in prompts]
     reading = time.perf_counter() - began
-    by_length = [texts[k] for k in sorted(range(len(texts)), key=lengths.__getitem__)]
+    by_length = [prompts[k] for k in sorted(range(len(prompts)), key=lengths.__getitem__)]
     seconds, chosen = 0.0, list(_batches(by_length, backend.batch))
     for batch in chosen:
         began = time.perf_counter()
-        conversations = [[{"role": "user", "content": t}] for t in batch]
-        if isinstance(e, Persona):
-            backend.choose(conversations, ("Yes", "No"), lambda _: None)
-        elif isinstance(e, Likert):
-            backend.choose(conversations, OPTIONS, lambda _: None)
+        if e.work == "score":
+            backend.choose([p.conversation for p in batch], batch[0].options, lambda _: None)
         else:
-            limit = int(getattr(e, "max_new_tokens", 1))
-            temperature = float(getattr(e, "temperature", 0.0)) if getattr(e, "samples", 0) else 0.0
-            backend.complete([Request(c, limit, temperature) for c in conversations], lambda _: None)
+            requests = [Request(p.conversation, p.max_new_tokens, p.temperature) for p in batch]
+            backend.complete(requests, lambda _: None)
         seconds += time.perf_counter() - began
-    return reading + seconds * len(texts) / sum(map(len, chosen))
+    return reading + seconds * len(prompts) / sum(map(len, chosen))
 
 
-def _batches(texts: Seq[str], size: int) -> Iterator[Seq[str]]:
-    whole = [texts[k : k + size] for k in range(0, len(texts), size)]
+def _batches(prompts: Seq[Prompt], size: int) -> Iterator[Seq[Prompt]]:
+    whole = [prompts[k : k + size] for k in range(0, len(prompts), size)]
     places = sorted({round(k * (len(whole) - 1) / (BATCHES - 1)) for k in range(BATCHES)})
     yield from (whole[k] for k in places)
 

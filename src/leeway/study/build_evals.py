@@ -250,8 +250,8 @@ def evals_of(spec: Spec, origins: dict[str, str], voices: HelperModels | None = 
     """
     voices = voices or HelperModels(device=spec.device)
     evals = [_capability(part, spec, origins, voices) for part in spec.evals.capability]
-    further = [load_eval(f.name, f.settings) for f in spec.evals.further]
-    return [*evals, *safety_evals(spec, origins, voices), *further]
+    plugins = [load_eval(p.name, p.settings) for p in spec.evals.plugins]
+    return [*evals, *safety_evals(spec, origins, voices), *plugins]
 
 
 def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], voices: HelperModels) -> Eval:

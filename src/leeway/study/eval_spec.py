@@ -280,7 +280,7 @@ class Evals(ConfigModel):
     jailbreak: JailbreakSpec | None = None
     overrefusal: OverRefusalSpec | None = None
     persona: PersonaSpec | None = None
-    further: Annotated[tuple[PluginEvalSpec, ...], BeforeValidator(_named)] = ()
+    plugins: Annotated[tuple[PluginEvalSpec, ...], BeforeValidator(_named)] = ()
     conditions: Literal["all", "last", "first"] = Field(
         default="all", description="test-time prompts: all, the others at the last budget only, or the first alone"
     )
@@ -298,10 +298,10 @@ class Evals(ConfigModel):
 
     @model_validator(mode="after")
     def _something(self) -> Evals:
-        if not (self.capability or self.jailbreak or self.persona or self.overrefusal or self.further):
+        if not (self.capability or self.jailbreak or self.persona or self.overrefusal or self.plugins):
             raise ValueError("nothing is measured; name capability, jailbreak, overrefusal or persona")
-        if len({f.name for f in self.further}) < len(self.further):
-            raise ValueError("further: one is listed twice")
+        if len({f.name for f in self.plugins}) < len(self.plugins):
+            raise ValueError("plugins: one is listed twice")
         if len({c.name for c in self.capability}) < len(self.capability):
             raise ValueError("capability: one is listed twice")
         if _set(self, ["margin"]) and self.stop == "never":

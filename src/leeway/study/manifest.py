@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence as Seq
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +17,8 @@ from leeway.claims import stored
 from leeway.data.ledger import Matching
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval
-from leeway.evals.jailbreak import Jailbreak
-from leeway.evals.openended import OpenEnded
-from leeway.evals.overrefusal import OverRefusal
-from leeway.evals.self_report import SelfReport
 from leeway.hashing import digest
 from leeway.io import expand
-from leeway.judges import Judge
 from leeway.model.forward import layout_of
 from leeway.model.load import Model, model_hash, resolve
 from leeway.objectives import OBJECTIVES, ip, sft_refusal
@@ -93,34 +89,22 @@ def matching(prepared: Prepared) -> Matching:
 
 def judges_of(evals: Seq[Eval]) -> dict[str, dict[str, str]]:
     """Who judged the answers of each eval: the first judge under its key, further ones under `<key>@<judge>`."""
-    found: dict[str, dict[str, str]] = {}
-    for e in evals:
-        if isinstance(e, Jailbreak):
-            for k, judge in enumerate(e.judges):
-                found[f"{e.name}@{judge.name}" if k else e.name] = _told(judge)
-        elif isinstance(e, OverRefusal):
-            found[e.name] = _told(e.judge)
-        elif isinstance(e, SelfReport):
-            found[e.name] = {"name": e.judge, "hash": e.judge_hash}
-        elif isinstance(e, OpenEnded):
-            found[e.key] = {"name": e.judge.name, "hash": e.judge.hash}
-    return found
-
-
-def _told(judge: Judge) -> dict[str, str]:
-    return {"name": judge.name, "hash": judge.hash, "note": judge.note}
+    return {
+        f"{e.key}@{judge.name}" if k else e.key: asdict(judge) for e in evals for k, judge in enumerate(e.judged_by())
+    }
 
 
 def measured_with(evals: Seq[Eval], origins: dict[str, str]) -> dict[str, Any]:
     """The part of a manifest that says what was asked, who judged it, and on which versions."""
-    jailbreak = next((e for e in evals if isinstance(e, Jailbreak)), None)
-    attacks = jailbreak.attacks if jailbreak else ()
+    facts: dict[str, dict[str, Any]] = {"attacks": {}}
+    for section, entries in (entry for e in evals for entry in e.facts().items()):
+        facts[section] = {**facts.get(section, {}), **entries}
     return {
         "leeway": version("leeway"),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {"origins": origins},
         "evals": {e.key: {"hash": e.hash, "answers": len(e)} for e in evals},
-        "attacks": {a.name: {"version": a.version, "hash": a.hash, "origin": a.origin} for a in attacks},
+        **facts,
         "judges": judges_of(evals),
         "environment": {
             "python": platform.python_version(),

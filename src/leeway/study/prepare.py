@@ -7,7 +7,7 @@ A study's pairs: given by the data, or drawn from its base model and kept in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from leeway.attacks import Wrapper
 from leeway.data import formats
 from leeway.data.chat import Chat
 from leeway.data.safety_prompts import subset
@@ -25,10 +24,6 @@ from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.evals.capability import Capability, number
 from leeway.evals.eval import Eval
-from leeway.evals.jailbreak import Jailbreak
-from leeway.evals.openended import OpenEnded
-from leeway.evals.overrefusal import OverRefusal
-from leeway.evals.persona import Persona
 from leeway.evals.tasks import EXACT
 from leeway.generation.backend import Backend
 from leeway.generation.transformers import TransformersBackend
@@ -369,36 +364,19 @@ def check_prompts_fit(asked: Seq[tuple[str, Eval]], prepared: Prepared) -> None:
         asking |= {c.prefix: chat_for(chat, o).with_prefix(c.prefix) for c in conditions if c != PLAIN}
     room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
     for where, e in asked:
-        new = getattr(e, "max_new_tokens", 0)
-        for item, text in questions(e):
-            if fault := find_special_tokens(text, chat, prepared.objectives):
+        for prompt in e.prompts():
+            new, item = prompt.max_new_tokens, prompt.item
+            if fault := find_special_tokens(prompt.text, chat, prepared.objectives):
                 raise LeewayError(f"{where}: {item}: {fault[0]}", fix=fault[1])
-            if len(text.encode()) + new <= room:  # a token is at least a byte
+            if len(prompt.conversation) == 1 and len(prompt.text.encode()) + new <= room:  # a token is >= 1 byte
                 continue
-            tokens = max(len(c.prompt_ids([{"role": "user", "content": text}])) for c in asking.values())
+            tokens = max(len(c.prompt_ids(prompt.conversation)) for c in asking.values())
             if tokens + new > context:
                 answer = f" and up to {new:,} for the answer" if new else ""
                 raise LeewayError(
                     f"{where}: {item} takes {tokens:,} tokens{answer}, the context of {spec.model} is {context:,}",
                     fix="lower max_new_tokens" if tokens < context else "shorten or remove that item",
                 )
-
-
-def questions(e: Eval) -> Iterator[tuple[str, str]]:
-    """(which item, the first message) of everything that an eval asks, where that is known beforehand."""
-    if isinstance(e, Capability):
-        yield from ((f"item {i.id}", "\n".join(m["content"] for m in e.conversation(i))) for i in e.items)
-    elif isinstance(e, OpenEnded):
-        yield from ((f"item {i.id}", i.prompt) for i in e.items)
-    elif isinstance(e, OverRefusal):
-        yield from ((f"prompt {p.id}", p.text) for p in e.items)
-    elif isinstance(e, Persona):
-        yield from ((f"item {i.id}", i.question) for i in e.items)
-    elif isinstance(e, Jailbreak):
-        wrappers = [a for a in e.attacks if isinstance(a, Wrapper)]
-        for p in e.prompts:
-            yield f"prompt {p.id}", p.text
-            yield from ((f"prompt {p.id} under {a.name}", a.wrap(p.text)) for a in wrappers)
 
 
 def skeleton(spec: Spec) -> Any:

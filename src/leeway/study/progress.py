@@ -14,15 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from leeway.data.stream import BudgetStop
-from leeway.evals.eval import Eval
-from leeway.evals.persona import Persona
-from leeway.evals.self_report import Likert
+from leeway.evals.eval import Eval, Work
 from leeway.objectives.objective import PLAIN
 from leeway.study.jobs import BASE, EvalTarget
 from leeway.training.loop import Step
 from leeway.training.trajectory import Trajectory
 
-Kind = Literal["train", "generate", "choose"]
+Kind = Literal["train"] | Work
 Tell = Callable[[Kind, float, str], None]
 
 
@@ -48,12 +46,12 @@ def of_asking(tell: Tell, trajectory: Trajectory) -> Callable[[int, int], None]:
 
 
 def of_answers(tell: Tell, at: str, e: Eval) -> Callable[[int], None]:
-    answered = 0
+    answered, total, work = 0, len(e), e.work
 
     def told(n: int) -> None:
         nonlocal answered
         answered += n
-        tell(kind_of(e), n, f"{at} | {e.key} {answered}/{len(e)}")
+        tell(work, n, f"{at} | {e.key} {answered}/{total}")
 
     return told
 
@@ -64,14 +62,10 @@ def said(who: EvalTarget) -> str:
     return at if who.condition == PLAIN else f"{at} under {who.condition.name}"
 
 
-def kind_of(e: Eval) -> Kind:
-    return "choose" if isinstance(e, (Persona, Likert)) else "generate"
-
-
 PRIOR = {
     "train": 1e-4,
     "generate": 6e-3,
-    "choose": 1e-3,
+    "score": 1e-3,
 }  # seconds per unit, until this machine has shown its own
 
 

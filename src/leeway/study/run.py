@@ -25,7 +25,7 @@ from leeway.study.jobs import Job, eval_targets, jobs_of, relative_cost, schedul
 from leeway.study.load import load
 from leeway.study.manifest import check_unchanged, matching
 from leeway.study.prepare import PairSampling, Prepared, prepare
-from leeway.study.progress import Reporter, kind_of
+from leeway.study.progress import Reporter
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker
@@ -134,7 +134,7 @@ def _count_work(work: Worker, pieces: list[Job], reporter: Reporter) -> None:
     for piece in pieces:
         for who in eval_targets(work.prepared, piece):
             for e in work.pending(who):
-                reporter.clock.add(kind_of(e), len(e))
+                reporter.clock.add(e.work, len(e))
         if piece.kind == "train":
             reporter.clock.add("train", _tokens_left(work.prepared, work.store, piece))
         elif piece.kind == "tune" and work.unfinished(piece):

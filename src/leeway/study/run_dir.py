@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leeway.errors import LeewayError
-from leeway.evals.eval import Row, open_question
+from leeway.evals.eval import Row, is_retryable
 from leeway.hashing import digest, file_digest
 from leeway.io import (
     PARTIAL,
@@ -288,7 +288,7 @@ class RunDir:
             return False
         with readable(path):
             reasons = pq.read_table(path, columns=["unscored_reason"]).column(0).unique().to_pylist()
-        return not any(map(open_question, reasons))
+        return not any(map(is_retryable, reasons))
 
     def write_rows(self, parts: Seq[Path]) -> int:
         """All parts as one table, sorted, so that its bytes depend on its content alone; returns its length."""

@@ -14,8 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from leeway.evals.eval import Divisible, Eval, Row, Tick
-from leeway.evals.jailbreak import Jailbreak
+from leeway.evals.eval import Eval, Row, Tick
 from leeway.generation.backend import Backend
 from leeway.stats import judged, sequential
 from leeway.stats.anytime import in_turn
@@ -38,9 +37,8 @@ def sequential_axes(spec: Spec, evals: Iterable[Eval]) -> dict[str, list[Eval]]:
 
 
 def _prompts(evals: Seq[Eval]) -> int:
-    if not all(isinstance(e, Divisible) for e in evals):
-        return 0
-    return len({c for e in evals if isinstance(e, Divisible) for c in e.clusters()})
+    clusters = [e.clusters() for e in evals]
+    return len({c for own in clusters for c in own}) if all(clusters) else 0
 
 
 def facts(spec: Spec, evals: Iterable[Eval]) -> dict[str, Any]:
@@ -74,14 +72,13 @@ class SequentialEvaluator:
 
     def ask(self, backend: Backend, tick: Callable[[Eval], Tick]) -> dict[str, list[Row]]:
         """The rows of every eval, by its key."""
-        order = in_turn(c for e in self.evals if isinstance(e, Divisible) for c in e.clusters())
+        order = in_turn(c for e in self.evals for c in e.clusters())
         rows: dict[str, list[Row]] = {e.key: [] for e in self.evals}
         ticks = {e.key: tick(e) for e in self.evals}
         seen = 0
         for size in sequential.looks(len(order)):
             chosen, seen = set(order[seen:size]), size
             for e in self.evals:
-                assert isinstance(e, Divisible)
                 if chosen.intersection(e.clusters()):
                     rows[e.key] += e.part(chosen).run(backend, ticks[e.key])
             if size < len(order) and not self._undecided([r for own in rows.values() for r in own]):
@@ -97,7 +94,7 @@ class SequentialEvaluator:
         of_axis = rows[rows["eval"] == self.axis]
         if not judged_twice(of_axis):
             return of_axis
-        first = {e.name: e.judges[0].name for e in self.evals if isinstance(e, Jailbreak)}
+        first = {e.name: judges[0].name for e in self.evals if (judges := e.judged_by())}
         told = judged(of_axis, first)
         return told[told["eval"] == self.axis]
 

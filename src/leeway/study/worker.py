@@ -27,7 +27,6 @@ import torch
 from leeway.data.stream import Schedule
 from leeway.errors import LeewayError, NotFiniteError
 from leeway.evals.eval import Eval
-from leeway.evals.lm_eval import LmEval
 from leeway.generation.backend import Backend
 from leeway.generation.cache import AnswerStore, AnswerStoreBackend
 from leeway.generation.transformers import TransformersBackend
@@ -188,8 +187,8 @@ def forget(own: Path) -> None:
 
 
 def unwrap_for_eval(backend: Backend, e: Eval) -> Backend:
-    """Whom an eval asks: the model itself where it needs more of it than its answers."""
-    return backend.backend if isinstance(e, LmEval) and isinstance(backend, AnswerStoreBackend) else backend
+    """Return the uncached backend if the eval needs the model itself."""
+    return backend.backend if e.needs_model and isinstance(backend, AnswerStoreBackend) else backend
 
 
 Read = Callable[[Path], dict[str, Any]]

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -27,29 +26,14 @@ from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from leeway.errors import LeewayError
-from leeway.evals.eval import Eval, Row
-from leeway.evals.jailbreak import Jailbreak
+from leeway.evals.eval import Eval, ItemEval, Row
 from leeway.hashing import canonical
 from leeway.integrations.inspect.backend import Live, Said
-from leeway.judges import Answer, Verdict
 from leeway.study.build_evals import evals_of
 from leeway.study.eval_spec import Evals
 from leeway.study.load import parse
 
 LISTS = ("attacks", "traits")
-
-
-@dataclass(frozen=True)
-class Single:
-    """One item of an eval (under one attack, for a jailbreak), as an eval of its own."""
-
-    part: Any  # an eval of one item
-    item: Any
-    attack: Any = None
-
-    @property
-    def id(self) -> str:
-        return f"{self.attack.name}/{self.item.id}" if self.attack else str(self.item.id)
 
 
 def known() -> tuple[str, ...]:
@@ -84,20 +68,11 @@ def _asked(kind: str, settings_json: str) -> Eval:
     return next(e for e in evals_of(spec, {}) if e.name == kind)
 
 
-def singles(part: Any) -> dict[str, Single]:
-    """Every item under every attack by its id, in the order of the eval's own rows."""
-    if isinstance(part, Jailbreak):
-        pairs = [(a, p) for a in part.attacks for p in part.prompts]
-        return _by_id(Single(replace(part, prompts=[p], attacks=[a]), p, a) for a, p in pairs)
-    field = next((f for f in ("items", "prompts") if hasattr(part, f)), None)
-    if field is None:
-        raise LeewayError(f"eval {part.key}: Inspect cannot ask it, it has no items", fix="leave it out")
-    items: Seq[Any] = getattr(part, field)
-    return _by_id(Single(replace(part, **{field: [item]}), item) for item in items)
-
-
-def _by_id(found: Iterable[Single]) -> dict[str, Single]:
-    return {one.id: one for one in found}
+def singles(part: Eval) -> Mapping[str, ItemEval]:
+    """Return one eval per sample (an item, under one attack) by its id, in row order."""
+    if not (found := part.split()):
+        raise LeewayError(f"eval {part.key}: Inspect cannot run it item by item", fix="leave it out")
+    return found
 
 
 def score_of(row: dict[str, Any]) -> Score:
@@ -116,25 +91,7 @@ def score_of(row: dict[str, Any]) -> Score:
 
 
 HEARD = "leeway"  # what the solver keeps for the scorer, in the sample's store
-TO_JUDGE = "judge: not judged yet"
-NOT_ASKED = {
-    "replies": [{"text": "", "new_tokens": 0, "cut": False, "failure": "not asked"}],
-    "choices": [{"mass": {}, "failure": "not asked"}],
-}
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Later:
-    """Stands in for the judge while an attack is played: the scorer judges."""
-
-    name: str
-    hash: str = ""
-    note: str = ""
-
-    def judge(self, answers: Seq[Answer], tick: Callable[[int], None]) -> list[Verdict]:  # noqa: ARG002
-        return [Verdict(None, None, "", TO_JUDGE)] * len(answers)
 
 
 async def _aside(work: Callable[[], T]) -> T:
@@ -151,7 +108,7 @@ def played(kind: str, settings: dict[str, Any]) -> Solver:
     async def solve(state: TaskState, generate: Generate) -> TaskState:  # noqa: ARG001 - turns are the attack's
         one = ones[str(state.sample_id)]
         live = Live(get_model())
-        rows = await _aside(lambda: _unjudged(one).run(live, lambda _: None))
+        rows = await _aside(lambda: one.unjudged().run(live, lambda _: None))
         state.store.set(HEARD, {**live.heard(), "row": _plain(rows[0])})
         state.messages = live.messages
         if live.output is not None:
@@ -159,10 +116,6 @@ def played(kind: str, settings: dict[str, Any]) -> Solver:
         return state
 
     return solve
-
-
-def _unjudged(one: Single) -> Any:
-    return replace(one.part, judges=(_Later(one.part.judges[0].name),)) if isinstance(one.part, Jailbreak) else one.part
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -223,21 +176,10 @@ def judged(kind: str, settings: dict[str, Any]) -> Scorer:
     return score
 
 
-def _row(one: Single, heard: dict[str, Any]) -> Row:
-    if not isinstance(one.part, Jailbreak):
-        rows: list[Row] = one.part.run(Said(heard), lambda _: None)
-        return rows[0]
-    row = Row(**{**heard["row"], "score": math.nan})
-    if row.unscored_reason != TO_JUDGE:
-        return row
-    (verdict,) = one.part.judges[0].judge([Answer(one.item.text, row.response)], lambda _: None)
-    return replace(
-        row,
-        outcome=verdict.outcome,
-        score=math.nan if verdict.score is None else verdict.score,
-        unscored_reason=verdict.unscored_reason,
-        judge_raw=verdict.raw,
-    )
+def _row(one: ItemEval, heard: dict[str, Any]) -> Row:
+    if one.unjudged() is one:
+        return one.run(Said(heard), lambda _: None)[0]
+    return one.judge_row(Row(**{**heard["row"], "score": math.nan}))
 
 
 @scorer(metrics=[rates()])
@@ -258,10 +200,9 @@ def scored() -> Scorer:
 def _task(kind: str, **settings: Any) -> Task:
     settings = {k: v for k, v in settings.items() if v is not None}
     part = asked(kind, settings)
-    samples = [_sample(part.name, one) for one in singles(part).values()]
+    samples = [_sample(id_, one) for id_, one in singles(part).items()]
     facts = {"hash": part.hash}
-    if isinstance(part, Jailbreak):
-        judge = part.judges[0]  # Inspect's tasks have one: the first
+    for judge in part.judged_by()[:1]:  # Inspect's tasks have one: the first
         facts |= {"judge": judge.name, "judge_hash": judge.hash, "judge_note": judge.note}
     return Task(
         dataset=MemoryDataset(samples, name=part.key),
@@ -274,19 +215,14 @@ def _task(kind: str, **settings: Any) -> Task:
     )
 
 
-def _sample(axis: str, one: Single) -> Sample:
-    item, attack = one.item, one.attack
+def _sample(id_: str, one: ItemEval) -> Sample:
+    (item,), (cluster,) = one.items, one.clusters()
     text = next(getattr(item, f) for f in ("question", "prompt", "text") if hasattr(item, f))
-    facts = {"eval": axis, "item_id": item.id, "cluster": _cluster(one), "attack": attack.name if attack else ""}
-    if attack:
-        facts |= {"attack_hash": attack.hash, "attack_version": attack.version}
+    facts = {"eval": one.name, "item_id": item.id, "cluster": cluster, "attack": ""}
+    for name, attack in one.facts().get("attacks", {}).items():
+        facts |= {"attack": name, "attack_hash": attack["hash"], "attack_version": attack["version"]}
     right = getattr(item, "reference", getattr(item, "match", ""))
-    return Sample(input=text, target=right, id=one.id, metadata=facts)
-
-
-def _cluster(one: Single) -> str:
-    """As on the eval's own row: of a reply that failed, so that nobody is asked or judges."""
-    return str(one.item.id) if one.attack else str(one.part.run(Said(NOT_ASKED), lambda _: None)[0].cluster)
+    return Sample(input=text, target=right, id=id_, metadata=facts)
 
 
 @task
