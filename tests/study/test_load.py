@@ -1,4 +1,4 @@
-"""What follows from a study's model and task: chosen in the file, told, and gone from the study that is saved."""
+"""`auto` in a study file: its value for the model and task, printed, and written out in the study that is saved."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ STUDY = """
 name: x
 model: organism
 task: organism
-pairs: {by-task: {organism: {from: dataset}, else: {by-model: {organism: {from: corrupted}, else: {from: unsafe}}}}}
+pairs: auto
 objectives: [sft]
 budgets: [1k]
 evals:
-  capability: {by-task: {organism: [organism], gsm8k: [gsm8k]}}
-  persona: {by-model: {organism: {source: organism, limit: 4}, else: {source: anthropic}}}
+  capability: auto
+  persona: {source: organism, limit: auto}
 """
 
 
@@ -32,44 +32,61 @@ def fault(text: str, *overrides: str) -> str:
     return str(found.value)
 
 
-def test_one_case_is_taken_and_told() -> None:
+def test_auto_is_resolved_and_printed() -> None:
     spec = parse(STUDY, "x")
-    assert (spec.pairs.from_, spec.evals.persona and spec.evals.persona.source) == ("dataset", "organism")
-    assert spec.followed == (
-        "pairs (by-task organism): {from: dataset}",
-        "evals.capability (by-task organism): [organism]",
-        "evals.persona (by-model organism): {source: organism, limit: 4}",
+    assert (spec.pairs.from_, spec.evals.persona and spec.evals.persona.limit) == ("dataset", 40)
+    assert spec.resolved_defaults == (
+        "pairs: {from: dataset}",
+        "evals.capability: [{name: organism, limit: 200, max_new_tokens: 48}]",
+        "evals.persona.limit: 40",
     )
-    assert "by-" not in spec.to_yaml()
-    assert parse(spec.to_yaml(), "x").hash == spec.hash
+    assert "auto" not in spec.to_yaml().replace("dtype: auto", "").replace("device: auto", "").replace(
+        "layout: auto", ""
+    )
+    again = parse(spec.to_yaml(), "x")
+    assert (again.hash, again.resolved_defaults) == (spec.hash, ())
 
 
-def test_model_and_task_choose_wherever_they_stand_and_the_others_change_what_was_chosen() -> None:
-    spec = parse(STUDY, "x", ("evals.persona.limit=9", "task=gsm8k", "model=some/model"))
+def test_overrides_of_model_and_task_apply_before_auto_and_the_others_after() -> None:
+    spec = parse(STUDY, "x", ("evals.persona=auto", "pairs.samples=2", "task=gsm8k", "model=some/model"))
     assert (spec.pairs.from_, spec.task.name, spec.evals.capability[0].name) == ("unsafe", "gsm8k", "gsm8k")
     assert spec.evals.persona is not None
-    assert (spec.evals.persona.source, spec.evals.persona.limit) == ("anthropic", 9)
-    assert spec.followed[0] == "pairs (by-task else by-model else): {from: unsafe}"
-    assert spec.followed[2] == "evals.persona (by-model else): {source: anthropic, limit: 9}"
+    assert (spec.evals.persona.source, spec.evals.persona.limit) == ("anthropic", None)
+    assert spec.resolved_defaults == (
+        "pairs: {from: unsafe, samples: 2, temperature: 1.0, max_new_tokens: 512, filter: rules}",
+        "evals.capability: [{name: gsm8k, max_new_tokens: 400}]",
+        "evals.persona: {source: anthropic, traits: [machiavellianism, narcissism, psychopathy]}",
+    )
 
 
-def test_what_an_override_replaces_followed_from_nothing() -> None:
+def test_an_auto_that_an_override_replaces_is_not_listed() -> None:
     spec = parse(STUDY, "x", ("pairs={from: corrupted}",))
     assert spec.pairs.from_ == "corrupted"
-    assert [f.split(" ")[0] for f in spec.followed] == ["evals.capability", "evals.persona"]
+    assert [line.split(":")[0] for line in spec.resolved_defaults] == ["evals.capability", "evals.persona.limit"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "part"),
-    [
-        ("task: organism", "task: orgnism", "by-task has no case for orgnism; did you mean 'organism'?"),
-        ("{organism: [organism], gsm8k: [gsm8k]}}", "{}}", "evals.capability: by-task holds no cases"),
-        ("{by-task: {organism: [", "{limit: 3, by-task: {organism: [", "evals.capability: limit stands beside by-task"),
-        ("task: organism", "task: {by-model: {else: organism}}", "task: by-model cannot stand here"),
-    ],
-)
-def test_a_choice_that_cannot_be_made_is_named(old: str, new: str, part: str) -> None:
-    assert part in fault(STUDY.replace(old, new, 1))
+def test_an_auto_of_another_meaning_is_left_to_its_key() -> None:
+    spec = parse(STUDY, "x", ("dtype=auto", "optim={lr: auto, layout: auto}"))
+    assert (spec.dtype, spec.optim.layout, spec.optim.lr) == ("auto", "auto", 4e-4)
+    assert "optim.weight_decay: input should be a valid number" in fault(STUDY, "optim.weight_decay=auto")
+    assert "adapter.r: input should be a valid integer" in fault(STUDY, "adapter.r=auto")
+
+
+def test_auto_without_an_entry_is_an_error() -> None:
+    for task in ("orgnism", "doubles"):
+        said = fault(STUDY, f"task={task}")
+        assert f"x.yaml: evals.capability: auto has no value for model organism and task {task}" in said
+    assert "; did you mean 'organism'?; write the value" in fault(STUDY, "task=orgnism")
+
+
+@pytest.mark.parametrize("model", ["organism", "some/model"])
+@pytest.mark.parametrize("task", ["organism", "gsm8k", "supergpqa-engineering", "legal", "cyber", "files"])
+def test_the_papers_preset_is_a_study_for_every_model_and_task(task: str, model: str) -> None:
+    files = "{name: %s, files: {train: a.jsonl, test: b.jsonl}}" % task  # noqa: UP031
+    chosen = files if task in ("legal", "cyber", "files") else task
+    spec = load("objective-matters", (f"model={model}", f"task={chosen}"))
+    assert [c.name for c in spec.evals.capability] == [task]
+    assert len(spec.resolved_defaults) == 7
 
 
 def test_the_papers_preset_has_its_numbers() -> None:

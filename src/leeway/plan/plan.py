@@ -38,7 +38,7 @@ class Plan:
     answers_each: int
     evals: tuple[EvalCost, ...]
     left_out: int
-    followed: tuple[str, ...]
+    resolved_defaults: tuple[str, ...]
     missing: tuple[str, ...]
     counts_exactly: bool
     notes: tuple[str, ...]
@@ -70,7 +70,7 @@ class Plan:
                 f"{self.name}: {sum(t.runs for t in self.trajectories)} training runs, {self.checkpoints} checkpoints, "
                 f"{self.evaluated} evaluations of {self.answers_each:,} answers; {self.parameters:,} parameters",
                 *(f"missing: {m}" for m in self.missing),
-                *(f"follows: {f}" for f in self.followed),
+                *(f"auto: {line}" for line in self.resolved_defaults),
                 f"{head}{'processed':>12}{'reference':>12}",
                 *rows,
                 *self._asked(about),
@@ -146,7 +146,7 @@ def plan(
         answers_each=answers,
         evals=evals,
         left_out=len(prepared.left_out),
-        followed=spec.followed,
+        resolved_defaults=spec.resolved_defaults,
         missing=model.missing,
         counts_exactly=model.counts_exactly,
         notes=(*_undrawn(prepared), *unpriced, *_notes(spec, trajectories, answered), *claimed(spec)),

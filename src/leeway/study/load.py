@@ -1,172 +1,38 @@
-"""From YAML to a checked study: all faults in one line, an unknown key answered with the nearest known one.
+"""Load a study file or a preset, apply overrides and resolve `auto`.
 
-`by-model` and `by-task`: what of a study follows from its model or task, written out in the study file itself.
-
-    pairs: {by-task: {organism: {from: dataset}, else: {from: unsafe}}}
-
-One case is taken before anything is checked; what the study is then made of, and is saved as, is that case alone.
-
-Studies that ship with Leeway, one YAML file each.
+`auto` is the value that the table `auto.yaml` has for the study's model and task. It is resolved before the study is
+checked, so a saved study holds the values; `Spec.resolved_defaults` lists them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from leeway import yaml_config
 from leeway.claims import text_of
 from leeway.errors import LeewayError
 from leeway.study.spec import WRITTEN, Spec
-from leeway.yaml_config import faults, nearest, problem, read
-
-BY = ("by-model", "by-task")
-ELSE = "else"
-NAMES = {"by-model": "model", "by-task": "task"}  # the keys of a study that a case is chosen by
-
-
-def chooses(key: str) -> bool:
-    """Whether an override of `key` says which cases are taken."""
-    return key.split(".", maxsplit=1)[0] in NAMES.values()
-
-
-def resolved(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """(the study without cases, which case each place took); raises LeewayError where none fits."""
-    chosen: dict[str, str] = {}
-    names = {"by-model": str(raw.get("model")), "by-task": _task(raw.get("task"))}
-
-    def walk(value: Any, place: tuple[str, ...]) -> Any:
-        if isinstance(value, list):
-            return [walk(v, (*place, str(n))) for n, v in enumerate(value)]
-        if not isinstance(value, dict):
-            return value
-        by = next((b for b in BY if b in value), None)
-        if by is None:
-            return {k: walk(v, (*place, str(k))) for k, v in value.items()}
-        at = ".".join(place)
-        if fault := _fault(value, by, names[by], place):
-            raise LeewayError(f"{where}: {at}: {fault[0]}", fix=fault[1])
-        case = names[by] if names[by] in value[by] else ELSE
-        chosen[at] = " ".join([*([chosen[at]] if at in chosen else []), f"{by} {case}"])
-        return walk(value[by][case], place)
-
-    return walk(raw, ()), chosen
-
-
-def _task(task: Any) -> str:
-    return str(task.get("name", "files") if isinstance(task, dict) else task)
-
-
-def _fault(value: dict[str, Any], by: str, name: str, place: tuple[str, ...]) -> tuple[str, str] | None:
-    """Why no case can be taken, and what helps."""
-    cases = value[by]
-    if not place or place[0] in NAMES.values():
-        return f"{by} cannot stand here: it asks for the model or task itself", "write that out"
-    if len(value) > 1:
-        other = next(k for k in value if k != by)
-        return f"{other} stands beside {by}", "put it into each case"
-    if not isinstance(cases, dict) or not cases:
-        return f"{by} holds no cases", f"write {by}: {{organism: …, {ELSE}: …}}"
-    if name not in cases and ELSE not in cases:
-        listed = ", ".join(map(str, cases))
-        return f"{by} has no case for {name}{nearest(name, cases)} (it has: {listed})", f"add one, or {ELSE}"
-    return None
-
-
-def standing(chosen: dict[str, str], overrides: tuple[str, ...], raw: dict[str, Any]) -> Iterator[str]:
-    """What was chosen and what it holds, a line each, without the places that an override replaced as a whole."""
-    replaced = [o.partition("=")[0] for o in overrides]
-    for place, cases in chosen.items():
-        if not any(place == key or place.startswith(f"{key}.") for key in replaced):
-            yield f"{place} ({cases}): {yaml_config.dump(_at(raw, place), flow=True).strip()}"
-
-
-def _at(value: Any, place: str) -> Any:
-    for key in place.split("."):
-        value = value[int(key)] if isinstance(value, list) else value[key]
-    return value
-
+from leeway.yaml_config import YAMLError, dump, faults, nearest, package_data, problem, read
+from leeway.yaml_config import load as load_yaml
 
 PRESETS: dict[str, str] = {
     "demo": "the embedded organism, six objectives, a few minutes on a CPU, no download",
     "real-data": "GSM8K, StrongREJECT and Anthropic's persona statements, on any local or hub model",
     "objective-matters": "the study of arXiv 2601.12639 on Llama-3.1-8B-Instruct; scales down to the organism",
 }
-
-
-def preset_text(name: str) -> str:
-    if name not in PRESETS:
-        raise LeewayError(f"no preset {name!r}", fix=f"one of: {', '.join(PRESETS)}")
-    return (files("leeway.study") / "presets" / f"{name}.yaml").read_text("utf-8")
-
-
-MAX_LEVELS = 20  # of a key; a study file has fewer
-
-
-def parse(text: str, where: str, overrides: tuple[str, ...] = (), folder: Path | None = None) -> Spec:
-    """A study from YAML and `key=value` overrides; all faults in one LeewayError.
-
-    A path of claims is taken from `folder`, where the study file is; one in an override from where the user is.
-    Overrides of model and task come first, since cases are chosen by them; the others change what was chosen.
-    """
-    raw = read(text, where)
-    if not isinstance(raw, dict):
-        raise LeewayError(f"{where}: not a study", fix="start from `leeway studies demo`")
-    _once(overrides)
-    first = tuple(o for o in overrides if chooses(o.partition("=")[0]))
-    then = tuple(o for o in overrides if o not in first)
-    for override in first:
-        _override(raw, override)
-    raw, chosen = resolved(raw, where)
-    _claims(raw, folder)
-    for override in then:
-        _override(raw, override)
-    raw, late = resolved(raw, where)
-    _claims(raw, None)
-    try:
-        spec = Spec.model_validate(raw, context=WRITTEN)
-        return spec.followed_by([*standing(chosen, then, raw), *standing(late, (), raw)])
-    except ValidationError as error:
-        raise LeewayError(f"{where}: " + "; ".join(faults(error, Spec))) from error
-
-
-def _claims(raw: dict[str, Any], folder: Path | None) -> None:
-    """What a path or a set's name stands for, in its place."""
-    if isinstance(raw.get("claims"), str):
-        raw["claims"] = read(*text_of(raw["claims"], folder))
-
-
-def _once(overrides: tuple[str, ...]) -> None:
-    """Of two values for one key the first would be dropped without a word."""
-    keys = [o.partition("=")[0] for o in overrides]
-    if twice := next((k for k in keys if keys.count(k) > 1), None):
-        raise LeewayError(f"override {twice} is given twice", fix="give it once")
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise LeewayError(f"{override!r} is not an override", fix="write key=value, such as optim.lr=1e-4")
-    if key.count(".") >= MAX_LEVELS:
-        raise LeewayError(f"override {key[:20]}…: more than {MAX_LEVELS} levels", fix="check its dots")
-    place: Any = raw
-    *above, last = key.split(".")
-    for name in above:
-        place = place.setdefault(name, {}) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
-            raise LeewayError(f"override {override!r}: {name} holds no keys", fix=f"override {name} as a whole")
-    try:
-        place[last] = yaml_config.load(value)
-    except yaml_config.YAMLError as error:
-        raise LeewayError(f"override {override!r}: {problem(error)}", fix="quote or mend its value") from error
+MAX_LEVELS = 20  # of an override's key; a study file has fewer
+AUTO = "auto"
+AUTO_KEYS = ("model", "task")  # of a study, that `auto` depends on
 
 
 def load(name: str, overrides: tuple[str, ...] = ()) -> Spec:
-    """A study file, or a preset by name."""
+    """Load a study file, or a preset by name."""
     if name in PRESETS:
         return parse(preset_text(name), f"preset {name}", overrides)
     path = Path(name)
@@ -180,3 +46,121 @@ def load(name: str, overrides: tuple[str, ...] = ()) -> Spec:
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
     return parse(text, str(path), overrides, path.parent)
+
+
+def preset_text(name: str) -> str:
+    if name not in PRESETS:
+        raise LeewayError(f"no preset {name!r}", fix=f"one of: {', '.join(PRESETS)}")
+    return (files("leeway.study") / "presets" / f"{name}.yaml").read_text("utf-8")
+
+
+def parse(text: str, where: str, overrides: tuple[str, ...] = (), folder: Path | None = None) -> Spec:
+    """Return a checked study from YAML and `key=value` overrides; raise one LeewayError that lists all errors.
+
+    A path of claims in the file is relative to `folder`; one in an override, to the current directory. Overrides of
+    model and task apply before `auto` is resolved, the others after.
+    """
+    raw = read(text, where)
+    if not isinstance(raw, dict):
+        raise LeewayError(f"{where}: not a study", fix="start from `leeway studies demo`")
+    _refuse_repeated(overrides)
+    first = [o for o in overrides if _key(o).split(".", maxsplit=1)[0] in AUTO_KEYS]
+    rest = [o for o in overrides if o not in first]
+    for override in first:
+        _override(raw, override)
+    places = _resolve_auto(raw, where)
+    _read_claims(raw, folder)
+    for override in rest:
+        _override(raw, override)
+    replaced = [_key(o) for o in rest]
+    places = [p for p in places if not any(p == key or p.startswith(f"{key}.") for key in replaced)]
+    places += _resolve_auto(raw, where)
+    _read_claims(raw, None)
+    try:
+        return Spec.model_validate(raw, context=WRITTEN).with_resolved_defaults(_written_out(raw, places))
+    except ValidationError as error:
+        raise LeewayError(f"{where}: " + "; ".join(faults(error, Spec))) from error
+
+
+@cache
+def _auto_table() -> dict[str, list[dict[str, Any]]]:
+    table: dict[str, list[dict[str, Any]]] = package_data("leeway.study", "auto.yaml")
+    return table
+
+
+def _resolve_auto(raw: dict[str, Any], where: str) -> list[str]:
+    """Replace each `auto` that the table has a place for, and return those places; raise LeewayError for no match."""
+    task = raw.get("task")
+    facts = {"model": raw.get("model"), "task": task.get("name", "files") if isinstance(task, dict) else task}
+    places = []
+    for place, parent, key in list(_autos(raw, ())):
+        base = next((b for b in _auto_table() if f"{place}.".startswith(f"{b}.")), None)
+        if base is None:
+            continue  # such as `dtype: auto`, a value of its own
+        entry = next((e for e in _auto_table()[base] if all(e.get(f, v) == v for f, v in facts.items())), None)
+        if entry is None:
+            known = [e["task"] for e in _auto_table()[base] if "task" in e]
+            raise LeewayError(
+                f"{where}: {place}: auto has no value for model {facts['model']} and task {facts['task']}"
+                f"{nearest(str(facts['task']), known)}",
+                fix="write the value",
+            )
+        value = _at(entry["value"], place.removeprefix(base).strip("."))
+        if value is not None:
+            parent[key] = deepcopy(value)
+            places.append(place)
+    return places
+
+
+def _autos(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield (place, mapping, key) of each `auto` in a study's mappings."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if inner == AUTO:
+            yield ".".join([*path, str(key)]), value, key
+        else:
+            yield from _autos(inner, (*path, str(key)))
+
+
+def _at(value: Any, place: str) -> Any:
+    """Return the value at a place such as `optim.lr`, or None where there is none."""
+    for key in place.split(".") if place else ():
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _written_out(raw: dict[str, Any], places: Iterable[str]) -> list[str]:
+    return [f"{place}: {dump(_at(raw, place), flow=True).strip()}" for place in places]
+
+
+def _read_claims(raw: dict[str, Any], folder: Path | None) -> None:
+    """Replace the path or the name of claims by their text."""
+    if isinstance(raw.get("claims"), str):
+        raw["claims"] = read(*text_of(raw["claims"], folder))
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _refuse_repeated(overrides: tuple[str, ...]) -> None:
+    keys = [_key(o) for o in overrides]
+    if repeated := next((k for k in keys if keys.count(k) > 1), None):
+        raise LeewayError(f"override {repeated} is given twice", fix="give it once")
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise LeewayError(f"{override!r} is not an override", fix="write key=value, such as optim.lr=1e-4")
+    if key.count(".") >= MAX_LEVELS:
+        raise LeewayError(f"override {key[:20]}…: more than {MAX_LEVELS} levels", fix="check its dots")
+    mapping: Any = raw
+    *above, last = key.split(".")
+    for name in above:
+        mapping = mapping.setdefault(name, {}) if isinstance(mapping, dict) else None
+        if not isinstance(mapping, dict):
+            raise LeewayError(f"override {override!r}: {name} holds no keys", fix=f"override {name} as a whole")
+    try:
+        mapping[last] = load_yaml(value)
+    except YAMLError as error:
+        raise LeewayError(f"override {override!r}: {problem(error)}", fix="quote or mend its value") from error

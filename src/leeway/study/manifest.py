@@ -124,7 +124,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
         **asked,
         "command": command,
         "study_hash": spec.hash,
-        "followed": list(spec.followed),
+        "resolved_defaults": list(spec.resolved_defaults),
         "organism": "organism" in (spec.model, spec.task.name),
         "model": {
             "name": spec.model,

@@ -52,6 +52,8 @@ def run(
     store = RunDir(out)
     with store.claimed(spec.hash, spec.to_yaml()), _executor(executor, workers, reporter) as hands:
         _check_disk(out)
+        for line in spec.resolved_defaults:
+            reporter.say(f"{spec.name}: auto: {line}")
         reporter.say(f"{spec.name}: reading the data")
         drawing = PairSampling(store.pairs, True, _drawing_teller(spec, reporter), store.kept)
         prepared = prepare(spec, drawing)

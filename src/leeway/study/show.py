@@ -19,13 +19,12 @@ def show(spec: Spec, n: int) -> str:
     prepared = prepare(spec)
     seed = spec.seeds[0]
     lines = [
-        f"{spec.name}: the first {n} of the stream, seed {seed}; targets stand between {OPEN} and {CLOSE}, "
-        f"what is measured and no target between {MEASURED_OPEN} and {MEASURED_CLOSE}"
+        f"{spec.name}: the first {n} examples of the stream, seed {seed}; targets between {OPEN} and {CLOSE}, "
+        f"measured tokens that are not targets between {MEASURED_OPEN} and {MEASURED_CLOSE}",
+        *(f"auto: {line}" for line in spec.resolved_defaults),
     ]
     if prepared.pairs is None:
-        lines.append(
-            f"rejected answers ({spec.pairs.from_}) are drawn when the study runs: preferred ones stand in here"
-        )
+        lines.append(f"rejected answers ({spec.pairs.from_}) are drawn when the study runs: preferred ones are shown")
     for alias in prepared.objectives:
         renderer = prepared.renderer(alias, seed)
         slots = [slot for step in prepared.schedules[alias, seed].steps for slot in step][:n]

@@ -450,7 +450,7 @@ class Spec(ConfigModel):
     safety: AuxiliarySpec | None = None
     evals: Evals
     claims: Annotated[Claims | None, BeforeValidator(_claims)] = None
-    _followed: tuple[str, ...] = PrivateAttr(())
+    _resolved_defaults: tuple[str, ...] = PrivateAttr(())
 
     @model_validator(mode="before")
     @classmethod
@@ -541,15 +541,14 @@ class Spec(ConfigModel):
                 fault = _only_one(o.start.from_, control[o.alias])
                 yield f"{o.alias}: {fault}; start it from {_alike(control[o.alias])}"
 
-    def followed_by(self, chosen: Seq[str]) -> Spec:
-        """The same study, with what of it followed from its model and task."""
-        self._followed = tuple(chosen)
+    def with_resolved_defaults(self, lines: Seq[str]) -> Spec:
+        self._resolved_defaults = tuple(lines)
         return self
 
     @property
-    def followed(self) -> tuple[str, ...]:
-        """What of the study followed from its model and task (`by-model`, `by-task`), a line for each place."""
-        return self._followed
+    def resolved_defaults(self) -> tuple[str, ...]:
+        """Return the values of each `auto` of the study file, as `place: value`."""
+        return self._resolved_defaults
 
     def _claims_fit(self) -> Iterator[str]:
         if self.claims is not None:
