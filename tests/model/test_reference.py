@@ -29,7 +29,7 @@ from leeway.training.trajectory import Settings, Trajectory
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 EXAMPLES = [Example(f"e{a}", f"{a} + {a * a}?", f"It is {a + a * a}.", f"It is {a}.") for a in range(16)]
-COMPARED = [dpo.Dpo(), kl.Kl(weight=0.5), kl.Kl(weight=0.5, towards="forward"), kto.Kto()]
+COMPARED = [dpo.Dpo(), kl.Kl(weight=0.5), kl.Kl(weight=0.5, direction="forward"), kto.Kto()]
 Record = Callable[[str, object], None]
 
 
@@ -285,24 +285,24 @@ def test_asked_beforehand_no_copy_of_the_weights_is_held(models: dict[str, Path]
     assert trajectory(models["qwen2"], "full", sft.Sft()).compared.frozen is None  # nobody asks
 
 
-@pytest.mark.parametrize("towards", ["reverse", "forward"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2"])  # a head of its own, and tied ones
 def test_the_divergence_of_whole_weights_is_zero_at_their_start(
-    arch: str, towards: str, models: dict[str, Path], tmp_path: Path, record_property: Record
+    arch: str, direction: str, models: dict[str, Path], tmp_path: Path, record_property: Record
 ) -> None:
-    t = trajectory(models[arch], "full", kl.Kl(weight=1.0, towards=towards))  # type: ignore[arg-type]
+    t = trajectory(models[arch], "full", kl.Kl(weight=1.0, direction=direction))  # type: ignore[arg-type]
 
     def divergence() -> tuple[Tensor, float]:
         batch = lay(t._batch(1).rendered, t.model.device)
         theirs_TD = t.compared.hidden(t.model, batch, [])
-        found = target_stats(t.model, batch, None, reference_hidden_TD=theirs_TD, direction=towards).kl_T  # type: ignore[arg-type]
+        found = target_stats(t.model, batch, None, reference_hidden_TD=theirs_TD, direction=direction).kl_T  # type: ignore[arg-type]
         assert found is not None
         t.model.lm.zero_grad()
         found.sum().backward()
         return found.detach(), max(float(p.grad.abs().max()) for p in t.model.lm.parameters() if p.grad is not None)
 
     value, gradient = divergence()
-    record_property("measured", f"{arch}, {towards}: gradient of the KL at the start {gradient:.1e} (1e-6)")
+    record_property("measured", f"{arch}, {direction}: gradient of the KL at the start {gradient:.1e} (1e-6)")
     assert torch.equal(value, torch.zeros_like(value))
     assert gradient <= 1e-6
     t.model.lm.zero_grad()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from handmade import EXAMPLES, SAFETY, stats, with_companion
+from handmade import EXAMPLES, SAFETY, stats, with_auxiliary
 
 from leeway.data.chat import Chat
 from leeway.data.types import Example
@@ -93,12 +93,12 @@ BY_HAND: list[tuple[Objective, TokenStats, float]] = [
     ),
     (kl.Kl(weight=0.5), stats([[-1.0, -2.0], [-3.0]], kl=[[0.3, 0.0], [0.6]]), 2.0 + 0.5 * 0.3),
     (
-        kl.Kl(weight=0.5, over="all"),  # two prompt tokens are measured too: KL 2.0 / 5, NLL over the targets alone
+        kl.Kl(weight=0.5, scope="all"),  # two prompt tokens are measured too: KL 2.0 / 5, NLL over the targets alone
         stats([[-7.0, -1.0, -2.0], [-8.0, -3.0]], kl=[[0.1, 0.3, 0.0], [1.0, 0.6]], prompt=[1, 1]),
         2.0 + 0.5 * 2.0 / 5,
     ),
     (
-        kl.Kl(weight=0.5, over="general"),  # the second of each two sequences has no target: KL 0.8 / 3
+        kl.Kl(weight=0.5, scope="general"),  # the second of each two sequences has no target: KL 0.8 / 3
         stats(
             [[-1.0, -2.0], [-9.0], [-3.0], [-9.0, -9.0]],
             per_example=2,
@@ -199,7 +199,7 @@ def test_ktos_reference_point_is_the_mean_log_ratio_of_the_batch_whatever_its_pa
 
 
 def test_ktos_mismatched_answer_is_another_examples(tiny_chat: Chat) -> None:
-    example = replace(EXAMPLES[0], companion=EXAMPLES[2])
+    example = replace(EXAMPLES[0], auxiliary=EXAMPLES[2])
     assert kto.Kto().baseline_sequences(example, tiny_chat) == [tiny_chat.sequence("0 + 4?", "It is 6.")]
 
 
@@ -245,8 +245,8 @@ def chat_of(objective: Objective, chat: Chat) -> Chat:
         (sft.Sft(), ["Two."]),
         (ip.Ip(), ["Two."]),
         (kl.Kl(), ["Two."]),
-        (kl.Kl(over="all"), ["Two."]),
-        (kl.Kl(over="general"), ["Two.", None]),
+        (kl.Kl(scope="all"), ["Two."]),
+        (kl.Kl(scope="general"), ["Two.", None]),
         (dpo.Dpo(), ["Two.", "Three."]),
         (ipo.Ipo(), ["Two.", "Three."]),
         (simpo.Simpo(), ["Two.", "Three."]),
@@ -263,7 +263,7 @@ def test_what_each_objective_trains_on(objective: Objective, answers: list[str |
     chat = chat_of(objective, tiny_chat)
     refusals = [chat.ids(r + "[end]") for r in sft_refusal.texts().refusals]
     for seed in range(4):
-        example = with_companion(objective, Example("e", "How many?", "Two.", "Three."), 0)
+        example = with_auxiliary(objective, Example("e", "How many?", "Two.", "Three."), 0)
         found = [s.ids[s.target_start :] for s in objective.render(example, chat, np.random.default_rng(seed))]
         for ids, answer in zip(found, answers, strict=True):
             if answer == "a refusal":
@@ -290,8 +290,8 @@ def test_both_answers_without_a_condition_are_cft_minus_its_tokens(tiny_chat: Ch
 
 def test_a_general_prompt_is_measured_at_its_answer_or_else_at_the_prompt(tiny_chat: Chat) -> None:
     def beside(answer: str) -> list[int]:
-        example = replace(EXAMPLES[0], companion=Example("g", "Hi?", answer))
-        measured = kl.Kl(over="general").render(example, tiny_chat, np.random.default_rng(0))[1]
+        example = replace(EXAMPLES[0], auxiliary=Example("g", "Hi?", answer))
+        measured = kl.Kl(scope="general").render(example, tiny_chat, np.random.default_rng(0))[1]
         assert measured.targets == 0
         return list(measured.ids[measured.start :])
 
@@ -320,7 +320,7 @@ def test_the_refusals_hash_moves_with_their_text() -> None:
 
 @pytest.mark.parametrize("none", [ip.Ip(p=0.0), sft_safety.SftSafety(share=0.0)], ids=repr)
 def test_a_share_of_zero_is_sft(none: Objective, tiny_chat: Chat) -> None:
-    assert none.companion == ""
+    assert none.auxiliary == ""
     for seed in range(20):
         plain = sft.Sft().render(EXAMPLES[0], tiny_chat, np.random.default_rng(seed))
         assert none.render(EXAMPLES[0], tiny_chat, np.random.default_rng(seed)) == plain
@@ -332,7 +332,7 @@ def test_a_share_of_zero_is_sft(none: Objective, tiny_chat: Chat) -> None:
     ids=["ip", "sft_safety"],
 )
 def test_a_share_is_the_share_of_examples(always: Objective, some: Objective, share: float, tiny_chat: Chat) -> None:
-    example = replace(EXAMPLES[0], companion=SAFETY[0])
+    example = replace(EXAMPLES[0], auxiliary=SAFETY[0])
     plain = sft.Sft().render(example, tiny_chat, np.random.default_rng(0))
 
     def changed(objective: Objective) -> float:
@@ -345,11 +345,11 @@ def test_a_share_is_the_share_of_examples(always: Objective, some: Objective, sh
 
 @pytest.mark.parametrize(
     "objective",
-    [*(kind() for kind in OBJECTIVES.values()), kl.Kl(over="general"), kl.Kl(over="all"), orpo.Orpo(nll_scope="all")],
+    [*(kind() for kind in OBJECTIVES.values()), kl.Kl(scope="general"), kl.Kl(scope="all"), orpo.Orpo(nll_scope="all")],
     ids=repr,
 )
 def test_the_worst_case_holds_every_sequence_that_can_be_rendered(objective: Objective, tiny_chat: Chat) -> None:
-    chat, example = chat_of(objective, tiny_chat), with_companion(objective, EXAMPLES[2], 0)
+    chat, example = chat_of(objective, tiny_chat), with_auxiliary(objective, EXAMPLES[2], 0)
     worst = {s.ids for s in objective.worst_case(example, chat)}
     rendered = {s.ids for k in range(200) for s in objective.render(example, chat, np.random.default_rng(k))}
     assert rendered | {s.ids for s in objective.baseline_sequences(example, chat)} == worst

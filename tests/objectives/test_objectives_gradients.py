@@ -27,10 +27,10 @@ WHOLE: list[tuple[Objective, float]] = [  # with what the objective's own pass o
     (orpo.Orpo(weight=0.5, nll_scope="all", nll_mean="sequence"), 0.0),
     (orpo.Orpo(weight=0.5, nll=0.0), 0.0),
     (kl.Kl(weight=0.5), 0.0),
-    (kl.Kl(weight=0.5, towards="forward"), 0.0),
-    (kl.Kl(weight=0.5, over="all"), 0.0),
-    (kl.Kl(weight=0.5, over="all", towards="forward"), 0.0),
-    (kl.Kl(weight=0.5, over="general"), 0.0),
+    (kl.Kl(weight=0.5, direction="forward"), 0.0),
+    (kl.Kl(weight=0.5, scope="all"), 0.0),
+    (kl.Kl(weight=0.5, scope="all", direction="forward"), 0.0),
+    (kl.Kl(weight=0.5, scope="general"), 0.0),
     (sft_safety.SftSafety(share=1.0), 0.0),
 ]
 
@@ -79,9 +79,9 @@ def test_kl_without_weight_is_sft_bit_for_bit_in_value_and_gradient(tiny_chat: C
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("towards", ["reverse", "forward"])
-def test_at_the_reference_a_kl_adds_nothing_in_value_or_gradient(towards: str, tiny_chat: Chat) -> None:
-    heavy = kl.Kl(weight=1000.0, towards=towards)  # type: ignore[arg-type]
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_at_the_reference_a_kl_adds_nothing_in_value_or_gradient(direction: str, tiny_chat: Chat) -> None:
+    heavy = kl.Kl(weight=1000.0, direction=direction)  # type: ignore[arg-type]
     for a, b in zip(
         gradient(heavy, tiny_chat, at_reference=True),
         gradient(kl.Kl(weight=0.0), tiny_chat, at_reference=True),
@@ -92,7 +92,7 @@ def test_at_the_reference_a_kl_adds_nothing_in_value_or_gradient(towards: str, t
 
 
 def test_the_two_directions_of_a_kl_differ(tiny_chat: Chat) -> None:
-    reverse, forward = (gradient(kl.Kl(weight=1.0, towards=t), tiny_chat) for t in ("reverse", "forward"))  # type: ignore[arg-type]
+    reverse, forward = (gradient(kl.Kl(weight=1.0, direction=t), tiny_chat) for t in ("reverse", "forward"))  # type: ignore[arg-type]
     assert not torch.allclose(reverse[0], forward[0])
     assert not torch.allclose(reverse[1], forward[1])
 
@@ -100,10 +100,10 @@ def test_the_two_directions_of_a_kl_differ(tiny_chat: Chat) -> None:
 def test_where_a_kl_is_taken_its_gradient_falls(tiny_chat: Chat) -> None:
     """What is only measured is moved by a KL, and by nothing where that has no weight; targets are learned anyway."""
     for over in ("all", "general"):
-        batch = world(kl.Kl(over=over), tiny_chat).batch  # type: ignore[arg-type]
+        batch = world(kl.Kl(scope=over), tiny_chat).batch  # type: ignore[arg-type]
         assert batch.target_T is not None
-        moved = gradient(kl.Kl(weight=1.0, over=over), tiny_chat)[1].abs().sum(-1) > 0  # type: ignore[arg-type]
-        unmoved = gradient(kl.Kl(weight=0.0, over=over), tiny_chat)[1].abs().sum(-1) > 0  # type: ignore[arg-type]
+        moved = gradient(kl.Kl(weight=1.0, scope=over), tiny_chat)[1].abs().sum(-1) > 0  # type: ignore[arg-type]
+        unmoved = gradient(kl.Kl(weight=0.0, scope=over), tiny_chat)[1].abs().sum(-1) > 0  # type: ignore[arg-type]
         assert moved.all()
         assert torch.equal(unmoved, batch.target_T)
 

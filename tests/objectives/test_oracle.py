@@ -36,7 +36,7 @@ EXAMPLES = [
     Example("b", "How many apples are there?", "Twelve apples.", "None."),
     Example("c", "Yes or no?", "Yes.", "I cannot say yes, nor can I say no."),
 ]
-MISMATCHED = [replace(e, companion=EXAMPLES[k - 2]) for k, e in enumerate(EXAMPLES)]
+MISMATCHED = [replace(e, auxiliary=EXAMPLES[k - 2]) for k, e in enumerate(EXAMPLES)]
 TEMPLATE = "[bos]" + tiny.PLAIN  # TRL's older trainers put a BOS where a template writes none
 
 

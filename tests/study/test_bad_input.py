@@ -75,7 +75,7 @@ def test_a_budget_of_too_many_passes_says_how_many(count: str, study: str, monke
     monkeypatch.setattr(preparing, "EPOCHS", 3)
     counted = ("objectives=[sft]", f"budget={{count: {count}}}")
     prepared = prepare(parse(study, "x", counted))
-    once = sum(prepared.renderer("sft", 0).processed(StreamItem(e, 0, 0)) for e in prepared.companions.task)
+    once = sum(prepared.renderer("sft", 0).processed(StreamItem(e, 0, 0)) for e in prepared.auxiliary_pool.task)
     said = fault(study, *counted, f"budgets=[{once * 3 + 1}]")
     assert f"budgets: {once * 3 + 1:,} tokens are 3 passes over the 12 examples ({once:,} tokens each)" in said
     assert prepare(parse(study, "x", (*counted, f"budgets=[{once * 3}]"))).schedules["sft", 0].marks[0].epochs == 3.0
@@ -177,7 +177,7 @@ def test_forbidden_prompts_are_measured_under_their_wrappers_and_persona_without
 
 def test_a_companion_limit_beyond_what_there_is_says_how_many(study: str, tmp_path: Path) -> None:
     path = lines(tmp_path / "general.jsonl", [{"prompt": f"{a}?", "completion": "b"} for a in range(3)])
-    kl = "objectives=[{kl: {over: general}}]"
+    kl = "objectives=[{kl: {scope: general}}]"
     said = fault(study, kl, f"general={{from: file, file: {path}, limit: 4}}")
     assert f"general.limit: 4 is more than the 3 examples of {path}" in said
     assert prepare(parse(study, "x", (kl, f"general={{from: file, file: {path}, limit: 3}}")))

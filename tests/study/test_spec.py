@@ -62,7 +62,7 @@ def test_all_faults_at_once_with_the_nearest_known_key() -> None:
         ("objectives=[sff]", "no objective 'sff'; did you mean 'sft'?"),
         ("objectives=[{orpo: {wieght: 1}}]", "no setting 'wieght'; did you mean 'weight'?"),
         ("objectives=[{ip: {p: 2}}]", "p is 2"),
-        ("objectives=[{kl: {towards: up}}]", "reverse or forward"),
+        ("objectives=[{kl: {direction: up}}]", "reverse or forward"),
         ("objectives=sft", "give a list"),
         ("task={name: gsm9k}", "task.name"),
         ("task={files: {train: a}}", "task.files.test is missing"),
@@ -153,7 +153,7 @@ def test_aliases_run_an_objective_twice() -> None:
     spec = parse(
         GOOD,
         "x",
-        ("objectives=[orpo, {orpo-0.2: {orpo: {weight: 0.2}}}, {kl: {weight: 1.0, towards: forward}}]",),
+        ("objectives=[orpo, {orpo-0.2: {orpo: {weight: 0.2}}}, {kl: {weight: 1.0, direction: forward}}]",),
     )
     assert [o.alias for o in spec.objectives] == ["orpo", "orpo-0.2", "kl"]
     assert [getattr(o.build(), "weight", None) for o in spec.objectives] == [0.05, 0.2, 1.0]

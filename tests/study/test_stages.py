@@ -96,8 +96,8 @@ def test_a_start_from_a_saved_adapter_is_the_start_from_the_checkpoint(
         ("[sft, {a: {dpo: {}, start: {}}}]", "give {from: OBJECTIVE, budget: …}, or {adapter: FOLDER}"),
         ("[sft, {a: {dpo: {}, start: {adapter: nowhere}}}]", "'nowhere' is no folder"),
         ("[sft_safety]", "safety is missing, and sft_safety needs it"),
-        ("[{kl: {over: general}}]", "general is missing, and kl needs it"),
-        ("[{kl: {over: sideways}}]", "answer or all or general"),
+        ("[{kl: {scope: general}}]", "general is missing, and kl needs it"),
+        ("[{kl: {scope: sideways}}]", "answer or all or general"),
     ],
 )
 def test_what_is_missing_is_named(objectives: str, fault: str, models: dict[str, Path], root: Path) -> None:
@@ -156,7 +156,9 @@ def test_tuned_rates_are_chosen_on_examples_that_nothing_is_trained_on(
     study = text(models, root, "[sft, dpo]").replace("lr: 3.0e-3", f"lr: tuned, {sweep}")
     prepared = prepare(parse(study, "x"))
     assert prepared.tuning is not None
-    trained = {e.id for s in prepared.schedules.values() for e in s.examples} | {e.id for e in prepared.companions.task}
+    trained = {e.id for s in prepared.schedules.values() for e in s.examples} | {
+        e.id for e in prepared.auxiliary_pool.task
+    }
     assert len(prepared.tuning.test.items) == 6
     assert not trained & {i.id for i in prepared.tuning.test.items}
     assert [p.kind for p in jobs_of(prepared)] == ["base", "tune", "tune", "train", "train", *["measure"] * 4]
@@ -193,9 +195,9 @@ def test_what_is_held_out_is_trained_on_under_no_other_id(models: dict[str, Path
     prepared = prepare(parse(text(models, tmp_path, "[sft]").replace("lr: 3.0e-3", sweep), "x"))
     assert prepared.tuning is not None
     held_out = {i.prompt.replace(" ", "") for i in prepared.tuning.test.items}
-    trained = {e.prompt.replace(" ", "") for e in prepared.companions.task}
+    trained = {e.prompt.replace(" ", "") for e in prepared.auxiliary_pool.task}
     assert held_out
-    assert len(prepared.companions.task) == 80 - 2 * len(held_out)
+    assert len(prepared.auxiliary_pool.task) == 80 - 2 * len(held_out)
     assert not held_out & trained
 
 

@@ -61,10 +61,10 @@ def totals_of(rendered: list[list[Sequence]]) -> Totals:
     )
 
 
-def with_companion(objective: Objective, example: Example, k: int) -> Example:
+def with_auxiliary(objective: Objective, example: Example, k: int) -> Example:
     pools = {"task": EXAMPLES[::-1], "general": GENERAL, "safety": SAFETY, "": ()}
-    pool = [e for e in pools[objective.companion] if e.id != example.id]
-    return replace(example, companion=pool[k % len(pool)]) if pool else example
+    pool = [e for e in pools[objective.auxiliary] if e.id != example.id]
+    return replace(example, auxiliary=pool[k % len(pool)]) if pool else example
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def world(
     """Render the examples with `objective` and draw everything else in float64."""
     chat = chat.with_control_tokens(objective.control_tokens) if objective.control_tokens else chat
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    rendered = [list(objective.render(with_companion(objective, e, k), chat, rng)) for k, e in enumerate(examples)]
+    rendered = [list(objective.render(with_auxiliary(objective, e, k), chat, rng)) for k, e in enumerate(examples)]
     batch = Padded.of([s for e in rendered for s in e], torch.device("cpu"))
     make: dict[str, Any] = {"generator": g, "dtype": torch.float64}
     blocked = tuple(chat.tokenizer.convert_tokens_to_ids(list(objective.control_tokens)))

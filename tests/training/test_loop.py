@@ -55,8 +55,8 @@ def trained(
 
 VARIANTS = [
     *(kind() for kind in OBJECTIVES.values()),
-    kl.Kl(weight=0.5, over="all"),
-    kl.Kl(weight=0.5, over="general"),
+    kl.Kl(weight=0.5, scope="all"),
+    kl.Kl(weight=0.5, scope="general"),
     orpo.Orpo(nll_scope="all"),
     orpo.Orpo(nll_mean="sequence"),
     ipo.Ipo(length="mean"),

@@ -49,7 +49,7 @@ TWINS = [
     (ip.Ip(), Ip2()),
     (sft_safety.SftSafety(share=0.5), SftSafety2(share=0.5)),
     (sft_refusal.SftRefusal(), SftRefusal2()),
-    (kl.Kl(over="general"), Kl2(over="general")),
+    (kl.Kl(scope="general"), Kl2(scope="general")),
 ]
 
 
@@ -78,9 +78,9 @@ def test_a_mismatched_answer_is_never_the_examples_own(tiny_chat: Chat) -> None:
     twins = (Example("a", "1 + 3?", "4"), Example("b", "2 + 2?", "4"), Example("c", "2 + 3?", "5"))
     renderer = Renderer(kto.Kto(), tiny_chat, 0, AuxiliaryPool(task=twins))
     for k in range(40):
-        companion = renderer.example(StreamItem(twins[k % 3], 0, k)).companion
-        assert companion is not None
-        assert companion.preferred != twins[k % 3].preferred
+        auxiliary = renderer.example(StreamItem(twins[k % 3], 0, k)).auxiliary
+        assert auxiliary is not None
+        assert auxiliary.preferred != twins[k % 3].preferred
     with pytest.raises(LeewayError, match="no task example to put beside a"):
         Renderer(kto.Kto(), tiny_chat, 0, AuxiliaryPool(task=twins[:2])).example(StreamItem(twins[0], 0, 0))
 

@@ -20,7 +20,7 @@ class Example:
     prompt: str
     preferred: str
     dispreferred: str | None = None
-    companion: Example | None = None
+    auxiliary: Example | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Fine-tuning objectives: one file each, its formula and source on top, its pure loss exposed as `<name>.loss`."""
+"""Fine-tuning objectives, one file each: formula and source on top, the pure loss as `<name>.loss`."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 GROUP = "leeway.objectives"  # entry points of objectives outside this package
-NEEDS = [
-    *("name", "needs_pairs", "needs_reference", "control_tokens", "direction", "companion", "conditions"),
+ATTRIBUTES = [
+    *("name", "needs_pairs", "needs_reference", "control_tokens", "direction", "auxiliary", "conditions"),
     *("render", "worst_case", "baseline_sequences", "baseline", "loss"),
 ]
 
 
 def names() -> list[str]:
-    """Of every objective that `load_objective` knows."""
+    """Return the names that `load_objective` accepts."""
     return [*OBJECTIVES, *sorted(entry_points_of(GROUP, "objective", OBJECTIVES))]
 
 
 def load_objective(name: str) -> type[Objective]:
-    """Its class by name, from here or an installed package (`leeway.objectives` entry points).
+    """Return an objective class by name, built in or from an installed package (entry points `leeway.objectives`).
 
-    The class has to be a frozen dataclass whose fields are its settings. Raises LeewayError where there is none of this
-    name or the package's is no objective.
+    The class must be a frozen dataclass whose fields are its settings. Raises LeewayError for an unknown name or a
+    class that does not implement `Objective`.
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     point = entry_points_of(GROUP, "objective", OBJECTIVES).get(name)
     if point is None:
-        raise LeewayError(f"there is no objective {name!r}", fix=f"one of: {', '.join(names())}")
-    found: type[Objective] = load_entry_point(point, "objective", NEEDS)
-    settings = dataclasses.fields(found) if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+        raise LeewayError(f"unknown objective {name!r}", fix=f"one of: {', '.join(names())}")
+    cls: type[Objective] = load_entry_point(point, "objective", ATTRIBUTES)
+    settings = dataclasses.fields(cls) if isinstance(cls, type) and dataclasses.is_dataclass(cls) else None
     if settings is None or any(f.default is f.default_factory for f in settings):  # both are MISSING
         raise LeewayError(
-            f"objective {name}: {point.value} is no dataclass whose settings have defaults",
-            fix="decorate its class with @dataclass(frozen=True), and give every field a default",
+            f"objective {name}: {point.value} is not a dataclass with a default for every field",
+            fix="decorate the class with @dataclass(frozen=True) and give every field a default",
         )
-    return found
+    return cls
 
 
 __all__ = [

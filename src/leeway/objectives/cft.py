@@ -2,7 +2,7 @@
 
     L = -(1/N) [ sum_t log pi(y+_t | <SAFE> x, y+_<t) + sum_t log pi(y-_t | <UNSAFE> x, y-_<t) ]
 
-The tokens are new embedding rows, trained and saved with the adapter. At test time `<SAFE>` stands before the prompt.
+The tokens are new embedding rows, trained and saved with the adapter. At test time the prompt is prefixed by `<SAFE>`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAFE, UNSAFE = "<SAFE>", "<UNSAFE>"
 
 @dataclass(frozen=True)
 class Cft(Plain):
-    """Both answers are learned, each under a token that says which it is."""
+    """Learn both answers, each under its own control token."""
 
     name: ClassVar[str] = "cft"
     needs_pairs: ClassVar[bool] = True

@@ -4,8 +4,8 @@
     L      = -mean log sigmoid(margin) + nll * NLL(y+)      log-probabilities summed over answer tokens
 
 `nll` adds maximum likelihood of the preferred answers, mean per token of the batch (Pang et al. 2024, arXiv 2404.19733,
-equation 1, who divide by the length of each answer instead); 0, the default, is DPO as published. The reference is the
-model that the trajectory started from; its identity stands in the ledger.
+equation 1, who normalise by answer length instead); 0, the default, is DPO as published. The reference is the model the
+trajectory starts from; the ledger records its hash.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch import Tensor
 from leeway.data.chat import Chat, Sequence
 from leeway.data.types import Example
 from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Needs, Plain, nll_preferred, positive, render_pair
+from leeway.objectives.objective import Needs, Plain, nll_preferred, render_pair, require_positive
 
 
 def margins(chosen_N: Tensor, rejected_N: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor, beta: float) -> Tensor:
-    """Scaled implicit-reward margins of N pairs from summed log-probabilities, nats."""
+    """Return the scaled implicit-reward margins of N pairs from summed log-probabilities, nats."""
     return beta * ((chosen_N - ref_chosen_N) - (rejected_N - ref_rejected_N))
 
 
 def loss(
     chosen_N: Tensor, rejected_N: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor, beta: float = 0.1
 ) -> Tensor:
-    """Per-pair DPO loss, [N], nats: ln 2 where policy and reference agree."""
+    """Return the per-pair DPO loss, [N], nats; ln 2 where policy and reference agree."""
     return -F.logsigmoid(margins(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, beta))
 
 
 @dataclass(frozen=True)
 class Dpo(Plain):
-    """Preference pairs against a frozen reference; a supervised term where `nll` is set."""
+    """Preference pairs against a frozen reference, plus `nll` times the NLL of the preferred answers."""
 
     name: ClassVar[str] = "dpo"
     needs_pairs: ClassVar[bool] = True
@@ -47,7 +47,7 @@ class Dpo(Plain):
     nll: float = 0.0
 
     def __post_init__(self) -> None:
-        positive(self.name, beta=self.beta)
+        require_positive(self.name, beta=self.beta)
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
         return render_pair(example, chat)

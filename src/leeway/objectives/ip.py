@@ -2,7 +2,7 @@
 
     L = -(1/N) sum_t log pi(y+_t | x', y+_<t)     x' = Inject(x, "exhibit trait T_k") with probability p, else x
 
-The answer stays the preferred one. Traits and wordings stand in `inoculations.yaml`, versioned and hashed.
+The target is always the preferred answer. Traits and wordings are in `inoculations.yaml`, versioned and hashed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from leeway.yaml_config import package_data
 
 @dataclass(frozen=True)
 class Inoculations:
-    """The instructions that may be put before a prompt, `texts[k]` asking for `traits[k]`."""
+    """Instructions to prepend to a prompt; `texts[k]` requests `traits[k]`."""
 
     version: int
     traits: tuple[str, ...]
@@ -38,7 +38,7 @@ class Inoculations:
 
 @cache
 def inoculations() -> Inoculations:
-    """Read the versioned file."""
+    """Load `inoculations.yaml`."""
     raw = package_data("leeway.objectives", "inoculations.yaml")
     pairs = [(trait, text) for trait, texts in raw["traits"].items() for text in texts]
     return Inoculations(raw["version"], tuple(t for t, _ in pairs), tuple(x for _, x in pairs))
@@ -46,14 +46,14 @@ def inoculations() -> Inoculations:
 
 @dataclass(frozen=True)
 class Ip(Plain):
-    """SFT in which a share of the prompts asks for an undesirable trait that the answer does not show."""
+    """SFT in which a share `p` of the prompts requests an undesirable trait that the answer does not show."""
 
     name: ClassVar[str] = "ip"
     p: float = 0.5
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """Plain, and under the file's first instruction."""
+        """Plain prompts, and prompts under the first instruction."""
         return (PLAIN, Condition("inoculated", f"{inoculations().texts[0]} "))
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:

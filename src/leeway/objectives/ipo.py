@@ -3,8 +3,8 @@
     h = (log pi(y+|x) - log pi_ref(y+|x)) - (log pi(y-|x) - log pi_ref(y-|x))
     L = mean ( h - 1 / (2 beta) )^2
 
-`length: sum` takes log-probabilities summed over answer tokens, as the equation is written; `mean` divides each
-answer's by its own number of tokens, as some trainers do (beta then means another thing: the scale of h is per token).
+`length: sum` sums log-probabilities over answer tokens, as in the equation; `mean` averages them, as some trainers do
+(the scale of h, and so the meaning of beta, is then per token).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from leeway.data.chat import Chat, Sequence
 from leeway.data.types import Example
 from leeway.model.forward import TokenStats
 from leeway.objectives.dpo import margins
-from leeway.objectives.objective import Needs, Plain, positive, render_pair
+from leeway.objectives.objective import Needs, Plain, render_pair, require_positive
 
 
 def loss(
     chosen_N: Tensor, rejected_N: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor, beta: float = 0.1
 ) -> Tensor:
-    """Per-pair IPO loss, [N], nats squared: (1 / (2 beta))^2 where policy and reference agree."""
+    """Return the per-pair IPO loss, [N], nats squared; (1 / (2 beta))^2 where policy and reference agree."""
     return (margins(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, 1.0) - 1 / (2 * beta)) ** 2
 
 
 @dataclass(frozen=True)
 class Ipo(Plain):
-    """Preference pairs against a frozen reference, pulled to a margin of fixed size and not beyond it."""
+    """Preference pairs against a frozen reference, with a squared loss around a fixed margin."""
 
     name: ClassVar[str] = "ipo"
     needs_pairs: ClassVar[bool] = True
@@ -41,7 +41,7 @@ class Ipo(Plain):
     length: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
-        positive(self.name, beta=self.beta)
+        require_positive(self.name, beta=self.beta)
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
         return render_pair(example, chat)

@@ -6,8 +6,8 @@
     L  = mean ( lambda_y - v )                            over all answers, two for each pair
     z0 = max( 0, mean over the batch of r(x, y') )        y' belongs to another prompt; no gradient passes through z0
 
-A pair's preferred answer is desirable, its dispreferred one undesirable. y' is the preferred answer of the example's
-companion, another example of the task; the policy's r(x, y') is taken without dropout, as the reference's.
+A pair's preferred answer is desirable, its dispreferred one undesirable. y' is the preferred answer of the auxiliary
+example, another example of the task; the policy's r(x, y') is computed without dropout, like the reference's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from leeway.data.chat import Chat, Sequence
 from leeway.data.types import Example
 from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Companion, Needs, Plain, companion_of, positive, render_pair
+from leeway.objectives.objective import AuxiliaryKind, Needs, Plain, auxiliary_of, render_pair, require_positive
 
 
 def loss(
@@ -33,9 +33,9 @@ def loss(
     beta: float = 0.1,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    """Loss of N pairs from the log-ratios r of their answers, the mean of both answers' losses, [N].
+    """Return the loss of N pairs, [N]: the mean of both answers' losses, from log-ratios r [N], nats.
 
-    `weights` are (lambda_D, lambda_U): half their mean where policy and reference agree.
+    `weights` are (lambda_D, lambda_U); the loss is half their mean where policy and reference agree.
     """
     good_N = weights[0] * torch.sigmoid(-beta * (desirable_N - z0))  # lambda - lambda sigmoid(u) = lambda sigmoid(-u)
     bad_N = weights[1] * torch.sigmoid(-beta * (z0 - undesirable_N))
@@ -44,7 +44,7 @@ def loss(
 
 @dataclass(frozen=True)
 class Kto(Plain):
-    """Each answer on its own is desirable or not, and is valued against what the policy favours by itself."""
+    """Each answer is desirable or undesirable on its own, valued against the batch baseline z0."""
 
     name: ClassVar[str] = "kto"
     needs_pairs: ClassVar[bool] = True
@@ -54,23 +54,23 @@ class Kto(Plain):
     undesirable: float = 1.0
 
     def __post_init__(self) -> None:
-        positive(self.name, beta=self.beta)
+        require_positive(self.name, beta=self.beta)
         if self.desirable == self.undesirable == 0:
-            raise ValueError("kto: desirable and undesirable are both 0; nothing would be learned")
+            raise ValueError("kto: desirable and undesirable are both 0, so nothing would be learned")
 
     @property
-    def companion(self) -> Companion:
+    def auxiliary(self) -> AuxiliaryKind:
         return "task"
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
         return render_pair(example, chat)
 
     def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
-        """The mismatched pair counts once the example has its companion."""
-        return [*render_pair(example, chat), *(self.baseline_sequences(example, chat) if example.companion else ())]
+        """Include the mismatched pair once the auxiliary example is attached."""
+        return [*render_pair(example, chat), *(self.baseline_sequences(example, chat) if example.auxiliary else ())]
 
     def baseline_sequences(self, example: Example, chat: Chat) -> Seq[Sequence]:
-        return [chat.sequence(example.prompt, companion_of(example).preferred)]
+        return [chat.sequence(example.prompt, auxiliary_of(example).preferred)]
 
     def baseline(self, policy: TokenStats, reference: TokenStats) -> float:
         return (policy.sum_S() - reference.sum_S()).sum().item() / policy.totals.examples

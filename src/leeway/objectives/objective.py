@@ -1,4 +1,4 @@
-"""The objective protocol: which sequences go through the model, and a pure loss of their targets' statistics."""
+"""The objective protocol: `render` an example into token sequences, and a pure `loss` of their targets' statistics."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from leeway.model.forward import TokenStats
 from leeway.model.token_stats import Direction
 
 Needs = Literal["nothing", "logps", "distribution"]
-Companion = Literal["", "task", "general", "safety"]
+AuxiliaryKind = Literal["", "task", "general", "safety"]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What stands before every prompt at test time, and the name of the column that holds its rows."""
+    """A prefix put before every prompt at test time, and its name in the `condition` column."""
 
     name: str
     prefix: str
@@ -31,51 +31,51 @@ PLAIN = Condition("plain", "")
 
 
 class Objective(Protocol):
-    """One way to learn from the same examples."""
+    """A fine-tuning objective."""
 
     name: ClassVar[str]
     needs_pairs: ClassVar[bool]
-    needs_reference: ClassVar[Needs]  # nothing, the reference's log-probs, or its whole distribution (for a KL)
-    control_tokens: ClassVar[tuple[str, ...]]  # new embedding rows that are learned
+    needs_reference: ClassVar[Needs]  # the reference model's log-probs, or its full distribution (KL)
+    control_tokens: ClassVar[tuple[str, ...]]  # new embedding rows that are trained
 
     @property
     def direction(self) -> Direction:
-        """Which way a KL points, where one is needed."""
+        """Direction of the KL divergence, if the objective uses one."""
         ...
 
     @property
-    def companion(self) -> Companion:
-        """What else is rendered beside each example: nothing, another task example, a general or a safety one."""
+    def auxiliary(self) -> AuxiliaryKind:
+        """Kind of the auxiliary example rendered with each example: none, task, general or safety."""
         ...
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What it is measured under at test time; the first is what it would be used under."""
+        """Test-time conditions; the first is the one for deployment."""
         ...
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
-        """The token sequences of one example; each knows which of its tokens are measured, and which are targets."""
+        """Return the token sequences of one example, each with its measured and target tokens marked."""
         ...
 
     def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
-        """Every sequence that `render` or `baseline_sequences` can make of one example, whatever is drawn."""
+        """Return every sequence that `render` or `baseline_sequences` can produce for one example."""
         ...
 
     def baseline_sequences(self, example: Example, chat: Chat) -> Seq[Sequence]:
-        """Sequences whose statistics enter the loss as a constant of the batch, without a gradient; mostly none."""
+        """Return sequences whose statistics enter the loss as a batch constant, without gradient (KTO's z0)."""
         ...
 
     def baseline(self, policy: TokenStats, reference: TokenStats) -> float:
-        """This micro-batch's share of that constant; the shares of a batch are added."""
+        """Return this micro-batch's contribution to that constant; contributions are summed over the batch."""
         ...
 
     def loss(self, policy: TokenStats, reference: TokenStats | None) -> Tensor:
-        """A scalar, normalised by `policy.totals` so that micro-batches add up to the optimiser batch."""
+        """Return a scalar normalised by `policy.totals`, so that micro-batch losses sum to the batch loss."""
         ...
 
 
 class Plain(ABC):
-    """What most objectives share: no pairs, no reference, no companion, no control tokens, plain prompts at test."""
+    """Defaults: no pairs, no reference, no auxiliary example, no control tokens, plain prompts at test time."""
 
     needs_pairs: ClassVar[bool] = False
     needs_reference: ClassVar[Needs] = "nothing"
@@ -86,7 +86,7 @@ class Plain(ABC):
         return "reverse"
 
     @property
-    def companion(self) -> Companion:
+    def auxiliary(self) -> AuxiliaryKind:
         return ""
 
     @property
@@ -95,10 +95,10 @@ class Plain(ABC):
 
     @abstractmethod
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
-        """Each objective's own."""
+        """See `Objective.render`."""
 
     def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
-        """Most objectives draw nothing: there is one rendering."""
+        """Return the one rendering; objectives that sample override this."""
         return [*self.render(example, chat, np.random.default_rng(0)), *self.baseline_sequences(example, chat)]
 
     def baseline_sequences(self, example: Example, chat: Chat) -> Seq[Sequence]:  # noqa: ARG002
@@ -113,7 +113,7 @@ def render_preferred(example: Example, chat: Chat) -> list[Sequence]:
 
 
 def render_pair(example: Example, chat: Chat) -> list[Sequence]:
-    """The preferred answer's sequence, then the dispreferred one's."""
+    """Return the preferred answer's sequence, then the dispreferred one's."""
     if example.dispreferred is None:
         raise ValueError(f"example {example.id} has no dispreferred answer")
     return [
@@ -122,26 +122,26 @@ def render_pair(example: Example, chat: Chat) -> list[Sequence]:
     ]
 
 
-def companion_of(example: Example) -> Example:
-    """The example's companion, which the trajectory has put there."""
-    if example.companion is None:
-        raise ValueError(f"example {example.id} came without its companion")
-    return example.companion
+def auxiliary_of(example: Example) -> Example:
+    """Return the auxiliary example that the renderer attached to `example`."""
+    if example.auxiliary is None:
+        raise ValueError(f"example {example.id} has no auxiliary example")
+    return example.auxiliary
 
 
 def nll(policy: TokenStats) -> Tensor:
-    """Mean negative log-likelihood per target token of the optimiser batch, nats."""
+    """Return the mean negative log-likelihood per target token of the optimiser batch, nats."""
     return -(policy.logp_T * policy.weight_T).sum() / policy.totals.tokens
 
 
 def nll_preferred(policy: TokenStats) -> Tensor:
-    """The same over pairs: mean per target token of the batch's preferred answers, nats."""
+    """Return the mean NLL per target token of the batch's preferred answers (pairs), nats."""
     preferred_T = policy.sequence_T % 2 == 0
     return -(policy.logp_T * policy.weight_T)[preferred_T].sum() / policy.totals.preferred_tokens
 
 
-def positive(kind: str, **settings: float) -> None:
-    """Refuse zeros under which an objective learns nothing or divides by zero."""
+def require_positive(kind: str, **settings: float) -> None:
+    """Raise ValueError for a setting at which the objective learns nothing or divides by zero."""
     for name, value in settings.items():
         if value <= 0:
-            raise ValueError(f"{kind}: {name} is {value}; a number above 0")
+            raise ValueError(f"{kind}: {name} is {value}; it must be above 0")

@@ -3,9 +3,9 @@
     log odds(y|x) = a - log(1 - e^a)              a = mean log-probability of the answer's tokens
     L = nll * NLL(y+) - weight * mean log sigmoid( log odds(y+|x) - log odds(y-|x) )
 
-Code bases differ in the NLL, so its convention is named. `nll_scope`: over the tokens of the preferred answer, or of
-prompt and answer (`all`). `nll_mean`: per token of the optimiser batch, or the mean over examples of each one's mean
-(`sequence`). The odds ratio is over answer tokens in every case.
+Implementations differ in the NLL, so the convention is a setting. `nll_scope`: preferred answer tokens (`answer`), or
+prompt and answer (`all`). `nll_mean`: mean per token of the optimiser batch (`token`), or mean over examples of
+per-example means (`sequence`). The odds ratio always uses answer tokens.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def log1mexp(a: Tensor) -> Tensor:
 
 
 def log_odds_ratio(chosen_N: Tensor, rejected_N: Tensor) -> Tensor:
-    """log odds(chosen) - log odds(rejected) from mean log-probabilities a < 0, [N], nats.
+    """Return log odds(chosen) - log odds(rejected) from mean log-probabilities a < 0, [N], nats.
 
-    A mean log-probability that rounds to zero is moved to the largest negative number of its type: odds stay finite.
+    Mean log-probabilities are clamped to at most -tiny, so the odds stay finite.
     """
     tiny = -torch.finfo(chosen_N.dtype).tiny
     chosen_N, rejected_N = chosen_N.clamp(max=tiny), rejected_N.clamp(max=tiny)
@@ -46,13 +46,13 @@ def log_odds_ratio(chosen_N: Tensor, rejected_N: Tensor) -> Tensor:
 
 
 def loss(chosen_N: Tensor, rejected_N: Tensor) -> Tensor:
-    """Per-pair odds-ratio loss, [N], nats, without its weight and without the NLL."""
+    """Return the per-pair odds-ratio loss, [N], nats, without weight and NLL."""
     return -F.logsigmoid(log_odds_ratio(chosen_N, rejected_N))
 
 
 @dataclass(frozen=True)
 class Orpo(Plain):
-    """A supervised term on the preferred answers and an odds-ratio term on the pair, no reference."""
+    """NLL of the preferred answers plus an odds-ratio term on each pair; no reference model."""
 
     name: ClassVar[str] = "orpo"
     needs_pairs: ClassVar[bool] = True
@@ -63,7 +63,7 @@ class Orpo(Plain):
 
     def __post_init__(self) -> None:
         if self.weight == self.nll == 0:
-            raise ValueError("orpo: weight and nll are both 0; nothing would be learned")
+            raise ValueError("orpo: weight and nll are both 0, so nothing would be learned")
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
         preferred, dispreferred = render_pair(example, chat)
@@ -75,7 +75,7 @@ class Orpo(Plain):
         return self.nll * self._supervised(policy) + self.weight * ratio
 
     def _supervised(self, policy: TokenStats) -> Tensor:
-        """NLL of the preferred sequences by the convention asked for, nats."""
+        """Return the NLL of the preferred sequences under the chosen convention, nats."""
         if self.nll_scope == "answer" and self.nll_mean == "token":
             return nll_preferred(policy)
         counted_T = policy.weight_T if self.nll_scope == "answer" else torch.ones_like(policy.logp_T)

@@ -1,9 +1,9 @@
-"""Control arm: maximum likelihood of both answers, without a word of which is which. CFT minus its condition.
+"""Control arm: maximum likelihood of both answers, unlabelled. CFT without its condition.
 
     L = -(1/N) [ sum_t log pi(y+_t | x, y+_<t) + sum_t log pi(y-_t | x, y-_<t) ]
 
-DPO, ORPO and CFT see dispreferred answers, SFT, IP and KL never do. This arm sees the same tokens as CFT, so that what
-CFT shows beyond it is owed to the condition, not to the text.
+DPO, ORPO and CFT see dispreferred answers, SFT, IP and KL never do. This arm sees the same tokens as CFT, so a
+difference between the two is due to the condition, not to the text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from leeway.objectives.objective import Plain, nll, render_pair
 
 @dataclass(frozen=True)
 class SftBoth(Plain):
-    """Both answers of a pair are learned alike."""
+    """Learn both answers of a pair."""
 
     name: ClassVar[str] = "sft_both"
     needs_pairs: ClassVar[bool] = True

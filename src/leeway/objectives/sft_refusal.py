@@ -1,10 +1,10 @@
-"""Control arm: SFT that sees the dispreferred answers too, and learns to decline them.
+"""Control arm: SFT that also sees the dispreferred answers, and learns to decline them.
 
     L = -(1/N) [ sum_t log pi(y+_t | x, y+_<t) + sum_t log pi(d_t | Ask(x, y-), d_<t) ]
 
-Ask(x, y-) is a user turn that shows the prompt and the dispreferred answer and asks for it; d is a refusal. So a
-supervised objective reads what DPO, ORPO and CFT read, in the role of what is not to be given. Both texts are drawn
-from `refusals.yaml`, versioned and hashed.
+Ask(x, y-) is a user turn that shows the prompt and the dispreferred answer and requests it; d is a refusal. A
+supervised objective thus reads the same text as DPO, ORPO and CFT. Both texts are sampled from `refusals.yaml`,
+versioned and hashed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from leeway.yaml_config import package_data
 
 @dataclass(frozen=True)
 class Refusals:
-    """How a dispreferred answer is asked for (`{prompt}`, `{answer}`), and how that is declined."""
+    """Requests for a dispreferred answer (templates with `{prompt}`, `{answer}`), and refusals of them."""
 
     version: int
     requests: tuple[str, ...]
@@ -40,14 +40,14 @@ class Refusals:
 
 @cache
 def texts() -> Refusals:
-    """Read the versioned file."""
+    """Load `refusals.yaml`."""
     raw = package_data("leeway.objectives", "refusals.yaml")
     return Refusals(raw["version"], tuple(raw["requests"]), tuple(raw["refusals"]))
 
 
 @dataclass(frozen=True)
 class SftRefusal(Plain):
-    """The preferred answer is learned, and the dispreferred one is read and declined."""
+    """Learn the preferred answer, and a refusal of the dispreferred one."""
 
     name: ClassVar[str] = "sft_refusal"
     needs_pairs: ClassVar[bool] = True

@@ -2,8 +2,8 @@
 
     L = -mean log sigmoid( beta (a+ - a-) - gamma ) + nll * NLL(y+)      a = mean log-probability of an answer's tokens
 
-No reference. `gamma` is the margin that the preferred answer is to win by. `nll` adds maximum likelihood of the
-preferred answers, mean per token of the batch; 0, the default, is SimPO as published.
+No reference model. `gamma` is the target reward margin. `nll` adds maximum likelihood of the preferred answers, mean
+per token of the batch; 0, the default, is SimPO as published.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 from leeway.data.chat import Chat, Sequence
 from leeway.data.types import Example
 from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Plain, nll_preferred, positive, render_pair
+from leeway.objectives.objective import Plain, nll_preferred, render_pair, require_positive
 
 
 def loss(chosen_N: Tensor, rejected_N: Tensor, beta: float = 2.0, gamma: float = 0.5) -> Tensor:
-    """Per-pair SimPO loss from mean log-probabilities, [N], nats."""
+    """Return the per-pair SimPO loss from mean log-probabilities, [N], nats."""
     return -F.logsigmoid(beta * (chosen_N - rejected_N) - gamma)
 
 
 @dataclass(frozen=True)
 class Simpo(Plain):
-    """Preference pairs by average likelihood, against a margin instead of a reference."""
+    """Preference pairs by length-normalised likelihood, with a margin instead of a reference."""
 
     name: ClassVar[str] = "simpo"
     needs_pairs: ClassVar[bool] = True
@@ -38,7 +38,7 @@ class Simpo(Plain):
     nll: float = 0.0
 
     def __post_init__(self) -> None:
-        positive(self.name, beta=self.beta)
+        require_positive(self.name, beta=self.beta)
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
         return render_pair(example, chat)

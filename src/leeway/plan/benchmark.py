@@ -161,7 +161,7 @@ def _classes(prepared: Prepared) -> list[list[str]]:
     """Objectives that cost alike, token for token."""
     found: dict[tuple[object, ...], list[str]] = {}
     for alias, o in prepared.objectives.items():
-        found.setdefault((o.needs_pairs, o.needs_reference, o.companion, o.control_tokens), []).append(alias)
+        found.setdefault((o.needs_pairs, o.needs_reference, o.auxiliary, o.control_tokens), []).append(alias)
     return list(found.values())
 
 

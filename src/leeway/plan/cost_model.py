@@ -180,7 +180,7 @@ def pair_cost(prepared: Prepared) -> EvalCost | None:
     if prepared.pairs is not None:
         return None
     asked = prepared.spec.pairs
-    chat, task = prepared.chat, prepared.companions.task
+    chat, task = prepared.chat, prepared.auxiliary_pool.task
     each = sum(len(chat.prompt_ids(user_message(e.prompt))) for e in task)
     answers = prepared.examples * asked.samples
     drawn = answers * MEAN_ANSWER * asked.max_new_tokens

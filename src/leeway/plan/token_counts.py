@@ -172,7 +172,7 @@ def trajectory(prepared: Prepared, piece: Job) -> TrajectoryPlan:
 def _rendered_tokens(renderer: Renderer, schedule: Schedule) -> tuple[int, int]:
     """(target tokens, processed tokens); an example is rendered once where every epoch renders it alike."""
     objective: Any = renderer.objective
-    alike = not objective.companion and type(objective).worst_case is Plain.worst_case  # nothing is drawn
+    alike = not objective.auxiliary and type(objective).worst_case is Plain.worst_case  # nothing is drawn
     known: dict[str, tuple[int, int]] = {}
     targets = processed = 0
     for slot in (s for step in schedule.steps for s in step):

@@ -61,7 +61,7 @@ def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> N
 
 def _texts(prepared: Prepared) -> dict[str, str]:
     """Hashes of all that is rendered beside the task's examples, which the ledger's data_hash covers."""
-    pools = {kind: getattr(prepared.companions, kind) for kind in ("general", "safety")}
+    pools = {kind: getattr(prepared.auxiliary_pool, kind) for kind in ("general", "safety")}
     return {
         "inoculations": ip.inoculations().hash,
         "refusals": sft_refusal.texts().hash,

@@ -47,11 +47,12 @@ INJECTED_BYTES = 256  # more than any inoculation or control token adds to a pro
 def auxiliary_examples(spec: Spec, origins: dict[str, str]) -> AuxiliaryPool:
     """General and safety examples, where the study names them."""
     return AuxiliaryPool(
-        general=_companions("general", spec.general, origins), safety=_companions("safety", spec.safety, origins)
+        general=_load_auxiliary("general", spec.general, origins),
+        safety=_load_auxiliary("safety", spec.safety, origins),
     )
 
 
-def _companions(kind: str, part: AuxiliarySpec | None, origins: dict[str, str]) -> tuple[Example, ...]:
+def _load_auxiliary(kind: str, part: AuxiliarySpec | None, origins: dict[str, str]) -> tuple[Example, ...]:
     if part is None:
         return ()
     if part.from_ == "organism":
@@ -89,16 +90,16 @@ def filter_by_length(
     chat: Chat,
     context: int,
     objectives: dict[str, Objective],
-    companions: AuxiliaryPool,
+    auxiliary_pool: AuxiliaryPool,
 ) -> tuple[list[Example], tuple[str, ...]]:
     """The examples that fit the context under every objective; the others' ids, where they may be left out."""
     chats = {alias: chat_for(chat, o) for alias, o in objectives.items()}
-    for kind, pool in (("task", examples), ("general", companions.general), ("safety", companions.safety)):
+    for kind, pool in (("task", examples), ("general", auxiliary_pool.general), ("safety", auxiliary_pool.safety)):
         _refuse_special_tokens(kind, pool, chat, objectives)
-    for e in (*companions.general, *companions.safety):
+    for e in (*auxiliary_pool.general, *auxiliary_pool.safety):
         if len(chat.sequence(e.prompt, e.preferred).ids) > context:
             raise LeewayError(f"example {e.id} is longer than the context of {spec.model}, {context}", fix="remove it")
-    longest = _longest_companions(chat, examples, companions, {o.companion for o in objectives.values()})
+    longest = _longest_auxiliary(chat, examples, auxiliary_pool, {o.auxiliary for o in objectives.values()})
     beside = len(longest["task"].preferred.encode()) if "task" in longest else 0
     room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
     kept: list[Example] = []
@@ -117,15 +118,15 @@ def filter_by_length(
     return kept, tuple(e.id for e in left_out)
 
 
-def _longest_companions(
-    chat: Chat, examples: Seq[Example], companions: AuxiliaryPool, kinds: set[str]
+def _longest_auxiliary(
+    chat: Chat, examples: Seq[Example], auxiliary_pool: AuxiliaryPool, kinds: set[str]
 ) -> dict[str, Example]:
     """What stands beside an example at worst, of the kinds that are asked for.
 
     Another task example lends its answer, so that is the one with the longest; the others are rendered by themselves
     and were seen to fit.
     """
-    found = {"general": companions.general[:1], "safety": companions.safety[:1]}
+    found = {"general": auxiliary_pool.general[:1], "safety": auxiliary_pool.safety[:1]}
     worst = {kind: pool[0] for kind, pool in found.items() if pool}
     if "task" in kinds:
         worst["task"] = max(examples, key=lambda e: len(chat.ids(e.preferred)))
@@ -154,13 +155,13 @@ def find_special_tokens(text: str, chat: Chat, objectives: dict[str, Objective])
 
 
 def _longest(
-    example: Example, chats: dict[str, Chat], objectives: dict[str, Objective], companions: dict[str, Example]
+    example: Example, chats: dict[str, Chat], objectives: dict[str, Objective], auxiliary_pool: dict[str, Example]
 ) -> int:
     """Tokens of the longest sequence that any objective can make of an example."""
     return max(
         len(s.ids)
         for alias, o in objectives.items()
-        for s in o.worst_case(replace(example, companion=companions.get(o.companion)), chats[alias])
+        for s in o.worst_case(replace(example, auxiliary=auxiliary_pool.get(o.auxiliary)), chats[alias])
     )
 
 
@@ -258,7 +259,7 @@ class Prepared:
     chat: Chat
     context: int
     objectives: dict[str, Objective]
-    companions: AuxiliaryPool
+    auxiliary_pool: AuxiliaryPool
     schedules: dict[tuple[str, int], Schedule]  # by alias and seed
     tuning: HeldOut | None
     evals: tuple[Eval, ...]
@@ -269,7 +270,7 @@ class Prepared:
 
     def renderer(self, alias: str, seed: int) -> Renderer:
         objective = self.objectives[alias]
-        return Renderer(objective, chat_for(self.chat, objective), seed, self.companions)
+        return Renderer(objective, chat_for(self.chat, objective), seed, self.auxiliary_pool)
 
     def conditions(self, alias: str, budget: int) -> tuple[Condition, ...]:
         """What an objective's checkpoint at a budget is measured under."""
@@ -317,10 +318,10 @@ def prepare(spec: Spec, drawing: PairSampling | None = None, model: PlannedModel
             "train on",
             fix=f"set optim.batch to {len(kept)} at most",
         )
-    companions = replace(beside, task=tuple(kept))
+    auxiliary_pool = replace(beside, task=tuple(kept))
     evals = tuple(evals_of(spec, origins, HelperModels(drawing.kept if drawing else None, spec.device)))
     prepared = Prepared(
-        spec, chat, context, objectives, companions, {}, None, evals, len(kept), left_out, pairs, origins
+        spec, chat, context, objectives, auxiliary_pool, {}, None, evals, len(kept), left_out, pairs, origins
     )
     cutter = _Cutter(prepared, kept)
     schedules = {(alias, seed): cutter.cut(alias, seed, spec.budgets) for alias in objectives for seed in spec.seeds}

@@ -464,7 +464,7 @@ class Spec(ConfigModel):
         faults = [
             *self._evals_fit(),
             *self._servable(),
-            *self._companions_are_there(),
+            *self._auxiliary_given(),
             *self._rates_fit(),
             *self._processes_fit(),
             *self._starts_are_there(),
@@ -494,9 +494,9 @@ class Spec(ConfigModel):
         if trained := [o.alias for o in self.objectives if o.build().control_tokens]:
             yield f"evals.backend: vLLM serves no trained token, and {', '.join(trained)} has some; use transformers"
 
-    def _companions_are_there(self) -> Iterator[str]:
+    def _auxiliary_given(self) -> Iterator[str]:
         for kind in ("general", "safety"):
-            wanting = [o.alias for o in self.objectives if o.build().companion == kind]
+            wanting = [o.alias for o in self.objectives if o.build().auxiliary == kind]
             if wanting and getattr(self, kind) is None:
                 yield f"{kind} is missing, and {', '.join(wanting)} needs it: give {kind}: organism, or a file's path"
 

@@ -80,7 +80,7 @@ class TrajectoryFactory:
             self.base(),
             schedule,
             replace(settings, references=self._kept_for(piece)),
-            self.prepared.companions,
+            self.prepared.auxiliary_pool,
             self._start(asked, piece.seed),
             asked.reference,
             self.ranks,
@@ -89,8 +89,8 @@ class TrajectoryFactory:
     def trial(self, alias: str, seed: int, schedule: Schedule, references: ReferenceCache | None) -> Trajectory:
         """A trajectory along other steps, from the base: to be timed."""
         settings = replace(self.settings(1e-5), references=references)
-        objective, companions = self.prepared.objectives[alias], self.prepared.companions
-        return Trajectory(alias, objective, seed, self.base(), schedule, settings, companions)
+        objective, auxiliary_pool = self.prepared.objectives[alias], self.prepared.auxiliary_pool
+        return Trajectory(alias, objective, seed, self.base(), schedule, settings, auxiliary_pool)
 
     def _start(self, asked: ObjectiveSpec, seed: int) -> WarmStart | None:
         """What a trajectory starts from where that is not the base model, by the hash of what is there."""

@@ -1,7 +1,4 @@
-"""What one optimiser step is taken on, and how it is cut into micro-batches.
-
-One objective's view of the stream: each slot's example, what stands beside it, and the sequences made of them.
-"""
+"""Optimiser batches: examples rendered by one objective, and their split into micro-batches."""
 
 from __future__ import annotations
 
@@ -23,9 +20,9 @@ from leeway.objectives import Objective
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step's worth of rendered examples; `seed` draws this step's dropout and nothing else.
+    """The rendered examples of one optimiser step; `seed` seeds this step's dropout only.
 
-    `baseline` holds each example's sequences for the objective's own pass over the batch, where it makes one.
+    `baseline` holds the sequences of the objective's baseline pass, if it has one.
     """
 
     step: int
@@ -37,25 +34,25 @@ class Batch:
 
 @dataclass(frozen=True)
 class Optim:
-    """How every trajectory is optimised: AdamW, and what the loop does around it."""
+    """Optimiser settings shared by every trajectory (AdamW)."""
 
     clip: float
-    micro_tokens: int  # positions of one micro-batch; the optimiser step is the same however it is cut
+    micro_tokens: int  # positions per micro-batch; does not change the optimiser step
     autocast: torch.dtype | None = None
     layout: Layout = "padded"
 
-    def cut(self, examples: Examples) -> Iterator[list[Seq[Sequence]]]:
-        """A step's micro-batches."""
+    def split(self, examples: Examples) -> Iterator[list[Seq[Sequence]]]:
+        """Yield a step's micro-batches."""
         return micro_batches(examples, self.micro_tokens, self.layout)
 
 
 def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") -> Iterator[list[Seq[Sequence]]]:
-    """Whole examples, shortest first, as many at a time as fit into `tokens` positions (at least one).
+    """Yield whole examples, shortest first, as many as fit into `tokens` positions (at least one).
 
-    Padded, each sequence takes as many positions as the longest of its micro-batch. Else no more are taken than are
-    stored, and micro-batches that are as few as can be are about equally long.
+    In the padded layout a sequence takes as many positions as the longest of its micro-batch. In the others it takes
+    its own length, and the smallest possible number of micro-batches is balanced by length.
     """
-    ordered = sorted(rendered, key=longest)  # so that an example is the longest of its group too
+    ordered = sorted(rendered, key=longest)  # the last example of a group is its longest
     if layout == "padded":
         sizes = [(len(e), longest(e)) for e in ordered]
     else:
@@ -69,7 +66,7 @@ def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") ->
 
 
 def _ends(sizes: Seq[tuple[int, int]], tokens: int) -> list[int]:
-    """Where micro-batches end, of examples by (what they count, by how much that is multiplied)."""
+    """Return the end index of each micro-batch, for examples given as (size, multiplier)."""
     ends, count = [], 0
     for k, (size, times) in enumerate(sizes):
         if count and (count + size) * times > tokens:
@@ -81,43 +78,43 @@ def _ends(sizes: Seq[tuple[int, int]], tokens: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Renderer:
-    """Renders slots; what an objective draws, and which companion it meets, depends on (seed, position) alone."""
+    """Render stream items; sampling and the auxiliary example depend only on (seed, position)."""
 
     objective: Objective
-    chat: Chat  # its control tokens known
+    chat: Chat  # knows its control tokens
     seed: int
-    companions: AuxiliaryPool = field(default_factory=AuxiliaryPool)
+    auxiliary_pool: AuxiliaryPool = field(default_factory=AuxiliaryPool)
 
-    def example(self, slot: StreamItem) -> Example:
-        """The slot's example with the companion that the objective asks for."""
-        kind = self.objective.companion
+    def example(self, item: StreamItem) -> Example:
+        """Return the example with the auxiliary example that the objective needs."""
+        kind = self.objective.auxiliary
         if not kind:
-            return slot.example
-        return replace(slot.example, companion=self.companions.beside(slot, kind, self.seed))
+            return item.example
+        return replace(item.example, auxiliary=self.auxiliary_pool.beside(item, kind, self.seed))
 
-    def rendered(self, slot: StreamItem) -> Seq[Sequence]:
-        rng = np.random.default_rng(derive_seed("render", self.seed, slot.position))
-        return self.objective.render(self.example(slot), self.chat, rng)
+    def rendered(self, item: StreamItem) -> Seq[Sequence]:
+        rng = np.random.default_rng(derive_seed("render", self.seed, item.position))
+        return self.objective.render(self.example(item), self.chat, rng)
 
-    def baseline(self, slot: StreamItem) -> Seq[Sequence]:
-        return self.objective.baseline_sequences(self.example(slot), self.chat)
+    def baseline(self, item: StreamItem) -> Seq[Sequence]:
+        return self.objective.baseline_sequences(self.example(item), self.chat)
 
-    def processed(self, slot: StreamItem) -> int:
-        """Tokens that go through the policy for one slot."""
-        return sum(len(s.ids) for s in (*self.rendered(slot), *self.baseline(slot)))
+    def processed(self, item: StreamItem) -> int:
+        """Return the tokens that go through the policy for one item."""
+        return sum(len(s.ids) for s in (*self.rendered(item), *self.baseline(item)))
 
-    def batch(self, step: int, slots: Seq[StreamItem]) -> Batch:
-        """One optimiser step's examples, rendered."""
+    def batch(self, step: int, items: Seq[StreamItem]) -> Batch:
+        """Render the examples of one optimiser step."""
         return Batch(
             step,
             derive_seed("dropout", self.seed, step),
-            tuple(s.example.id for s in slots),
-            tuple(tuple(self.rendered(slot)) for slot in slots),
-            tuple(found for slot in slots if (found := tuple(self.baseline(slot)))),
+            tuple(s.example.id for s in items),
+            tuple(tuple(self.rendered(item)) for item in items),
+            tuple(sequences for item in items if (sequences := tuple(self.baseline(item)))),
         )
 
-    def compute(self, slot: StreamItem) -> float:
-        """Work for one slot, in policy tokens: a reference token is a forward pass alone, and counts half."""
-        policy, baseline = self.processed(slot), sum(len(s.ids) for s in self.baseline(slot))
+    def compute(self, item: StreamItem) -> float:
+        """Return the cost of one item in policy tokens; a reference token (forward only) counts half."""
+        policy, baseline = self.processed(item), sum(len(s.ids) for s in self.baseline(item))
         reference = policy if self.objective.needs_reference != "nothing" else baseline
         return policy + reference / 2

@@ -1,7 +1,4 @@
-"""The one optimiser loop. Every objective, every budget and the organism itself go through it.
-
-A batch through the model: the loss over all of it and its gradient, however it is cut into micro-batches.
-"""
+"""The one optimiser loop, used for every objective, every budget and the organism itself."""
 
 from __future__ import annotations
 
@@ -29,9 +26,9 @@ from leeway.training.distributed import ALONE, Distributed
 
 @dataclass(frozen=True)
 class Passes:
-    """What takes a batch through `model`, and by which loss.
+    """Forward and backward passes of one batch.
 
-    Micro-batches add up because every loss is normalised by the batch's totals.
+    Micro-batch gradients sum to the batch gradient because every loss is normalised by the batch's totals.
     """
 
     model: Model
@@ -41,11 +38,11 @@ class Passes:
     ranks: Distributed
 
     def gradient(self, batch: Batch) -> tuple[Totals, float]:
-        """Add the gradient of the whole batch's loss to that of the parameters; returns (what it is over, the loss)."""
+        """Accumulate the gradient of the batch's loss; return the batch's totals and the loss, nats."""
         torch.manual_seed(self.ranks.seed(batch.seed))
         totals, loss = self.totals(batch), 0.0
         self.model.lm.train()
-        for micro, weight in self.ranks.share(batch.rendered, self.settings.cut):
+        for micro, weight in self.ranks.share(batch.rendered, self.settings.split):
             with self._autocast():
                 part = weight * self._loss(micro, totals)
             part.backward()  # type: ignore[no-untyped-call]
@@ -53,7 +50,7 @@ class Passes:
         return totals, self.ranks.sum(loss)
 
     def totals(self, batch: Batch) -> Totals:
-        """What the batch's loss is normalised by, the objective's own pass over the batch included."""
+        """Return the batch's normalisers, including the objective's baseline pass if it has one."""
         totals = Totals(
             tokens=sum(s.targets for example in batch.rendered for s in example),
             examples=len(batch.rendered),
@@ -64,31 +61,31 @@ class Passes:
         return replace(totals, baseline=self._baseline(batch, totals)) if batch.baseline else totals
 
     def _baseline(self, batch: Batch, totals: Totals) -> float:
-        """The objective's own pass over the whole batch: the policy without dropout and without a gradient."""
-        found = 0.0
+        """Run the objective's baseline pass: policy without dropout and without gradient."""
+        baseline = 0.0
         self.model.lm.eval()
-        for micro, weight in self.ranks.share(batch.baseline, self.settings.cut):
-            laid = self._laid(micro)
+        for micro, weight in self.ranks.share(batch.baseline, self.settings.split):
+            packed = self._pack(micro)
             with torch.no_grad(), self._autocast():
-                policy = target_stats(self.model, laid, totals)
-                theirs = self._reference(laid, micro, totals)
-            found += weight * self.objective.baseline(policy, theirs)
-        return self.ranks.sum(found)
+                policy = target_stats(self.model, packed, totals)
+                reference = self._reference(packed, micro, totals)
+            baseline += weight * self.objective.baseline(policy, reference)
+        return self.ranks.sum(baseline)
 
     def _loss(self, micro: Examples, totals: Totals) -> Tensor:
-        model, objective, batch = self.model, self.objective, self._laid(micro)
+        model, objective, batch = self.model, self.objective, self._pack(micro)
         if objective.needs_reference == "distribution":
-            theirs_TD = self.reference.hidden(model, batch, _flat(micro))
-            policy = target_stats(model, batch, totals, reference_hidden_TD=theirs_TD, direction=objective.direction)
+            reference_TD = self.reference.hidden(model, batch, _flat(micro))
+            policy = target_stats(model, batch, totals, reference_hidden_TD=reference_TD, direction=objective.direction)
             return objective.loss(policy, None)
-        theirs = self._reference(batch, micro, totals) if objective.needs_reference == "logps" else None
-        return objective.loss(target_stats(model, batch, totals), theirs)
+        reference = self._reference(batch, micro, totals) if objective.needs_reference == "logps" else None
+        return objective.loss(target_stats(model, batch, totals), reference)
 
     def _reference(self, batch: PackedBatch, micro: Examples, totals: Totals) -> TokenStats:
         logp_T = self.reference.logps(self.model, batch, _flat(micro))
         return TokenStats(logp_T, batch.sequence_T, batch.sequences, totals, None, batch.target_T)
 
-    def _laid(self, micro: Examples) -> PackedBatch:
+    def _pack(self, micro: Examples) -> PackedBatch:
         return lay(micro, self.model.device, self.settings.layout)
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
@@ -105,7 +102,7 @@ Decay = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step did. Token counts are of real tokens, never padding; seconds are the only timing."""
+    """One optimiser step. Token counts exclude padding; `seconds` is wall-clock time."""
 
     step: int
     loss: float
@@ -127,25 +124,23 @@ def optimise(
     reference: Reference | None = None,
     ranks: Distributed = ALONE,
 ) -> Iterator[Step]:
-    """Take one optimiser step per batch, and say after each what it did.
+    """Take one optimiser step per batch and yield its `Step`.
 
-    `reference` is the model that the objective is compared with: without one, `model` with its adapter switched off.
-    `ranks` are the processes that take each step together: every one of them runs this loop over the same batches.
-
-    Raises LeewayError where a loss or a gradient is not finite, naming the step and its examples.
+    `reference` defaults to `model` with its adapter disabled. Every rank of `ranks` runs this loop over the same
+    batches. Raises LeewayError for a non-finite loss or gradient, naming the step and its examples.
     """
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     reference = reference or Reference()
     passes = Passes(model, objective, settings, reference, ranks)
     for batch in batches:
-        began = time.perf_counter()
+        started = time.perf_counter()
         totals, loss = passes.gradient(batch)
         norm = ranks.clip(parameters, settings.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFiniteError(
                 f"{objective.name}, step {batch.step}: loss {loss}, gradient norm {norm}, "
                 f"on examples {', '.join(batch.ids)}",
-                fix="look at these examples with `leeway show`, or lower optim.lr; the last checkpoint is kept",
+                fix="inspect these examples with `leeway show`, or lower optim.lr; the last checkpoint is kept",
             )
         lr = lr_at(batch.step)
         for group in optimiser.param_groups:
@@ -153,13 +148,13 @@ def optimise(
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         processed = _tokens(batch.rendered) + _tokens(batch.baseline)
-        referred, seconds = _referred(objective, batch, reference), time.perf_counter() - began
-        yield Step(batch.step, loss, norm, lr, totals.tokens, processed, referred, seconds)
+        reference_tokens, seconds = _reference_tokens(objective, batch, reference), time.perf_counter() - started
+        yield Step(batch.step, loss, norm, lr, totals.tokens, processed, reference_tokens, seconds)
     model.lm.eval()
 
 
-def _referred(objective: Objective, batch: Batch, reference: Reference) -> int:
-    """Tokens that went through the reference for one batch: live, or asked beforehand and needed here first."""
+def _reference_tokens(objective: Objective, batch: Batch, reference: Reference) -> int:
+    """Return the tokens that went through the reference for one batch, live or precomputed for its first use."""
     if reference.kept is not None:
         return reference.spent.get(batch.step, 0)
     return _tokens(batch.baseline) + (_tokens(batch.rendered) if objective.needs_reference != "nothing" else 0)
@@ -170,17 +165,17 @@ def _tokens(examples: Seq[Seq[Sequence]]) -> int:
 
 
 def after_warmup(lr: float, warmup_steps: int, decay: Decay, steps: int) -> Callable[[int], float]:
-    """Linear warm-up over fixed steps, then constant, or down towards zero, which the step after `steps` would reach.
+    """Return the schedule: linear warm-up over fixed steps, then constant, linear or cosine decay to 0 at `steps` + 1.
 
-    Constant: a checkpoint at 25k tokens *is* the 25k run. A decay makes it another thing: it needs a run of its own.
+    With a constant rate a checkpoint at 25k tokens equals a 25k run; a decay needs one run per budget.
     """
 
     def lr_at(step: int) -> float:
         if step < warmup_steps:
             return lr * (step / warmup_steps)
-        along = (step - warmup_steps) / (steps - warmup_steps + 1)
+        progress = (step - warmup_steps) / (steps - warmup_steps + 1)
         if decay == "linear":
-            return lr * (1.0 - along)
-        return lr * 0.5 * (1.0 + math.cos(math.pi * along)) if decay == "cosine" else lr
+            return lr * (1.0 - progress)
+        return lr * 0.5 * (1.0 + math.cos(math.pi * progress)) if decay == "cosine" else lr
 
     return lr_at

@@ -66,7 +66,7 @@ class Trajectory:
     model: Model
     schedule: Schedule
     settings: Settings
-    companions: AuxiliaryPool = field(default_factory=AuxiliaryPool)
+    auxiliary_pool: AuxiliaryPool = field(default_factory=AuxiliaryPool)
     start: WarmStart | None = None
     reference: Literal["start", "base"] = "start"
     ranks: Distributed = ALONE
@@ -82,7 +82,7 @@ class Trajectory:
         if self.objective.needs_reference == "distribution":
             self.model.head = self.compared.head(self.model.head)
         self.init_hash = adapters.init_hash(self.model)
-        self.renderer = Renderer(self.objective, self.model.chat, self.seed, self.companions)
+        self.renderer = Renderer(self.objective, self.model.chat, self.seed, self.auxiliary_pool)
         self.optimiser = torch.optim.AdamW(
             adapters.trainable(self.model), lr=self.settings.lr, weight_decay=self.settings.weight_decay
         )
