@@ -12,7 +12,7 @@ Outcome = Literal["refused", "harmful", "deflected", "incoherent"]
 class Example:
     """One training example: a prompt, its preferred answer and, where a pair exists, a dispreferred one.
 
-    `companion` is an auxiliary example that an objective may use: another of the task's, a general or a safety example.
+    `auxiliary` is an example that an objective may use: another of the task's, a general or a safety example.
     The ledger counts it as processed, never as source.
     """
 
