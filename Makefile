@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= leeway-demo
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check docs screenshots clean
+.PHONY: demo test check docs readme-figure clean
 
 demo: $(VENV)/.runs
 	@$(VENV)/bin/leeway demo --out $(OUT)
@@ -22,6 +22,10 @@ check: $(VENV)/.develops
 docs: $(VENV)/.documents
 	$(VENV)/bin/python -m mkdocs build --strict
 	@echo "$(CURDIR)/site/index.html"
+
+# the README's figure, from the embedded study
+readme-figure: demo
+	cp $(OUT)/figures/tradeoff.png docs/tradeoff.png
 
 # torch first and pinned: another package's request for it would take a build with gigabytes of GPU libraries
 $(VENV)/.runs: pyproject.toml constraints.txt

@@ -170,7 +170,7 @@ def test_recipes_for_clusters_are_read() -> None:
     """No cluster is here: the shell reads the scripts, and the job's parts have to fit each other."""
     import subprocess
 
-    found = {b.title: b for b in blocks(ROOT / "docs" / "executors.md") if b.title}
+    found = {b.title: b for b in blocks(ROOT / "docs" / "running.md") if b.title}
     for block in (b for b in found.values() if b.language == "bash"):
         read = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True, check=False)
         assert (read.returncode, read.stderr) == (0, ""), block

@@ -77,8 +77,8 @@ def training(bench: Bench, shape: str) -> list[Row]:
         reach = REACH[LIKE.get(o, o)].get(shape)
         rows += row(bench, f"{o.upper()}", Cell(shape, "train", o), lambda f: f.rate, "tok/s", reach)
         if o == "dpo":
-            apart = "DPO, reference apart"
-            rows += row(bench, apart, Cell(shape, "train", o), lambda f: f.tokens / f.seconds, "tok/s")
+            excluded = "DPO, reference excluded"
+            rows += row(bench, excluded, Cell(shape, "train", o), lambda f: f.tokens / f.seconds, "tok/s")
             corrupted = Cell(shape, "train", o, "corrupted")
             rows += row(bench, "DPO, corrupted pairs", corrupted, lambda f: f.rate, "tok/s")
         rows += workers(bench, f"{o.upper()}, ours as 2 workers × 1 thread", Cell(shape, "train", o))

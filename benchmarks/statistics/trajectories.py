@@ -3,7 +3,7 @@
     python -m benchmarks.statistics.trajectories [STUDIES [STUDIES_WITH_GEE [WORLD]]]
 
 Prints one line per world and question: how often a true null was rejected at 5%, how often a 95% interval held the
-truth, with the standard error of that share. `docs/trajectories.md` keeps what was measured.
+truth, with the standard error of that share. `docs/statistics.md` keeps what was measured.
 """
 
 from __future__ import annotations

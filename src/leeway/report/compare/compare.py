@@ -67,7 +67,7 @@ def compare(folders: Seq[Path], *, pooling: bool = False) -> StudyComparison:
     if own.empty:
         told = "; ".join(f"{d['what']} {d['effect']}" for d in checked.left_out)
         raise LeewayError(
-            "compare: no effect is left to compare" + (f" ({told})" if told else ""), fix="see docs/compare.md"
+            "compare: no effect is left to compare" + (f" ({told})" if told else ""), fix="see docs/results.md"
         )
     moved = deltas(checked.studies)
     made = {
