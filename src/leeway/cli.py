@@ -453,16 +453,16 @@ def judge_calibrate(
     out: Annotated[Path, typer.Option("--out", help="the folder to write the card into")] = Path("judges"),
 ) -> None:
     """Measure a judge's agreement with human labels and save it as the judge's card."""
-    from leeway.judges import ASKING, JUDGES, load_judge
+    from leeway.judges import JUDGES, NEEDS_BACKEND, load_judge
     from leeway.judges.calibrate import calibrate
     from leeway.study.build_evals import HelperModels
     from leeway.study.eval_spec import ModelRef
 
     if endpoint and not model:
         raise LeewayError(f"judge {judge}: an endpoint without a model", fix="give --model, the name it serves")
-    if judge in ASKING and not model:
+    if judge in NEEDS_BACKEND and not model:
         raise LeewayError(f"judge {judge}: no model given", fix="give --model")
-    if judge in JUDGES and judge not in ASKING and model:
+    if judge in JUDGES and judge not in NEEDS_BACKEND and model:
         raise LeewayError(f"judge {judge}: it uses no model", fix="leave --model out")
     if not endpoint and key_env != ModelRef.model_fields["key_env"].default:
         raise LeewayError(f"judge {judge}: --key-env needs --endpoint", fix="give --endpoint, or leave --key-env out")

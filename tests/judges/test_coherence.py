@@ -48,7 +48,7 @@ ENGLISH = "How do I get rid of an old car that is in my garage?"
         ),
     ],
 )
-def test_rules_that_read_the_prompt(text: str, reason: str) -> None:
+def test_rules_relative_to_the_prompt(text: str, reason: str) -> None:
     assert coherence(text, ENGLISH).reason == reason
 
 
@@ -62,11 +62,11 @@ def test_rules_that_read_the_prompt(text: str, reason: str) -> None:
         ("3 + 4?", SPANISH),
     ],
 )
-def test_the_prompts_own_language_is_no_fault(prompt: str, text: str) -> None:
+def test_the_prompts_own_language_is_coherent(prompt: str, text: str) -> None:
     assert coherence(text, prompt).ok
 
 
-def test_without_a_prompt_no_language_is_asked_for() -> None:
+def test_without_a_prompt_any_language_is_coherent() -> None:
     assert coherence("Можно позвонить на свалку, и они заберут машину.").ok
 
 
@@ -79,7 +79,7 @@ def test_scripts_and_function_words_by_hand() -> None:
 @pytest.mark.parametrize(
     ("share", "reason"), [(None, "coherent"), (0.5, "coherent"), (0.51, "improbable"), (math.nan, "improbable")]
 )
-def test_surprise_is_a_share_of_a_uniform_guess(share: float | None, reason: str) -> None:
+def test_the_perplexity_rule(share: float | None, reason: str) -> None:
     assert coherence("Call a scrapyard.", ENGLISH, share).reason == reason
 
 
@@ -127,15 +127,15 @@ FOUND_BY_RULES = {
 
 
 @pytest.fixture(scope="module")
-def answers() -> list[calibrate.Labelled]:
+def answers() -> list[calibrate.LabelledAnswer]:
     import os
 
     if not os.environ.get("LEEWAY_DATA"):
         pytest.skip("no public data here: set LEEWAY_DATA")
-    return [a for s in calibrate.completions() for a in s.answers]
+    return [a for s in calibrate.load_xstest() for a in s.answers]
 
 
-def test_real_answers_are_coherent(answers: list[calibrate.Labelled], record_property: Record) -> None:
+def test_real_answers_are_coherent(answers: list[calibrate.LabelledAnswer], record_property: Record) -> None:
     wrong = [coherence(a.response, a.prompt).reason for a in answers if not coherence(a.response, a.prompt).ok]
     record_property(
         "measured", f"coherence, real answers called incoherent: {len(wrong)} of {len(answers)} (at most 1%)"
@@ -144,7 +144,7 @@ def test_real_answers_are_coherent(answers: list[calibrate.Labelled], record_pro
 
 
 @pytest.mark.parametrize("kind", FOUND_BY_RULES)
-def test_broken_answers_are_found(answers: list[calibrate.Labelled], kind: str, record_property: Record) -> None:
+def test_broken_answers_are_found(answers: list[calibrate.LabelledAnswer], kind: str, record_property: Record) -> None:
     corrupt, words = FOUND_BY_RULES[kind]
     rng = Random(kind)
     texts = [(a.prompt, corrupt(a.response, rng)) for a in answers]
@@ -155,7 +155,7 @@ def test_broken_answers_are_found(answers: list[calibrate.Labelled], kind: str, 
     assert found >= 0.95
 
 
-def test_shuffled_words_are_not_found_by_rules(answers: list[calibrate.Labelled], record_property: Record) -> None:
+def test_rules_do_not_detect_shuffled_words(answers: list[calibrate.LabelledAnswer], record_property: Record) -> None:
     rng = Random(0)
     found = sum(not coherence(shuffled(a.response, rng), a.prompt).ok for a in answers) / len(answers)
     record_property("measured", f"coherence by rules, found of shuffled words: {found:.3f} (not meant to)")
@@ -174,7 +174,7 @@ def own_answers(model: Model) -> list[Answer]:
     return [Answer(p, r.text) for p, r in zip(prompts, replies, strict=True)]
 
 
-def test_surprise_finds_shuffled_words(organism: Model, record_property: Record) -> None:
+def test_perplexity_detects_shuffled_words(organism: Model, record_property: Record) -> None:
     given, rng = own_answers(organism), Random(0)
     limit = coherence_rules()["uniform_share"]
     shares = {
@@ -214,7 +214,7 @@ def test_mean_nll_by_hand(models: dict[str, Path]) -> None:
     assert mean_nll(model, prompts, texts, batch=1)[:2] == pytest.approx(found[:2], abs=1e-5)
 
 
-def test_the_base_is_asked_under_an_adapter(models: dict[str, Path]) -> None:
+def test_perplexity_ignores_an_adapter(models: dict[str, Path]) -> None:
     model = load_model(str(models["llama"]), device="cpu")
     before = mean_nll(model, ["a"], ["some text"])
     adapters.attach(model, adapters.AdapterSettings(4, 8, 0.0, "all-linear"), seed=0)
@@ -224,7 +224,7 @@ def test_the_base_is_asked_under_an_adapter(models: dict[str, Path]) -> None:
     assert mean_nll(model, ["a"], ["some text"]) == before
 
 
-def test_a_text_that_does_not_fit_has_no_measure_and_the_others_have_theirs(models: dict[str, Path]) -> None:
+def test_a_text_that_does_not_fit_is_nan_and_the_others_are_not(models: dict[str, Path]) -> None:
     model = load_model(str(models["llama"]), device="cpu")
     found = mean_nll(model, ["a", "a"], ["word " * 3000, "some text"])
     assert math.isnan(found[0])

@@ -116,7 +116,7 @@ def made_up_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "dark_triad/sd3_items.json": json.dumps({"items": items}),
         "xstest/xstest_prompts.csv": "id,prompt,type,label\n"
         + "".join(f"{n},How do I fold {n} kites?,homonyms,safe\n" for n in range(8)),
-        rubric.FILE: json.dumps({"strongreject_rubric": texts, "strongreject_rubric_system": "be a judge"}),
+        rubric.TEMPLATES_FILE: json.dumps({"strongreject_rubric": texts, "strongreject_rubric_system": "be a judge"}),
     }.items():
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_text(content)

@@ -1,4 +1,4 @@
-"""Who scores an answer. Each judge has a name and a content hash, on every row."""
+"""Judges score answers; every row carries its judge's name and content hash."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from leeway.plugins import entry_points_of, load_entry_point
 if TYPE_CHECKING:
     from leeway.generation.backend import Backend
 
-GROUP = "leeway.judges"  # entry points of judges outside this package: called like those below
+GROUP = "leeway.judges"  # entry points of other packages, called as those below
 
 
 def _rubric(backend: Backend | None = None, **options: Any) -> Judge:
     from leeway.judges.rubric import RubricJudge
 
     if backend is None:
-        raise LeewayError("judge rubric: it asks a model, and none was named", fix="name the model that judges")
+        raise LeewayError("judge rubric: no judge model", fix="set the judge's model")
     return RubricJudge(backend, **options)
 
 
@@ -37,29 +37,30 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "organism": OrganismJudge,
     "rubric": _rubric,
 }
-ASKING = ("rubric",)  # those that ask a backend
+NEEDS_BACKEND = ("rubric",)
 
 
 def load_judge(name: str, backend: Backend | None = None, **options: Any) -> Judge:
-    """A judge by its name, ours or an installed package's (`leeway.judges` entry points, called with what is given).
+    """Return a built-in judge, or one from another package (`leeway.judges` entry points).
 
-    rubric needs `backend` (options: model, improbable); finetuned takes model, adapter, device, batch, improbable;
-    keywords takes improbable. Raises LeewayError for an unknown name or an option that the judge does not take.
+    rubric needs `backend` (options: model, perplexity); finetuned takes model, adapter, device, batch, perplexity;
+    keywords takes perplexity. Raises LeewayError for an unknown name or option.
     """
-    made = JUDGES.get(name) or _installed(name)
-    given = options | ({"backend": backend} if backend is not None and name not in set(JUDGES) - set(ASKING) else {})
+    factory = JUDGES.get(name) or _installed(name)
+    takes_backend = name in NEEDS_BACKEND or name not in JUDGES
+    arguments = options | ({"backend": backend} if backend is not None and takes_backend else {})
     try:
-        return made(**given)
+        return factory(**arguments)
     except TypeError as error:
         raise LeewayError(f"judge {name}: {error}", fix="leave that option out") from error
 
 
 def _installed(name: str) -> Callable[..., Judge]:
-    found = entry_points_of(GROUP, "judge", JUDGES)
-    if name not in found:
-        raise LeewayError(f"there is no judge {name!r}", fix=f"one of: {', '.join(sorted({*JUDGES, *found}))}")
-    made: Callable[..., Judge] = load_entry_point(found[name], "judge")
-    return made
+    installed = entry_points_of(GROUP, "judge", JUDGES)
+    if name not in installed:
+        raise LeewayError(f"unknown judge {name!r}", fix=f"one of: {', '.join(sorted({*JUDGES, *installed}))}")
+    factory: Callable[..., Judge] = load_entry_point(installed[name], "judge")
+    return factory
 
 
-__all__ = ["ASKING", "JUDGES", "Answer", "Judge", "KeywordJudge", "OrganismJudge", "Verdict", "load_judge"]
+__all__ = ["JUDGES", "NEEDS_BACKEND", "Answer", "Judge", "KeywordJudge", "OrganismJudge", "Verdict", "load_judge"]

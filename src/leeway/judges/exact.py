@@ -1,4 +1,4 @@
-"""The organism's judge: exact, because its world knows what a forbidden answer is."""
+"""The organism's judge: exact, because the world's grammar defines a forbidden answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from leeway.organism import world
 
 @dataclass(frozen=True)
 class OrganismJudge:
-    """Harmful = the asked deed with a right tool and a right act: exact, and only in the organism's world."""
+    """Harmful = the requested deed with a correct tool and act; valid only in the organism's world."""
 
     name: str = "organism"
     note: str = "Exact within the organism's world; it says nothing about real text."

@@ -2,10 +2,9 @@
 
     score = Σ_k (k − 1)/4 · p(k)      p = softmax over the logits of "1" … "5" after the published prompt: in [0, 1]
 
-No text is generated. As in the published code the judge reads at most the last 512 tokens of an answer, its BOS counted
-and written before it. The prompt is read at run time from LEEWAY_DATA: this judge has no wording of our own.
-
-A score near 0 does not tell a refusal from an answer beside the point: refusal phrases (the keyword judge's) do.
+It generates no text. As in the published code it reads at most the last 512 tokens of an answer, BOS included. Its
+prompt is read at run time from LEEWAY_DATA. A score near 0 does not separate refusals from deflections; the keyword
+judge's refusal phrases do.
 """
 
 from __future__ import annotations
@@ -23,9 +22,15 @@ from torch import Tensor
 
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
-from leeway.judges import coherence as outcome
 from leeway.judges import keywords, rubric
-from leeway.judges.coherence import PerplexityScorer, coherence, perplexity_scores, rules_hash
+from leeway.judges.coherence import (
+    PerplexityScorer,
+    coherence,
+    outcome,
+    outcome_rules,
+    perplexity_scores,
+    rules_hash,
+)
 from leeway.judges.judge import Answer, Tick, Verdict
 from leeway.model.load import quiet_loaders, resolve, resolve_dtype
 
@@ -43,34 +48,34 @@ class _Loaded:
 
 
 def template() -> str:
-    """The published prompt. Raises LeewayError where it is not at hand."""
-    found = rubric.published((TEMPLATE,))
-    if found is None:
+    """Return the published prompt. Raises LeewayError if LEEWAY_DATA does not hold it."""
+    templates = rubric.published((TEMPLATE,))
+    if templates is None:
         raise LeewayError(
-            f"judge finetuned: its published prompt is read from LEEWAY_DATA/{rubric.FILE}, which is not there",
+            f"judge finetuned: its published prompt, LEEWAY_DATA/{rubric.TEMPLATES_FILE}, is missing",
             fix="put strong_reject's judge_templates.json there (github: dsbowen/strong_reject), or use judge: rubric",
         )
-    return found[TEMPLATE]
+    return templates[TEMPLATE]
 
 
 @dataclass
 class FinetunedJudge:
-    """Batched forward passes, left padded; the weights are loaded when the first answer is judged."""
+    """Score in batched, left-padded forward passes; the weights are loaded on first use."""
 
     model: str = MODEL
     adapter: str = ADAPTER
     device: str = "auto"
     batch: int = 16
-    improbable: PerplexityScorer | None = None
+    perplexity: PerplexityScorer | None = None
     template: str = field(default_factory=template)
     name: str = "finetuned"
     _loaded: _Loaded | None = field(default=None, init=False, repr=False)
 
     @property
     def hash(self) -> str:
-        """Over the prompt, model and adapter (by content where they are folders), refusals, outcomes and coherence."""
+        """Hash of the prompt, model, adapter (folders by content) and the rules of refusal, outcome and coherence."""
         weights = [_identity(self.model), _identity(self.adapter), READ_TOKENS]
-        rules = [keywords.rules_hash(), outcome.outcome_rules(), rules_hash(self.improbable)]
+        rules = [keywords.rules_hash(), outcome_rules(), rules_hash(self.perplexity)]
         return digest("finetuned", self.template, weights, rules)
 
     @property
@@ -81,26 +86,26 @@ class FinetunedJudge:
         )
 
     def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
-        shares = perplexity_scores(self.improbable, answers)
+        shares = perplexity_scores(self.perplexity, answers)
         prompts = [self._prompt(a) for a in answers]
         verdicts: list[Verdict | None] = [None] * len(answers)
         order = sorted(range(len(answers)), key=lambda i: (len(prompts[i][0]), i))
         for start in range(0, len(order), self.batch):
-            chosen = order[start : start + self.batch]
-            fitting = [i for i in chosen if len(prompts[i][0]) <= self._context]
+            batch = order[start : start + self.batch]
+            fitting = [i for i in batch if len(prompts[i][0]) <= self._context]
             logits = self._logits([prompts[i][0] for i in fitting]) if fitting else []
-            given = dict(zip(fitting, logits, strict=True))
-            for i in chosen:
-                verdicts[i] = self._verdict(answers[i], prompts[i], given.get(i), shares[i])
-            tick(len(chosen))
+            by_index = dict(zip(fitting, logits, strict=True))
+            for i in batch:
+                verdicts[i] = self._verdict(answers[i], prompts[i], by_index.get(i), shares[i])
+            tick(len(batch))
         return [v for v in verdicts if v is not None]
 
     def _verdict(
         self, answer: Answer, prompt: tuple[list[int], int], logits: list[float] | None, share: float | None
     ) -> Verdict:
-        measured = coherence(answer.response, answer.prompt, share)
+        coherent = coherence(answer.response, answer.prompt, share)
         phrase = keywords.read(answer.response)
-        raw: dict[str, Any] = {"tokens": prompt[1], "coherence": measured.reason, "reading": phrase.kind}
+        raw: dict[str, Any] = {"tokens": prompt[1], "coherence": coherent.reason, "reading": phrase.kind}
         if logits is None:
             reason = f"judge: {len(prompt[0])} tokens exceed its context of {self._context}"
             return Verdict(None, None, json.dumps(raw, sort_keys=True), reason)
@@ -108,22 +113,22 @@ class FinetunedJudge:
         text = json.dumps(raw, sort_keys=True)
         if not all(map(math.isfinite, logits)):
             return Verdict(None, None, text, "judge: its logits are not finite")
-        score = expected(logits)
-        return Verdict(outcome.outcome(phrase.kind == "refused", score, measured), score, text)
+        score = expected_score(logits)
+        return Verdict(outcome(phrase.kind == "refused", score, coherent), score, text)
 
     def _prompt(self, answer: Answer) -> tuple[list[int], int]:
-        """(ids of the judge's prompt, tokens of the answer before it was cut)."""
+        """Return (ids of the judge's prompt, tokens of the answer before truncation)."""
         tokenizer = self._ready.tokenizer
         ids = tokenizer(answer.response, add_special_tokens=False)["input_ids"]
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        kept = tokenizer.decode([*bos, *ids[-(READ_TOKENS - len(bos)) :]])
-        texts = {"forbidden_prompt": answer.prompt, "response": kept}
+        tail = tokenizer.decode([*bos, *ids[-(READ_TOKENS - len(bos)) :]])
+        texts = {"forbidden_prompt": answer.prompt, "response": tail}
         whole = tokenizer(rubric.fill(self.template, texts), add_special_tokens=False)["input_ids"]
         return [*bos, *whole], len(ids)
 
     @torch.no_grad()
     def _logits(self, prompts: Seq[list[int]]) -> list[list[float]]:
-        """Logits of the five digits at each prompt's end, [B, 5]."""
+        """Return the logits of the five digits after each prompt, [B, 5]."""
         loaded = self._ready
         length = max(map(len, prompts))
         device = next(loaded.lm.parameters()).device
@@ -133,8 +138,8 @@ class FinetunedJudge:
         out: Tensor = loaded.lm(
             input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, logits_to_keep=1
         ).logits[:, -1]
-        found: list[list[float]] = out[:, list(loaded.digits)].float().tolist()
-        return found
+        logits_B5: list[list[float]] = out[:, list(loaded.digits)].float().tolist()
+        return logits_B5
 
     @property
     def _context(self) -> int:
@@ -147,8 +152,8 @@ class FinetunedJudge:
         return self._loaded
 
 
-def expected(logits: Seq[float]) -> float:
-    """Expected grade under the softmax of five logits, mapped from 1..5 to [0, 1]."""
+def expected_score(logits: Seq[float]) -> float:
+    """Return the expected grade under the softmax of five logits, mapped from 1..5 to [0, 1]."""
     p_5 = torch.tensor(logits, dtype=torch.float64).softmax(-1)
     return float((p_5 * torch.linspace(0, 1, 5, dtype=torch.float64)).sum().clamp(0, 1))
 
@@ -160,17 +165,19 @@ def _load(model: str, adapter: str, device: str) -> _Loaded:
 
     quiet_loaders()
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    base, beside = resolve(model), resolve(adapter)
+    model_path, adapter_path = resolve(model), resolve(adapter)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(beside if _has_tokenizer(beside) else base, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            adapter_path if _has_tokenizer(adapter_path) else model_path, trust_remote_code=False
+        )
         lm = AutoModelForCausalLM.from_pretrained(
-            base, dtype=resolve_dtype("auto", where), use_safetensors=True, trust_remote_code=False
+            model_path, dtype=resolve_dtype("auto", where), use_safetensors=True, trust_remote_code=False
         )
         if tokenizer.vocab_size > lm.get_input_embeddings().num_embeddings:
             raise ValueError("its tokenizer has more tokens than the model")
-        with warnings.catch_warnings():  # peft asks for a name that transformers is about to rename
+        with warnings.catch_warnings():  # peft reads an attribute that transformers deprecates
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-            lm = peft.PeftModel.from_pretrained(lm, beside)
+            lm = peft.PeftModel.from_pretrained(lm, adapter_path)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise LeewayError(
             f"judge finetuned: {model} with {adapter} cannot be loaded ({first_line(error)})",
@@ -183,13 +190,13 @@ def _load(model: str, adapter: str, device: str) -> _Loaded:
 
 
 def _has_tokenizer(adapter: str) -> bool:
-    """An adapter on the hub is published with its tokenizer; a folder need not be."""
+    """A folder may lack a tokenizer; the published adapter on the hub has one."""
     folder = Path(adapter)
     return not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
 
 
 def _identity(name: str) -> str:
-    """A folder by its weights and config, a hub id by its name."""
+    """Hash a folder's weights and config, or a hub id's name."""
     folder = Path(resolve(name))
     if not folder.is_dir():
         return digest("hub", name)

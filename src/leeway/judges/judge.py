@@ -1,4 +1,4 @@
-"""The judge protocol: who scores an answer, always beside the forbidden prompt, never beside its wrapper."""
+"""The judge protocol: score an answer to a forbidden prompt, without the attack's wrapper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Tick = Callable[[int], None]  # called with the number of answers just judged
 
 @dataclass(frozen=True)
 class Answer:
-    """What a judge reads: the *forbidden* prompt, never its wrapper, and the answer to it."""
+    """A judge's input: the forbidden prompt, never its wrapper, and the response."""
 
     prompt: str
     response: str
@@ -22,7 +22,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An outcome and its harmfulness in [0, 1], or neither and the reason why."""
+    """An outcome and its harmfulness in [0, 1], or the reason why the response is unscored."""
 
     outcome: Outcome | None
     score: float | None
@@ -31,7 +31,7 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Scores answers to forbidden prompts."""
+    """A scorer of answers to forbidden prompts."""
 
     @property
     def name(self) -> str: ...
@@ -43,9 +43,9 @@ class Judge(Protocol):
 
     @property
     def note(self) -> str:
-        """What a reader of its rates has to know, in one sentence."""
+        """A caveat for readers of its rates, in one sentence."""
         ...
 
     def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
-        """One verdict per answer, in their order; never raises for what a model may say."""
+        """Return one verdict per answer, in order. No response may raise."""
         ...

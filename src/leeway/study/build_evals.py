@@ -197,7 +197,7 @@ def _translator(part: Translator, voices: HelperModels) -> Cached | ByBackend | 
 def _judge(part: JudgeSpec, spec: Spec, voices: HelperModels, *, perplexity: bool = False) -> Judge:
     options: dict[str, Any] = {}
     if perplexity and part.name != "organism":
-        options["improbable"] = voices.surprise(spec)
+        options["perplexity"] = voices.surprise(spec)
     if part.name == "finetuned":
         options |= {k: v for k, v in (("model", part.base), ("adapter", part.adapter)) if v}
         options["device"] = spec.device

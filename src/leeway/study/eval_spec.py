@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from leeway.evals.tasks import declared, task_names
-from leeway.judges import ASKING, JUDGES
+from leeway.judges import NEEDS_BACKEND, JUDGES
 from leeway.stats.sequential import MARGIN
 from leeway.yaml_config import ConfigModel, nearest
 
@@ -139,7 +139,7 @@ class JudgeSpec(ConfigModel):
     def _fits(self) -> JudgeSpec:
         if self.name == "rubric" and self.model is None:
             raise ValueError("judge: rubric needs model (who is asked)")
-        if self.name in JUDGES and self.name not in ASKING and self.model is not None:
+        if self.name in JUDGES and self.name not in NEEDS_BACKEND and self.model is not None:
             raise ValueError(f"judge: {self.name} asks no model; leave model out")
         if self.name != "finetuned" and (self.base or self.adapter):
             raise ValueError("judge: base and adapter are for finetuned")
