@@ -66,7 +66,7 @@ def how(bench: Bench, shape: str) -> str:
     busy = sorted(r["busy"] for r in found)
     counts = " and ".join("–".join(str(n) for n in sorted({min(x), max(x)})) for x in (threads, steps))
     return (
-        f"{shape}: {' and '.join(clocks)} clock; threads and timed steps: {counts}; meanwhile other processes kept "
+        f"{shape}: {' and '.join(clocks)} clock; threads and timed steps: {counts}; other processes kept "
         f"{busy[0]:.1f}–{busy[-1]:.1f} cores busy."
     )
 

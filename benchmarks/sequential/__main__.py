@@ -34,26 +34,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sequential", description=__doc__)
     parser.add_argument("--studies", type=int, default=1_000, help="simulated for each line")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("table.md"), help="where the table goes")
-    told = parser.parse_args()
+    options = parser.parse_args()
     lines = [
-        f"One checkpoint of a family of six, {told.studies:,} studies a line; within ±5 points is equivalent.",
+        f"One checkpoint of a family of six, {options.studies:,} studies a line; within ±5 points is equivalent.",
         "",
-        "| setting | said different | said equivalent | open | wrong | prompts asked | fixed test says different |",
+        "| setting | decided different | decided equivalent | open | wrong | prompts used | fixed test: different |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [_timed(setting, told.studies, _alone) for setting in ALONE]
+    lines += [_timed(setting, options.studies, _alone) for setting in ALONE]
     lines += [
         "",
-        "Six checkpoints at once: any wrong word, any significant by Holm, intervals that miss the truth, and what "
-        "reading a fixed test at every look would do.",
+        "Six checkpoints at once: any wrong decision, any significant by Holm, intervals that miss the truth, and a "
+        "fixed test read at every look.",
         "",
         "| setting | any wrong | any p, Holm ≤ 0.05 | 95% intervals that miss | fixed test at every look, p ≤ 0.05 |",
         "|---|---|---|---|---|",
     ]
-    lines += [_timed(setting, told.studies, _family) for setting in FAMILIES]
+    lines += [_timed(setting, options.studies, _family) for setting in FAMILIES]
     text = "\n".join(lines) + "\n"
-    told.out.write_text(text, encoding="utf-8")
-    print(f"{text}\nwritten to {told.out}")
+    options.out.write_text(text, encoding="utf-8")
+    print(f"{text}\nwritten to {options.out}")
 
 
 def _timed(setting: Setting, studies: int, line: Callable[[Setting, Outcome], str]) -> str:
@@ -65,8 +65,8 @@ def _timed(setting: Setting, studies: int, line: Callable[[Setting, Outcome], st
 
 def _alone(setting: Setting, o: Outcome) -> str:
     words = (o.different, o.equivalent, abs(round(1 - o.different - o.equivalent, 9)), o.wrong)
-    said = " | ".join(f"{100 * w:.1f}%" for w in words)
-    return f"| {setting} | {said} | {100 * o.asked:.0f}% | {100 * o.fixed:.1f}% |"
+    shares = " | ".join(f"{100 * w:.1f}%" for w in words)
+    return f"| {setting} | {shares} | {100 * o.asked:.0f}% | {100 * o.fixed:.1f}% |"
 
 
 def _family(setting: Setting, o: Outcome) -> str:

@@ -58,7 +58,7 @@ class Outcome:
 
     different: float
     equivalent: float
-    wrong: float  # any wrong word in the family
+    wrong: float  # any wrong decision in the family
     asked: float  # mean share of the prompts
     fixed: float  # different by the fixed test on all prompts, at the same level
     missed: float  # the 95% interval where it stopped does not hold the truth
