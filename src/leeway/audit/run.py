@@ -297,7 +297,7 @@ def run(one: Audit, out: Path, reporter: Reporter, command: str) -> Path:
         else:
             store.write_ledger([])
             rows = store.write_rows(list(measuring.parts()))
-            found = {"conditions": store.conditions(measuring.parts()), "written": store.written()}
+            found = {"conditions": store.conditions(measuring.parts()), "file_hashes": store.file_hashes()}
             store.write_manifest({**facts, **found})
             reporter.say(f"audit of {one.name}: {rows:,} rows; drawing the report")
             return build(out)

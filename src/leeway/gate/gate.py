@@ -254,8 +254,8 @@ def _seeds(results: Results, place: Place) -> tuple[int, ...]:
 def _told(results: Results, rules: Rules) -> dict[str, object]:
     """What the run and the rule file say of themselves, without a time or a path."""
     manifest = results.manifest
-    written = manifest.get("written")
-    rows = written.get("rows.parquet") if isinstance(written, dict) else None
+    hashes = manifest.get("file_hashes")
+    rows = hashes.get("rows.parquet") if isinstance(hashes, dict) else None
     return {
         "leeway": manifest.get("leeway"),
         "study_hash": manifest.get("study_hash"),

@@ -65,7 +65,7 @@ class Results:
             raise ReportError(f"{folder} is not a directory", fix="give the --out directory of a `leeway run`")
         _require(folder / "rows.parquet")
         manifest = _manifest(folder / "manifest.json")
-        if edited := changed(folder, manifest.get("written") or {}):
+        if edited := changed(folder, manifest.get("file_hashes") or {}):
             what = f"{folder / edited[0]} is not the file that the run wrote"
             raise ReportError(what, fix="run the study again: finished work is kept, and the file written anew")
         rows = _table(folder / "rows.parquet", ROW_COLUMNS)

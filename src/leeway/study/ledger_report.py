@@ -57,7 +57,7 @@ def view(folder: Path) -> LedgerView:
     lines.sort(key=lambda line: (line["seed"], line["budget"]))
     faults += map(str, differences(lines, matching))
     faults += _against_table(folder / "ledger.parquet", lines)
-    faults += (f"{name} is not the file that the run wrote" for name in changed(folder, raw.get("written") or {}))
+    faults += (f"{name} is not the file that the run wrote" for name in changed(folder, raw.get("file_hashes") or {}))
     return LedgerView("\n".join(_text(lines, matching, faults)), tuple(faults))
 
 

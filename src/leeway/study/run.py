@@ -121,7 +121,7 @@ def _collect(work: Worker, pieces: list[Job], facts: dict[str, Any]) -> int:
     chosen = {p.alias: lr_sweep.read(work.store.tuning(p.alias)).to_json() for p in pieces if p.kind == "tune"}
     conditions, known = work.store.conditions(parts), sequential_eval.facts(work.prepared.spec, work.prepared.evals)
     asked = sequential_eval.summary(pd.read_parquet(work.store.rows_path), conditions, known) if known else {}
-    found: dict[str, Any] = {"conditions": conditions, "tuning": chosen, "written": work.store.written()}
+    found: dict[str, Any] = {"conditions": conditions, "tuning": chosen, "file_hashes": work.store.file_hashes()}
     if work.store.references.is_dir():
         sequences, tokens, size = ReferenceCache(work.store.references).size()
         found["references"] = {"sequences": sequences, "tokens": tokens, "bytes": size}

@@ -305,7 +305,7 @@ class RunDir:
             found |= dict.fromkeys(hashes, condition)
         return found
 
-    def written(self) -> dict[str, str]:
+    def file_hashes(self) -> dict[str, str]:
         """Digests of the run's tables, for its manifest: an edited one is not reported on."""
         return {p.name: file_digest(p) for p in (self.rows_path, self.ledger_path)}
 
