@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from leeway.evals.tasks import declared, task_names
-from leeway.judges import NEEDS_BACKEND, JUDGES
+from leeway.judges import JUDGES, NEEDS_BACKEND
 from leeway.stats.sequential import MARGIN
 from leeway.yaml_config import ConfigModel, nearest
 
