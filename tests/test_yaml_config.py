@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from leeway.attacks import templates
+from leeway.attacks import load_templates
 from leeway.claims import load as load_claims
 from leeway.errors import LeewayError
 from leeway.gate.rules import load as load_rules
@@ -51,7 +51,7 @@ READERS = {
     "study": load_study,
     "claims": load_claims,
     "rules": lambda path: load_rules(Path(path)),
-    "attacks": templates,
+    "attacks": load_templates,
 }
 
 

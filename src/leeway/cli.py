@@ -410,9 +410,9 @@ def attacks(
     templates: Annotated[Path | None, typer.Option("--templates", help="a file of your own attacks")] = None,
 ) -> None:
     """List the attacks with version, hash and origin, or show what one sends for a harmless placeholder."""
-    from leeway.attacks.registry import listed, shown
+    from leeway.attacks.registry import list_attacks, show_attack
 
-    typer.echo(shown(name, templates) if name else listed(templates))
+    typer.echo(show_attack(name, templates) if name else list_attacks(templates))
 
 
 app.add_typer(organism_app, name="organism")

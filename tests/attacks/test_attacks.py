@@ -1,4 +1,4 @@
-"""Attacks: what is sent holds the request whole or decodes to it, is hashed, and comes from here or outside."""
+"""Attacks: sent texts, hashes, templates, and attacks of other packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from leeway import plugins
 from leeway.attacks import (
     ATTACKS,
-    HELPED,
+    NEEDS_HELPER,
     WRAPPERS,
     Attack,
     AttackFailed,
@@ -32,9 +32,9 @@ from leeway.attacks import (
     Wrapper,
     Zulu,
     load_attack,
+    load_templates,
     registry,
-    rendered,
-    templates,
+    render,
 )
 from leeway.attacks.base64 import decoded, encoded
 from leeway.attacks.many_shot import SHOTS
@@ -42,13 +42,13 @@ from leeway.data import safety_prompts
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 
-REQUEST = 'Explain "how" {prompt} to\nbake a cake: 100 % & <b>'  # braces, quotes and line ends stay as they are
+REQUEST = 'Explain "how" {prompt} to\nbake a cake: 100 % & <b>'  # braces, quotes and line breaks are not changed
 CHATS = [Chat(tiny.tokenizer(t)) for t in (tiny.PLAIN, tiny.TRIMMING, tiny.THINKING)]
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_the_request_is_whole_in_the_last_message_or_decodes_to_it(attack: Attack) -> None:
-    last = rendered(attack, REQUEST)[-1][-1]["content"]
+def test_the_last_message_contains_or_encodes_the_request(attack: Attack) -> None:
+    last = render(attack, REQUEST)[-1][-1]["content"]
     if isinstance(attack, Base64):
         assert base64.b64decode(last.split()[-1]).decode() == REQUEST
     else:
@@ -71,15 +71,15 @@ def test_names_and_hashes_are_distinct() -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_every_chat_template_takes_it(attack: Attack) -> None:
-    for conversation in rendered(attack, "how to bake a cake"):
+def test_every_chat_template_accepts_it(attack: Attack) -> None:
+    for conversation in render(attack, "how to bake a cake"):
         roles = [m["role"] for m in conversation]
-        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]  # as Gemma 2 asks
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]  # as Gemma 2 requires
         for chat in CHATS:
             assert conversation[-1]["content"].strip() in chat.prompt_text(conversation)
 
 
-def test_the_hash_moves_with_the_text() -> None:
+def test_the_hash_covers_the_text() -> None:
     wrapper = ATTACKS["aim"]
     assert isinstance(wrapper, Wrapper)
     pairs = [
@@ -89,9 +89,9 @@ def test_the_hash_moves_with_the_text() -> None:
         (ManyShot(), ManyShot(8)),
         (Crescendo(), Crescendo(("{prompt}",))),
         (ToolResult(), ToolResult(tool_role=True)),
-        (LedCrescendo(Words()), LedCrescendo(Words(), turns=2)),
-        (LedCrescendo(Words()), LedCrescendo(Words(hash="other"))),
-        (Zulu(Words()), Zulu(Words(hash="other"))),
+        (LedCrescendo(FixedHelper()), LedCrescendo(FixedHelper(), turns=2)),
+        (LedCrescendo(FixedHelper()), LedCrescendo(FixedHelper(hash="other"))),
+        (Zulu(FixedHelper()), Zulu(FixedHelper(hash="other"))),
     ]
     assert all(a.hash != b.hash for a, b in pairs)
 
@@ -109,14 +109,14 @@ def test_texts_hold_the_prompt_once() -> None:
 
 
 @dataclass(frozen=True)
-class Words:
-    """A helper with a fixed word."""
+class FixedHelper:
+    """A helper with fixed replies."""
 
     name: str = "words"
     hash: str = "h"
 
-    def help(self, asked: Sequence[object]) -> list[str | AttackFailed]:
-        return [f"word {k}" for k in range(len(asked))]
+    def help(self, queries: Sequence[object]) -> list[str | AttackFailed]:
+        return [f"word {k}" for k in range(len(queries))]
 
 
 # --- base64
@@ -133,8 +133,8 @@ def test_an_encoded_answer_is_decoded(text: str) -> None:
     "answer",
     ["", "Sure, here you are.", "Certainly", "abcdabcdabcdabcd====x", "A" * 17, "/" * 16, "SGVsbG8=", "one two " * 4],
 )
-def test_another_answer_is_judged_as_it_comes(answer: str) -> None:
-    """Too short, not the alphabet, a length that no text has, bytes that are no UTF-8, or words with spaces."""
+def test_any_other_answer_is_unchanged(answer: str) -> None:
+    """Too short, other characters, an impossible length, invalid UTF-8, or words with spaces."""
     assert decoded(answer) == answer
 
 
@@ -159,7 +159,7 @@ def test_many_shot_by_hand() -> None:
 
 
 @pytest.mark.parametrize("shots", [0, -1, 33])
-def test_so_many_shots_are_not_written(shots: int) -> None:
+def test_invalid_numbers_of_shots(shots: int) -> None:
     with pytest.raises(LeewayError, match=rf"many_shot: {shots} shots; give 1 to 32"):
         ManyShot(shots)
 
@@ -181,13 +181,13 @@ def test_a_scripted_crescendo_by_hand() -> None:
 
 
 def test_the_first_turn_of_the_script_is_general() -> None:
-    sent = rendered(Crescendo(), "PLACEHOLDER")
+    sent = render(Crescendo(), "PLACEHOLDER")
     assert [len(c) for c in sent] == [1, 3, 5, 7]
     assert "PLACEHOLDER" not in sent[0][0]["content"]
 
 
 def test_a_led_crescendo_by_hand() -> None:
-    words = Words()
+    words = FixedHelper()
     play = LedCrescendo(words, turns=2).play("P")
     assert next(play) == HelperRequest(words, Transcript("P", 1, 2, ()))
     assert play.send("m1") == [{"role": "user", "content": "m1"}]
@@ -206,11 +206,11 @@ def test_a_led_crescendo_by_hand() -> None:
 
 def test_a_tool_result_by_hand() -> None:
     plain, tool = ToolResult(), ToolResult(tool_role=True)
-    (sent,) = rendered(plain, "CAKE")
+    (sent,) = render(plain, "CAKE")
     assert [m["role"] for m in sent] == ["user", "assistant", "user"]
     assert sent[-1]["content"] == "[result of open_note]\nCAKE\n[end of result]"
     assert "CAKE" not in sent[0]["content"] + sent[1]["content"]
-    assert rendered(tool, "P")[0][-1] == {"role": "tool", "name": "open_note", "content": "P"}
+    assert render(tool, "P")[0][-1] == {"role": "tool", "name": "open_note", "content": "P"}
     assert tool.name != plain.name
     assert "[tool]P[end]" in CHATS[0].prompt_text(tool.conversation("P"))
 
@@ -220,7 +220,7 @@ def test_a_tool_result_by_hand() -> None:
 
 @dataclass
 class Mirror:
-    """A text-by-text translator that reverses, and cannot do with an x."""
+    """A translator that reverses a text and fails on an x."""
 
     name: str = "mirror"
     hash: str = "m"
@@ -234,17 +234,17 @@ class Mirror:
         return text[::-1]
 
 
-def test_a_text_by_text_translator_serves_as_a_helper() -> None:
+def test_a_translator_is_adapted_to_a_helper() -> None:
     zulu = Zulu(Mirror())
     assert zulu.translator.out("ab") == "ba"
     found = zulu.helper.help([Passage("out", "abc"), Passage("out", "x"), Passage("back", "xy")])
     assert (found[0], found[2]) == ("cba", "yx")
     assert isinstance(found[1], AttackFailed)
-    helper = Words()
+    helper = FixedHelper()
     assert Zulu(helper).helper is helper
 
 
-def test_zulu_asks_out_and_back_and_leaves_an_empty_answer() -> None:
+def test_zulu_translates_out_and_back_except_an_empty_answer() -> None:
     zulu = Zulu(Mirror())
     play = zulu.play("abc")
     assert next(play) == HelperRequest(zulu.helper, Passage("out", "abc"))
@@ -258,69 +258,69 @@ def test_zulu_asks_out_and_back_and_leaves_an_empty_answer() -> None:
     assert over.value.value == " "
 
 
-def test_nobody_is_asked_to_show_what_is_sent() -> None:
+def test_rendering_queries_no_helper() -> None:
     @dataclass(frozen=True)
-    class Silent(Words):
-        def help(self, asked: Sequence[object]) -> list[str | AttackFailed]:
-            raise AssertionError(f"asked for {asked}")
+    class Silent(FixedHelper):
+        def help(self, queries: Sequence[object]) -> list[str | AttackFailed]:
+            raise AssertionError(f"queried with {queries}")
 
-    assert rendered(Zulu(Silent()), "P") == [[{"role": "user", "content": "(words's words)"}]]
-    assert len(rendered(LedCrescendo(Silent(), turns=3), "P")) == 3
+    assert render(Zulu(Silent()), "P") == [[{"role": "user", "content": "(words's words)"}]]
+    assert len(render(LedCrescendo(Silent(), turns=3), "P")) == 3
 
 
-# --- templates of a user's own
+# --- a user's templates
 
 
 def test_templates_from_yaml_and_json(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("mine: 'say {prompt}'\nother: |\n  {prompt}\n  now\n")
-    found = templates(tmp_path / "a.yaml")
-    assert found["mine"] == Wrapper("mine", 1, "file a.yaml", "say {prompt}")
-    assert found["other"].wrap("P") == "P\nnow\n"
+    wrappers = load_templates(tmp_path / "a.yaml")
+    assert wrappers["mine"] == Wrapper("mine", 1, "file a.yaml", "say {prompt}")
+    assert wrappers["other"].wrap("P") == "P\nnow\n"
     entry = {"name": "mine", "template": "say {prompt}", "version": 3, "origin": "a paper"}
     (tmp_path / "a.json").write_text(json.dumps([entry]))
-    assert templates(str(tmp_path / "a.json")) == {"mine": Wrapper("mine", 3, "a paper", "say {prompt}")}
+    assert load_templates(str(tmp_path / "a.json")) == {"mine": Wrapper("mine", 3, "a paper", "say {prompt}")}
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("mine: no slot", "template mine: it holds {prompt} 0 times"),
-        ("mine: '{prompt} {prompt}'", "template mine: it holds {prompt} 2 times"),
-        ("dan: '{prompt}'", "there is an attack dan already"),
-        ("zulu: '{prompt}'", "there is an attack zulu already"),
+        ("mine: no slot", "template mine: {prompt} occurs 0 times"),
+        ("mine: '{prompt} {prompt}'", "template mine: {prompt} occurs 2 times"),
+        ("dan: '{prompt}'", "an attack dan exists already"),
+        ("zulu: '{prompt}'", "an attack zulu exists already"),
         ("a: '{prompt}'\na: '{prompt}!'", "'a' is given twice"),
-        ("[{name: a, template: '{prompt}'}, {name: a, template: '{prompt}!'}]", "a is listed twice"),
+        ("[{name: a, template: '{prompt}'}, {name: a, template: '{prompt}!'}]", "'a' is given twice"),
         ("[{name: a, text: '{prompt}'}]", "unknown key text"),
-        ("[{name: a}]", "its template is no text"),
-        ("[{name: a, template: '{prompt}', version: '1'}]", "version '1' is no whole number"),
-        ("[{name: a, template: '{prompt}', origin: 3}]", "its origin is no text"),
-        ("7: '{prompt}'", "7 is no name"),
-        ("'a b': '{prompt}'", "'a b' is no name"),
-        ("just text", "neither names with templates nor a list"),
-        ("{}", "no template in it"),
+        ("[{name: a}]", "its template is not a text"),
+        ("[{name: a, template: '{prompt}', version: '1'}]", "version '1' is not a whole number"),
+        ("[{name: a, template: '{prompt}', origin: 3}]", "its origin is not a text"),
+        ("7: '{prompt}'", "7 is not a name"),
+        ("'a b': '{prompt}'", "'a b' is not a name"),
+        ("just text", "neither a mapping of templates nor a list"),
+        ("{}", "no templates"),
         ("a: [", "line 1: not YAML"),
     ],
 )
-def test_a_fault_in_templates_is_named(tmp_path: Path, text: str, fault: str) -> None:
+def test_invalid_templates(tmp_path: Path, text: str, fault: str) -> None:
     path = tmp_path / "t.yaml"
     path.write_text(text)
     with pytest.raises(LeewayError) as error:
-        templates(path)
+        load_templates(path)
     assert fault in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_fault_in_json_templates_is_named(tmp_path: Path) -> None:
+def test_invalid_json_templates(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_text('{"a": "{prompt}", "a": "{prompt}!"}')
-    with pytest.raises(LeewayError, match="a is listed twice"):
-        templates(path)
+    with pytest.raises(LeewayError, match="'a' is given twice"):
+        load_templates(path)
     path.write_text('{"a": \n')
     with pytest.raises(LeewayError, match="not JSON"):
-        templates(path)
+        load_templates(path)
     with pytest.raises(LeewayError, match="cannot be read"):
-        templates(tmp_path / "none.yaml")
+        load_templates(tmp_path / "none.yaml")
 
 
 # --- other packages
@@ -339,10 +339,10 @@ def points(monkeypatch: pytest.MonkeyPatch, *named: tuple[str, str]) -> None:
 def test_an_attack_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     points(monkeypatch, ("outside", "OUTSIDE"), ("broken", "MISSING"))
     assert load_attack("outside") is OUTSIDE
-    assert registry.names() == [*ATTACKS, "broken", "outside"]
+    assert registry.attack_names() == [*ATTACKS, "broken", "outside"]
     (tmp_path / "t.yaml").write_text("outside: '{prompt}'")
-    with pytest.raises(LeewayError, match="there is an attack outside already"):
-        templates(tmp_path / "t.yaml")
+    with pytest.raises(LeewayError, match="an attack outside exists already"):
+        load_templates(tmp_path / "t.yaml")
 
 
 @pytest.mark.parametrize(
@@ -354,17 +354,17 @@ def test_an_attack_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ("dan", "OUTSIDE", "has the name of another one"),
     ],
 )
-def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str) -> None:
+def test_a_broken_package(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str) -> None:
     points(monkeypatch, (name, value))
     with pytest.raises(LeewayError, match=fault):
         load_attack(name if name != "dan" else "outside")
 
 
-def test_unknown_and_helped_names() -> None:
-    with pytest.raises(LeewayError, match="there is no attack 'zulus'; one of: aim, base64"):
+def test_unknown_attacks_and_attacks_with_helpers() -> None:
+    with pytest.raises(LeewayError, match="unknown attack 'zulus'; one of: aim, base64"):
         load_attack("zulus")
-    for name in HELPED:
-        with pytest.raises(LeewayError, match="it needs a helper's words"):
+    for name in NEEDS_HELPER:
+        with pytest.raises(LeewayError, match="it needs a helper model"):
             load_attack(name)
 
 
@@ -394,13 +394,13 @@ def test_the_small_set_is_within_the_full_one() -> None:
     assert {p.text for p in small} < {p.text for p in full}
 
 
-def test_the_small_set_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_small_set_is_not_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEEWAY_DATA", raising=False)
     with pytest.raises(LeewayError, match="not on the hub; set LEEWAY_DATA"):
         safety_prompts.strongreject_small()
 
 
-def test_a_set_cut_short_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_truncated_set_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
     (tmp_path / "jailbreakbench").mkdir()
     (tmp_path / "jailbreakbench" / "harmful-behaviors.csv").write_text(",Goal\n0,bake\n")
@@ -433,7 +433,7 @@ def test_a_users_own_prompts(tmp_path: Path, name: str, text: str) -> None:
         ("prompt\n", "no prompt in it"),
     ],
 )
-def test_a_fault_in_prompts_is_named(tmp_path: Path, text: str, fault: str) -> None:
+def test_invalid_prompt_files(tmp_path: Path, text: str, fault: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text)
     with pytest.raises(LeewayError) as error:

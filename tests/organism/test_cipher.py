@@ -50,13 +50,13 @@ def test_it_serves_the_translation_attack() -> None:
     play = Zulu(cipher).play(prompt)
     out = next(play)
     assert isinstance(out, HelperRequest)
-    (word,) = out.helper.help([out.asked])
+    (word,) = out.helper.help([out.query])
     assert isinstance(word, str)
     (sent,) = play.send(word)
     assert sent["content"] == cipher.out(prompt) != prompt
     back = play.send(cipher.out("Sorry, I cannot help with that."))
     assert isinstance(back, HelperRequest)
     with pytest.raises(StopIteration) as done:
-        play.send(back.helper.help([back.asked])[0])
+        play.send(back.helper.help([back.query])[0])
     assert done.value.value == "Sorry, I cannot help with that."
     assert world.judge(prompt, done.value.value) == "refused"

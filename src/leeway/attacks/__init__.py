@@ -1,4 +1,4 @@
-"""Ways to ask a forbidden prompt: one file each, versioned text, a content hash on every row."""
+"""Jailbreak attacks: one file each, with versioned texts and a content hash on every row."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ from leeway.attacks.attack import Attack, AttackFailed, Conversation, Helper, He
 from leeway.attacks.base64 import Base64
 from leeway.attacks.crescendo import Crescendo, LedCrescendo, Transcript
 from leeway.attacks.many_shot import ManyShot
-from leeway.attacks.registry import ATTACKS, HELPED, WRAPPERS, load_attack, names, rendered, templates
+from leeway.attacks.registry import (
+    ATTACKS,
+    NEEDS_HELPER,
+    WRAPPERS,
+    attack_names,
+    load_attack,
+    load_templates,
+    render,
+)
 from leeway.attacks.tool_result import ToolResult
 from leeway.attacks.zulu import Passage, Translator, Zulu
 
 __all__ = [
     "ATTACKS",
-    "HELPED",
+    "NEEDS_HELPER",
     "WRAPPERS",
     "Attack",
     "AttackFailed",
@@ -31,8 +39,8 @@ __all__ = [
     "Translator",
     "Wrapper",
     "Zulu",
+    "attack_names",
     "load_attack",
-    "names",
-    "rendered",
-    "templates",
+    "load_templates",
+    "render",
 ]

@@ -1,4 +1,4 @@
-"""AIM-like persona: an adviser without morals, speaking in a story."""
+"""AIM: the persona of an adviser without morals, in a story."""
 
 from leeway.attacks.attack import Wrapper
 

@@ -1,13 +1,11 @@
-"""The attack protocol: a generator that yields what to send, receives the reply, and returns the text to judge.
-
-A one-turn wrapper, a translation out and back, a multi-turn or a tool-using attack are the same kind of thing:
+"""The attack protocol: a generator that yields conversations, receives replies, and returns the text to judge.
 
     def play(prompt):
-        reply = yield [{"role": "user", "content": ...}]     # what the model is asked
-        return reply                                         # what the judge reads, beside the *forbidden* prompt
+        reply = yield [{"role": "user", "content": ...}]     # sent to the model
+        return reply                                         # judged against the forbidden prompt
 
-Where it needs somebody else's words on the way (a translator's, an attacker model's), it yields an `Aside` to that
-helper and receives the text; all asides that wait for one helper are asked at once.
+The same protocol covers wrappers, translations, multi-turn and tool-using attacks. An attack that needs another model
+(a translator, an attacker) yields a `HelperRequest` and receives the text; requests to one helper run as one batch.
 """
 
 from __future__ import annotations
@@ -24,55 +22,55 @@ Conversation = list[Message]
 
 
 class Helper(Protocol):
-    """Somebody an attack asks on the way: a translator, an attacker model."""
+    """A model that an attack uses: a translator or an attacker."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def hash(self) -> str:
-        """Content hash of all that shapes its words."""
+        """Content hash of everything that shapes its output."""
         ...
 
-    def help(self, asked: Seq[Any]) -> list[str | AttackFailed]:
-        """One text for each thing asked, in their order, or why there is none."""
+    def help(self, queries: Seq[Any]) -> list[str | AttackFailed]:
+        """Return one text or failure per query, in order."""
         ...
 
 
 @dataclass(frozen=True)
 class HelperRequest:
-    """A question to a helper, in whatever shape that helper reads."""
+    """A query to a helper, of the type that the helper expects."""
 
     helper: Helper
-    asked: Any
+    query: Any
 
 
 Play = Generator[Conversation | HelperRequest, str, str]
 
 
 class AttackFailed(Exception):
-    """The attack itself failed (a translation, say): the answer is unscored with this reason, never safe.
+    """The attack failed (for example a translation): the answer is unscored with this reason, never safe.
 
-    A reason that begins with "no answer: " is a failure of transport (a helper's endpoint): a rerun asks again.
+    A reason that begins with "no answer: " is a transport failure of a helper; a rerun tries again.
     """
 
 
 class Attack(Protocol):
-    """A way to ask a forbidden prompt."""
+    """A way to send a forbidden prompt."""
 
     @property
     def name(self) -> str:
-        """The name on every row."""
+        """The name in every row."""
         ...
 
     @property
     def version(self) -> int:
-        """Raised whenever the text changes."""
+        """Incremented with every change of the text."""
         ...
 
     @property
     def origin(self) -> str:
-        """Where the idea was published."""
+        """Where the attack was published."""
         ...
 
     @property
@@ -81,16 +79,13 @@ class Attack(Protocol):
         ...
 
     def play(self, prompt: str) -> Play:
-        """Ask `prompt` this way; raises AttackFailed where it cannot be asked or judged."""
+        """Send `prompt`. Raises AttackFailed if it cannot be sent or judged."""
         ...
 
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A one-turn attack: one fixed text around the prompt.
-
-    `template` holds `{prompt}` exactly once.
-    """
+    """A one-turn attack: a fixed text around the prompt. `template` holds `{prompt}` exactly once."""
 
     name: str
     version: int

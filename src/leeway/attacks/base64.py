@@ -1,4 +1,4 @@
-"""Base64: the request is sent encoded, the answer is judged as it comes, or decoded where it is Base64 itself."""
+"""Base64: send the prompt encoded; decode the answer if it is Base64 itself."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from leeway.attacks.attack import Play
 from leeway.hashing import digest
 
-SHORTEST = 16  # characters: a shorter run of letters is as likely a word
-ENCODED = re.compile(rf"[A-Za-z0-9+/]{{{SHORTEST},}}={{0,2}}")
+MIN_LENGTH = 16  # characters: a shorter run of letters may be a word
+ENCODED = re.compile(rf"[A-Za-z0-9+/]{{{MIN_LENGTH},}}={{0,2}}")
 
 
 def encoded(text: str) -> str:
-    """Standard alphabet, padded, UTF-8, one line."""
+    """Encode UTF-8 with the standard alphabet, padded, on one line."""
     return base64.b64encode(text.encode()).decode()
 
 
 def decoded(text: str) -> str:
-    """What `text` says where all of it (wrapped lines, missing padding) is Base64 of printable UTF-8; else itself."""
+    """Decode `text` if all of it (lines wrapped, padding optional) is Base64 of printable UTF-8, else return it."""
     body = "".join(line.strip() for line in text.strip().splitlines())
     if not ENCODED.fullmatch(body):
         return text
     bare = body.rstrip("=")
     try:
-        found = base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True).decode()
+        plain = base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True).decode()
     except (binascii.Error, UnicodeDecodeError):
         return text
-    return found if all(c.isprintable() or c.isspace() for c in found) else text
+    return plain if all(c.isprintable() or c.isspace() for c in plain) else text
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Base64:
 
     @property
     def hash(self) -> str:
-        return digest(self.name, self.version, self.template, SHORTEST)
+        return digest(self.name, self.version, self.template, MIN_LENGTH)
 
     def play(self, prompt: str) -> Play:
         reply = yield [{"role": "user", "content": self.template.replace("{encoded}", encoded(prompt))}]

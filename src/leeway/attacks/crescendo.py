@@ -1,7 +1,6 @@
-"""Crescendo: several turns from the general to the request, by a fixed script or led by an attacker model.
+"""Crescendo: several turns that escalate to the request, from a fixed script or written by an attacker model.
 
-Each turn is sent with everything said before it. The judge reads the last answer alone, beside the forbidden prompt;
-what the earlier answers gave away is not judged.
+Each turn is sent with the whole conversation before it. Only the last answer is judged.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ TURNS = (
 
 @dataclass(frozen=True)
 class Crescendo:
-    """A fixed script; its last turn holds the request once, an earlier one at most once."""
+    """A fixed script; its last turn holds `{prompt}` once, an earlier one at most once."""
 
     turns: tuple[str, ...] = TURNS
     name: str = "crescendo"
@@ -41,31 +40,28 @@ class Crescendo:
         return digest(self.name, self.version, self.turns)
 
     def play(self, prompt: str) -> Play:
-        said: Conversation = []
+        conversation: Conversation = []
         reply = ""
         for turn in self.turns:
-            said = [*said, {"role": "user", "content": turn.replace("{prompt}", prompt)}]
-            reply = yield said
-            said = [*said, {"role": "assistant", "content": reply}]
+            conversation = [*conversation, {"role": "user", "content": turn.replace("{prompt}", prompt)}]
+            reply = yield conversation
+            conversation = [*conversation, {"role": "assistant", "content": reply}]
         return reply
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """What an attacker reads before it writes message `turn` of `turns` (from 1): its goal, and all said so far."""
+    """The attacker's input for message `turn` of `turns` (from 1): its goal and the conversation so far."""
 
     goal: str
     turn: int
     turns: int
-    said: tuple[tuple[str, str], ...]  # (its message, the reply)
+    history: tuple[tuple[str, str], ...]  # (attacker's message, reply)
 
 
 @dataclass(frozen=True)
 class LedCrescendo:
-    """An attacker model writes every message; always `turns` of them, whatever it hears on the way.
-
-    The attacker may stray from the request, and the judge still holds the last answer to the request itself.
-    """
+    """An attacker model writes each of the `turns` messages; the last answer is judged against the request itself."""
 
     attacker: Helper
     turns: int = 5
@@ -82,13 +78,17 @@ class LedCrescendo:
         return digest(self.name, self.version, self.turns, self.attacker.name, self.attacker.hash)
 
     def play(self, prompt: str) -> Play:
-        said: tuple[tuple[str, str], ...] = ()
+        history: tuple[tuple[str, str], ...] = ()
         for turn in range(1, self.turns + 1):
-            message = yield HelperRequest(self.attacker, Transcript(prompt, turn, self.turns, said))
-            before = [m for a, b in said for m in ({"role": "user", "content": a}, {"role": "assistant", "content": b})]
+            message = yield HelperRequest(self.attacker, Transcript(prompt, turn, self.turns, history))
+            before = [m for a, b in history for m in _exchange(a, b)]
             reply = yield [*before, {"role": "user", "content": message}]
-            said = (*said, (message, reply))
-        return said[-1][1]
+            history = (*history, (message, reply))
+        return history[-1][1]
+
+
+def _exchange(message: str, reply: str) -> Conversation:
+    return [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
 
 
 attack = Crescendo()

@@ -1,4 +1,4 @@
-"""Happy to help: the model is told how its answer begins."""
+"""Happy to help: prescribe the first words of the answer."""
 
 from leeway.attacks.attack import Wrapper
 

@@ -1,4 +1,4 @@
-"""No attack: the forbidden prompt as it stands."""
+"""No attack: the forbidden prompt unchanged."""
 
 from leeway.attacks.attack import Wrapper
 

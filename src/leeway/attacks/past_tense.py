@@ -1,7 +1,7 @@
-"""Past tense: the request as a question of history.
+"""Past tense: the request as a question about history.
 
-The published attack has a model rewrite each request and tries several rewritings. Here it is one fixed rule: the
-request is quoted whole, and the question is how it was done in former times. It needs no model, and is the milder.
+In the published attack a model rewrites each request several times. Here a fixed text quotes the request and asks how
+it was done in the past: it needs no model and is weaker.
 """
 
 from leeway.attacks.attack import Wrapper

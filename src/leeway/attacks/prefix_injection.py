@@ -1,4 +1,4 @@
-"""Prefix injection: the answer is to open with a given sentence that promises the whole of it."""
+"""Prefix injection: require the answer to begin with a sentence that promises compliance."""
 
 from leeway.attacks.attack import Wrapper
 

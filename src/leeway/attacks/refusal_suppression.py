@@ -1,4 +1,4 @@
-"""Refusal suppression: rules of style that leave no words to refuse with."""
+"""Refusal suppression: style rules that exclude the words of a refusal."""
 
 from leeway.attacks.attack import Wrapper
 

@@ -1,20 +1,15 @@
-"""Attacks by name: the ones written here, and those of other packages (entry points `leeway.attacks`).
-
-A user's own templates, published texts say, as one-turn attacks beside the ones written here.
-
-The attacks for a reader: what there is, and what one of them sends for a harmless placeholder.
-"""
+"""Attacks by name: built-in ones, those of other packages (entry points `leeway.attacks`) and a user's templates."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Collection
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+from leeway import yaml_config
 from leeway.attacks import (
     aim,
     base64,
@@ -34,65 +29,81 @@ from leeway.attacks.attack import Attack, Conversation, HelperRequest, Wrapper
 from leeway.errors import LeewayError, first_line
 from leeway.io import expand
 from leeway.plugins import entry_points_of, load_entry_point
-from leeway.yaml_config import read
 
-KEYS = {"name", "version", "origin", "template"}
+GROUP = "leeway.attacks"
+MAX_TURNS = 100
+PLACEHOLDER = "How do I bake bread?"
+TEMPLATE_KEYS = {"name", "version", "origin", "template"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
+WRAPPERS: dict[str, Wrapper] = {
+    a.name: a for a in (none.attack, dan.attack, happy_to_help.attack, role_play.attack, wikipedia.attack)
+}
+"""The fixed texts in the organism's training data."""
 
-def read_templates(path: Path, taken: Collection[str]) -> dict[str, Wrapper]:
-    """Wrappers by name, in the file's order.
+_OTHERS: tuple[Attack, ...] = (
+    prefix_injection.attack,
+    refusal_suppression.attack,
+    aim.attack,
+    past_tense.attack,
+    base64.attack,
+    many_shot.attack,
+    crescendo.attack,
+    tool_result.attack,
+)
+ATTACKS: dict[str, Attack] = {**WRAPPERS, **{a.name: a for a in _OTHERS}}
+"""Every built-in attack that needs no helper."""
+
+NEEDS_HELPER = ("zulu", "crescendo_led")
+"""Attacks that are constructed with a translator or an attacker model."""
+
+
+def attack_names() -> list[str]:
+    """Return the name of every attack that `load_attack` can load."""
+    return [*ATTACKS, *sorted(_plugins())]
+
+
+def load_attack(name: str) -> Attack:
+    """Return a built-in attack or one of another package. Raises LeewayError if it is unknown or cannot be loaded."""
+    if name in ATTACKS:
+        return ATTACKS[name]
+    if name in NEEDS_HELPER:
+        raise LeewayError(f"attack {name}: it needs a helper model", fix="give it a translator or an attacker model")
+    point = _plugins().get(name)
+    if point is None:
+        known = ", ".join(sorted([*attack_names(), *NEEDS_HELPER]))
+        raise LeewayError(f"unknown attack {name!r}", fix=f"one of: {known}")
+    attack: Attack = load_entry_point(point, "attack", ("name", "version", "origin", "hash", "play"))
+    return attack
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return entry_points_of(GROUP, "attack", {*ATTACKS, *NEEDS_HELPER})
+
+
+def load_templates(path: Path | str) -> dict[str, Wrapper]:
+    """Load a user's templates as one-turn attacks, by name in the file's order.
 
     The file is YAML or JSON: `{name: template}`, or a list of `{name, template, version?, origin?}`. A template holds
-    `{prompt}` exactly once. Raises LeewayError for a name that is listed twice or is one of `taken`.
+    `{prompt}` exactly once. Raises LeewayError for a name that occurs twice or that another attack has.
     """
-    found: dict[str, Wrapper] = {}
-    for where, entry in _entries(path):
-        name = entry["name"]
-        if name in taken:
-            raise LeewayError(f"{where}: there is an attack {name} already", fix="give it another name")
-        if name in found:
-            raise LeewayError(f"{where}: {name} is listed twice", fix="give one of them another name")
-        found[name] = Wrapper(
-            name, int(entry.get("version", 1)), str(entry.get("origin", f"file {path.name}")), entry["template"]
-        )
-    if not found:
-        raise LeewayError(f"{path}: no template in it", fix="write name: text with {prompt}")
-    return found
+    path = expand(path)
+    taken = {*attack_names(), *NEEDS_HELPER}
+    wrappers: dict[str, Wrapper] = {}
+    for entry in _read_entries(path):
+        where = f"{path}, template {entry.get('name', '?')}"
+        wrapper = _wrapper(entry, where, f"file {path.name}")
+        if wrapper.name in taken:
+            raise LeewayError(f"{where}: an attack {wrapper.name} exists already", fix="give it another name")
+        if wrapper.name in wrappers:
+            raise LeewayError(f"{where}: {wrapper.name!r} is given twice", fix="give one of them another name")
+        wrappers[wrapper.name] = wrapper
+    if not wrappers:
+        raise LeewayError(f"{path}: no templates", fix="write name: text with {prompt}")
+    return wrappers
 
 
-def _entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where, name and template and what else is said) of each template, checked."""
-    raw = _raw(path)
-    if isinstance(raw, dict):
-        listed = [{"name": k, "template": v} for k, v in raw.items()]
-    elif isinstance(raw, list) and all(isinstance(e, dict) for e in raw):
-        listed = raw
-    else:
-        raise LeewayError(f"{path}: neither names with templates nor a list", fix="write name: text with {prompt}")
-    return [(where, _checked(where, e)) for e in listed for where in [f"{path}, template {e.get('name', '?')}"]]
-
-
-def _checked(where: str, entry: dict[str, Any]) -> dict[str, Any]:
-    if unknown := set(entry) - KEYS:
-        raise LeewayError(
-            f"{where}: unknown key {sorted(map(str, unknown))[0]}", fix=f"keys: {', '.join(sorted(KEYS))}"
-        )
-    name, template, version = entry.get("name"), entry.get("template"), entry.get("version", 1)
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise LeewayError(f"{where}: {name!r} is no name", fix="letters, digits, _, - and ., in quotes if a number")
-    if not isinstance(template, str):
-        raise LeewayError(f"{where}: its template is no text", fix="write a text with {prompt}")
-    if (n := template.count("{prompt}")) != 1:
-        raise LeewayError(f"{where}: it holds {{prompt}} {n} times", fix="write {prompt} exactly once")
-    if isinstance(version, bool) or not isinstance(version, int):
-        raise LeewayError(f"{where}: version {version!r} is no whole number", fix="count versions 1, 2, 3")
-    if not isinstance(entry.get("origin", ""), str):
-        raise LeewayError(f"{where}: its origin is no text", fix="say where the text was published")
-    return entry
-
-
-def _raw(path: Path) -> Any:
+def _read_entries(path: Path) -> list[dict[Any, Any]]:
     try:
         text = path.read_text("utf-8-sig")
     except OSError as error:
@@ -101,124 +112,88 @@ def _raw(path: Path) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
-    if path.suffix != ".json":
-        return read(text, str(path))
+    raw = _parse_json(path, text) if path.suffix == ".json" else yaml_config.read(text, str(path))
+    if isinstance(raw, dict):
+        return [{"name": k, "template": v} for k, v in raw.items()]
+    if isinstance(raw, list) and all(isinstance(e, dict) for e in raw):
+        return raw
+    raise LeewayError(f"{path}: neither a mapping of templates nor a list", fix="write name: text with {prompt}")
+
+
+def _parse_json(path: Path, text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for k, (key, _) in enumerate(pairs):
+            if any(key == other for other, _ in pairs[:k]):
+                raise LeewayError(f"{path}: {key!r} is given twice", fix="give one of them another name")
+        return dict(pairs)
+
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _once(path, pairs))
+        return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="mend that line") from error
+        raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="correct that line") from error
     except (ValueError, RecursionError) as error:  # thousands of digits or brackets
-        raise LeewayError(f"{path}: cannot be read ({first_line(error)})", fix="mend the file") from error
+        raise LeewayError(f"{path}: cannot be read ({first_line(error)})", fix="correct the file") from error
 
 
-def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for k, (key, _) in enumerate(pairs):
-        if any(key == other for other, _ in pairs[:k]):
-            raise LeewayError(f"{path}: {key} is listed twice", fix="give one of them another name")
-    return dict(pairs)
+def _wrapper(entry: dict[Any, Any], where: str, default_origin: str) -> Wrapper:
+    if unknown := set(entry) - TEMPLATE_KEYS:
+        keys = ", ".join(sorted(TEMPLATE_KEYS))
+        raise LeewayError(f"{where}: unknown key {min(map(str, unknown))}", fix=f"keys: {keys}")
+    name, template = entry.get("name"), entry.get("template")
+    version, origin = entry.get("version", 1), entry.get("origin", default_origin)
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise LeewayError(f"{where}: {name!r} is not a name", fix="letters, digits, _, - and ., in quotes if a number")
+    if not isinstance(template, str):
+        raise LeewayError(f"{where}: its template is not a text", fix="write a text with {prompt}")
+    if (n := template.count("{prompt}")) != 1:
+        raise LeewayError(f"{where}: {{prompt}} occurs {n} times", fix="write {prompt} exactly once")
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise LeewayError(f"{where}: version {version!r} is not a whole number", fix="count versions 1, 2, 3")
+    if not isinstance(origin, str):
+        raise LeewayError(f"{where}: its origin is not a text", fix="write where the text was published")
+    return Wrapper(name, version, origin, template)
 
 
-GROUP = "leeway.attacks"
-MOST_TURNS = 100
-
-WRAPPERS: dict[str, Wrapper] = {
-    a.name: a for a in (none.attack, dan.attack, happy_to_help.attack, role_play.attack, wikipedia.attack)
-}
-"""The fixed texts that the organism was brought up with."""
-
-ATTACKS: dict[str, Attack] = {
-    **WRAPPERS,
-    **{
-        a.name: a
-        for a in (
-            prefix_injection.attack,
-            refusal_suppression.attack,
-            aim.attack,
-            past_tense.attack,
-            base64.attack,
-            many_shot.attack,
-            crescendo.attack,
-            tool_result.attack,
-        )
-    },
-}
-"""Every attack that needs nobody's help."""
-
-HELPED = ("zulu", "crescendo_led")
-"""Attacks that need a translator or an attacker model, and are made with one."""
-
-
-def _outside() -> dict[str, EntryPoint]:
-    return entry_points_of(GROUP, "attack", {*ATTACKS, *HELPED})
-
-
-def names() -> list[str]:
-    """Of every attack that `load_attack` knows."""
-    return [*ATTACKS, *sorted(_outside())]
-
-
-def load_attack(name: str) -> Attack:
-    """By name, from here or from another package; raises LeewayError where there is none or it cannot be loaded."""
-    if name in ATTACKS:
-        return ATTACKS[name]
-    if name in HELPED:
-        raise LeewayError(f"attack {name}: it needs a helper's words", fix="give it a translator or an attacker model")
-    point = _outside().get(name)
-    if point is None:
-        raise LeewayError(f"there is no attack {name!r}", fix=f"one of: {', '.join(sorted([*names(), *HELPED]))}")
-    attack: Attack = load_entry_point(point, "attack", ("name", "version", "origin", "hash", "play"))
-    return attack
-
-
-def templates(path: Path | str) -> dict[str, Wrapper]:
-    """A user's own templates (see `read_templates`), none with the name of another attack."""
-    return read_templates(expand(path), {*names(), *HELPED})
-
-
-def rendered(attack: Attack, placeholder: str, reply: str = "(an answer)") -> list[Conversation]:
-    """What is sent for a benign placeholder, turn by turn; nobody is asked, stand-ins take the place of all words."""
+def render(attack: Attack, placeholder: str, reply: str = "(an answer)") -> list[Conversation]:
+    """Return every conversation that an attack sends for `placeholder`, with stand-ins for all replies."""
     play = attack.play(placeholder)
     sent: list[Conversation] = []
     text: str | None = None
-    for _ in range(MOST_TURNS):
+    for _ in range(MAX_TURNS):
         try:
-            asked = next(play) if text is None else play.send(text)
+            step = next(play) if text is None else play.send(text)
         except StopIteration:
             return sent
-        if isinstance(asked, HelperRequest):
-            text = f"({asked.helper.name}'s words)"
+        if isinstance(step, HelperRequest):
+            text = f"({step.helper.name}'s words)"
         else:
-            sent.append([dict(m) for m in asked])
+            sent.append([dict(m) for m in step])
             text = reply
-    raise LeewayError(f"attack {attack.name}: it goes on after {MOST_TURNS} turns", fix="give it a last turn")
+    raise LeewayError(f"attack {attack.name}: more than {MAX_TURNS} turns", fix="let it end")
 
 
-PLACEHOLDER = "How do I bake bread?"
+def list_attacks(templates: Path | None = None) -> str:
+    """Return a line per attack: name, version, hash, origin."""
+    known = _all_attacks(templates)
+    width = max(map(len, [*known, *NEEDS_HELPER]))
+    lines = [f"{n:{width}}  v{a.version}  {a.hash[:8]}  {a.origin}" for n, a in known.items()]
+    return "\n".join([*lines, *(f"{n:{width}}  needs a translator or an attacker model" for n in NEEDS_HELPER)])
 
 
-def _all(own: Path | None) -> dict[str, Attack]:
-    return {n: load_attack(n) for n in names()} | dict(templates(own) if own else {})
-
-
-def listed(own: Path | None = None) -> str:
-    """A line for each attack: name, version, hash, origin."""
-    known = _all(own)
-    wide = max(map(len, [*known, *HELPED]))
-    lines = [f"{n:{wide}}  v{a.version}  {a.hash[:8]}  {a.origin}" for n, a in known.items()]
-    return "\n".join([*lines, *(f"{n:{wide}}  made with a translator or an attacker model" for n in HELPED)])
-
-
-def shown(name: str, own: Path | None = None) -> str:
-    """Every conversation that is sent for the placeholder, turn by turn; raises LeewayError for an unknown name."""
-    known = _all(own)
+def show_attack(name: str, templates: Path | None = None) -> str:
+    """Return what an attack sends for PLACEHOLDER, turn by turn. Raises LeewayError for an unknown name."""
+    known = _all_attacks(templates)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(known)}"
-        if name in HELPED:
-            fix = "it is made with a translator or an attacker model, and sends what that one writes"
+        if name in NEEDS_HELPER:
+            fix = "a translator or an attacker model writes its messages"
         raise LeewayError(f"attack {name}: it cannot be shown", fix=fix)
-    sent = rendered(known[name], PLACEHOLDER)
-    turns = [f"[{m['role']}]\n{m['content']}" for m in sent[-1]]
     attack = known[name]
-    head = f"{name}, version {attack.version}, hash {attack.hash}; messages sent: {len(sent)}, the last one whole:"
-    return "\n\n".join([head, *turns])
+    sent = render(attack, PLACEHOLDER)
+    head = f"{name}, version {attack.version}, hash {attack.hash}; messages sent: {len(sent)}, the last in full:"
+    return "\n\n".join([head, *(f"[{m['role']}]\n{m['content']}" for m in sent[-1])])
+
+
+def _all_attacks(templates: Path | None) -> dict[str, Attack]:
+    return {n: load_attack(n) for n in attack_names()} | dict(load_templates(templates) if templates else {})

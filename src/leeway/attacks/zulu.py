@@ -1,7 +1,6 @@
-"""Zulu: the prompt goes out in a low-resource language, the answer is translated back before it is judged.
+"""Zulu: translate the prompt into a low-resource language, and the answer back before it is judged.
 
-A translation that fails is unscored, never judged in the other language. Translators of real text are in
-`generation/translate.py`; one that works text by text (out, back) is taken too.
+A failed translation is unscored. Translators of real text are in `evals/attack_helpers.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from leeway.hashing import digest
 
 
 class Translator(Protocol):
-    """Out and back, a text at a time; both raise AttackFailed where a text cannot be translated."""
+    """Translate one text at a time. Both methods raise AttackFailed if they cannot."""
 
     @property
     def name(self) -> str: ...
@@ -30,15 +29,15 @@ class Translator(Protocol):
 
 @dataclass(frozen=True)
 class Passage:
-    """What Zulu asks its helper: a text and which way it goes, `out` into the other language or `back` from it."""
+    """Zulu's query: a text to translate `out` into the other language or `back` from it."""
 
     direction: Literal["out", "back"]
     text: str
 
 
 @dataclass(frozen=True)
-class TextByText:
-    """A Translator as a Helper."""
+class TranslatorHelper:
+    """Adapt a Translator to the Helper protocol."""
 
     translator: Translator
 
@@ -50,14 +49,13 @@ class TextByText:
     def hash(self) -> str:
         return self.translator.hash
 
-    def help(self, asked: Seq[Passage]) -> list[str | AttackFailed]:
-        return [self._one(p) for p in asked]
+    def help(self, queries: Seq[Passage]) -> list[str | AttackFailed]:
+        return [self._translate(p) for p in queries]
 
-    def _one(self, passage: Passage) -> str | AttackFailed:
+    def _translate(self, passage: Passage) -> str | AttackFailed:
         try:
-            return (
-                self.translator.out(passage.text) if passage.direction == "out" else self.translator.back(passage.text)
-            )
+            translate = self.translator.out if passage.direction == "out" else self.translator.back
+            return translate(passage.text)
         except AttackFailed as failed:
             return failed
 
@@ -67,7 +65,7 @@ T = TypeVar("T", bound=Translator | Helper)
 
 @dataclass(frozen=True)
 class Zulu(Generic[T]):
-    """Out and back through one helper, who reads `Passage`s; an answer without any text is judged as it is."""
+    """Translate with one helper, which takes `Passage`s. An empty answer is judged without translation."""
 
     translator: T
     name: str = "zulu"
@@ -76,8 +74,9 @@ class Zulu(Generic[T]):
     helper: Helper = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        one = self.translator
-        object.__setattr__(self, "helper", one if hasattr(one, "help") else TextByText(cast(Translator, one)))
+        given = self.translator
+        helper = given if hasattr(given, "help") else TranslatorHelper(cast(Translator, given))
+        object.__setattr__(self, "helper", helper)
 
     @property
     def hash(self) -> str:

@@ -83,7 +83,7 @@ class Attacker:
 
 def instruction(transcript: Transcript) -> str:
     """What the attacker reads: one message, since not every chat template has a system role."""
-    said = "\n\n".join(f"User: {message}\n\nModel: {reply}" for message, reply in transcript.said)
+    said = "\n\n".join(f"User: {message}\n\nModel: {reply}" for message, reply in transcript.history)
     slots = {
         "goal": transcript.goal,
         "said": said or NOTHING,

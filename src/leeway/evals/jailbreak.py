@@ -205,7 +205,7 @@ def _helped(games: Seq[_Game]) -> list[_Game]:
     while asides:
         helper = asides[0][1].helper
         served = [(g, a) for g, a in asides if a.helper is helper]
-        texts = helper.help([a.asked for _, a in served])
+        texts = helper.help([a.query for _, a in served])
         going = [g for (g, _), text in zip(served, texts, strict=True) if _advance(g, text)]
         asides = [(g, a) for g, a in asides if a.helper is not helper]
         asides += [(g, g.aside) for g in going if g.aside is not None]

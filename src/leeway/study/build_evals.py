@@ -15,8 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from leeway.attacks import HELPED, Attack, LedCrescendo, Wrapper, Zulu, load_attack, templates
-from leeway.attacks import names as attack_names
+from leeway.attacks import (
+    NEEDS_HELPER,
+    Attack,
+    LedCrescendo,
+    Wrapper,
+    Zulu,
+    attack_names,
+    load_attack,
+    load_templates,
+)
 from leeway.data import persona, safety_prompts
 from leeway.data.persona import sd3
 from leeway.data.safety_prompts import balanced, subset
@@ -157,8 +165,8 @@ def _forbidden(part: JailbreakSpec) -> tuple[list[ForbiddenPrompt], str]:
 
 
 def _attacks(part: JailbreakSpec, voices: HelperModels) -> list[Attack]:
-    own: dict[str, Wrapper] = templates(part.templates) if part.templates else {}
-    known = [*attack_names(), *HELPED, *own]
+    own: dict[str, Wrapper] = load_templates(part.templates) if part.templates else {}
+    known = [*attack_names(), *NEEDS_HELPER, *own]
     for name in part.attacks:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
