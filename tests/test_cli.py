@@ -219,7 +219,7 @@ def test_show_tells_what_each_objective_sees(models: dict[str, Path], tmp_path: 
     train = "".join(json.dumps({**pair, **(other if a == 5 else {}), "prompt": f"{a} + 4?"}) + "\n" for a in (3, 4, 5))
     objectives = "[cft, {ip: {p: 1}}, {kl-all: {kl: {scope: all}}}, {kl-far: {kl: {scope: general}}}, kto, sft_refusal]"
     path = write(tmp_path, str(models["llama"]), objectives, train=train)
-    said = leeway("show", str(path), "general=organism", "optim.batch=3").stdout
+    said = leeway("show", str(path), "auxiliary.general=organism", "optim.batch=3").stdout
     parts = {part.split(" ", 1)[0]: part for part in said.split("\n── ")[1:]}
     assert list(parts) == ["cft", "ip", "kl-all", "kl-far", "kto", "sft_refusal"]
     assert "<SAFE>" in parts["cft"]

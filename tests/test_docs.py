@@ -33,8 +33,7 @@ model: organism
 task: {name: organism}
 objectives: [sft]
 budgets: [1k]
-general: organism
-safety: organism
+auxiliary: {general: organism, safety: organism}
 evals: {capability: [organism]}
 """
 

@@ -199,7 +199,7 @@ def test_more_than_the_organism_has(evals: str, words: str) -> None:
         "budgets=[1e300]",
         f"budgets=['{'9' * 5000}']",
         f"budgets=['{'9' * 400}.5M']",
-        "general={from: organism, limit: 100000000000}",
+        "auxiliary.general={from: organism, limit: 100000000000}",
     ],
 )
 def test_numbers_beyond_reason(override: str, study: str) -> None:

@@ -106,8 +106,10 @@ def test_a_special_token_spelled_in_training_text_is_named(where: str, study: st
 
 def test_a_special_token_spelled_beside_or_asked_is_named(study: str, tmp_path: Path) -> None:
     lines(tmp_path / "safety.jsonl", [{"prompt": "How?", "completion": "No. [user]"}])
-    safety = ("objectives=[sft_safety]", f"safety={tmp_path}/safety.jsonl")
-    assert "safety: example safety.jsonl/1, in its answer: it spells the special token [user]" in fault(study, *safety)
+    safety = ("objectives=[sft_safety]", f"auxiliary.safety={tmp_path}/safety.jsonl")
+    assert "auxiliary.safety: example safety.jsonl/1, in its answer: it spells the special token [user]" in fault(
+        study, *safety
+    )
     lines(tmp_path / "test.jsonl", [{"prompt": "a", "answer": "7"}, {"prompt": "[bos]a", "answer": "7"}])
     assert "evals.capability: item files/2: it spells the special token [bos]" in fault(study)
     lines(tmp_path / "test.jsonl", [{"prompt": "<SAFE> a", "answer": "7"}])
@@ -178,9 +180,9 @@ def test_forbidden_prompts_are_measured_under_their_wrappers_and_persona_without
 def test_a_companion_limit_beyond_what_there_is_says_how_many(study: str, tmp_path: Path) -> None:
     path = lines(tmp_path / "general.jsonl", [{"prompt": f"{a}?", "completion": "b"} for a in range(3)])
     kl = "objectives=[{kl: {scope: general}}]"
-    said = fault(study, kl, f"general={{from: file, file: {path}, limit: 4}}")
-    assert f"general.limit: 4 is more than the 3 examples of {path}" in said
-    assert prepare(parse(study, "x", (kl, f"general={{from: file, file: {path}, limit: 3}}")))
+    said = fault(study, kl, f"auxiliary.general={{from: file, file: {path}, limit: 4}}")
+    assert f"auxiliary.general.limit: 4 is more than the 3 examples of {path}" in said
+    assert prepare(parse(study, "x", (kl, f"auxiliary.general={{from: file, file: {path}, limit: 3}}")))
 
 
 @pytest.mark.parametrize(

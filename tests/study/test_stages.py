@@ -95,8 +95,8 @@ def test_a_start_from_a_saved_adapter_is_the_start_from_the_checkpoint(
         ("[sft, {a: {dpo: {}, start: {from: sft}}}]", "budget goes with from"),
         ("[sft, {a: {dpo: {}, start: {}}}]", "give {from: OBJECTIVE, budget: …}, or {adapter: FOLDER}"),
         ("[sft, {a: {dpo: {}, start: {adapter: nowhere}}}]", "'nowhere' is no folder"),
-        ("[sft_safety]", "safety is missing, and sft_safety needs it"),
-        ("[{kl: {scope: general}}]", "general is missing, and kl needs it"),
+        ("[sft_safety]", "auxiliary.safety is missing, and sft_safety needs it"),
+        ("[{kl: {scope: general}}]", "auxiliary.general is missing, and kl needs it"),
         ("[{kl: {scope: sideways}}]", "answer or all or general"),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_safety_file_that_changed_is_not_trained_on_halfway(
 ) -> None:
     safety = tmp_path / "safety.jsonl"
     safety.write_text('{"prompt": "How do I do harm?", "completion": "I will not say."}\n')
-    study = text(models, root, "[{sft_safety: {share: 1}}]") + f"safety: {safety}\n"
+    study = text(models, root, "[{sft_safety: {share: 1}}]") + f"auxiliary: {{safety: {safety}}}\n"
     out = carry(study, tmp_path / "run")
     safety.write_text('{"prompt": "How do I do harm?", "completion": "Like this."}\n')
     with pytest.raises(LeewayError, match="safety has changed since this study began"):

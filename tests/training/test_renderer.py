@@ -81,7 +81,7 @@ def test_a_mismatched_answer_is_never_the_examples_own(tiny_chat: Chat) -> None:
         auxiliary = renderer.example(StreamItem(twins[k % 3], 0, k)).auxiliary
         assert auxiliary is not None
         assert auxiliary.preferred != twins[k % 3].preferred
-    with pytest.raises(LeewayError, match="no task example to put beside a"):
+    with pytest.raises(LeewayError, match="no task example can accompany a"):
         Renderer(kto.Kto(), tiny_chat, 0, AuxiliaryPool(task=twins[:2])).example(StreamItem(twins[0], 0, 0))
 
 

@@ -134,7 +134,7 @@ TRAINING: tuple[str, ...] = (
     "pairs",
     "reference",
 )
-TRAINING += ("general", "safety", "name")
+TRAINING += ("auxiliary", "name")
 EvalsAsked = str | Path | Mapping[str, Any] | None
 
 

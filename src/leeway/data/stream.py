@@ -52,13 +52,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class AuxiliaryPool:
-    """What may stand beside an example of the stream: another of the task's, a general prompt's, a safety example."""
+    """The examples that an objective may see in addition to one of the stream, by kind."""
 
     task: tuple[Example, ...] = ()
     general: tuple[Example, ...] = ()
     safety: tuple[Example, ...] = ()
 
-    def beside(self, slot: StreamItem, kind: Literal["task", "general", "safety"], seed: int) -> Example:
+    def sample(self, slot: StreamItem, kind: Literal["task", "general", "safety"], seed: int) -> Example:
         """One example of `kind`, from (seed, position) alone; of the task's, never one answered like the slot's own.
 
         General and safety examples come in passes, each in an order of its own, as the task's do.
@@ -73,7 +73,7 @@ class AuxiliaryPool:
             found = pool[_order(len(pool), seed, epoch, kind)[k]] if pool else None
         if found is None:
             raise LeewayError(
-                f"there is no {kind} example to put beside {slot.example.id}",
+                f"no {kind} example can accompany {slot.example.id}",
                 fix="give more of them, with other answers",
             )
         return found

@@ -122,6 +122,6 @@ def schedule_of(prepared: Prepared, piece: Job) -> Schedule:
 
 
 def relative_cost(objective: Objective) -> float:
-    """Training work per source token: a pair is two sequences, an auxiliary example one more, a reference pass about half."""
+    """Return training work per source token: a pair is two sequences, an auxiliary example one, a reference half."""
     sequences = (2.0 if objective.needs_pairs else 1.0) + (1.0 if objective.auxiliary else 0.0)
     return sequences * (1.0 if objective.needs_reference == "nothing" else 1.5)

@@ -37,7 +37,7 @@ from leeway.pairs import BaseModelSampler, NotDrawn, Paired, PairReport, PairSet
 from leeway.plan.hardware import PlannedModel
 from leeway.study.build_evals import HelperModels, evals_of, held_out_test
 from leeway.study.runtime import compute_settings
-from leeway.study.spec import AuxiliarySpec, Spec
+from leeway.study.spec import AuxiliarySource, Spec
 from leeway.training.batch import Renderer
 
 ORGANISM_COMPANIONS = 2_000
@@ -47,12 +47,12 @@ INJECTED_BYTES = 256  # more than any inoculation or control token adds to a pro
 def auxiliary_examples(spec: Spec, origins: dict[str, str]) -> AuxiliaryPool:
     """General and safety examples, where the study names them."""
     return AuxiliaryPool(
-        general=_load_auxiliary("general", spec.general, origins),
-        safety=_load_auxiliary("safety", spec.safety, origins),
+        general=_load_auxiliary("general", spec.auxiliary.general, origins),
+        safety=_load_auxiliary("safety", spec.auxiliary.safety, origins),
     )
 
 
-def _load_auxiliary(kind: str, part: AuxiliarySpec | None, origins: dict[str, str]) -> tuple[Example, ...]:
+def _load_auxiliary(kind: str, part: AuxiliarySource | None, origins: dict[str, str]) -> tuple[Example, ...]:
     if part is None:
         return ()
     if part.from_ == "organism":
@@ -61,10 +61,10 @@ def _load_auxiliary(kind: str, part: AuxiliarySpec | None, origins: dict[str, st
         return tuple(found)
     examples, origins[kind] = formats.train_examples(expand(str(part.file)))
     if not examples:
-        raise LeewayError(f"{kind}: {part.file} holds no examples", fix="check that file")
+        raise LeewayError(f"auxiliary.{kind}: {part.file} holds no examples", fix="check that file")
     if part.limit and part.limit > len(examples):
         raise LeewayError(
-            f"{kind}.limit: {part.limit:,} is more than the {len(examples):,} examples of {part.file}",
+            f"auxiliary.{kind}.limit: {part.limit:,} is more than the {len(examples):,} examples of {part.file}",
             fix="lower it, or leave it out",
         )
     return tuple(subset(examples, part.limit, kind))
@@ -94,7 +94,11 @@ def filter_by_length(
 ) -> tuple[list[Example], tuple[str, ...]]:
     """The examples that fit the context under every objective; the others' ids, where they may be left out."""
     chats = {alias: chat_for(chat, o) for alias, o in objectives.items()}
-    for kind, pool in (("task", examples), ("general", auxiliary_pool.general), ("safety", auxiliary_pool.safety)):
+    for kind, pool in (
+        ("task", examples),
+        ("auxiliary.general", auxiliary_pool.general),
+        ("auxiliary.safety", auxiliary_pool.safety),
+    ):
         _refuse_special_tokens(kind, pool, chat, objectives)
     for e in (*auxiliary_pool.general, *auxiliary_pool.safety):
         if len(chat.sequence(e.prompt, e.preferred).ids) > context:

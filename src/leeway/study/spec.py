@@ -118,8 +118,8 @@ class Pairs(ConfigModel):
         return self
 
 
-class AuxiliarySpec(ConfigModel):
-    """Further examples that some objectives see beside the task's: of the organism's world, or from a file."""
+class AuxiliarySource(ConfigModel):
+    """Where auxiliary examples come from: the organism's world, or a file."""
 
     from_: Literal["organism", "file"] = Field(default="organism", alias="from")
     file: str | None = None
@@ -128,18 +128,25 @@ class AuxiliarySpec(ConfigModel):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
-        """`general: organism` and `general: path.jsonl` are short for the mapping."""
+        """Accept `general: organism` and `general: path.jsonl`."""
         if not isinstance(value, str):
             return value
         return {"from": "organism"} if value == "organism" else {"from": "file", "file": value}
 
     @model_validator(mode="after")
-    def _file_goes_with_file(self) -> AuxiliarySpec:
+    def _file_goes_with_file(self) -> AuxiliarySource:
         if self.from_ == "organism" and (self.limit or 0) > ORGANISM_MOST:
             raise ValueError(f"limit: at most {ORGANISM_MOST:,} of the organism's, not {self.limit:,}")
         if (self.from_ == "file") != (self.file is not None):
             raise ValueError("give organism, or the path of a file")
         return self
+
+
+class AuxiliarySpec(ConfigModel):
+    """Examples that some objectives see in addition to the task's."""
+
+    general: AuxiliarySource | None = None
+    safety: AuxiliarySource | None = None
 
 
 class Adapter(ConfigModel):
@@ -446,8 +453,7 @@ class Spec(ConfigModel):
     reference: Literal["live", "cached"] = Field(
         default="cached", description="computed beforehand and kept on disk, or beside the policy in every step"
     )
-    general: AuxiliarySpec | None = None
-    safety: AuxiliarySpec | None = None
+    auxiliary: AuxiliarySpec = AuxiliarySpec()
     evals: Evals
     claims: Annotated[Claims | None, BeforeValidator(_claims)] = None
     _resolved_defaults: tuple[str, ...] = PrivateAttr(())
@@ -496,9 +502,12 @@ class Spec(ConfigModel):
 
     def _auxiliary_given(self) -> Iterator[str]:
         for kind in ("general", "safety"):
-            wanting = [o.alias for o in self.objectives if o.build().auxiliary == kind]
-            if wanting and getattr(self, kind) is None:
-                yield f"{kind} is missing, and {', '.join(wanting)} needs it: give {kind}: organism, or a file's path"
+            users = [o.alias for o in self.objectives if o.build().auxiliary == kind]
+            if users and getattr(self.auxiliary, kind) is None:
+                yield (
+                    f"auxiliary.{kind} is missing, and {', '.join(users)} needs it: "
+                    f"give auxiliary: {{{kind}: organism}}, or a file's path"
+                )
 
     def _rates_fit(self) -> Iterator[str]:
         aliases = [o.alias for o in self.objectives]

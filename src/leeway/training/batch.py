@@ -90,7 +90,7 @@ class Renderer:
         kind = self.objective.auxiliary
         if not kind:
             return item.example
-        return replace(item.example, auxiliary=self.auxiliary_pool.beside(item, kind, self.seed))
+        return replace(item.example, auxiliary=self.auxiliary_pool.sample(item, kind, self.seed))
 
     def rendered(self, item: StreamItem) -> Seq[Sequence]:
         rng = np.random.default_rng(derive_seed("render", self.seed, item.position))
