@@ -1,4 +1,4 @@
-"""The command line as a page of Markdown, read from the commands themselves."""
+"""Generate the command-line page as Markdown from the commands themselves."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 TOP = """\
 # The command line
 
-Made from the commands when this page is built. A user's mistake is one line on stderr and exit code 2; `-v` beside any
-command shows where it came from. Ctrl-C ends with 130, and the same command carries on.
+Generated from the commands when the site is built. A user's mistake is one line on stderr and exit code 2; a crash
+exits 70. `-v` with any command adds the traceback. Ctrl-C exits 130, and the same command resumes.
 """
 
 
 def page() -> str:
-    """Every command with its arguments and options, as `--help` has them."""
+    """Return every command with its arguments and options, as in `--help`."""
     import typer
 
     from leeway.cli import app
@@ -24,7 +24,7 @@ def page() -> str:
 
 
 def walk(command: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """(how it is called, the command) of every command that does something, groups opened."""
+    """Yield (full name, command) for every command that is not a group."""
     for name, child in getattr(command, "commands", {}).items():
         if hasattr(child, "commands"):
             yield from walk(child, f"{path} {name}")
@@ -39,10 +39,10 @@ def _section(path: str, command: Any) -> Iterator[str]:
     yield f"## {path}\n"
     yield f"{' '.join((command.help or '').split())}\n"
     yield f"```text\n{path} {usage}\n```\n"
-    told = [said for p in command.params if p.name != "help" and (said := p.get_help_record(context))]
-    if told:
+    records = [record for p in command.params if p.name != "help" and (record := p.get_help_record(context))]
+    if records:
         yield "| | |\n|---|---|"
-        yield from (f"| `{_cell(said[0])}` | {_cell(said[1])} |" for said in told)
+        yield from (f"| `{_cell(option)}` | {_cell(description)} |" for option, description in records)
         yield ""
 
 

@@ -1,4 +1,4 @@
-"""What mkdocs asks while it builds: the command line's page, the public names of a package, the colours of code."""
+"""mkdocs hooks: generate the command-line page, entries for public names, and styles for highlighted code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from pygments.formatters import HtmlFormatter
 
-sys.path.insert(0, str(Path(__file__).parent))  # a hook is loaded by its path
+sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads a hook by its path
 
 from commands import page
 
@@ -22,34 +22,34 @@ EXTRA = ".highlight pre { padding: .6rem .8rem; overflow-x: auto } .filename { f
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """`cli.md` is nobody's file: it cannot fall behind the commands."""
+    """Add `cli.md` and the styles, which exist only in the build."""
     files.append(File.generated(config, "cli.md", content=page()))
-    files.append(File.generated(config, "assets/code.css", content=colours()))
+    files.append(File.generated(config, "assets/code.css", content=code_styles()))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """`<!-- names: package -->` becomes an entry for everything that the package says is public."""
+    """Replace `<!-- names: package -->` with an entry for every public name of the package."""
     return re.sub(r"^<!-- names: ([\w.]+) -->$", lambda m: names(m[1]), markdown, flags=re.M)
 
 
 def names(package: str) -> str:
-    """By the place where each is written: some functions share a name with their file, and modules show their loss."""
+    """Return entries by the module that defines each name (a function may share its module's name)."""
     public = importlib.import_module(package)
-    found = []
+    entries = []
     for name in public.__all__:
         thing = getattr(public, name)
         if isinstance(thing, ModuleType):
-            found.append(f"::: {thing.__name__}\n    options: {{members: [loss]}}\n")
+            entries.append(f"::: {thing.__name__}\n    options: {{members: [loss]}}\n")
         elif (isclass(thing) or isfunction(thing)) and thing.__module__ != package:
-            found.append(f"::: {thing.__module__}.{thing.__name__}\n")
-        elif not (isfunction(thing) or name.isupper()):  # the name of a type
-            found.append(f"::: {package}.{name}\n")
-    return "\n".join(found)
+            entries.append(f"::: {thing.__module__}.{thing.__name__}\n")
+        elif not (isfunction(thing) or name.isupper()):  # a type alias
+            entries.append(f"::: {package}.{name}\n")
+    return "\n".join(entries)
 
 
-def colours() -> str:
-    """Styles of highlighted code for the light and the dark page."""
+def code_styles() -> str:
+    """Return the CSS of highlighted code for the light and the dark page."""
     light = HtmlFormatter(style="default").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs("[data-bs-theme=dark] .highlight")
     return f"{light}\n{dark}\n{EXTRA}"

@@ -1,14 +1,14 @@
-"""The documentation as tests read it: its fenced blocks, what marks them, and shells and sessions to run them in.
+"""Fenced blocks of the documentation, and a session that runs them.
 
-A block is marked by a comment on the line above its fence, which a reader of the page does not see:
+A comment on the line above a fence, invisible on the page, marks a block:
 
-    <!-- run -->       console: every `$ ` line is run, in order, in the page's own folder, and exits with 0 (or the
-                       next command is `echo $?`); python: it is executed, after the page's earlier ones.
+    <!-- run -->       console: every `$ ` line is run, in order, in the page's own folder, and must exit 0 (unless the
+                       next command is `echo $?`); python: executed in the namespace of the page's earlier blocks.
     <!-- output -->    what the python block before it printed
-    <!-- study -->     yaml: a study file, or some of its keys: the study parser takes them
+    <!-- study -->     yaml: a study file, or some of its keys, that the study parser must accept
 
-In a console block the lines under a command are what it prints. `…` stands for any text, on a line of its own for any
-lines. A block with title="name" is a file of that name, there before what follows it is run.
+In a console block the lines under a command are its output. `…` matches any text, or any lines if it is alone on its
+line. A block with title="name" is written to a file of that name before later blocks run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FENCE = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: where it stands, what it is, and what is to be done with it."""
+    """One fenced block: its place, mark, language, title and text."""
 
     page: Path
     line: int
@@ -60,53 +60,53 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(text: str) -> list[tuple[str, str]]:
-    """(command, what the page says it prints) of a console block; a command goes on where its line ends on `\\`."""
-    found: list[tuple[str, str]] = []
-    more = False
+    """Return (command, expected output) pairs of a console block. A line that ends in `\\` continues on the next."""
+    pairs: list[tuple[str, str]] = []
+    continued = False
     for line in text.splitlines():
-        if more:
-            found[-1] = (f"{found[-1][0][:-1]} {line.strip()}", "")
+        if continued:
+            pairs[-1] = (f"{pairs[-1][0][:-1]} {line.strip()}", "")
         elif line.startswith("$ "):
-            found.append((line[2:], ""))
-        elif found:
-            found[-1] = (found[-1][0], f"{found[-1][1]}{line}\n")
+            pairs.append((line[2:], ""))
+        elif pairs:
+            pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]}{line}\n")
         elif line.strip():
             raise ValueError(f"output before the first command: {line!r}")
-        more = bool(found) and not found[-1][1] and found[-1][0].endswith("\\")
-    return found
+        continued = bool(pairs) and not pairs[-1][1] and pairs[-1][0].endswith("\\")
+    return pairs
 
 
-def named(text: str) -> Iterator[str]:
-    """The `leeway …` lines of any block, without prompt sign, comment or what is around it."""
+def leeway_commands(text: str) -> Iterator[str]:
+    """Yield the `leeway …` lines of any block, without prompt sign or comment."""
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        if found := re.match(r"\s*(?:\$ |- run: )?(leeway .*)$", line):
-            yield found[1]
+        if match := re.match(r"\s*(?:\$ |- run: )?(leeway .*)$", line):
+            yield match[1]
 
 
-def alike(shown: str, printed: str) -> bool:
-    """Whether a page's output is what was printed, `…` standing for anything."""
-    lines = [line.rstrip() for line in shown.strip("\n").splitlines()]
-    pattern = "\n".join("(?:.*\n?)*?" if line.strip() == "…" else _inside(line) for line in lines)
+def matches(expected: str, printed: str) -> bool:
+    """Return whether `printed` is the expected output, `…` matching anything."""
+    lines = [line.rstrip() for line in expected.strip("\n").splitlines()]
+    pattern = "\n".join("(?:.*\n?)*?" if line.strip() == "…" else _line_pattern(line) for line in lines)
     pattern = pattern.replace("(?:.*\n?)*?\n", "(?:.*\n)*?").replace("\n(?:.*\n?)*?", "(?:\n.*)*?")
     text = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines())
     return re.fullmatch(pattern, text) is not None
 
 
-def _inside(line: str) -> str:
+def _line_pattern(line: str) -> str:
     return ".*?".join(re.escape(part) for part in line.split("…"))
 
 
 @dataclass
 class Session:
-    """A page's folder, shell and Python, from its first block to its last."""
+    """The folder, shell and Python namespace of one page."""
 
     folder: Path
     code: int = 0
     printed: str = ""
     names: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
 
-    def do(self, block: Block) -> None:
-        """Carry a block out; raises AssertionError where it is not as the page says."""
+    def run(self, block: Block) -> None:
+        """Run a block; raise AssertionError if its result differs from the page."""
         if block.title:
             path = self.folder / block.title
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,52 +114,52 @@ class Session:
             if path.name == "pyproject.toml":
                 install(path)
         if block.mark == "output":
-            assert alike(block.text, self.printed), f"{block}: printed\n{self.printed}"
+            assert matches(block.text, self.printed), f"{block}: printed\n{self.printed}"
         if block.mark == "run" and block.language == "python":
             with _captured() as out:
                 exec(compile(block.text, str(block), "exec"), self.names)
             self.printed = out.getvalue()
         elif block.mark == "run":
-            self._shell(block)
+            self._run_console(block)
 
-    def _shell(self, block: Block) -> None:
-        todo = commands(block.text)
-        for k, (command, shown) in enumerate(todo):
-            printed, said = self._leeway(command) if _plain(command) else self._other(command)
-            expected = k + 1 < len(todo) and todo[k + 1][0] == "echo $?"
-            assert self.code == 0 or expected, f"{block}: {command}: exit {self.code}\n{printed}{said}"
-            assert not shown or alike(shown, printed), f"{block}: {command} printed\n{printed}{said}"
+    def _run_console(self, block: Block) -> None:
+        pairs = commands(block.text)
+        for k, (command, expected) in enumerate(pairs):
+            stdout, stderr = self._leeway(command) if _is_plain(command) else self._shell(command)
+            code_checked = k + 1 < len(pairs) and pairs[k + 1][0] == "echo $?"
+            assert self.code == 0 or code_checked, f"{block}: {command}: exit {self.code}\n{stdout}{stderr}"
+            assert not expected or matches(expected, stdout), f"{block}: {command} printed\n{stdout}{stderr}"
 
     def _leeway(self, command: str) -> tuple[str, str]:
-        """A command of ours, in this process: the same words by the same door, without a new Python for each."""
+        """Run a leeway command in this process, through the same entry point, to save the start of an interpreter."""
         from leeway.cli import main
 
         before = sys.argv
         sys.argv = shlex.split(command, comments=True)
-        with _captured() as out, contextlib.redirect_stderr(io.StringIO()) as said:
+        with _captured() as out, contextlib.redirect_stderr(io.StringIO()) as err:
             try:
                 main()
             except SystemExit as end:
                 self.code = int(end.code or 0)
             finally:
                 sys.argv = before
-        return out.getvalue(), said.getvalue()
+        return out.getvalue(), err.getvalue()
 
-    def _other(self, command: str) -> tuple[str, str]:
+    def _shell(self, command: str) -> tuple[str, str]:
         script = f'leeway() {{ {shlex.quote(sys.executable)} -m leeway "$@"; }}\n(exit {self.code})\n{command}'
         path = os.pathsep.join([str(self.folder), *(p for p in sys.path if p), os.environ.get("PYTHONPATH", "")])
-        told = {**os.environ, "PYTHONPATH": path, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, env=told)
+        env = {**os.environ, "PYTHONPATH": path, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, env=env)
         self.code = done.returncode
         return done.stdout, done.stderr
 
 
-def _plain(command: str) -> bool:
-    """Whether it is one command of ours and no more: no pipe, no file to write to."""
-    words = shlex.shlex(command, posix=True, punctuation_chars=True)
-    words.whitespace_split = True
-    listed = list(words)
-    return listed[0] == "leeway" and not any(set(w) <= set("|&;<>()") for w in listed)
+def _is_plain(command: str) -> bool:
+    """Return whether this is one leeway command without a pipe or redirection."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words = list(lexer)
+    return words[0] == "leeway" and not any(set(w) <= set("|&;<>()") for w in words)
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def _captured() -> Iterator[io.StringIO]:
 
 
 def install(pyproject: Path) -> None:
-    """What `pip install --editable .` leaves behind, as far as entry points go: no network, no build."""
+    """Write the entry points that `pip install --editable .` would register, without network or build."""
     import tomllib
 
     project = tomllib.loads(pyproject.read_text("utf-8"))["project"]
