@@ -30,7 +30,7 @@ from leeway.data.persona import sd3
 from leeway.data.safety_prompts import balanced, subset
 from leeway.data.types import BenignPrompt, Example, ForbiddenPrompt, PersonaItem
 from leeway.errors import LeewayError
-from leeway.evals.attack_helpers import Attacker, ByBackend, Cached, Nllb
+from leeway.evals.attack_helpers import Attacker, TranslationFile
 from leeway.evals.capability import Capability
 from leeway.evals.eval import Eval, load_eval
 from leeway.evals.jailbreak import Jailbreak
@@ -40,6 +40,7 @@ from leeway.evals.overrefusal import OrganismBenignJudge, OverRefusal
 from leeway.evals.persona import Persona
 from leeway.evals.self_report import Likert, SelfReport
 from leeway.evals.tasks import BuiltInTask, TaskSettings, load_task
+from leeway.evals.translators import LlmTranslator, Nllb
 from leeway.generation.backend import Backend
 from leeway.generation.cache import CachedBackend, ReplyCache
 from leeway.generation.openai_api import OpenAIBackend
@@ -187,19 +188,19 @@ def _attack(name: str, part: JailbreakSpec, voices: HelperModels) -> Attack:
     return load_attack(name)
 
 
-def _translator(part: Translator, voices: HelperModels) -> Cached | ByBackend | Nllb:
-    asked: ByBackend | Nllb | None = None
+def _translator(part: Translator, voices: HelperModels) -> TranslationFile | LlmTranslator | Nllb:
+    model: LlmTranslator | Nllb | None = None
     if part.from_ == "nllb":
-        asked = Nllb()
+        model = Nllb()
         if (own := part.model) is not None:
-            asked = Nllb(own.model, own.revision, max_new_tokens=max_new_tokens_of(own, Nllb.max_new_tokens))
+            model = Nllb(own.model, own.revision, max_new_tokens=max_new_tokens_of(own, Nllb.max_new_tokens))
     elif part.from_ == "model":
         assert part.model is not None
-        asked = ByBackend(voices.of(part.model), max_new_tokens_of(part.model, ByBackend.max_new_tokens))
+        model = LlmTranslator(voices.of(part.model), max_new_tokens_of(part.model, LlmTranslator.max_new_tokens))
     if part.file is None:
-        assert asked is not None
-        return asked
-    return Cached(expand(part.file), asked)
+        assert model is not None
+        return model
+    return TranslationFile(expand(part.file), model)
 
 
 def _judge(part: JudgeSpec, spec: Spec, voices: HelperModels, *, perplexity: bool = False) -> Judge:
