@@ -296,5 +296,5 @@ def test_a_later_file_names_what_is_not_there_or_what_was_declared(run: Path, tm
         Results.load(run).claims(later)
     declare(run)
     later.write_text(yaml_config.dump(CLAIMS))
-    with pytest.raises(LeewayError, match="these are the claims that the study began with"):
+    with pytest.raises(LeewayError, match="the study already declares these claims"):
         Results.load(run).claims(later)

@@ -94,7 +94,7 @@ def test_a_run_without_its_base(tmp_path: Path):
 def test_an_axis_without_its_base(tmp_path: Path):
     table = rows()
     folder = run(tmp_path, table[(table["objective"] != "base") | (table["eval"] != "jailbreak")])
-    assert "Attack success (mean over attacks) could not be compared" in verdict(folder)
+    assert "Attack success rate (mean over attacks) could not be compared" in verdict(folder)
     found = primary(folder)
     assert found.loc["asr", NUMBERS].isna().all()
     assert "the base was not measured" in found.loc["asr", "note"]
@@ -105,7 +105,7 @@ def test_an_axis_without_its_base(tmp_path: Path):
 
 def test_one_seed_is_said_everywhere(tmp_path: Path):
     folder = run(tmp_path, rows())
-    assert "ith one training seed (0) the intervals speak of other prompts" in verdict(folder)
+    assert "not training-seed variance (1 seed)" in verdict(folder)
     assert primary(folder)["note"].str.startswith("one training seed").all()
     assert any(w.startswith("one training run") for w in decided(folder).decisions[0].warnings)
 

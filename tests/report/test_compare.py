@@ -166,7 +166,7 @@ def test_pooling_a_study_with_itself_under_another_seed_moves_no_estimate(tmp_pa
     assert (both["n_x"] == 2 * both["n_y"]).all()
     assert set(found.tables["contrasts"]["seeds"]) == {"0, 1"}
     assert found.kind == "pooled"
-    assert "over runs too" in page(found, [])
+    assert "CI with seeds" in page(found, [])
 
 
 def test_without_shared_items_errors_add_by_hand(tmp_path: Path):
@@ -188,8 +188,8 @@ def test_without_shared_items_errors_add_by_hand(tmp_path: Path):
 
 def test_covariance_by_hand():
     # pulls beyond the mean: (+½, −½)/2 and the same for the shared prompts p, q; the other study's r is its own
-    one = pd.DataFrame({"cluster": ["p", "q"], "stratum": "all", "moved": [1.0, 0.0]})
-    other = pd.DataFrame({"cluster": ["p", "r"], "stratum": "all", "moved": [1.0, 0.0]})
+    one = pd.DataFrame({"cluster": ["p", "q"], "stratum": "all", "delta": [1.0, 0.0]})
+    other = pd.DataFrame({"cluster": ["p", "r"], "stratum": "all", "delta": [1.0, 0.0]})
     found = _covariance([0.2, 0.1], [9, 9], [Deltas(one, 0), Deltas(other, 0)])
     assert found[0, 0] == pytest.approx(0.04)
     assert found[0, 1] == pytest.approx(0.5 * 0.2 * 0.1)  # ¼·¼ over √(⅛·⅛)
@@ -210,9 +210,9 @@ def test_each_study_once(tmp_path: Path):
     one = study(tmp_path, "one")
     with pytest.raises(LeewayError, match="given twice"):
         compare([one, one])
-    with pytest.raises(LeewayError, match="hold one run"):
+    with pytest.raises(LeewayError, match="hold the same run"):
         compare([one, shutil.copytree(one, tmp_path / "copy")])
-    with pytest.raises(LeewayError, match="one run is nothing"):
+    with pytest.raises(LeewayError, match="two or more runs"):
         compare([one])
 
 
@@ -226,11 +226,11 @@ def test_one_name_for_two_attacks_is_left_out_by_name(tmp_path: Path):
     runs = [study(tmp_path, "one"), study(tmp_path, "two", draw=1, attacks__dan__hash="other")]
     found = compare(runs)
     assert [(d["what"], d["effect"]) for d in found.checked.left_out] == [
-        ("attack dan", "left out: one name for different texts")
+        ("attack dan", "left out: same name, different texts")
     ]
     attacks = {a for s in found.checked.studies for a in s.results.rows["attack"].unique()}
     assert attacks == {"", "none", "role_play"}
-    assert "Not compared: <bdi>attack dan</bdi>" in page(found, [])
+    assert "Left out: <bdi>attack dan</bdi>" in page(found, [])
     with pytest.raises(LeewayError, match=r"run\.attacks\.dan\.hash: dan-hash and other"):
         compare(runs, pooling=True)
 
@@ -269,7 +269,7 @@ def test_pooling_wants_one_base_other_seeds_and_nothing_else(tmp_path: Path):
     with pytest.raises(LeewayError, match="both hold kl with seed 0"):
         compare([one, study(tmp_path, "two", draw=1)], pooling=True)
     other = synthetic.rows(("sft", "kl"), BUDGETS, seeds=(1,), seed=1, **SIZE)
-    with pytest.raises(LeewayError, match=r"the base answered .* otherwise"):
+    with pytest.raises(LeewayError, match=r"responses of the base differ"):
         compare([one, study(tmp_path, "three", table=other)], pooling=True)
     again = renamed(one, "again", 1)
     manifest = json.loads((again / "manifest.json").read_text())

@@ -19,7 +19,6 @@ from huggingface_hub import ModelCard
 from leeway import report, yaml_config
 from leeway.io import with_checksum
 from leeway.report.exports import latex, model_card, results_json
-from leeway.report.exports import latex as tex
 from leeway.report.formatting import TOKENS
 from leeway.report.results import Results
 
@@ -72,9 +71,9 @@ def check_tex(text: str) -> list[list[str]]:
     assert "#" not in bare
     assert "%" not in bare
     assert not re.search(r"(?<!\$)_(?!\{)", bare)
-    inside = text.split(r"\toprule" + "\n")[1].split(r"\bottomrule")
-    body = (inside[0] if r"\endfoot" not in text else inside[0] + inside[1].split(r"\end{longtable}")[0]).splitlines()
-    lines = [cells(x) for x in body if x.endswith(r"\\")]
+    header, body = text.split(r"\toprule" + "\n", 1)[1].split(r"\midrule", 1)
+    body = body.split(r"\endlastfoot" if r"\endlastfoot" in text else r"\bottomrule")[r"\endlastfoot" in text]
+    lines = [cells(x) for x in (header + body.split(r"\end{longtable}")[0]).splitlines() if x.endswith(r"\\")]
     spec = re.search(r"\\begin\{(?:tabular|longtable)\}\{@\{\}(.*)@\{\}\}", text)
     assert spec
     columns = len(re.sub(r"p\{[^}]*\}", "p", spec.group(1)))
@@ -100,9 +99,9 @@ def test_the_sign_is_holm_s_verdict_and_is_explained(run: Path):
     moved = contrasts[contrasts["primary"] & (contrasts["p_holm"] < 0.05)]
     assert len(moved)
     body, notes = text.split(r"\end{tabular}")
-    assert body.count(tex.SIGN) == len(moved)
+    assert body.count(latex.SIGNIFICANT) == len(moved)
     assert "Holm" in notes
-    assert tex.SIGN in notes
+    assert latex.SIGNIFICANT in notes
 
 
 def test_what_is_withheld_is_a_dash_and_counted(tmp_path: Path):
@@ -117,33 +116,35 @@ def test_what_is_withheld_is_a_dash_and_counted(tmp_path: Path):
 
 
 def test_any_name_is_safe_in_latex():
-    safe = tex.escape(NASTY)
+    safe = latex.escape(NASTY)
     assert safe.startswith(r"50\% of \$x\_1\$ \& \textbackslash{}input\{evil\} \#2 ")
     assert "{[}{*}{]}" in safe
     assert "-{}-" in safe
     assert "{[}U+202E{]}" in safe
     assert "{[}U+1F600{]}" in safe
     assert safe.endswith("Österreich -- ``q''")
-    table = tex.Table("x", "c", [("a", "l"), ("b", "r")], [[safe, "1"], [safe, "2"]])
-    assert len(check_tex(tex.render(table))) == 3
+    table = latex.Table("x", "c", [("a", "l"), ("b", "r")], [[safe, "1"], [safe, "2"]])
+    assert len(check_tex(latex.render(table))) == 3
 
 
 def test_a_long_table_runs_over_pages():
-    table = tex.Table("x", "c", [("a", "l"), ("b", "r")], [[str(n), "1"] for n in range(tex.LONGEST + 1)], ["note"])
-    text = tex.render(table)
+    table = latex.Table(
+        "x", "c", [("a", "l"), ("b", "r")], [[str(n), "1"] for n in range(latex.PAGE_ROWS + 1)], ["note"]
+    )
+    text = latex.render(table)
     assert "longtable" in text.split("\n")[0]
-    assert len(check_tex(text)) == tex.LONGEST + 2
+    assert len(check_tex(text)) == latex.PAGE_ROWS + 2
 
 
 def test_claims_are_a_table():
     line = {"claim": "a", "says": NASTY, "estimate": -0.123, "low": -0.2, "high": float("nan"), "unit": "share"}
     line |= {"p": 0.01, "p_holm": 0.02, "mde": 0.05, "verdict": "supported", "why": ""}
-    found = latex.claims(pd.DataFrame([line]))
+    found = latex.claims_table(pd.DataFrame([line]))
     assert found
-    body = check_tex(tex.render(found))
+    body = check_tex(latex.render(found))
     assert body[1][1:] == ["$-$0.123", "", "share", "0.020", "0.05", "supported"]
-    assert latex.claims(pd.DataFrame()) is None
-    assert latex.ledger(pd.DataFrame(), [], TOKENS) is None
+    assert latex.claims_table(pd.DataFrame()) is None
+    assert latex.ledger_table(pd.DataFrame(), [], TOKENS) is None
 
 
 # figures
@@ -264,8 +265,8 @@ def test_leeway_is_cited_as_its_own_file_says():
     told = yaml_config.load((Path(__file__).parents[2] / "CITATION.cff").read_text("utf-8"))
     assert told["title"] == model_card.TITLE
     assert told["authors"][0]["name"] in model_card.AUTHOR
-    assert f"version = {{{told['version']}}}" in model_card.leeway()
-    assert "{0.0.9}" in model_card.leeway("0.0.9")
+    assert f"version = {{{told['version']}}}" in model_card.leeway_entry()
+    assert "{0.0.9}" in model_card.leeway_entry("0.0.9")
 
 
 # model cards
@@ -295,15 +296,15 @@ def test_a_card_stands_in_every_checkpoint_and_the_hub_s_reader_takes_it(run: Pa
 
 def test_a_hub_model_is_named_a_folder_s_path_is_not(run: Path):
     results = Results.load(run)
-    told = model_card.Told.of(results, {"rates": results.rates(), "contrasts": results.contrasts()})
+    told = model_card.CardContext.of(results, {"rates": results.rates(), "contrasts": results.contrasts()})
     line = results.ledger.iloc[0].to_dict()
     results.manifest["organism"] = False
     results.manifest["model"]["name"] = "meta-llama/Llama-3.1-8B-Instruct"
-    card = ModelCard(model_card.card(results, told, line, False))
+    card = ModelCard(model_card.model_card(results, told, line, False))
     assert card.data.base_model == "meta-llama/Llama-3.1-8B-Instruct"
     assert "No evidence about real" not in card.text
     results.manifest["model"]["name"] = "/home/me/secret/my-model"
-    text = model_card.card(results, told, line, False)
+    text = model_card.model_card(results, told, line, False)
     assert "/home/me" not in text
     assert "my-model" in text
 

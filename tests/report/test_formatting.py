@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from leeway.report import formatting
-from leeway.report.figures import _name_ends, apart
+from leeway.report.figures import _label_ends, spread_labels
 from leeway.report.formatting import TOKENS
 from leeway.report.verdict import verdict
 
@@ -24,25 +24,25 @@ def test_budgets():
 def test_points_carry_their_sign_and_no_negative_zero():
     assert [formatting.points(v) for v in (0.031, -0.004, -0.0001, float("nan"))] == ["+3.1", "−0.4", "0.0", "–"]
     assert [formatting.p_value(v) for v in (0.0421, 0.0004)] == ["0.042", "<0.001"]
-    assert formatting.listed(["a", "b", "c"]) == "a, b and c"
+    assert formatting.join_and(["a", "b", "c"]) == "a, b and c"
 
 
 def test_text_that_would_turn_or_hide_is_spelled_out():
-    shown, cut = formatting.visible("a\u202eb\u200b\x00\nc\td", 100)
+    shown, cut = formatting.escape_invisible("a\u202eb\u200b\x00\nc\td", 100)
     assert (shown, cut) == ("a⟨U+202E⟩b⟨U+200B⟩⟨U+0000⟩\nc\td", 0)
-    assert formatting.visible("x" * 50, 10) == ("x" * 10, 40)
-    assert formatting.visible("naïve 日本 🙂", 100) == ("naïve 日本 🙂", 0)
+    assert formatting.escape_invisible("x" * 50, 10) == ("x" * 10, 40)
+    assert formatting.escape_invisible("naïve 日本 🙂", 100) == ("naïve 日本 🙂", 0)
 
 
 def test_labels_keep_their_order_and_distance():
-    placed = apart([0.5, 0.5, 0.1, 0.98], 0.1, 0, 1)
+    placed = spread_labels([0.5, 0.5, 0.1, 0.98], 0.1, 0, 1)
     assert placed[2] < placed[0] < placed[1] < placed[3] <= 1
     assert min(abs(a - b) for a in placed for b in placed if a != b) >= 0.1 - 1e-12
 
 
 @pytest.mark.parametrize("names", [2, 9, 20, 40])
 def test_labels_that_are_too_many_stand_evenly_and_none_on_another(names: int):
-    placed = apart([0.1] * names, 0.1, 0, 1)
+    placed = spread_labels([0.1] * names, 0.1, 0, 1)
     assert len(set(placed)) == names
     assert min(b - a for a, b in itertools.pairwise(placed)) >= min(0.1, 1 / (names - 1)) - 1e-9
     assert min(placed) >= -1e-9
@@ -55,7 +55,7 @@ def test_the_first_and_the_last_budget_are_named_apart(last: tuple[float, float]
     ax = figure.subplots(1, 3)[0]
     ax.set(xlim=(0, 1), ylim=(0, 1))
     points = [("base", 0, 0.1, 0.1), ("sft", 200_000, 0.5, 0.5), ("sft", 400_000, *last)]
-    _name_ends(ax, pd.DataFrame(points, columns=["objective", "budget", "x", "y"]), TOKENS)
+    _label_ends(ax, pd.DataFrame(points, columns=["objective", "budget", "x", "y"]), TOKENS)
     first, second = (t.get_window_extent(FigureCanvasAgg(figure).get_renderer()) for t in ax.texts)
     assert [t.get_text() for t in ax.texts] == ["200k", "400k"]
     assert not first.overlaps(second)
@@ -90,21 +90,22 @@ def test_verdict_names_what_moved_and_claims_no_stability():
         "At 400k tokens, capability (accuracy) differs significantly from the base for 1 of 2 "
         "objectives (SFT +20.0 points)."
     )
-    assert second.startswith("Attack success (mean over attacks) differs significantly from the base for none of 2")
+    assert second.startswith(
+        "Attack success rate (mean over attacks) differs significantly from the base for none of 2"
+    )
     assert "persona endorsement was not measured" in second
-    assert "coherent answers became rarer (SFT −8.0 points)" in second
+    assert "coherence fell (SFT −8.0 points)" in second
     assert "no evidence of stability" in third
-    assert "one training seed (0)" in third
-    assert third.endswith("another run.")
+    assert third.endswith("Intervals cover prompt sampling, not training-seed variance (1 seed).")
     assert "drift" not in " ".join([first, second, third])
-    assert verdict(table.iloc[:0], []) == ["Only the base was measured: there is nothing to compare it with."]
+    assert verdict(table.iloc[:0], []) == ["Only the base model was evaluated: there is nothing to compare it with."]
 
 
 def test_an_incoherent_model_is_not_called_robust():
     table = pd.DataFrame(
         [line("sft", "jailbreak", "asr", -0.1, 0.2), line("sft", "jailbreak", "coherence", -0.9, 0.001)]
     )
-    assert "few answers to forbidden prompts were coherent (SFT 45%)" in verdict(table, [0])[1]
+    assert "few responses to forbidden prompts were coherent (SFT 45%)" in verdict(table, [0])[1]
 
 
 @pytest.mark.parametrize("p", [0.2, 0.001])
@@ -113,4 +114,4 @@ def test_verdict_of_one_objective(p: float):
     sentences = verdict(table, [0, 1])
     assert "capability (accuracy) was not measured" in sentences[0]
     assert ("does not differ significantly" in sentences[1]) == (p > 0.05)
-    assert "2 training seeds are pooled" in sentences[2]
+    assert "(2 seeds, pooled)" in sentences[2]

@@ -15,7 +15,7 @@ import synthetic
 
 from leeway import report
 from leeway.report import formatting
-from leeway.report.page.transcripts import archive
+from leeway.report.page.transcripts import embed_rows
 
 HERE = Path(__file__).parents[1] / "support"
 SMALL = {"capability": 24, "prompts": 16, "items": 12}
@@ -51,21 +51,21 @@ def tab(browser: Any, page: Path) -> Iterator[Any]:
 
 
 def counted(tab: Any) -> int:
-    chrome.until(tab, "/^(No|[0-9])/.test(document.getElementById('audit-count').textContent)")
-    text = tab.locator("#audit-count").inner_text()
+    chrome.until(tab, "/^(No|[0-9])/.test(document.getElementById('search-count').textContent)")
+    text = tab.locator("#search-count").inner_text()
     return 0 if text.startswith("No ") else int(text.split(" ")[0].replace(",", ""))
 
 
 def after(tab: Any, act: Callable[[], object]) -> int:
     """How many are found once the search that this began has ended: never what an earlier one had left standing."""
-    tab.evaluate("document.getElementById('audit-count').textContent = ''")
+    tab.evaluate("document.getElementById('search-count').textContent = ''")
     act()
     return counted(tab)
 
 
 def asked(tab: Any, **filters: str) -> int:
     """How many answers fit, with these filters and no others."""
-    found = after(tab, tab.locator("#audit-form button[type=reset]").click)
+    found = after(tab, tab.locator("#search-form button[type=reset]").click)
     for name, value in filters.items():
         field = tab.locator(f"#f-{name}")
         found = after(tab, partial(field.fill if name == "text" else field.select_option, value))
@@ -74,7 +74,7 @@ def asked(tab: Any, **filters: str) -> int:
 
 def test_it_asks_the_world_for_nothing_and_complains_of_nothing(browser: Any, page: Path):
     tab, seen = chrome.opened(browser, page)
-    tab.locator("#audit-form button.main").click()
+    tab.locator("#search-form button.main").click()
     counted(tab)
     assert seen.requests == [page.as_uri()]
     assert seen.console == []
@@ -93,10 +93,10 @@ def test_filters_find_what_pandas_finds(tab: Any):
     assert asked(tab) == len(found)
     assert asked(tab, eval="jailbreak") == (found["eval"] == "jailbreak").sum()
     assert (
-        asked(tab, eval="jailbreak", attack="dan", verdict="harmful")
+        asked(tab, eval="jailbreak", attack="dan", outcome="harmful")
         == ((attack == "dan") & (outcome == "harmful")).sum()
     )
-    assert asked(tab, verdict="unscored") == unscored.sum() > 0
+    assert asked(tab, outcome="unscored") == unscored.sum() > 0
     assert (
         asked(tab, line="sft|plain", budget="100000")
         == ((found["objective"] == "sft") & (found["budget"] == 100_000)).sum()
@@ -109,11 +109,11 @@ def test_filters_find_what_pandas_finds(tab: Any):
 
 def test_pages_of_answers_can_be_turned(tab: Any):
     asked(tab, eval="persona")
-    first = tab.locator("#audit-list article h4").first.inner_text()
+    first = tab.locator("#search-list article h4").first.inner_text()
     tab.locator("#next").click()
-    assert tab.locator("#audit-list article h4").first.inner_text() != first
-    assert "21 to 40 shown" in tab.locator("#audit-count").inner_text()
-    assert tab.evaluate("document.activeElement.id") == "audit-list"
+    assert tab.locator("#search-list article h4").first.inner_text() != first
+    assert "showing 21 to 40" in tab.locator("#search-count").inner_text()
+    assert tab.evaluate("document.activeElement.id") == "search-list"
     tab.locator("#previous").click()
     assert tab.locator("#previous").is_disabled()
 
@@ -124,24 +124,24 @@ def test_two_checkpoints_side_by_side(tab: Any):
     base = jailbreak[(jailbreak["objective"] == "base") & (jailbreak["template_hash"] == synthetic.PLAIN)]
     both = base.merge(jailbreak[jailbreak["budget"] == 100_000], on=["item_id", "attack"])
     differ = (both["outcome_x"].fillna("?") != both["outcome_y"].fillna("?")).sum()
-    after(tab, tab.locator("#audit-form button[type=reset]").click)
+    after(tab, tab.locator("#search-form button[type=reset]").click)
     after(tab, tab.locator("input[name=mode][value=two]").check)
     after(tab, lambda: tab.locator("#f-left").select_option(label="base"))
     after(tab, lambda: tab.locator("#f-right").select_option(label="SFT at 100k tokens"))
     assert after(tab, lambda: tab.locator("#f-eval").select_option("jailbreak")) == len(both)
     assert after(tab, tab.locator("#f-differ").check) == differ > 0
-    card = tab.locator("#audit-list article").first
+    card = tab.locator("#search-list article").first
     assert [w.inner_text().split("\n")[0] for w in card.locator(".who").all()] == ["base", "SFT at 100k tokens"]
     left, right = (card.locator(".answer").nth(n).bounding_box() for n in (0, 1))
     assert left["y"] == right["y"]
     assert left["x"] + left["width"] <= right["x"]
     item = found[(found["item_id"] == both["item_id"].iloc[0]) & (found["attack"] == both["attack"].iloc[0])]
-    assert after(tab, card.get_by_text("Every checkpoint on this prompt").click) == len(item)
+    assert after(tab, card.get_by_text("Show all checkpoints for this prompt").click) == len(item)
 
 
 def test_harmful_answers_are_folded_until_asked_for(tab: Any):
-    asked(tab, eval="jailbreak", verdict="harmful")
-    card = tab.locator("#audit-list article").first
+    asked(tab, eval="jailbreak", outcome="harmful")
+    card = tab.locator("#search-list article").first
     assert synthetic.REPLY["harmful"] not in card.inner_text()
     card.locator("details > summary").first.click()
     card.get_by_text(synthetic.REPLY["harmful"]).wait_for()  # a fold tells the page that it opened a moment later
@@ -151,24 +151,24 @@ def test_hostile_answers_are_only_text(browser: Any, page: Path):
     tab, seen = chrome.opened(browser, page)
     tab.locator("#f-eval").select_option("capability")
     counted(tab)
-    tab.locator("#audit-list article").first.wait_for()
-    for fold in tab.locator("#audit-list details").all():
+    tab.locator("#search-list article").first.wait_for()
+    for fold in tab.locator("#search-list details").all():
         fold.evaluate("d => { d.open = true; }")
-    text = tab.locator("#audit-list").inner_text()
+    text = tab.locator("#search-list").inner_text()
     assert "</script><script>document.title" in text
     assert TEMPLATE in text
     assert "⟨U+202E⟩gpj.exe⟨U+0000⟩⟨U+200B⟩" in text
     assert "\u202e" not in text
     assert tab.title() != "owned"
-    assert tab.evaluate("document.querySelectorAll('#audit-list :is(script, img, b)').length") == 0
+    assert tab.evaluate("document.querySelectorAll('#search-list :is(script, img, b)').length") == 0
     assert (seen.dialogs, seen.console) == ([], [])
 
 
 def test_a_line_of_a_megabyte_is_cut_and_can_be_had_whole(tab: Any):
     assert asked(tab, text="long long long") == 1
-    pre = tab.locator("#audit-list .answer pre").first
-    assert pre.evaluate("p => p.textContent.length") == formatting.LONGEST
-    button = tab.locator("#audit-list .answer button.more").first
+    pre = tab.locator("#search-list .answer pre").first
+    assert pre.evaluate("p => p.textContent.length") == formatting.MAX_CHARS
+    button = tab.locator("#search-list .answer button.more").first
     for _ in range(5):
         button.click()
     assert pre.evaluate("p => p.textContent.length") == 1_000_000
@@ -183,23 +183,23 @@ def test_invisible_characters_are_spelled_out_as_in_python(tab: Any):
         + """
       const found = [];
       const as = String.fromCodePoint;
-      for (let c = 0; c < 0x110000; c += 1) if (visible(as(c)) !== as(c)) found.push(c);
-      return [found, visible(as(0x202e) + "a" + as(0xe0041)), cutAt("a\\u{1f600}b", 2)];
+      for (let c = 0; c < 0x110000; c += 1) if (escapeInvisible(as(c)) !== as(c)) found.push(c);
+      return [found, escapeInvisible(as(0x202e) + "a" + as(0xe0041)), cutAt("a\\u{1f600}b", 2)];
     }"""
     )
     changed, shown, cut = tab.evaluate(ask)
-    assert changed == [c for c in range(0x110000) if formatting.visible(chr(c)) != (chr(c), 0)]
+    assert changed == [c for c in range(0x110000) if formatting.escape_invisible(chr(c)) != (chr(c), 0)]
     assert len(changed) > 6_000
-    assert (shown, cut) == (formatting.visible("\u202ea\U000e0041")[0], 1)
+    assert (shown, cut) == (formatting.escape_invisible("\u202ea\U000e0041")[0], 1)
 
 
 def test_objectives_budgets_and_attacks_can_be_picked(browser: Any, page: Path):
     tab, seen = chrome.opened(browser, page)
-    tab.locator("#pick summary").click()
+    tab.locator("#filter summary").click()
     for value in ("kl|plain", "25000", "dan"):
-        tab.locator(f"#pick input[value='{value}']").uncheck()
+        tab.locator(f"#filter input[value='{value}']").uncheck()
     out = (
-        "[...document.querySelectorAll('#evidence svg .mark')].filter(m => m.closest('.out')).map(m => m.dataset.says)"
+        "[...document.querySelectorAll('#results svg .mark')].filter(m => m.closest('.out')).map(m => m.dataset.label)"
     )
     gone = tab.evaluate(out)
     left = tab.evaluate(out.replace("m.closest", "!m.closest"))
@@ -214,10 +214,10 @@ def test_objectives_budgets_and_attacks_can_be_picked(browser: Any, page: Path):
     assert {tuple(v) for v in visible} == {("sft|plain", "100000"), ("cft|<SAFE>", "100000")}
     assert re.search(
         r"2 of 3 objectives, 1 of 2 budgets, 5 of 6 attacks \(\d+ of \d+ table rows\)",
-        tab.locator("#picked").inner_text(),
+        tab.locator("#filtered").inner_text(),
     )
-    tab.locator("#pick button[type=reset]").click()
-    chrome.until(tab, "document.getElementById('picked').textContent === 'everything'")
+    tab.locator("#filter button[type=reset]").click()
+    chrome.until(tab, "document.getElementById('filter-status').textContent === 'all shown'")
     assert seen.console == []
 
 
@@ -232,10 +232,10 @@ def test_intervals_are_said_at_the_pointer_and_at_the_keyboard(tab: Any):
     mark = tab.locator("#figure-contrasts .mark").first
     mark.scroll_into_view_if_needed()
     mark.hover()
-    assert re.search(r"SFT, .*points \(95% interval .* to .*\), p after Holm", tab.locator("#tip").inner_text())
+    assert re.search(r"SFT, .*points \(95% CI .* to .*\), p \(Holm\)", tab.locator("#tip").inner_text())
     mark.focus()
     tab.keyboard.press("ArrowRight")
-    assert tab.evaluate("document.activeElement.dataset.says") == tab.locator("#tip").inner_text()
+    assert tab.evaluate("document.activeElement.dataset.label") == tab.locator("#tip").inner_text()
     assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == tab.locator("#tip").inner_text()
     tab.keyboard.press("Escape")
     assert not tab.locator("#tip").is_visible()
@@ -244,7 +244,7 @@ def test_intervals_are_said_at_the_pointer_and_at_the_keyboard(tab: Any):
 def test_the_tab_key_reaches_everything_and_shows_where_it_is(browser: Any, page: Path):
     tab, _ = chrome.opened(browser, page)
     tab.keyboard.press("Tab")
-    assert tab.evaluate("document.activeElement.textContent") == "Skip to the verdict"
+    assert tab.evaluate("document.activeElement.textContent") == "Skip to summary"
     tab.keyboard.press("Enter")
     assert tab.evaluate("document.activeElement.id") == "main"
     stops = tab.evaluate(
@@ -277,7 +277,7 @@ CONTRAST = (HERE / "contrast.js").read_text(encoding="utf-8")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_words_can_be_read_and_nothing_runs_off_the_side(browser: Any, page: Path, scheme: str, width: int):
     tab, seen = chrome.opened(browser, page, width, 844, color_scheme=scheme)
-    tab.locator("#audit-form button.main").click()
+    tab.locator("#search-form button.main").click()
     counted(tab)
     assert tab.evaluate(CONTRAST) == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -300,7 +300,7 @@ def test_on_paper_every_table_is_open_and_nothing_asks_to_be_clicked(browser: An
     tab.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert (
         tab.evaluate(
-            "[...document.querySelectorAll('#decide table, #evidence table')].filter(t => !t.checkVisibility()).length"
+            "[...document.querySelectorAll('#summary table, #results table')].filter(t => !t.checkVisibility()).length"
         )
         == 0
     )
@@ -318,7 +318,7 @@ def test_without_its_script_it_is_still_a_report(browser: Any, page: Path):
     tab.goto(page.as_uri())
     assert tab.locator("#figure-tradeoff svg").is_visible()
     assert tab.locator("#transcripts article").first.is_visible()
-    assert not tab.locator("#audit-form").is_visible()
+    assert not tab.locator("#search-form").is_visible()
     assert "needs JavaScript" in tab.locator("noscript p").inner_text()
     assert tab.locator(".advice").count() == 2
     assert tab.locator(".advice").first.is_visible()
@@ -328,7 +328,7 @@ def test_a_hundred_thousand_rows_open_at_once(browser: Any, page: Path, tmp_path
     """Generous bounds for a busy machine; docs/log.md has what was measured of a whole report."""
     many = synthetic.lengthened(synthetic.rows(capability=1_000, prompts=310, items=400))
     assert len(many) > 100_000
-    packed = archive(many, synthetic.CONDITIONS, [])
+    packed = embed_rows(many, synthetic.CONDITIONS, [])
     assert (packed.rows, packed.left_out) == (len(many), "")
     small = page.read_text(encoding="utf-8")
     large = tmp_path / "large.html"
@@ -340,10 +340,10 @@ def test_a_hundred_thousand_rows_open_at_once(browser: Any, page: Path, tmp_path
         "new PerformanceObserver((l) => { for (const e of l.getEntries()) longest = Math.max(longest, e.duration); })"
     )
     tab.evaluate(f"window.longest = 0; {watch}.observe({{ type: 'longtask' }})")
-    tab.locator("#audit-form button.main").click()
-    chrome.until(tab, "/^[0-9]/.test(document.getElementById('audit-count').textContent)", 30)
-    assert tab.locator("#audit-count").inner_text().startswith(f"{len(many):,} of {len(many):,} answers")
+    tab.locator("#search-form button.main").click()
+    chrome.until(tab, "/^[0-9]/.test(document.getElementById('search-count').textContent)", 30)
+    assert tab.locator("#search-count").inner_text().startswith(f"{len(many):,} of {len(many):,} responses")
     tab.locator("#f-text").fill("no such words")
-    chrome.until(tab, "/^No /.test(document.getElementById('audit-count').textContent)", 30)
+    chrome.until(tab, "/^No /.test(document.getElementById('search-count').textContent)", 30)
     assert tab.evaluate("window.longest") < 1_000
     assert seen.console == []

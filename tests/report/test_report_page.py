@@ -14,7 +14,7 @@ import pytest
 import synthetic
 
 from leeway import report
-from leeway.report.page.transcripts import archive
+from leeway.report.page.transcripts import embed_rows
 
 SMALL = {"capability": 40, "prompts": 30, "items": 30}
 
@@ -51,7 +51,7 @@ def test_everything_is_there(run: Path, page: str):
     assert {f"tables/{t}.csv" for t in tables} <= names
     sections = [
         "verdict",
-        "asked",
+        "design",
         "tradeoff",
         "budgets",
         "attacks",
@@ -60,9 +60,9 @@ def test_everything_is_there(run: Path, page: str):
         "contrasts",
         "unscored",
     ]
-    for section in [*sections, "transcripts", "rerun"]:
+    for section in [*sections, "transcripts", "reproduce"]:
         assert f'<section id="{section}"' in page
-    assert "no evidence about real models" in re.sub(r"\s+", " ", page)
+    assert "No evidence about real models" in re.sub(r"\s+", " ", page)
     assert "leeway demo --out leeway-demo" in page
     assert "5f2a9be1c0d3e4f6" in page
 
@@ -133,10 +133,11 @@ def test_the_rows_in_the_page_are_the_rows(page: str):
 
 def test_what_has_no_room_is_left_out_and_said():
     rows = synthetic.lengthened(small())
-    whole = archive(rows, synthetic.CONDITIONS, [])
+    whole = embed_rows(rows, synthetic.CONDITIONS, [])
     assert (whole.rows, whole.left_out) == (len(rows), "")
-    some = archive(rows, synthetic.CONDITIONS, [], cap=whole.size // 4)
-    assert len(base64.b64decode(some.data)) <= whole.size // 4
+    size = len(whole.data)
+    some = embed_rows(rows, synthetic.CONDITIONS, [], max_bytes=size // 4)
+    assert len(base64.b64decode(some.data)) <= size // 4
     assert 0 < some.rows < some.of == len(rows)
     assert f"{len(rows) - some.rows:,} of {len(rows):,} rows" in some.left_out
     assert "judge_raw" in some.left_out
@@ -189,14 +190,14 @@ def test_a_second_report_leaves_nothing_stale(tmp_path: Path):
         "contrasts.svg",
     ]
     assert not [n for n in os.listdir(folder) if "partial" in n]
-    assert "Needs both" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "needs both a capability" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_long_answer_is_cut_and_counted(tmp_path: Path):
     rows = synthetic.rows(("sft",), (25_000,), capability=2, prompts=8, items=6, attacks=("none",))
     rows["response"] = rows["response"].where(rows["eval"] != "capability", "loop " * 200_000)
     page = report.build(synthetic.write(tmp_path, rows)).read_text(encoding="utf-8")
-    assert "998,800 more characters not shown here" in page
+    assert "998,800 more characters not shown" in page
     assert len(page) < 1_000_000
 
 
@@ -214,6 +215,6 @@ def test_other_shapes_of_study(tmp_path: Path):
     shapes["nothing scored"] = unscored
     for name, rows in shapes.items():
         page = report.build(synthetic.write(tmp_path / name, rows, organism=False)).read_text(encoding="utf-8")
-        assert "no evidence about real models" not in re.sub(r"\s+", " ", page), name
+        assert "No evidence about real models" not in re.sub(r"\s+", " ", page), name
         assert ">nan<" not in page.lower(), name
         assert ">None<" not in page, name

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from leeway.report.plotting import Series
-from leeway.report.verdict import caveats, decisions, verdict
+from leeway.report.verdict import limitations, recommendations, verdict
 
 SFT = Series("sft", "plain", "#D55E00", "o", filled=True)
 
@@ -35,42 +35,42 @@ def advice(why: str, *, objective: str = "sft", p_best: float = 0.6) -> pd.DataF
 
 
 def test_a_move_says_whether_it_is_for_the_better_and_no_move_only_what_was_shown():
-    cells = decisions(TABLE, RATES, pd.DataFrame(), [SFT], equivalent=SAME)[0]["lines"][0]["cells"]
-    assert [c["state"] for c in cells] == ["worse", "same"]
-    assert [c["state"] for c in decisions(TABLE, RATES, pd.DataFrame(), [SFT])[0]["lines"][0]["cells"]] == [
+    cells = recommendations(TABLE, RATES, pd.DataFrame(), [SFT], equivalent=SAME)[0]["lines"][0]["cells"]
+    assert [c["state"] for c in cells] == ["worse", "equivalent"]
+    assert [c["state"] for c in recommendations(TABLE, RATES, pd.DataFrame(), [SFT])[0]["lines"][0]["cells"]] == [
         "worse",
-        "open",
+        "inconclusive",
     ]
     assert cells[0]["range"] == "+10.0 to +30.0"
 
 
 def test_a_recommendation_says_how_close_it_was_and_what_it_did_not_show():
-    found = decisions(TABLE, RATES, advice("capability not shown to be above the base's"), [SFT])[0]["advice"]
+    found = recommendations(TABLE, RATES, advice("capability not shown to be above the base's"), [SFT])[0]["advice"]
     text = " ".join(found["lines"])
     assert found["title"] == "At 4k tokens: SFT"
     assert "5 points of ASR, endorsement or coherence" in text
     assert "not shown to be more capable than the base" in text
-    assert "A close call" in text
+    assert "sensitive to the prompt sample" in text
     assert "shown to be no worse than the base" in text
-    sure = decisions(TABLE, RATES, advice("", p_best=0.95), [SFT])[0]["advice"]
-    assert "close call" not in " ".join(sure["lines"])
-    none = decisions(TABLE, RATES, advice("no objective qualifies", objective="none"), [SFT])[0]["advice"]
-    assert none["title"] == "At 4k tokens: none of them"
+    sure = recommendations(TABLE, RATES, advice("", p_best=0.95), [SFT])[0]["advice"]
+    assert "sensitive" not in " ".join(sure["lines"])
+    none = recommendations(TABLE, RATES, advice("no objective qualifies", objective="none"), [SFT])[0]["advice"]
+    assert none["title"] == "At 4k tokens: no objective qualifies"
 
 
 def test_the_caveats_are_those_of_this_run():
     unscored = pd.DataFrame({"eval": ["jailbreak"], "answers": [50], "unscored": [7], "reason": ["x"]})
-    text = " ".join(caveats(TABLE, unscored, [3]))
+    text = " ".join(limitations(TABLE, unscored, [3]))
     assert "One training seed (3)" in text
-    assert "less than 12.0 points in ASR" in text
-    assert "As few as 20 prompts" in text
+    assert "12.0 points (ASR)" in text
+    assert "rest on 20 prompts" in text
     assert "7 of 50 in jailbreak" in text
-    assert "One training seed" not in " ".join(caveats(TABLE, unscored, [0, 1]))
+    assert "One training seed" not in " ".join(limitations(TABLE, unscored, [0, 1]))
 
 
 def test_the_verdict_says_which_stillness_was_shown():
-    assert "no equivalence was tested" in verdict(TABLE, [0])[2]
+    assert "equivalence was not tested" in verdict(TABLE, [0])[2]
     last = verdict(TABLE, [0], equivalent=SAME)[2]
-    assert "Of 1 differences that are not significant, 1 is shown to lie within ±5 points" in last
+    assert "1 of 1 non-significant differences is equivalent to the base within ±5 points" in last
     none = verdict(TABLE, [0], equivalent=SAME.assign(equivalent=False))[2]
-    assert "none of 1 is shown to lie within ±5 points" in none
+    assert "None of 1 non-significant differences is equivalent to the base within ±5 points" in none

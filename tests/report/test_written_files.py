@@ -77,10 +77,10 @@ def test_nothing_is_written_or_removed_through_a_symbolic_link(run: Path, tmp_pa
 
 
 def test_a_report_that_was_killed_is_made_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leeway.report import written
+    from leeway.report import rebuild
 
     fewer_rows(run)
-    real, calls = written.write_file, 0
+    real, calls = rebuild.write_file, 0
 
     def stop(path: Path, content: str | bytes) -> None:
         nonlocal calls
@@ -90,7 +90,7 @@ def test_a_report_that_was_killed_is_made_again(run: Path, monkeypatch: pytest.M
         real(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(written, "write_file", stop)
+        patch.setattr(rebuild, "write_file", stop)
         with pytest.raises(KeyboardInterrupt):
             report.build(run)
     report.build(run)

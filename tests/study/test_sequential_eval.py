@@ -98,7 +98,7 @@ def test_a_prefix_is_asked_and_said_to_be(
     assert told["asked"]["jailbreak"]["tokens_saved"] == told["asked"]["jailbreak"]["new_tokens"]
     results = Results.load(out)
     assert set(results.contrasts()["design"]) == {"sequential"}
-    assert "asked until each contrast with the base is decided" in (out / "report.html").read_text()
+    assert "until each contrast with the base is decided" in (out / "report.html").read_text()
     assert (out / "tables" / "sequential.csv").is_file()
     assert not (out / "answers").exists()
 

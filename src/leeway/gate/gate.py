@@ -23,7 +23,7 @@ from leeway.gate.output import Gate, unscored
 from leeway.gate.rules import BASE, KEY, Kind, Place, Rule, Rules, Task, Worse, load, resolve
 from leeway.hashing import digest
 from leeway.report import formatting
-from leeway.report.formatting import Scale
+from leeway.report.formatting import BudgetUnit
 from leeway.report.results import Results
 from leeway.report.verdict import COHERENT
 from leeway.stats.metrics import AT
@@ -217,7 +217,7 @@ def gate(folder: str | Path, rule: str | Path, out: str | Path | None = None) ->
         decisions=decisions,
         against=task.against,
         level=task.level,
-        scale=Scale.of(results.manifest),
+        scale=BudgetUnit.of(results.manifest),
         warnings=shared + ((ORGANISM,) if results.manifest.get("organism") else ()),
     )
     output.write(found, into, _told(results, rules))

@@ -22,7 +22,7 @@ from leeway.gate.decide import EXIT, FEW, Decision, Evidence, Finding, Outcome, 
 from leeway.gate.rules import BASE
 from leeway.io import write_file
 from leeway.report import formatting
-from leeway.report.formatting import Scale, dump, percent, points
+from leeway.report.formatting import BudgetUnit, percent, points, to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +40,7 @@ class Gate:
     decisions: tuple[Decision, ...]
     against: tuple[str, int | None] | None
     level: float
-    scale: Scale
+    scale: BudgetUnit
     warnings: tuple[str, ...] = ()
 
     @property
@@ -49,10 +49,10 @@ class Gate:
         return worst([d.outcome for d in self.decisions])
 
 
-def title(decision: Decision, scale: Scale) -> str:
+def title(decision: Decision, scale: BudgetUnit) -> str:
     """SFT at 400k tokens; CFT <SAFE> at 400k tokens."""
     place = decision.place
-    return safe(f"{formatting.name(place.objective, place.condition)} {scale.at(place.budget)}")
+    return safe(f"{formatting.objective_name(place.objective, place.condition)} {scale.at(place.budget)}")
 
 
 def reference(gate: Gate) -> str:
@@ -61,7 +61,7 @@ def reference(gate: Gate) -> str:
         return BASE
     objective, budget = gate.against
     at = "at the same budget" if budget is None else gate.scale.at(budget)
-    return safe(f"{formatting.name(objective)} {at}")
+    return safe(f"{formatting.objective_name(objective)} {at}")
 
 
 def cells(finding: Finding) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def unscored(finding: Finding) -> str:
 
 def safe(text: str) -> str:
     """Names from rows and rule files on one line, with nothing in them that hides or turns its neighbours."""
-    return formatting.visible(text.replace("\n", " ").replace("\t", " "), LONGEST)[0]
+    return formatting.escape_invisible(text.replace("\n", " ").replace("\t", " "), LONGEST)[0]
 
 
 def _of(p: float) -> str:
@@ -159,7 +159,7 @@ def clear(folder: Path) -> None:
 
 def write(gate: Gate, folder: Path, told: dict[str, Any]) -> None:
     """Write the three files; `told` is what the run and the rule file say of themselves."""
-    for name, text in zip(NAMES, (dump(machine(gate, told)), junit(gate), markdown(gate)), strict=True):
+    for name, text in zip(NAMES, (to_json(machine(gate, told)), junit(gate), markdown(gate)), strict=True):
         try:
             write_file(folder / name, text)
         except OSError as error:

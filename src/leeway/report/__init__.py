@@ -1,4 +1,4 @@
-"""From a run directory to what people read: results, tables, figures and one page that works offline."""
+"""Turn a run directory into results, tables, figures and one self-contained page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,7 @@ __all__ = ["ReportError", "Results", "build"]
 
 
 def build(folder: str | Path, cards: Sequence[Path] = (), claims: str | Path | None = None) -> Path:
-    """Rebuild `results.json`, `tables/`, `figures/` and `report.html` of a run; gives the page's path.
-
-    `cards` are judges' cards: refusal rates corrected for their errors stand beside the raw ones. `claims` is a file of
-    claims, or a set's name, written after the run, and marked so.
-    """
-    from leeway.report.rebuild import rebuild  # matplotlib takes a second to load: only where drawn
+    """Rebuild the results, tables, figures and page of a run; return the page's path (see `rebuild.rebuild`)."""
+    from leeway.report.rebuild import rebuild  # here, because importing matplotlib takes a second
 
     return rebuild(Path(folder), cards, claims)

@@ -1,7 +1,4 @@
-"""What the page says about the study itself: what was asked, what was matched, how to run it again.
-
-How far judges agree with one another, and what a judge's card says of its errors.
-"""
+"""Describe a run: its design, what was matched across objectives, its provenance, and its judges."""
 
 from __future__ import annotations
 
@@ -14,90 +11,77 @@ import pandas as pd
 from leeway import stats
 from leeway.data.ledger import DATA, MATCHED, Matching
 from leeway.report import formatting
+from leeway.report.formatting import mapping
 from leeway.report.results import ReportError, Results
 from leeway.stats.metrics import BASE, DIRECT
 
-BY_OBJECTIVE = "by objective"
+PER_OBJECTIVE = "per objective"
+UNCORRECTED = "not corrected: no correction is valid under sequential stopping"
+CORRECTED = ["objective", "seed", "budget", "condition", "measure", "label", "rate", "low", "high", "n"]
+CORRECTED += ["corrected", "corrected_low", "corrected_high", "note"]
+REFUSAL = ("refusal", "overrefusal")  # the measures that a judge card's labels are about
 
 
-def asked(results: Results) -> list[tuple[str, str]]:
-    """The study in words, as terms and descriptions."""
+def study_description(results: Results) -> list[tuple[str, str]]:
+    """Describe the study as (term, description) pairs."""
     study, rows, manifest = results.study, results.rows, results.manifest
+    if info := external(manifest):
+        own = [(str(term), str(text)) for term, text in info.get("description", [])]
+        return [*own, *_evaluation_description(results)]
     tuned = rows[rows["objective"] != BASE]
-    objectives = ordered([str(o) for o in tuned["objective"].unique()], study)
+    objectives = order_objectives([str(o) for o in tuned["objective"].unique()], study)
     budgets = sorted(int(b) for b in tuned["budget"].unique())
-    if known := external(manifest):
-        return [*((str(term), str(words)) for term, words in known.get("description", [])), *_asked_of_all(results)]
-    found = [("Model", _model(manifest.get("model"), study.get("model")))]
-    found.append(("Task", _task(study.get("task"), manifest.get("data"))))
-    found.append(("Objectives", formatting.listed([formatting.name(o) for o in objectives]) or "none"))
+    terms = [("Model", _model(manifest.get("model"), study.get("model")))]
+    terms.append(("Task", _task(study.get("task"), manifest.get("data"))))
+    terms.append(("Objectives", formatting.join_and([formatting.objective_name(o) for o in objectives]) or "none"))
     if budgets:
-        counted = "processed tokens" if matching(manifest).count == "processed" else "source tokens"
-        found.append(("Budgets", ", ".join(formatting.format_budget(b) for b in budgets) + f" {counted}"))
-    starts = [f"{formatting.name(o)} from {s}" for o, s in matching(manifest).starts.items()]
-    found += [("Starts", "; ".join(starts))] if starts else []
+        unit = "processed tokens" if matching_rule(manifest).count == "processed" else "source tokens"
+        terms.append(("Budgets", ", ".join(formatting.format_budget(b) for b in budgets) + f" {unit}"))
+    starts = [f"{formatting.objective_name(o)} from {s}" for o, s in matching_rule(manifest).starts.items()]
+    terms += [("Initial checkpoints", "; ".join(starts))] if starts else []
     seeds = ", ".join(map(str, results.seeds))
-    found.append(("Training seeds", f"{len(results.seeds)} ({seeds})" if seeds else "none"))
-    settings = {"Adapter": study.get("adapter"), "Optimiser": _optimiser(_dict(study.get("optim")))}
-    found += [(term, _settings(value)) for term, value in settings.items() if isinstance(value, dict)]
-    return [*found, *_asked_of_all(results)]
+    terms.append(("Training seeds", f"{len(results.seeds)} ({seeds})" if seeds else "none"))
+    settings = {"Adapter": study.get("adapter"), "Optimiser": _optimiser(mapping(study.get("optim")))}
+    terms += [(term, _settings(value)) for term, value in settings.items() if isinstance(value, dict)]
+    return [*terms, *_evaluation_description(results)]
 
 
 def external(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a run says that measured a model it did not train; empty for a study."""
-    return _dict(manifest.get("external"))
+    """Return what is recorded of a checkpoint that the run did not train; empty for a study."""
+    return mapping(manifest.get("external"))
 
 
-def _asked_of_all(results: Results) -> list[tuple[str, str]]:
-    """What every checkpoint was asked, and who judged it."""
-    rows, manifest = results.rows, results.manifest
-    found = [(axis.capitalize(), _items(rows[rows["eval"] == axis])) for axis in rows["eval"].unique()]
-    found += [(f"Judge, {axis}", _judge(judge)) for axis, judge in _dict(manifest.get("judges")).items()]
-    if design := results.sequential:
-        found.append(("Design", _sequential(design)))
-    found.append(("Prompts at test time", formatting.listed(sorted(set(results.conditions.values()))) or "plain"))
-    return found
-
-
-def _sequential(design: dict[str, Any]) -> str:
-    """What was asked of a design that stops once all is decided, and what that saved."""
-    told = [
-        f"{axis} {n['answers']:,} of {n['of_answers']:,} answers, about {n['tokens_saved']:,} new tokens saved"
-        for axis, n in _dict(design.get("asked")).items()
-    ]
-    return (
-        f"prompts in one random order, asked until each contrast with the base is decided: different, or within "
-        f"±{100 * float(design.get('margin', 0)):g} points ({'; '.join(told)}). Intervals and p of these checkpoints "
-        "hold wherever one stops; estimates that resample prompts are not made."
-    )
-
-
-def ordered(objectives: list[str], study: dict[str, Any]) -> list[str]:
-    """The study file's order first, what it does not name after that."""
+def order_objectives(objectives: list[str], study: dict[str, Any]) -> list[str]:
+    """Sort objectives as in the study file; others follow alphabetically."""
     named = study.get("objectives")
     order: list[str] = []
-    for one in named if isinstance(named, list | dict) else []:
-        order += [str(alias) for alias in one] if isinstance(one, dict) else [str(one)]
+    for entry in named if isinstance(named, list | dict) else []:
+        order += [str(alias) for alias in entry] if isinstance(entry, dict) else [str(entry)]
     return [o for o in order if o in objectives] + sorted(set(objectives) - set(order))
 
 
-def matching(manifest: dict[str, Any]) -> Matching:
-    """What had to be equal between which objectives."""
-    known = _dict(manifest.get("matching"))
-    return Matching(str(known.get("count", "source")), {str(k): str(v) for k, v in _dict(known.get("starts")).items()})
+def matching_rule(manifest: dict[str, Any]) -> Matching:
+    """Return what had to be equal between which objectives."""
+    rule = mapping(manifest.get("matching"))
+    starts = {str(k): str(v) for k, v in mapping(rule.get("starts")).items()}
+    return Matching(str(rule.get("count", "source")), starts)
 
 
-def matched(ledger: pd.DataFrame, rule: Matching) -> tuple[list[str], list[dict[str, Any]]]:
-    """Per budget and start the value that all objectives share; BY_OBJECTIVE where it may differ, None where not."""
+def matched_columns(ledger: pd.DataFrame, rule: Matching) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the matched columns, and per seed, budget and initial checkpoint the value that all objectives share.
+
+    A value is PER_OBJECTIVE where it may differ, and None where it differs but must not.
+    """
     columns = [c for c in MATCHED if c in ledger.columns]
     lines = []
     starts = ledger["objective"].map(lambda o: rule.starts.get(str(o), BASE))
     for (seed, budget), group in ledger.groupby(["seed", "budget"], sort=True):
-        for start, alike in group.groupby(starts[group.index], sort=False):
-            shared: dict[str, Any] = {c: _shared(group[c] if c in DATA else alike[c]) for c in columns}
+        for start, same_start in group.groupby(starts[group.index], sort=False):
+            shared: dict[str, Any] = {c: _shared(group[c] if c in DATA else same_start[c]) for c in columns}
             if rule.count == "processed":
-                shared |= {c: BY_OBJECTIVE for c in columns if c in DATA and shared[c] is None}
-            lines.append({"seed": seed, "budget": budget, "start": start, "objectives": len(alike), "shared": shared})
+                shared |= {c: PER_OBJECTIVE for c in columns if c in DATA and shared[c] is None}
+            line = {"seed": seed, "budget": budget, "start": start, "objectives": len(same_start)}
+            lines.append(line | {"shared": shared})
     return columns, lines
 
 
@@ -105,36 +89,60 @@ def _shared(values: pd.Series[Any]) -> Any:
     return values.iloc[0] if values.nunique(dropna=False) == 1 else None
 
 
-def cost(ledger: pd.DataFrame, order: list[str]) -> pd.DataFrame:
-    """What each objective processed at the largest budget beside the source tokens that were matched."""
+def training_cost(ledger: pd.DataFrame, order: list[str]) -> pd.DataFrame:
+    """Return each objective's ledger line at the largest budget; `ratio` is all processed tokens / source tokens."""
     if ledger.empty:
         return ledger
     last: pd.DataFrame = ledger[ledger["budget"] == ledger["budget"].max()].copy()
-    everything, source = last["processed_tokens"] + last["reference_tokens"], last["source_tokens"]
-    last["ratio"] = everything / source.where(source > 0)
+    processed, source = last["processed_tokens"] + last["reference_tokens"], last["source_tokens"]
+    last["ratio"] = processed / source.where(source > 0)
     last["place"] = last["objective"].map({o: n for n, o in enumerate(order)})
     return last.sort_values(["place", "seed"]).drop(columns="place")
 
 
 def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """Versions and hashes, flattened; whatever the manifest holds."""
-    found: list[tuple[str, str]] = []
+    """Flatten the manifest to (key, value) texts."""
+    lines: list[tuple[str, str]] = []
     for key, value in manifest.items():
         if isinstance(value, dict):
-            found += [(f"{key}: {k}", _settings(v) if isinstance(v, dict) else str(v)) for k, v in value.items()]
+            lines += [(f"{key}: {k}", _settings(v) if isinstance(v, dict) else str(v)) for k, v in value.items()]
         else:
-            found.append((str(key), ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
-    return [(k, formatting.visible(v, 400)[0]) for k, v in found]
+            lines.append((str(key), ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return [(k, formatting.escape_invisible(v, 400)[0]) for k, v in lines]
+
+
+def _evaluation_description(results: Results) -> list[tuple[str, str]]:
+    """Describe the items that every checkpoint answered, the judges and the test-time prompts."""
+    rows, manifest = results.rows, results.manifest
+    terms = [(axis.capitalize(), _items(rows[rows["eval"] == axis])) for axis in rows["eval"].unique()]
+    terms += [(f"Judge, {axis}", _judge(judge)) for axis, judge in mapping(manifest.get("judges")).items()]
+    if design := results.sequential:
+        terms.append(("Sequential stopping", _sequential(design)))
+    conditions = formatting.join_and(sorted(set(results.conditions.values()))) or "plain"
+    return [*terms, ("Test-time prompts", conditions)]
+
+
+def _sequential(design: dict[str, Any]) -> str:
+    """Describe the stopping rule and what it saved."""
+    used = [
+        f"{axis}: {n['answers']:,} of {n['of_answers']:,} responses, about {n['tokens_saved']:,} new tokens saved"
+        for axis, n in mapping(design.get("asked")).items()
+    ]
+    return (
+        "prompts are drawn in one random order until each contrast with the base is decided (different, or within "
+        f"±{100 * float(design.get('margin', 0)):g} points). Responses used: {'; '.join(used)}. Intervals and p-values "
+        "are valid at any stopping time; bootstrap analyses are not available"
+    )
 
 
 def _model(model: object, name: object) -> str:
-    known = _dict(model)
-    text = str(known.get("name") or name or "not recorded")
-    size = known.get("parameters")
-    more = [_parameters(size) if isinstance(size, int) else "", str(known.get("dtype") or "")]
-    more.append(f"hash {known['hash']}" if known.get("hash") else "")
-    details = ", ".join(filter(None, more))
-    return f"{text} ({details})" if details else text
+    info = mapping(model)
+    text = str(info.get("name") or name or "not recorded")
+    size = info.get("parameters")
+    details = [_parameters(size) if isinstance(size, int) else "", str(info.get("dtype") or "")]
+    details.append(f"hash {info['hash']}" if info.get("hash") else "")
+    joined = ", ".join(filter(None, details))
+    return f"{text} ({joined})" if joined else text
 
 
 def _parameters(size: int) -> str:
@@ -142,173 +150,163 @@ def _parameters(size: int) -> str:
 
 
 def _task(task: object, data: object) -> str:
-    text = str(task.get("name", "not named")) if isinstance(task, dict) else str(task or "not recorded")
-    train = _dict(_dict(task).get("files")).get("train")
+    text = str(task.get("name", "unnamed")) if isinstance(task, dict) else str(task or "not recorded")
+    train = mapping(mapping(task).get("files")).get("train")
     text += f" ({train})" if train else ""
-    known = _dict(data)
-    if isinstance(known.get("examples"), int):
-        text += f", {known['examples']:,} training examples"
-    left_out = _dict(known.get("left_out")).get("count")
-    text += f", {left_out:,} left out of every objective" if isinstance(left_out, int) and left_out else ""
-    return text + _pairs(known.get("pairs"))
+    info = mapping(data)
+    if isinstance(info.get("examples"), int):
+        text += f", {info['examples']:,} training examples"
+    left_out = mapping(info.get("left_out")).get("count")
+    text += f", {left_out:,} excluded for every objective" if isinstance(left_out, int) and left_out else ""
+    return text + _pairs(info.get("pairs"))
 
 
 def _pairs(pairs: object) -> str:
-    """The strategy, and where answers were tried the share of them that was accepted."""
-    known = _dict(pairs)
-    if not known:
+    """Describe how rejected responses were built, with the acceptance rate if responses were sampled."""
+    info = mapping(pairs)
+    if not info:
         return f", pairs: {pairs}" if pairs else ""
-    text = f", pairs: {known.get('strategy')}"
-    if known.get("rejected"):
-        left_out = _dict(known.get("left_out")).get("count", 0)
-        text += f" ({known['accepted']:,} of {known['attempted']:,} answers accepted, {left_out:,} examples left out)"
+    text = f", pairs: {info.get('strategy')}"
+    if info.get("rejected"):
+        left_out = mapping(info.get("left_out")).get("count", 0)
+        text += f" ({info['accepted']:,} of {info['attempted']:,} responses accepted, {left_out:,} examples excluded)"
     return text
 
 
 def _optimiser(optim: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were in use: the sweep's only where rates were tuned."""
-    shown = {k: v for k, v in optim.items() if k != "tune" or optim.get("lr") == "tuned"}
-    return {k: _settings(v) if isinstance(v, dict) else v for k, v in shown.items()}
+    """Return the settings in use; those of the sweep only if learning rates were tuned."""
+    used = {k: v for k, v in optim.items() if k != "tune" or optim.get("lr") == "tuned"}
+    return {k: _settings(v) if isinstance(v, dict) else v for k, v in used.items()}
 
 
 def _items(rows: pd.DataFrame) -> str:
-    parts = rows["item_id"].str.rsplit("/", n=1).str[0].value_counts().index
-    text = f"{rows['item_id'].nunique():,} items ({', '.join(sorted(map(str, parts)))})"
+    sources = rows["item_id"].str.rsplit("/", n=1).str[0].value_counts().index
+    text = f"{rows['item_id'].nunique():,} items ({', '.join(sorted(map(str, sources)))})"
     attacks = [a for a in rows["attack"].dropna().unique() if a]
     if attacks:
-        shown = [formatting.attack(str(a)) for a in sorted(attacks, key=lambda a: (a != DIRECT, a))]
-        text += f", {formatting.listed(shown)}"
+        names = [formatting.attack_name(str(a)) for a in sorted(attacks, key=lambda a: (a != DIRECT, a))]
+        text += f", attacks: {formatting.join_and(names)}"
     samples = rows["sample"].nunique()
-    return text + (f", {samples} samples each" if samples > 1 else ", one answer each")
+    return text + (f", {samples} samples each" if samples > 1 else ", one response each")
 
 
 def _judge(judge: object) -> str:
-    known = _dict(judge)
-    if not known:
+    info = mapping(judge)
+    if not info:
         return str(judge)
-    told = ", ".join(f"{key} {known[key]}" for key in ("version", "hash") if key in known)
-    text = f"{known.get('name', 'not named')} ({told})" if told else str(known.get("name"))
-    return f"{text}: {known['note']}" if known.get("note") else text
+    details = ", ".join(f"{key} {info[key]}" for key in ("version", "hash") if key in info)
+    text = f"{info.get('name', 'unnamed')} ({details})" if details else str(info.get("name"))
+    return f"{text}: {info['note']}" if info.get("note") else text
 
 
 def _settings(value: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items())
 
 
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def judge_agreement(results: Results) -> pd.DataFrame:
+    """Return agreement and kappa on outcomes for each pair of judges, by eval, with intervals."""
+    tables = [
+        stats.judge_agreement(rows)[0].assign(eval=axis)
+        for axis, rows in results.rows.groupby("eval")
+        if _several_judges(rows)
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-STOPPED = "asked until decided: no correction that holds after stopping"
-CORRECTED = ["objective", "seed", "budget", "condition", "measure", "label", "rate", "low", "high", "n"]
-STOPPED = "asked until decided: no correction that holds after stopping"
-CORRECTED += ["corrected", "corrected_low", "corrected_high", "note"]
-REFUSAL = ("refusal", "overrefusal")  # what a card's labels are about: refused or not
+def confusion_tables(results: Results) -> list[dict[str, Any]]:
+    """Return the counts of each pair of judges' outcomes, by eval."""
+    return [
+        {"eval": axis, "rows": a, "columns": b, "table": table}
+        for axis, rows in results.rows.groupby("eval")
+        if _several_judges(rows)
+        for (a, b), table in stats.judge_agreement(rows)[1].items()
+    ]
 
 
-def agreement(results: Results) -> pd.DataFrame:
-    """Every pair of judges of the same answers, by eval: agreement on the outcome, and kappa, with intervals."""
-    found = []
-    for axis, own in results.rows.groupby("eval"):
-        if own["judge"].nunique() > 1 and own["outcome"].notna().any():
-            table, _ = stats.judge_agreement(own)
-            found.append(table.assign(eval=axis))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+def _several_judges(rows: pd.DataFrame) -> bool:
+    return rows["judge"].nunique() > 1 and bool(rows["outcome"].notna().any())
 
 
-def confusions(results: Results) -> list[dict[str, Any]]:
-    """What one judge said where another said something, counted."""
-    found = []
-    for axis, own in results.rows.groupby("eval"):
-        if own["judge"].nunique() > 1 and own["outcome"].notna().any():
-            _, tables = stats.judge_agreement(own)
-            found += [{"eval": axis, "rows": a, "columns": b, "table": t} for (a, b), t in tables.items()]
-    return found
+def corrected_rates(results: Results, cards: list[Path]) -> pd.DataFrame:
+    """Return refusal rates corrected for judge error (Rogan-Gladen, 1978), with the raw ones.
 
-
-def corrected(results: Results, cards: list[Path]) -> pd.DataFrame:
-    """Refusal rates corrected for their judge's errors (Rogan-Gladen), beside the raw ones, with the card's counts.
-
-    A card belongs to the judge of its hash alone: ReportError for one that judged nothing here.
+    A card applies to the judge with its hash only; raises ReportError if that judge scored nothing in this run.
     """
     lines: list[dict[str, object]] = []
-    told = results.manifest.get("judges") or {}
+    judges = results.manifest.get("judges") or {}
     for path in cards:
-        card = _card(path)
-        axes = {k for k, j in told.items() if j.get("hash") == card["judge_hash"]}
+        card = _read_card(path)
+        axes = {axis for axis, judge in judges.items() if judge.get("hash") == card["judge_hash"]}
         if not axes:
-            raise ReportError(
-                f"{path} is the card of {card['judge']} {card['judge_hash']}, which judged nothing in {results.folder}",
-                fix="calibrate the judge of this study",
-            )
-        counts = _counts(card)
+            what = f"{path} is the card of {card['judge']} {card['judge_hash']}, which scored nothing in"
+            raise ReportError(f"{what} {results.folder}", fix="calibrate the judge of this study")
+        counts = _card_counts(card)
         rates = results.rates()
         own = rates[rates["measure"].isin(REFUSAL) & rates["axis"].isin(axes)]
-        lines += [_line({str(k): v for k, v in r.items()}, *counts) for r in own.to_dict("records")]
+        lines += [_correct({str(k): v for k, v in r.items()}, *counts) for r in own.to_dict("records")]
     return pd.DataFrame(lines, columns=CORRECTED)
 
 
-def shown(results: Results, cards: list[Path]) -> list[dict[str, Any]]:
-    """Who judged what in this run, and what each judge's card, where one was given, measured of its errors."""
-    told = results.manifest.get("judges") or {}
-    read = [_card(path) for path in cards]
-    found = []
-    for axis, judge in told.items():
-        known = judge if isinstance(judge, dict) else {"name": str(judge)}
-        own = [c for c in read if c["judge_hash"] == known.get("hash")]
-        facts = [(str(k), str(v)) for k, v in known.items() if k != "name" and v not in (None, "", [], {})]
-        found.append(
-            {"axis": str(axis), "name": str(known.get("name", "not named")), "facts": facts, "parts": _parts(own)}
-        )
-    return found
+def judge_summaries(results: Results, cards: list[Path]) -> list[dict[str, Any]]:
+    """Return each eval's judge, and sensitivity and specificity from its card if one was given."""
+    read = [_read_card(path) for path in cards]
+    summaries = []
+    for axis, judge in (results.manifest.get("judges") or {}).items():
+        info = judge if isinstance(judge, dict) else {"name": str(judge)}
+        own = [c for c in read if c["judge_hash"] == info.get("hash")]
+        facts = [(str(k), str(v)) for k, v in info.items() if k != "name" and v not in (None, "", [], {})]
+        name = str(info.get("name", "unnamed"))
+        summaries.append({"axis": str(axis), "name": name, "facts": facts, "parts": _accuracy(own)})
+    return summaries
 
 
-def _parts(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A card's lines: what it was measured on, the two rates, and the counts that they come from."""
-    found = []
+def _accuracy(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return per part of each card: the source of its responses, sensitivity, specificity and n."""
+    lines = []
     for card in cards:
         for part in card["parts"]:
-            n = {k: int(v) for k, v in part["counts"].items()}
-            hits, missed = n["true_positive"], n["false_negative"]
-            right, false = n["true_negative"], n["false_positive"]
-            found.append(
+            hits, positives, right, negatives = _counts([part["counts"]])
+            lines.append(
                 {
-                    "on": str(part.get("model") or card.get("on") or "its answers"),
-                    "sensitivity": hits / (hits + missed) if hits + missed else None,
-                    "specificity": right / (right + false) if right + false else None,
-                    "n": hits + missed + right + false,
+                    "on": str(part.get("model") or card.get("on") or "its responses"),
+                    "sensitivity": hits / positives if positives else None,
+                    "specificity": right / negatives if negatives else None,
+                    "n": positives + negatives,
                 }
             )
-    return found
+    return lines
 
 
-def _line(rate: dict[str, Any], hits: int, positives: int, right: int, negatives: int) -> dict[str, object]:
-    found = None
-    stopped = rate["method"] == "anytime"
-    if rate["n"] and rate["rate"] == rate["rate"] and not stopped:
+def _correct(rate: dict[str, Any], hits: int, positives: int, right: int, negatives: int) -> dict[str, object]:
+    corrected = None
+    sequential = rate["method"] == "anytime"
+    if rate["n"] and rate["rate"] == rate["rate"] and not sequential:
         measured = (hits / positives, right / negatives, positives, negatives)
-        found = stats.rogan_gladen(float(rate["rate"]), int(rate["n_clusters"]), *measured)
+        corrected = stats.rogan_gladen(float(rate["rate"]), int(rate["n_clusters"]), *measured)
     return {k: rate[k] for k in CORRECTED if k in rate} | {
-        "corrected": found.rate if found else float("nan"),
-        "corrected_low": found.low if found else float("nan"),
-        "corrected_high": found.high if found else float("nan"),
-        "note": found.note if found else STOPPED if stopped else str(rate["reason"]),
+        "corrected": corrected.rate if corrected else float("nan"),
+        "corrected_low": corrected.low if corrected else float("nan"),
+        "corrected_high": corrected.high if corrected else float("nan"),
+        "note": corrected.note if corrected else UNCORRECTED if sequential else str(rate["reason"]),
     }
 
 
-def _card(path: Path) -> dict[str, Any]:
+def _read_card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text("utf-8"))
         assert isinstance(card["parts"], list)
         assert card["judge_hash"]
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ReportError(f"{path} is no judge's card", fix="make one with leeway judge calibrate") from error
+        raise ReportError(f"{path} is not a judge card", fix="make one with `leeway judge calibrate`") from error
     return dict(card)
 
 
-def _counts(card: dict[str, Any]) -> tuple[int, int, int, int]:
-    """(refusals found, refusals, others left alone, others), over all models of the card."""
-    counts = [p["counts"] for p in card["parts"]]
+def _card_counts(card: dict[str, Any]) -> tuple[int, int, int, int]:
+    return _counts([part["counts"] for part in card["parts"]])
+
+
+def _counts(counts: list[dict[str, Any]]) -> tuple[int, int, int, int]:
+    """Return (true positives, positives, true negatives, negatives), summed; positive is a refusal."""
     hits, missed = (sum(int(c[k]) for c in counts) for k in ("true_positive", "false_negative"))
     right, false = (sum(int(c[k]) for c in counts) for k in ("true_negative", "false_positive"))
     return hits, hits + missed, right, right + false

@@ -1,11 +1,4 @@
-"""One style for all figures, and each figure as the same SVG, PNG and PDF bytes every time.
-
-The lines of the figures: an objective under a test condition, always in the same colour and marker.
-
-What each mark of a figure stands for: the page names it, picks it out, and dims the others.
-
-A figure's SVG inside the page: no styles of its own, colours that follow the theme, marks with their words.
-"""
+"""Shared parts of the figures: style, lines and their colours, marks with tooltips, rendering, inline SVG."""
 
 from __future__ import annotations
 
@@ -32,7 +25,7 @@ from leeway.stats.metrics import BASE, PLAIN
 mpl.use("Agg")
 
 
-# Okabe & Ito (2008), told apart by people of every colour vision; its yellow is too pale for a line on white
+# Okabe & Ito (2008), distinguishable with any colour vision; without yellow, which is too pale on white
 COLOURS = {
     "sft": "#D55E00",
     "dpo": "#E69F00",
@@ -48,7 +41,7 @@ SPARE_MARKERS = ["X", "h", "<", ">", "p", "*", "d", "H"]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: what it shows and how it is drawn."""
+    """An objective under one test-time condition, drawn with the same colour and marker in every figure."""
 
     objective: str
     condition: str
@@ -58,69 +51,75 @@ class Series:
 
     @property
     def label(self) -> str:
-        return formatting.name(self.objective, self.condition)
+        return formatting.objective_name(self.objective, self.condition)
 
     def of(self, table: pd.DataFrame) -> pd.DataFrame:
-        """This line's rows of a table, by budget."""
+        """Return this line's rows of a table, by budget."""
         chosen = (table["objective"] == self.objective) & (table["condition"] == self.condition)
         return table[chosen].sort_values("budget")
 
     def base_of(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The base under this line's own test condition."""
+        """Return the base's rows under this line's condition."""
         chosen = (table["objective"] == BASE) & (table["condition"] == self.condition)
         return table[chosen]
 
 
 def series_of(table: pd.DataFrame, order: list[str]) -> list[Series]:
-    """One per objective and condition: the study's order of objectives, plain prompts first."""
+    """Return one line per objective and condition, objectives in the study's order, plain prompts first."""
     pairs = table.loc[table["objective"] != BASE, ["objective", "condition"]].drop_duplicates()
     present = [str(o) for o in pairs["objective"].unique()]
     objectives = [o for o in order if o in present] + sorted(set(present) - set(order))
-    strangers = [o for o in objectives if o not in COLOURS]
-    found = []
+    uncoloured = [o for o in objectives if o not in COLOURS]
+    lines = []
     for objective in objectives:
-        spare = strangers.index(objective) % len(SPARE) if objective in strangers else 0
+        spare = uncoloured.index(objective) % len(SPARE) if objective in uncoloured else 0
         conditions = sorted(pairs.loc[pairs["objective"] == objective, "condition"], key=lambda c: (c != PLAIN, c))
         for n, condition in enumerate(conditions):
             colour = COLOURS.get(objective, SPARE[spare])
             marker = MARKERS.get(objective, SPARE_MARKERS[spare])
-            found.append(Series(objective, str(condition), colour, marker, filled=n == 0))
-    return found
+            lines.append(Series(objective, str(condition), colour, marker, filled=n == 0))
+    return lines
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A drawn thing: whose it is, and what it says where a reader can stop at it."""
+    """What a drawn element shows: its line, budget and attack for the filter, and its tooltip."""
 
-    line: str = ""  # the objective and its test prompt; empty: the base's, or everybody's
+    line: str = ""  # `key_of` the objective and condition; empty for the base or all
     budget: int | None = None
     attack: str = ""
-    says: str = ""
+    label: str = ""  # the tooltip; empty without one
 
     def attributes(self) -> dict[str, str]:
-        """For the element of the page that shows it."""
-        found = {"data-line": self.line, "data-attack": self.attack, "data-says": self.says}
-        found["data-budget"] = "" if self.budget is None else str(self.budget)
-        return {k: v for k, v in sorted(found.items()) if v}
+        """Return the data attributes of the SVG element."""
+        data = {"data-line": self.line, "data-attack": self.attack, "data-label": self.label}
+        data["data-budget"] = "" if self.budget is None else str(self.budget)
+        return {k: v for k, v in sorted(data.items()) if v}
 
 
 class Marks:
-    """The marks of one figure, by the id that each has in its SVG."""
+    """The marks of one figure, by their id in its SVG."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Mark] = {}
+        self.by_id: dict[str, Mark] = {}
 
-    def put(
-        self, artist: Artist, one: Series | None = None, *, budget: int | None = None, attack: str = "", says: str = ""
+    def add(
+        self,
+        artist: Artist,
+        line: Series | None = None,
+        *,
+        budget: int | None = None,
+        attack: str = "",
+        label: str = "",
     ) -> None:
-        """Say what an artist stands for."""
-        key = f"mark{len(self.found)}"
+        """Record what an artist shows."""
+        key = f"mark{len(self.by_id)}"
         artist.set_gid(key)
-        self.found[key] = Mark(key_of(one.objective, one.condition) if one else "", budget, attack, says)
+        self.by_id[key] = Mark(key_of(line.objective, line.condition) if line else "", budget, attack, label)
 
 
 def key_of(objective: str, condition: str) -> str:
-    """How the page calls a line; empty for the base, which no choice of objectives hides."""
+    """Return the filter key of a line; empty for the base, which no filter hides."""
     return "" if objective == BASE else f"{objective}|{condition}"
 
 
@@ -132,7 +131,7 @@ THEMED = {
     "#d3d6d9": "ghost",
     "#ffffff": "card",
 }
-# a line's colour on a dark page, where its own would be too dim
+# line colours in the dark theme, where the original would be too dim
 ON_DARK = {
     "#d55e00": "#f0803c",
     "#0072b2": "#4fa8e0",
@@ -149,10 +148,10 @@ PAINT = re.compile(r'(?<= )(fill|stroke)="(#[0-9a-f]{6})"')
 
 
 def inline(svg: str, name: str, alt: str, marks: Mapping[str, Mark]) -> str:
-    """SVG as matplotlib writes it, for inside a page: named for a reader, with nothing that a strict policy forbids.
+    """Convert matplotlib's SVG for embedding in a page with a strict Content Security Policy.
 
-    Declarations become attributes (a policy without inline styles forbids the former); ids are made the figure's own
-    by `figures.finish`.
+    Style declarations become attributes, colours become theme variables, marks get their data attributes, and the
+    figure gets `alt` as its title.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r' xmlns(:xlink)?="[^"]*"', "", body).replace("xlink:href=", "href=")
@@ -160,38 +159,40 @@ def inline(svg: str, name: str, alt: str, marks: Mapping[str, Mark]) -> str:
     body = STYLE_ATTRIBUTE.sub(lambda m: _attributes(m.group(1)), body)
     body = PAINT.sub(lambda m: f'{m.group(1)}="{themed(m.group(2))}"', body)
     body = re.sub(r"\n\s*", " ", body).replace("> <", "><")
-    body = re.sub(rf'id="{re.escape(name)}-(mark\d+)"', lambda m: _marked(m.group(1), m.group(0), marks), body)
+    body = re.sub(rf'id="{re.escape(name)}-(mark\d+)"', lambda m: _with_data(m.group(1), m.group(0), marks), body)
     title = f'<title id="{name}-title">{html.escape(alt, quote=False)}</title>'
     opened = f'<svg role="img" aria-labelledby="{name}-title" stroke-linejoin="round" stroke-linecap="butt" '
     return re.sub(r"<svg ([^>]*)>", lambda m: f"{opened}{m.group(1)}>{title}", body, count=1)
 
 
 def themed(colour: str) -> str:
-    """A colour as the page's variable, where it has one."""
+    """Return the theme variable of a colour, or the colour itself if it has none."""
     if colour in THEMED:
         return f"var(--{THEMED[colour]})"
     return f"var(--c{colour[1:]})" if colour in ON_DARK else colour
 
 
-def colours(*, dark: bool) -> str:
-    """The lines' colours as CSS variables."""
-    return " ".join(f"--c{light[1:]}: {of_dark if dark else light};" for light, of_dark in ON_DARK.items())
+def with_line_colours(css: str) -> str:
+    """Insert the lines' colours as CSS variables into the page's style sheet, for both themes."""
+    light = " ".join(f"--c{colour[1:]}: {colour};" for colour in ON_DARK)
+    dark = " ".join(f"--c{colour[1:]}: {on_dark};" for colour, on_dark in ON_DARK.items())
+    return css.replace("/* lines, light */", light).replace("/* lines, dark */", dark)
 
 
 def _attributes(declarations: str) -> str:
-    found = []
+    attributes = []
     for declaration in declarations.split(";"):
         key, _, value = declaration.partition(":")
-        if key.strip() not in ("", "font-family"):  # the page's own fonts
-            found.append(f'{key.strip()}="{value.strip()}"')
-    return "".join(f" {one}" for one in found)
+        if key.strip() not in ("", "font-family"):  # the page sets its fonts
+            attributes.append(f'{key.strip()}="{value.strip()}"')
+    return "".join(f" {attribute}" for attribute in attributes)
 
 
-def _marked(key: str, as_is: str, marks: Mapping[str, Mark]) -> str:
+def _with_data(key: str, attribute: str, marks: Mapping[str, Mark]) -> str:
     if key not in marks:
-        return as_is
-    more = "".join(f' {k}="{html.escape(v)}"' for k, v in marks[key].attributes().items())
-    return as_is + (' class="mark"' if marks[key].says else "") + more
+        return attribute
+    data = "".join(f' {k}="{html.escape(v)}"' for k, v in marks[key].attributes().items())
+    return attribute + (' class="mark"' if marks[key].label else "") + data
 
 
 WIDTH = 8.0  # inches, drawn 960 CSS pixels wide: 8.5 pt text is 14 pixels
@@ -202,7 +203,7 @@ STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "text.color": INK,
-    "text.parse_math": False,  # a name may hold a dollar sign
+    "text.parse_math": False,  # names may contain a dollar sign
     "axes.labelcolor": INK,
     "axes.edgecolor": FAINT,
     "axes.linewidth": 0.8,
@@ -224,16 +225,16 @@ STYLE = {
     "legend.frameon": False,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "svg.fonttype": "none",  # words stay words: searchable, a tenth of the size
+    "svg.fonttype": "none",  # keep text as text: searchable and small
     "svg.hashsalt": "leeway",
-    "pdf.fonttype": 42,  # TrueType: journals refuse Type 3
+    "pdf.fonttype": 42,  # TrueType, since journals reject Type 3
     "hatch.linewidth": 0.5,
 }
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure: file name, what it shows in words, and its bytes."""
+    """A finished figure: file name, title, caption, alt text and files."""
 
     name: str
     title: str
@@ -246,13 +247,13 @@ class Drawing:
 
     @property
     def inline(self) -> str:
-        """The SVG for inside an HTML page."""
+        """The SVG for embedding in an HTML page."""
         return inline(self.svg, self.name, self.alt, self.marks)
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw inside this, whatever the caller's own matplotlib settings are."""
+    """Draw with the report's matplotlib settings, whatever the caller's are."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)
@@ -260,35 +261,35 @@ def style() -> Iterator[None]:
 
 
 def finish(figure: Figure, name: str, title: str, caption: str, alt: str, marks: Marks | None = None) -> Drawing:
-    """Render to SVG, PNG and PDF; the bytes hold no date and no random id."""
+    """Render to SVG, PNG and PDF without dates or random ids, so that equal figures give equal bytes."""
     svg, png, pdf = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(svg, format="svg", metadata=nothing)
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(svg, format="svg", metadata=no_metadata)
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
     figure.savefig(pdf, format="pdf", metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
-    drawn = _tidy(svg.getvalue().decode("utf-8"), name)
-    return Drawing(name, title, caption, alt, drawn, png.getvalue(), pdf.getvalue(), marks.found if marks else {})
+    drawn = _unique_ids(svg.getvalue().decode("utf-8"), name)
+    return Drawing(name, title, caption, alt, drawn, png.getvalue(), pdf.getvalue(), marks.by_id if marks else {})
 
 
-def marker(one: Series, *, small: bool = False) -> dict[str, Any]:
-    """How a line's points look: filled under plain prompts, open under others."""
+def marker(line: Series, *, small: bool = False) -> dict[str, Any]:
+    """Return the marker style of a line: filled for its first condition, open for others."""
     return {
-        "color": one.colour,
-        "marker": one.marker,
+        "color": line.colour,
+        "marker": line.marker,
         "markersize": 4.2 if small else 5.5,
-        "markerfacecolor": one.colour if one.filled else "white",
-        "markeredgecolor": "white" if one.filled else one.colour,
-        "markeredgewidth": 0.5 if one.filled else 1.0,
+        "markerfacecolor": line.colour if line.filled else "white",
+        "markeredgecolor": "white" if line.filled else line.colour,
+        "markeredgewidth": 0.5 if line.filled else 1.0,
     }
 
 
-def head(ax: Axes, one: Series) -> None:
-    """A panel's title: the line's marker in its colour, its name in ink (pale colours are no colours for words)."""
+def panel_title(ax: Axes, line: Series) -> None:
+    """Title a panel with the line's marker in its colour and its name in black (pale colours are hard to read)."""
     figure = ax.figure
     where = ax.transAxes + ScaledTranslation(4 / 72, 9.5 / 72, figure.dpi_scale_trans)
-    ax.add_artist(Line2D([0], [1], linestyle="", transform=where, clip_on=False, **marker(one)))
+    ax.add_artist(Line2D([0], [1], linestyle="", transform=where, clip_on=False, **marker(line)))
     ax.annotate(
-        one.label,
+        line.label,
         (0, 1),
         xytext=(12, 6),
         xycoords="axes fraction",
@@ -308,27 +309,27 @@ def grid(
     left: float = 0.085,
     bottom: float = 0.5,
 ) -> tuple[Figure, list[Axes]]:
-    """Small multiples: `panels` axes of equal size; `top` and `bottom` inches are for legend and names."""
+    """Create `panels` axes of equal size; `top` and `bottom` are inches for the legend and axis names."""
     columns = min(columns, max(panels, 1))
-    lines = -(-panels // columns)
-    total = lines * height + top
+    rows = -(-panels // columns)
+    total = rows * height + top
     figure = Figure(figsize=(WIDTH, total))
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     inside = total - top - 0.25 - bottom
-    gap = 0.52  # inches between lines of panels: a title and a line of ticks
-    hspace = gap * lines / max(inside - gap * (lines - 1), 0.1) if lines > 1 else 0.0
+    gap = 0.52  # inches between rows of panels, for a title and tick labels
+    hspace = gap * rows / max(inside - gap * (rows - 1), 0.1) if rows > 1 else 0.0
     figure.subplots_adjust(
         left=left, right=0.985, top=1 - (top + 0.25) / total, bottom=bottom / total, wspace=0.1, hspace=hspace
     )
-    flat = [ax for line in axes for ax in line]
+    flat = [ax for row in axes for ax in row]
     for n, ax in enumerate(flat):
         ax.set_visible(n < panels)
         ax.tick_params(labelbottom=True)
     return figure, flat[:panels]
 
 
-def _tidy(svg: str, name: str) -> str:
-    """Ids of this figure's own (several stand in one page) and fonts that any machine has."""
+def _unique_ids(svg: str, name: str) -> str:
+    """Prefix ids with the figure's name, since one page holds several, and add fallback fonts."""
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)

@@ -1,83 +1,164 @@
-"""Everything in a run directory that is made for readers, rebuilt from its rows."""
+"""Rebuild everything in a run directory that is made for readers, and replace only files that the report itself wrote.
+
+The report records the path and digest of each file that it writes in `.report-files.json`. A later report replaces a
+file only if its content is the recorded one (or already the new one), and removes a recorded file that it no longer
+makes only if its content is unchanged. Any other file at a target path is a user's: LeewayError, nothing is written.
+Symbolic links below the run directory are never followed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import pandas as pd
 
+from leeway.errors import LeewayError
+from leeway.hashing import file_digest
+from leeway.io import write_file, write_json
 from leeway.report import figures, formatting, narrative
-from leeway.report.exports import results_json
-from leeway.report.formatting import Scale
-from leeway.report.page import page as analyses
-from leeway.report.page.page import FURTHER, context, page
+from leeway.report.exports.results_json import export_files, results_json
+from leeway.report.formatting import BudgetUnit
+from leeway.report.page.analyses import analyses
+from leeway.report.page.page import OPTIONAL_TABLES, context, page
 from leeway.report.plotting import Drawing, Series, series_of, style
 from leeway.report.results import Results
-from leeway.report.written import replace_files
+
+RECORD = ".report-files.json"
+REMOVABLE = ("tables/*.csv", "tables/*.tex", "figures/*.svg", "figures/*.png", "figures/*.pdf")
+MOVE = "move it away, and run the report again"
 
 
 def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = None) -> Path:
-    """Write `results.json`, `tables/`, `figures/`, `citation.bib`, model cards, `report.html`; same rows, same bytes.
+    """Write `results.json`, `tables/`, `figures/`, `citation.bib`, model cards and `report.html`, deterministically.
 
-    With judges' `cards`, refusal rates corrected for their errors stand beside the raw ones; `claims` written after the
-    run stand beside the study's own. Only files that an earlier report wrote are replaced or removed
-    (`report.written`); raises LeewayError, with nothing changed, where a user's file or a symbolic link is in the way.
+    `cards` are judge cards, for refusal rates corrected for judge error; `claims` are further claims, written after the
+    run. Returns the page's path. Raises LeewayError, with nothing changed, if a user's file or a symbolic link is at a
+    target path.
     """
     results = Results.load(folder)
-    made, why_not = _tables(results, [*cards], claims)
-    lines = series_of(made["rates"], narrative.ordered(_objectives(results), results.study))
+    made, unavailable = _tables(results, [*cards], claims)
+    objectives = [str(o) for o in results.rows["objective"].unique()]
+    lines = series_of(made["rates"], narrative.order_objectives(objectives, results.study))
     drawings = draw(results, made, lines)
-    shown = page(context(results, made, lines, drawings, cards, why_not))
-    files: dict[str, str | bytes] = {**results_json.export_files(results, made, lines)}
-    files |= {f"tables/{name}.csv": formatting.csv(table) for name, table in made.items()}
+    files: dict[str, str | bytes] = {**export_files(results, made, lines)}
+    files |= {f"tables/{name}.csv": formatting.to_csv(table) for name, table in made.items()}
     for d in drawings:
         files |= {f"figures/{d.name}.{end}": getattr(d, end) for end in ("svg", "png", "pdf")}
-    files |= {"results.json": formatting.dump(results_json.results_json(results, made)), "report.html": shown}
+    files["results.json"] = formatting.to_json(results_json(results, made))
+    files["report.html"] = page(context(results, made, lines, drawings, cards, unavailable))
     replace_files(folder, files)
     return folder / "report.html"
 
 
 def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> list[Drawing]:
-    """Every figure that the rows can carry, in the page's order."""
-    pooled, scale = results.pooled_rates(), Scale.of(results.manifest)
+    """Draw every figure that the rows allow, in the page's order."""
+    pooled, unit = results.pooled_rates(), BudgetUnit.of(results.manifest)
     one_checkpoint = narrative.external(results.manifest).get("kind") == "audit"  # a curve needs two
     with style():
-        found = [
-            figures.forest(made["contrasts"], lines, scale),
-            figures.tradeoff(pooled, lines, scale),
-            None if one_checkpoint else figures.by_budget(pooled, lines, scale),
-            figures.by_attack(pooled, lines, scale),
-            figures.outcomes(made["outcomes"], lines, scale),
-            figures.traits(pooled, lines, scale),
+        drawings = [
+            figures.forest(made["contrasts"], lines, unit),
+            figures.tradeoff(pooled, lines, unit),
+            None if one_checkpoint else figures.by_budget(pooled, lines, unit),
+            figures.by_attack(pooled, lines, unit),
+            figures.outcomes(made["outcomes"], lines, unit),
+            figures.traits(pooled, lines, unit),
         ]
-    return [drawing for drawing in found if drawing is not None]
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def _tables(
     results: Results, cards: list[Path], claims: str | Path | None
 ) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
-    """Every table by name, and why an analysis that was asked for is not there."""
-    found = {
+    """Return every table by name, and the reason for each analysis that is unavailable."""
+    tables = {
         "rates": results.rates(),
         "contrasts": results.contrasts(),
         "frontier": results.frontier(),
         "outcomes": results.outcomes(),
         "persona": results.persona(),
-        "unscored": formatting.unscored(results.rows),
+        "unscored": _unscored(results.rows),
         "ledger": results.ledger,
         "checks": results.checks(),
         "sd3": results.likert(),
         "benign": results.outcomes("overrefusal"),
-        "judges": narrative.agreement(results),
-        "corrected": narrative.corrected(results, cards),
+        "judges": narrative.judge_agreement(results),
+        "corrected": narrative.corrected_rates(results, cards),
         "claims": results.claims(claims),
-        "sequential": results.asked(),
+        "sequential": results.stopping(),
     }
-    kept = {k: t for k, t in found.items() if k not in FURTHER or not t.empty}
-    more, why_not = analyses.analyses(results)
-    return kept | more, why_not
+    tables = {k: t for k, t in tables.items() if k not in OPTIONAL_TABLES or not t.empty}
+    more, unavailable = analyses(results)
+    return tables | more, unavailable
 
 
-def _objectives(results: Results) -> list[str]:
-    return [str(o) for o in results.rows["objective"].unique()]
+def _unscored(rows: pd.DataFrame) -> pd.DataFrame:
+    """Count the unscored responses of each evaluation by reason; one line with 0 if all are scored."""
+    reasons = rows["unscored_reason"].fillna("no reason given")
+    missing = rows.assign(reason=reasons)[rows["score"].isna()]
+    answers = rows.groupby("eval").size().rename("answers")
+    counts = missing.groupby(["eval", "reason"]).size().rename("unscored").reset_index()
+    scored = pd.DataFrame({"eval": [e for e in answers.index if e not in set(counts["eval"])]})
+    table = pd.concat([counts, scored.assign(reason="", unscored=0)], ignore_index=True)
+    table = table.join(answers, on="eval").sort_values(["eval", "reason"])
+    return table[["eval", "answers", "unscored", "reason"]].reset_index(drop=True)
+
+
+def replace_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write `files` (content by path relative to `folder`), and remove what only an earlier report wrote.
+
+    Raises LeewayError, with nothing changed, if a path is or leads through a symbolic link, or holds a user's file.
+    """
+    contents = {name: text.encode("utf-8") if isinstance(text, str) else text for name, text in files.items()}
+    digests = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in contents.items()}  # = file_digest
+    before = _read_record(folder)
+    for name in [RECORD, *contents]:
+        _check_target(folder, name, {*before.get(name, []), digests.get(name, "")})
+    # until all files are written both contents are the report's own: it may be killed in between
+    either = {n: sorted({*before.get(n, []), *([digests[n]] if n in digests else [])}) for n in {*before, *digests}}
+    _write_record(folder, either)
+    for name in sorted(before.keys() - contents.keys()):
+        _remove_stale(folder, name, before[name])
+    for name, content in contents.items():
+        write_file(folder / name, content)
+    _write_record(folder, {name: [digest] for name, digest in digests.items()})
+
+
+def _write_record(folder: Path, digests: Mapping[str, list[str]]) -> None:
+    write_json(folder / RECORD, digests)
+
+
+def _read_record(folder: Path) -> dict[str, list[str]]:
+    """Return digests by path; empty without a readable record, so that no file counts as the report's."""
+    path = folder / RECORD
+    try:
+        record = {} if path.is_symlink() else json.loads(path.read_text("utf-8"))
+        return {str(name): [str(d) for d in digests] for name, digests in record.items()}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return {}
+
+
+def _check_target(folder: Path, name: str, own: set[str]) -> None:
+    path = folder / name
+    if link := _symlink(folder, path):
+        raise LeewayError(f"{link} is a symbolic link", fix=MOVE)
+    if name != RECORD and path.exists() and not (path.is_file() and file_digest(path) in own):
+        raise LeewayError(f"{path} is not a file that the report wrote", fix=MOVE)
+
+
+def _remove_stale(folder: Path, name: str, own: list[str]) -> None:
+    """Remove a file of an earlier report, unless it was edited since."""
+    path = folder / name
+    removable = any(Path(name).match(pattern) for pattern in REMOVABLE) and len(Path(name).parts) == 2
+    if removable and not _symlink(folder, path) and path.is_file() and file_digest(path) in own:
+        path.unlink()
+
+
+def _symlink(folder: Path, path: Path) -> Path | None:
+    """Return the first symbolic link on the way from `folder` to `path`, or None."""
+    way = [path, *path.parents]
+    below = way[: way.index(folder)] if folder in way else way
+    return next((p for p in reversed(below) if p.is_symlink()), None)

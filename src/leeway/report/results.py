@@ -1,7 +1,4 @@
-"""A finished run as its reader meets it: rows, ledger, manifest, and the estimates made from them.
-
-The claims of a run and their verdicts: those written before it, held to their hash, and those written after.
-"""
+"""Load a finished run (rows, ledger, manifest) and compute its estimates and claim verdicts."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -21,16 +18,13 @@ from leeway.claims.evaluate import COLUMNS, judge
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import changed
 from leeway.report import formatting
-from leeway.report.formatting import Scale
+from leeway.report.formatting import BudgetUnit, mapping
 from leeway.stats import sequential
 from leeway.stats.bootstrap import Asked
 from leeway.stats.budget_curves import Move
+from leeway.stats.metrics import BASE
 from leeway.yaml_config import YAMLError
 from leeway.yaml_config import load as load_yaml
-
-if TYPE_CHECKING:
-    pass
-
 
 ROW_COLUMNS = ["objective", "seed", "budget", "eval", "attack", "item_id", "cluster", "sample", "prompt"]
 ROW_COLUMNS += ["response", "outcome", "score", "unscored_reason", "judge", "judge_raw", "template_hash"]
@@ -38,18 +32,20 @@ ROW_COLUMNS += ["adapter_hash", "new_tokens"]
 LEDGER_COLUMNS = ["objective", "seed", "budget", "step", "source_tokens", "target_tokens", "processed_tokens"]
 LEDGER_COLUMNS += ["reference_tokens", "examples", "epochs", "data_hash", "init_hash", "reference_hash"]
 LEDGER_COLUMNS += ["adapter_hash"]
-DRAWN = ("accuracy", "asr", "asr:none", "endorsement", "coherence")
-Estimate = TypeVar("Estimate")
-OPTIONAL = ["lr", "tuning_tokens", "start_tokens"]  # of the ledger: older runs lack them
+OPTIONAL_COLUMNS = ["lr", "tuning_tokens", "start_tokens"]  # of the ledger
+FRONTIER_MEASURES = ("accuracy", "asr", "asr:none")
+MAIN_MEASURES = ("accuracy", "asr", "asr:none", "endorsement", "coherence")
+LATER_CLAIMS = "evaluate other claims with `leeway report DIR --claims FILE`, which marks them as written after the run"
+T = TypeVar("T")
 
 
 class ReportError(LeewayError):
-    """A directory that cannot be reported on: what, where, and the fix."""
+    """A run directory that cannot be reported on."""
 
 
 @dataclass
 class Results:
-    """The contents of one run directory."""
+    """The contents of one run directory, and every estimate made from them."""
 
     folder: Path
     rows: pd.DataFrame
@@ -63,236 +59,280 @@ class Results:
         folder = Path(folder)
         if not folder.is_dir():
             raise ReportError(f"{folder} is not a directory", fix="give the --out directory of a `leeway run`")
-        _require(folder / "rows.parquet")
-        manifest = _manifest(folder / "manifest.json")
+        path = folder / "rows.parquet"
+        _require(path)
+        manifest = _read_manifest(folder / "manifest.json")
         if edited := changed(folder, manifest.get("file_hashes") or {}):
             what = f"{folder / edited[0]} is not the file that the run wrote"
-            raise ReportError(what, fix="run the study again: finished work is kept, and the file written anew")
-        rows = _table(folder / "rows.parquet", ROW_COLUMNS)
+            raise ReportError(what, fix="run the study again: it reuses finished work and rewrites the file")
+        rows = _read_table(path, ROW_COLUMNS)
         if rows.empty:
-            raise ReportError(f"{folder / 'rows.parquet'} holds no rows", fix="run the study again to evaluate it")
-        if not (rows["objective"] == "base").any():
-            where = folder / "rows.parquet"
-            raise ReportError(f"{where} has no rows of the base model to compare with", fix="run the study again")
-        ledger = _table(folder / "ledger.parquet", LEDGER_COLUMNS)
-        rows = _marked(rows, manifest)
-        found = cls(folder, rows, ledger, manifest, _study(folder / "study.yaml"))
-        found._check_prompts()
-        return found
+            raise ReportError(f"{path} holds no rows", fix="run the study again to evaluate it")
+        if not (rows["objective"] == BASE).any():
+            raise ReportError(f"{path} has no rows of the base model to compare with", fix="run the study again")
+        if axes := mapping(manifest.get("sequential")).get("axes"):
+            rows = sequential.marked(rows, axes)
+        ledger = _read_table(folder / "ledger.parquet", LEDGER_COLUMNS)
+        results = cls(folder, rows, ledger, manifest, _read_study(folder / "study.yaml"))
+        results._check_templates()
+        return results
 
-    def _check_prompts(self) -> None:
-        """Every row was asked under a rendered prompt that this run knows; a run that names none has one alone."""
+    def _check_templates(self) -> None:
+        """Raise ReportError for rows whose rendered prompt template the manifest does not list."""
         known = self.conditions
-        strange = sorted(set(self.rows["template_hash"].dropna().unique()) - {"", *known})
-        if known and strange:
-            count = int(self.rows["template_hash"].isin(strange).sum())
-            what = f"{self.folder / 'rows.parquet'}: {count} rows were asked under a prompt ({strange[0][:8]}) that the"
-            what += " manifest does not name: rows of another version of a template were pooled"
+        unknown = sorted(set(self.rows["template_hash"].dropna().unique()) - {"", *known})
+        if known and unknown:
+            count = int(self.rows["template_hash"].isin(unknown).sum())
+            what = f"{self.folder / 'rows.parquet'}: {count} rows use a prompt template ({unknown[0][:8]}) that the"
+            what += " manifest does not list: rows of another version of a template were pooled"
             raise ReportError(what, fix="report on the rows of one run")
 
     @property
     def conditions(self) -> dict[str, str]:
         """The test-time condition (`plain`, `<SAFE>`) of each template hash."""
-        found = self.manifest.get("conditions")
-        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
-
-    @property
-    def seeds(self) -> list[int]:
-        """The training seeds; none where nothing was trained."""
-        tuned = self.rows.loc[self.rows["objective"] != "base", "seed"]
-        return sorted(int(s) for s in tuned.unique())
-
-    def rates(self) -> pd.DataFrame:
-        """Every measure at every checkpoint, with its interval (`leeway.stats.rates`)."""
-        return self._rates.copy()
+        return {str(k): str(v) for k, v in mapping(self.manifest.get("conditions")).items()}
 
     @property
     def first_conditions(self) -> dict[str, str]:
-        """The condition each objective is meant to be used under; older runs do not say, and the rows have to."""
-        found = self.manifest.get("first_conditions")
-        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+        """The condition under which each objective is meant to be used."""
+        return {str(k): str(v) for k, v in mapping(self.manifest.get("first_conditions")).items()}
 
     @property
-    def sequential(self) -> dict[str, Any]:
-        """The design where items were asked until decided (`evals.stop`); empty where all were."""
-        found = self.manifest.get("sequential")
-        return found if isinstance(found, dict) and found.get("axes") else {}
-
-    def asked(self) -> pd.DataFrame:
-        """How much each checkpoint was asked until it was decided (`leeway.stats.sequential`); else empty."""
-        return sequential.asked(self.rows, self.conditions)
-
-    def contrasts(self, against: stats.Against | None = None) -> pd.DataFrame:
-        """Every checkpoint against the base, or `("sft", None)`, or `("sft", 400_000)` (`leeway.stats.contrasts`)."""
-        if against is None:
-            return self._contrasts.copy()
-        return self._ask(stats.contrasts, against=against, first=self.first_conditions)
-
-    def equivalence(self, margins: Mapping[str, float], against: stats.Against | None = None) -> pd.DataFrame:
-        """Which checkpoints did not move by as much as a margin: `{"asr": 0.05}` (`leeway.stats.equivalence`)."""
-        return self._ask(stats.equivalence, margins=margins, against=against, first=self.first_conditions)
-
-    def one_sided(self, bounds: Mapping[str, stats.Bound], against: stats.Against | None = None) -> pd.DataFrame:
-        """Which checkpoints are not worse by as much as a bound (`leeway.stats.one_sided`)."""
-        return self._ask(stats.one_sided, bounds=bounds, against=against, first=self.first_conditions)
-
-    def frontier(self) -> pd.DataFrame:
-        """Capability against ASR, and which checkpoints nothing dominates (`leeway.stats.pareto`)."""
-        rows, wanted = self.judged, ("accuracy", "asr", "asr:none")
-        if self.sequential:
-            return stats.frontier_of(self._rates)
-        drawn = self._checked(lambda: stats.draws(rows, self.conditions, wanted, by_seed=True))
-        return stats.frontier_of(self._rates, drawn)
-
-    def divergence(self, measure: str = "asr", objectives: Asked | None = None) -> pd.DataFrame:
-        """Slopes over log2(budget), and whether objectives differ in them (`leeway.stats.interaction`)."""
-        return self._ask(stats.divergence, measure=measure, objectives=self._meant(objectives), drawn=self._of(measure))
-
-    def onset(self, measure: str = "asr", threshold: float = 0.0, move: Move | None = None) -> pd.DataFrame:
-        """From which budget on a difference to the base holds (`leeway.stats.budget_curves`)."""
-        settings = {"measure": measure, "threshold": threshold, "move": move}
-        return self._ask(stats.onset, **settings, objectives=self._meant(None), drawn=self._of(measure))
-
-    def coupling(self, measure: str | None = None) -> pd.DataFrame:
-        """Points of ASR per point of capability along each trajectory (`leeway.stats.budget_curves`)."""
-        return self._ask(stats.coupling, measure=measure, objectives=self._meant(None), drawn=self._of(measure))
-
-    def matched(self, at: str | float = "largest", objectives: Asked | None = None) -> pd.DataFrame:
-        """Objectives at equal capability (`leeway.stats.budget_curves`)."""
-        return self._ask(stats.matched, at=at, objectives=self._meant(objectives), drawn=self._drawn)
-
-    def recommend(self, budget: int | None = None, tolerance: Mapping[str, float] | None = None) -> pd.DataFrame:
-        """Which objective to take at a budget (`leeway.stats.pareto`)."""
-        settings = {"budget": budget, "tolerance": tolerance, "objectives": self._meant(None)}
-        return self._ask(stats.recommend, **settings, drawn=self._drawn)
-
-    @cached_property
-    def _drawn(self) -> stats.Draws:
-        """One set of draws for all that is asked of the main measures."""
-        rows = self.judged
-        return self._checked(lambda: stats.draws(rows, self.conditions, DRAWN))
-
-    def _of(self, measure: str | None) -> stats.Draws | None:
-        """The common draws where they hold the measure."""
-        return self._drawn if measure is None or measure in DRAWN else None
-
-    def _meant(self, objectives: Asked | None) -> Asked | None:
-        """Objectives under the condition that each is meant to be used under, where the run says so."""
-        first = self.first_conditions
-        if not first:
-            return objectives
-        tuned = self.rows.loc[self.rows["objective"] != "base", "objective"]
-        asked = objectives if objectives is not None else sorted(map(str, tuned.unique()))
-        return [(o, first[o]) if isinstance(o, str) and o in first else o for o in asked]
-
-    def claims(self, later: str | Path | None = None) -> pd.DataFrame:
-        """The study's claims and their verdicts; `later` is a file of further ones, written after the run."""
-        pass
-
-        return table(self, later)
-
-    def outcomes(self, axis: str = "jailbreak") -> pd.DataFrame:
-        """What the answers to forbidden prompts were, or to benign ones (`leeway.stats.rates`)."""
-        return self._ask(stats.outcomes, axis=axis)
-
-    def persona(self) -> pd.DataFrame:
-        """Endorsement, answer mass and keyed halves per trait (`leeway.stats.rates`)."""
-        return self._ask(stats.persona)
-
-    def pooled_rates(self) -> pd.DataFrame:
-        """Rates over all training seeds together, as the figures show them; with one seed, the rates."""
-        return self._rates.copy() if len(self.seeds) < 2 else self._ask(stats.rates, pool_seeds=True)
-
-    @cached_property
-    def _rates(self) -> pd.DataFrame:
-        return self._ask(stats.rates)
-
-    @cached_property
-    def _contrasts(self) -> pd.DataFrame:
-        return self._ask(stats.contrasts, first=self.first_conditions)
-
-    def checks(self) -> pd.DataFrame:
-        """How far endorsement depends on the question's form (`leeway.stats.checks`)."""
-        return self._ask(stats.checks)
-
-    def likert(self) -> pd.DataFrame:
-        """The Short Dark Triad by trait and direction of its scale (`leeway.stats.likert`)."""
-        return self._ask(stats.likert)
+    def seeds(self) -> list[int]:
+        """The training seeds; empty if nothing was trained."""
+        tuned = self.rows.loc[self.rows["objective"] != BASE, "seed"]
+        return sorted(int(s) for s in tuned.unique())
 
     @property
     def judges(self) -> dict[str, str]:
-        """The first judge of each eval, by name."""
-        told = self.manifest.get("judges")
-        known = told if isinstance(told, dict) else {}
-        return {str(k): str(v["name"]) for k, v in known.items() if isinstance(v, dict) and "@" not in str(k)}
+        """The name of each eval's first judge."""
+        judges = mapping(self.manifest.get("judges"))
+        return {str(k): str(v["name"]) for k, v in judges.items() if isinstance(v, dict) and "@" not in str(k)}
+
+    @property
+    def sequential(self) -> dict[str, Any]:
+        """The sequential design (`evals.stop`); empty if every checkpoint answered all items."""
+        design = mapping(self.manifest.get("sequential"))
+        return design if design.get("axes") else {}
 
     @cached_property
     def judged(self) -> pd.DataFrame:
-        """The rows, every further judge's under `<eval>@<judge>` (`leeway.stats.metrics`)."""
-        several = self.rows.groupby("eval")["judge"].nunique()
-        there = {e: j for e, j in self.judges.items() if several.get(e, 0) > 1}
-        return self._checked(lambda: stats.judged(self.rows, there))
+        """The rows, with further judges' under `<eval>@<judge>` (`leeway.stats.metrics`)."""
+        n_judges = self.rows.groupby("eval")["judge"].nunique()
+        first = {e: j for e, j in self.judges.items() if n_judges.get(e, 0) > 1}
+        return self._locate_errors(lambda: stats.judged(self.rows, first))
 
     @property
     def first_judged(self) -> pd.DataFrame:
-        """The rows with the first judge's verdict on each answer, once."""
+        """The rows with the first judge's verdicts only, so one per response."""
         return self.judged[~self.judged["eval"].astype(str).str.contains("@", regex=False)]
 
-    def _ask(self, estimate: Any, **settings: Any) -> pd.DataFrame:
+    def rates(self) -> pd.DataFrame:
+        """Return every measure at every checkpoint with its interval (`leeway.stats.rates`)."""
+        return self._rates.copy()
+
+    def pooled_rates(self) -> pd.DataFrame:
+        """Return the rates with training seeds pooled, as in the figures."""
+        return self.rates() if len(self.seeds) < 2 else self._estimate(stats.rates, pool_seeds=True)
+
+    def contrasts(self, against: stats.Against | None = None) -> pd.DataFrame:
+        """Compare every checkpoint with the base, `("sft", None)` or `("sft", 400_000)` (`leeway.stats.contrasts`)."""
+        if against is None:
+            return self._contrasts.copy()
+        return self._estimate(stats.contrasts, against=against, first=self.first_conditions)
+
+    def equivalence(self, margins: Mapping[str, float], against: stats.Against | None = None) -> pd.DataFrame:
+        """Test equivalence within margins, as in `{"asr": 0.05}` (`leeway.stats.equivalence`)."""
+        return self._estimate(stats.equivalence, margins=margins, against=against, first=self.first_conditions)
+
+    def one_sided(self, bounds: Mapping[str, stats.Bound], against: stats.Against | None = None) -> pd.DataFrame:
+        """Test non-inferiority within bounds (`leeway.stats.one_sided`)."""
+        return self._estimate(stats.one_sided, bounds=bounds, against=against, first=self.first_conditions)
+
+    def frontier(self) -> pd.DataFrame:
+        """Return the Pareto frontier of capability and ASR (`leeway.stats.pareto`)."""
+        if self.sequential:
+            return stats.frontier_of(self._rates)
         rows = self.judged
-        table = self._checked(lambda: estimate(rows, self.conditions, **settings))
+        draws = self._locate_errors(lambda: stats.draws(rows, self.conditions, FRONTIER_MEASURES, by_seed=True))
+        return stats.frontier_of(self._rates, draws)
+
+    def divergence(self, measure: str = "asr", objectives: Asked | None = None) -> pd.DataFrame:
+        """Test whether slopes over log2(budget) differ between objectives (`leeway.stats.interaction`)."""
+        objectives = self._with_conditions(objectives)
+        return self._estimate(stats.divergence, measure=measure, objectives=objectives, drawn=self._draws_for(measure))
+
+    def onset(self, measure: str = "asr", threshold: float = 0.0, move: Move | None = None) -> pd.DataFrame:
+        """Estimate the first budget from which a difference to the base persists (`leeway.stats.budget_curves`)."""
+        settings = {"measure": measure, "threshold": threshold, "move": move}
+        objectives = self._with_conditions(None)
+        return self._estimate(stats.onset, **settings, objectives=objectives, drawn=self._draws_for(measure))
+
+    def coupling(self, measure: str | None = None) -> pd.DataFrame:
+        """Estimate points of ASR per point of capability along each trajectory (`leeway.stats.budget_curves`)."""
+        objectives = self._with_conditions(None)
+        return self._estimate(stats.coupling, measure=measure, objectives=objectives, drawn=self._draws_for(measure))
+
+    def matched(self, at: str | float = "largest", objectives: Asked | None = None) -> pd.DataFrame:
+        """Compare objectives at equal capability (`leeway.stats.budget_curves`)."""
+        return self._estimate(stats.matched, at=at, objectives=self._with_conditions(objectives), drawn=self._draws)
+
+    def recommend(self, budget: int | None = None, tolerance: Mapping[str, float] | None = None) -> pd.DataFrame:
+        """Recommend an objective at a budget (`leeway.stats.pareto`)."""
+        settings = {"budget": budget, "tolerance": tolerance, "objectives": self._with_conditions(None)}
+        return self._estimate(stats.recommend, **settings, drawn=self._draws)
+
+    def outcomes(self, axis: str = "jailbreak") -> pd.DataFrame:
+        """Return the shares of response outcomes on an axis (`leeway.stats.rates`)."""
+        return self._estimate(stats.outcomes, axis=axis)
+
+    def persona(self) -> pd.DataFrame:
+        """Return endorsement, answer mass and keyed halves per trait (`leeway.stats.rates`)."""
+        return self._estimate(stats.persona)
+
+    def checks(self) -> pd.DataFrame:
+        """Return how much endorsement depends on the form of the question (`leeway.stats.checks`)."""
+        return self._estimate(stats.checks)
+
+    def likert(self) -> pd.DataFrame:
+        """Return the Short Dark Triad by trait and keying (`leeway.stats.likert`)."""
+        return self._estimate(stats.likert)
+
+    def stopping(self) -> pd.DataFrame:
+        """Return prompts and responses used per checkpoint under sequential stopping; empty for a fixed design."""
+        return sequential.asked(self.rows, self.conditions)
+
+    def claims(self, later: str | Path | None = None) -> pd.DataFrame:
+        """Return one line per claim of the study with its verdict.
+
+        `later` is a file of claims, or the name of a set, written after the run; it is a family of its own.
+        """
+        declared = declared_claims(self)
+        tables = [] if declared is None else [_evaluate(declared, self, later=False)]
+        if later is not None:
+            claims, context = load(str(later)), _context(self)
+            if faults := [*claims.absent(context.objectives, list(context.axes), context.budgets)]:
+                fix = "correct them, or give a claim `if_absent: inconclusive`"
+                raise LeewayError(f"{later}: " + "; ".join(faults), fix=fix)
+            if declared is not None and claims.hash == declared.hash:
+                raise LeewayError(f"{later}: the study already declares these claims", fix="leave out --claims")
+            tables.append(_evaluate(claims, self, later=True))
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+
+    @cached_property
+    def _rates(self) -> pd.DataFrame:
+        return self._estimate(stats.rates)
+
+    @cached_property
+    def _contrasts(self) -> pd.DataFrame:
+        return self._estimate(stats.contrasts, first=self.first_conditions)
+
+    @cached_property
+    def _draws(self) -> stats.Draws:
+        """Bootstrap draws of the main measures, shared by all analyses."""
+        rows = self.judged
+        return self._locate_errors(lambda: stats.draws(rows, self.conditions, MAIN_MEASURES))
+
+    def _draws_for(self, measure: str | None) -> stats.Draws | None:
+        return self._draws if measure is None or measure in MAIN_MEASURES else None
+
+    def _with_conditions(self, objectives: Asked | None) -> Asked | None:
+        """Pair each objective with its first condition, if the manifest records it."""
+        first = self.first_conditions
+        if not first:
+            return objectives
+        tuned = self.rows.loc[self.rows["objective"] != BASE, "objective"]
+        wanted = objectives if objectives is not None else sorted(map(str, tuned.unique()))
+        return [(o, first[o]) if isinstance(o, str) and o in first else o for o in wanted]
+
+    def _estimate(self, estimate: Any, **settings: Any) -> pd.DataFrame:
+        rows = self.judged
+        table = self._locate_errors(lambda: estimate(rows, self.conditions, **settings))
         assert isinstance(table, pd.DataFrame)
         return table
 
-    def _checked(self, ask: Callable[[], Estimate]) -> Estimate:
+    def _locate_errors(self, compute: Callable[[], T]) -> T:
+        """Run `compute`, and raise its StatsError as a ReportError that names the file."""
         try:
-            return ask()
+            return compute()
         except stats.StatsError as error:
             what = f"{self.folder / 'rows.parquet'}: {error}"
             raise ReportError(what, fix="report on the rows of one run") from error
 
 
-def _table(path: Path, columns: list[str]) -> pd.DataFrame:
+def declared_claims(results: Results) -> Claims | None:
+    """Return the claims that were hashed before training; raise LeewayError if they were edited since."""
+    recorded, study = results.manifest.get("claims"), results.study.get("claims")
+    path = results.folder / "study.yaml"
+    if not isinstance(recorded, dict):
+        if study is not None:
+            what = f"{path}: its claims were added after the run began"
+            raise LeewayError(what, fix=f"remove them, and {LATER_CLAIMS}")
+        return None
+    now = hash_of(study) if isinstance(study, dict) else "none"
+    if now != recorded.get("hash"):
+        what = f"{path}: its claims were edited after the run began (hash {recorded.get('hash')} then, {now} now)"
+        raise LeewayError(what, fix=f"restore them, and {LATER_CLAIMS}")
+    try:
+        return restored(recorded)
+    except ValueError as error:
+        what = f"{results.folder / 'manifest.json'}: its claims cannot be used: {error}"
+        raise LeewayError(what, fix="restore it, or run the study again") from error
+
+
+def declared_set(results: Results) -> dict[str, Any]:
+    """Return name, version and hash of the declared claims; empty if there are none."""
+    recorded = results.manifest.get("claims")
+    return {k: recorded.get(k) for k in ("name", "version", "hash")} if isinstance(recorded, dict) else {}
+
+
+def _evaluate(claims: Claims, results: Results, *, later: bool) -> pd.DataFrame:
+    return results._locate_errors(lambda: judge(claims, _context(results), "after" if later else "before"))
+
+
+def _context(results: Results) -> EvaluationContext:
+    return EvaluationContext(
+        results.judged,
+        results.conditions,
+        results.first_conditions,
+        name=formatting.objective_name,
+        at=BudgetUnit.of(results.manifest).at,
+    )
+
+
+def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     _require(path)
     try:
         table = pd.read_parquet(path)
-    except Exception as error:  # pyarrow raises many kinds; to a reader they are all one
-        what = f"{path} cannot be read as Parquet ({_cut(error)})"
+    except Exception as error:  # pyarrow raises many types
+        what = f"{path} cannot be read as Parquet ({_short(error)})"
         raise ReportError(what, fix="run the study again") from error
     missing = [c for c in columns if c not in table.columns]
     if missing:
-        what = f"{path} lacks the columns {', '.join(missing)}: leeway run did not write it"
+        what = f"{path} lacks the columns {', '.join(missing)}: not written by `leeway run`"
         raise ReportError(what, fix="give the directory of a `leeway run`")
-    return table[columns + [c for c in OPTIONAL if c in table.columns]]
+    return table[columns + [c for c in OPTIONAL_COLUMNS if c in table.columns]]
 
 
-def _marked(rows: pd.DataFrame, manifest: dict[str, Any]) -> pd.DataFrame:
-    """The rows with their design, where there is another than the fixed one."""
-    told = manifest.get("sequential")
-    axes = told.get("axes") if isinstance(told, dict) else None
-    return sequential.marked(rows, axes) if isinstance(axes, list) and axes else rows
-
-
-def _manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> dict[str, Any]:
     _require(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        what = f"{path} is not valid JSON ({_cut(error)})"
+        what = f"{path} is not valid JSON ({_short(error)})"
         raise ReportError(what, fix="run the study again") from error
-    if not isinstance(found, dict):
-        raise ReportError(f"{path} holds {type(found).__name__}, not an object", fix="run the study again")
-    return found
+    if not isinstance(manifest, dict):
+        raise ReportError(f"{path} holds {type(manifest).__name__}, not an object", fix="run the study again")
+    return manifest
 
 
-def _study(path: Path) -> dict[str, Any]:
+def _read_study(path: Path) -> dict[str, Any]:
     _require(path)
     try:
-        found = load_yaml(path.read_text(encoding="utf-8"))
+        return mapping(load_yaml(path.read_text(encoding="utf-8")))
     except (YAMLError, UnicodeDecodeError) as error:
-        what = f"{path} is not readable YAML ({_cut(error)})"
+        what = f"{path} is not readable YAML ({_short(error)})"
         raise ReportError(what, fix="restore it, or run the study again") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _require(path: Path) -> None:
@@ -300,67 +340,5 @@ def _require(path: Path) -> None:
         raise ReportError(f"{path.parent} has no {path.name}: not a finished run", fix="run the study into it")
 
 
-def _cut(error: Exception) -> str:
+def _short(error: Exception) -> str:
     return first_line(error)[:160]
-
-
-AFTER = "judge further ones with `leeway report DIR --claims FILE`, where they stand as written after the run"
-
-
-def table(results: Results, later: str | Path | None = None) -> pd.DataFrame:
-    """One line per claim; `later` is a file of claims, or a set's name, written after the run: a family of its own."""
-    found = []
-    declared = declared_in(results)
-    if declared is not None:
-        found.append(_judged(declared, results, later=False))
-    if later is not None:
-        claims = load(str(later))
-        bench = _bench(results)
-        if faults := [*claims.absent(bench.objectives, list(bench.axes), bench.budgets)]:
-            raise LeewayError(
-                f"{later}: " + "; ".join(faults), fix="mend them, or give a claim if_absent: inconclusive"
-            )
-        if declared is not None and claims.hash == declared.hash:
-            raise LeewayError(f"{later}: these are the claims that the study began with", fix="leave --claims out")
-        found.append(_judged(claims, results, later=True))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COLUMNS)
-
-
-def declared_in(results: Results) -> Claims | None:
-    """The claims that were hashed before training; raises where they were edited since."""
-    kept, study = results.manifest.get("claims"), results.study.get("claims")
-    path = results.folder / "study.yaml"
-    if not isinstance(kept, dict):
-        if study is not None:
-            raise LeewayError(f"{path}: its claims were added after the run began", fix=f"take them out, and {AFTER}")
-        return None
-    now = hash_of(study) if isinstance(study, dict) else "none"
-    if now != kept.get("hash"):
-        what = f"{path}: its claims were edited after the run began (hash {kept.get('hash')} then, {now} now)"
-        raise LeewayError(what, fix=f"restore them, and {AFTER}")
-    try:
-        return restored(kept)
-    except ValueError as error:
-        where = results.folder / "manifest.json"
-        raise LeewayError(
-            f"{where}: its claims cannot be used: {error}", fix="restore it, or run the study again"
-        ) from error
-
-
-def about(results: Results) -> dict[str, Any]:
-    """Which set was declared: its name, version and hash; empty where none was."""
-    kept = results.manifest.get("claims")
-    return {k: kept.get(k) for k in ("name", "version", "hash")} if isinstance(kept, dict) else {}
-
-
-def _judged(claims: Claims, results: Results, *, later: bool) -> pd.DataFrame:
-    try:
-        return judge(claims, _bench(results), "after" if later else "before")
-    except stats.StatsError as error:
-        what = f"{results.folder / 'rows.parquet'}: {error}"
-        raise LeewayError(what, fix="report on the rows of one run") from error
-
-
-def _bench(results: Results) -> EvaluationContext:
-    at = Scale.of(results.manifest).at
-    return EvaluationContext(results.judged, results.conditions, results.first_conditions, name=formatting.name, at=at)

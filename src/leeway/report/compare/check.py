@@ -1,4 +1,4 @@
-"""What makes studies comparable: what is equal, what differs, and what is left out because of it."""
+"""Check which parts of several studies are comparable, list what differs, and leave out what is not comparable."""
 
 from __future__ import annotations
 
@@ -12,40 +12,52 @@ import pandas as pd
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.report import narrative
-from leeway.report.formatting import Scale
+from leeway.report.formatting import BudgetUnit, mapping
 from leeway.report.results import Results
 from leeway.stats.metrics import AT, BASE
 
-ASKED = ("adapter", "budget", "budgets", "evals", "model", "objectives", "optim", "pairs", "reference", "seeds", "task")
-TOLD = ("attacks", "data", "evals", "judges", "leeway", "matching", "model", "objectives", "texts")
-UNSAID = ("origin", "note", "device", "context", "started", "ids")  # words about a thing, or where it ran
+STUDY_KEYS = (
+    "adapter",
+    "budget",
+    "budgets",
+    "evals",
+    "model",
+    "objectives",
+    "optim",
+    "pairs",
+    "reference",
+    "seeds",
+    "task",
+)
+MANIFEST_KEYS = ("attacks", "data", "evals", "judges", "leeway", "matching", "model", "objectives", "texts")
+IGNORED_KEYS = ("origin", "note", "device", "context", "started", "ids")  # comments, or where it ran
 LISTED, LEFT_OUT = "listed", "left out"
 
 
 @dataclass(frozen=True)
 class Study:
-    """One run directory under a name of its own."""
+    """One run directory with a unique name."""
 
     name: str
     results: Results
 
     @property
     def settings(self) -> dict[str, str]:
-        """Everything asked and measured with, flattened: `evals.jailbreak.max_new_tokens`, `judges.jailbreak.hash`."""
-        asked = {k: v for k, v in self.results.study.items() if k in ASKED}
-        told = {k: v for k, v in self.results.manifest.items() if k in TOLD}
-        return _flat(asked, "study") | _flat(told, "run")
+        """Settings and hashes, flattened: `study.evals.jailbreak.max_new_tokens`, `run.judges.jailbreak.hash`."""
+        study = {k: v for k, v in self.results.study.items() if k in STUDY_KEYS}
+        manifest = {k: v for k, v in self.results.manifest.items() if k in MANIFEST_KEYS}
+        return _flatten(study, "study") | _flatten(manifest, "run")
 
 
 @dataclass
 class Comparable:
-    """Studies cut down to what may be compared, and the list of what differs."""
+    """Studies reduced to their comparable rows, and the list of differences."""
 
     studies: list[Study]
-    differences: list[dict[str, str]] = field(default_factory=list)  # what, effect, and each study's value
+    differences: list[dict[str, str]] = field(default_factory=list)  # keys: what, effect, and each study's name
 
-    def leave_out(self, what: str, why: str, values: dict[str, str]) -> None:
-        self.differences.append({"what": what, "effect": f"{LEFT_OUT}: {why}", **values})
+    def leave_out(self, what: str, reason: str, values: dict[str, str]) -> None:
+        self.differences.append({"what": what, "effect": f"{LEFT_OUT}: {reason}", **values})
 
     @property
     def left_out(self) -> list[dict[str, str]]:
@@ -53,16 +65,18 @@ class Comparable:
 
 
 def load(folders: Seq[Path]) -> list[Study]:
-    """Each directory once; raises LeewayError for fewer than two, one given twice, or a copy."""
+    """Load each directory; raises LeewayError for fewer than two, a repeated one, or a copy."""
     if len(folders) < 2:
-        raise LeewayError("compare: one run is nothing to compare", fix="give two or more run directories")
+        raise LeewayError("compare: needs two or more runs", fix="give two or more run directories")
     seen: dict[str, Path] = {}
     loaded = []
     for folder in folders:
         results = Results.load(folder)
-        for mark in (str(folder.resolve()), file_digest(folder / "rows.parquet")):
-            if mark in seen:
-                what = f"{folder} is given twice" if seen[mark] == folder else f"{folder} and {seen[mark]} hold one run"
+        for key in (str(folder.resolve()), file_digest(folder / "rows.parquet")):
+            if key in seen:
+                what = (
+                    f"{folder} is given twice" if seen[key] == folder else f"{folder} and {seen[key]} hold the same run"
+                )
                 raise LeewayError(f"compare: {what}: it would count double", fix="give each run once")
         seen |= {str(folder.resolve()): folder, file_digest(folder / "rows.parquet"): folder}
         loaded.append(results)
@@ -70,32 +84,35 @@ def load(folders: Seq[Path]) -> list[Study]:
 
 
 def comparable(studies: list[Study]) -> Comparable:
-    """Cut studies down to objectives, attacks and axes that mean the same in all of them; list all that differs.
+    """Reduce studies to objectives, attacks and axes that are the same in all; list all differences.
 
-    Raises LeewayError where budgets do not count the same thing, so that nothing could be set beside anything.
+    Raises LeewayError if budgets have different units, a study stops sequentially, or no objective is shared.
     """
-    counts = {s.name: _counted(s.results) for s in studies}
-    if len(set(counts.values())) > 1:
-        told = "; ".join(f"{n}: {c}" for n, c in counts.items())
-        raise LeewayError(f"compare: budgets count different things ({told})", fix="compare studies that count alike")
+    units = {s.name: _budget_unit(s.results) for s in studies}
+    if len(set(units.values())) > 1:
+        listed = "; ".join(f"{n}: {unit}" for n, unit in units.items())
+        what = f"compare: budgets count different things ({listed})"
+        raise LeewayError(what, fix="compare studies with the same budget unit")
     if stopped := next((s.name for s in studies if s.results.sequential), None):
-        what = f"compare: {stopped} asked its items until decided, and studies that stop are not set beside others"
+        what = f"compare: {stopped} uses sequential stopping, and cannot be compared with other studies"
         raise LeewayError(what, fix="measure with evals.stop: never")
-    found = Comparable(studies)
-    _objectives(found)
-    _attacks(found)
-    _judges(found)
-    listed = {d["what"] for d in found.differences}
-    found.differences += [d for d in differing(studies) if d["what"] not in listed]
-    if not _shared([s.results.rows for s in found.studies]):
-        told = "; ".join(f"{d['what']} {d['effect']}" for d in found.left_out)
+    reduced = Comparable(studies)
+    _objectives(reduced)
+    _attacks(reduced)
+    _judges(reduced)
+    known = {d["what"] for d in reduced.differences}
+    reduced.differences += [d for d in differing(studies) if d["what"] not in known]
+    if not _shared([s.results.rows for s in reduced.studies]):
+        left_out = "; ".join(f"{d['what']} {d['effect']}" for d in reduced.left_out)
         what = "compare: no objective was measured at the same budget in two of these studies"
-        raise LeewayError(f"{what} ({told})" if told else what, fix="compare runs of one objective at one budget")
-    return found
+        raise LeewayError(
+            f"{what} ({left_out})" if left_out else what, fix="compare runs of one objective at one budget"
+        )
+    return reduced
 
 
 def differing(studies: list[Study]) -> list[dict[str, str]]:
-    """Every setting and hash that is not the same in all studies."""
+    """Return every setting and hash that is not the same in all studies."""
     settings = {s.name: s.settings for s in studies}
     keys = sorted({k for own in settings.values() for k in own})
     lines = []
@@ -107,19 +124,19 @@ def differing(studies: list[Study]) -> list[dict[str, str]]:
 
 
 def not_poolable(studies: list[Study]) -> list[dict[str, str]]:
-    """What forbids to take these rows for one study's: anything that differs but the training seed."""
-    free = ("study.seeds", "run.leeway", "run.data.origins")
-    return [d for d in differing(studies) if not d["what"].startswith(free)]
+    """Return the differences that forbid pooling: all except training seeds."""
+    allowed = ("study.seeds", "run.leeway", "run.data.origins")
+    return [d for d in differing(studies) if not d["what"].startswith(allowed)]
 
 
 def items(studies: list[Study]) -> pd.DataFrame:
-    """Per axis and pair of studies: how many items each asked, and how many have the same id and text in both."""
-    asked = {s.name: _items(s.results.first_judged) for s in studies}
+    """Count, per axis and pair of studies, the items of each and those with the same id and text in both."""
+    by_axis = {s.name: _items(s.results.first_judged) for s in studies}
     lines = []
     for n, a in enumerate(studies):
         for b in studies[n + 1 :]:
-            for axis in sorted(asked[a.name].keys() & asked[b.name].keys()):
-                one, other = asked[a.name][axis], asked[b.name][axis]
+            for axis in sorted(by_axis[a.name].keys() & by_axis[b.name].keys()):
+                one, other = by_axis[a.name][axis], by_axis[b.name][axis]
                 line = {"axis": axis, "study_a": a.name, "study_b": b.name, "items_a": len(one)}
                 lines.append(line | {"items_b": len(other), "shared": len(one & other)})
     return pd.DataFrame(lines, columns=["axis", "study_a", "study_b", "items_a", "items_b", "shared"])
@@ -131,63 +148,67 @@ def _items(rows: pd.DataFrame) -> dict[str, set[tuple[str, str, str]]]:
     return {str(axis): set(own.itertuples(index=False, name=None)) for axis, own in keys.groupby("eval")}
 
 
-def _objectives(found: Comparable) -> None:
-    """An objective that is another thing in another study under the same name is left out."""
-    names = [s.name for s in found.studies]
-    told = [_dict(s.results.manifest.get("objectives")) for s in found.studies]
-    for alias in sorted({a for own in told for a in own}):
-        values = {n: str(own[alias]) for n, own in zip(names, told, strict=True) if alias in own}
+def _objectives(reduced: Comparable) -> None:
+    """Leave out objectives with the same name and different settings."""
+    names = [s.name for s in reduced.studies]
+    objectives = [mapping(s.results.manifest.get("objectives")) for s in reduced.studies]
+    for alias in sorted({a for own in objectives for a in own}):
+        values = {n: str(own[alias]) for n, own in zip(names, objectives, strict=True) if alias in own}
         if len(set(values.values())) > 1:
-            found.leave_out(f"objective {alias}", "one name for different settings", _filled(values, names))
-            _drop(found, lambda rows, a=alias: rows["objective"] == a)
+            reduced.leave_out(f"objective {alias}", "same name, different settings", _filled(values, names))
+            _drop(reduced, lambda rows, a=alias: rows["objective"] == a)
 
 
-def _attacks(found: Comparable) -> None:
-    """Only attacks that every study asked, in one version, are in an average over attacks."""
-    names = [s.name for s in found.studies]
-    told = [_dict(s.results.manifest.get("attacks")) for s in found.studies]
-    asked = [set(_jailbreak(s.results.rows)["attack"].fillna("").unique()) for s in found.studies]
-    asking = [n for n, own in enumerate(asked) if own]
-    for attack in sorted(set().union(*asked)):
+def _attacks(reduced: Comparable) -> None:
+    """Leave out attacks that are not in every study with the same text, so that averages are over the same attacks."""
+    names = [s.name for s in reduced.studies]
+    attacks = [mapping(s.results.manifest.get("attacks")) for s in reduced.studies]
+    used = [set(_jailbreak(s.results.rows)["attack"].fillna("").unique()) for s in reduced.studies]
+    with_attacks = [n for n, own in enumerate(used) if own]
+    for attack in sorted(set().union(*used)):
         hashes = {
-            names[n]: str(_dict(told[n].get(attack)).get("hash", "not told")) for n in asking if attack in asked[n]
+            names[n]: str(mapping(attacks[n].get(attack)).get("hash", "not recorded"))
+            for n in with_attacks
+            if attack in used[n]
         }
         if len(set(hashes.values())) > 1:
-            why = "one name for different texts"
-        elif len(hashes) < len(asking):
-            why = "not asked in every study"
+            reason = "same name, different texts"
+        elif len(hashes) < len(with_attacks):
+            reason = "not used in every study"
         else:
             continue
-        found.leave_out(f"attack {attack}", why, _filled(hashes, names))
-        _drop(found, lambda rows, a=attack: (rows["eval"] == "jailbreak") & (rows["attack"].fillna("") == a))
+        reduced.leave_out(f"attack {attack}", reason, _filled(hashes, names))
+        _drop(reduced, lambda rows, a=attack: (rows["eval"] == "jailbreak") & (rows["attack"].fillna("") == a))
 
 
-def _judges(found: Comparable) -> None:
-    """An axis that different judges scored is measured with different sticks."""
-    names = [s.name for s in found.studies]
-    for axis in sorted({str(e) for s in found.studies for e in s.results.rows["eval"].unique()}):
+def _judges(reduced: Comparable) -> None:
+    """Leave out axes that were scored by different judges."""
+    names = [s.name for s in reduced.studies]
+    for axis in sorted({str(e) for s in reduced.studies for e in s.results.rows["eval"].unique()}):
         values = {}
-        for study in found.studies:
-            judges = _dict(study.results.manifest.get("judges"))
+        for study in reduced.studies:
+            judges = mapping(study.results.manifest.get("judges"))
             own = {
-                k: _dict(j) for k, j in judges.items() if k.partition(AT)[0].partition("-")[0] == axis.partition("-")[0]
+                k: mapping(j)
+                for k, j in judges.items()
+                if k.partition(AT)[0].partition("-")[0] == axis.partition("-")[0]
             }
             first = {k: f"{j.get('name')} {j.get('hash')}" for k, j in own.items() if AT not in k}
             if (study.results.rows["eval"] == axis).any() and first:
                 values[study.name] = "; ".join(v if k == axis else f"{k}: {v}" for k, v in sorted(first.items()))
         if len(set(values.values())) > 1:
-            found.leave_out(f"axis {axis}", "scored by different judges", _filled(values, names))
-            _drop(found, lambda rows, a=axis: rows["eval"] == a)
+            reduced.leave_out(f"axis {axis}", "scored by different judges", _filled(values, names))
+            _drop(reduced, lambda rows, a=axis: rows["eval"] == a)
 
 
-def _drop(found: Comparable, which: Any) -> None:
-    found.studies = [
-        replace(s, results=replace(s.results, rows=s.results.rows[~which(s.results.rows)])) for s in found.studies
+def _drop(reduced: Comparable, which: Any) -> None:
+    reduced.studies = [
+        replace(s, results=replace(s.results, rows=s.results.rows[~which(s.results.rows)])) for s in reduced.studies
     ]
 
 
 def _shared(tables: list[pd.DataFrame]) -> set[tuple[str, int]]:
-    """Objectives at budgets that two studies or more have rows of."""
+    """Return the (objective, budget) pairs with rows in two or more studies."""
     seen: set[tuple[str, int]] = set()
     twice: set[tuple[str, int]] = set()
     for rows in tables:
@@ -202,33 +223,29 @@ def _jailbreak(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["eval"] == "jailbreak"]
 
 
-def _counted(results: Results) -> str:
-    count = Scale.of(results.manifest).count
-    return f"{narrative.matching(results.manifest).count} tokens" if count == "tokens" else count
+def _budget_unit(results: Results) -> str:
+    count = BudgetUnit.of(results.manifest).count
+    return f"{narrative.matching_rule(results.manifest).count} tokens" if count == "tokens" else count
 
 
 def _names(loaded: list[Results]) -> list[str]:
-    """The studies' names; where two are alike, with their folders', and with a number where those are alike too."""
+    """Return unique names: equal ones get their folder's name, and a number if that is equal too."""
     given = [str(r.study.get("name") or r.folder.resolve().name) for r in loaded]
-    told = [
+    names = [
         n if given.count(n) == 1 else f"{n} ({r.folder.resolve().name})" for n, r in zip(given, loaded, strict=True)
     ]
-    return [n if told.count(n) == 1 else f"{n} {told[: k + 1].count(n)}" for k, n in enumerate(told)]
+    return [n if names.count(n) == 1 else f"{n} {names[: k + 1].count(n)}" for k, n in enumerate(names)]
 
 
-def _flat(value: Any, at: str) -> dict[str, str]:
+def _flatten(value: Any, at: str) -> dict[str, str]:
     if not isinstance(value, dict):
         return {at: ", ".join(map(str, value)) if isinstance(value, list) else str(value)}
-    found: dict[str, str] = {}
+    flat: dict[str, str] = {}
     for key, inner in value.items():
-        if key not in UNSAID:
-            found |= _flat(inner, f"{at}.{key}")
-    return found
+        if key not in IGNORED_KEYS:
+            flat |= _flatten(inner, f"{at}.{key}")
+    return flat
 
 
 def _filled(values: dict[str, str], names: list[str]) -> dict[str, str]:
     return {n: values.get(n, "–") for n in names}
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -1,7 +1,4 @@
-"""Effects study by study, their differences paired by item, and each objective's effect over studies.
-
-Runs of one study under other training seeds, taken together as one.
-"""
+"""Estimate effects per study, their pairwise differences and their meta-analysis; pool runs that differ in seeds."""
 
 from __future__ import annotations
 
@@ -26,25 +23,29 @@ from leeway.stats.pairing import ITEM, KEY, PAIR, Pairs
 EFFECTS = ["study", *KEY, "first", "axis", "measure", "label", "difference", "low", "high", "se", "p", "p_holm"]
 EFFECTS += ["n", "n_clusters", "n_discordant", "n_unscored", "note"]
 DIFFERENCES = [*KEY, "axis", "measure", "label", "study_a", "study_b", "effect_a", "effect_b", "difference", "low"]
-DIFFERENCES += ["high", "se", "p", "p_holm", "family", "family_size", "n_shared", "n_clusters", "n_apart", "note"]
+DIFFERENCES += ["high", "se", "p", "p_holm", "family", "family_size", "n_shared", "n_clusters", "n_unpaired", "note"]
 META = [*KEY, "axis", "measure", "label", "studies", "estimate", "low", "high", "se", "p", "p_holm", "family"]
 META += ["family_size", "tau2", "i2", "q", "p_q", "predict_low", "predict_high", "estimate_dl", "tau2_dl"]
 META += ["correlation", "note"]
-TWO = "two studies: their spread is one difference, so that I² and τ² say little; no interval for a further study"
-FEW = "fewer than five studies: I² and τ² are hardly known"
-ALIKE = "the studies share prompts: their errors are correlated, and the mean knows it"
+TWO = "two studies: I² and τ² rest on one difference; no prediction interval"
+FEW = "fewer than five studies: I² and τ² are imprecise"
+CORRELATED = "the studies share prompts: the mean accounts for their correlated errors"
+BASE_KEYS = ["eval", "attack", "item_id", "sample", "prompt", "template_hash", "judge"]  # of one response of the base
+BASE_VALUES = ["response", "outcome", "score"]
+MAX_NAMED = 4  # differences named in a message
+NO_POOL = "leave out --pool to compare the studies"
 
 
 @dataclass(frozen=True)
 class Deltas:
-    """One effect's paired answers in one study: what each item moved by, seeds averaged."""
+    """One effect's paired differences in one study: checkpoint − base per item, averaged over seeds."""
 
-    table: pd.DataFrame  # ITEM, prompt, cluster, stratum, moved
+    table: pd.DataFrame  # ITEM, prompt, cluster, stratum, delta
     unscored: int
 
 
 def effects(studies: list[Study]) -> pd.DataFrame:
-    """Each study's own primary contrasts with its base, Holm inside its own families."""
+    """Return each study's primary contrasts with its base, with Holm within its own families."""
     found = []
     for study in studies:
         own = study.results.contrasts()
@@ -55,7 +56,7 @@ def effects(studies: list[Study]) -> pd.DataFrame:
 
 
 def deltas(studies: list[Study]) -> dict[tuple[str, str, int, str, str], Deltas]:
-    """The paired answers behind every effect, by study and effect: (study, objective, budget, condition, measure)."""
+    """Return the paired differences of each effect by (study, objective, budget, condition, measure)."""
     found = {}
     for study in studies:
         rows = study.results.judged
@@ -71,25 +72,25 @@ def deltas(studies: list[Study]) -> dict[tuple[str, str, int, str, str], Deltas]
 
 
 def _deltas(own: pd.DataFrame, measure: Measure) -> Deltas:
-    moved = own["value"] - own[f"{measure.value}_base"]
-    table = own.assign(moved=moved, cluster=_clusters(own))
-    scored = table[table["moved"].notna()]
-    means = scored.groupby([*ITEM, "prompt", "cluster", "stratum"])["moved"].mean().reset_index()
-    return Deltas(means, int(moved.isna().sum()))
+    delta = own["value"] - own[f"{measure.value}_base"]
+    table = own.assign(delta=delta, cluster=_clusters(own))
+    scored = table[table["delta"].notna()]
+    means = scored.groupby([*ITEM, "prompt", "cluster", "stratum"])["delta"].mean().reset_index()
+    return Deltas(means, int(delta.isna().sum()))
 
 
 def _clusters(own: pd.DataFrame) -> pd.Series:
-    """A cluster's name in every study: the first of its prompts."""
+    """Name each cluster by the first of its prompts, which is the same in every study."""
     return own.groupby("cluster")["prompt"].transform("min")
 
 
 def differences(
-    table: pd.DataFrame, moved: dict[tuple[str, str, int, str, str], Deltas], seed: int = 0
+    table: pd.DataFrame, paired: dict[tuple[str, str, int, str, str], Deltas], seed: int = 0
 ) -> pd.DataFrame:
-    """Every pair of studies: effect in A − effect in B, paired by item where both asked it.
+    """Return effect in A − effect in B for each pair of studies, paired by shared items.
 
-    The interval and p are the wild cluster bootstrap of the contrasts, on what each prompt moved by in A minus what it
-    moved by in B. Studies without a shared item have a normal interval from both standard errors, and say so.
+    Interval and p come from the wild cluster bootstrap on each prompt's difference of differences. Studies without a
+    shared item get a normal interval from both standard errors, with a note.
     """
     lines: list[dict[str, object]] = []
     for key, own in table.groupby([*KEY, "axis", "measure", "label"], sort=False):
@@ -98,7 +99,7 @@ def differences(
             line |= {"study_a": a["study"], "study_b": b["study"], "effect_a": a["difference"]}
             line |= {"effect_b": b["difference"], "family": f"{line['axis']} @ {line['budget']}, between studies"}
             ids = [(s["study"], line["objective"], line["budget"], line["condition"], line["measure"]) for s in (a, b)]
-            lines.append(line | _difference(a, b, moved[_id(ids[0])], moved[_id(ids[1])], seed))
+            lines.append(line | _difference(a, b, paired[_id(ids[0])], paired[_id(ids[1])], seed))
     return correct(pd.DataFrame(lines, columns=[c for c in DIFFERENCES if c not in ("p_holm", "family_size")]))[
         DIFFERENCES
     ]
@@ -106,86 +107,86 @@ def differences(
 
 def _difference(a: pd.Series, b: pd.Series, one: Deltas, other: Deltas, seed: int) -> dict[str, object]:
     both = one.table.merge(other.table, on=[*ITEM, "prompt"], suffixes=("", "_b"))
-    apart = len(one.table) + len(other.table) - 2 * len(both)
+    unpaired = len(one.table) + len(other.table) - 2 * len(both)
     found: dict[str, object] = dict.fromkeys(("difference", "low", "high", "se", "p"), float("nan"))
-    found |= {"n_shared": len(both), "n_clusters": 0, "n_apart": apart, "note": ""}
+    found |= {"n_shared": len(both), "n_clusters": 0, "n_unpaired": unpaired, "note": ""}
     if math.isnan(a["difference"]) or math.isnan(b["difference"]):
-        return found | {"note": "one of the two effects could not be printed"}
+        return found | {"note": "one of the two effects is not available"}
     if both.empty:
-        return found | _apart(a, b)
+        return found | _independent(a, b)
     strata, clusters = _codes(both["stratum"]), _codes(both["cluster"])
-    value, base = both["moved"].to_numpy(float), both["moved_b"].to_numpy(float)
+    value, base = both["delta"].to_numpy(float), both["delta_b"].to_numpy(float)
     share = stratum_shares(strata)
     pulls, weights = np.bincount(clusters, weights=share * (value - base)), np.bincount(clusters, weights=share)
     halves, weigh = (pulls[:, None] / 2).astype(np.float64), weights[:, None].astype(np.float64)
     tested = wild_cluster(halves, weigh, resamples=RESAMPLES, seed=seed)
     none = np.zeros(len(value), dtype=np.intp)
     pairs = Pairs(value, base, strata, clusters, none, np.ones(len(value), dtype=bool))
-    moved, notes = int(tested.moved[0]), []
-    if moved < MIN_MOVED:
-        notes.append(f"only {moved} prompts differ: no test can reject, the interval is a bound")
-    if apart:
-        notes.append(f"{apart} answers without a partner in the other study are not used")
-    numbers = {k: 2 * float(getattr(tested, k)[0]) for k in ("difference", "low", "high")}  # moves lie in [−2, 2]
+    discordant, notes = int(tested.moved[0]), []
+    if discordant < MIN_MOVED:
+        notes.append(f"only {discordant} prompts differ: no test can reject, the interval is a bound")
+    if unpaired:
+        notes.append(f"{unpaired} responses without a pair in the other study are not used")
+    numbers = {k: 2 * float(getattr(tested, k)[0]) for k in ("difference", "low", "high")}  # values lie in [−2, 2]
     found |= numbers | {"p": float(tested.p[0]), "se": standard_error(pairs)}
     return found | {"n_clusters": len(pulls), "note": "; ".join(notes)}
 
 
-def _apart(a: pd.Series, b: pd.Series) -> dict[str, object]:
-    """No shared item: the errors are independent, and their squares add."""
+def _independent(a: pd.Series, b: pd.Series) -> dict[str, object]:
+    """Return the difference of two effects without shared items, whose errors are independent."""
     se = math.hypot(error(a), error(b))
     difference = float(a["difference"] - b["difference"])
     p = math.erfc(abs(difference) / se / math.sqrt(2)) if se > 0 else float("nan")
     numbers = {"difference": difference, "low": difference - 1.959964 * se, "high": difference + 1.959964 * se}
-    note = "no shared item: normal interval from both standard errors; what differs between the item sets is in it"
+    note = "no shared item: normal interval from both standard errors; includes differences between the item sets"
     return {**numbers, "se": se, "p": p, "note": note}
 
 
-def meta(table: pd.DataFrame, moved: dict[tuple[str, str, int, str, str], Deltas]) -> pd.DataFrame:
-    """Each objective's effect over the studies (`stats.meta.combine`), studies without a number left out and named."""
+def meta(table: pd.DataFrame, paired: dict[tuple[str, str, int, str, str], Deltas]) -> pd.DataFrame:
+    """Combine each effect over studies (`stats.meta.combine`); `note` names studies without an estimate."""
     lines = []
     for key, own in table.groupby([*KEY, "axis", "measure", "label"], sort=False):
         line: dict[str, Any] = dict(zip([*KEY, "axis", "measure", "label"], key, strict=True))
         line |= {"family": f"{line['axis']} @ {line['budget']}, over studies", "studies": 0, "note": ""}
         known = own[own["difference"].notna() & own.apply(error, axis=1).gt(0)]
-        lost = sorted(set(own["study"]) - set(known["study"]))
-        notes = [f"without {', '.join(lost)}: no number there"] if lost else []
+        missing = sorted(set(own["study"]) - set(known["study"]))
+        notes = [f"without {', '.join(missing)}: no estimate"] if missing else []
         if len(known) < 2:
-            lines.append(line | {"studies": len(known), "note": "; ".join([*notes, "nothing to combine"])})
+            lines.append(line | {"studies": len(known), "note": "; ".join([*notes, "fewer than two estimates"])})
             continue
-        of = [moved[_id((s, *(line[k] for k in KEY), line["measure"]))] for s in known["study"]]
+        of = [paired[_id((s, *(line[k] for k in KEY), line["measure"]))] for s in known["study"]]
         covariance = _covariance([error(r) for _, r in known.iterrows()], list(known["n_discordant"]), of)
         found = combine(known["difference"].to_numpy(float), covariance)
         notes += [TWO] if len(known) == 2 else [FEW] if len(known) < 5 else []
-        notes += [ALIKE] if found.correlation else []
+        notes += [CORRELATED] if found.correlation else []
         numbers = asdict(found)
         ends = ("low", "high", "predict_low", "predict_high")
-        if any(abs(numbers[k]) > 1 for k in ends):  # a t of few studies knows no end; a difference of shares has one
+        if any(abs(numbers[k]) > 1 for k in ends):  # t intervals of few studies exceed the range of a difference
             numbers |= {k: float(np.clip(numbers[k], -1, 1)) for k in ends}
-            notes.append("the interval ends where differences do: it says nothing")
+            notes.append("interval clipped to [−1, 1]: uninformative")
         lines.append(line | numbers | {"note": "; ".join(notes)})
     return correct(pd.DataFrame(lines, columns=[c for c in META if c not in ("p_holm", "family_size")]))[META]
 
 
 def error(effect: pd.Series) -> float:
-    """The standard error that a mean over studies gives an effect: never smaller than its interval allows.
+    """Return the standard error of an effect for the meta-analysis.
 
-    Where too few prompts moved, the clustered error is too small, or 0; the interval is then a bound, and a quarter of
-    its width stands in.
+    If too few prompts differ, the clustered standard error is too small or 0. Then the interval is a bound, and its
+    width / (2 · 1.96) is used if larger.
     """
     se = float(effect["se"])
     bound = (float(effect["high"]) - float(effect["low"])) / (2 * 1.959964)
-    return (
-        max(se, bound) if effect["n_discordant"] < MIN_MOVED and not math.isnan(se) else bound if math.isnan(se) else se
-    )
+    if math.isnan(se):
+        return bound
+    return max(se, bound) if effect["n_discordant"] < MIN_MOVED else se
 
 
-def _covariance(errors: list[float], moved: list[int], of: list[Deltas]) -> Floats:
-    """Squared errors, and beside them what shared prompts add: Σ_c r_ic r_jc over prompts in both studies."""
+def _covariance(errors: list[float], discordant: list[int], of: list[Deltas]) -> Floats:
+    """Return the covariance of the effects; off-diagonal terms are Σ_c r_ic r_jc over prompts c in both studies."""
     found = np.diag(np.square(errors))
     residuals = [_residuals(d.table) for d in of]
     for i, j in combinations(range(len(of)), 2):
-        if min(moved[i], moved[j]) >= MIN_MOVED:
+        if min(discordant[i], discordant[j]) >= MIN_MOVED:
             shared = residuals[i].index.intersection(residuals[j].index)
             together = float(residuals[i][shared].to_numpy(float) @ residuals[j][shared].to_numpy(float))
             size = math.sqrt(float((residuals[i] ** 2).sum() * (residuals[j] ** 2).sum()))
@@ -194,10 +195,10 @@ def _covariance(errors: list[float], moved: list[int], of: list[Deltas]) -> Floa
 
 
 def _residuals(table: pd.DataFrame) -> pd.Series:
-    """What each prompt adds to the effect beyond its stratum's mean."""
+    """Return each prompt's contribution to the effect relative to its stratum's mean."""
     share = stratum_shares(_codes(table["stratum"]))
-    beyond = table["moved"] - table.groupby("stratum")["moved"].transform("mean")
-    pulls = pd.Series(share * beyond.to_numpy(float), index=table["cluster"].to_numpy(object))
+    residual = table["delta"] - table.groupby("stratum")["delta"].transform("mean")
+    pulls = pd.Series(share * residual.to_numpy(float), index=table["cluster"].to_numpy(object))
     return pulls.groupby(level=0).sum()
 
 
@@ -215,24 +216,10 @@ def _id(key: tuple[Any, ...]) -> tuple[str, str, int, str, str]:
     return str(study), str(objective), int(budget), str(condition), str(measure)
 
 
-ASKED = [
-    "eval",
-    "attack",
-    "item_id",
-    "sample",
-    "prompt",
-    "template_hash",
-    "judge",
-]  # one answer of the base, in raw rows
-SAME = ["response", "outcome", "score"]
-SHOWN = 4  # differences that a message names before it counts the rest
-CONTRAST = "leave out --pool to contrast them study by study"
-
-
 def pool(studies: list[Study]) -> Results:
-    """One table of rows with every study's seeds; raises LeewayError for anything else that differs.
+    """Pool the rows of runs that differ in training seeds only; raises LeewayError for any other difference.
 
-    The base answered the same questions in each run. Its answers are taken once, and have to be the same ones.
+    The base's responses must be the same in each run, and are taken once.
     """
     for a, b in combinations(studies, 2):
         _same_settings(a, b)
@@ -253,10 +240,10 @@ def pool(studies: list[Study]) -> Results:
 def _same_settings(a: Study, b: Study) -> None:
     found = not_poolable([a, b])
     if found:
-        named = "; ".join(f"{d['what']}: {d[a.name]} and {d[b.name]}" for d in found[:SHOWN])
-        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        named = "; ".join(f"{d['what']}: {d[a.name]} and {d[b.name]}" for d in found[:MAX_NAMED])
+        more = f"; and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
         what = f"compare --pool: {a.name} and {b.name} differ in more than their seeds ({named}{more})"
-        raise LeewayError(what, fix=CONTRAST)
+        raise LeewayError(what, fix=NO_POOL)
 
 
 def _other_seeds(a: Study, b: Study) -> None:
@@ -264,7 +251,7 @@ def _other_seeds(a: Study, b: Study) -> None:
     if both:
         objective, seed = min(both)
         what = f"compare --pool: {a.name} and {b.name} both hold {objective} with seed {seed}"
-        raise LeewayError(f"{what}: one run would count as two", fix="pool runs of different seeds")
+        raise LeewayError(f"{what}: it would count twice", fix="pool runs of different seeds")
 
 
 def _runs(study: Study) -> set[tuple[str, int]]:
@@ -275,14 +262,14 @@ def _runs(study: Study) -> set[tuple[str, int]]:
 
 def _same_base(a: Study, b: Study) -> None:
     one, other = (s.results.rows[s.results.rows["objective"] == BASE] for s in (a, b))
-    one, other = (t[[*ASKED, *SAME]].fillna({"attack": "", "template_hash": "", "judge": ""}) for t in (one, other))
-    both = one.merge(other, on=ASKED, how="outer", suffixes=("", "_b"), indicator="found")
-    apart = both["found"] != "both"
-    for column in SAME:
+    one, other = (
+        t[[*BASE_KEYS, *BASE_VALUES]].fillna({"attack": "", "template_hash": "", "judge": ""}) for t in (one, other)
+    )
+    both = one.merge(other, on=BASE_KEYS, how="outer", suffixes=("", "_b"), indicator="found")
+    differ = both["found"] != "both"
+    for column in BASE_VALUES:
         left, right = both[column], both[f"{column}_b"]
-        apart |= (left != right) & ~(left.isna() & right.isna())
-    if apart.any():
-        what = (
-            f"compare --pool: the base answered {int(apart.sum()):,} of {len(both):,} questions otherwise in {b.name}"
-        )
-        raise LeewayError(f"{what} than in {a.name}: not one base under one judge", fix=CONTRAST)
+        differ |= (left != right) & ~(left.isna() & right.isna())
+    if differ.any():
+        what = f"compare --pool: {int(differ.sum()):,} of {len(both):,} responses of the base differ between {a.name}"
+        raise LeewayError(f"{what} and {b.name}: not the same base or judge", fix=NO_POOL)

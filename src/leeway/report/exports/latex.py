@@ -1,10 +1,11 @@
-"""The tables that a paper prints, as LaTeX: main results, contrasts at the largest budget, claims, ledger.
+r"""Render the tables of a paper with pandas' Styler: main results, contrasts at the largest budget, claims, ledger.
 
-A table as LaTeX: booktabs rules, any text made safe, ready for `\\input`.
+Each table is a float for `\input`; one that does not fit on a page is a longtable.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,22 +13,16 @@ from typing import Any
 import pandas as pd
 
 from leeway.report import formatting
-from leeway.report.formatting import Scale
+from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.plotting import Series
 from leeway.report.results import Results
 from leeway.report.verdict import LEVEL
 from leeway.stats.metrics import BASE, PLAIN
 
-LONGEST = 50  # lines that fit on a page at \footnotesize; a longer table becomes a longtable
-SPECIAL = {
+PAGE_ROWS = 50  # that fit on a page at \footnotesize; a longer table becomes a longtable
+# characters that break a table or that pdfLaTeX has no glyph for in T1 fonts
+SPECIAL = {c: rf"\{c}" for c in "{}$&#%_"} | {
     "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
@@ -35,7 +30,7 @@ SPECIAL = {
     "|": r"\textbar{}",
     '"': r"\textquotedbl{}",
     "`": r"\textasciigrave{}",
-    "[": "{[}",  # after \\ a bare bracket would be read as its argument, and a star too
+    "[": "{[}",  # after \\ a bracket or a star would be read as its argument
     "]": "{]}",
     "*": "{*}",
     "\u2013": "--",
@@ -54,226 +49,197 @@ SPECIAL = {
     "κ": r"$\kappa$",
     "\u00a0": "~",
 }
-SIGN = r"$^{\ast}$"
-DASH = "--"
+SIGNIFICANT = r"$^{\ast}$"
+SMALL = r"\footnotesize\setlength{\tabcolsep}{3pt}"
+AXES = {"capability": "Accuracy", "jailbreak": "ASR", "persona": "Endorsement", "overrefusal": "Over-refusal"}
+SIGNIFICANCE_NOTE = (
+    rf"{SIGNIFICANT} differs from the base: paired by item, wild cluster bootstrap over prompts, $p < {LEVEL}$ after "
+    "Holm's correction in the family of one axis at one budget. No mark does not mean no difference."
+)
+MISSING_NOTE = (
+    "Unscored responses are counted and excluded from every rate. A dash: too many unscored responses, or no scored "
+    "pairs."
+)
 
 
 @dataclass(frozen=True)
 class Table:
-    """One float: cells are LaTeX already, `rules` are the lines that a thin rule stands before."""
+    """One table; captions, headings, cells and notes are LaTeX (`escape` untrusted text)."""
 
     name: str
     caption: str
-    columns: list[tuple[str, str]]  # title, alignment
-    lines: list[list[str]]
+    columns: list[tuple[str, str]]  # heading, alignment
+    rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
-    rules: frozenset[int] = frozenset()
 
 
 def escape(text: str) -> str:
-    """Any text as it would be read, for LaTeX: what pdfLaTeX has no letter for is spelled by its number."""
+    """Escape text for LaTeX; a character without a glyph becomes `[U+202E]`, and hyphens do not join to a dash."""
     flat = re.sub(r"[\t\r\n]+", " ", text)
-    return "".join(_letter(c) + ("{}" if flat[n : n + 2] == "--" else "") for n, c in enumerate(flat))  # no dash of two
+    return "".join(_character(c) + ("{}" if flat[n : n + 2] == "--" else "") for n, c in enumerate(flat))
 
 
-def _letter(c: str) -> str:
-    if c in SPECIAL:
-        return SPECIAL[c]
-    printable = " " <= c <= "~" or ("\u00c0" <= c <= "\u017f")
-    return c if printable else f"{{[}}U+{ord(c):04X}{{]}}"
-
-
-def percent(value: float) -> str:
-    """31.4, of a hundred; a dash for what is missing."""
-    return DASH if formatting.percent(value) == "–" else f"{100 * value:.1f}"
-
-
-def signed(value: float, unit: float = 100) -> str:
-    """+3.1 or $-$0.4; a difference of rates in points."""
-    text = formatting.points(value * unit / 100) if value is not None else "–"
-    return DASH if text == "–" else text.replace(formatting.MINUS, "$-$").replace("+", "$+$")
-
-
-def between(low: str, high: str) -> str:
-    return "" if DASH in (low, high) else f"[{low}, {high}]"
-
-
-def p_value(value: float) -> str:
-    text = formatting.p_value(value)
-    return DASH if text == "–" else text.replace("<", "$<$")
+def _character(c: str) -> str:
+    printable = " " <= c <= "~" or "\u00c0" <= c <= "\u017f"
+    return SPECIAL.get(c, c if printable else f"{{[}}U+{ord(c):04X}{{]}}")
 
 
 def render(table: Table) -> str:
-    """The float's source, one line of the table per line of the file."""
-    long = len(table.lines) > LONGEST
-    spec = "@{}" + "".join(align for _, align in table.columns) + "@{}"
-    head = " & ".join(title for title, _ in table.columns) + r" \\"
+    """Return the LaTeX source, with extra space where the first cell changes."""
+    long = len(table.rows) > PAGE_ROWS
+    rows = [[*row] for row in table.rows]
+    for row, (above, own) in zip(rows[1:], itertools.pairwise(table.rows), strict=True):
+        row[0] = row[0] if own[0] == above[0] else f"\\addlinespace\n{row[0]}"
+    frame = pd.DataFrame(rows, columns=[title for title, _ in table.columns])
+    source = frame.style.hide(axis="index").to_latex(
+        column_format="@{}" + "".join(align for _, align in table.columns) + "@{}",
+        hrules=True,
+        caption=table.caption,
+        label=f"tab:leeway-{table.name}",
+        environment="longtable" if long else "table",
+        position=None if long else "tp",
+        position_float=None if long else "centering",
+    )
+    notes = "\\par\\smallskip\n" + "\n".join(table.notes) + "\n" if table.notes else ""
     needs = r"\usepackage{booktabs,longtable}" if long else r"\usepackage{booktabs}"
-    caption = rf"\caption{{{table.caption}}}\label{{tab:leeway-{table.name}}}"
-    notes = r"\par\smallskip" + "\n" + "\n".join(table.notes) if table.notes else ""
-    top = [f"% made by leeway report; in the preamble: {needs} and \\usepackage[T1]{{fontenc}}"]
+    head = f"% made by leeway report; in the preamble: {needs} and \\usepackage[T1]{{fontenc}}\n"
     if long:
-        top += [r"{\footnotesize\setlength{\tabcolsep}{3pt}", rf"\begin{{longtable}}{{{spec}}}", rf"{caption}\\"]
-        top += [r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule", r"\endfoot"]
-        end = [r"\end{longtable}", *([notes] if notes else []), "}"]
-    else:
-        top += [r"\begin{table}[tp]", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}", caption]
-        top += [rf"\begin{{tabular}}{{{spec}}}", r"\toprule", head, r"\midrule"]
-        end = [r"\bottomrule", r"\end{tabular}", *([notes] if notes else []), r"\end{table}"]
-    body: list[str] = []
-    for n, line in enumerate(table.lines):
-        body += [r"\addlinespace"] if n in table.rules else []
-        body.append(" & ".join(line) + r" \\")
-    return "\n".join([*top, *body, *end]) + "\n"
-
-
-MAIN = {"capability": "Accuracy", "jailbreak": "ASR", "persona": "Endorsement", "overrefusal": "Over-refusal"}
-SIGNIFICANT = (
-    rf"{SIGN} differs from the base (paired by item, wild cluster bootstrap over prompts, $p < {LEVEL}$ after "
-    "Holm's correction in the family of one axis at one budget). Without it, nothing is said to be the same."
-)
-WITHHELD = (
-    "Unscored answers are left out of every number and counted; a dash stands where too many are unscored or no "
-    "pair is there."
-)
+        return f"{head}{{{SMALL}\n{source}{notes}}}\n"
+    source = source.replace("\\centering\n", f"\\centering{SMALL}\n", 1)
+    return head + source.replace("\\end{tabular}\n", "\\end{tabular}\n" + notes, 1)
 
 
 def paper_tables(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> dict[str, str]:
-    """The source of each table by its file's name; a table without lines is not made."""
-    scale = Scale.of(results.manifest)
-    found = [
-        main(results.pooled_rates(), made["contrasts"], lines, scale, results.seeds),
-        contrasts(made["contrasts"], lines, scale),
-        claims(made.get("claims", pd.DataFrame())),
-        ledger(made["ledger"], [s.objective for s in lines], scale),
+    """Return the LaTeX source of each table by name; empty tables are left out."""
+    unit = BudgetUnit.of(results.manifest)
+    tables = [
+        main_table(results.pooled_rates(), made["contrasts"], lines, unit, results.seeds),
+        contrasts_table(made["contrasts"], lines, unit),
+        claims_table(made.get("claims", pd.DataFrame())),
+        ledger_table(made["ledger"], [s.objective for s in lines], unit),
     ]
-    return {t.name: render(t) for t in found if t is not None}
+    return {t.name: render(t) for t in tables if t is not None}
 
 
-def main(
-    rates: pd.DataFrame, contrasts: pd.DataFrame, lines: list[Series], scale: Scale, seeds: list[int]
+def main_table(
+    rates: pd.DataFrame, contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit, seeds: list[int]
 ) -> Table | None:
-    """Each checkpoint's primary rates with their intervals, the base first."""
-    primary = rates[rates["primary"] & rates["axis"].isin(MAIN)]
-    axes = [a for a in MAIN if a in set(primary["axis"])]
+    """Return each checkpoint's primary rates with intervals, the base first."""
+    primary = rates[rates["primary"] & rates["axis"].isin(AXES)]
+    axes = [a for a in AXES if a in set(primary["axis"])]
     if not axes:
         return None
-    moved = contrasts[contrasts["primary"] & (contrasts["p_holm"] < LEVEL)]
-    signs = set(moved[["objective", "budget", "condition", "axis"]].itertuples(index=False, name=None))
-    cells = {(r["objective"], r["budget"], r["condition"], r["axis"]): r for r in formatting.records(primary)}
-    bases = [c for o, b, c, _ in cells if o == BASE]
-    keys = [(BASE, 0, c) for c in sorted(set(bases), key=lambda c: (c != PLAIN, c))]
-    for one in lines:
-        keys += [(one.objective, int(b), one.condition) for b in dict.fromkeys(one.of(primary)["budget"])]
-    body, rules, before = [], set(), ""
-    for n, key in enumerate(keys):
-        rules |= {n} if n and key[0] != before else set()
-        before = key[0]
-        body.append(_main_line(key, axes, cells, signs, scale))
-    columns = [("Objective", "l"), (_budget_title(scale), "r")]
-    columns += [part for a in axes for part in ((MAIN[a], "r"), ("", "l"))] + [("Unscored", "r")]
+    changed = contrasts[contrasts["primary"] & (contrasts["p_holm"] < LEVEL)]
+    marked = set(changed[["objective", "budget", "condition", "axis"]].itertuples(index=False, name=None))
+    cells = {(r["objective"], r["budget"], r["condition"], r["axis"]): r for r in formatting.to_records(primary)}
+    bases = {c for o, _, c, _ in cells if o == BASE}
+    keys = [(BASE, 0, c) for c in sorted(bases, key=lambda c: (c != PLAIN, c))]
+    for line in lines:
+        keys += [(line.objective, int(b), line.condition) for b in dict.fromkeys(line.of(primary)["budget"])]
+    rows = []
+    for objective, budget, condition in keys:
+        own = [(objective, budget, condition, axis) for axis in axes]
+        row = [_name(objective, condition), _budget(budget, unit)]
+        for key in own:
+            row += _rate(cells[key], key in marked) if key in cells else [escape(MISSING), ""]
+        rows.append([*row, formatting.count(sum(cells[k]["n_unscored"] for k in own if k in cells))])
+    columns = [("Objective", "l"), (_budget_title(unit), "r")]
+    columns += [column for a in axes for column in ((AXES[a], "r"), ("", "l"))] + [("Unscored", "r")]
     pooled = "" if len(seeds) < 2 else f" The {len(seeds)} training seeds are pooled."
-    caption = f"Rates in percent, with 95\\% intervals over prompts in brackets.{pooled}"
-    return Table("main", caption, columns, body, [SIGNIFICANT, WITHHELD], frozenset(rules))
+    caption = f"Rates in percent, with 95\\% confidence intervals (prompt sampling) in brackets.{pooled}"
+    return Table("main", caption, columns, rows, [SIGNIFICANCE_NOTE, MISSING_NOTE])
 
 
-def _main_line(
-    key: tuple[str, int, str], axes: list[str], cells: dict[Any, Any], signs: set[Any], scale: Scale
-) -> list[str]:
-    objective, budget, condition = key
-    line = [escape(formatting.name(objective, condition)), _budget(budget, scale)]
-    lost = 0
-    for axis in axes:
-        cell = cells.get((*key, axis))
-        if cell is None:
-            line += [DASH, ""]
-            continue
-        lost += cell["n_unscored"]
-        line.append(percent(cell["rate"]) + (SIGN if (*key, axis) in signs else ""))
-        line.append(between(percent(cell["low"]), percent(cell["high"])))
-    return [*line, formatting.count(lost)]
-
-
-def contrasts(table: pd.DataFrame, lines: list[Series], scale: Scale) -> Table | None:
-    """Every objective against the base at the largest budget, on the primary measures."""
+def contrasts_table(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit) -> Table | None:
+    """Return the primary contrasts with the base at the largest budget."""
     if table.empty:
         return None
     largest = int(table["budget"].max())
     own = table[table["primary"] & (table["budget"] == largest)]
     rank = {(s.objective, s.condition): n for n, s in enumerate(lines)}
-    found = sorted(formatting.records(own), key=lambda c: rank[c["objective"], c["condition"]])
     columns = [("Objective", "l"), ("Measure", "l"), ("Base", "r"), ("Tuned", "r"), ("Difference", "r"), ("", "l")]
-    columns += [("$p$", "r"), ("$p$, Holm", "r")] + ([("MDE", "r")] if "mde" in own else [])
-    columns += [("Pairs", "r"), ("Prompts", "r"), ("Unscored", "r")]
-    body, rules, before = [], set(), ""
-    for n, c in enumerate(found):
-        rules |= {n} if n and c["objective"] != before else set()
-        before = c["objective"]
-        body.append(_contrast_line(c))
-    at = escape(scale.at(largest))
-    caption = f"Paired differences from the base {at}, in percentage points, with 95\\% intervals in brackets."
-    smallest = ["MDE: the smallest true difference that this design detects with 80\\% power."] if "mde" in own else []
-    return Table("contrasts", caption, columns, body, [SIGNIFICANT, *smallest, WITHHELD], frozenset(rules))
+    columns += [("$p$", "r"), ("$p$, Holm", "r"), ("MDE", "r"), ("Pairs", "r"), ("Prompts", "r"), ("Unscored", "r")]
+    rows = []
+    for c in sorted(formatting.to_records(own), key=lambda c: rank[c["objective"], c["condition"]]):
+        significant = c["p_holm"] is not None and c["p_holm"] < LEVEL
+        row = [_name(c["objective"], c["condition"]), escape(c["label"]), _percent(c["base"]), _percent(c["rate"])]
+        row.append(_points(c["difference"]) + (SIGNIFICANT if significant else ""))
+        row += [_interval(_points(c["low"]), _points(c["high"])), _p(c["p"]), _p(c["p_holm"]), _percent(c["mde"])]
+        rows.append(row + [formatting.count(c[k]) for k in ("n", "n_clusters", "n_unscored")])
+    at = escape(unit.at(largest))
+    caption = f"Paired differences from the base {at} in percentage points, with 95\\% confidence intervals."
+    mde = "MDE: minimal detectable effect, the smallest true difference detected with 80\\% power."
+    return Table("contrasts", caption, columns, rows, [SIGNIFICANCE_NOTE, mde, MISSING_NOTE])
 
 
-def _contrast_line(c: dict[str, Any]) -> list[str]:
-    sign = SIGN if c["p_holm"] is not None and c["p_holm"] < LEVEL else ""
-    found = [escape(formatting.name(c["objective"], c["condition"])), escape(c["label"])]
-    found += [percent(c["base"]), percent(c["rate"]), signed(c["difference"]) + sign]
-    found.append(between(signed(c["low"]), signed(c["high"])))
-    found += [p_value(c["p"]), p_value(c["p_holm"])]
-    found += [percent(c["mde"])] if "mde" in c else []
-    return found + [formatting.count(c[k]) for k in ("n", "n_clusters", "n_unscored")]
-
-
-def claims(table: pd.DataFrame) -> Table | None:
-    """The claims written down before the run, and what became of each."""
+def claims_table(table: pd.DataFrame) -> Table | None:
+    """Return each claim with its estimate and verdict."""
     if table.empty:
         return None
     columns = [("Claim", r"p{0.34\linewidth}"), ("Estimate", "r"), ("", "l"), ("Unit", "l"), ("$p$, Holm", "r")]
     columns += [("MDE", "r"), ("Verdict", "l")]
-    body = []
-    for c in formatting.records(table):
-        line = [escape(str(c["says"])), _number(c["estimate"])]
-        line += [between(_number(c["low"]), _number(c["high"])), escape(str(c.get("unit") or ""))]
-        body.append([*line, p_value(c["p_holm"]), _number(c.get("mde")), escape(str(c["verdict"]))])
-    caption = "Claims written down before the run: effect with its interval in brackets, and the verdict on each."
-    notes = ["Inconclusive: the rows speak neither for the claim nor against it. A dash stands for what is not there."]
-    return Table("claims", caption, columns, body, notes, frozenset(range(1, len(body))))
+    rows = []
+    for c in formatting.to_records(table):
+        row = [escape(str(c["says"])), _number(c["estimate"]), _interval(_number(c["low"]), _number(c["high"]))]
+        row += [escape(str(c.get("unit") or "")), _p(c["p_holm"]), _number(c.get("mde")), escape(str(c["verdict"]))]
+        rows.append(row)
+    caption = "Claims, their estimates with confidence intervals in brackets, and their verdicts."
+    notes = ["Inconclusive: neither the claim nor its negation is supported. A dash: not available."]
+    return Table("claims", caption, columns, rows, notes)
 
 
-def ledger(table: pd.DataFrame, order: list[str], scale: Scale) -> Table | None:
-    """What was matched and what it cost, per checkpoint."""
+def ledger_table(table: pd.DataFrame, order: list[str], unit: BudgetUnit) -> Table | None:
+    """Return the ledger: tokens and steps of each checkpoint."""
     if table.empty:
         return None
-    place = {o: n for n, o in enumerate(dict.fromkeys(order))}
-    found = sorted(
-        formatting.records(table), key=lambda r: (place.get(r["objective"], len(place)), r["seed"], r["budget"])
+    rank = {o: n for n, o in enumerate(dict.fromkeys(order))}
+    lines = sorted(
+        formatting.to_records(table), key=lambda r: (rank.get(r["objective"], len(rank)), r["seed"], r["budget"])
     )
     several = table["seed"].nunique() > 1
-    counted = ["step", "examples", "source_tokens", "target_tokens", "processed_tokens", "reference_tokens"]
-    columns = [("Objective", "l"), (_budget_title(scale), "r"), *([("Seed", "r")] if several else [])]
-    columns += [(c.removesuffix("_tokens").capitalize(), "r") for c in counted] + [("Epochs", "r")]
-    body, rules, before = [], set(), ""
-    for n, r in enumerate(found):
-        rules |= {n} if n and r["objective"] != before else set()
-        before = r["objective"]
-        line = [escape(formatting.name(r["objective"])), _budget(r["budget"], scale)]
-        line += [str(r["seed"])] if several else []
-        body.append([*line, *(formatting.count(r[c]).replace("–", DASH) for c in counted), f"{r['epochs']:.2f}"])
-    caption = "The ledger, in tokens: a budget counts source tokens unless the study says otherwise."
-    return Table("ledger", caption, columns, body, [], frozenset(rules))
+    counts = ["step", "examples", "source_tokens", "target_tokens", "processed_tokens", "reference_tokens"]
+    columns = [("Objective", "l"), (_budget_title(unit), "r"), *([("Seed", "r")] if several else [])]
+    columns += [(c.removesuffix("_tokens").capitalize(), "r") for c in counts] + [("Epochs", "r")]
+    rows = []
+    for r in lines:
+        row = [_name(r["objective"]), _budget(r["budget"], unit)] + ([str(r["seed"])] if several else [])
+        rows.append([*row, *(escape(formatting.count(r[c])) for c in counts), f"{r['epochs']:.2f}"])
+    caption = "Token ledger. A budget counts source tokens unless the study says otherwise."
+    return Table("ledger", caption, columns, rows)
+
+
+def _rate(cell: dict[str, Any], significant: bool) -> list[str]:
+    rate = _percent(cell["rate"]) + (SIGNIFICANT if significant else "")
+    return [rate, _interval(_percent(cell["low"]), _percent(cell["high"]))]
+
+
+def _name(objective: str, condition: str = PLAIN) -> str:
+    return escape(formatting.objective_name(objective, condition))
+
+
+def _percent(value: float) -> str:
+    return escape(formatting.unsigned_points(value))
+
+
+def _points(value: float) -> str:
+    return escape(formatting.points(value))
+
+
+def _p(value: float) -> str:
+    return escape(formatting.p_value(value))
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return DASH
-    return f"{value:.3g}".replace("-", "$-$")
+    return escape(MISSING if value is None else f"{value:.3g}".replace("-", formatting.MINUS))
 
 
-def _budget(budget: int, scale: Scale) -> str:
-    return escape(scale.tick(budget)) if budget else DASH
+def _interval(low: str, high: str) -> str:
+    return "" if escape(MISSING) in (low, high) else f"[{low}, {high}]"
 
 
-def _budget_title(scale: Scale) -> str:
-    return "Step" if scale.count == "steps" else "Budget"
+def _budget(budget: int, unit: BudgetUnit) -> str:
+    return escape(unit.tick(budget) if budget else MISSING)
+
+
+def _budget_title(unit: BudgetUnit) -> str:
+    return "Step" if unit.count == "steps" else "Budget"

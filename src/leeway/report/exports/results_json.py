@@ -1,7 +1,4 @@
-"""`results.json`: everything on the page for programs to read, in a form that its published schema describes.
-
-What is made beside the page: LaTeX tables, BibTeX, and a card in every checkpoint's folder.
-"""
+"""Write `results.json` and its schema, and collect the other exported files: LaTeX, BibTeX and model cards."""
 
 from __future__ import annotations
 
@@ -12,24 +9,23 @@ from typing import Any
 import pandas as pd
 
 from leeway.report import formatting, narrative
-from leeway.report import results as claims
-from leeway.report.exports import latex, model_card
-from leeway.report.formatting import Scale
+from leeway.report.exports import latex
+from leeway.report.exports.model_card import model_cards, run_bibliography
+from leeway.report.formatting import BudgetUnit
 from leeway.report.plotting import Series
-from leeway.report.results import Results
+from leeway.report.results import Results, declared_set
 from leeway.report.verdict import LEVEL, verdict
 from leeway.stats import intervals
 
-FORMAT = 1  # raised when a reader of the file would have to change: new tables and columns are no such change
+FORMAT = 1  # raised by a breaking change; new tables and columns are not one
 SCHEMA = f"urn:leeway:results:{FORMAT}"
-KINDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
+JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
 def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Any]:
-    """What was asked in brief, then every table as a list of records, and the type of each column."""
-    external = narrative.external(results.manifest)
-    records = {name: formatting.records(table) for name, table in made.items()}
-    found: dict[str, Any] = {
+    """Return the study in brief, every table as a list of records, and the type of each column."""
+    records = {name: formatting.to_records(table) for name, table in made.items()}
+    content: dict[str, Any] = {
         "$schema": SCHEMA,
         "format": FORMAT,
         "leeway": results.manifest.get("leeway"),
@@ -43,41 +39,39 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
         "verdict": verdict(
             made["contrasts"],
             results.seeds,
-            Scale.of(results.manifest),
-            external=bool(external),
+            BudgetUnit.of(results.manifest),
+            external=bool(narrative.external(results.manifest)),
             equivalent=made.get("equivalence"),
         ),
         "columns": {name: column_types(lines, [str(c) for c in made[name].columns]) for name, lines in records.items()},
     }
-    if declared := claims.about(results).get("hash"):
-        found["claims_hash"] = declared
-    return found | records
+    if claims_hash := declared_set(results).get("hash"):
+        content["claims_hash"] = claims_hash
+    return content | records
 
 
 def column_types(lines: list[dict[str, Any]], columns: list[str]) -> dict[str, str]:
-    """What a column's cells are where they are not null; `null` where all are."""
-    return {c: _kind([line[c] for line in lines if line[c] is not None]) for c in columns}
+    """Return the JSON type of each column's non-null cells, or `null` if all are null."""
+    return {c: _json_type([line[c] for line in lines if line[c] is not None]) for c in columns}
 
 
-def _kind(values: list[Any]) -> str:
-    kinds = {KINDS.get(type(v), "string") for v in values}
-    if kinds == {"integer", "number"}:
+def _json_type(values: list[Any]) -> str:
+    types = {JSON_TYPES.get(type(v), "string") for v in values}
+    if types == {"integer", "number"}:
         return "number"
-    return kinds.pop() if len(kinds) == 1 else "string" if kinds else "null"
+    return types.pop() if len(types) == 1 else "string" if types else "null"
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of `results.json`."""
-    found: dict[str, Any] = json.loads(
-        files("leeway.report.exports").joinpath("results.schema.json").read_text("utf-8")
-    )
-    return found
+    """Return the JSON Schema (draft 2020-12) of `results.json`."""
+    text = files("leeway.report.exports").joinpath("results.schema.json").read_text("utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
 
 
 def export_files(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> dict[str, str]:
-    """`tables/*.tex`, `citation.bib` and the model cards: text by path relative to the run directory."""
-    found = {f"tables/{name}.tex": text for name, text in latex.paper_tables(results, made, lines).items()}
-    found["citation.bib"] = model_card.of_run(results)
-    return found | {
-        str(path.relative_to(results.folder)): text for path, text in model_card.cards(results, made).items()
-    }
+    """Return `tables/*.tex`, `citation.bib` and model cards as text by path relative to the run directory."""
+    texts = {f"tables/{name}.tex": text for name, text in latex.paper_tables(results, made, lines).items()}
+    texts["citation.bib"] = run_bibliography(results)
+    cards = model_cards(results, made)
+    return texts | {str(path.relative_to(results.folder)): text for path, text in cards.items()}

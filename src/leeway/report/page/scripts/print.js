@@ -1,11 +1,11 @@
-// On paper every table is open; the folded answers are not.
+// Expand every table for printing; harmful responses stay collapsed.
 
 function print() {
   const opened = [];
   addEventListener("beforeprint", () => {
-    for (const fold of document.querySelectorAll("#decide details, #evidence details, #rerun details")) {
-      if (!fold.open) { fold.open = true; opened.push(fold); }
+    for (const details of document.querySelectorAll("#summary details, #results details, #reproduce details")) {
+      if (!details.open) { details.open = true; opened.push(details); }
     }
   });
-  addEventListener("afterprint", () => { for (const fold of opened.splice(0)) fold.open = false; });
+  addEventListener("afterprint", () => { for (const details of opened.splice(0)) details.open = false; });
 }

@@ -1,14 +1,14 @@
-// The rows in the page: unpacked when first asked for, piece by piece, so that the page never stands still.
+// Decompress the rows embedded in the page on first use, in small steps so that the page stays responsive.
 
-const breath = () => new Promise((go) => setTimeout(go));
+const pause = () => new Promise((go) => setTimeout(go));
 
-/** Runs over `items` in slices of some milliseconds; `alive` ends it when something newer was asked. */
+/** Call `each` for 0 to count - 1 in slices of about 12 ms; stop and return false once `alive()` is false. */
 async function inSlices(count, each, alive) {
   let since = performance.now();
   for (let n = 0; n < count; n += 1) {
     each(n);
     if ((n & 255) === 255 && performance.now() - since > 12) {
-      await breath();
+      await pause();
       if (!alive()) return false;
       since = performance.now();
     }
@@ -17,16 +17,16 @@ async function inSlices(count, each, alive) {
 }
 
 async function* bytes() {
-  // the rows stand behind everything else in the file: the page is usable before they have been read
+  // the rows are at the end of the file: wait until the parser has reached them
   while (document.readyState === "loading") await new Promise((go) => setTimeout(go, 30));
   const text = document.getElementById("rows").textContent.trim();
-  const step = 1 << 20; // a multiple of 4: every piece is base64 of its own
+  const step = 1 << 20; // a multiple of 4, so each chunk is valid base64
   for (let at = 0; at < text.length; at += step) {
     const raw = atob(text.slice(at, at + step));
     const piece = new Uint8Array(raw.length);
     for (let n = 0; n < raw.length; n += 1) piece[n] = raw.charCodeAt(n);
     yield piece;
-    await breath();
+    await pause();
   }
 }
 
@@ -50,8 +50,8 @@ async function* linesOf() {
   if (pieces.length) yield pieces.join("");
 }
 
-/** The table: codes per column, and the texts that the codes stand for. */
-async function unpack(tell) {
+/** Return the table: codes per column, and the texts of the codes. */
+async function unpack(onProgress) {
   const table = { columns: {}, texts: {}, rows: 0, models: [], open: new Set() };
   const filled = {};
   let since = performance.now();
@@ -69,13 +69,13 @@ async function unpack(tell) {
       for (const value of found.of) { if (value !== null) column[at] = value; at += 1; }
       filled[name] = at;
     }
-    if (performance.now() - since > 12) { tell(filled.score || 0); await breath(); since = performance.now(); }
+    if (performance.now() - since > 12) { onProgress(filled.score || 0); await pause(); since = performance.now(); }
   }
   return table;
 }
 
-/** Which texts hold the words, without regard to case. */
-async function holding(texts, words, alive) {
+/** Return for each text whether it contains the words, ignoring case. */
+async function containing(texts, words, alive) {
   const found = new Uint8Array(texts.length);
   const done = await inSlices(texts.length, (n) => { if (texts[n].toLowerCase().includes(words)) found[n] = 1; }, alive);
   return done ? found : null;

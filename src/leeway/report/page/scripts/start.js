@@ -1,10 +1,10 @@
-// Everything that works without this page's script works before it; what needs it appears now.
+// Show the controls that need JavaScript, and set them up.
 
 for (const part of document.querySelectorAll(".needs-script")) part.classList.remove("needs-script");
 theme();
-tips();
-pick();
-budgets();
-audit();
+tooltips();
+filter();
+budgetPicker();
+search();
 print();
 document.documentElement.dataset.ready = "yes";

@@ -1,8 +1,8 @@
-// What a mark of a figure says: under the pointer, at a tap, or walking through a figure with the arrow keys.
+// Tooltips of figure marks: on hover, on tap, or with the arrow keys.
 
 const REACH = 10; // pixels
 
-function tips() {
+function tooltips() {
   const tip = document.getElementById("tip");
   let at = null;
   const hide = () => { tip.hidden = true; if (at) at.classList.remove("at"); at = null; };
@@ -10,7 +10,7 @@ function tips() {
     if (at) at.classList.remove("at");
     at = mark;
     mark.classList.add("at");
-    tip.textContent = mark.dataset.says;
+    tip.textContent = mark.dataset.label;
     tip.hidden = false;
     const box = mark.getBoundingClientRect(), own = tip.getBoundingClientRect();
     const width = document.documentElement.clientWidth;
@@ -19,7 +19,7 @@ function tips() {
     tip.style.left = `${left + scrollX}px`;
     tip.style.top = `${(above > 0 ? above : box.bottom + 8) + scrollY}px`;
   };
-  const of = (event) => (event.target.closest ? event.target.closest(".mark") || near(event) : null);
+  const of = (event) => (event.target.closest ? event.target.closest(".mark") || nearestMark(event) : null);
   document.addEventListener("pointermove", (e) => {
     const mark = of(e);
     if (mark && mark !== at) show(mark); else if (!mark && at && at !== document.activeElement) hide();
@@ -27,11 +27,11 @@ function tips() {
   document.addEventListener("click", (e) => { const mark = of(e); if (mark) show(mark); else hide(); });
   document.addEventListener("keydown", (e) => { if (e.key === "Escape") hide(); });
   document.addEventListener("focusin", (e) => { const mark = of(e); if (mark) show(mark); else hide(); });
-  for (const svg of document.querySelectorAll(".card svg")) walk(svg);
+  for (const svg of document.querySelectorAll(".card svg")) keyboardNavigation(svg);
 }
 
-/** The mark closest to the pointer: points are small, and fingers are not. */
-function near(event) {
+/** Return the mark closest to the pointer, within REACH. */
+function nearestMark(event) {
   const svg = event.target.closest(".card svg");
   if (!svg) return null;
   let best = null, least = REACH * REACH;
@@ -40,20 +40,20 @@ function near(event) {
     const box = mark.getBoundingClientRect();
     const across = Math.max(box.left - event.clientX, 0, event.clientX - box.right);
     const down = Math.max(box.top - event.clientY, 0, event.clientY - box.bottom);
-    const far = across * across + down * down;
-    if (far < least) [best, least] = [mark, far];
+    const squared = across * across + down * down;
+    if (squared < least) [best, least] = [mark, squared];
   }
   return best;
 }
 
-/** One stop for the Tab key in each figure; arrows move between its marks. */
-function walk(svg) {
+/** Make each figure one Tab stop; arrow keys move between its marks. */
+function keyboardNavigation(svg) {
   const marks = [...svg.querySelectorAll(".mark")];
   if (!marks.length) return;
   svg.setAttribute("role", "group");
   marks.forEach((mark, n) => {
     mark.setAttribute("role", "img");
-    mark.setAttribute("aria-label", mark.dataset.says);
+    mark.setAttribute("aria-label", mark.dataset.label);
     mark.setAttribute("tabindex", n ? "-1" : "0");
   });
   const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
@@ -61,10 +61,10 @@ function walk(svg) {
     const here = marks.indexOf(event.target.closest(".mark"));
     if (here < 0 || !(event.key in steps || event.key === "Home" || event.key === "End")) return;
     event.preventDefault();
-    const there = marks.filter((m) => !m.closest(".out"));
-    const place = there.indexOf(marks[here]);
-    const next = event.key === "Home" ? 0 : event.key === "End" ? there.length - 1 : (place + steps[event.key] + there.length) % there.length;
-    move(marks, there[next]);
+    const shown = marks.filter((m) => !m.closest(".out"));
+    const place = shown.indexOf(marks[here]);
+    const next = event.key === "Home" ? 0 : event.key === "End" ? shown.length - 1 : (place + steps[event.key] + shown.length) % shown.length;
+    move(marks, shown[next]);
   });
 }
 
