@@ -9,19 +9,22 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
 from docs_blocks import Block, Session, blocks, commands, leeway_commands, matches
+from pydantic import BaseModel
 
 from leeway import yaml_config
 from leeway.cli import app
 from leeway.errors import LeewayError
+from leeway.report.exports import results_json
 from leeway.study.load import PRESETS, load, parse
+from leeway.study.spec import Spec
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -212,6 +215,44 @@ def test_modules_named_in_pages_exist() -> None:
     assert len(named) > 30
     missing = sorted((page, m) for page, m in named if not _is_module(m))
     assert not missing, missing
+
+
+def test_every_room_is_on_the_map_and_in_the_readme() -> None:
+    rooms = {p.name for p in (ROOT / "src/leeway").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    for page in (ROOT / "README.md", ROOT / "docs" / "how-it-works.md"):
+        text = page.read_text()
+        assert not [room for room in rooms if f"{room}/" not in text], page.name
+
+
+def test_every_key_of_a_study_is_documented() -> None:
+    pages = ("study-file.md", "evals.md", "jailbreak.md", "running.md", "claims.md")
+    words = set(re.findall(r"\w+", "".join((ROOT / "docs" / page).read_text() for page in pages)))
+    assert sorted(k for k in _keys(Spec, set()) if k.rpartition(".")[2] not in words) == []
+
+
+def _keys(model: type[BaseModel], seen: set[type]) -> Iterator[str]:
+    """Yield every setting of a model and of the models in it."""
+    seen.add(model)
+    for name, field in model.model_fields.items():
+        if (model.__name__, name) == ("ObjectiveSpec", "alias"):
+            continue  # the key of an entry, not a key inside it
+        yield f"{model.__name__}.{field.alias or name}"
+        for part in _models(field.annotation):
+            if part not in seen:
+                yield from _keys(part, seen)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def test_every_column_of_contrasts_is_documented() -> None:
+    schema = results_json.schema()["properties"]["contrasts"]["items"]["properties"]
+    text = (ROOT / "docs" / "statistics.md").read_text()
+    assert [column for column in schema if f"`{column}`" not in text] == []
 
 
 def _is_module(name: str) -> object:
