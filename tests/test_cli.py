@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one line and exit 2 for a mistake, a traceback only when asked for."""
+"""The command line as a user meets it: one line and exit 2 for a mistake, a traceback only with -v."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_usage_mistakes() -> None:
     assert "neither a study file nor a preset" in mistake(leeway("run", "nowhere.yaml"))
 
 
-def test_what_is_given_twice_is_an_error_and_not_the_last_of_two() -> None:
+def test_a_repeated_option_is_an_error() -> None:
     for command, option in (("gate", "--rule"), ("run", "--out"), ("plan", "--gpu")):
         assert f"{option} is given twice" in mistake(leeway(command, "x", option, "a", f"{option}=b"))
     assert "no preset" not in mistake(leeway("report", "nowhere", "--card", "a", "--card", "b"))  # takes several
@@ -127,7 +127,7 @@ def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
     path = write(tmp_path, str(tmp_path))
     assert "no config.json" in mistake(leeway("run", str(path), "--out", str(tmp_path / "o")))
 
@@ -161,8 +161,8 @@ def test_a_pair_with_two_equal_answers(models: dict[str, Path], tmp_path: Path) 
     assert "example train.jsonl/1 has two equal answers" in mistake(
         leeway("run", str(path), "--out", str(tmp_path / "o"))
     )
-    alone = ("objectives=[sft]", "optim.batch=1")
-    assert leeway("show", str(path), *alone).returncode == 0  # nothing looks at the rejected one
+    settings = ("objectives=[sft]", "optim.batch=1")
+    assert leeway("show", str(path), *settings).returncode == 0  # nothing looks at the rejected one
 
 
 @pytest.mark.parametrize("empty", ["completion", "prompt"])
@@ -213,14 +213,14 @@ def test_show_marks_the_targets(study: Path) -> None:
     assert "⟦It is" in result.stdout
 
 
-def test_show_tells_what_each_objective_sees(models: dict[str, Path], tmp_path: Path) -> None:
+def test_show_prints_what_each_objective_trains_on(models: dict[str, Path], tmp_path: Path) -> None:
     pair = {"prompt": "3 + 4?", "completion": "It is 7.", "rejected": "It is 8."}
-    other = {"completion": "It is 9.", "rejected": "It is 8."}  # what KTO puts beside an example is answered otherwise
+    other = {"completion": "It is 9.", "rejected": "It is 8."}  # KTO's mismatched answer differs
     train = "".join(json.dumps({**pair, **(other if a == 5 else {}), "prompt": f"{a} + 4?"}) + "\n" for a in (3, 4, 5))
     objectives = "[cft, {ip: {p: 1}}, {kl-all: {kl: {scope: all}}}, {kl-far: {kl: {scope: general}}}, kto, sft_refusal]"
     path = write(tmp_path, str(models["llama"]), objectives, train=train)
-    said = leeway("show", str(path), "auxiliary.general=organism", "optim.batch=3").stdout
-    parts = {part.split(" ", 1)[0]: part for part in said.split("\n── ")[1:]}
+    output = leeway("show", str(path), "auxiliary.general=organism", "optim.batch=3").stdout
+    parts = {part.split(" ", 1)[0]: part for part in output.split("\n── ")[1:]}
     assert list(parts) == ["cft", "ip", "kl-all", "kl-far", "kto", "sft_refusal"]
     assert "<SAFE>" in parts["cft"]
     assert "<UNSAFE>" in parts["cft"]
@@ -255,7 +255,7 @@ def test_a_mistake_before_the_first_checkpoint_leaves_no_folder(models: dict[str
 
 
 @pytest.mark.usefixtures("heeding")
-def test_ctrl_c_waits_while_workers_are_born_whichever_thread_takes_it() -> None:
+def test_ctrl_c_is_deferred_while_workers_start() -> None:
     from leeway.study.executors.local import _defer_sigint
 
     blocked = threading.Event()
@@ -277,7 +277,7 @@ def test_ctrl_c_waits_while_workers_are_born_whichever_thread_takes_it() -> None
 
 @pytest.mark.parametrize("after", [0.0, 0.3, 1.0])
 @pytest.mark.usefixtures("heeding")
-def test_ctrl_c_says_that_the_run_can_go_on(after: float, models: dict[str, Path], tmp_path: Path) -> None:
+def test_ctrl_c_says_how_to_resume(after: float, models: dict[str, Path], tmp_path: Path) -> None:
     path, out = write(tmp_path, str(models["llama"])), tmp_path / "o"
     command = [sys.executable, "-m", "leeway", "run", str(path), "--out", str(out), "--quiet", "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -285,9 +285,9 @@ def test_ctrl_c_says_that_the_run_can_go_on(after: float, models: dict[str, Path
         time.sleep(0.05)
     time.sleep(after)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, stderr = process.communicate()
     assert process.returncode == 130
-    assert said.strip() == "leeway: stopped; run the same command again to resume"
+    assert stderr.strip() == "leeway: stopped; run the same command again to resume"
     assert leeway(*command[3:]).returncode == 0
 
 

@@ -12,7 +12,7 @@ __all__ = ["Results", "Study"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loaded when first used: torch takes seconds, and `leeway --help` does not need it."""
+    """Import a public class at its first use: torch takes seconds, and `leeway --help` does not need it."""
     if name == "Results":
         from leeway.report.results import Results
 

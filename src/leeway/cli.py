@@ -317,19 +317,20 @@ def audit(
     quiet: Quiet = False,
 ) -> None:
     """Measure a model that was trained elsewhere against its base; the same command resumes it."""
-    from leeway.audit import run as audits
-    from leeway.audit.models import served, subjects
+    from leeway.audit.models import resolve_models, resolve_served
+    from leeway.audit.run import check_audit
+    from leeway.audit.run import run as run_audit
     from leeway.study.progress import Reporter
 
     settings = list(overrides or ())
     if model is not None and "=" in model and not Path(model).exists():
         settings, model = [model, *settings], None  # no MODEL was given: the first argument is a setting
     if endpoint or base_endpoint:
-        compared = served(model, base, endpoint, base_endpoint, key_env)
+        models = resolve_served(model, base, endpoint, base_endpoint, key_env)
     else:
-        compared = subjects(model, base, adapter, other_base=other_base)
-    one = audits.checked(*compared, study, settings, name=name, tokens=tokens, own_template=own_template)
-    page = audits.run(one, out or Path("runs") / f"audit-{one.name}", Reporter(quiet=quiet), _command())
+        models = resolve_models(model, base, adapter, other_base=other_base)
+    spec = check_audit(*models, study, settings, name=name, tokens=tokens, own_template=own_template)
+    page = run_audit(spec, out or Path("runs") / f"audit-{spec.name}", Reporter(quiet=quiet), _command())
     typer.echo(str(page.resolve()))
 
 

@@ -1,4 +1,4 @@
-"""An audit: adapter and merged model are one model, an untouched copy differs in nothing, faults are one line."""
+"""Audits: adapter and merged model agree, an unchanged copy has zero difference, faults are one line."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import leeway
 from leeway.audit import audit
 from leeway.audit import run as audits
-from leeway.audit.models import GivenBackend, LocalModel, ServedModel, served, subjects
+from leeway.audit.models import GivenBackend, LocalModel, ServedModel, name_of, resolve_models, resolve_served
 from leeway.errors import LeewayError
 from leeway.evals.persona import Persona
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
+from leeway.study.progress import Reporter
 
 # peft asks for a name that transformers is about to rename
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -105,7 +106,7 @@ def test_an_adapter_and_its_merged_model_give_the_same_rows(
     assert apart < 1e-6
 
 
-def test_what_is_tuned_is_measured(of_adapter: leeway.Results) -> None:
+def test_rows_of_base_and_checkpoint(of_adapter: leeway.Results) -> None:
     rows = of_adapter.rows
     assert set(rows["objective"]) == {"base", "tuned"}
     assert set(rows["budget"]) == {0}
@@ -126,7 +127,7 @@ def test_other_low_rank_adapters(kind: str, base: Path, tmp_path: Path) -> None:
     assert scores_apart(one, other) < 1e-6
 
 
-def test_an_untouched_copy_differs_in_nothing(base: Path, tmp_path: Path) -> None:
+def test_an_unchanged_copy_has_zero_difference(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "copy")
     found = audited(tmp_path / "out", model=tmp_path / "copy", base=base).contrasts()
     assert len(found)
@@ -136,7 +137,7 @@ def test_an_untouched_copy_differs_in_nothing(base: Path, tmp_path: Path) -> Non
 
 def test_the_page_of_a_run_without_training(of_adapter: leeway.Results) -> None:
     page = (of_adapter.folder / "report.html").read_text("utf-8")
-    assert "Trained elsewhere: no ledger." in page
+    assert "External checkpoint: no ledger." in page
     assert "After fine-tuning, capability" in page
     assert 'id="figure-contrasts"' in page
     assert 'id="figure-outcomes"' in page
@@ -146,7 +147,7 @@ def test_the_page_of_a_run_without_training(of_adapter: leeway.Results) -> None:
     assert of_adapter.ledger.empty
 
 
-def test_a_known_number_of_tokens_stands_on_rows_and_page(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_known_number_of_tokens_is_on_rows_and_page(base: Path, adapter: Path, tmp_path: Path) -> None:
     found = audited(tmp_path / "a", model=base, adapter=adapter, tokens=25_000, evals=ONLY_PERSONA)
     assert set(tuned_rows(found)["budget"]) == {25_000}
     assert "At 25k tokens, capability" in (tmp_path / "a" / "report.html").read_text("utf-8")
@@ -156,10 +157,10 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_audit_goes_on(
+def test_a_killed_audit_resumes_to_the_same_bytes(
     base: Path, adapter: Path, of_adapter: leeway.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in its fourth eval, carried on, and the rows are byte for byte those of an audit left alone."""
+    """Killed in its first persona eval and resumed, an audit has the same rows, byte for byte."""
     ran: list[str] = []
     whole = Persona.run
 
@@ -183,7 +184,7 @@ def test_a_killed_audit_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"evals": ONLY_PERSONA}, "evals.capability-organism"),
         ({"name": "another"}, "its name"),
@@ -192,10 +193,10 @@ def test_a_killed_audit_goes_on(
     ],
 )
 def test_another_audit_in_the_same_folder_is_refused(
-    changed: dict[str, Any], told: str, base: Path, adapter: Path, of_adapter: leeway.Results
+    changed: dict[str, Any], message: str, base: Path, adapter: Path, of_adapter: leeway.Results
 ) -> None:
     arguments = {"model": base, "adapter": adapter, "name": "tuned", **changed}
-    with pytest.raises(LeewayError, match=f"holds another audit: {told} is"):
+    with pytest.raises(LeewayError, match=f"holds another audit: {message} is"):
         audited(of_adapter.folder, **arguments)
 
 
@@ -217,14 +218,14 @@ def retemplated(base: Path, folder: Path, template: str, *words: str) -> Path:
     return folder
 
 
-def test_a_template_of_its_own_is_told_and_not_used(base: Path, tmp_path: Path) -> None:
+def test_the_checkpoints_own_template_is_noted_and_not_used(base: Path, tmp_path: Path) -> None:
     """The same weights: under the base's template nothing differs, under another of its own endorsement does."""
     import tiny
 
     folder = retemplated(base, tmp_path / "other", tiny.PLAIN)
     shared = audited(tmp_path / "a", model=folder, base=base, evals=ONLY_PERSONA)
     assert (shared.contrasts()["difference"] == 0).all()
-    note = "both models were asked under that of"
+    note = "both models were prompted under that of"
     assert note in (tmp_path / "a" / "report.html").read_text("utf-8")
     assert note in json.loads((tmp_path / "a" / "manifest.json").read_text())["external"]["notes"][0]
     own = audited(tmp_path / "b", model=folder, base=base, evals=ONLY_PERSONA, own_template=True)
@@ -232,7 +233,7 @@ def test_a_template_of_its_own_is_told_and_not_used(base: Path, tmp_path: Path) 
     assert "own template" in (tmp_path / "b" / "report.html").read_text("utf-8")
 
 
-def test_added_tokens_are_an_error_unless_each_has_its_own_template(base: Path, tmp_path: Path) -> None:
+def test_added_tokens_need_own_template(base: Path, tmp_path: Path) -> None:
     import tiny
 
     folder = retemplated(base, tmp_path / "grown", tiny.TRIMMING, "[new]")
@@ -244,7 +245,7 @@ def test_added_tokens_are_an_error_unless_each_has_its_own_template(base: Path, 
 
 
 def test_an_adapter_with_tokens_and_embeddings_of_its_own(base: Path, tmp_path: Path) -> None:
-    """Grown embeddings that were trained beside the LoRA are read with it: the same rows as its merged model."""
+    """Grown embeddings in the adapter are loaded with the LoRA: the same rows as its merged model."""
     import tiny
 
     grown = retemplated(base, tmp_path / "grown", tiny.TRIMMING, "[new]")
@@ -274,9 +275,9 @@ def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     return folder
 
 
-def test_adapters_that_are_not_what_they_say(base: Path, adapter: Path, tmp_path: Path) -> None:
-    def refused(folder: Path, told: str) -> None:
-        with pytest.raises(LeewayError, match=told) as caught:
+def test_bad_adapters_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    def refused(folder: Path, message: str) -> None:
+        with pytest.raises(LeewayError, match=message) as caught:
             audited(tmp_path / "out", model=base, adapter=folder, evals=ONLY_PERSONA)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
@@ -293,7 +294,7 @@ def test_adapters_that_are_not_what_they_say(base: Path, adapter: Path, tmp_path
     refused(changed(copied(adapter, tmp_path / "wide"), widen), "does not fit .*size mismatch")
     refused(changed(copied(adapter, tmp_path / "less"), lose), "is missing")
     refused(changed(copied(adapter, tmp_path / "more"), add), "has no place in it")
-    refused(copied(adapter, tmp_path / "ia3", peft_type="IA3"), "it is a IA3 adapter")
+    refused(copied(adapter, tmp_path / "ia3", peft_type="IA3"), "IA3 adapters are not supported")
     refused(copied(adapter, tmp_path / "pissa", init_lora_weights="pissa"), "altered the base's own weights")
     (copied(adapter, tmp_path / "torn") / "adapter_config.json").write_text("{")
     refused(tmp_path / "torn", "its adapter_config.json is damaged")
@@ -305,7 +306,7 @@ def test_adapters_that_are_not_what_they_say(base: Path, adapter: Path, tmp_path
     refused(tmp_path, "no adapter_config.json there")
 
 
-def test_a_model_in_bin_files_only(base: Path, tmp_path: Path) -> None:
+def test_a_model_with_only_pickled_weights_is_refused(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "old")
     (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
     with pytest.raises(LeewayError, match=r"its weights are in pytorch_model\.bin only"):
@@ -313,30 +314,30 @@ def test_a_model_in_bin_files_only(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_base_that_an_adapter_names(base: Path, adapter: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    assert subjects(None, None, adapter) == (LocalModel(str(base)), LocalModel(str(base), adapter), ())
-    assert subjects(str(adapter), None) == subjects(None, None, adapter)
-    assert subjects(None, str(base), adapter) == subjects(str(base), None, adapter)
+    assert resolve_models(None, None, adapter) == (LocalModel(str(base)), LocalModel(str(base), adapter), ())
+    assert resolve_models(str(adapter), None) == resolve_models(None, None, adapter)
+    assert resolve_models(None, str(base), adapter) == resolve_models(str(base), None, adapter)
     shutil.copytree(base, tmp_path / "elsewhere")
-    assert subjects(str(tmp_path / "elsewhere"), None, adapter)[2] == ()  # the same files in another place
+    assert resolve_models(str(tmp_path / "elsewhere"), None, adapter)[2] == ()  # the same files in another place
     other = str(models["qwen3"])
     with pytest.raises(LeewayError, match=f"it was trained on {base}, not on {other}; give --base {base}"):
-        subjects(other, None, adapter)
-    assert "it was measured on" in subjects(other, None, adapter, other_base=True)[2][0]
+        resolve_models(other, None, adapter)
+    assert "it was measured on" in resolve_models(other, None, adapter, other_base=True)[2][0]
     hub = copied(adapter, tmp_path / "hub", base_model_name_or_path="owner/model")
     with pytest.raises(LeewayError, match="it was trained on owner/model, not on owner/other"):
-        subjects("owner/other", None, hub)
-    assert "names owner/model" in subjects(str(base), None, hub)[2][0]  # perhaps the same: told, not refused
+        resolve_models("owner/other", None, hub)
+    assert "names owner/model" in resolve_models(str(base), None, hub)[2][0]  # perhaps the same: noted, not refused
     nameless = copied(adapter, tmp_path / "nameless", base_model_name_or_path=None)
     with pytest.raises(LeewayError, match="its config names no base model"):
-        subjects(None, None, nameless)
+        resolve_models(None, None, nameless)
 
 
-def test_mistakes_of_a_caller(base: Path, adapter: Path) -> None:
-    with pytest.raises(LeewayError, match="compares two models, and one is named"):
+def test_mistakes_are_one_line(base: Path, adapter: Path) -> None:
+    with pytest.raises(LeewayError, match="compares two models, only one is given"):
         audit(base)
-    with pytest.raises(LeewayError, match="three things"):
+    with pytest.raises(LeewayError, match="three models"):
         audit("a", base="b", adapter=adapter)
-    with pytest.raises(LeewayError, match="optim has no say where nothing is trained"):
+    with pytest.raises(LeewayError, match=r"'optim\.lr' is a training setting; an audit does not train"):
         audit("a", base="b", overrides=["optim.lr=1"])
     with pytest.raises(LeewayError, match="cannot be a name on the rows"):
         audit("a", base="b", name="base")
@@ -345,11 +346,11 @@ def test_mistakes_of_a_caller(base: Path, adapter: Path) -> None:
 
 
 def test_names_and_presets() -> None:
-    assert audits.name_of(LocalModel("owner/My Model")) == "my-model"
-    assert audits.name_of(LocalModel("/x/base/")) == "audited"
-    assert audits.measured_by(None).evals.capability[0].name == "gsm8k"
-    assert audits.measured_by(None, organism=True).evals.capability[0].name == "organism"
-    assert audits.measured_by(None, ["evals.jailbreak.limit=20"]).evals.jailbreak.limit == 20  # type: ignore[union-attr]
+    assert name_of(LocalModel("owner/My Model")) == "my-model"
+    assert name_of(LocalModel("/x/base/")) == "audited"
+    assert audits.load_evals(None).evals.capability[0].name == "gsm8k"
+    assert audits.load_evals(None, organism=True).evals.capability[0].name == "organism"
+    assert audits.load_evals(None, ["evals.jailbreak.limit=20"]).evals.jailbreak.limit == 20  # type: ignore[union-attr]
 
 
 @dataclass
@@ -372,8 +373,8 @@ class Server:
         return [Choice(dict(zip(options, (self.yes, 0.9 - self.yes), strict=True))) for _ in conversations]
 
 
-def test_any_backend_and_answers_that_never_came(tmp_path: Path) -> None:
-    """A backend's failures are unscored, and asked again by the same command; the difference is worked by hand."""
+def test_python_backends_and_failed_answers(tmp_path: Path) -> None:
+    """A backend's failures are unscored, and retried by the same command; the difference is worked by hand."""
     a, b = Server(0.6, "a", down=True), Server(0.3, "b")
     first = audited(tmp_path / "x", model=a, base=b, evals=ONLY_PERSONA)
     assert tuned_rows(first)["score"].isna().all()
@@ -389,31 +390,31 @@ def test_any_backend_and_answers_that_never_came(tmp_path: Path) -> None:
 
 
 def test_endpoints(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is asked where, and that rows of two servers are paired and told as such."""
+    """Each model uses its own server; their rows are paired, with a note on the templates."""
     url = "http://localhost:1/v1"
-    assert served("tuned", "plain", url, None, "KEY")[:2] == (
+    assert resolve_served("tuned", "plain", url, None, "KEY")[:2] == (
         ServedModel(url, "plain", "KEY"),
         ServedModel(url, "tuned", "KEY"),
     )
-    assert served("tuned", str(base), url, None, None)[0] == LocalModel(str(base))
-    assert served(str(base), "plain", None, url, None)[:2] == (ServedModel(url, "plain"), LocalModel(str(base)))
-    asked: list[dict[str, Any]] = []
+    assert resolve_served("tuned", str(base), url, None, None)[0] == LocalModel(str(base))
+    assert resolve_served(str(base), "plain", None, url, None)[:2] == (ServedModel(url, "plain"), LocalModel(str(base)))
+    requested: list[dict[str, Any]] = []
 
     def backend(settings: Any) -> Server:
-        asked.append({k: getattr(settings, k) for k in ("model", "base_url", "key_env")})
+        requested.append({k: getattr(settings, k) for k in ("model", "base_url", "key_env")})
         return Server({"tuned": 0.6, "plain": 0.3}[settings.model], settings.model, settings.model)
 
     monkeypatch.setattr("leeway.audit.models.OpenAIBackend", backend)
-    one = audits.checked(*served("tuned", "plain", url, None, "KEY"), ONLY_PERSONA)
-    audits.run(one, tmp_path / "x", audits.Reporter(quiet=True), "leeway audit")
-    assert asked[0] == {"model": "tuned", "base_url": url, "key_env": "KEY"}
+    one = audits.check_audit(*resolve_served("tuned", "plain", url, None, "KEY"), ONLY_PERSONA)
+    audits.run(one, tmp_path / "x", Reporter(quiet=True), "leeway audit")
+    assert requested[0] == {"model": "tuned", "base_url": url, "key_env": "KEY"}
     found = leeway.Results.load(tmp_path / "x")
     assert found.contrasts()["n"].iloc[0] == 8
     assert "cannot be seen here" in (tmp_path / "x" / "report.html").read_text("utf-8")
-    assert isinstance(subjects(Server(0, "a"), Server(0, "b"))[0], GivenBackend)
+    assert isinstance(resolve_models(Server(0, "a"), Server(0, "b"))[0], GivenBackend)
 
 
-def test_at_the_command_line(
+def test_the_command(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from leeway import cli
@@ -430,4 +431,4 @@ def test_at_the_command_line(
     assert capsys.readouterr().out.strip() == str(out / "report.html")
     assert set(leeway.Results.load(out).rows["objective"]) == {"base", "my-lora"}
     assert command("audit", str(base)) == 2
-    assert "an audit compares two models, and one is named" in capsys.readouterr().err
+    assert "an audit compares two models, only one is given" in capsys.readouterr().err

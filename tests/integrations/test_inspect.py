@@ -38,7 +38,7 @@ from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.integrations.inspect import tasks
 from leeway.integrations.inspect.backend import choice_of
 from leeway.integrations.inspect.export import export
-from leeway.integrations.inspect.tasks import asked
+from leeway.integrations.inspect.tasks import build_eval
 from leeway.judges import Answer, KeywordJudge, Verdict
 
 pytestmark = [  # both are Inspect's own
@@ -48,7 +48,7 @@ pytestmark = [  # both are Inspect's own
 FILTERED = "the provider's content filter withheld it"
 
 
-def said(conversation: Conversation) -> str | None:
+def answer_to(conversation: Conversation) -> str | None:
     """A reply that is a function of the conversation; None where the provider withholds it."""
     text = conversation[-1]["content"]
     kind = sum(map(ord, text)) % 4
@@ -64,7 +64,7 @@ class Parrot:
 
     def complete(self, requests: Sequence[Request], tick: Tick) -> list[Reply]:
         tick(len(requests))
-        found = [said(r.conversation) for r in requests]
+        found = [answer_to(r.conversation) for r in requests]
         return [Reply("", 5, False, FILTERED) if text is None else Reply(text, 5, False) for text in found]
 
     def choose(self, conversations: Sequence[Conversation], options: Sequence[str], tick: Tick) -> list[Choice]:
@@ -79,14 +79,14 @@ def output(text: str, top: dict[str, float] | None = None, **more: Any) -> Model
     found = ModelOutput.from_content("mockllm", text, **more)
     found.usage = ModelUsage(input_tokens=1, output_tokens=5, total_tokens=6)
     if top:
-        told = [TopLogprob(token=t, logprob=math.log(p)) for t, p in top.items()]
-        first = Logprob(token=told[0].token, logprob=told[0].logprob, top_logprobs=told)
+        logprobs = [TopLogprob(token=t, logprob=math.log(p)) for t, p in top.items()]
+        first = Logprob(token=logprobs[0].token, logprob=logprobs[0].logprob, top_logprobs=logprobs)
         found.choices[0].logprobs = Logprobs(content=[first])
     return found
 
 
 def parrot(messages: list[Any], *_: Any) -> ModelOutput:
-    text = said([{"role": m.role, "content": m.text} for m in messages])
+    text = answer_to([{"role": m.role, "content": m.text} for m in messages])
     return output("withheld", stop_reason="content_filter") if text is None else output(text)
 
 
@@ -106,7 +106,7 @@ def inspected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def said_of(row: Row) -> str | None:
-    return said([{"role": "user", "content": row.prompt}])
+    return answer_to([{"role": "user", "content": row.prompt}])
 
 
 def by_id(rows: Sequence[Row]) -> dict[str, Row]:
@@ -120,8 +120,8 @@ def same(log: EvalLog, rows: Sequence[Row]) -> None:
     assert {s.id for s in log.samples} == set(wanted)
     for sample in log.samples:
         row, score = wanted[str(sample.id)], sample.scores["judged"]
-        told = (score.metadata["outcome"], score.metadata["judge_raw"], score.metadata["unscored_reason"])
-        assert told == (row.outcome, row.judge_raw, row.unscored_reason)
+        recorded = (score.metadata["outcome"], score.metadata["judge_raw"], score.metadata["unscored_reason"])
+        assert recorded == (row.outcome, row.judge_raw, row.unscored_reason)
         assert score.as_float() == pytest.approx(row.score, nan_ok=True)
         assert score.reason == row.unscored_reason
         if row.unscored_reason is None:
@@ -139,7 +139,7 @@ def measured(log: EvalLog, name: str = "scored") -> dict[str, float]:
 
 def test_jailbreak_scores_are_the_evals_own(inspected: Any, record_property: Any) -> None:
     settings = {"prompts": "organism", "attacks": ["none", "dan", "zulu"], "judge": "organism", "limit": 10}
-    rows = asked("jailbreak", settings).run(Parrot(), lambda _: None)
+    rows = build_eval("jailbreak", settings).run(Parrot(), lambda _: None)
     log = inspected(tasks.jailbreak(**{**settings, "attacks": "none,dan,zulu"}))
     same(log, rows)
     lost = [r for r in rows if r.unscored_reason]
@@ -151,7 +151,7 @@ def test_jailbreak_scores_are_the_evals_own(inspected: Any, record_property: Any
     assert found.pop("unscored") == len(lost)
     for line in stats.rates(frame(rows), {}).to_dict("records"):
         assert found[line["measure"]] == pytest.approx(line["rate"], nan_ok=True)
-    assert log.eval.task_version == asked("jailbreak", settings).hash
+    assert log.eval.task_version == build_eval("jailbreak", settings).hash
     record_property("measured", f"Inspect against leeway's own eval: {len(rows)} of {len(rows)} scores equal")
 
 
@@ -184,9 +184,9 @@ class Asker:
     name: str = "asker"
     hash: str = "h"
 
-    def help(self, asked: Sequence[Any]) -> list[str | AttackFailed]:
-        self.seen += asked
-        return [AttackFailed("no word for it") if "one" in a else a.upper() for a in asked]
+    def help(self, requests: Sequence[Any]) -> list[str | AttackFailed]:
+        self.seen += requests
+        return [AttackFailed("no word for it") if "one" in a else a.upper() for a in requests]
 
 
 @dataclass
@@ -222,7 +222,7 @@ def test_several_turns_and_a_helper(inspected: Any, monkeypatch: pytest.MonkeyPa
     prompts = [ForbiddenPrompt(f"f/{n}", f"forbidden {word}") for n, word in enumerate(("zero", "one", "two"))]
     echo = lambda messages, *_: output(f"Sure, I heard you say this: {messages[-1].text}")  # noqa: E731
     part = Jailbreak(prompts, [Turns(Asker()), WRAPPERS["dan"]], [Seeing()], 8)
-    monkeypatch.setattr(tasks, "asked", lambda *_: part)
+    monkeypatch.setattr(tasks, "build_eval", lambda *_: part)
     log = inspected(tasks.jailbreak(), echo)
     samples = {s.id: s for s in log.samples}
     score = {k: s.scores["judged"] for k, s in samples.items()}
@@ -264,7 +264,7 @@ def test_capability_by_hand(inspected: Any, tmp_path: Path) -> None:
 
 
 def test_capability_scores_are_the_evals_own(inspected: Any) -> None:
-    rows = asked("capability", {"name": "organism", "limit": 12}).run(Parrot(), lambda _: None)
+    rows = build_eval("capability", {"name": "organism", "limit": 12}).run(Parrot(), lambda _: None)
     same(inspected(tasks.capability(name="organism", limit=12)), rows)
 
 
@@ -346,15 +346,15 @@ class Harmless(ItemEval):
         return found
 
 
-def test_any_eval_of_one_answer_an_item(inspected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_eval_with_one_answer_per_item(inspected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     part = Harmless([ForbiddenPrompt(f"h/{n}", "kill a process" + "!" * n) for n in range(8)])
-    monkeypatch.setattr(tasks, "asked", lambda *_: part)
+    monkeypatch.setattr(tasks, "build_eval", lambda *_: part)
     rows = part.run(Parrot(), lambda _: None)
     assert {r.score for r in rows} >= {0.0, 1.0}
     same(inspected(tasks.persona()), rows)
 
 
-def test_scoring_again_asks_the_model_nothing(inspected: Any) -> None:
+def test_rescoring_sends_no_request(inspected: Any) -> None:
     settings = {"prompts": "organism", "attacks": ["none", "zulu"], "judge": "organism", "limit": 6}
     log = inspected(tasks.jailbreak(**settings))
     before = {s.id: s.scores["judged"].metadata for s in log.samples}
@@ -362,7 +362,7 @@ def test_scoring_again_asks_the_model_nothing(inspected: Any) -> None:
         log, tasks.judged("jailbreak", {**settings, "judge": "keywords"}), action="overwrite", display="none"
     )
     after = {s.id: s.scores["judged"].metadata for s in again.samples}
-    wanted = asked("jailbreak", {**settings, "judge": "keywords"}).run(Parrot(), lambda _: None)
+    wanted = build_eval("jailbreak", {**settings, "judge": "keywords"}).run(Parrot(), lambda _: None)
     assert {k: m["outcome"] for k, m in after.items()} == {k: r.outcome for k, r in by_id(wanted).items()}
     assert before != after
 

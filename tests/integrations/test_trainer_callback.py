@@ -111,13 +111,13 @@ def left_behind(trainer: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]], 
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_training_does_not_notice(
+def test_training_is_unchanged(
     kind: str, base: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """With the callback at every step, and without: the same weights, log and random states to the bit."""
-    alone, watched = (trainer_of(kind, base, tmp_path / f"{n}") for n in range(2))
+    plain, watched = (trainer_of(kind, base, tmp_path / f"{n}") for n in range(2))
     ended = []
-    for trainer in (alone, watched):
+    for trainer in (plain, watched):
         random.seed(5)
         torch.manual_seed(5)
         np.random.seed(5)
@@ -152,20 +152,20 @@ def test_rows_numbers_and_page(base: Path, tmp_path: Path) -> None:
     found = results.rows[["objective", "budget"]].drop_duplicates()
     assert sorted(map(tuple, found.to_numpy())) == [("base", 0), ("my-run", 2), ("my-run", 3)]
     assert (results.rows.groupby(["objective", "budget"]).size() == 4 + 3 * 2 + 8).all()
-    told = next(line for line in heard if "leeway/endorsement_difference" in line and line["epoch"] < 0.5)
+    logged = next(line for line in heard if "leeway/endorsement_difference" in line and line["epoch"] < 0.5)
     tables = results.contrasts().set_index(["budget", "measure"])
     for key, column in (("", "rate"), ("_difference", "difference"), ("_low", "low"), ("_high", "high")):
-        assert told[f"leeway/endorsement{key}"] == pytest.approx(tables.loc[(2, "endorsement"), column])
+        assert logged[f"leeway/endorsement{key}"] == pytest.approx(tables.loc[(2, "endorsement"), column])
     assert tables.loc[(3, "endorsement"), "difference"] != 0
-    assert {"leeway/accuracy", "leeway/asr", "leeway/coherence", "leeway/unscored"} <= told.keys()
+    assert {"leeway/accuracy", "leeway/asr", "leeway/coherence", "leeway/unscored"} <= logged.keys()
     page = report.build(tmp_path / "drift").read_text("utf-8")
     assert "At step 3, capability" in page
-    assert "Trained elsewhere: no ledger." in page
+    assert "External checkpoint: no ledger." in page
     assert "tokens (logarithmic)" not in page
 
 
-def test_its_rows_are_those_of_an_audit(base: Path, tmp_path: Path) -> None:
-    """What is measured beside the training is what an audit finds in the adapter that the training saved."""
+def test_its_rows_equal_those_of_an_audit(base: Path, tmp_path: Path) -> None:
+    """The callback measures the same as an audit of the adapter that the training saved."""
     trainer = trainer_of("sft", base, tmp_path / "t", steps=2)
     trainer.add_callback(DriftCallback(LIGHT, every=5, out=tmp_path / "drift", name="tuned"))
     trainer.train()
@@ -173,10 +173,10 @@ def test_its_rows_are_those_of_an_audit(base: Path, tmp_path: Path) -> None:
     audited = audit(
         base, adapter=tmp_path / "adapter", evals=LIGHT, overrides=["device=cpu"], out=tmp_path / "audit", name="tuned"
     )
-    beside = leeway.Results.load(tmp_path / "drift")
+    measured = leeway.Results.load(tmp_path / "drift")
     same = ["objective", "eval", "attack", "item_id", "prompt", "response", "outcome", "template_hash"]
-    pd.testing.assert_frame_equal(audited.rows[same], beside.rows[same])
-    assert np.abs(audited.rows["score"] - beside.rows["score"]).max() < 1e-6
+    pd.testing.assert_frame_equal(audited.rows[same], measured.rows[same])
+    assert np.abs(audited.rows["score"] - measured.rows["score"]).max() < 1e-6
     assert sum("leeway/endorsement" in line for line in trainer.state.log_history) == 2  # without watch as well
 
 

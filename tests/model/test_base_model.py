@@ -164,8 +164,8 @@ def test_what_is_measured_waits_for_its_checkpoint_alone(models: dict[str, Path]
     assert [p.condition.name for p in found if p.condition] == ["<SAFE>", "plain", "<UNSAFE>"]
     left = [p for p in pieces if p not in base and p not in trains]
     first = replace(found[0], after=tuple(base))
-    assert first.begins(left, on_disk.__contains__)
-    assert not first.begins([*left, base[0]], on_disk.__contains__)
+    assert first.is_ready(left, on_disk.__contains__)
+    assert not first.is_ready([*left, base[0]], on_disk.__contains__)
 
 
 def test_a_checkpoint_is_measured_while_its_trajectory_trains_on(

@@ -38,14 +38,14 @@ def cluster() -> Iterator[Any]:
     found.shutdown()
 
 
-class Told(Reporter):
-    """Keeps what is said."""
+class LogReporter(Reporter):
+    """Keeps the log lines."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
         self.lines: list[str] = []
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self.lines.append(line)
 
 
@@ -55,24 +55,24 @@ def test_a_node_that_is_killed_half_way_changes_no_byte(
     from leeway.study.executors.ray import RayExecutor
 
     text = study(models["llama"], root, budgets="[200, 20_000]", objectives="[sft, cft]")
-    local, out, told = carry(text, tmp_path / "local"), tmp_path / "far", Told()
+    local, out, reporter = carry(text, tmp_path / "local"), tmp_path / "far", LogReporter()
     crews: list[RayExecutor] = []
-    facts = RayExecutor.facts
+    manifest = RayExecutor.manifest
 
     def with_two(self: RayExecutor, *given: Any) -> dict[str, Any]:
         crews.append(self)
-        found = facts(self, *given)
-        while sum(h.begun for h in self._crew) < 2:
-            self._keep(given[0], 2)  # the second node may have come after the first count of its room
-            self._heed(lambda _: None)
+        found = manifest(self, *given)
+        while sum(h.is_set_up for h in self._workers) < 2:
+            self._scale_up(given[0], 2)  # the second node may have come after the first count of its room
+            self._wait(lambda _: None)
         return found
 
-    monkeypatch.setattr(RayExecutor, "facts", with_two)
+    monkeypatch.setattr(RayExecutor, "manifest", with_two)
     node, run_is_over = cluster.add_node(**NODE), threading.Event()
     cluster.wait_for_nodes()
 
     def kill() -> None:
-        while [h.piece.kind for crew in crews for h in crew._crew if h.piece is not None] != ["train", "train"]:
+        while [h.job.kind for crew in crews for h in crew._workers if h.job is not None] != ["train", "train"]:
             if run_is_over.is_set():
                 return
             time.sleep(0.005)  # until both are at what takes seconds: losing a node takes one
@@ -80,40 +80,40 @@ def test_a_node_that_is_killed_half_way_changes_no_byte(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    run(parse(text, "test"), out, told, "leeway run test", None, "ray")
+    run(parse(text, "test"), out, reporter, "leeway run test", None, "ray")
     run_is_over.set()
     killer.join()
     assert contents(out) == contents(local)
     assert losses(out) == losses(local)
     assert not list(out.rglob(".partial-*"))
-    assert [line for line in told.lines if line.endswith("has lost its worker; it is handed out again")]
+    assert [line for line in reporter.lines if line.endswith("has lost its worker; it runs again")]
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_mistake_of_the_users_and_a_folder_in_use_are_one_line(
+def test_a_users_mistake_and_a_folder_in_use_are_one_line(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from leeway.study.executors import ray as on_ray
 
     text = study(models["llama"], root, budgets="[200]", objectives="[sft]").replace("lr: 3.0e-3", "lr: 1.0e+30")
     spec, out = parse(text, "test"), tmp_path / "run"
-    held = on_ray._claimed(out)
-    monkeypatch.setattr(on_ray, "CLAIM_S", 0.0)
+    held = on_ray._reserve(out)
+    monkeypatch.setattr(on_ray, "RESERVE_S", 0.0)
     with pytest.raises(LeewayError, match="is in use by another leeway of this cluster"):
         run(spec, out, Reporter(quiet=True), "leeway run test", None, "ray")
     on_ray.ray.kill(held)
     greedy = parse(text.replace("device: cpu", "device: cpu\nthreads: 1000"), "test")
-    with pytest.raises(LeewayError, match=r"no node of the cluster has what a worker takes \(1000 num_cpus, 0\.\d GiB"):
+    with pytest.raises(LeewayError, match=r"has the resources of a worker \(1000 num_cpus, 0\.\d GiB"):
         run(greedy, tmp_path / "x", Reporter(quiet=True), "leeway run test", None, "ray")
-    with pytest.raises(LeewayError, match="a worker sees the one GPU that Ray gives it; set device: cuda"):
+    with pytest.raises(LeewayError, match="Ray gives each worker one GPU; set device: cuda"):
         on_ray.RayExecutor(None, print).workers(prepare(parse(text.replace("device: cpu", "device: cuda:1"), "x")), 1)
-    monkeypatch.setattr(on_ray, "CLAIM_S", 20.0)
+    monkeypatch.setattr(on_ray, "RESERVE_S", 20.0)
     with pytest.raises(NotFiniteError, match="sft, step 2") as error:
         run(spec, out, Reporter(quiet=True), "leeway run test", None, "ray")
     assert "\n" not in str(error.value)
 
 
-def test_without_ray_it_says_what_to_install(
+def test_without_ray_the_error_names_the_extra(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -123,27 +123,25 @@ def test_without_ray_it_says_what_to_install(
     assert not (tmp_path / "x").exists()
 
 
-def test_a_worker_sees_to_it_that_it_is_the_same_study_everywhere(
+def test_a_worker_checks_versions_folder_and_inputs(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_worker, "PATIENCE_S", 0.0)
     raw = parse(study(models["llama"], root), "test").model_dump(mode="json", by_alias=True)
-    other = RayWorker().begin(raw, tmp_path, "token", installed_versions() | {"torch": "1.0"}, {})
-    assert "and the run began with 1.0; install the same versions on every node" in str(other)
-    assert "not there on" in str(RayWorker().begin(raw, tmp_path, "token", installed_versions(), {}))
+    other = RayWorker().setup(raw, tmp_path, "token", installed_versions() | {"torch": "1.0"}, {})
+    assert "the driver has 1.0; install the same versions on every node" in str(other)
+    assert "not found on" in str(RayWorker().setup(raw, tmp_path, "token", installed_versions(), {}))
     (tmp_path / ".workers").write_text("another run's")
-    assert "does not see this run's own mark" in str(
-        RayWorker().begin(raw, tmp_path, "token", installed_versions(), {})
-    )
+    assert "does not see this run's token" in str(RayWorker().setup(raw, tmp_path, "token", installed_versions(), {}))
     (tmp_path / ".workers").write_text("token")
     worker = RayWorker()
-    assert worker.begin(raw, tmp_path, "token", installed_versions(), {}) is None
-    waiting = worker.do(Job("measure", "sft", 0, (400,), needs=(("sft", 0, 400),)))
-    assert "does not see what measure sft s0 has written or needs" in str(waiting)
-    worker.end()
+    assert worker.setup(raw, tmp_path, "token", installed_versions(), {}) is None
+    waiting = worker.run_job(Job("measure", "sft", 0, (400,), needs=(("sft", 0, 400),)))
+    assert "does not see the inputs of measure sft s0" in str(waiting)
+    worker.close()
 
 
-def test_a_step_log_that_grew_elsewhere_comes_whole_and_never_shorter(tmp_path: Path) -> None:
+def test_a_step_log_from_scratch_is_published_whole_and_never_shorter(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     store = RunDir(tmp_path)
     first = store.log_of_steps("sft-s0", 0, tmp_path / "own")
@@ -158,9 +156,9 @@ def test_a_step_log_that_grew_elsewhere_comes_whole_and_never_shorter(tmp_path: 
     assert store.steps("sft-s0").read_text() == "1\n"
 
 
-def test_a_node_has_room_for_as_many_as_its_scarcest_part_holds() -> None:
+def test_workers_per_node_is_limited_by_the_scarcest_resource() -> None:
     on_ray = pytest.importorskip("leeway.study.executors.ray", exc_type=LeewayError)
     node = {"CPU": 16.0, "GPU": 2.0, "memory": 10e9, "object_store_memory": 1e9}
-    assert on_ray._fitting(node, {"num_cpus": 4, "memory": 3e9}) == 3
-    assert on_ray._fitting(node, {"num_cpus": 1, "num_gpus": 1}) == 2
-    assert on_ray._fitting({"CPU": 4.0}, {"num_cpus": 1, "num_gpus": 1}) == 0
+    assert on_ray._workers_per_node(node, {"num_cpus": 4, "memory": 3e9}) == 3
+    assert on_ray._workers_per_node(node, {"num_cpus": 1, "num_gpus": 1}) == 2
+    assert on_ray._workers_per_node({"CPU": 4.0}, {"num_cpus": 1, "num_gpus": 1}) == 0

@@ -47,11 +47,11 @@ def test_an_error_before_the_first_checkpoint_keeps_the_finished_parts(
             carry(study, out)
     kept = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.glob("parts/base-*.parquet")}
     assert kept
-    asked: list[str] = []
-    real = Worker._ask
-    monkeypatch.setattr(Worker, "_ask", lambda w, b, who, h: (asked.append(who.objective), real(w, b, who, h))[1])
+    measured: list[str] = []
+    real = Worker._evaluate
+    monkeypatch.setattr(Worker, "_evaluate", lambda w, b, t, h: (measured.append(t.objective), real(w, b, t, h))[1])
     assert contents(carry(study, out)) == whole
-    assert set(asked) == {"sft"}
+    assert set(measured) == {"sft"}
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in kept} == kept
 
 

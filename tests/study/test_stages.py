@@ -46,7 +46,7 @@ def ledger(out: Path) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("reference", ["start", "base"])
-def test_dpo_starts_from_sft_and_is_held_against_what_it_says(
+def test_dpo_starts_from_sft_with_it_as_reference(
     reference: str, models: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
     study = text(models, root, STAGED.replace("REF", reference)) + "adapter: {dropout: 0.0}\n"
@@ -64,7 +64,7 @@ def test_dpo_starts_from_sft_and_is_held_against_what_it_says(
     assert contents(carry(study, tmp_path / "two", workers=2)) == contents(out)
 
 
-def test_a_stopped_second_stage_goes_on_with_the_same_reference(
+def test_a_stopped_second_stage_resumes_with_the_same_reference(
     models: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
     study = text(models, root, STAGED.replace("REF", "start"))
@@ -145,13 +145,11 @@ def test_the_sweep_takes_the_most_accurate_rate_and_of_equals_the_smallest() -> 
     scores = ((3e-4, 0.5), (1e-4, 0.5), (3e-5, 0.2), (1e-2, None))
     found = choose("sft", tuple(Trial(lr, accuracy, 10, 3) for lr, accuracy in scores), items=4, budget=9)
     assert (found.lr, found.tokens) == (1e-4, 52)
-    with pytest.raises(LeewayError, match="sft left the numbers at every rate"):
+    with pytest.raises(LeewayError, match=r"sft diverged .* at every learning rate"):
         choose("sft", (Trial(1.0, None, 10, 0, "loss nan"),), items=4, budget=9)
 
 
-def test_tuned_rates_are_chosen_on_examples_that_nothing_is_trained_on(
-    models: dict[str, Path], root: Path, tmp_path: Path
-) -> None:
+def test_tuned_rates_are_chosen_on_held_out_examples(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
     sweep = "tune: {lrs: [1.0e-3, 3.0e-3], budget: 200, items: 6}"
     study = text(models, root, "[sft, dpo]").replace("lr: 3.0e-3", f"lr: tuned, {sweep}")
     prepared = prepare(parse(study, "x"))
@@ -174,9 +172,9 @@ def test_tuned_rates_are_chosen_on_examples_that_nothing_is_trained_on(
     assert lines.loc[("dpo", 300), "tuning_tokens"] > lines.loc[("sft", 300), "tuning_tokens"] > 0
     planned = plan(parse(study, "x"))
     assert "sft (each of 2 rates)" in planned.to_text()
-    said = re.search(r"lr tuned: ([\d,]+) tokens of training by the sweeps, and up to ([\d,]+) of", planned.to_text())
-    assert said
-    trained, answered = (int(n.replace(",", "")) for n in said.groups())
+    match = re.search(r"lr tuned: ([\d,]+) tokens of training by the sweeps, and up to ([\d,]+) of", planned.to_text())
+    assert match
+    trained, answered = (int(n.replace(",", "")) for n in match.groups())
     trials = [t for choice in manifest["tuning"].values() for t in choice["trials"]]
     assert trained == sum(t["trained"] for t in trials)
     limit = sum(t["answered"] for t in trials) + sum(  # had every answer been as long as it may be
@@ -187,7 +185,9 @@ def test_tuned_rates_are_chosen_on_examples_that_nothing_is_trained_on(
         prepare(parse(study.replace("items: 6", "items: 40"), "x"))
 
 
-def test_what_is_held_out_is_trained_on_under_no_other_id(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
+def test_held_out_prompts_are_not_trained_on(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
     twice = (root / "train.jsonl").read_text()
     (tmp_path / "train.jsonl").write_text(twice + twice.replace(" + ", "  +  "))
     (tmp_path / "test.jsonl").write_text((root / "test.jsonl").read_text())
@@ -201,7 +201,7 @@ def test_what_is_held_out_is_trained_on_under_no_other_id(models: dict[str, Path
     assert not held_out & trained
 
 
-def test_a_rate_that_leaves_the_numbers_is_noted_and_not_taken(
+def test_a_diverged_learning_rate_is_recorded_and_not_chosen(
     models: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
     sweep = "lr: tuned, tune: {lrs: [1.0e-3, 1.0e+20], budget: 300, items: 4}"
@@ -213,7 +213,7 @@ def test_a_rate_that_leaves_the_numbers_is_noted_and_not_taken(
     assert choice["trials"][1]["trained"] > 0
 
 
-def test_the_sweep_asks_under_the_objectives_own_prompt(
+def test_the_sweep_uses_the_objectives_own_condition(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from leeway.study import worker
@@ -224,7 +224,7 @@ def test_the_sweep_asks_under_the_objectives_own_prompt(
     sweep = "lr: tuned, tune: {lrs: [1.0e-3], budget: 200, items: 4}"
     study = text(models, root, "[cft]").replace("lr: 3.0e-3", sweep)
     prepared = prepare(parse(study, "x"))
-    worker.Worker(prepared, RunDir(tmp_path), lambda *_: None).carry_out(
+    worker.Worker(prepared, RunDir(tmp_path), lambda *_: None).run_job(
         next(p for p in jobs_of(prepared) if p.kind == "tune")
     )
     assert prefixes == ["<SAFE>"]
@@ -255,7 +255,7 @@ def test_a_plan_counts_cached_references_as_the_ledger_will(
         assert t.reference_tokens < t.processed_tokens
 
 
-def test_a_second_stage_tells_what_came_before_and_whose_adapter_it_takes(
+def test_a_second_stage_records_its_start_tokens_and_refuses_another_base(
     models: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
     out = carry(text(models, root, STAGED.replace("REF", "start")), tmp_path / "run")
@@ -317,12 +317,12 @@ def test_the_ledger_is_no_wider_than_a_screen_whatever_the_names() -> None:
     names = ("a" * 64, "b" * 45, "sft")
     numbers = dict.fromkeys(DATA[:3] + COST, 123_456_789) | {"epochs": 1234.5678, "lr": 3.0e-5, "start_tokens": 5}
     hashes = dict.fromkeys(("data_hash", "init_hash", "reference_hash"), "0123456789abcdef")
-    told = [{"objective": n, "seed": s, "budget": 9_000_000_000, **numbers, **hashes} for n in names for s in (0, 1)]
-    text = "\n".join(ledger_report._text(told, Matching("processed", {names[0]: "sft at 300, reference: start"}), []))
+    rows = [{"objective": n, "seed": s, "budget": 9_000_000_000, **numbers, **hashes} for n in names for s in (0, 1)]
+    text = "\n".join(ledger_report._text(rows, Matching("processed", {names[0]: "sft at 300, reference: start"}), []))
     assert max(map(len, text.splitlines())) <= 100
     for name in names:
-        told_of = [line for line in text.splitlines() if line.split()[:1] == [name]]
-        assert len(told_of) == 4 + (name == names[0])  # two seeds, what is matched and what it cost; and its start
+        own = [line for line in text.splitlines() if line.split()[:1] == [name]]
+        assert len(own) == 4 + (name == names[0])  # two seeds, what is matched and what it cost; and its start
     assert text.count("123,456,789") == 3 * 2 * (3 + len(COST))
     assert text.count("01234567") == 3 * 2 * 3
     assert "012345678" not in text

@@ -114,7 +114,7 @@ def test_objectives_are_matched(finished: Path) -> None:
     assert last.loc["sft", "processed_tokens"] == last.loc["sft", "source_tokens"]
     first = ledger[(ledger.budget == 400) & (ledger.epochs <= 1)].set_index("objective")
     assert first.loc["kl", "reference_tokens"] == first.loc["kl", "processed_tokens"]
-    assert last.loc["kl", "reference_tokens"] < last.loc["kl", "processed_tokens"]  # each sequence is asked about once
+    assert last.loc["kl", "reference_tokens"] < last.loc["kl", "processed_tokens"]  # one reference pass per sequence
     assert last.loc["ip", "processed_tokens"] > last.loc["sft", "processed_tokens"]
     assert last.loc["cft", "processed_tokens"] == last.loc["dpo", "processed_tokens"] + 2 * last.loc["cft", "examples"]
 
@@ -132,20 +132,20 @@ def test_each_condition_is_a_column_of_its_own_with_a_base_under_the_same_prompt
     assert set(per) == {4 + 12 + 4}
 
 
-def test_a_budget_alone_is_the_same_budget_among_others(
+def test_a_single_budget_equals_the_same_budget_among_others(
     finished: Path, models: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
-    alone = carry(study(models["llama"], root, budgets="[800]"), tmp_path / "alone")
+    single = carry(study(models["llama"], root, budgets="[800]"), tmp_path / "single")
     for objective in ("sft", "dpo", "cft", "ip", "orpo", "kl"):
         at = Path("checkpoints") / objective / "s0" / "800" / "adapter_model.safetensors"
-        assert (alone / at).read_bytes() == (finished / at).read_bytes(), objective
+        assert (single / at).read_bytes() == (finished / at).read_bytes(), objective
 
 
 def test_two_workers_leave_the_same_bytes(finished: Path, models: dict[str, Path], root: Path, tmp_path: Path) -> None:
     assert contents(carry(study(models["llama"], root), tmp_path / "two", workers=2)) == contents(finished)
 
 
-def test_a_finished_study_is_not_done_again(
+def test_a_finished_study_is_not_repeated(
     finished: Path, models: dict[str, Path], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(finished)
@@ -159,7 +159,7 @@ def the_same(out: Path, finished: Path) -> None:
     assert not list(out.rglob(".partial-*"))
 
 
-def test_killed_at_twenty_random_moments_it_goes_on_to_the_same_bytes(
+def test_killed_at_twenty_random_moments_it_resumes_to_the_same_bytes(
     finished: Path, models: dict[str, Path], root: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     path, out = tmp_path / "study.yaml", tmp_path / "killed"
@@ -175,7 +175,7 @@ def test_killed_at_twenty_random_moments_it_goes_on_to_the_same_bytes(
     the_same(out, finished)
 
 
-def test_killed_with_two_workers_it_goes_on_to_the_same_bytes(
+def test_killed_with_two_workers_it_resumes_to_the_same_bytes(
     finished: Path, models: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
     path, out = tmp_path / "study.yaml", tmp_path / "killed"
@@ -191,7 +191,7 @@ def test_killed_with_two_workers_it_goes_on_to_the_same_bytes(
     the_same(carry(path.read_text(), out), finished)
 
 
-def test_workers_of_a_run_that_is_killed_as_they_are_born_die_too(
+def test_workers_die_with_a_run_that_is_killed_while_they_start(
     models: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
     path, out = tmp_path / "study.yaml", tmp_path / "killed"
@@ -217,10 +217,10 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(models: dict[str, Path
     while len(born := killing.children(process.pid)) < 2 and process.poll() is None:
         time.sleep(0.01)
     os.kill(born[0], signal.SIGKILL)
-    _, said = process.communicate()
+    _, stderr = process.communicate()
     assert process.returncode == 2
-    assert said.splitlines()[-1].startswith("leeway: a worker process was killed")
-    assert "Traceback" not in said
+    assert stderr.splitlines()[-1].startswith("leeway: a worker process was killed")
+    assert "Traceback" not in stderr
 
 
 def test_a_tampered_ledger_stops_the_study_naming_the_column(
@@ -341,7 +341,7 @@ def test_the_base_is_exactly_itself_after_a_merge(models: dict[str, Path]) -> No
         assert torch.equal(v, before[k]), k
 
 
-def test_in_bfloat16_the_adapter_stays_beside_the_weights(models: dict[str, Path]) -> None:
+def test_in_bfloat16_the_adapter_is_not_merged(models: dict[str, Path]) -> None:
     from leeway.model import adapters
     from leeway.model.adapters import LoraSettings
     from leeway.model.load import load_model

@@ -57,7 +57,7 @@ def test_a_part_with_other_scores_or_fewer_rows_is_refused(study: str, run: Path
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "ledger.parquet"])
-def test_an_edited_table_is_not_reported_on_and_is_written_anew(name: str, study: str, run: Path) -> None:
+def test_an_edited_table_is_refused_and_rewritten(name: str, study: str, run: Path) -> None:
     before = (run / name).read_bytes()
     column = "score" if name == "rows.parquet" else "lr"
     edit(run / name, lambda d: d.assign(**{column: 1 - d[column]}))
@@ -118,7 +118,7 @@ def test_a_start_that_was_replaced_is_named_before_anything_is_trained(
     assert not (out / "checkpoints" / "a").exists()
 
 
-def test_answers_alone_serve_another_study(study: str, run: Path) -> None:
+def test_a_folder_with_only_cached_answers_serves_another_study(study: str, run: Path) -> None:
     for left in run.iterdir():
         if left.name != "study.yaml":
             shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -1,4 +1,4 @@
-"""Carry a study out in child processes, most of them killed at a random moment; says how many were.
+"""Run a study in child processes, most of them killed at a random moment; print how many were.
 
     python killing.py STUDY OUT STEPS SEED
 
@@ -45,7 +45,7 @@ def alive(process: int) -> bool:
 
 
 def started(study: Path, out: Path) -> int:
-    """The process id of a child that carries the study out."""
+    """Fork a child that runs the study; return its process id."""
     child = os.fork()
     if child:
         return child

@@ -1,4 +1,4 @@
-"""Measure checkpoints that were trained elsewhere against their base."""
+"""Audit checkpoints that were trained elsewhere against their base."""
 
 from leeway.audit.run import audit
 

@@ -1,108 +1,253 @@
-"""Audit a checkpoint that was trained elsewhere: the evals of a study, its rows and its page, and nothing trained.
+"""Audit a checkpoint that was trained elsewhere: a study that trains nothing and measures two external models.
 
-Both models answer the same rendered prompts: those of the base's chat template, unless the caller asks otherwise.
-Finished evals stay on disk, so that the same command carries on; another model, base or set of items is refused.
-
-Under which chat template the two models of an audit are asked: the same rendered prompt, or a reader is told.
+The study's runner runs the evals, resumes, and writes rows and page. Both models get the same rendered prompts, under
+the base's chat template, unless each is to use its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leeway.audit.models import AuditedModel, GivenBackend, LocalModel, name_of, own_tokenizer, subjects
+from leeway.audit.models import AuditedModel, GivenBackend, LocalModel, name_of, own_tokenizer, resolve_models
 from leeway.data.chat import Chat
+from leeway.data.stream import AuxiliaryPool
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval, Tick
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request
 from leeway.generation.cache import CachedBackend, ReplyCache
 from leeway.hashing import digest
 from leeway.model.load import load_chat, resolve, resolve_dtype
+from leeway.objectives.objective import PLAIN, Condition
 from leeway.study.build_evals import HelperModels, evals_of
-from leeway.study.executors.local import timed
+from leeway.study.executors.local import LocalExecutor
 from leeway.study.jobs import BASE
 from leeway.study.load import load, parse
 from leeway.study.manifest import measured_with
-from leeway.study.progress import Reporter, of_answers
+from leeway.study.prepare import Prepared
+from leeway.study.progress import Reporter
+from leeway.study.run import run_prepared
 from leeway.study.run_dir import RunDir
-from leeway.study.runtime import compute_settings
 from leeway.study.spec import ALIAS, Spec
+from leeway.study.worker import Worker
 from leeway.yaml_config import dump
 
 if TYPE_CHECKING:
     from leeway.report.results import Results
 
+EvalsSource = str | Path | Mapping[str, Any] | None
+OWN_TEMPLATE = Condition("own template", "")
+# settings of a study that an audit does not read
+TRAINING: tuple[str, ...] = ("name", "model", "revision", "objectives", "budgets", "budget", "seeds", "optim")
+TRAINING += ("adapter", "pairs", "reference", "auxiliary")
 
-OWN = "own template"  # the condition's name where each model is asked under its own
+
+@dataclass(frozen=True)
+class AuditSpec:
+    """A checked audit: the two models, and the evals."""
+
+    name: str
+    base: AuditedModel
+    checkpoint: AuditedModel
+    spec: Spec  # its evals and compute settings; an audit trains nothing
+    tokens: int = 0  # training tokens of the checkpoint; 0: unknown
+    own_template: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def audit(
+    model: str | Path | Backend | None = None,
+    *,
+    base: str | Path | Backend | None = None,
+    adapter: str | Path | None = None,
+    out: str | Path | None = None,
+    evals: EvalsSource = None,
+    overrides: Seq[str] = (),
+    name: str | None = None,
+    tokens: int = 0,
+    own_template: bool = False,
+    other_base: bool = False,
+    quiet: bool = True,
+) -> Results:
+    """Measure a checkpoint trained elsewhere against its base, resuming an earlier audit in `out`.
+
+    `model` with `base`: a merged model; `model` (or `base`) with `adapter`: a PEFT folder on it; either can be any
+    `Backend`. `evals` is a study file, a preset's name, or a mapping like a study's `evals:`; `overrides` are its
+    `key=value`. Raises LeewayError.
+    """
+    from leeway.report.results import Results
+
+    models = resolve_models(_as_text(model), _as_text(base), adapter, other_base=other_base)
+    spec = check_audit(*models, evals, overrides, name=name, tokens=tokens, own_template=own_template)
+    folder = Path(out) if out is not None else Path("runs") / f"audit-{spec.name}"
+    run(spec, folder, Reporter(quiet=quiet), f"audit(…, out={str(folder)!r})")
+    return Results.load(folder)
+
+
+def _as_text(model: str | Path | Backend | None) -> str | Backend | None:
+    return str(model) if isinstance(model, Path) else model
+
+
+def check_audit(
+    base: AuditedModel,
+    checkpoint: AuditedModel,
+    notes: tuple[str, ...],
+    evals: EvalsSource,
+    overrides: Seq[str] = (),
+    *,
+    name: str | None = None,
+    tokens: int = 0,
+    own_template: bool = False,
+) -> AuditSpec:
+    """Check all settings of an audit without reading weights; raises LeewayError."""
+    if name is not None and (not ALIAS.fullmatch(name) or name == BASE):
+        raise LeewayError(
+            f"--name {name!r} cannot be a name on the rows",
+            fix="use lower-case letters, digits, . _ - and not 'base'",
+        )
+    if tokens < 0:
+        raise LeewayError(f"--tokens {tokens} is negative", fix="leave it out if it is unknown")
+    spec = load_evals(evals, overrides, organism=_is_organism(base))
+    return AuditSpec(name or name_of(checkpoint), base, checkpoint, spec, tokens, own_template, notes)
+
+
+def load_evals(evals: EvalsSource, overrides: Seq[str] = (), *, organism: bool = False) -> Spec:
+    """Load the study with the evals: a file, a preset, or a new one around a mapping of `evals:`.
+
+    Raises LeewayError for an override of a training setting.
+    """
+    for override in overrides:
+        if (key := override.partition("=")[0]).split(".")[0] in TRAINING:
+            raise LeewayError(
+                f"{key!r} is a training setting; an audit does not train",
+                fix="override evals, task, dtype, device or threads",
+            )
+    if isinstance(evals, Mapping):
+        task = {"name": "organism" if organism else "gsm8k"}
+        raw = {"name": "evals", "model": "organism", "task": task, "objectives": ["sft"], "budgets": [1]}
+        spec = parse(dump({**raw, "evals": dict(evals)}), "evals", tuple(overrides))
+    else:
+        spec = load(str(evals or ("demo" if organism else "real-data")), tuple(overrides))
+    if spec.evals.stop != "never":
+        raise LeewayError("evals.stop: an audit has no sequential stopping", fix="override it with evals.stop=never")
+    return spec
+
+
+def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str) -> Path:
+    """Run an audit into `out`, resuming what is there; return the report's path."""
+    store, origins, spec = RunDir(out), dict[str, str](), audit_spec.spec
+    reporter.log(f"audit of {audit_spec.name}: reading the data")
+    evals = tuple(evals_of(spec, origins, HelperModels(store.kept, spec.device)))
+    templates = choose_templates(audit_spec.base, audit_spec.checkpoint, own_template=audit_spec.own_template)
+    identity = _identity(audit_spec, evals, templates)
+    _check_same(store, identity)
+    with store.claimed(digest("audit", identity), _as_yaml(audit_spec)):
+        external = {  # the checkpoint first, since it is the one that may not load
+            audit_spec.name: ExternalCheckpoint(audit_spec.checkpoint, spec, templates, audit_spec.tokens),
+            BASE: ExternalCheckpoint(audit_spec.base, spec, templates, is_base=True),
+        }
+        no_chat: Any = templates.base  # None if both models are served; only training reads it
+        nothing = AuxiliaryPool()
+        prepared = Prepared(spec, no_chat, 0, {}, nothing, {}, None, evals, 0, (), None, origins, external)
+        manifest = store.read_manifest() or _manifest(audit_spec, evals, templates, identity, origins, command)
+        store.write_manifest(manifest)
+        return run_prepared(Worker(prepared, store), manifest, LocalExecutor(1), reporter)
 
 
 @dataclass(frozen=True)
 class Templates:
-    """Under which chat template each model is asked, and what a reader has to be told about it."""
+    """The chat template of each model, and a note on it for the reader."""
 
-    condition: str
+    condition: Condition = PLAIN
     base: Chat | None = None
-    audited: Chat | None = None
-    shared_hash: str | None = None  # what stands on both models' rows where no one template does
+    checkpoint: Chat | None = None
+    shared_hash: str | None = None  # on both models' rows if there is no single template
     note: str = ""
 
 
-def templates_of(base: AuditedModel, audited: AuditedModel, *, own_template: bool) -> Templates:
-    """The base's template for both where their vocabularies agree; else an error, unless each is to have its own."""
-    if not isinstance(base, LocalModel) or not isinstance(audited, LocalModel):
-        return _rendered_elsewhere(base, audited, own_template=own_template)
+def choose_templates(base: AuditedModel, checkpoint: AuditedModel, *, own_template: bool) -> Templates:
+    """Return the base's template for both if their vocabularies agree; else raise, unless each is to use its own."""
+    if not isinstance(base, LocalModel) or not isinstance(checkpoint, LocalModel):
+        return _external_templates(base, checkpoint, own_template=own_template)
     chat = load_chat(base.model)
-    where, tokenizer = own_tokenizer(audited)
+    where, tokenizer = own_tokenizer(checkpoint)
     if tokenizer is None:
-        return Templates("plain", chat, chat)
-    same_words = chat.tokenizer.get_vocab() == tokenizer.get_vocab()
-    if same_words and not tokenizer.chat_template:
-        return Templates("plain", chat, chat)
-    other = Chat(tokenizer)
-    if same_words and chat.template_hash == other.template_hash:
-        return Templates("plain", chat, chat)
+        return Templates(base=chat, checkpoint=chat)
+    same_vocabulary = chat.tokenizer.get_vocab() == tokenizer.get_vocab()
+    if same_vocabulary and not tokenizer.chat_template:
+        return Templates(base=chat, checkpoint=chat)
+    own = Chat(tokenizer)
+    if same_vocabulary and chat.template_hash == own.template_hash:
+        return Templates(base=chat, checkpoint=chat)
     if own_template:
-        shared = digest("own templates", chat.template_hash, other.template_hash, base.identity, audited.identity)
-        note = "Each model was asked under its own chat template and tokenizer: a difference is that of both together."
-        return Templates(OWN, chat, other, shared, note)
-    if not same_words:
+        shared = digest("own templates", chat.template_hash, own.template_hash, base.identity, checkpoint.identity)
+        note = "Each model used its own chat template and tokenizer: a difference includes theirs."
+        return Templates(OWN_TEMPLATE, chat, own, shared, note)
+    if not same_vocabulary:
         more = len(tokenizer) - len(chat.tokenizer)
         differs = f"{more:+d} tokens" if more else "other tokens"
         raise LeewayError(
             f"{where}: its vocabulary is not that of {base.model} ({differs}), so both cannot read the same prompts",
-            fix="give --own-template to ask each under its own, and read a difference as that of both together",
+            fix="give --own-template to prompt each under its own; a difference then includes the templates'",
         )
-    note = f"{where} brings a chat template of its own; both models were asked under that of {base.model}."
-    return Templates("plain", chat, chat, None, note)
+    note = f"{where} has its own chat template; both models were prompted under that of {base.model}."
+    return Templates(PLAIN, chat, chat, None, note)
 
 
-def _rendered_elsewhere(base: AuditedModel, audited: AuditedModel, *, own_template: bool) -> Templates:
-    """Backends render for themselves: theirs is one template where they say the same hash, and unknown of servers."""
-    if isinstance(base, GivenBackend) and isinstance(audited, GivenBackend):
-        if base.backend.template_hash == audited.backend.template_hash:
-            return Templates("plain")
+def _external_templates(base: AuditedModel, checkpoint: AuditedModel, *, own_template: bool) -> Templates:
+    """Return no chat: backends render for themselves, and only those in Python report a template hash."""
+    if isinstance(base, GivenBackend) and isinstance(checkpoint, GivenBackend):
+        if base.backend.template_hash == checkpoint.backend.template_hash:
+            return Templates()
         if not own_template:
             raise LeewayError(
                 "the two backends have different chat templates "
-                f"({base.backend.template_hash}, {audited.backend.template_hash})",
+                f"({base.backend.template_hash}, {checkpoint.backend.template_hash})",
                 fix="give both the same, or own_template",
             )
-    shared = digest("templates not seen", base.identity, audited.identity)
-    note = "A server renders the prompts: whether both models were asked under one chat template cannot be seen here."
+    shared = digest("templates not seen", base.identity, checkpoint.identity)
     if own_template:
-        return Templates(OWN, shared_hash=shared, note="Each model was asked under its own chat template.")
-    return Templates("plain", shared_hash=shared, note=note)
+        return Templates(OWN_TEMPLATE, shared_hash=shared, note="Each model used its own chat template.")
+    note = "A server renders the prompts: whether both models used one chat template cannot be seen here."
+    return Templates(shared_hash=shared, note=note)
 
 
 @dataclass(frozen=True)
-class _Alike:
-    """A backend whose rows carry a template hash that both models of an audit share."""
+class ExternalCheckpoint:
+    """One of the two models of an audit, as the study's runner measures it (`prepare.ExternalModel`)."""
+
+    model: AuditedModel
+    spec: Spec
+    templates: Templates
+    budget: int = 0
+    is_base: bool = False
+
+    @property
+    def condition(self) -> Condition:
+        return self.templates.condition
+
+    @property
+    def adapter_hash(self) -> str:
+        return "none" if self.is_base else self.model.identity
+
+    @contextmanager
+    def open(self, store: RunDir) -> Iterator[Backend]:
+        chat = self.templates.base if self.is_base else self.templates.checkpoint
+        with self.model.open(chat, self.spec) as own:
+            shared = self.templates.shared_hash
+            backend = own if shared is None else SharedTemplateBackend(own, shared)
+            yield backend if isinstance(self.model, LocalModel) else CachedBackend(backend, ReplyCache(store.kept))
+
+
+@dataclass(frozen=True)
+class SharedTemplateBackend:
+    """A backend with the template hash that both models of an audit share on the rows."""
 
     backend: Backend
     template_hash: str
@@ -118,215 +263,25 @@ class _Alike:
         return self.backend.choose(conversations, options, tick)
 
 
-def alike(backend: Backend, template_hash: str | None) -> Backend:
-    return backend if template_hash is None else _Alike(backend, template_hash)
+def _is_organism(model: AuditedModel) -> bool:
+    """Return whether a model is the organism, by content: its folder has other names on other machines."""
+    if not isinstance(model, LocalModel) or not Path(resolve(model.model)).is_dir():
+        return False
+    return model.model_hash == LocalModel("organism").model_hash
 
 
-TRAINING: tuple[str, ...] = (
-    "model",
-    "revision",
-    "objectives",
-    "budgets",
-    "budget",
-    "seeds",
-    "optim",
-    "adapter",
-    "pairs",
-    "reference",
-)
-TRAINING += ("auxiliary", "name")
-EvalsAsked = str | Path | Mapping[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Audit:
-    """A checked audit: who is compared, what both are asked, and how it is written down."""
-
-    name: str
-    base: AuditedModel
-    audited: AuditedModel
-    spec: Spec  # its evals, and how they are computed; nothing of it is trained
-    tokens: int = 0  # that the checkpoint was trained on; 0: not known
-    own_template: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def who(self) -> tuple[tuple[str, int, AuditedModel], ...]:
-        """(objective, budget, model): the checkpoint first, since it is the one that may not load."""
-        return (self.name, self.tokens, self.audited), (BASE, 0, self.base)
-
-
-@dataclass
-class _Measuring:
-    """One audit at work: what is measured is on disk, one file per model and eval."""
-
-    audit: Audit
-    evals: tuple[Eval, ...]
-    templates: Templates
-    store: RunDir
-    reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
-
-    def part(self, objective: str, budget: int, e: Eval) -> Path:
-        return self.store.part(objective, 0, budget, e.key, self.templates.condition.replace(" ", "-"))
-
-    def pending(self, objective: str, budget: int) -> list[Eval]:
-        return [e for e in self.evals if not self.store.answered(self.part(objective, budget, e))]
-
-    def measure(self) -> None:
-        """Ask both models everything that they were not asked yet."""
-        tell = timed(self.reporter.heard)
-        for objective, budget, _ in self.audit.who:
-            for e in self.pending(objective, budget):
-                self.reporter.clock.add(e.work, len(e))
-        for objective, budget, subject in self.audit.who:
-            pending = self.pending(objective, budget)
-            if not pending:
-                continue
-            chat = self.templates.base if objective == BASE else self.templates.audited
-            identity = {"objective": objective, "seed": 0, "budget": budget}
-            identity["adapter_hash"] = "none" if objective == BASE else subject.identity
-            with compute_settings(self.audit.spec), subject.answering(chat, self.audit.spec) as backend:
-                asked = alike(backend, self.templates.shared_hash)
-                if not isinstance(subject, LocalModel):
-                    asked = CachedBackend(asked, ReplyCache(self.store.kept))
-                for e in pending:
-                    rows = e.run(asked, of_answers(tell, objective, e))
-                    self.store.write_part(self.part(objective, budget, e), identity, rows)
-
-    def parts(self) -> dict[Path, str]:
-        condition = self.templates.condition
-        return {self.part(o, b, e): condition for o, b, _ in self.audit.who for e in self.evals}
-
-
-def audit(
-    model: str | Path | Backend | None = None,
-    *,
-    base: str | Path | Backend | None = None,
-    adapter: str | Path | None = None,
-    out: str | Path | None = None,
-    evals: EvalsAsked = None,
-    overrides: Seq[str] = (),
-    name: str | None = None,
-    tokens: int = 0,
-    own_template: bool = False,
-    other_base: bool = False,
-    quiet: bool = True,
-) -> Results:
-    """Measure a checkpoint trained elsewhere against its base, going on where an earlier audit in `out` stopped.
-
-    `model` with `base`: a merged model; `model` (or `base`) with `adapter`: a PEFT folder on it; either may be any
-    `Backend`. `evals` is a study file, a preset's name, or what stands under a study's `evals:`; `overrides` are its
-    `key=value`. Raises LeewayError.
-    """
-    from leeway.report.results import Results
-
-    compared = subjects(_plain(model), _plain(base), adapter, other_base=other_base)
-    one = checked(*compared, evals, overrides, name=name, tokens=tokens, own_template=own_template)
-    folder = Path(out) if out is not None else Path("runs") / f"audit-{one.name}"
-    run(one, folder, Reporter(quiet=quiet), f"audit(…, out={str(folder)!r})")
-    return Results.load(folder)
-
-
-def checked(
-    base: AuditedModel,
-    audited: AuditedModel,
-    notes: tuple[str, ...],
-    evals: EvalsAsked,
-    overrides: Seq[str] = (),
-    *,
-    name: str | None = None,
-    tokens: int = 0,
-    own_template: bool = False,
-) -> Audit:
-    """All settings of an audit, checked; no weights are read."""
-    if name is not None and (not ALIAS.fullmatch(name) or name == BASE):
-        raise LeewayError(
-            f"--name {name!r} cannot be a name on the rows",
-            fix="use lower-case letters, digits, . _ - and not 'base'",
-        )
-    if tokens < 0:
-        raise LeewayError(f"--tokens {tokens} is no number of tokens", fix="leave it out where it is not known")
-    spec = measured_by(evals, overrides, organism=_is_organism(base))
-    return Audit(name or name_of(audited), base, audited, spec, tokens, own_template, notes)
-
-
-def measured_by(evals: EvalsAsked, overrides: Seq[str] = (), *, organism: bool = False) -> Spec:
-    """The study whose evals are asked: a file's or preset's, or one made around a mapping of `evals:`.
-
-    Raises LeewayError where an override would set what only training reads.
-    """
-    for override in overrides:
-        if (key := override.partition("=")[0].split(".")[0]) in TRAINING:
-            raise LeewayError(
-                f"override {override!r}: {key} has no say where nothing is trained",
-                fix="override evals, task, dtype, device or threads",
-            )
-    if isinstance(evals, Mapping):
-        task = {"name": "organism" if organism else "gsm8k"}
-        raw = {"name": "evals", "model": "organism", "task": task, "objectives": ["sft"], "budgets": [1]}
-        spec = parse(dump({**raw, "evals": dict(evals)}), "evals", tuple(overrides))
-    else:
-        spec = load(str(evals or ("demo" if organism else "real-data")), tuple(overrides))
-    if spec.evals.stop != "never":
-        raise LeewayError("evals.stop: an audit asks everything", fix="override it with evals.stop=never")
-    return spec
-
-
-def run(one: Audit, out: Path, reporter: Reporter, command: str) -> Path:
-    """Carry an audit out in `out`, going on where an earlier one stopped; returns the report's path."""
-    from leeway.report import build
-
-    store, origins = RunDir(out), dict[str, str]()
-    reporter.say(f"audit of {one.name}: reading the data")
-    evals = tuple(evals_of(one.spec, origins, HelperModels(store.kept, one.spec.device)))
-    templates = templates_of(one.base, one.audited, own_template=one.own_template)
-    identity = _identity(one, evals, templates)
-    _check_same(store, identity)
-    failure: LeewayError | None = None
-    with store.claimed(digest("audit", identity), _as_yaml(one)):
-        measuring = _Measuring(one, evals, templates, store, reporter)
-        facts = store.read_manifest() or _manifest(one, measuring, identity, origins, command)
-        store.write_manifest(facts)
-        try:
-            with reporter:
-                measuring.measure()
-        except LeewayError as error:
-            if not any(path.is_file() for path in measuring.parts()):
-                raise
-            failure = error  # what one model has answered stays, whatever became of the other
-        else:
-            store.write_ledger([])
-            rows = store.write_rows(list(measuring.parts()))
-            found = {"conditions": store.conditions(measuring.parts()), "file_hashes": store.file_hashes()}
-            store.write_manifest({**facts, **found})
-            reporter.say(f"audit of {one.name}: {rows:,} rows; drawing the report")
-            return build(out)
-    assert failure is not None
-    raise failure
-
-
-def _is_organism(subject: AuditedModel) -> bool:
-    """By content: its folder has other names on other machines."""
-    local = isinstance(subject, LocalModel) and Path(resolve(subject.model)).is_dir()
-    return local and isinstance(subject, LocalModel) and subject.model_hash == LocalModel("organism").model_hash
-
-
-def _plain(named: str | Path | Backend | None) -> str | Backend | None:
-    return str(named) if isinstance(named, Path) else named
-
-
-def _identity(one: Audit, evals: Seq[Eval], templates: Templates) -> dict[str, str]:
-    """All that rows of one audit have in common, by name, so that what differs can be told."""
-    spec = one.spec
-    where = torch.device("cuda" if torch.cuda.is_available() and spec.device != "cpu" else "cpu")
+def _identity(audit_spec: AuditSpec, evals: Seq[Eval], templates: Templates) -> dict[str, str]:
+    """Return what all rows of an audit have in common, by name, to tell it from another audit."""
+    spec = audit_spec.spec
+    device = torch.device("cuda" if torch.cuda.is_available() and spec.device != "cpu" else "cpu")
     template = templates.shared_hash or (templates.base.template_hash if templates.base else "the backends' own")
     return {
-        "the base": one.base.identity,
-        "the checkpoint": one.audited.identity,
-        "its name": one.name,
-        "its number of tokens": str(one.tokens),
+        "the base": audit_spec.base.identity,
+        "the checkpoint": audit_spec.checkpoint.identity,
+        "its name": audit_spec.name,
+        "its number of tokens": str(audit_spec.tokens),
         "the chat template": template,
-        "dtype": str(resolve_dtype(spec.weights, where)).removeprefix("torch."),
+        "dtype": str(resolve_dtype(spec.weights, device)).removeprefix("torch."),
         "threads": str(spec.threads),
         "evals.batch": str(spec.evals.batch),
         **{f"evals.{e.key}": e.hash for e in evals},
@@ -334,7 +289,7 @@ def _identity(one: Audit, evals: Seq[Eval], templates: Templates) -> dict[str, s
 
 
 def _check_same(store: RunDir, identity: dict[str, str]) -> None:
-    """Raise where another audit is in the folder, naming what differs."""
+    """Raise LeewayError if another audit is in the folder, naming the difference."""
     then: dict[str, str] = store.read_manifest().get("audit", {}).get("identity", {})
     for name in {**identity, **then} if then else ():
         if then.get(name) != identity.get(name):
@@ -344,35 +299,47 @@ def _check_same(store: RunDir, identity: dict[str, str]) -> None:
             )
 
 
-def _as_yaml(one: Audit) -> str:
-    """What was audited and with which evals, as the run directory's study file."""
-    told = {"base": one.base.told, "checkpoint": one.audited.told, "own_template": one.own_template}
-    how = one.spec.model_dump(mode="json", by_alias=True, include={"evals", "dtype", "device", "threads"})
-    plain = {"name": one.name, "audit": told, "tokens": one.tokens or None, **how}
+def _as_yaml(audit_spec: AuditSpec) -> str:
+    """Return the run directory's study file: the models and the evals."""
+    models = {"base": audit_spec.base.description, "checkpoint": audit_spec.checkpoint.description}
+    settings = audit_spec.spec.model_dump(mode="json", by_alias=True, include={"evals", "dtype", "device", "threads"})
+    plain = {
+        "name": audit_spec.name,
+        "audit": {**models, "own_template": audit_spec.own_template},
+        "tokens": audit_spec.tokens or None,
+        **settings,
+    }
     return dump(plain)
 
 
 def _manifest(
-    one: Audit, measuring: _Measuring, identity: dict[str, str], origins: dict[str, str], command: str
+    audit_spec: AuditSpec,
+    evals: Seq[Eval],
+    templates: Templates,
+    identity: dict[str, str],
+    origins: dict[str, str],
+    command: str,
 ) -> dict[str, Any]:
-    """Everything a reader needs to know what was compared, beside the study file."""
-    notes = [*one.notes, *([measuring.templates.note] if measuring.templates.note else [])]
-    tokens = f"{one.tokens:,} tokens, as its owner says" if one.tokens else "on an unknown number of tokens"
+    base, checkpoint, tokens = audit_spec.base, audit_spec.checkpoint, audit_spec.tokens
+    trained = f"{tokens:,} tokens (reported by its owner)" if tokens else "an unknown number of tokens"
     return {
-        **measured_with(measuring.evals, origins),
+        **measured_with(evals, origins),
         "command": command,
         "study_hash": digest("audit", identity),
-        "organism": _is_organism(one.base),
-        "model": {"name": one.base.told, "hash": one.base.identity, "dtype": identity["dtype"]},
+        "organism": _is_organism(base),
+        "model": {"name": base.description, "hash": base.identity, "dtype": identity["dtype"]},
         "audit": {"identity": identity},
         "external": {
             "kind": "audit",
-            "count": "tokens" if one.tokens else "unknown",
+            "count": "tokens" if tokens else "unknown",
             "description": [
-                ["Base", f"{one.base.told} (hash {one.base.identity})"],
-                ["Checkpoint", f"{one.audited.told} (hash {one.audited.identity}), trained elsewhere {tokens}"],
-                ["Chat template", measuring.templates.note or "the same for both"],
+                ["Base", f"{base.description} (hash {base.identity})"],
+                [
+                    "Checkpoint",
+                    f"{checkpoint.description} (hash {checkpoint.identity}), trained on {trained}",
+                ],
+                ["Chat template", templates.note or "the same for both"],
             ],
-            "notes": notes,
+            "notes": [*audit_spec.notes, *([templates.note] if templates.note else [])],
         },
     }

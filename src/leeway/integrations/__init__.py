@@ -1,1 +1,1 @@
-"""Other tools: Inspect, trainer callbacks."""
+"""Integrations: Inspect, trainer callbacks."""

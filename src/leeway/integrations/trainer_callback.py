@@ -1,10 +1,9 @@
-"""Drift beside somebody else's training: a callback for Hugging Face's Trainer and TRL's.
+"""Measure drift while another trainer trains: a callback for the trainers of Hugging Face and TRL.
 
     DriftCallback({"persona": {"limit": 40}}, every=100, out="runs/drift").watch(trainer)
 
-At the start, at every n-th step and at the end the model that is being trained answers the same items, as it stands and
-in evaluation mode. Training goes on as if nobody had asked: modes, random states, generation settings and the
-trainer's running averages are put back, and its own log keeps its lines.
+At the start, at every n-th step and at the end, the model answers the same items in evaluation mode. Training is not
+affected: modes, random states, generation settings and the trainer's running averages are restored.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ import torch
 from transformers import GenerationConfig, Trainer, TrainerCallback
 
 from leeway import stats
-from leeway.audit.models import as_alias
-from leeway.audit.run import EvalsAsked, measured_by
+from leeway.audit.models import to_alias
+from leeway.audit.run import EvalsSource, load_evals
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval
@@ -42,23 +41,23 @@ from leeway.study.run_dir import RunDir
 from leeway.study.spec import ALIAS
 from leeway.yaml_config import dump
 
-BATCH = 32  # answers at a time, where evals come as objects: the optimiser's state is in memory too
-LOGGED = ("coherence",)  # beside the primary measures: an answer that means nothing is not robustness
+BATCH = 32  # for evals given as objects: the optimiser's state is in memory too
+LOGGED = ("coherence",)  # in addition to the primary measures: an incoherent answer is not robustness
 
 
 class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has no types
-    """Measures the model in training every `every` optimiser steps, and before the first and after the last one.
+    """Measures the trained model before the first step, every `every` optimiser steps, and after the last.
 
-    `evals` is a study file, a preset's name, what stands under a study's `evals:`, or `Eval` objects; `out` the run
-    directory, from which `leeway report OUT` makes a page at any time. Rows carry `name` (else the trainer's run name)
-    and as their budget the input tokens seen where the trainer counts them (`include_num_input_tokens_seen`), else the
-    step. Logged are `leeway/accuracy`, `leeway/asr`, `leeway/endorsement` and `leeway/coherence`, each with its
-    `_difference` from the start and that one's 95% interval (`_low`, `_high`), paired by item.
+    `evals` is a study file, a preset's name, a mapping like a study's `evals:`, or `Eval` objects; `out` is the run
+    directory, from which `leeway report OUT` makes a page at any time. Rows have `name` (by default the trainer's run
+    name) and as budget the input tokens seen if the trainer counts them (`include_num_input_tokens_seen`), else the
+    step. It logs `leeway/accuracy`, `leeway/asr`, `leeway/endorsement` and `leeway/coherence`, each with its
+    `_difference` from the start and that difference's 95% interval (`_low`, `_high`), paired by item.
     """
 
     def __init__(
         self,
-        evals: EvalsAsked | Seq[Eval],
+        evals: EvalsSource | Seq[Eval],
         *,
         every: int,
         out: str | Path,
@@ -67,7 +66,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         overrides: Seq[str] = (),
     ) -> None:
         if every < 1:
-            raise LeewayError(f"DriftCallback: every={every} is no number of steps", fix="give 1 or more")
+            raise LeewayError(f"DriftCallback: every={every} is not positive", fix="give 1 or more")
         if name is not None and (not ALIAS.fullmatch(name) or name == BASE):
             raise LeewayError(
                 f"DriftCallback: {name!r} cannot be a name on the rows",
@@ -82,18 +81,18 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         if isinstance(evals, Seq) and not isinstance(evals, str):
             self._evals, self._batch = tuple(evals), BATCH
         else:
-            spec = measured_by(evals, overrides)
+            spec = load_evals(evals, overrides)
             self._evals, self._batch = tuple(evals_of(spec, self._origins)), spec.evals.batch
 
     def watch(self, trainer: Any) -> DriftCallback:
-        """Add this to `trainer`, and log through it, so that its trackers see the numbers."""
+        """Add the callback to `trainer` and log through it, so that its trackers get the numbers."""
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._trainer = trainer
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the start; or, where training was resumed, check that it is measured and forget what came after."""
+        """Measure the start; after a resume, check that the start was measured and delete later measurements."""
         if not state.is_world_process_zero:
             return
         found = self._parts(args)
@@ -101,19 +100,19 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
             if found:
                 raise LeewayError(
                     f"{self._store.folder} holds an earlier run of this callback",
-                    fix="give another out, delete it, or resume that training from its checkpoint",
+                    fix="give another `out`, delete it, or resume that training from its checkpoint",
                 )
             self._measure(args, state, control, kwargs)
             return
-        if BASE not in (who for who, _ in found.values()):
+        if BASE not in (name for name, _ in found.values()):
             raise LeewayError(
                 f"{self._store.folder} has no measurement of the start, and training resumes at step "
                 f"{state.global_step}",
-                fix="give the out that the resumed training had",
+                fix="give the `out` of the training that is resumed",
             )
         for path, (_, budget) in found.items():
             if budget > self._budget(state):
-                path.unlink()  # of steps that are taken again
+                path.unlink()  # these steps run again
         self._measured_at = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -122,24 +121,24 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
             self._measure(args, state, control, kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure an end that came unannounced; a best checkpoint that was loaded there is not the last step's."""
+        """Measure an early end, unless the trainer has loaded its best checkpoint, which is not the last step."""
         if state.is_world_process_zero and not args.load_best_model_at_end and self._measured_at != state.global_step:
             self._measure(args, state, control, kwargs)
 
-    def _measure(self, args: Any, state: Any, control: Any, given: dict[str, Any]) -> None:
-        """Ask the model as it stands, write its rows and log how far it is from the start."""
-        lm = given["model"]
+    def _measure(self, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
+        """Run the evals on the current model, write its rows and log its difference from the start."""
+        lm = kwargs["model"]
         if _sharded(lm):
             raise LeewayError(
-                "DriftCallback: the weights are sharded over processes (ZeRO-3 or FSDP), and one cannot ask them alone",
+                "DriftCallback: weights sharded over processes (ZeRO-3 or FSDP) are not supported",
                 fix="leave it out, and give the checkpoints to `leeway audit`",
             )
         at_start = state.global_step == 0
         budget = 0 if at_start else self._budget(state)
         objective, seed = (BASE, 0) if at_start else (self.name(args), int(args.seed))
         identity = {"objective": objective, "seed": seed, "budget": budget}
-        with undisturbed(lm) as eos:
-            model = live_model(lm, self._tokenizer or given.get("processing_class"), self.name(args), eos)
+        with eval_mode(lm) as eos:
+            model = live_model(lm, self._tokenizer or kwargs.get("processing_class"), self.name(args), eos)
             identity["adapter_hash"] = "none" if at_start else model.hash
             with self._store.claimed(self._hash(args), self._as_yaml(args)):
                 for e in self._evals:
@@ -150,27 +149,27 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         self._log(state, control, self._numbers(objective, budget))
 
     def name(self, args: Any) -> str:
-        """What this run is called on the rows."""
-        return self._name or as_alias(Path(str(args.run_name or "")).name) or "tuned"
+        """Return the run's name on the rows."""
+        return self._name or to_alias(Path(str(args.run_name or "")).name) or "tuned"
 
     def _budget(self, state: Any) -> int:
-        """Tokens where the trainer counts them and did so from the start, else steps."""
+        """Return the tokens seen if the trainer has counted them from the start, else the steps."""
         counted = int(getattr(state, "num_input_tokens_seen", 0) or 0)
         return counted if counted and self._count(state) == "tokens" else int(state.global_step)
 
     def _count(self, state: Any) -> str:
-        """What budgets count: as the manifest says once a step was measured, until then as the trainer does."""
+        """Return what budgets count: by the manifest once a step is measured, before that by the trainer."""
         known = self._store.read_manifest().get("external", {}).get("count", "unknown")
         tokens = int(getattr(state, "num_input_tokens_seen", 0) or 0)
         return str(known) if known != "unknown" else "tokens" if tokens else "steps"
 
     def _parts(self, args: Any) -> dict[Path, tuple[str, int]]:
-        """What was measured so far, with its name and budget."""
+        """Return the parts on disk with their name and budget."""
         found = {}
         for path in sorted((self._store.folder / "parts").glob("*.parquet")):
-            for who in (BASE, self.name(args)):
-                if at := re.match(rf"{re.escape(who)}-s-?\d+-(\d+)-", path.name):
-                    found[path] = who, int(at[1])
+            for name in (BASE, self.name(args)):
+                if match := re.match(rf"{re.escape(name)}-s-?\d+-(\d+)-", path.name):
+                    found[path] = name, int(match[1])
         return found
 
     def _hash(self, args: Any) -> str:
@@ -181,7 +180,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         return dump(plain)
 
     def _write(self, args: Any, state: Any, model: Model) -> None:
-        """Rows of all that was measured so far, an empty ledger and the manifest: a run directory at any time."""
+        """Write all rows so far, an empty ledger and the manifest: a complete run directory at any time."""
         parts = dict.fromkeys(self._parts(args), "plain")
         self._store.write_rows(list(parts))
         self._store.write_ledger([])
@@ -204,35 +203,36 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
                     ["Base", "the model as training began (step 0)"],
                     ["Trained by", f"a Hugging Face trainer, seed {args.seed}, learning rate {args.learning_rate:g}"],
                     ["Weights", f"{model.parameters:,} parameters, {dtype}"],
-                    ["Measured", f"before the first step, every {self.every} steps and at the end, beside training"],
+                    ["Measured", f"before the first step, every {self.every} steps and at the end"],
                 ],
                 "notes": [],
             },
         }
 
     def _numbers(self, objective: str, budget: int) -> dict[str, float]:
-        """What is logged of one measurement; a number that may not be printed is left out."""
+        """Return the numbers to log for one measurement, without NaN."""
         with readable(self._store.rows_path):
             rows = pd.read_parquet(self._store.rows_path)
-        mine = rows[(rows["objective"] == BASE) | ((rows["objective"] == objective) & (rows["budget"] == budget))]
-        conditions = dict.fromkeys(mine["template_hash"].unique(), "plain")
-        found: dict[str, float] = {"leeway/unscored": float(rows_of(mine, objective, budget)["score"].isna().sum())}
+        own = (rows["objective"] == objective) & (rows["budget"] == budget)
+        compared = rows[(rows["objective"] == BASE) | own]
+        conditions = dict.fromkeys(compared["template_hash"].unique(), "plain")
+        numbers = {"leeway/unscored": float(rows.loc[own, "score"].isna().sum())}
         if objective == BASE:
-            table = stats.rates(mine, conditions)
-            wanted = {"": "rate"}
+            table = stats.rates(compared, conditions)
+            columns = {"": "rate"}
         else:
-            table = stats.contrasts(mine, conditions)
-            wanted = {"": "rate", "_difference": "difference", "_low": "low", "_high": "high"}
+            table = stats.contrasts(compared, conditions)
+            columns = {"": "rate", "_difference": "difference", "_low": "low", "_high": "high"}
         for line in table[table["primary"] | table["measure"].isin(LOGGED)].to_dict("records"):
             key = "leeway/" + str(line["measure"]).replace(":", "_")
-            found |= {key + end: float(line[c]) for end, c in wanted.items() if not math.isnan(line[c])}
-        return found
+            numbers |= {key + end: float(line[c]) for end, c in columns.items() if not math.isnan(line[c])}
+        return numbers
 
     def _log(self, state: Any, control: Any, numbers: dict[str, float]) -> None:
-        """Through the trainer's own log where it is known, else into the state's history alone.
+        """Log through the watched trainer, else only into the state's history.
 
-        TRL's trainers empty their running averages whenever they log, and every log takes back that one is due: ours
-        does neither.
+        `Trainer.log` is called directly, because TRL's trainers clear their running averages when they log; and any
+        log clears `should_log`, which is restored.
         """
         if self._trainer is None:
             state.log_history.append({**numbers, "step": state.global_step})
@@ -242,13 +242,9 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         control.should_log = due
 
 
-def rows_of(rows: pd.DataFrame, objective: str, budget: int) -> pd.DataFrame:
-    return rows[(rows["objective"] == objective) & (rows["budget"] == budget)]
-
-
 def live_model(lm: Any, tokenizer: Any, name: str, eos: tuple[int, ...]) -> Model:
-    """A model that is already in memory, with its tokenizer and stop tokens; its hash is over what trains."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
+    """Wrap a model in memory with its tokenizer and stop tokens; its hash covers the trained parameters."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     if tokenizer is None:
         raise LeewayError(
             "DriftCallback: the trainer has no tokenizer", fix="give it a processing_class, or give tokenizer="
@@ -261,14 +257,14 @@ def live_model(lm: Any, tokenizer: Any, name: str, eos: tuple[int, ...]) -> Mode
 
 
 @contextmanager
-def undisturbed(lm: Any) -> Iterator[tuple[int, ...]]:
-    """Evaluation mode without generation settings but their stop tokens, which are what it yields.
+def eval_mode(lm: Any) -> Iterator[tuple[int, ...]]:
+    """Switch to evaluation mode with default generation settings; yield the model's stop tokens.
 
-    Every mode, setting and random state comes back as it was.
+    Restores every module's mode, the generation settings and all random states.
     """
     modes = [(m, m.training) for m in lm.modules()]
     inner = _innermost(lm)
-    settings, drawn, drawn_np = inner.generation_config, random.getstate(), np.random.get_state()
+    settings, state, state_np = inner.generation_config, random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
         try:
@@ -280,12 +276,12 @@ def undisturbed(lm: Any) -> Iterator[tuple[int, ...]]:
             inner.generation_config = settings
             for module, training in modes:
                 module.training = training
-            random.setstate(drawn)
-            np.random.set_state(drawn_np)
+            random.setstate(state)
+            np.random.set_state(state_np)
 
 
 def _innermost(lm: Any) -> Any:
-    """The model under an adapter."""
+    """Return the model under an adapter."""
     return lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
 
 

@@ -142,7 +142,7 @@ def measured(prepared: Prepared, scratch: Path) -> Timing:
     began = time.perf_counter()
     model = work.base()
     found.checkout = time.perf_counter() - began
-    adapters.attach(model, work.beginnings.settings(0.0).adapter, seed=0)
+    adapters.attach(model, work.trajectories.settings(0.0).adapter, seed=0)
     backend = TransformersBackend(model, "", prepared.spec.evals.batch, overlong="failure")
     with adapters.merged(model):
         for e in prepared.evals:
@@ -170,7 +170,7 @@ def _train(work: Worker, alias: str, scratch: Path, found: Timing, asked: list[t
     seed = work.prepared.spec.seeds[0]
     schedule = _few(work.prepared, alias, seed)
     kept = ReferenceCache(scratch / "references") if work.prepared.spec.reference == "cached" else None
-    trial = work.beginnings.trial(alias, seed, schedule, kept)
+    trial = work.trajectories.trial(alias, seed, schedule, kept)
     began = time.perf_counter()
     tokens = trial.precompute_reference()
     asked.append((time.perf_counter() - began, tokens))

@@ -1,4 +1,4 @@
-"""What a study is made of: pieces of work that leave all they have on disk, and which of them waits for which."""
+"""The jobs of a study and their dependencies. A job leaves all its results on disk, so any worker can run it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from leeway.study.prepare import Prepared
 
 BASE = "base"
 
-
 Checkpoint = tuple[str, int, int]  # objective, seed, budget
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does at a time: measure the base, choose a learning rate, train a trajectory, or measure of it.
+    """One unit of work: measure the base, tune a learning rate, train a trajectory, or measure its checkpoints.
 
-    A trajectory passes all its `budgets`; under a decaying learning rate each budget is a trajectory of its own. What
-    is measured is one checkpoint (the base too) under one `condition`; or, where a server has to be started for it, all
-    of a trajectory's under all of theirs (`condition` None). A piece begins when the pieces of `after` are finished and
-    the checkpoints of `needs` are on disk: so one worker may measure where another trains on.
+    A trajectory passes all its `budgets`; under a decaying learning rate each budget is a trajectory of its own
+    (`exclusive`). A measurement covers one checkpoint under one `condition`, or, for a vLLM server, all checkpoints of
+    a trajectory under all conditions (`condition` None). A job is ready once the jobs of `after` are complete and the
+    checkpoints of `needs` are on disk, so one worker can measure while another trains on.
     """
 
     kind: Literal["base", "tune", "train", "measure"]
@@ -32,23 +31,28 @@ class Job:
     seed: int = 0
     budgets: tuple[int, ...] = ()
     after: tuple[Job, ...] = ()
-    alone: bool = False
+    exclusive: bool = False
     condition: Condition | None = None
     needs: tuple[Checkpoint, ...] = ()
 
     @property
-    def log(self) -> str:
-        """What its step log is called: by its budget too where it has that one alone."""
-        return f"{self.alias}-s{self.seed}" + (f"-{self.budgets[0]}" if self.alone else "")
+    def name(self) -> str:
+        """The name in messages."""
+        return f"{self.kind} {self.alias} s{self.seed}"
 
-    def begins(self, left: Collection[Job], there: Callable[[Checkpoint], bool]) -> bool:
-        """Whether it waits for none of the pieces that are `left`, and its checkpoints are `there`."""
-        return not any(before in left for before in self.after) and all(map(there, self.needs))
+    @property
+    def log_name(self) -> str:
+        """The name of its step log, with the budget if the trajectory has only that one."""
+        return f"{self.alias}-s{self.seed}" + (f"-{self.budgets[0]}" if self.exclusive else "")
+
+    def is_ready(self, left: Collection[Job], has_checkpoint: Callable[[Checkpoint], bool]) -> bool:
+        """Return whether none of its predecessors is `left` and its checkpoints are on disk."""
+        return not any(before in left for before in self.after) and all(map(has_checkpoint, self.needs))
 
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """A checkpoint under one test-time condition: whose rows these are."""
+    """A checkpoint under one test-time condition."""
 
     objective: str
     seed: int
@@ -57,71 +61,72 @@ class EvalTarget:
 
 
 def jobs_of(prepared: Prepared) -> list[Job]:
-    """All of a study, in the order in which they are begun where several could be.
+    """Return all jobs in order of priority.
 
-    Trajectories come before what is measured of them, and the most work first, so that no worker ends long after the
-    others.
+    Trajectories come before measurements, and the longest first, so that no worker ends long after the others.
     """
+    if prepared.external:
+        return [Job("measure", alias, 0, (model.budget,)) for alias, model in prepared.external.items()]
     spec = prepared.spec
     decays = spec.optim.schedule != "constant"
-    cuts = [(b,) for b in spec.budgets] if decays else [spec.budgets]
-    trained: list[Job] = []
-    tuned: dict[str, Job] = {}
+    splits = [(b,) for b in spec.budgets] if decays else [spec.budgets]
+    training: list[Job] = []
+    tuning: dict[str, Job] = {}
     for seed in spec.seeds:
         for o in spec.objectives:
             start = ((o.start.from_, seed, o.start.budget),) if o.start and o.start.from_ and o.start.budget else ()
             after: tuple[Job, ...] = ()
             if spec.optim.lr == "tuned":
-                after = (tuned.setdefault(o.alias, Job("tune", o.alias, seed, needs=start)),)
-            trained += [Job("train", o.alias, seed, b, after, alone=decays, needs=start) for b in cuts]
-    trained.sort(key=lambda p: -relative_cost(prepared.objectives[p.alias]) * p.budgets[-1])
-    base = _shards(prepared, Job("base", BASE))
-    held_against = tuple(base) if spec.evals.stop == "decided" else ()  # a checkpoint is asked until it differs from it
-    measured = [m for p in trained for m in _measuring(prepared, p, held_against)]
-    return [*base, *tuned.values(), *trained, *measured]
+                after = (tuning.setdefault(o.alias, Job("tune", o.alias, seed, needs=start)),)
+            training += [Job("train", o.alias, seed, b, after, exclusive=decays, needs=start) for b in splits]
+    training.sort(key=lambda job: -relative_cost(prepared.objectives[job.alias]) * job.budgets[-1])
+    base = _by_condition(prepared, Job("base", BASE))
+    before = tuple(base) if spec.evals.stop == "decided" else ()  # sequential stopping contrasts with the base's rows
+    measuring = [m for job in training for m in _measurements(prepared, job, before)]
+    return [*base, *tuning.values(), *training, *measuring]
 
 
-def _measuring(prepared: Prepared, trajectory: Job, after: tuple[Job, ...] = ()) -> list[Job]:
-    """What is measured of a trajectory, as soon as its checkpoints are there and the pieces of `after` are finished."""
+def _measurements(prepared: Prepared, trajectory: Job, after: tuple[Job, ...]) -> list[Job]:
+    """Return the measurements of a trajectory's checkpoints."""
     alias, seed = trajectory.alias, trajectory.seed
     served = prepared.spec.evals.backend == "vllm"
-    found = []
+    jobs = []
     for budgets in [trajectory.budgets] if served else [(b,) for b in trajectory.budgets]:
         needs = tuple((alias, seed, b) for b in budgets)
-        found += _shards(prepared, Job("measure", alias, seed, budgets, after, needs=needs))
-    return found
+        jobs += _by_condition(prepared, Job("measure", alias, seed, budgets, after, needs=needs))
+    return jobs
 
 
-def _shards(prepared: Prepared, whole: Job) -> list[Job]:
-    """A piece for each condition; or `whole` itself, where one server answers for all."""
+def _by_condition(prepared: Prepared, job: Job) -> list[Job]:
+    """Split a measurement into one job per condition, unless one vLLM server answers them all."""
     if prepared.spec.evals.backend == "vllm":
-        return [whole]
-    return [replace(whole, condition=who.condition) for who in eval_targets(prepared, whole)]
+        return [job]
+    return [replace(job, condition=target.condition) for target in eval_targets(prepared, job)]
 
 
-def eval_targets(prepared: Prepared, piece: Job) -> list[EvalTarget]:
-    """Whom a piece measures: checkpoints under conditions; the base under all that some objective is tested under."""
-    if piece.kind == "base":
-        found = [EvalTarget(BASE, 0, 0, condition) for condition in prepared.base_conditions]
-    elif piece.kind == "measure":
-        found = [
-            EvalTarget(piece.alias, piece.seed, budget, condition)
-            for budget in piece.budgets
-            for condition in prepared.conditions(piece.alias, budget)
+def eval_targets(prepared: Prepared, job: Job) -> list[EvalTarget]:
+    """Return the checkpoints and conditions that a job measures; the base under every condition of the study."""
+    if job.kind == "base":
+        targets = [EvalTarget(BASE, 0, 0, condition) for condition in prepared.base_conditions]
+    elif job.kind == "measure":
+        targets = [
+            EvalTarget(job.alias, job.seed, budget, condition)
+            for budget in job.budgets
+            for condition in prepared.conditions(job.alias, budget)
         ]
     else:
         return []
-    return [who for who in found if piece.condition in (None, who.condition)]
+    return [target for target in targets if job.condition in (None, target.condition)]
 
 
-def schedule_of(prepared: Prepared, piece: Job) -> Schedule:
-    """A trajectory's steps and the budgets that it passes: no further than its last one."""
-    whole = prepared.schedules[piece.alias, piece.seed]
-    marks = tuple(m for m in whole.marks if m.budget in piece.budgets)
+def schedule_of(prepared: Prepared, job: Job) -> Schedule:
+    """Return the steps and budgets of a job's trajectory, up to its last budget."""
+    whole = prepared.schedules[job.alias, job.seed]
+    marks = tuple(m for m in whole.marks if m.budget in job.budgets)
     return Schedule(whole.steps[: marks[-1].step], marks)
 
 
 def relative_cost(objective: Objective) -> float:
-    """Return training work per source token: a pair is two sequences, an auxiliary example one, a reference half."""
+    """Return training work per source token: one unit per sequence, half a unit more for a reference pass."""
     sequences = (2.0 if objective.needs_pairs else 1.0) + (1.0 if objective.auxiliary else 0.0)
     return sequences * (1.0 if objective.needs_reference == "nothing" else 1.5)

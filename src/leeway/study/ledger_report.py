@@ -1,4 +1,4 @@
-"""The matching table of a run directory: what is equal over objectives, what each cost, and what differs."""
+"""`leeway ledger`: what is matched across the objectives of a run, what each cost, and what differs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from leeway.study.run_dir import LEDGER_SCHEMA
 from leeway.training import checkpoints
 
 WIDTH = 100  # columns
-HASH = 8  # hex digits that are printed; what differs is found by all of them
+HASH = 8  # printed hex digits; comparisons use all of them
 BLOCKS = {
     "matched": ("step", "source_tokens", "examples", "epochs", "data_hash", "init_hash", "reference_hash"),
     "cost": (*COST, "lr"),
@@ -28,14 +28,14 @@ BLOCKS = {
 
 @dataclass(frozen=True)
 class LedgerView:
-    """The text to print, and what differs."""
+    """The text to print, and the faults in it."""
 
     text: str
     faults: tuple[str, ...]
 
 
 def view(folder: Path) -> LedgerView:
-    """Read every checkpoint's ledger line in `folder`, hold them against each other, their adapters and the table."""
+    """Compare the ledger lines of all checkpoints in `folder` with each other, their adapters and the table."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise LeewayError(f"{folder} has no manifest.json: not a run directory", fix="give the --out of a `leeway run`")
@@ -45,7 +45,7 @@ def view(folder: Path) -> LedgerView:
     matching = Matching(rule.get("count", "source"), rule.get("starts", {}))
     found = sorted(folder.glob("checkpoints/*/s*/*/ledger.json"))
     if not found:
-        raise LeewayError(f"{folder}: no checkpoint is finished there yet", fix="run the study first")
+        raise LeewayError(f"{folder}: no finished checkpoint", fix="run the study first")
     lines, faults = [], []
     for path in found:
         try:
@@ -56,27 +56,27 @@ def view(folder: Path) -> LedgerView:
                 lines.append(line)
     lines.sort(key=lambda line: (line["seed"], line["budget"]))
     faults += map(str, differences(lines, matching))
-    faults += _against_table(folder / "ledger.parquet", lines)
+    faults += _table_faults(folder / "ledger.parquet", lines)
     faults += (f"{name} is not the file that the run wrote" for name in changed(folder, raw.get("file_hashes") or {}))
     return LedgerView("\n".join(_text(lines, matching, faults)), tuple(faults))
 
 
-def _against_table(path: Path, lines: list[dict[str, Any]]) -> Iterator[str]:
-    """ledger.parquet says what the checkpoints say, where it is written already."""
+def _table_faults(path: Path, lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the differences between ledger.parquet, if it is written, and the checkpoints' lines."""
     if not path.is_file():
         return
     with readable(path):
         table = pq.read_table(path, schema=LEDGER_SCHEMA).to_pylist()
-    told = {(r["objective"], r["seed"], r["budget"]): r for r in table}
+    rows = {(r["objective"], r["seed"], r["budget"]): r for r in table}
     for line in lines:
         key = (line["objective"], line["seed"], line["budget"])
-        row = told.pop(key, None)
+        row = rows.pop(key, None)
         if row is None:
             yield f"{path.name} has no line for {key[0]}, seed {key[1]}, budget {key[2]}"
         elif wrong := [c for c in LEDGER_SCHEMA.names if row[c] != line.get(c)]:
             yield f"{path.name}: {wrong[0]} of {key[0]} at budget {key[2]}, seed {key[1]} is not its checkpoint's"
-    for key in told:
-        yield f"{path.name} has a line for {key[0]}, seed {key[1]}, budget {key[2]}, and there is no such checkpoint"
+    for key in rows:
+        yield f"{path.name} has a line for {key[0]}, seed {key[1]}, budget {key[2]}, but that checkpoint is missing"
 
 
 def _text(lines: list[dict[str, Any]], matching: Matching, faults: list[str]) -> Iterator[str]:
@@ -88,23 +88,23 @@ def _text(lines: list[dict[str, Any]], matching: Matching, faults: list[str]) ->
         yield ""
     for alias, start in matching.starts.items():
         seen = next((line.get("start_tokens") for line in lines if line["objective"] == alias), None)
-        told = "an unknown number of" if seen is None else f"{seen:,}"
+        before = "an unknown number of" if seen is None else f"{seen:,}"
         yield from _wrapped(
-            f"{alias} starts from {start}, after {told} source tokens that its own columns leave out; its init and "
-            "reference are held against its like alone"
+            f"{alias} starts from {start}, after {before} source tokens that its own columns leave out; its init and "
+            "reference are compared only with objectives of the same start"
         )
     if matching.count == "processed":
         yield from _wrapped(
-            "budgets count processed tokens, a reference token as half a one: steps and source tokens differ over "
-            "objectives, and are no fault"
+            "budgets count processed tokens, a reference token as half: steps and source tokens differ across "
+            "objectives by design"
         )
     yield from (f"differs: {f}" for f in faults)
-    verdict = "matched, every adapter is the one its line names" if not faults else f"{len(faults)} not matched"
+    verdict = "matched, every adapter has the hash in its line" if not faults else f"{len(faults)} not matched"
     yield from _wrapped(f"{len(lines)} checkpoints: {verdict} ({', '.join(MATCHED)})")
 
 
 def _block(title: str, columns: tuple[str, ...], lines: list[dict[str, Any]]) -> Iterator[str]:
-    """Some columns of the lines under their heads; a name too long to stand before its numbers stands above them."""
+    """Yield some columns under a header; a name that is too long has its own line above its numbers."""
     head = [c.replace("_tokens", "").replace("_hash", "") for c in columns]
     cells = [[_cell(c, line.get(c)) for c in columns] for line in lines]
     widths = [max(len(r[k]) for r in [head, *cells]) + 2 for k in range(len(columns))]

@@ -1,4 +1,4 @@
-"""`lr: tuned`: a small declared sweep per objective, chosen by capability on examples that nothing is trained on."""
+"""`lr: tuned`: a small learning-rate sweep per objective, decided by accuracy on held-out examples."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from leeway.io import readable, verify_checksum, with_checksum, write_json
 
 @dataclass(frozen=True)
 class Trial:
-    """One rate of the sweep: its accuracy on the held-out examples (none where training left the numbers, and why).
+    """One learning rate: its held-out accuracy, or None if it diverged (`failed` says how).
 
-    `trained` tokens went through policy and reference, `answered` ones were read and written to be graded.
+    `trained` counts tokens of policy and reference, `answered` the prompt and answer tokens of the grading.
     """
 
     lr: float
@@ -27,7 +27,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class LearningRateChoice:
-    """The rate an objective is trained with, and all that were tried for it."""
+    """The learning rate of an objective, and its trials."""
 
     lr: float
     items: int
@@ -36,7 +36,7 @@ class LearningRateChoice:
 
     @property
     def tokens(self) -> int:
-        """Processed by the whole sweep: the reference's passes and the answers included."""
+        """Tokens that the sweep processed, with reference passes and answers."""
         return sum(t.trained + t.answered for t in self.trials)
 
     def to_json(self) -> dict[str, Any]:
@@ -44,13 +44,13 @@ class LearningRateChoice:
 
 
 def choose(alias: str, trials: tuple[Trial, ...], *, items: int, budget: int) -> LearningRateChoice:
-    """The most accurate trial's rate; of several alike the smallest, which drifts least."""
+    """Return the most accurate learning rate; of equals the smallest, which drifts least."""
     scored = [t for t in trials if t.accuracy is not None]
     if not scored:
         raise LeewayError(
-            f"optim.tune: {alias} left the numbers at every rate ({', '.join(f'{t.lr:g}' for t in trials)}; "
-            f"{trials[0].failed})",
-            fix="give smaller rates in optim.tune.lrs",
+            f"optim.tune: {alias} diverged (non-finite loss) at every learning rate "
+            f"({', '.join(f'{t.lr:g}' for t in trials)}; {trials[0].failed})",
+            fix="give smaller ones in optim.tune.lrs",
         )
     best = min(scored, key=lambda t: (-(t.accuracy or 0.0), t.lr))
     return LearningRateChoice(best.lr, items, budget, trials)
@@ -67,4 +67,4 @@ def read(path: Path) -> LearningRateChoice:
             raw.pop("tokens")
             return LearningRateChoice(**{**raw, "trials": tuple(Trial(**t) for t in raw["trials"])})
         except (TypeError, KeyError) as error:
-            raise ValueError(f"not a choice of a learning rate: {error}") from error
+            raise ValueError(f"not a learning-rate choice: {error}") from error

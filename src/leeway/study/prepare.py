@@ -7,12 +7,13 @@ A study's pairs: given by the data, or drawn from its base model and kept in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -36,6 +37,7 @@ from leeway.organism import world
 from leeway.pairs import BaseModelSampler, NotDrawn, Paired, PairReport, PairSettings, not_to_be_drawn, pair
 from leeway.plan.hardware import PlannedModel
 from leeway.study.build_evals import HelperModels, evals_of, held_out_test
+from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import AuxiliarySource, Spec
 from leeway.training.batch import Renderer
@@ -255,9 +257,29 @@ class HeldOut:
     schedules: dict[str, Schedule]
 
 
+class ExternalModel(Protocol):
+    """A checkpoint that the study measures and does not train."""
+
+    @property
+    def condition(self) -> Condition: ...
+
+    @property
+    def budget(self) -> int:
+        """Its training tokens; 0 if unknown."""
+        ...
+
+    @property
+    def adapter_hash(self) -> str: ...
+
+    def open(self, store: RunDir) -> AbstractContextManager[Backend]: ...
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """A study ready to run: nothing in it depends on a GPU or on weights."""
+    """A study ready to run: nothing in it depends on a GPU or on weights.
+
+    With `external` models, by their names on the rows, the study measures these and trains nothing.
+    """
 
     spec: Spec
     chat: Chat
@@ -271,6 +293,7 @@ class Prepared:
     left_out: tuple[str, ...]
     pairs: PairReport | None  # none where they are still to be drawn
     origins: dict[str, str]
+    external: Mapping[str, ExternalModel] = field(default_factory=dict)
 
     def renderer(self, alias: str, seed: int) -> Renderer:
         objective = self.objectives[alias]
@@ -278,6 +301,8 @@ class Prepared:
 
     def conditions(self, alias: str, budget: int) -> tuple[Condition, ...]:
         """What an objective's checkpoint at a budget is measured under."""
+        if alias in self.external:
+            return (self.external[alias].condition,)
         conditions, asked = self.objectives[alias].conditions, self.spec.evals.conditions
         everything = asked == "all" or (asked == "last" and budget == self.spec.budgets[-1])
         return conditions if everything else conditions[:1]

@@ -1,7 +1,4 @@
-"""Live progress with an ETA: rich on a terminal, one plain line per step or batch otherwise, nothing when quiet.
-
-What is said of a piece while it is carried out, for whoever shows progress: a kind of work, how much of it, what.
-"""
+"""Live progress with an ETA: a rich bar on a terminal, else one line per step or batch; nothing when quiet."""
 
 from __future__ import annotations
 
@@ -16,62 +13,62 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from leeway.data.stream import BudgetStop
 from leeway.evals.eval import Eval, Work
 from leeway.objectives.objective import PLAIN
-from leeway.study.jobs import BASE, EvalTarget
+from leeway.study.jobs import EvalTarget
 from leeway.training.loop import Step
 from leeway.training.trajectory import Trajectory
 
 Kind = Literal["train"] | Work
-Tell = Callable[[Kind, float, str], None]
+OnProgress = Callable[[Kind, float, str], None]  # kind of work, units done, what
+Event = tuple[Kind, float, float, str]  # kind of work, units done, seconds, what
+
+PRIOR = {"train": 1e-4, "generate": 6e-3, "score": 1e-3}  # seconds per unit before anything is measured
 
 
-def of_steps(tell: Tell, trajectory: Trajectory, mark: BudgetStop) -> Callable[[Step], None]:
-    def told(done: Step) -> None:
-        tell(
+def on_step(on_progress: OnProgress, trajectory: Trajectory, mark: BudgetStop) -> Callable[[Step], None]:
+    """Return a callback that reports optimiser steps on the way to `mark`."""
+
+    def report(step: Step) -> None:
+        on_progress(
             "train",
-            done.processed_tokens + done.reference_tokens / 2,
-            f"{trajectory.alias} s{trajectory.seed} step {done.step}/{mark.step} to {mark.budget:,} tokens "
-            f"| loss {done.loss:.4f} | {done.processed_tokens / done.seconds:,.0f} tok/s",
+            step.processed_tokens + step.reference_tokens / 2,
+            f"{trajectory.alias} s{trajectory.seed} step {step.step}/{mark.step} to {mark.budget:,} tokens "
+            f"| loss {step.loss:.4f} | {step.processed_tokens / step.seconds:,.0f} tok/s",
         )
 
-    return told
+    return report
 
 
-def of_asking(tell: Tell, trajectory: Trajectory) -> Callable[[int, int], None]:
-    """Of a reference that is asked beforehand."""
+def on_reference(on_progress: OnProgress, trajectory: Trajectory) -> Callable[[int, int], None]:
+    """Return a callback that reports the tokens of the precomputed reference."""
 
-    def told(done: int, of: int) -> None:
-        tell("train", 0.0, f"{trajectory.alias} s{trajectory.seed} asking its reference | {done:,}/{of:,} tokens")
+    def report(done: int, total: int) -> None:
+        what = f"{trajectory.alias} s{trajectory.seed} precomputing its reference | {done:,}/{total:,} tokens"
+        on_progress("train", 0.0, what)
 
-    return told
+    return report
 
 
-def of_answers(tell: Tell, at: str, e: Eval) -> Callable[[int], None]:
+def on_answers(on_progress: OnProgress, target: str, e: Eval) -> Callable[[int], None]:
+    """Return a callback that counts the answers of an eval."""
     answered, total, work = 0, len(e), e.work
 
-    def told(n: int) -> None:
+    def report(n: int) -> None:
         nonlocal answered
         answered += n
-        tell(work, n, f"{at} | {e.key} {answered}/{total}")
+        on_progress(work, n, f"{target} | {e.key} {answered}/{total}")
 
-    return told
-
-
-def said(who: EvalTarget) -> str:
-    """A checkpoint under its condition, as the progress names it."""
-    at = BASE if who.objective == BASE else f"{who.objective} s{who.seed} at {who.budget:,} tokens"
-    return at if who.condition == PLAIN else f"{at} under {who.condition.name}"
+    return report
 
 
-PRIOR = {
-    "train": 1e-4,
-    "generate": 6e-3,
-    "score": 1e-3,
-}  # seconds per unit, until this machine has shown its own
+def describe(target: EvalTarget) -> str:
+    """Return a target's name; the base and a checkpoint of unknown budget have no seed or budget."""
+    at = f"{target.objective} s{target.seed} at {target.budget:,} tokens" if target.budget else target.objective
+    return at if target.condition == PLAIN else f"{at} under {target.condition.name}"
 
 
 @dataclass
 class Clock:
-    """Remaining seconds from the work left of each kind and the pace seen so far."""
+    """Remaining seconds, from the units of work left and the pace so far, by kind of work."""
 
     left: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PRIOR, 0.0))
     done: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PRIOR, 0.0))
@@ -91,13 +88,13 @@ class Clock:
     def eta(self) -> float:
         return sum(units * self.pace(kind) for kind, units in self.left.items())
 
-    def share(self) -> float:
+    def fraction_done(self) -> float:
         spent, eta = sum(self.seconds.values()), self.eta()
         return spent / (spent + eta) if spent + eta else 1.0
 
 
 class Reporter:
-    """Where a run says what it does. `quiet` says nothing."""
+    """Prints a run's progress to stderr."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.clock = Clock()
@@ -125,19 +122,19 @@ class Reporter:
         if self._bar:
             self._bar.stop()
 
-    def heard(self, event: tuple[Kind, float, float, str]) -> None:
-        """A worker did so many units of a kind in so many seconds."""
+    def on_event(self, event: Event) -> None:
+        """Count an event of a worker and print it with the new ETA."""
         kind, units, seconds, what = event
         self.clock.spend(kind, units, seconds)
         if self._quiet:
             return
         eta = f"ETA {duration(self.clock.eta() / self.workers)}"
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=self.clock.share(), what=what, eta=eta)
+            self._bar.update(self._task, completed=self.clock.fraction_done(), what=what, eta=eta)
         else:
-            print(f"{what} | {100 * self.clock.share():.0f}% | {eta}", file=sys.stderr, flush=True)
+            print(f"{what} | {100 * self.clock.fraction_done():.0f}% | {eta}", file=sys.stderr, flush=True)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         if self._quiet:
             return
         if self._bar:
@@ -147,7 +144,7 @@ class Reporter:
 
 
 def duration(seconds: float) -> str:
-    """1:05 or 2:03:04."""
+    """Return seconds as 1:05 or 2:03:04."""
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

@@ -262,7 +262,7 @@ class RunDir:
 
     def part(self, objective: str, seed: int, budget: int, eval_name: str, condition: str) -> Path:
         """The rows of one eval at one checkpoint: the smallest piece that is finished or not there."""
-        under = "" if condition == "plain" else f"-under-{condition.strip('<>').lower()}"
+        under = "" if condition == "plain" else f"-under-{condition.strip('<>').replace(' ', '-').lower()}"
         return self.folder / "parts" / f"{objective}-s{seed}-{budget}-{eval_name}{under}.parquet"
 
     def write_part(self, path: Path, identity: dict[str, Any], rows: Seq[Row]) -> None:

@@ -1,4 +1,4 @@
-"""How a study's numbers are computed, whoever computes them: its threads, and deterministic kernels."""
+"""Compute settings of a study: its number of threads, and deterministic kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGE = 1 << 30  # bytes
 
 @contextmanager
 def compute_settings(spec: Spec) -> Iterator[None]:
-    """The study's number of threads and deterministic algorithms, for as long as the context lasts."""
+    """Set the study's number of threads and deterministic algorithms within the context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.threads)
     on_cpu = spec.device == "cpu" or not torch.cuda.is_available()
@@ -31,10 +31,9 @@ def compute_settings(spec: Spec) -> Iterator[None]:
 
 @contextmanager
 def deterministic(*, warn_only: bool = False) -> Iterator[None]:
-    """Deterministic algorithms, or only a warning where there is none; freed memory is kept from here on.
+    """Use deterministic algorithms within the context; `warn_only` warns if an operation has none.
 
-    Memory that was not written yet holds anything: filling it first, as deterministic algorithms do by default, finds
-    mistakes in kernels and costs a pass over every result.
+    Torch would also fill uninitialised memory, which finds mistakes in kernels but costs a pass over every result.
     """
     _keep_freed_memory()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -49,10 +48,7 @@ def deterministic(*, warn_only: bool = False) -> Iterator[None]:
 
 @cache
 def _keep_freed_memory() -> None:
-    """Let glibc hand out large blocks again that were freed, in place of new ones from the system.
-
-    A result of a few MiB comes from fresh pages otherwise, and touching them costs more than computing it.
-    """
+    """Let glibc reuse large freed blocks: touching fresh pages costs more than computing a result of a few MiB."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):

@@ -1,4 +1,4 @@
-"""Inspect's model as a backend: leeway's evals ask it from a worker thread, and what it said is kept for the scorer."""
+"""Inspect's model as a backend for leeway's evals, and a replay of its answers for the scorer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from inspect_ai.model import (
 from leeway.errors import LeewayError
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 
-TOP = 20  # token probabilities asked for: as many as the common providers give
+TOP = 20  # requested token probabilities: the maximum of the common providers
 MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
-WORD_STARTS = str.maketrans({"Ġ": " ", "▁": " "})  # how two kinds of tokenizer write a space before a word
+WORD_STARTS = str.maketrans({"Ġ": " ", "▁": " "})  # how BPE and SentencePiece write a space before a word
 
 
 @dataclass
-class Live:
-    """Asks Inspect's model, from a thread beside its event loop; keeps every answer and the last conversation."""
+class InspectBackend:
+    """Inspect's model, called from a worker thread; records every answer and the last conversation."""
 
     model: Model
     replies: list[Reply] = field(default_factory=list)
@@ -42,40 +42,40 @@ class Live:
         return f"inspect {self.model}"
 
     def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
-        found = []
+        replies = []
         for request in requests:
-            drawn = request.temperature > 0
+            sampled = request.temperature > 0
             config = GenerateConfig(
                 max_tokens=request.max_new_tokens,
-                temperature=request.temperature if drawn else None,  # else the task's, which the user may override
-                seed=request.seed if drawn else None,
+                temperature=request.temperature if sampled else None,  # else the task's, which the user can override
+                seed=request.seed if sampled else None,
             )
-            found.append(reply_of(self._ask(request.conversation, config)))
+            replies.append(reply_of(self._generate(request.conversation, config)))
             tick(1)
-        self.replies += found
-        return found
+        self.replies += replies
+        return replies
 
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
         config = GenerateConfig(max_tokens=1, temperature=1.0, logprobs=True, top_logprobs=TOP)
-        found = []
+        choices = []
         for conversation in conversations:
-            found.append(choice_of(self._ask(conversation, config), options))
+            choices.append(choice_of(self._generate(conversation, config), options))
             tick(1)
-        self.choices += found
-        return found
+        self.choices += choices
+        return choices
 
-    def _ask(self, conversation: Conversation, config: GenerateConfig) -> ModelOutput:
+    def _generate(self, conversation: Conversation, config: GenerateConfig) -> ModelOutput:
         self.messages = [MESSAGES[m["role"]](content=m["content"]) for m in conversation]
-        self.output = from_thread.run(self._generate, self.messages, config)
+        self.output = from_thread.run(self._generate_async, self.messages, config)
         if self.output.choices:
             self.messages = [*self.messages, self.output.message]
         return self.output
 
-    async def _generate(self, messages: list[ChatMessage], config: GenerateConfig) -> ModelOutput:
+    async def _generate_async(self, messages: list[ChatMessage], config: GenerateConfig) -> ModelOutput:
         return await self.model.generate(messages, config=config)
 
-    def heard(self) -> dict[str, Any]:
-        """All that was said, as JSON."""
+    def record(self) -> dict[str, Any]:
+        """Return all answers as JSON."""
         return {
             "replies": [asdict(r) for r in self.replies],
             "choices": [asdict(c) for c in self.choices],
@@ -83,10 +83,10 @@ class Live:
 
 
 @dataclass
-class Said:
-    """Says again what was heard, in the same order."""
+class ReplayBackend:
+    """Returns recorded answers in the same order."""
 
-    heard: dict[str, Any]
+    record: dict[str, Any]
     template_hash: str = "inspect"
     identity: str = "inspect"
 
@@ -97,16 +97,16 @@ class Said:
         return [Choice(**c) for c in self._next("choices", len(conversations), tick)]
 
     def _next(self, kind: str, n: int, tick: Tick) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.heard[kind][:n]
-        if len(found) < n:
-            raise LeewayError(f"the log holds {len(found)} of {n} {kind}", fix="run the task again")
-        self.heard = {**self.heard, kind: self.heard[kind][n:]}
+        answers: list[dict[str, Any]] = self.record[kind][:n]
+        if len(answers) < n:
+            raise LeewayError(f"the log has {len(answers)} of {n} {kind}", fix="run the task again")
+        self.record = {**self.record, kind: self.record[kind][n:]}
         tick(n)
-        return found
+        return answers
 
 
 def reply_of(output: ModelOutput) -> Reply:
-    """The answer as leeway's backends give it; what a provider withheld is no answer."""
+    """Return Inspect's output as a leeway reply; an error or a filtered output is a failure."""
     tokens = output.usage.output_tokens if output.usage else 0
     if output.error or not output.choices:
         return Reply("", tokens, False, output.error or "the provider returned nothing")
@@ -116,15 +116,15 @@ def reply_of(output: ModelOutput) -> Reply:
 
 
 def choice_of(output: ModelOutput, options: Seq[str]) -> Choice:
-    """Probability of each option among the tokens that the provider tells; a spelling beyond them counts as 0."""
+    """Return the probability of each option among the provider's top tokens; a spelling beyond them counts as 0."""
     if output.error or not output.choices:
         return Choice({}, output.error or "the provider returned nothing")
-    told = output.choices[0].logprobs
-    if told is None or not told.content:
+    logprobs = output.choices[0].logprobs
+    if logprobs is None or not logprobs.content:
         return Choice({}, "the provider gives no token probabilities")
-    first = told.content[0]
-    logprobs = {t.token: t.logprob for t in [*(first.top_logprobs or []), first]}
-    return Choice({o: _mass(o, logprobs) for o in options})
+    first = logprobs.content[0]
+    by_token = {t.token: t.logprob for t in [*(first.top_logprobs or []), first]}
+    return Choice({o: _mass(o, by_token) for o in options})
 
 
 def _mass(option: str, logprobs: dict[str, float]) -> float:

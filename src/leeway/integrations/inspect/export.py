@@ -1,6 +1,6 @@
-"""A finished run as Inspect logs: one `.eval` file per checkpoint, test condition and eval, from the run's own files.
+"""Export a finished run as Inspect logs: one `.eval` file per checkpoint, test condition and eval.
 
-Ids and times come from the manifest and the rows, so that the same run gives the same logs.
+Ids and times come from the manifest and the rows, so the same run gives the same logs.
 """
 
 from __future__ import annotations
@@ -20,33 +20,22 @@ from leeway.hashing import digest
 from leeway.report.results import ReportError, Results
 
 GROUPS = ["objective", "seed", "budget", "condition", "eval", "judge"]
-KEPT = [
-    "objective",
-    "seed",
-    "budget",
-    "condition",
-    "eval",
-    "attack",
-    "item_id",
-    "cluster",
-    "outcome",
-    "unscored_reason",
-]
-KEPT += ["template_hash", "adapter_hash", "new_tokens"]
+METADATA = ["objective", "seed", "budget", "condition", "eval", "attack", "item_id", "cluster"]
+METADATA += ["outcome", "unscored_reason", "template_hash", "adapter_hash", "new_tokens"]
 SCORE = "judged"  # as the tasks name it
-NO_TIME = "1970-01-01T00:00:00+00:00"  # of a manifest without one
+NO_TIME = "1970-01-01T00:00:00+00:00"  # for a manifest without one
 
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one log, and what they share."""
+    """The rows of one log, and the facts they share."""
 
     facts: dict[str, Any]
     rows: pd.DataFrame
 
     @property
-    def who(self) -> str:
-        """The checkpoint and how it was asked: `base`, `sft-s0-25000`, `cft-s0-25000-under-safe`."""
+    def target(self) -> str:
+        """The checkpoint and its condition: `base`, `sft-s0-25000`, `cft-s0-25000-under-safe`."""
         f = self.facts
         trained = "" if f["objective"] == "base" else f"-s{f['seed']}-{f['budget']}"
         under = "" if f["condition"] == "plain" else f"-under-{_plain_name(f['condition']).lower()}"
@@ -54,9 +43,9 @@ class Group:
 
 
 def export(folder: Path, out: Path | None = None) -> list[Path]:
-    """Write the logs of the run in `folder` into `out` (default: its `inspect/`); returns their paths, in order.
+    """Write the logs of the run in `folder` into `out` (default: its `inspect/`); return their paths in order.
 
-    Raises LeewayError where `folder` holds no finished run, or where Inspect is not installed.
+    Raises LeewayError if `folder` has no finished run, or Inspect is not installed.
     """
     try:
         from inspect_ai.log import write_eval_log
@@ -71,14 +60,14 @@ def export(folder: Path, out: Path | None = None) -> list[Path]:
     paths = []
     for group in groups(results):
         log = log_of(group, results)
-        name = f"{_plain_name(log.eval.created)}_{log.eval.task}_{_plain_name(group.who)}_{log.eval.task_id}.eval"
+        name = f"{_plain_name(log.eval.created)}_{log.eval.task}_{_plain_name(group.target)}_{log.eval.task_id}.eval"
         paths.append(out / name)
         write_eval_log(log, paths[-1])
     return paths
 
 
 def groups(results: Results) -> Iterator[Group]:
-    """The rows of every log, base first; a judge or grader of its own is a log of its own."""
+    """Yield the rows of every log, base first; each judge or grader has its own log."""
     rows = results.rows.astype(object).where(results.rows.notna(), None)
     rows["condition"] = [results.conditions.get(h or "", "plain" if not h else h[:8]) for h in rows["template_hash"]]
     found = [Group(dict(zip(GROUPS, key, strict=True)), part) for key, part in rows.groupby(GROUPS, sort=True)]
@@ -86,15 +75,15 @@ def groups(results: Results) -> Iterator[Group]:
 
 
 def log_of(group: Group, results: Results) -> Any:
-    """One EvalLog: header, every row as a sample, the rates with their intervals."""
+    """Return an EvalLog: header, every row as a sample, the rates with their intervals."""
     from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalSpec, EvalStats
     from inspect_ai.model import ModelUsage
 
     manifest, facts = results.manifest, group.facts
     run = str(manifest.get("study_hash") or digest(results.study))
     at = _time(manifest)
-    model = f"{_model_name(manifest)}/{group.who}"
-    identity = digest(run, at, {**facts, "who": group.who})
+    model = f"{_model_name(manifest)}/{group.target}"
+    identity = digest(run, at, {**facts, "who": group.target})
     samples = [_sample(row, model, at, identity) for row in _records(group.rows)]
     ids = [s.id for s in samples if s.epoch == 1]
     tokens = int(sum(group.rows["new_tokens"]))
@@ -112,7 +101,7 @@ def log_of(group: Group, results: Results) -> Any:
             model=model,
             config=EvalConfig(epochs=max(s.epoch for s in samples)),
             packages=_packages(manifest),
-            tags=[group.who, str(facts["condition"])],
+            tags=[group.target, str(facts["condition"])],
             metadata=_header(group, results),
         ),
         results=_results(group, results.conditions),
@@ -159,7 +148,7 @@ def _sample(row: dict[str, Any], model: str, at: str, identity: str) -> Any:
             error=reason if reason and reason.startswith("no answer") else None,
         ),
         scores={SCORE: score_of(row)},
-        metadata={k: row[k] for k in KEPT},
+        metadata={k: row[k] for k in METADATA},
         model_usage={model: usage},
         started_at=at,
         completed_at=at,
@@ -167,7 +156,7 @@ def _sample(row: dict[str, Any], model: str, at: str, identity: str) -> Any:
 
 
 def _results(group: Group, conditions: dict[str, str]) -> Any:
-    """leeway's rates over this log's rows; a rate that may not be given is NaN, with its reason."""
+    """Return leeway's rates over this log's rows; a rate without enough scores is NaN, with its reason."""
     from inspect_ai.log import EvalMetric, EvalResults, EvalScore, HeadlineMetric
 
     rows = group.rows.assign(score=group.rows["score"].astype(float))
@@ -175,8 +164,8 @@ def _results(group: Group, conditions: dict[str, str]) -> Any:
     lines = stats.rates(rows, conditions).to_dict("records")
     for line in lines:
         name = line["measure"]
-        told = {k: line[k] for k in ("label", "n", "n_unscored", "n_clusters", "method", "reason")}
-        metrics[name] = EvalMetric(name=name, value=line["rate"], metadata={**told, "level": 0.95})
+        details = {k: line[k] for k in ("label", "n", "n_unscored", "n_clusters", "method", "reason")}
+        metrics[name] = EvalMetric(name=name, value=line["rate"], metadata={**details, "level": 0.95})
         if line["primary"]:
             for end in ("low", "high"):
                 metrics[f"{name} {end}"] = EvalMetric(name=f"{name} {end}", value=line[end])
@@ -214,7 +203,7 @@ def _header(group: Group, results: Results) -> dict[str, Any]:
 
 
 def _task_name(group: Group) -> str:
-    """`jailbreak`, `persona`; capability with its task, as a study may ask several."""
+    """Return `jailbreak`, `persona`, …; capability with its task, as a study can have several."""
     axis = str(group.facts["eval"])
     parts = {str(i).rsplit("/", 1)[0] for i in group.rows["item_id"]}
     name = f"{axis}-{parts.pop()}" if axis == "capability" and len(parts) == 1 else axis
@@ -224,8 +213,8 @@ def _task_name(group: Group) -> str:
 def _eval_hash(group: Group, manifest: dict[str, Any]) -> str | int:
     known = manifest.get("evals") or {}
     found = known.get(_task_name(group)) or known.get(group.facts["eval"])
-    alike = [e for key, e in known.items() if key.startswith(f"{group.facts['eval']}-")]
-    found = found or (alike[0] if len(alike) == 1 else None)
+    same_axis = [e for key, e in known.items() if key.startswith(f"{group.facts['eval']}-")]
+    found = found or (same_axis[0] if len(same_axis) == 1 else None)
     return str(found["hash"]) if isinstance(found, dict) and "hash" in found else 0
 
 
@@ -253,5 +242,5 @@ def _time(manifest: dict[str, Any]) -> str:
 
 
 def _plain_name(text: str) -> str:
-    """Letters, digits, points, plus and minus: Inspect splits a log's name at its underscores."""
+    """Replace all but letters, digits, points, plus and minus: Inspect splits a log's name at underscores."""
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-")

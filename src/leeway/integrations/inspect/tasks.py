@@ -1,11 +1,8 @@
 """The evals as Inspect tasks: `inspect eval leeway/jailbreak -T prompts=strongreject -T attacks=none,dan`.
 
-A sample is one item (under one attack). The solver plays it with leeway's own eval against Inspect's model, the scorer
-asks leeway's own judge or grader, and the metrics are leeway's rates with their intervals, clustered by prompt.
-
-An eval by its settings alone, as the study file has them: the same items, attacks, grader and judge.
-
-From a row to an Inspect score: unscored stays unscored, with its reason.
+A sample is one item (under one attack). The solver runs it with leeway's eval against Inspect's model, the scorer uses
+leeway's judge or grader, and the metrics are leeway's rates with their intervals, clustered by prompt. An unscored row
+is an unscored sample with its reason.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval, ItemEval, Row
 from leeway.hashing import canonical
-from leeway.integrations.inspect.backend import Live, Said
+from leeway.integrations.inspect.backend import InspectBackend, ReplayBackend
 from leeway.study.build_evals import evals_of
 from leeway.study.eval_spec import Evals
 from leeway.study.load import parse
@@ -37,20 +34,20 @@ LISTS = ("attacks", "traits")
 
 
 def known() -> tuple[str, ...]:
-    """The axes that a study file can ask for here."""
+    """Return the axes that a study file has and Inspect can run."""
     return tuple(k for k in ("capability", "jailbreak", "persona", "overrefusal") if k in Evals.model_fields)
 
 
-def asked(kind: str, settings: dict[str, Any]) -> Eval:
-    """The eval that a study with these settings under `evals.<kind>` would ask; raises LeewayError as a study does.
+def build_eval(kind: str, settings: dict[str, Any]) -> Eval:
+    """Return the eval of a study with these settings under `evals.<kind>`; raises LeewayError as a study does.
 
-    `test`, of capability on files, is the path of the user's test file. What is None is left to the study's default.
+    `test`, for capability on files, is the path of the test file. A setting of None has the study's default.
     """
-    return _asked(kind, canonical({k: v for k, v in settings.items() if v is not None}))
+    return _build_eval(kind, canonical({k: v for k, v in settings.items() if v is not None}))
 
 
 @lru_cache(maxsize=16)
-def _asked(kind: str, settings_json: str) -> Eval:
+def _build_eval(kind: str, settings_json: str) -> Eval:
     settings: dict[str, Any] = json.loads(settings_json)
     for name in LISTS:
         if isinstance(settings.get(name), str):
@@ -58,7 +55,7 @@ def _asked(kind: str, settings_json: str) -> Eval:
     test = settings.pop("test", None)
     study = {
         "name": "inspect",
-        "model": "organism",  # nothing of it is loaded: Inspect brings the model
+        "model": "organism",  # it is not loaded: the model is Inspect's
         "task": {"files": {"train": test, "test": test}} if test else {"name": "organism"},
         "objectives": ["sft"],
         "budgets": [1],
@@ -68,7 +65,7 @@ def _asked(kind: str, settings_json: str) -> Eval:
     return next(e for e in evals_of(spec, {}) if e.name == kind)
 
 
-def singles(part: Eval) -> Mapping[str, ItemEval]:
+def split_by_item(part: Eval) -> Mapping[str, ItemEval]:
     """Return one eval per sample (an item, under one attack) by its id, in row order."""
     if not (found := part.split()):
         raise LeewayError(f"eval {part.key}: Inspect cannot run it item by item", fix="leave it out")
@@ -76,8 +73,8 @@ def singles(part: Eval) -> Mapping[str, ItemEval]:
 
 
 def score_of(row: dict[str, Any]) -> Score:
-    """A row's score under Inspect's notion of an unscored sample (NaN, which its metrics leave out and count)."""
-    told = {
+    """Return a row's score for Inspect, whose metrics leave out an unscored sample (NaN) and count it."""
+    metadata = {
         "outcome": row["outcome"],
         "judge": row["judge"],
         "judge_raw": row["judge_raw"],
@@ -86,33 +83,33 @@ def score_of(row: dict[str, Any]) -> Score:
     answer = row["outcome"] or (row["response"] if row["eval"] == "persona" else None)
     if row["score"] is None or math.isnan(row["score"]):
         reason = row["unscored_reason"]
-        return Score.unscored(reason=reason, explanation=f"unscored: {reason}", metadata=told)
-    return Score(value=float(row["score"]), answer=answer, explanation=row["judge_raw"] or None, metadata=told)
+        return Score.unscored(reason=reason, explanation=f"unscored: {reason}", metadata=metadata)
+    return Score(value=float(row["score"]), answer=answer, explanation=row["judge_raw"] or None, metadata=metadata)
 
 
-HEARD = "leeway"  # what the solver keeps for the scorer, in the sample's store
+STORE_KEY = "leeway"  # of the solver's record for the scorer, in the sample's store
 T = TypeVar("T")
 
 
-async def _aside(work: Callable[[], T]) -> T:
-    """In a thread of its own: evals, judges and helpers wait for answers, and Inspect's loop must not."""
-    found: T = await to_thread.run_sync(work, limiter=CapacityLimiter(1))
-    return found
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a thread, since it blocks on answers and Inspect's event loop must not."""
+    result: T = await to_thread.run_sync(work, limiter=CapacityLimiter(1))
+    return result
 
 
 @solver
 def played(kind: str, settings: dict[str, Any]) -> Solver:
-    """Ask one item as leeway does: every turn of an attack, or the tokens' probabilities of a yes/no statement."""
-    ones = singles(asked(kind, settings))
+    """Run one item as leeway does: every turn of an attack, or the token probabilities of a yes/no statement."""
+    evals = split_by_item(build_eval(kind, settings))
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:  # noqa: ARG001 - turns are the attack's
-        one = ones[str(state.sample_id)]
-        live = Live(get_model())
-        rows = await _aside(lambda: one.unjudged().run(live, lambda _: None))
-        state.store.set(HEARD, {**live.heard(), "row": _plain(rows[0])})
-        state.messages = live.messages
-        if live.output is not None:
-            state.output = live.output
+        one = evals[str(state.sample_id)]
+        backend = InspectBackend(get_model())
+        rows = await _in_thread(lambda: one.unjudged().run(backend, lambda _: None))
+        state.store.set(STORE_KEY, {**backend.record(), "row": _plain(rows[0])})
+        state.messages = backend.messages
+        if backend.output is not None:
+            state.output = backend.output
         return state
 
     return solve
@@ -124,7 +121,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 @metric(scores="unreduced")
 def answers() -> Metric:
-    """How many answers have a score; Inspect counts the others beside it."""
+    """Count the answers with a score; Inspect counts the others."""
 
     def counted(scores: list[SampleScore]) -> dict[str, float]:
         return {"answers": float(len(scores))}  # a mapping: Inspect takes a bare 0 of none for NaN
@@ -134,7 +131,7 @@ def answers() -> Metric:
 
 @metric(scores="unreduced")
 def rates() -> Metric:
-    """leeway's rates, NaN where too many are unscored; for the primary ones also the 95% interval, clustered."""
+    """Return leeway's rates, NaN if too many answers are unscored; for primary ones also the clustered 95% interval."""
 
     def measured(scores: list[SampleScore]) -> dict[str, float]:
         import pandas as pd
@@ -155,54 +152,54 @@ def rates() -> Metric:
     return measured
 
 
-def _as_row(found: SampleScore) -> dict[str, Any]:
-    facts, told = found.sample_metadata or {}, found.score.metadata or {}
+def _as_row(sample: SampleScore) -> dict[str, Any]:
+    facts, verdict = sample.sample_metadata or {}, sample.score.metadata or {}
     return {
         **{"objective": "", "seed": 0, "budget": 0, "sample": 0, "template_hash": ""},
         **{k: facts[k] for k in ("eval", "attack", "item_id", "cluster")},
-        **{k: told[k] for k in ("score", "outcome")},
+        **{k: verdict[k] for k in ("score", "outcome")},
     }
 
 
 @scorer(metrics=[answers()])
 def judged(kind: str, settings: dict[str, Any]) -> Scorer:
-    """leeway's own verdict on what was heard: the judge reads the forbidden prompt, never its wrapper."""
-    ones = singles(asked(kind, settings))
+    """Judge or grade the solver's answers as leeway does: the judge reads the forbidden prompt, not its wrapper."""
+    evals = split_by_item(build_eval(kind, settings))
 
     async def score(state: TaskState, target: Target) -> Score:  # noqa: ARG001 - the item knows what is right
-        one, heard = ones[str(state.sample_id)], state.store.get(HEARD)
-        return score_of(asdict(await _aside(lambda: _row(one, heard))))
+        one, record = evals[str(state.sample_id)], state.store.get(STORE_KEY)
+        return score_of(asdict(await _in_thread(lambda: _row(one, record))))
 
     return score
 
 
-def _row(one: ItemEval, heard: dict[str, Any]) -> Row:
+def _row(one: ItemEval, record: dict[str, Any]) -> Row:
     if one.unjudged() is one:
-        return one.run(Said(heard), lambda _: None)[0]
-    return one.judge_row(Row(**{**heard["row"], "score": math.nan}))
+        return one.run(ReplayBackend(record), lambda _: None)[0]
+    return one.judge_row(Row(**{**record["row"], "score": math.nan}))
 
 
 @scorer(metrics=[rates()])
 def scored() -> Scorer:
-    """1 where `judged` has a score, 0 where it has none: over these all, so that rates know what is missing."""
+    """Score 1 if `judged` has a score, else 0, so that the rates know how many are missing."""
 
     async def score(state: TaskState, target: Target) -> Score:  # noqa: ARG001 - the protocol
         found = (state.scores or {}).get("judged")
         if found is None:
             return Score.unscored(reason="scoring_failed", explanation="judged did not run before it")
         value = None if math.isnan(found.as_float()) else found.as_float()
-        told = {"score": value, "outcome": (found.metadata or {}).get("outcome")}
-        return Score(value=float(value is not None), explanation=found.reason, metadata=told)
+        verdict = {"score": value, "outcome": (found.metadata or {}).get("outcome")}
+        return Score(value=float(value is not None), explanation=found.reason, metadata=verdict)
 
     return score
 
 
 def _task(kind: str, **settings: Any) -> Task:
     settings = {k: v for k, v in settings.items() if v is not None}
-    part = asked(kind, settings)
-    samples = [_sample(id_, one) for id_, one in singles(part).items()]
+    part = build_eval(kind, settings)
+    samples = [_sample(id_, one) for id_, one in split_by_item(part).items()]
     facts = {"hash": part.hash}
-    for judge in part.judged_by()[:1]:  # Inspect's tasks have one: the first
+    for judge in part.judged_by()[:1]:  # an Inspect task has one
         facts |= {"judge": judge.name, "judge_hash": judge.hash, "judge_note": judge.note}
     return Task(
         dataset=MemoryDataset(samples, name=part.key),

@@ -1,16 +1,12 @@
-"""A study on a Ray cluster: pieces handed out to workers on its nodes, over a run directory that all of them see.
+"""Run the jobs of a study on a Ray cluster, over a run directory that all nodes share.
 
-A worker is an actor, and a piece one task of it: it keeps the model between pieces, and on a GPU it keeps the GPU. (A
-plain task on a GPU has a process of its own in Ray, that would load the model for every piece.) A worker that dies, or
-whose node does, is replaced, and its piece is handed out again.
+A worker is an actor and a job one task of it: the actor keeps the model, and on a GPU the GPU, between jobs. (A plain
+task would load the model for every job.) A worker that dies, or whose node dies, is replaced and its job runs again.
 
-What protects the run directory, where neither a lock of this machine nor a parent's death reaches: Ray itself ends the
-workers of a run that has ended. One name in the cluster is held for the folder by whoever runs a study into it, beside
-`flock`, which workers take too and many file systems carry from host to host. And where a worker that was given up for
-dead goes on writing for a while, nothing is spoilt: everything it writes (checkpoints, parts, step logs) appears whole,
-by one rename, with the content that its successor would write; what it has begun is seen by nobody.
-
-What works on a Ray cluster's nodes: a process that carries pieces out, over a run directory that all nodes see.
+Neither a local file lock nor a parent's death protects the run directory across nodes. Instead, Ray ends the workers of
+a run that has ended, and a name in the cluster, held by the driver, reserves the directory in addition to `flock`. A
+worker that was given up but still writes does no harm: checkpoints, parts and step logs appear whole, by one rename,
+with the same content as its successor's.
 """
 
 from __future__ import annotations
@@ -35,77 +31,77 @@ from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest
 from leeway.io import expand
 from leeway.plan.plan import memory_of_a_worker
-from leeway.study.executors.local import Event, Listen, ready, requires_single_worker, timed
+from leeway.study.executors.local import OnEvent, ready, requires_single_worker, timed
 from leeway.study.jobs import Job
 from leeway.study.manifest import PACKAGES, manifest
 from leeway.study.prepare import PairSampling, Prepared, prepare
+from leeway.study.progress import Event
 from leeway.study.run_dir import REFERENCES, RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import SHARED as ANSWERS
 from leeway.study.worker import Worker
 
-PATIENCE_S = 90.0  # for a file system to show on one node what another has written
+PATIENCE_S = 90.0  # until a shared file system shows on one node what another wrote
 
 
 class RayWorker:
-    """A process of the cluster that carries pieces out; what it did since is asked for beside that (`told`)."""
+    """An actor that runs jobs; the driver polls `take_events` for its progress."""
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
-        self._ends = ExitStack()
-        self._work: Worker | None = None
+        self._resources = ExitStack()
+        self._worker: Worker | None = None
 
-    def begin(
+    def setup(
         self, raw_spec: dict[str, Any], folder: Path, token: str, versions: dict[str, str], shared: dict[str, str]
     ) -> LeewayError | None:
-        """Prepare the study, on the same versions and over the same folders; a user's mistake comes back."""
+        """Prepare the study with the driver's versions and folders; return a user's mistake."""
         os.environ.update(shared)
         try:
             _check_same_versions(versions)
-            self._ends.enter_context(_held(folder, token))
-            own = self._ends.enter_context(tempfile.TemporaryDirectory(prefix="leeway-"))
+            self._resources.enter_context(_shared_lock(folder, token))
+            scratch = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="leeway-"))
             store = RunDir(folder)
             prepared = prepare(
                 Spec.model_validate(raw_spec), PairSampling(store.pairs, kept=store.kept_on(platform.node()))
             )
-            self._work = Worker(prepared, store, timed(self._events.append), Path(own))
+            self._worker = Worker(prepared, store, timed(self._events.append), Path(scratch))
         except LeewayError as error:
             return error
         return None
 
-    def facts(self, command: str) -> dict[str, Any] | LeewayError:
-        """The manifest, of the machine that computes."""
-        assert self._work is not None
+    def manifest(self, command: str) -> dict[str, Any] | LeewayError:
+        """Return the manifest, with this node's environment."""
+        assert self._worker is not None
         try:
-            return manifest(self._work.prepared, self._work.base(), command)
+            return manifest(self._worker.prepared, self._worker.base(), command)
         except LeewayError as error:
             return error
 
-    def do(self, piece: Job) -> LeewayError | None:
-        assert self._work is not None
-        work = self._work
+    def run_job(self, job: Job) -> LeewayError | None:
+        assert self._worker is not None
+        worker = self._worker
         try:
-            wait_for(lambda: _seen(work, piece), piece, work.store.folder)
-            work.carry_out(piece)
+            wait_for(lambda: _inputs_visible(worker, job), f"the inputs of {job.name}", worker.store.folder)
+            worker.run_job(job)
         except LeewayError as error:
             return error
         return None
 
-    def told(self) -> list[Event]:
+    def take_events(self) -> list[Event]:
         return [self._events.popleft() for _ in range(len(self._events))]
 
-    def end(self) -> None:
-        """Leave nothing behind on this node."""
-        self._ends.close()
+    def close(self) -> None:
+        """Remove the scratch folder and release the lock."""
+        self._resources.close()
 
 
-def _seen(work: Worker, piece: Job) -> bool:
-    """Whether all that a piece waited for can be seen from here."""
-    return all(map(work.there, piece.needs)) and all(map(work.written, piece.after))
+def _inputs_visible(worker: Worker, job: Job) -> bool:
+    return all(map(worker.has_checkpoint, job.needs)) and all(map(worker.has_results, job.after))
 
 
 def shared_folders() -> dict[str, str]:
-    """The folders that several runs share, as the driver's environment names them."""
+    """Return the environment variables of the folders that runs share, with absolute paths."""
     named = {name: os.environ.get(name) for name in (REFERENCES, ANSWERS)}
     return {name: str(expand(folder).absolute()) for name, folder in named.items() if folder}
 
@@ -115,47 +111,42 @@ def installed_versions() -> dict[str, str]:
 
 
 def _check_same_versions(versions: dict[str, str]) -> None:
-    """Raise where bits would depend on which node computes them."""
+    """Raise LeewayError if the bits would depend on the node that computes them."""
     for package, here in installed_versions().items():
         if here != versions[package]:
             raise LeewayError(
-                f"{platform.node()} has {package} {here}, and the run began with {versions[package]}",
+                f"{platform.node()} has {package} {here}, the driver has {versions[package]}",
                 fix="install the same versions on every node",
             )
 
 
 @contextmanager
-def _held(folder: Path, token: str) -> Iterator[None]:
-    """The run directory's lock for workers, once it is seen to be the same directory here."""
+def _shared_lock(folder: Path, token: str) -> Iterator[None]:
+    """Hold the run directory's lock for workers, once this node sees the driver's token in it."""
     path = folder / ".workers"
     try:
-        hold = path.open("r")
+        lock = path.open("r")
     except OSError as error:
         raise LeewayError(
-            f"{folder}: not there on {platform.node()} ({error.strerror})",
+            f"{folder}: not found on {platform.node()} ({error.strerror})",
             fix="give an --out on a file system that every node of the cluster has at the same path",
         ) from error
-    with hold:
-        wait_for(lambda: path.read_text() == token, None, folder)
-        fcntl.flock(hold, fcntl.LOCK_SH)
+    with lock:
+        wait_for(lambda: path.read_text() == token, "this run's token", folder)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield
 
 
-def wait_for(there: Callable[[], bool], piece: Job | None, folder: Path) -> None:
-    """Wait until a common file system shows here what was written elsewhere."""
+def wait_for(is_visible: Callable[[], bool], what: str, folder: Path) -> None:
+    """Wait until a shared file system shows here what another node wrote; raises LeewayError after PATIENCE_S."""
     until = time.monotonic() + PATIENCE_S
-    while not there():
+    while not is_visible():
         if time.monotonic() > until:
-            what = "this run's own mark" if piece is None else f"what {called(piece)} has written or needs"
             raise LeewayError(
                 f"{folder}: {platform.node()} does not see {what}",
                 fix="give an --out on a file system that every node of the cluster has at the same path",
             )
         time.sleep(0.2)
-
-
-def called(piece: Job) -> str:
-    return f"{piece.kind} {piece.alias} s{piece.seed}"
 
 
 try:
@@ -165,113 +156,111 @@ except ImportError as error:
     raise LeewayError("--executor ray: Ray is not installed", fix="pip install 'leeway[ray]'") from error
 
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
-CLAIM_S = 20.0  # how long a run waits for the one before it to be gone from the cluster
-TRIES = 4  # of a piece whose worker dies
-OBJECTS = 80 << 20  # bytes of a local cluster's object store: pieces and progress are all that goes through it
+RESERVE_S = 20.0  # how long a run waits until the cluster has ended the run before it
+TRIES = 4  # of a job whose worker dies
+OBJECTS = 80 << 20  # bytes of a local cluster's object store: only jobs and progress pass through it
 NAMESPACE = "leeway"
 
 
 @dataclass
 class _WorkerHandle:
-    """A worker as the driver knows it: what it is at (its beginning, where there is no piece), and what it tells."""
+    """The driver's view of a worker: its current call (setup, then jobs) and its pending poll for events."""
 
     actor: Any
-    doing: Any
-    piece: Job | None = None
-    telling: Any = None
-    begun: bool = False
+    call: Any
+    job: Job | None = None
+    poll: Any = None
+    is_set_up: bool = False
 
 
 @dataclass
 class RayExecutor:
-    """The cluster, for one run: the one that RAY_ADDRESS names, or one that is started here and ended with the run."""
+    """A Ray cluster for one run: the one at RAY_ADDRESS, or a new one on this machine that ends with the run."""
 
-    asked: int | None
-    say: Callable[[str], None]
-    _crew: list[_WorkerHandle] = field(default_factory=list)
-    _lost: Counter[str] = field(default_factory=Counter)
-    _claim: Any = None
+    n_workers: int | None
+    log: Callable[[str], None]
+    _workers: list[_WorkerHandle] = field(default_factory=list)
+    _losses: Counter[str] = field(default_factory=Counter)
+    _reservation: Any = None
     _request: dict[str, float] = field(default_factory=dict)
-    _ours: bool = False
+    _connected: bool = False
     _token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __enter__(self) -> RayExecutor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if ends := [h.actor.end.remote() for h in self._crew if h.begun]:
-            ray.wait(ends, num_returns=len(ends), timeout=3.0)
-        for actor in [*(h.actor for h in self._crew), *([self._claim] if self._claim else [])]:
+        if closing := [h.actor.close.remote() for h in self._workers if h.is_set_up]:
+            ray.wait(closing, num_returns=len(closing), timeout=3.0)
+        for actor in [*(h.actor for h in self._workers), *([self._reservation] if self._reservation else [])]:
             ray.kill(actor)
-        self._crew, self._claim = [], None
-        if self._ours:
+        self._workers, self._reservation = [], None
+        if self._connected:
             ray.shutdown()
 
-    def workers(self, prepared: Prepared, pieces: int) -> int:
-        """As many as are asked for, else as many as the cluster's nodes have room for now."""
+    def workers(self, prepared: Prepared, jobs: int) -> int:
         self._connect(prepared)
-        return min(self._room(prepared), pieces)
+        return min(self._capacity(prepared), jobs)
 
-    def _room(self, prepared: Prepared) -> int:
-        """For how many workers there is room now; 0 where nodes are still to come, or have gone."""
-        if requires_single_worker(prepared.spec, self.asked):
+    def _capacity(self, prepared: Prepared) -> int:
+        """Return the number of workers, by default as many as fit the nodes; 0 while no node is alive."""
+        if requires_single_worker(prepared.spec, self.n_workers):
             return 1
-        if self.asked is not None:
-            return self.asked
-        return sum(_fitting(node["Resources"], self._request) for node in ray.nodes() if node["Alive"])
+        if self.n_workers is not None:
+            return self.n_workers
+        return sum(_workers_per_node(node["Resources"], self._request) for node in ray.nodes() if node["Alive"])
 
-    def facts(self, work: Worker, command: str) -> dict[str, Any]:
-        """The manifest, by a worker: what is computed on is the cluster's, and not this machine's."""
-        self._connect(work.prepared)
+    def manifest(self, worker: Worker, command: str) -> dict[str, Any]:
+        """Return the manifest from a worker, whose machine computes the results."""
+        self._connect(worker.prepared)
         while True:
-            self._keep(work, max(1, self._room(work.prepared)))
-            self._heed(lambda _: None)
-            for hand in [h for h in self._crew if h.begun]:
+            self._scale_up(worker, max(1, self._capacity(worker.prepared)))
+            self._wait(lambda _: None)
+            for handle in [h for h in self._workers if h.is_set_up]:
                 try:
-                    found = ray.get(hand.actor.facts.remote(command))
+                    made = ray.get(handle.actor.manifest.remote(command))
                 except LOST as error:
-                    self._gone(hand, error)
+                    self._drop(handle, error)
                     continue
-                if isinstance(found, LeewayError):
-                    raise found
-                return dict(found)
+                if isinstance(made, LeewayError):
+                    raise made
+                return dict(made)
 
-    def carry_out(self, work: Worker, pieces: Seq[Job], listen: Listen) -> Iterator[Job]:
-        """Yield each piece once it is finished and seen from here."""
-        work.release()
-        left = list(pieces)
+    def run_jobs(self, worker: Worker, jobs: Seq[Job], on_event: OnEvent) -> Iterator[Job]:
+        worker.release()
+        left = list(jobs)
         while left:
-            self._keep(work, min(max(1, self._room(work.prepared)), len(left)))
-            free = [h for h in self._crew if h.begun and h.piece is None]
-            busy = [h.piece for h in self._crew if h.piece]
-            for hand, piece in zip(free, ready(left, busy, work.there), strict=False):
-                hand.piece, hand.doing = piece, hand.actor.do.remote(piece)
-            for piece in self._heed(listen):
-                wait_for(lambda p=piece: work.written(p), piece, work.store.folder)  # type: ignore[misc]
-                left.remove(piece)
-                yield piece
+            self._scale_up(worker, min(max(1, self._capacity(worker.prepared)), len(left)))
+            free = [h for h in self._workers if h.is_set_up and h.job is None]
+            running = [h.job for h in self._workers if h.job]
+            for handle, job in zip(free, ready(left, running, worker.has_checkpoint), strict=False):
+                handle.job, handle.call = job, handle.actor.run_job.remote(job)
+            for job in self._wait(on_event):
+                wait_for(lambda job=job: worker.has_results(job), f"the results of {job.name}", worker.store.folder)  # type: ignore[misc]
+                left.remove(job)
+                yield job
 
     def _connect(self, prepared: Prepared) -> None:
-        """Know the cluster, and what a worker takes of it. Raises LeewayError where no node has that."""
+        """Join the cluster and size a worker; raises LeewayError if no node can hold one."""
         if self._request:
             return
         if prepared.spec.device.startswith("cuda:"):
             raise LeewayError(
-                f"device: {prepared.spec.device} under --executor ray: a worker sees the one GPU that Ray gives it",
+                f"device: {prepared.spec.device} under --executor ray: Ray gives each worker one GPU",
                 fix="set device: cuda",
             )
         if not ray.is_initialized():
             self._join()
         self._request = _request(prepared)
-        if not self._room(prepared):
+        if not self._capacity(prepared):
             needed = ", ".join(f"{_amount(k, v)} {k}" for k, v in self._request.items())
             raise LeewayError(
-                f"--executor ray: no node of the cluster has what a worker takes ({needed})",
+                f"--executor ray: no node of the cluster has the resources of a worker ({needed})",
                 fix="add such nodes; or give --workers, and the run waits for them",
             )
 
     def _join(self) -> None:
-        """Join the cluster that is named, or start one here; says in a line which."""
+        """Join the cluster at RAY_ADDRESS, or start one here, and log which."""
         address = os.environ.get("RAY_ADDRESS")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
@@ -281,103 +270,101 @@ class RayExecutor:
             else:
                 ray.init(address="local", include_dashboard=False, object_store_memory=OBJECTS, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            where = f"RAY_ADDRESS {address}: no cluster answers" if address else "Ray does not start on this machine"
+            where = f"no cluster answers at RAY_ADDRESS {address}" if address else "Ray does not start on this machine"
             raise LeewayError(
                 f"--executor ray: {where} ({first_line(error)})",
-                fix="see that its head runs; without RAY_ADDRESS one is started on this machine",
+                fix="check that its head runs, or unset RAY_ADDRESS to start a cluster on this machine",
             ) from error
-        self._ours = True
+        self._connected = True
         nodes, total = [n for n in ray.nodes() if n["Alive"]], ray.cluster_resources()
-        where = f"the cluster at {address}" if address else "a cluster started on this machine"
-        self.say(f"Ray: {where}; nodes: {len(nodes)}, CPUs: {total.get('CPU', 0):g}, GPUs: {total.get('GPU', 0):g}")
+        where = f"the cluster at {address}" if address else "a new cluster on this machine"
+        self.log(f"Ray: {where}; nodes: {len(nodes)}, CPUs: {total.get('CPU', 0):g}, GPUs: {total.get('GPU', 0):g}")
 
-    def _keep(self, work: Worker, wanted: int) -> None:
-        """As many workers as are wanted: those that died have successors."""
-        if self._claim is None:
-            self._claim = _claimed(work.store.folder)
-            (work.store.folder / ".workers").write_text(self._token)
-        kind = ray.remote(max_concurrency=2)(RayWorker).options(**self._request)
-        raw = work.prepared.spec.model_dump(mode="json", by_alias=True)
-        while len(self._crew) < wanted:
-            actor = kind.remote()
-            begun = actor.begin.remote(
-                raw, work.store.folder.resolve(), self._token, installed_versions(), shared_folders()
-            )
-            self._crew.append(_WorkerHandle(actor, begun))
+    def _scale_up(self, worker: Worker, wanted: int) -> None:
+        """Start workers until there are `wanted`, replacing lost ones."""
+        folder = worker.store.folder
+        if self._reservation is None:
+            self._reservation = _reserve(folder)
+            (folder / ".workers").write_text(self._token)
+        actor_class = ray.remote(max_concurrency=2)(RayWorker).options(**self._request)
+        raw = worker.prepared.spec.model_dump(mode="json", by_alias=True)
+        while len(self._workers) < wanted:
+            actor = actor_class.remote()
+            call = actor.setup.remote(raw, folder.resolve(), self._token, installed_versions(), shared_folders())
+            self._workers.append(_WorkerHandle(actor, call))
 
-    def _heed(self, listen: Listen) -> list[Job]:
-        """Wait a little; the pieces that were finished. The first mistake of a user's ends the run."""
-        at = {h.doing: h for h in self._crew if h.doing is not None}
-        if not at:
+    def _wait(self, on_event: OnEvent) -> list[Job]:
+        """Wait up to 0.3 s and return the completed jobs; raises the first mistake of a user."""
+        handles = {h.call: h for h in self._workers if h.call is not None}
+        if not handles:
             time.sleep(0.3)
             return []
-        done, _ = ray.wait(list(at), num_returns=1, timeout=0.3)
-        finished = []
-        for hand in [at[ref] for ref in done]:
+        done, _ = ray.wait(list(handles), num_returns=1, timeout=0.3)
+        completed = []
+        for handle in [handles[ref] for ref in done]:
             try:
-                error = ray.get(hand.doing)
+                error = ray.get(handle.call)
             except LOST as lost:
-                self._gone(hand, lost)
+                self._drop(handle, lost)
                 continue
             if error is not None:
                 raise error
-            finished += [hand.piece] if hand.piece else []
-            hand.begun, hand.piece, hand.doing = True, None, None
-        for hand in [h for h in self._crew if h.begun]:
-            self._listen(hand, listen)
-        return finished
+            completed += [handle.job] if handle.job else []
+            handle.is_set_up, handle.job, handle.call = True, None, None
+        for handle in [h for h in self._workers if h.is_set_up]:
+            self._poll_events(handle, on_event)
+        return completed
 
-    def _listen(self, hand: _WorkerHandle, listen: Listen) -> None:
-        """Pass on what it has told, and ask anew; one that is gone is noticed by what it was at."""
-        if hand.telling is not None and ray.wait([hand.telling], timeout=0)[0]:
+    def _poll_events(self, handle: _WorkerHandle, on_event: OnEvent) -> None:
+        """Pass on a worker's events and poll again; `_wait` notices a lost worker by its call."""
+        if handle.poll is not None and ray.wait([handle.poll], timeout=0)[0]:
             try:
-                for event in ray.get(hand.telling):
-                    listen(event)
+                for event in ray.get(handle.poll):
+                    on_event(event)
             except LOST:
                 return
-            hand.telling = None
-        if hand.telling is None:
-            hand.telling = hand.actor.told.remote()
+            handle.poll = None
+        if handle.poll is None:
+            handle.poll = handle.actor.take_events.remote()
 
-    def _gone(self, hand: _WorkerHandle, error: Exception) -> None:
-        """Its piece is handed out again, to another; not for ever."""
-        self._crew.remove(hand)
-        ray.kill(hand.actor)
-        what = called(hand.piece) if hand.piece else "the beginning"
-        self._lost[what] += 1
-        if self._lost[what] >= TRIES:
+    def _drop(self, handle: _WorkerHandle, error: Exception) -> None:
+        """Remove a lost worker, so that another one runs its job; raises LeewayError after TRIES losses."""
+        self._workers.remove(handle)
+        ray.kill(handle.actor)
+        what = handle.job.name if handle.job else "setup"
+        self._losses[what] += 1
+        if self._losses[what] >= TRIES:
             raise LeewayError(
                 f"--executor ray: {what} has lost its worker {TRIES} times ({first_line(error)})",
-                fix="look at the node's logs, for want of memory perhaps; the same command carries on",
+                fix="look at the node's logs (probably out of memory); run the same command again to resume",
             ) from error
-        self.say(f"Ray: {what} has lost its worker; it is handed out again")
+        self.log(f"Ray: {what} has lost its worker; it runs again")
 
 
 def _request(prepared: Prepared) -> dict[str, float]:
-    """What a worker takes of a node: the study's threads, and a GPU, or on a CPU the memory that a plan estimates."""
+    """Return a worker's resources: the study's threads, and a GPU, or on a CPU the memory that a plan estimates."""
     spec = prepared.spec
     if spec.device.startswith("cuda") or (spec.device == "auto" and ray.cluster_resources().get("GPU", 0)):
         return {"num_cpus": spec.threads * spec.processes, "num_gpus": spec.processes}
     return {"num_cpus": spec.threads * spec.processes, "memory": spec.processes * memory_of_a_worker(prepared)}
 
 
-def _fitting(has: dict[str, float], request: dict[str, float]) -> int:
-    """How many such workers a node holds."""
+def _workers_per_node(resources: dict[str, float], request: dict[str, float]) -> int:
     names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-    return min(int(has.get(names[k], 0.0) // v) for k, v in request.items())
+    return min(int(resources.get(names[k], 0.0) // v) for k, v in request.items())
 
 
 def _amount(name: str, value: float) -> str:
     return f"{value / 2**30:.1f} GiB of" if name == "memory" else f"{value:g}"
 
 
-def _claimed(folder: Path) -> Any:
-    """The folder's name in this cluster, which one run has at a time; Ray frees it when that run ends."""
-    until = time.monotonic() + CLAIM_S
+def _reserve(folder: Path) -> Any:
+    """Take the folder's name in the cluster, which Ray frees when this run ends; raises LeewayError if it is taken."""
+    until = time.monotonic() + RESERVE_S
     while True:
         try:
             name = digest("run directory", str(folder.resolve()))
-            return ray.remote(num_cpus=0)(_Claim).options(name=name, namespace=NAMESPACE).remote()
+            return ray.remote(num_cpus=0)(_Reservation).options(name=name, namespace=NAMESPACE).remote()
         except ValueError as error:  # the name is taken
             if time.monotonic() > until:
                 raise LeewayError(
@@ -386,5 +373,5 @@ def _claimed(folder: Path) -> Any:
             time.sleep(0.5)
 
 
-class _Claim:
-    """Held by its name."""
+class _Reservation:
+    """An actor without work: its name reserves a run directory."""
