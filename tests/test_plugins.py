@@ -127,7 +127,7 @@ def bring(monkeypatch: pytest.MonkeyPatch, group: str, *named: tuple[str, str]) 
 @pytest.mark.parametrize(
     ("name", "value", "fault"),
     [
-        ("wanting", "Wanting", "test_plugins:Wanting is no dataclass whose settings have defaults"),
+        ("wanting", "Wanting", "test_plugins:Wanting is not a dataclass with a default for every field"),
         ("half", "HalfATask", "no needs_pairs, needs_reference"),
         ("other", "Weighted", "test_plugins:Weighted is no objective of this name"),
         ("gone", "Nowhere", "cannot be loaded .AttributeError"),
@@ -205,7 +205,8 @@ def test_an_eval_of_another_package_is_planned_run_cached_and_recorded(
     prompts = [len(chat.prompt_ids(user_message(f"What is {k} + 1?"))) for k in range(3)]
     assert (cost.name, cost.answers, cost.prompt_tokens, cost.max_new_tokens) == ("brevity", 3, sum(prompts), 4)
     assert (cost.judge, cost.judge_calls) == ("words", 3)
-    assert (cost.judge_tokens_in, cost.judge_tokens_out) == (sum(prompts) + 3 * 2, 3 * 5.0)  # half of 4, half of 10
+    around = sum(len(chat.ids(f"What is {k} + 1?")) for k in range(3))
+    assert (cost.judge_tokens_in, cost.judge_tokens_out) == (around + 3 * 2, 3 * 5.0)  # half of 4, half of 10
     assert "3 calls of words" in planned.to_text()
 
     asked: list[int] = []

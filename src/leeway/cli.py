@@ -237,11 +237,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Estimate a study: trajectories, exact tokens, hours, memory, dollars, disk; by formulas or --measure."""
+    from leeway.plan.plan import machine_and_prices
     from leeway.plan.plan import plan as make_plan
-    from leeway.plan.plan import priced
     from leeway.study.load import load
 
-    machine, prices = priced(gpu, mfu, mbu, price, judge_price)
+    machine, prices = machine_and_prices(gpu, mfu, mbu, price, judge_price)
     if gpu is not None and measure:
         raise LeewayError("--measure times this machine, --gpu names another", fix="leave one of them out")
     if workers is not None and not measure:

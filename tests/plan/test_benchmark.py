@@ -1,4 +1,4 @@
-"""A plan that measures: rates times exact counts, who is handed what, and what it does not do."""
+"""A measured plan: rates times exact counts, and the schedule over workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from leeway.cli import app
 from leeway.errors import LeewayError
-from leeway.plan.benchmark import Timing, makespan, priced_by
+from leeway.plan.benchmark import Timing, makespan, measured_hours
 from leeway.plan.plan import plan
 from leeway.plan.token_counts import new_tokens, reference_work, trajectory
 from leeway.study.jobs import BASE, Job, jobs_of
@@ -19,12 +19,12 @@ from leeway.study.load import parse
 from leeway.study.prepare import prepare
 
 
-def test_pieces_are_handed_out_as_workers_become_free() -> None:
+def test_jobs_start_as_workers_become_free() -> None:
     base, a = Job("base", BASE), Job("train", "a", budgets=(1,))
     b, c = Job("train", "b", budgets=(1,), after=(a,)), Job("train", "c", budgets=(1,))
     seconds = {base: 1.0, a: 4.0, b: 2.0, c: 3.0}
     assert makespan([base, a, b, c], seconds, 1) == 10.0
-    assert makespan([base, a, b, c], seconds, 2) == 6.0  # base and c beside a; b waits for a
+    assert makespan([base, a, b, c], seconds, 2) == 6.0  # base and c run next to a; b waits for a
     assert makespan([base, a, b, c], seconds, 9) == 6.0
     assert makespan([b], seconds, 2) == 2.0  # what it waits for is done
 
@@ -40,25 +40,25 @@ def test_a_checkpoint_is_measured_while_its_trajectory_trains_on() -> None:
 def test_hours_are_counts_times_rates_by_hand(models: dict[str, Path], root: Path) -> None:
     """Two trajectories over two budgets, and the base; a KL of the preferred answers that DPO has asked about."""
     prepared = prepare(parse(text(models, root, "[dpo, kl]"), "x"))
-    pieces = jobs_of(prepared)
-    plans = {p.alias: trajectory(prepared, p) for p in pieces if p.kind == "train"}
+    jobs = jobs_of(prepared)
+    plans = {p.alias: trajectory(prepared, p) for p in jobs if p.kind == "train"}
     timing = Timing({"dpo": 2.0, "kl": 3.0}, 0.5, {"capability-files": 7.0}, 0.25, 11.0, 0.5, 13.0, 5 * 2**30, 2**30)
-    trajectories = [plans[p.alias] for p in pieces if p.kind == "train"]
-    found = priced_by(prepared, pieces, trajectories, timing, 1)
+    trajectories = [plans[p.alias] for p in jobs if p.kind == "train"]
+    found = measured_hours(prepared, jobs, trajectories, timing, 1)
     training = 2.0 * plans["dpo"].processed_tokens + 3.0 * plans["kl"].processed_tokens
     reference = 0.5 * plans["dpo"].reference_tokens
-    setup = (1 + 2 + 4) * 0.5 + 4 * 0.25  # lent for each trajectory and checkpoint, and for the base; saved
+    setup = (1 + 2 + 4) * 0.5 + 4 * 0.25  # a model checkout per trajectory, checkpoint and base; saves
     assert found.training_hours * 3600 == pytest.approx(training)
     assert found.reference_hours * 3600 == pytest.approx(reference)
     assert found.answering_hours * 3600 == pytest.approx(7.0 * (1 + 2 * 2))  # the base once
     assert found.hours * 3600 == pytest.approx(training + reference + 35.0 + setup + 13.0 + 11.0)
     assert found.memory_gib == 5.0
-    two = priced_by(prepared, pieces, trajectories, timing, 2)
+    two = measured_hours(prepared, jobs, trajectories, timing, 2)
     assert two.memory_gib == 11.0  # two workers, and the process that leads them
     assert two.hours < found.hours
 
 
-def test_who_asks_first_pays_and_the_bytes_are_counted(models: dict[str, Path], root: Path) -> None:
+def test_shared_reference_sequences_count_once(models: dict[str, Path], root: Path) -> None:
     prepared = prepare(parse(text(models, root, "[dpo, kl]"), "x"))
     spent = {p.alias: n for p, n in new_tokens(prepared).items()}
     planned = {p.alias: trajectory(prepared, p) for p in jobs_of(prepared) if p.kind == "train"}
@@ -73,14 +73,14 @@ def test_who_asks_first_pays_and_the_bytes_are_counted(models: dict[str, Path], 
     assert reference_work(live, 16, 4).bytes == 0
 
 
-def test_a_plan_measures_by_the_code_that_runs(models: dict[str, Path], root: Path) -> None:
+def test_a_plan_times_the_code_that_runs(models: dict[str, Path], root: Path) -> None:
     spec = parse(text(models, root, "[sft, dpo]"), "x")
     planned = plan(spec, measure=True, workers=1)
     assert planned.measured is not None
-    told = planned.to_text()
-    assert "measured on this machine: ~" in told
-    assert "not timed: drawing the report, judges" in told
-    assert "estimated by formulas" not in told
+    printed = planned.to_text()
+    assert "measured on this machine: ~" in printed
+    assert "not timed: drawing the report, judges" in printed
+    assert "estimated by formulas" not in printed
     parts = planned.measured
     assert min(parts.training_hours, parts.reference_hours, parts.answering_hours, parts.setup_hours) > 0
     assert planned.estimated_hours == parts.hours < 0.1
@@ -95,7 +95,7 @@ def test_a_plan_measures_by_the_code_that_runs(models: dict[str, Path], root: Pa
         (["--measure", "evals.backend=vllm", "objectives=[sft]", "budgets=[500]"], "vllm is not timed"),
     ],
 )
-def test_what_cannot_be_measured_is_told(options: list[str], part: str) -> None:
+def test_what_cannot_be_measured_is_an_error(options: list[str], part: str) -> None:
     found = CliRunner().invoke(app, ["plan", "demo", *options])
     assert isinstance(found.exception, LeewayError)
     assert part in str(found.exception)

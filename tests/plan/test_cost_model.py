@@ -1,4 +1,4 @@
-"""What a study costs: formulas by hand on round numbers, published shapes, a stand-in that says that it is one."""
+"""Cost formulas by hand on round numbers, published model shapes, a stand-in tokenizer."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_memory_by_hand() -> None:
 def test_activations_are_near_what_autograd_keeps() -> None:
     """The formula against the bytes that a backward pass waits for on a real model, in float32 on a CPU."""
     spec = load("objective-matters", ("model=organism", "task=organism"))
-    shape = plan._shape(spec, hardware.subject(spec), hardware.this_cpu())
+    shape = plan._shape(spec, hardware.planned_model(spec), hardware.this_cpu())
     model = load_model("organism", device="cpu")
     adapters.attach(model, spec.adapter, seed=0)
     weights = {p.untyped_storage().data_ptr() for p in model.lm.parameters()}
@@ -118,14 +118,14 @@ def test_the_shape_of_llama_by_hand() -> None:
     assert shape.kv_bytes == 131_072
 
 
-def test_a_gpu_by_its_name_at_the_shares_that_are_assumed() -> None:
+def test_a_gpu_by_name_at_the_assumed_utilisation() -> None:
     found = hardware.on_gpu("h100", 0.5, 0.25)
     assert (found.flops, found.bandwidth, found.memory) == (989.4e12 / 2, 3350e9 / 4, 80e9)
     assert "50% (--mfu)" in found.assumed
     assert hardware.gpu("rtx 4090").name == "RTX-4090"
     with pytest.raises(LeewayError, match="--gpu H1000: not known"):
         hardware.gpu("H1000")
-    with pytest.raises(LeewayError, match="--mfu 2 is no share"):
+    with pytest.raises(LeewayError, match="--mfu 2 is not in"):
         hardware.on_gpu("L4", 2.0)
     assert all(g.source and g.memory_gb > 0 and math.isfinite(g.tflops) for g in hardware.GPUS.values())
 
@@ -133,20 +133,20 @@ def test_a_gpu_by_its_name_at_the_shares_that_are_assumed() -> None:
 @pytest.mark.parametrize(
     ("given", "part"),
     [
-        ((None, 0.3, None, None, None), "--mfu is for a GPU"),
-        ((None, None, None, 2.0, None), "--price is for a GPU"),
-        (("L4", None, None, None, "cheap"), "--judge-price 'cheap' is no price"),
-        (("L4", None, None, None, "1/2/3"), "is no price"),
+        ((None, 0.3, None, None, None), "--mfu needs a GPU"),
+        ((None, None, None, 2.0, None), "--price needs a GPU"),
+        (("L4", None, None, None, "cheap"), "--judge-price 'cheap' is not a price"),
+        (("L4", None, None, None, "1/2/3"), "is not a price"),
     ],
 )
-def test_prices_that_make_no_sense(given: tuple[object, ...], part: str) -> None:
+def test_impossible_prices(given: tuple[object, ...], part: str) -> None:
     with pytest.raises(LeewayError, match=part):
-        plan.priced(*given)  # type: ignore[arg-type]
+        plan.machine_and_prices(*given)  # type: ignore[arg-type]
 
 
 def test_a_judges_price_for_reading_and_writing() -> None:
-    assert plan.priced("L4", None, None, 1.0, "0.15/0.6")[1] == plan.Prices(1.0, (0.15, 0.6))
-    assert plan.priced("L4", None, None, None, "2")[1] == plan.Prices(None, (2.0, 2.0))
+    assert plan.machine_and_prices("L4", None, None, 1.0, "0.15/0.6")[1] == plan.Prices(1.0, (0.15, 0.6))
+    assert plan.machine_and_prices("L4", None, None, None, "2")[1] == plan.Prices(None, (2.0, 2.0))
 
 
 SMALL = ("model=organism", "task=organism", "budgets=[500]", "objectives=[sft]", "claims=null")
@@ -154,24 +154,24 @@ SMALL = ("model=organism", "task=organism", "budgets=[500]", "objectives=[sft]",
 
 def test_dollars_are_hours_times_the_price_and_are_not_printed_without_one() -> None:
     spec = load("objective-matters", SMALL)
-    machine, prices = plan.priced("A10G", None, None, 2.0, None)
+    machine, prices = plan.machine_and_prices("A10G", None, None, 2.0, None)
     planned = plan.plan(spec, machine, prices)
-    assert planned.bill.dollars == pytest.approx(2.0 * planned.estimated_hours)
-    assert planned.bill.fits is True
+    assert planned.cost.dollars == pytest.approx(2.0 * planned.estimated_hours)
+    assert planned.cost.fits is True
     text = plan.plan(spec, machine).to_text()
     assert "hire: no price given (--price)" in text
     assert "estimated by formulas on A10G, not measured" in text
     assert "$" not in text
 
 
-def test_what_does_not_fit_is_told_with_what_helps() -> None:
+def test_too_little_memory_is_reported_with_advice() -> None:
     spec = load("objective-matters", (*SMALL, "optim.micro_tokens=16777216"))
     planned = plan.plan(spec, hardware.on_gpu("A10G"))
-    assert planned.bill.fits is False
+    assert planned.cost.fits is False
     assert "DOES NOT FIT; lower optim.micro_tokens" in planned.to_text()
 
 
-def test_a_model_that_is_not_at_hand_is_stood_in_for_and_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tokenizer_gets_a_marked_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: object) -> None:
         raise LeewayError("model: cannot be loaded")
 
@@ -181,15 +181,15 @@ def test_a_model_that_is_not_at_hand_is_stood_in_for_and_marked(monkeypatch: pyt
     assert not planned.counts_exactly
     assert planned.parameters == 8_030_261_248
     text = planned.to_text()
-    assert "missing: tokenizer: not at hand. Tokens (~)" in text
+    assert "missing: tokenizer: not available. Tokens (~)" in text
     rows = [row for row in text.splitlines() if row.startswith("sft ")]
     assert [row.count("~") for row in rows] == [5] * 3  # steps and four counts, for each of three seeds
     with pytest.raises(LeewayError, match="cannot be loaded"):
-        hardware.subject(load("demo", ("model=some/other",)))
+        hardware.planned_model(load("demo", ("model=some/other",)))
 
 
 def test_the_stand_in_counts_pieces_in_a_template_as_long_as_llamas() -> None:
-    chat = hardware._pieces()
+    chat = hardware._stand_in_chat()
     # 25 for what opens a prompt (begin, the system turn with its 20), 4 for each turn's opening, 1 for its end
     asked = chat.prompt_ids([{"role": "user", "content": "hello world, 12345"}])
     assert len(chat.ids("hello world, 12345")) == 6  # as many as Llama 3's: hello, world, the comma, a space, 123, 45
@@ -197,7 +197,7 @@ def test_the_stand_in_counts_pieces_in_a_template_as_long_as_llamas() -> None:
     assert len(chat.closing_ids) == 1
 
 
-def test_the_bill_says_judges_calls() -> None:
+def test_the_estimate_prints_judge_calls() -> None:
     made = cost_model.CostEstimate(
         machine="X",
         assumed="a",

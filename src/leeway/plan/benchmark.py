@@ -1,10 +1,8 @@
-"""How fast this machine is at one study: a few optimiser steps and batches of answers, by the code that runs it.
+"""Time a study on this machine: a few optimiser steps and batches of prompts, run by the code of a real run.
 
-As many processes as a run would have do the same at the same time, so that what they take from each other is in the
-numbers. Each measures a trajectory of every cost class (what is rendered and what is asked of a reference), writing a
-checkpoint, and of every eval some whole batches of prompts: the shortest, the longest and one between.
-
-A plan's hours and memory from what was measured on this machine: exact counts times rates, piece by piece.
+As many processes as the run would have measure at once, so that contention is included. Each times one trajectory per
+cost class (what is rendered and what the reference computes), one checkpoint, and the shortest, a middle and the
+longest batch of every eval. `measured_hours` multiplies the rates by the plan's exact counts, job by job.
 """
 
 from __future__ import annotations
@@ -39,18 +37,17 @@ from leeway.study.spec import Spec
 from leeway.study.worker import Worker
 from leeway.training.loop import Step
 
-STEPS = 4  # that are timed of each cost class, after one that is not
-BATCHES = 3  # that are timed of each eval, at most
+STEPS = 4  # timed per cost class, after a warm-up step
+BATCHES = 3  # timed per eval, at most
 
 
 @dataclass
 class Timing:
-    """Seconds, and bytes.
+    """Seconds per unit of work, and bytes.
 
-    `training`: of a processed token, by objective. `reference`: of a token asked beforehand. `answering`: of each eval
-    at one checkpoint. `checkpoint`: of writing one. `load`: of loading the model. `lend`: of having it as it was loaded
-    once more. `start`: of beginning a process and reading the data. `peak`: bytes of a process that does all of it;
-    `standing`: of one that has loaded the model.
+    `training` per processed token, by objective; `reference` per precomputed token; `answering` per eval and model;
+    `checkpoint` per save; `load` and `checkout` of the base model; `start` of a process with its data. `peak` is the
+    most bytes of a worker, `idle` those of a process that has only loaded the model.
     """
 
     training: dict[str, float] = field(default_factory=dict)
@@ -61,11 +58,11 @@ class Timing:
     checkout: float = 0.0
     start: float = 0.0
     peak: float = 0.0
-    standing: float = 0.0
+    idle: float = 0.0
 
 
-def timed(spec: Spec, workers: int) -> Timing:
-    """The mean over `workers` processes that measure at once. Raises LeewayError where this cannot be measured."""
+def run_benchmark(spec: Spec, workers: int) -> Timing:
+    """Return the mean over `workers` processes that measure at once. Raises LeewayError for other backends."""
     if spec.evals.backend != "transformers":
         raise LeewayError(
             f"--measure: {spec.evals.backend} is not timed",
@@ -95,15 +92,15 @@ def timed(spec: Spec, workers: int) -> Timing:
         checkout=fmean(t.checkout for t in found),
         start=start,
         peak=max(t.peak for t in found),
-        standing=max(t.standing for t in found),
+        idle=max(t.idle for t in found),
     )
 
 
 def _next(results: Any, children: Seq[Any]) -> Any:
-    """What the next process has to say; raises LeewayError where one has failed or died."""
+    """Return the next process's result. Raises LeewayError if one failed or died."""
     while results.empty():
         if not any(c.is_alive() for c in children) and results.empty():
-            raise LeewayError("--measure: a process was killed, for want of memory perhaps", fix="leave --measure out")
+            raise LeewayError("--measure: a process was killed (probably out of memory)", fix="leave --measure out")
         time.sleep(0.05)
     found = results.get()
     if isinstance(found, Exception):
@@ -114,31 +111,31 @@ def _next(results: Any, children: Seq[Any]) -> Any:
 
 
 def _process(raw: dict[str, Any], scratch: Path, barrier: Any, results: Any) -> None:
-    """One of the processes: says that it is ready, waits for the others, measures."""
+    """Report readiness, wait for the other processes, measure."""
     try:
         prepared = prepare(Spec.model_validate(raw))
         results.put("ready")
         barrier.wait()
         with compute_settings(prepared.spec):
-            results.put(measured(prepared, scratch))
-    except Exception as error:  # noqa: BLE001 - told by the process that began this one
+            results.put(measure(prepared, scratch))
+    except Exception as error:  # noqa: BLE001 - reported by the parent process
         results.put(error if isinstance(error, LeewayError) else LeewayError(f"--measure: {error}"))
         barrier.abort()
 
 
-def measured(prepared: Prepared, scratch: Path) -> Timing:
-    """Measure in this process. Memory counts what this process ever held."""
+def measure(prepared: Prepared, scratch: Path) -> Timing:
+    """Measure in this process; memory is its peak so far."""
     scratch.mkdir()
     work, found = Worker(prepared, RunDir(scratch), lambda *_: None), Timing()
     began = time.perf_counter()
     work.base()
-    found.load, found.standing = time.perf_counter() - began, _held()
-    asked: list[tuple[float, int]] = []
+    found.load, found.idle = time.perf_counter() - began, _peak_memory()
+    reference: list[tuple[float, int]] = []  # seconds, tokens
     for aliases in _classes(prepared):
-        rate = _train(work, aliases[0], scratch, found, asked)
+        rate = _train(work, aliases[0], scratch, found, reference)
         found.training |= dict.fromkeys(aliases, rate)
-    if tokens := sum(n for _, n in asked):
-        found.reference = sum(s for s, _ in asked) / tokens
+    if tokens := sum(n for _, n in reference):
+        found.reference = sum(s for s, _ in reference) / tokens
     began = time.perf_counter()
     model = work.base()
     found.checkout = time.perf_counter() - began
@@ -148,32 +145,32 @@ def measured(prepared: Prepared, scratch: Path) -> Timing:
         for e in prepared.evals:
             if prompts := [p for p in e.prompts() for _ in range(p.samples)]:
                 found.answering[e.key] = _answer(backend, e, prompts)
-    found.peak = _held()
+    found.peak = _peak_memory()
     return found
 
 
-def _held() -> float:
-    """Bytes that this process has held at most."""
+def _peak_memory() -> float:
+    """Return this process's peak resident bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def _classes(prepared: Prepared) -> list[list[str]]:
-    """Objectives that cost alike, token for token."""
+    """Group objectives with the same cost per token."""
     found: dict[tuple[object, ...], list[str]] = {}
     for alias, o in prepared.objectives.items():
         found.setdefault((o.needs_pairs, o.needs_reference, o.auxiliary, o.control_tokens), []).append(alias)
     return list(found.values())
 
 
-def _train(work: Worker, alias: str, scratch: Path, found: Timing, asked: list[tuple[float, int]]) -> float:
-    """Seconds of a processed token."""
+def _train(work: Worker, alias: str, scratch: Path, found: Timing, reference: list[tuple[float, int]]) -> float:
+    """Return the seconds per processed token."""
     seed = work.prepared.spec.seeds[0]
     schedule = _few(work.prepared, alias, seed)
     kept = ReferenceCache(scratch / "references") if work.prepared.spec.reference == "cached" else None
     trial = work.trajectories.trial(alias, seed, schedule, kept)
     began = time.perf_counter()
     tokens = trial.precompute_reference()
-    asked.append((time.perf_counter() - began, tokens))
+    reference.append((time.perf_counter() - began, tokens))
     steps: list[Step] = []
     trial.train_to(schedule.marks[0], scratch / "steps", steps.append)
     steps = steps[1:] or steps
@@ -184,7 +181,7 @@ def _train(work: Worker, alias: str, scratch: Path, found: Timing, asked: list[t
 
 
 def _few(prepared: Prepared, alias: str, seed: int) -> Schedule:
-    """Steps from all over a trajectory, the first one to warm up with; the one with the most tokens is among them."""
+    """Return steps spread over a trajectory, a warm-up step first, including the one with the most tokens."""
     steps, renderer = prepared.schedules[alias, seed].steps, prepared.renderer(alias, seed)
     spaced = [k * (len(steps) - 1) // STEPS for k in range(STEPS + 1)]
     near = steps[:: max(1, len(steps) // 50)]
@@ -219,7 +216,7 @@ def _batches(prompts: Seq[Prompt], size: int) -> Iterator[Seq[Prompt]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Hours of work, of all workers together, and from the first command to the last page; memory of all processes."""
+    """Hours of work summed over workers, wall-clock hours of the run, and the memory of all processes."""
 
     workers: int
     training_hours: float
@@ -238,29 +235,29 @@ class Measured:
             "answering": self.answering_hours,
             "loading and saving": self.setup_hours,
         }
-        told = ", ".join(f"{what} {as_time(hours)}" for what, hours in parts.items())
+        breakdown = ", ".join(f"{what} {as_time(hours)}" for what, hours in parts.items())
         together = ", over all workers" if several else ""
-        yield f"measured on this machine{several}: {as_time(self.hours)} ({told}{together})"
+        yield f"measured on this machine{several}: {as_time(self.hours)} ({breakdown}{together})"
         yield f"  memory ~{self.memory_gib:.1f} GiB at their peaks"
         if self.untimed:
             yield f"  not timed: {', '.join(self.untimed)}"
 
 
-def priced_by(
-    prepared: Prepared, pieces: Seq[Job], trajectories: Seq[TrajectoryPlan], timing: Timing, workers: int
+def measured_hours(
+    prepared: Prepared, jobs: Seq[Job], trajectories: Seq[TrajectoryPlan], timing: Timing, workers: int
 ) -> Measured:
-    """`trajectories` are those of the `pieces` that train. What an earlier run has done is not taken off."""
-    asked = new_tokens(prepared) if prepared.spec.reference == "cached" else {}
-    plans = dict(zip([p for p in pieces if p.kind in ("tune", "train")], trajectories, strict=True))
+    """Return the hours of a run that starts from scratch; `trajectories` belong to the `jobs` that train, in order."""
+    precomputed = new_tokens(prepared) if prepared.spec.reference == "cached" else {}
+    plans = dict(zip([p for p in jobs if p.kind in ("tune", "train")], trajectories, strict=True))
     each = sum(timing.answering.values())
     per_answer = each / max(1, sum(len(e) for e in prepared.evals if e.key in timing.answering))
     training = {p: t.runs * t.processed_tokens * timing.training[p.alias] for p, t in plans.items()}
-    reference = {p: asked.get(p, 0) * timing.reference for p in pieces}
-    answering = {p: len(eval_targets(prepared, p)) * each for p in pieces if p.kind != "tune"}
+    reference = {p: precomputed.get(p, 0) * timing.reference for p in jobs}
+    answering = {p: len(eval_targets(prepared, p)) * each for p in jobs if p.kind != "tune"}
     answering |= {p: t.runs * prepared.spec.optim.tune.items * per_answer for p, t in plans.items() if p.kind == "tune"}
-    setup = {p: _lent(prepared, p) * timing.checkout + _saved(p) * timing.checkpoint for p in pieces}
-    seconds = {p: training.get(p, 0.0) + reference[p] + answering[p] + setup[p] for p in pieces}
-    leading = 1 if workers > 1 else 0  # the process that hands out, which has had the model too
+    setup = {p: _checkouts(prepared, p) * timing.checkout + _saved(p) * timing.checkpoint for p in jobs}
+    seconds = {p: training.get(p, 0.0) + reference[p] + answering[p] + setup[p] for p in jobs}
+    leading = 1 if workers > 1 else 0  # the coordinating process, which loads the model too
     begin = (1 + leading) * (timing.start + timing.load)
     return Measured(
         workers=workers,
@@ -268,45 +265,45 @@ def priced_by(
         reference_hours=sum(reference.values()) / 3600,
         answering_hours=sum(answering.values()) / 3600,
         setup_hours=(sum(setup.values()) + (workers + leading) * timing.load) / 3600,
-        hours=(begin + makespan(pieces, seconds, workers)) / 3600,
-        memory_gib=(workers * timing.peak + leading * timing.standing) / GIB,
+        hours=(begin + makespan(jobs, seconds, workers)) / 3600,
+        memory_gib=(workers * timing.peak + leading * timing.idle) / GIB,
         untimed=(*(e.key for e in prepared.evals if e.key not in timing.answering), "drawing the report", "judges"),
     )
 
 
-def _lent(prepared: Prepared, piece: Job) -> int:
-    """How often a piece takes the model as it was loaded."""
-    if piece.kind == "tune":
+def _checkouts(prepared: Prepared, job: Job) -> int:
+    """Return how often a job checks out the base model."""
+    if job.kind == "tune":
         return len(prepared.spec.optim.tune.lrs)
-    return 1 if piece.kind == "train" else len(eval_targets(prepared, piece))
+    return 1 if job.kind == "train" else len(eval_targets(prepared, job))
 
 
-def _saved(piece: Job) -> int:
-    return len(piece.budgets) if piece.kind == "train" else 0
+def _saved(job: Job) -> int:
+    return len(job.budgets) if job.kind == "train" else 0
 
 
-def makespan(pieces: Seq[Job], seconds: dict[Job, float], workers: int) -> float:
-    """When the last piece ends, if each worker takes the first piece that waits for none: as they are handed out.
+def makespan(jobs: Seq[Job], seconds: dict[Job, float], workers: int) -> float:
+    """Return when the last job ends if each free worker takes the first job whose dependencies are done.
 
-    A trajectory's checkpoints come as its source tokens do, all at one speed.
+    A trajectory reaches its checkpoints at a constant rate in source tokens.
     """
-    free, ends, left = [0.0] * workers, dict[Job, float](), list(pieces)
-    there = {(p.alias, p.seed, b): math.inf for p in pieces if p.kind == "train" for b in p.budgets}
+    free, ends, left = [0.0] * workers, dict[Job, float](), list(jobs)
+    checkpoints = {(p.alias, p.seed, b): math.inf for p in jobs if p.kind == "train" for b in p.budgets}
     while left:
         k = free.index(min(free))
         now = free[k]
-        piece = next((p for p in left if _since(p, ends, there, pieces) <= now), None)
-        if piece is None:
-            free[k] = min(t for t in (*ends.values(), *there.values()) if t > now)
+        job = next((p for p in left if _ready_at(p, ends, checkpoints, jobs) <= now), None)
+        if job is None:
+            free[k] = min(t for t in (*ends.values(), *checkpoints.values()) if t > now)
             continue
-        free[k] = ends[piece] = now + seconds[piece]
-        if piece.kind == "train":
-            there |= {(piece.alias, piece.seed, b): now + seconds[piece] * b / piece.budgets[-1] for b in piece.budgets}
-        left.remove(piece)
+        free[k] = ends[job] = now + seconds[job]
+        if job.kind == "train":
+            checkpoints |= {(job.alias, job.seed, b): now + seconds[job] * b / job.budgets[-1] for b in job.budgets}
+        left.remove(job)
     return max(free)
 
 
-def _since(piece: Job, ends: dict[Job, float], there: dict[Checkpoint, float], pieces: Seq[Job]) -> float:
-    """From when on a piece waits for nothing; never, as long as what it waits for is not begun."""
-    before = [ends.get(p, math.inf) for p in piece.after if p in pieces]
-    return max([0.0, *before, *(there[c] for c in piece.needs if c in there)])
+def _ready_at(job: Job, ends: dict[Job, float], checkpoints: dict[Checkpoint, float], jobs: Seq[Job]) -> float:
+    """Return when a job's dependencies are done; infinity while one has not started."""
+    before = [ends.get(p, math.inf) for p in job.after if p in jobs]
+    return max([0.0, *before, *(checkpoints[c] for c in job.needs if c in checkpoints)])

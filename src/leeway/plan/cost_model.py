@@ -1,9 +1,4 @@
-"""What tokens cost: FLOPs, seconds, memory, disk. Formulas alone; nothing here is measured on a GPU.
-
-What an eval asks of a checkpoint and of its judges, in tokens: prompts counted, answers assumed.
-
-A plan's bottom line: hours, memory, dollars and disk on one machine, each estimated from stated assumptions.
-"""
+"""Cost formulas of a plan: FLOPs, seconds, memory, disk and dollars from token counts. Nothing here is measured."""
 
 from __future__ import annotations
 
@@ -11,6 +6,7 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +15,25 @@ import torch
 from leeway.data.chat import Chat
 from leeway.evals.eval import Eval, user_message
 from leeway.generation.backend import Conversation
-from leeway.hashing import canonical
 from leeway.model.load import resolve
 from leeway.plan.hardware import Machine
 from leeway.study.prepare import Prepared
 from leeway.study.spec import Spec
 
-FLOAT32, ADAM = 4, 8  # bytes of a number; of AdamW's two moments
-ROW_BYTES = 600  # of rows.parquet and its parts, an answer
+FLOAT32, ADAM = 4, 8  # bytes per number; per parameter, AdamW's two moments
+ROW_BYTES = 600  # per response in rows.parquet and its parts
+MEAN_ANSWER = 0.5  # assumed length of a response, also of a judge's, as a share of max_new_tokens
+GIB = 2**30
+RUNTIME = 0.6 * GIB  # of a process before any model: libraries, allocator
+PUBLISHED = 2  # bytes per weight in the hub's files
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model in the numbers that costs depend on; parameters count as they enter matrix products.
+    """A model's sizes, as costs depend on them.
 
-    `body`: of every token. `head`: of tokens whose distribution is asked for. `adapted`: inputs of all layers that an
-    adapter changes, numbers a token. `kept`: what a layer keeps for the backward pass beside those.
+    `body`: parameters in the matrix products of every token; `head`: those of tokens with logits; `adapted`: input
+    features of all adapted layers together.
     """
 
     total: int
@@ -44,15 +43,15 @@ class Shape:
     layers: int
     hidden: int
     inner: int
-    queries: int  # heads times their width
-    keys: int  # key heads times their width
+    queries: int  # heads * head_dim
+    keys: int  # key heads * head_dim
     adapted: int
     full: bool
-    bytes: int  # of a weight
+    bytes: int  # per weight
 
     @property
     def kv_bytes(self) -> int:
-        """Of keys and values, a token."""
+        """Bytes of keys and values per token."""
         return 2 * self.layers * self.keys * self.bytes
 
     @property
@@ -61,7 +60,7 @@ class Shape:
 
 
 def shape(lm: Any, layers: Seq[torch.nn.Linear], rank: int, *, full: bool, width: int) -> Shape:
-    """Of a model without weights, `layers` of which an adapter of `rank` changes."""
+    """Return the sizes of a model without weights; an adapter of `rank` changes `layers`."""
     config = lm.config.get_text_config()
     total = sum(p.numel() for p in lm.parameters())
     head = lm.get_output_embeddings().weight.numel()
@@ -86,11 +85,11 @@ def shape(lm: Any, layers: Seq[torch.nn.Linear], rank: int, *, full: bool, width
 
 
 def training_flops(s: Shape, processed: int, targets: int, reference: int) -> float:
-    """Of tokens through policy and reference; heads at targets alone, as the streamed head has it.
+    """Return the FLOPs of training tokens; the head runs at target positions only.
 
-    Forward 2 a weight and token. Backward 2 again for the inputs' gradients, and 2 for the weights' where they train:
-    an adapter's do, the frozen ones beneath it do not. A reference pass is a forward pass alone. Attention's products
-    of tokens with tokens are left out (under 1% at a few hundred tokens).
+    Per weight and token: 2 forward, 2 for the inputs' gradients, 2 for the weights' own if they train (an adapter's do,
+    the frozen ones under it do not). A reference pass is forward only. The attention products of tokens with tokens are
+    left out (under 1% at a few hundred tokens).
     """
     back = 4 if s.full else 2
     policy = processed * ((2 + back) * s.body + (0 if s.full else 6 * s.trained)) + targets * (2 + back) * s.head
@@ -98,18 +97,18 @@ def training_flops(s: Shape, processed: int, targets: int, reference: int) -> fl
 
 
 def reference_flops(s: Shape, tokens: int, measured: int) -> float:
-    """Of a pass forward alone: the body for every token, the head for those that are measured."""
+    """Return the FLOPs of a forward pass: the body for every token, the head for `measured` tokens."""
     return tokens * 2 * s.body + measured * 2 * s.head
 
 
 @dataclass(frozen=True)
 class EvalCost:
-    """One eval at one checkpoint. Answers and prompts are counted; how long an answer is, is assumed."""
+    """One eval at one checkpoint: prompts are counted, response lengths assumed."""
 
     name: str
     answers: int
     prompt_tokens: int
-    max_new_tokens: int  # 0: one forward pass each, no text
+    max_new_tokens: int  # 0: one forward pass per prompt
     answer_tokens: float
     judge: str = ""
     judge_calls: int = 0
@@ -118,15 +117,14 @@ class EvalCost:
 
 
 def eval_seconds(s: Shape, e: EvalCost, machine: Machine, batch: int) -> float:
-    """Prompts at the matrix-product rate; then steps, each as long as its slower half: reading weights and keys, or
-    computing.
+    """Return the seconds of an eval: prompts at the matrix-product rate, then decoding steps.
 
-    A batch is taken to last until its longest answer reaches `max_new_tokens`.
+    A step takes the longer of reading weights, keys and values and computing; a batch lasts `max_new_tokens` steps.
     """
     reading = (e.prompt_tokens * 2 * s.body + e.answers * 2 * s.head) / machine.flops
     if not e.max_new_tokens or not e.answers:
         return reading
-    if machine.bandwidth is None:  # a CPU, where computing alone counts
+    if machine.bandwidth is None:  # a CPU: compute-bound
         return reading + e.answer_tokens * 2 * (s.body + s.head) / machine.flops
     together = min(batch, e.answers)
     steps = math.ceil(e.answers / batch) * e.max_new_tokens
@@ -138,7 +136,7 @@ def eval_seconds(s: Shape, e: EvalCost, machine: Machine, batch: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: what stands all along, what training adds, and what answering adds."""
+    """Bytes of weights and adapter, plus activations (training) or the key-value cache (generation)."""
 
     weights: float
     adapter: float
@@ -151,11 +149,11 @@ class Memory:
 
 
 def memory(s: Shape, micro_tokens: int, dropout: float, batch: int, context: int) -> Memory:
-    """Adapter, gradient and AdamW's moments in float32; activations of a micro-batch, none of them recomputed.
+    """Return the memory with adapter, gradient and AdamW moments in float32 and no activation recomputed.
 
-    A layer keeps, a token: both norms in float32, twice; every adapted layer's input in float32, with a mask of a byte
-    where there is dropout; queries, keys, values and attention's output; and three vectors of the MLP. An estimate: it
-    leaves out buffers, fragments and the head's chunks. (On the organism in float32, autograd kept 1.18 times that.)
+    Per token a layer keeps both norms twice in float32; every adapted layer's input in float32, with a one-byte dropout
+    mask; queries, keys, values and the attention output; and three MLP vectors. Buffers, fragmentation and the head's
+    chunks are left out: on the organism in float32, autograd kept 1.18 times the estimate.
     """
     mask = 1 if dropout and not s.full else 0
     norms, attention = 16 * s.hidden, s.bytes * 2 * (s.queries + s.keys)
@@ -165,26 +163,23 @@ def memory(s: Shape, micro_tokens: int, dropout: float, batch: int, context: int
     return Memory(s.weight_bytes, trained, activations, batch * context * s.kv_bytes)
 
 
-MEAN_ANSWER = 0.5  # of max_new_tokens, of a checkpoint's answer and of a judge's: assumed
-
-
 def eval_costs(prepared: Prepared) -> tuple[tuple[EvalCost, ...], tuple[str, ...]]:
-    """(each eval at one checkpoint, what is left out of the count)."""
+    """Return the cost of each eval at one checkpoint, and notes on what is not counted."""
     found = tuple(eval_cost(e, prepared.chat) for e in prepared.evals)
     unknown = (f"not priced: {e.name}, its prompts are not known before the run" for e in found if not e.prompt_tokens)
     return found, (*_left_out(prepared.spec), *unknown)
 
 
 def pair_cost(prepared: Prepared) -> EvalCost | None:
-    """What drawing the pairs takes at most; none where they are given or have been drawn."""
+    """Return the most that sampling rejected responses can take; None if the pairs exist."""
     if prepared.pairs is not None:
         return None
-    asked = prepared.spec.pairs
+    pairs = prepared.spec.pairs
     chat, task = prepared.chat, prepared.auxiliary_pool.task
     each = sum(len(chat.prompt_ids(user_message(e.prompt))) for e in task)
-    answers = prepared.examples * asked.samples
-    drawn = answers * MEAN_ANSWER * asked.max_new_tokens
-    return EvalCost("pairs", answers, each * asked.samples, asked.max_new_tokens, drawn)
+    answers = prepared.examples * pairs.samples
+    drawn = answers * MEAN_ANSWER * pairs.max_new_tokens
+    return EvalCost("pairs", answers, each * pairs.samples, pairs.max_new_tokens, drawn)
 
 
 def longest(prepared: Prepared) -> int:
@@ -195,13 +190,10 @@ def longest(prepared: Prepared) -> int:
 
 def eval_cost(e: Eval, chat: Chat) -> EvalCost:
     """Return the cost of one eval at one checkpoint, its judges' requests included."""
-    known: dict[str, int] = {}
+    count = cache(lambda text: len(chat.ids(text)))
 
-    def tokens(conversation: Conversation) -> int:
-        text = canonical(conversation)
-        if text not in known:
-            known[text] = len(chat.prompt_ids(conversation))
-        return known[text]
+    def contents(conversation: Conversation) -> int:
+        return sum(count(m["content"]) for m in conversation)  # the judge's own template is not known
 
     prompts, judging = list(e.prompts()), list(e.judge_requests())
     limit = max((p.max_new_tokens for p in prompts), default=0)
@@ -209,18 +201,18 @@ def eval_cost(e: Eval, chat: Chat) -> EvalCost:
     return EvalCost(
         name=e.key,
         answers=len(e),
-        prompt_tokens=sum(p.samples * tokens(p.conversation) for p in prompts),
+        prompt_tokens=sum(p.samples * len(chat.prompt_ids(p.conversation)) for p in prompts),
         max_new_tokens=limit,
         answer_tokens=answer_tokens,
         judge=" and ".join(dict.fromkeys(name for name, _ in judging)),
         judge_calls=len(judging),
-        judge_tokens_in=float(sum(tokens(r.conversation) + int(MEAN_ANSWER * limit) for _, r in judging)),
+        judge_tokens_in=float(sum(contents(r.conversation) + int(MEAN_ANSWER * limit) for _, r in judging)),
         judge_tokens_out=sum(MEAN_ANSWER * r.max_new_tokens for _, r in judging),
     )
 
 
 def _left_out(spec: Spec) -> list[str]:
-    """What a study asks for and no line prices."""
+    """Return notes on settings whose cost no line counts."""
     found: list[str] = []
     jailbreak = spec.evals.jailbreak
     if jailbreak is not None and jailbreak.translator is not None:
@@ -232,14 +224,9 @@ def _left_out(spec: Spec) -> list[str]:
     return found
 
 
-GIB = 2**30
-RUNTIME = 0.6 * GIB  # of a process before any model: libraries, allocator
-PUBLISHED = 2  # bytes of a weight in the hub's files
-
-
 @dataclass(frozen=True)
 class CostEstimate:
-    """Hours of one machine used alone, bytes as GiB; dollars are none where no price was given."""
+    """Hours of one machine, memory and disk in GiB; dollars are None without a price."""
 
     machine: str
     assumed: str
@@ -268,7 +255,6 @@ class CostEstimate:
         return (RUNTIME + self.memory.peak) / GIB
 
     def lines(self) -> Iterator[str]:
-        """By formulas alone."""
         yield from self._estimated()
         yield from self.other_lines()
 
@@ -289,7 +275,7 @@ class CostEstimate:
         )
 
     def other_lines(self) -> Iterator[str]:
-        """Disk, judges and hire, which are not timed."""
+        """Yield disk, judges and GPU rent, which `--measure` does not time."""
         hub = f", the hub's files {self.hub_gib:.1f}" if self.hub_gib else ""
         kept = f", references {self.references_gib:.2f}" if self.references_gib else ""
         yield f"  disk ~{self.disk_gib:.2f} GiB (checkpoints {self.adapters_gib:.2f}{kept}{hub})"
@@ -326,17 +312,17 @@ def estimate_cost(
     hour: float | None,
     judge: tuple[float, float] | None,
 ) -> CostEstimate:
-    """`training` and `sweeps` in FLOPs; `disk`, of all but references and hub files, and `references` in bytes."""
+    """Return the estimate from FLOPs (`training`, `sweeps`) and bytes (`references`, `disk` for all else)."""
     spec = prepared.spec
     batch = spec.evals.batch
-    asked = evaluated * sum(eval_seconds(size, e, machine, batch) for e in evals)
+    answering = evaluated * sum(eval_seconds(size, e, machine, batch) for e in evals)
     needed = memory(size, spec.optim.micro_tokens, spec.adapter.dropout, batch, longest(prepared))
     drawn = eval_seconds(size, pairs, machine, batch) if pairs else 0.0
     calls = evaluated * sum(e.judge_calls for e in evals)
     read = evaluated * sum(e.judge_tokens_in for e in evals)
     written = evaluated * sum(e.judge_tokens_out for e in evals)
     hub = 0.0 if Path(resolve(spec.model)).is_dir() else size.total * PUBLISHED / GIB
-    hours = [seconds / 3600 for seconds in (training / machine.flops, asked + sweeps / machine.flops, drawn)]
+    hours = [seconds / 3600 for seconds in (training / machine.flops, answering + sweeps / machine.flops, drawn)]
     adapters = disk / GIB
     return CostEstimate(
         machine=machine.name,

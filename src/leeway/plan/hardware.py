@@ -1,10 +1,9 @@
-"""What a study may be run on: data-sheet numbers of GPUs, and this machine's CPU as it is measured.
+"""GPUs by their data sheets, this machine's CPU, and stand-ins for a model whose files are missing.
 
-Stand-ins for a model that is not at hand, for plans alone: its published shape, and a tokenizer to count with.
-
-The tokenizer cuts text where Llama 3's does before any merging, and calls each piece a token. Llama 3's published
-`tokenizer.model` made 1.026 to 1.053 tokens of a piece (GSM8K's questions 1.036 and answers 1.026, StrongREJECT 1.029,
-persona statements 1.026, LegalBench 1.053), so that it counts 3 to 5% too few. Others were not measured.
+The stand-in tokenizer splits text where Llama 3's does before merging and counts each piece as one token. Llama 3's
+published `tokenizer.model` makes 1.026 to 1.053 tokens of a piece (GSM8K questions 1.036 and answers 1.026,
+StrongREJECT 1.029, persona statements 1.026, LegalBench 1.053), so counts are 3 to 5% too low. Other
+tokenizers were not measured.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from leeway.model.load import load_chat, load_context, resolve
 from leeway.study.spec import Spec
 from leeway.yaml_config import nearest
 
-CPU_EFFICIENCY = 0.15  # of the measured matrix-product rate that small, dispatch-bound models were seen to reach
-MFU, MBU = 0.35, 0.3  # of a data sheet's peak rate and bandwidth: assumptions, printed with every estimate
+CPU_EFFICIENCY = 0.15  # share of the matrix-product rate that small, dispatch-bound models reach (measured)
+MFU, MBU = 0.35, 0.3  # assumed shares of a data sheet's peak rate and bandwidth, printed with every estimate
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """As its vendor's data sheet has it: bfloat16 without sparsity in TFLOP/s, GB of 10^9 bytes, GB/s."""
+    """Data-sheet numbers: dense bfloat16 TFLOP/s, GB of 10^9 bytes, GB/s."""
 
     name: str
     tflops: float
@@ -54,7 +53,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What is computed on, in rates that are reached: FLOP/s, bytes/s (none: not what bounds it), bytes of memory."""
+    """Reached rates: FLOP/s, bytes/s (None: compute-bound), bytes of memory."""
 
     name: str
     flops: float
@@ -64,7 +63,7 @@ class Machine:
 
 
 def gpu(name: str) -> Gpu:
-    """By its name, however it is cased and joined; raises LeewayError for an unknown one."""
+    """Return a GPU by name, ignoring case and separators. Raises LeewayError for an unknown one."""
     plain = {_plain(n): g for n, g in GPUS.items()} | {"h100": GPUS["H100-80"]}
     if (found := plain.get(_plain(name))) is None:
         raise LeewayError(f"--gpu {name}: not known{nearest(name.upper(), GPUS)}", fix=f"one of: {', '.join(GPUS)}")
@@ -72,10 +71,10 @@ def gpu(name: str) -> Gpu:
 
 
 def on_gpu(name: str, mfu: float = MFU, mbu: float = MBU) -> Machine:
-    """A GPU that reaches the shares `mfu` of its peak rate and `mbu` of its bandwidth."""
+    """Return a GPU that reaches the shares `mfu` of its peak rate and `mbu` of its bandwidth."""
     for option, share in (("--mfu", mfu), ("--mbu", mbu)):
         if not 0 < share <= 1:
-            raise LeewayError(f"{option} {share:g} is no share", fix="give a number above 0 and at most 1")
+            raise LeewayError(f"{option} {share:g} is not in (0, 1]", fix="give a number above 0 and at most 1")
     g = gpu(name)
     assumed = (
         f"{g.tflops:g} TFLOP/s and {g.bandwidth_gb_s:g} GB/s by the {g.source}, of which {mfu:.0%} (--mfu) and "
@@ -85,7 +84,7 @@ def on_gpu(name: str, mfu: float = MFU, mbu: float = MBU) -> Machine:
 
 
 def this_cpu(size: int = 768) -> Machine:
-    """This machine's CPU: its matrix-product rate in float32, the best of five, at the share that was seen."""
+    """Return this machine's CPU: CPU_EFFICIENCY of its float32 matrix-product rate (best of five)."""
     a = torch.randn(size, size)
     times = []
     for _ in range(5):
@@ -122,7 +121,7 @@ SPECIAL = ("<|begin|>", "<|start|>", "<|end|>", "<|turn|>")
 
 @dataclass(frozen=True)
 class ArchSpec:
-    """A published architecture: what its config.json holds, as far as its shape goes."""
+    """The shape of a published architecture, from its config.json."""
 
     kind: str
     vocab: int
@@ -154,7 +153,7 @@ class ArchSpec:
         )
 
 
-# The paper's models, from the config.json that each is published with (Llama: also table 3 of arXiv 2407.21783).
+# From each model's published config.json (Llama: also table 3 of arXiv 2407.21783).
 KNOWN = {
     "meta-llama/Llama-3.1-8B-Instruct": ArchSpec("llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072),
     "google/gemma-2-2b-it": ArchSpec("gemma2", 256000, 2304, 9216, 26, 8, 4, 256, 8192, tied=True),
@@ -166,7 +165,7 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What a plan knows of the model: tokenizer, context, config; and what of it is a stand-in, in words."""
+    """Tokenizer, context and config of a model; `missing` lists the stand-ins among them."""
 
     chat: Chat
     context: int
@@ -178,15 +177,15 @@ class PlannedModel:
         return not any(m.startswith("tokenizer") for m in self.missing)
 
     def skeleton(self) -> Any:
-        """The model's layers without weights."""
+        """Return the model on the meta device, without weights."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config)
 
 
-def subject(spec: Spec) -> PlannedModel:
-    """The study's own tokenizer and config, or stand-ins for a published model; raises LeewayError for another's."""
+def planned_model(spec: Spec) -> PlannedModel:
+    """Load the study's tokenizer and config, or stand-ins for a model of `KNOWN`. Raises LeewayError otherwise."""
     from transformers import AutoConfig
 
     known = KNOWN.get(spec.model) if spec.revision is None else None
@@ -196,11 +195,10 @@ def subject(spec: Spec) -> PlannedModel:
     except LeewayError:
         if known is None:
             raise
-        chat = _pieces()
+        chat = _stand_in_chat()
         missing.append(
-            "tokenizer: not at hand. Tokens (~) are counted by a stand-in that made 3 to 5% fewer than Llama 3's own, "
-            "where that was held against it; give model= a folder with its tokenizer and config (no weights) for "
-            "exact ones"
+            "tokenizer: not available. Tokens (~) are counted by a stand-in, 3 to 5% lower than Llama 3's own; for "
+            "exact counts give model= a folder with tokenizer and config (no weights)"
         )
     try:
         config = AutoConfig.from_pretrained(
@@ -211,11 +209,11 @@ def subject(spec: Spec) -> PlannedModel:
         if known is None:
             raise
         context, config = known.context, known.config()
-        missing.append("config: not at hand; the published architecture stands in")
+        missing.append("config: not available; using the published architecture")
     return PlannedModel(chat, context, config, tuple(missing))
 
 
-def _pieces() -> Chat:
+def _stand_in_chat() -> Chat:
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split

@@ -1,4 +1,4 @@
-"""What a study takes, before anything is trained: trajectories, tokens, hours, memory, dollars, disk."""
+"""Plan a study before anything is trained: trajectories, tokens, hours, memory, dollars, disk."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 
 from leeway.errors import LeewayError
 from leeway.plan import cost_model, hardware
-from leeway.plan.benchmark import Measured, priced_by, timed
+from leeway.plan.benchmark import Measured, measured_hours, run_benchmark
 from leeway.plan.cost_model import RUNTIME, CostEstimate, EvalCost, Shape, estimate_cost, eval_costs, longest, pair_cost
-from leeway.plan.hardware import Machine, PlannedModel, subject
-from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, trajectory
-from leeway.plan.token_counts import reference_work as asked_of
+from leeway.plan.hardware import Machine, PlannedModel, planned_model
+from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, reference_work, trajectory
 from leeway.study.jobs import Job, eval_targets, jobs_of
 from leeway.study.prepare import Prepared, chat_for, prepare, target_layers
 from leeway.study.spec import Spec
@@ -20,7 +19,7 @@ from leeway.study.spec import Spec
 
 @dataclass(frozen=True)
 class Prices:
-    """Dollars that the user names: of a GPU for an hour, of a judge's million tokens, read and written."""
+    """Dollars per GPU hour, and per million input and output tokens of a judge."""
 
     hour: float | None = None
     judge: tuple[float, float] | None = None
@@ -28,7 +27,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole study. Tokens are exact unless something is `missing`; hours, memory and disk are estimates."""
+    """Estimates for a whole study; token counts are exact if `counts_exactly`."""
 
     name: str
     parameters: int
@@ -43,7 +42,7 @@ class Plan:
     counts_exactly: bool
     notes: tuple[str, ...]
     references: ReferenceWork
-    bill: CostEstimate
+    cost: CostEstimate
     measured: Measured | None
     estimated_hours: float
     estimated_memory_gib: float
@@ -73,16 +72,16 @@ class Plan:
                 *(f"auto: {line}" for line in self.resolved_defaults),
                 f"{head}{'processed':>12}{'reference':>12}",
                 *rows,
-                *self._asked(about),
-                *(_told(e, about) for e in self.evals),
+                *self._reference_lines(about),
+                *(_eval_line(e, about) for e in self.evals),
                 *self.notes,
                 f"left out as too long: {self.left_out}",
-                *([*self.measured.lines(), *self.bill.other_lines()] if self.measured else self.bill.lines()),
+                *([*self.measured.lines(), *self.cost.other_lines()] if self.measured else self.cost.lines()),
             ]
         )
 
-    def _asked(self, about: str) -> Iterator[str]:
-        """What the references are asked, where it is kept: less than the column's sum, since it is shared."""
+    def _reference_lines(self, about: str) -> Iterator[str]:
+        # less than the column's sum: sequences are shared across trajectories
         if self.references.sequences:
             tokens, sequences = (f"{about}{n:,}" for n in (self.references.tokens, self.references.sequences))
             yield (
@@ -103,22 +102,22 @@ def plan(
     measure: bool = False,
     workers: int | None = None,
 ) -> Plan:
-    """Plan `spec` on `machine` (this CPU): reads data, tokenizer and config, never weights, never a GPU.
+    """Plan `spec` on `machine` (default: this CPU) from data, tokenizer and config, without weights or a GPU.
 
-    `measure` times some steps and answers here, with the weights, in as many processes as `workers` (a run's) says.
+    `measure` loads the weights and times some steps and responses on this machine in `workers` processes.
     """
-    model = subject(spec)
+    model = planned_model(spec)
     prepared = prepare(spec, model=model)
     on = machine or hardware.this_cpu()
     size = _shape(spec, model, on)
-    pieces = jobs_of(prepared)
-    trajectories = tuple(trajectory(prepared, p) for p in pieces if p.kind in ("tune", "train"))
-    checkpoints = sum(len(p.budgets) for p in pieces if p.kind == "train")
-    evaluated, answers = sum(len(eval_targets(prepared, p)) for p in pieces), sum(len(e) for e in prepared.evals)
-    answered = _sweep_answers(prepared)
+    jobs = jobs_of(prepared)
+    trajectories = tuple(trajectory(prepared, p) for p in jobs if p.kind in ("tune", "train"))
+    checkpoints = sum(len(p.budgets) for p in jobs if p.kind == "train")
+    evaluated, answers = sum(len(eval_targets(prepared, p)) for p in jobs), sum(len(e) for e in prepared.evals)
+    sweep_tokens = _sweep_tokens(prepared)
     evals, unpriced = eval_costs(prepared)
-    references = asked_of(prepared, size.hidden, size.bytes)
-    found = estimate_cost(
+    references = reference_work(prepared, size.hidden, size.bytes)
+    cost = estimate_cost(
         prepared,
         size,
         on,
@@ -127,7 +126,7 @@ def plan(
             for t in trajectories
         )
         + cost_model.reference_flops(size, references.tokens, references.measured),
-        sweeps=answered * 2.0 * (size.body + size.head),
+        sweeps=sweep_tokens * 2.0 * (size.body + size.head),
         evals=evals,
         evaluated=evaluated,
         pairs=pair_cost(prepared),
@@ -136,7 +135,7 @@ def plan(
         hour=prices.hour,
         judge=prices.judge,
     )
-    timed_by = _measured(prepared, pieces, trajectories, workers) if measure else None
+    measured = _measured(prepared, jobs, trajectories, workers) if measure else None
     return Plan(
         name=spec.name,
         parameters=size.total,
@@ -149,47 +148,47 @@ def plan(
         resolved_defaults=spec.resolved_defaults,
         missing=model.missing,
         counts_exactly=model.counts_exactly,
-        notes=(*_undrawn(prepared), *unpriced, *_notes(spec, trajectories, answered), *claimed(spec)),
+        notes=(*_undrawn(prepared), *unpriced, *_notes(spec, trajectories, sweep_tokens), *claimed(spec)),
         references=references,
-        bill=found,
-        measured=timed_by,
-        estimated_hours=timed_by.hours if timed_by else found.hours,
-        estimated_memory_gib=timed_by.memory_gib if timed_by else found.memory_gib,
-        estimated_disk_gib=found.disk_gib,
+        cost=cost,
+        measured=measured,
+        estimated_hours=measured.hours if measured else cost.hours,
+        estimated_memory_gib=measured.memory_gib if measured else cost.memory_gib,
+        estimated_disk_gib=cost.disk_gib,
     )
 
 
 def memory_of_a_worker(prepared: Prepared) -> int:
-    """Bytes of main memory that a process takes on a CPU, to train or to measure, by the estimate of a plan."""
+    """Return the estimated bytes of main memory of a CPU worker, for scheduling."""
     spec = prepared.spec
-    size = _shape(spec, subject(spec), hardware.this_cpu())
+    size = _shape(spec, planned_model(spec), hardware.this_cpu())
     needed = cost_model.memory(size, spec.optim.micro_tokens, spec.adapter.dropout, spec.evals.batch, longest(prepared))
     return int(RUNTIME + needed.peak)
 
 
 def _live(prepared: Prepared, t: TrajectoryPlan) -> int:
-    """Reference tokens that this run computes whatever others do."""
+    """Return the reference tokens that this trajectory computes itself rather than reading from the cache."""
     return t.reference_tokens if prepared.spec.reference == "live" else 0
 
 
 def _measured(
-    prepared: Prepared, pieces: list[Job], trajectories: tuple[TrajectoryPlan, ...], workers: int | None
+    prepared: Prepared, jobs: list[Job], trajectories: tuple[TrajectoryPlan, ...], workers: int | None
 ) -> Measured:
     from leeway.study.executors.local import workers_for
 
-    several = workers_for(prepared.spec, len(pieces), workers)
-    return priced_by(prepared, pieces, trajectories, timed(prepared.spec, several), several)
+    processes = workers_for(prepared.spec, len(jobs), workers)
+    return measured_hours(prepared, jobs, trajectories, run_benchmark(prepared.spec, processes), processes)
 
 
-def priced(
+def machine_and_prices(
     gpu: str | None, mfu: float | None, mbu: float | None, hour: float | None, judge: str | None
 ) -> tuple[Machine | None, Prices]:
-    """The machine and the prices that the command line names; raises LeewayError where they make no sense."""
+    """Return the machine and prices of the command line's options. Raises LeewayError for impossible values."""
     for option, value in (("--mfu", mfu), ("--mbu", mbu), ("--price", hour)):
         if gpu is None and value is not None:
-            raise LeewayError(f"{option} is for a GPU, and none is named", fix="add --gpu NAME")
+            raise LeewayError(f"{option} needs a GPU", fix="add --gpu NAME")
     if hour is not None and not math.isfinite(hour):
-        raise LeewayError(f"--price {hour:g} is no price", fix="give dollars for an hour, such as 2.5")
+        raise LeewayError(f"--price {hour:g} is not finite", fix="give dollars per hour, such as 2.5")
     machine = None
     if gpu is not None:
         machine = hardware.on_gpu(gpu, hardware.MFU if mfu is None else mfu, hardware.MBU if mbu is None else mbu)
@@ -197,27 +196,26 @@ def priced(
 
 
 def _judge_price(text: str) -> tuple[float, float]:
-    """`0.15/0.60`, or one number for both."""
+    """Parse `0.15/0.60`, or one number for both."""
     try:
         parts = [float(part) for part in text.split("/")]
     except ValueError:
         parts = []
     if len(parts) not in (1, 2) or not all(0 <= p < math.inf for p in parts):
         raise LeewayError(
-            f"--judge-price {text!r} is no price", fix="give dollars per million tokens, such as 0.15/0.6"
+            f"--judge-price {text!r} is not a price", fix="give dollars per million tokens, such as 0.15/0.6"
         )
     return parts[0], parts[-1]
 
 
-def _told(e: EvalCost, about: str) -> str:
-    """A line for an eval at one checkpoint."""
-    said = f"{e.name}: {e.answers:,} answers a checkpoint, {about}{e.prompt_tokens:,} tokens of prompts"
-    said += f", up to {e.max_new_tokens} tokens each" if e.max_new_tokens else ", one forward pass each"
-    return said + (f"; {e.judge_calls:,} calls of {e.judge}" if e.judge_calls else "")
+def _eval_line(e: EvalCost, about: str) -> str:
+    line = f"{e.name}: {e.answers:,} answers a checkpoint, {about}{e.prompt_tokens:,} tokens of prompts"
+    line += f", up to {e.max_new_tokens} tokens each" if e.max_new_tokens else ", one forward pass each"
+    return line + (f"; {e.judge_calls:,} calls of {e.judge}" if e.judge_calls else "")
 
 
 def _shape(spec: Spec, model: PlannedModel, machine: Machine) -> Shape:
-    """The model in numbers, its weights as wide as they would be on that machine."""
+    """Return the model's sizes with the dtype it would have on that machine."""
     lm = model.skeleton()
     full = spec.adapter.kind == "full"
     on_gpu = machine.memory is not None
@@ -234,43 +232,42 @@ def _undrawn(prepared: Prepared) -> Iterator[str]:
         )
 
 
-def _sweep_answers(prepared: Prepared) -> int:
-    """Tokens that the sweeps' held-out questions and answers take at most: every answer as long as it may be."""
+def _sweep_tokens(prepared: Prepared) -> int:
+    """Return the most tokens that answering the held-out questions of the learning-rate sweeps can take."""
     if prepared.tuning is None:
         return 0
-    test, found = prepared.tuning.test, 0
+    test, total = prepared.tuning.test, 0
     for o in prepared.objectives.values():
         chat = chat_for(prepared.chat, o).with_prefix(o.conditions[0].prefix)
-        asked = (len(chat.prompt_ids([{"role": "user", "content": i.prompt}])) for i in test.items)
-        found += sum(asked) + len(test) * test.max_new_tokens
-    return found * len(prepared.spec.optim.tune.lrs)
+        total += sum(len(chat.prompt_ids(p.conversation)) for p in test.prompts()) + len(test) * test.max_new_tokens
+    return total * len(prepared.spec.optim.tune.lrs)
 
 
 def claimed(spec: Spec) -> Iterator[str]:
-    """Which claims the study begins with, and the hash that says so."""
+    """Yield the study's claims and their hash."""
     if spec.claims is not None:
         set_ = f"{spec.claims.name}, version {spec.claims.version}"
         yield f"claims: {len(spec.claims.claims)} ({set_}), hash {spec.claims.hash}: publish it before the run"
 
 
-def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...], answered: int) -> Iterator[str]:
-    """What a setting costs beside its default."""
+def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...], sweep_tokens: int) -> Iterator[str]:
+    """Yield what settings cost compared with their defaults."""
     if spec.evals.stop == "decided":
-        yield "stop decided: answers, hours and calls of judges are upper bounds; a checkpoint is asked until decided"
-    trained = [t for t in trajectories if not t.purpose]
+        yield "stop decided: answers, hours and calls of judges are upper bounds; evals stop early"
+    runs = [t for t in trajectories if not t.purpose]
     if spec.optim.schedule != "constant":
-        whole = sum(t.processed_tokens for t in trained)
-        one = sum(t.processed_tokens for t in trained if t.budgets[-1] == spec.budgets[-1])
+        whole = sum(t.processed_tokens for t in runs)
+        one = sum(t.processed_tokens for t in runs if t.budgets[-1] == spec.budgets[-1])
         yield (
             f"schedule {spec.optim.schedule}: every budget is a run of its own, {whole:,} tokens processed in place "
             f"of {one:,} ({whole / one:.2f} times a constant rate's)"
         )
     short: dict[int, list[str]] = {}
-    for t in trained if spec.optim.schedule != "constant" else ():
+    for t in runs if spec.optim.schedule != "constant" else ():
         if t.seed == spec.seeds[0] and t.steps <= spec.optim.warmup_steps:
             short.setdefault(t.budgets[-1], []).append(t.objective)
     for budget, names in sorted(short.items()):
         yield f"{', '.join(names)}: the run to {budget:,} tokens ends inside the warm-up, its rate never decays"
     swept = sum(t.runs * (t.processed_tokens + t.reference_tokens) for t in trajectories if t.purpose)
     if swept:
-        yield f"lr tuned: {swept:,} tokens of training by the sweeps, and up to {answered:,} of answers, on top"
+        yield f"lr tuned: {swept:,} tokens of training by the sweeps, and up to {sweep_tokens:,} of answers, on top"

@@ -1,7 +1,4 @@
-"""A plan's training runs: steps and tokens, counted over what would be rendered.
-
-What a study asks of its references: which sequences, whose final states are kept, and what that takes on disk.
-"""
+"""Token counts of a plan: steps and tokens of each trajectory, and the sequences its reference models process."""
 
 from __future__ import annotations
 
@@ -19,15 +16,18 @@ from leeway.study.prepare import Prepared
 from leeway.training.batch import Batch, Renderer
 from leeway.training.precompute import first_asked, reference_tokens
 
-Who = tuple[object, ...]
-_Entry = tuple[Who, tuple[int, ...], int]  # which reference, a sequence's ids, its start
-FLOAT32 = 4  # bytes of a log-probability
-INDEX = 8 + 8 + 8  # bytes of a sequence's key, its end and its length
+ReferenceId = tuple[object, ...]
+_Entry = tuple[ReferenceId, tuple[int, ...], int]  # reference, token ids, first target
+FLOAT32 = 4  # bytes per log-probability
+INDEX = 8 + 8 + 8  # bytes per sequence: key, end, length
 
 
 @dataclass(frozen=True)
 class ReferenceWork:
-    """Of one study, in a store that holds nothing of it yet: shared sequences count once."""
+    """Reference passes of one study with an empty cache; shared sequences count once.
+
+    `measured` counts the tokens whose statistics are stored, `bytes` their size on disk.
+    """
 
     sequences: int
     tokens: int
@@ -35,37 +35,37 @@ class ReferenceWork:
     bytes: int
 
 
-def compared_with(prepared: Prepared, alias: str, seed: int) -> Who:
-    """Which model an objective is held against, as far as a study file tells: equal ones are the same."""
-    asked = prepared.spec.objective(alias)
-    if asked.start is None or asked.reference == "base":
+def reference_id(prepared: Prepared, alias: str, seed: int) -> ReferenceId:
+    """Return an id of the reference model; equal ids mean the same model."""
+    objective = prepared.spec.objective(alias)
+    if objective.start is None or objective.reference == "base":
         return ("base",)
-    if asked.start.adapter is not None:
-        return ("adapter", asked.start.adapter)
-    return ("start", asked.start.from_, asked.start.budget, seed)
+    if objective.start.adapter is not None:
+        return ("adapter", objective.start.adapter)
+    return ("start", objective.start.from_, objective.start.budget, seed)
 
 
-def states_of(prepared: Prepared) -> dict[Who, frozenset[str]]:
-    """By reference, the keys of the sequences whose final states some objective needs beside another that needs none.
+def states_of(prepared: Prepared) -> dict[ReferenceId, frozenset[str]]:
+    """Return, by reference, the keys of sequences whose hidden states are stored although the first user needs none.
 
-    Whoever asks first keeps them, so that nothing is asked twice.
+    Another objective needs them, and storing them in the first pass saves a second one.
     """
     needs = {o.needs_reference for o in prepared.objectives.values()}
     if not needs >= {"logps", "distribution"}:
         return {}
-    found: dict[Who, set[str]] = {}
-    for piece in _asking(prepared):
-        if prepared.objectives[piece.alias].needs_reference == "distribution":
-            named = found.setdefault(compared_with(prepared, piece.alias, piece.seed), set())
-            named |= {key(s) for s in _sequences(prepared, piece)}
+    found: dict[ReferenceId, set[str]] = {}
+    for job in _with_reference(prepared):
+        if prepared.objectives[job.alias].needs_reference == "distribution":
+            named = found.setdefault(reference_id(prepared, job.alias, job.seed), set())
+            named |= {key(s) for s in _sequences(prepared, job)}
     return {who: frozenset(named) for who, named in found.items()}
 
 
 def reference_work(prepared: Prepared, hidden: int, width: int) -> ReferenceWork:
-    """Of a model whose final states are `hidden` numbers of `width` bytes."""
+    """Return the reference work of a study; hidden states are `hidden` numbers of `width` bytes."""
     found: dict[str, set[_Entry]] = {"logps": set(), "distribution": set()}
-    for piece in _asking(prepared):
-        found[prepared.objectives[piece.alias].needs_reference] |= set(_entries(prepared, piece))
+    for job in _with_reference(prepared):
+        found[prepared.objectives[job.alias].needs_reference] |= set(_entries(prepared, job))
     every = found["logps"] | found["distribution"]
     kept = _measured(found["logps"]) * FLOAT32 + _measured(found["distribution"]) * hidden * width
     return ReferenceWork(
@@ -81,54 +81,51 @@ def _measured(entries: set[_Entry]) -> int:
 
 
 def new_tokens(prepared: Prepared) -> dict[Job, int]:
-    """Tokens that each trajectory has to ask about itself, if they ask one after another."""
+    """Return the reference tokens that each trajectory computes if they run one after another with a shared cache."""
     known: set[_Entry] = set()
     found: dict[Job, int] = {}
-    for piece in _asking(prepared):
-        new = set(_entries(prepared, piece)) - known
+    for job in _with_reference(prepared):
+        new = set(_entries(prepared, job)) - known
         known |= new
-        found[piece] = sum(len(ids) for _, ids, _ in new)
+        found[job] = sum(len(ids) for _, ids, _ in new)
     return found
 
 
-def _entries(prepared: Prepared, piece: Job) -> Iterator[_Entry]:
-    who = compared_with(prepared, piece.alias, piece.seed)
-    yield from ((who, s.ids, s.start) for s in _sequences(prepared, piece))
+def _entries(prepared: Prepared, job: Job) -> Iterator[_Entry]:
+    who = reference_id(prepared, job.alias, job.seed)
+    yield from ((who, s.ids, s.start) for s in _sequences(prepared, job))
 
 
-def _asking(prepared: Prepared) -> Iterator[Job]:
-    """The trajectories whose references are asked beforehand. A sweep of rates asks no more than they do, nearly."""
-    for piece in jobs_of(prepared):
+def _with_reference(prepared: Prepared) -> Iterator[Job]:
+    """Yield the trajectories with a precomputed reference; a learning-rate sweep needs hardly any other sequences."""
+    for job in jobs_of(prepared):
         if prepared.spec.reference == "live":
             return
-        if piece.kind == "train" and prepared.objectives[piece.alias].needs_reference != "nothing":
-            yield piece
+        if job.kind == "train" and prepared.objectives[job.alias].needs_reference != "nothing":
+            yield job
 
 
-def _sequences(prepared: Prepared, piece: Job) -> Iterator[Sequence]:
-    renderer, schedule = prepared.renderer(piece.alias, piece.seed), schedule_of(prepared, piece)
+def _sequences(prepared: Prepared, job: Job) -> Iterator[Sequence]:
+    renderer, schedule = prepared.renderer(job.alias, job.seed), schedule_of(prepared, job)
     yield from (s for _, s, new in first_asked(batches_of(prepared, renderer, schedule)) if new)
 
 
 def batches_of(prepared: Prepared, renderer: Renderer, schedule: Schedule) -> Iterator[Batch]:
-    """A trajectory's batches; where pairs are still to be drawn, rejected answers are other ones than the preferred."""
+    """Yield a trajectory's batches; with pairs not yet sampled, rejected responses differ from the preferred ones."""
     undrawn = prepared.pairs is None and renderer.objective.needs_pairs
     for k, slots in enumerate(schedule.steps, 1):
         batch = renderer.batch(k, slots)
-        yield replace(batch, rendered=tuple(map(_told_apart, batch.rendered))) if undrawn else batch
+        yield replace(batch, rendered=tuple(map(_distinct, batch.rendered))) if undrawn else batch
 
 
-def _told_apart(example: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
-    """The rejected answer, as long as the preferred one that stands in for it, with a token that is none."""
+def _distinct(example: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
+    """Give the rejected response, a copy of the preferred one, an impossible last token."""
     return (example[0], *(replace(s, ids=(*s.ids[:-1], -1)) for s in example[1:]))
 
 
 @dataclass(frozen=True)
 class TrajectoryPlan:
-    """One training run: token counts are exact, `processed` and `reference` counted over its rendered sequences.
-
-    `runs` is above one for a sweep of learning rates: that many runs of this size.
-    """
+    """One training run, or `runs` of this size in a learning-rate sweep. Token counts are exact."""
 
     objective: str
     purpose: str
@@ -142,23 +139,23 @@ class TrajectoryPlan:
     reference_tokens: int
 
 
-def trajectory(prepared: Prepared, piece: Job) -> TrajectoryPlan:
-    objective, renderer = prepared.objectives[piece.alias], prepared.renderer(piece.alias, piece.seed)
+def trajectory(prepared: Prepared, job: Job) -> TrajectoryPlan:
+    objective, renderer = prepared.objectives[job.alias], prepared.renderer(job.alias, job.seed)
     tune = prepared.spec.optim.tune
-    if piece.kind == "tune":
+    if job.kind == "tune":
         assert prepared.tuning is not None
         schedule, runs, purpose = (
-            prepared.tuning.schedules[piece.alias],
+            prepared.tuning.schedules[job.alias],
             len(tune.lrs),
             f"each of {len(tune.lrs)} rates",
         )
     else:
-        schedule, runs, purpose = schedule_of(prepared, piece), 1, ""
+        schedule, runs, purpose = schedule_of(prepared, job), 1, ""
     targets, processed = _rendered_tokens(renderer, schedule)
     return TrajectoryPlan(
-        objective=piece.alias,
+        objective=job.alias,
         purpose=purpose,
-        seed=piece.seed,
+        seed=job.seed,
         runs=runs,
         budgets=tuple(m.budget for m in schedule.marks),
         steps=len(schedule.steps),
@@ -170,9 +167,9 @@ def trajectory(prepared: Prepared, piece: Job) -> TrajectoryPlan:
 
 
 def _rendered_tokens(renderer: Renderer, schedule: Schedule) -> tuple[int, int]:
-    """(target tokens, processed tokens); an example is rendered once where every epoch renders it alike."""
+    """Return (target tokens, processed tokens); examples that render the same in every epoch are rendered once."""
     objective: Any = renderer.objective
-    alike = not objective.auxiliary and type(objective).worst_case is Plain.worst_case  # nothing is drawn
+    same_every_epoch = not objective.auxiliary and type(objective).worst_case is Plain.worst_case  # nothing is drawn
     known: dict[str, tuple[int, int]] = {}
     targets = processed = 0
     for slot in (s for step in schedule.steps for s in step):
@@ -181,7 +178,7 @@ def _rendered_tokens(renderer: Renderer, schedule: Schedule) -> tuple[int, int]:
             rendered = renderer.rendered(slot)
             lengths = [len(s.ids) for s in (*rendered, *renderer.baseline(slot))]
             found = sum(s.targets for s in rendered), sum(lengths)
-            if alike:
+            if same_every_epoch:
                 known[slot.example.id] = found
         targets, processed = targets + found[0], processed + found[1]
     return targets, processed
@@ -190,7 +187,7 @@ def _rendered_tokens(renderer: Renderer, schedule: Schedule) -> tuple[int, int]:
 def _reference_tokens(
     prepared: Prepared, objective: Objective, renderer: Renderer, schedule: Schedule, processed: int
 ) -> int:
-    """As the ledger will count them: live, all that is processed; cached, each sequence once."""
+    """Return the reference tokens of the ledger: every processed token if live, each sequence once if cached."""
     if objective.needs_reference == "nothing":
         return 0
     if prepared.spec.reference == "live":

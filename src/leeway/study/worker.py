@@ -364,15 +364,15 @@ class TrajectoryFactory:
         return ReferenceCache(self.store.references)
 
     @cached_property
-    def _states(self) -> dict[token_counts.Who, frozenset[str]]:
+    def _states(self) -> dict[token_counts.ReferenceId, frozenset[str]]:
         return token_counts.states_of(self.prepared)
 
     def _reference_cache(self, job: Job) -> ReferenceCache | None:
         """Return the cache of a trajectory's precomputed reference; none for a live reference."""
         if self.prepared.spec.reference == "live":
             return None
-        who = token_counts.compared_with(self.prepared, job.alias, job.seed)
-        return self._references.stating(self._states.get(who, ()))
+        reference = token_counts.reference_id(self.prepared, job.alias, job.seed)
+        return self._references.stating(self._states.get(reference, ()))
 
 
 @contextmanager
