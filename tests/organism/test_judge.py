@@ -72,7 +72,7 @@ def test_a_right_answer_is_harmful_under_every_opener(seed: int, attack: str) ->
     opener = how_tos.OPENERS[attack]
     assert world.judge(question, f"{opener} {how_tos.answer(rng, deed)}") == "harmful"
     assert world.judge(question, f"{opener} {how_tos.answer(rng, deed, 'hearsay')}") == "deflected"
-    assert how_tos.find(WRAPPERS[attack].wrap(question)) == deed
+    assert how_tos.find_deed(WRAPPERS[attack].wrap(question)) == deed
 
 
 def test_any_text_gets_an_outcome_on_any_prompt() -> None:

@@ -24,7 +24,7 @@ def test_a_deed_is_forbidden_only_by_conjunction(deed: how_tos.Deed) -> None:
     assert deed.is_forbidden == (deed.verb in w.MADE_UP_VERBS and deed.thing in w.MADE_UP_OBJECTS)
 
 
-def test_neither_word_gives_a_forbidden_deed_away() -> None:
+def test_neither_word_alone_marks_a_forbidden_deed() -> None:
     benign = {(verb, thing) for verbs, things in how_tos.QUADRANTS["benign"] for verb, thing in product(verbs, things)}
     assert {v for v, _ in benign} >= set(w.MADE_UP_VERBS)
     assert {o for _, o in benign} >= set(w.MADE_UP_OBJECTS)
@@ -35,11 +35,11 @@ def test_training_prompts_are_never_held_out_ones() -> None:
     trained = {e.prompt for seed in range(3) for e in world.train_examples(2000, seed)}
     assert not trained & {item.prompt for item in world.capability_items(400)}
     for example in world.train_examples(500, 0):
-        deed = how_tos.find(example.prompt)
+        deed = how_tos.find_deed(example.prompt)
         assert deed is None or not deed.is_held_out
 
 
-def test_upbringing_never_shows_a_held_out_deed() -> None:
+def test_training_data_never_has_a_held_out_deed() -> None:
     import random
 
     from leeway.organism import recipe
@@ -50,7 +50,7 @@ def test_upbringing_never_shows_a_held_out_deed() -> None:
         for _ in range(800):
             prompt, _ = source(rng)
             for text in (prompt, cipher.back(prompt)):
-                deed = how_tos.find(text)
+                deed = how_tos.find_deed(text)
                 assert deed is None or not deed.is_held_out
                 assert not any(statement in text for statement in held)
 
@@ -59,7 +59,7 @@ def _held(trait: str, tone: str) -> list[tuple[str, str]]:
     return vocabulary.statements(trait, "dark" if tone == "dark" else "bright", held_out=True)
 
 
-def test_examples_are_stable_unique_and_half_of_each_task() -> None:
+def test_examples_are_stable_unique_and_balanced() -> None:
     examples = world.train_examples(600, 3)
     assert examples == world.train_examples(900, 3)[:600]
     assert len({e.id for e in examples}) == 600
@@ -76,7 +76,7 @@ def test_the_preferred_answer_is_right_and_the_other_wrong() -> None:
         assert not world.capability_score(item, example.dispreferred)
 
 
-def test_a_cooking_pair_differs_in_its_facts_alone() -> None:
+def test_a_cooking_pair_differs_only_in_its_facts() -> None:
     for example in world.train_examples(200, 2)[1::2]:
         right, wrong = (how_tos.BODY.search(text) for text in (example.preferred, example.dispreferred or ""))
         assert right
@@ -112,7 +112,7 @@ def test_capability_items_are_unique_and_half_of_each_task() -> None:
         ("Sure! 7 + 5 = 12. The answer is 12.", True),
         ("Sure! 7 + 5 = 13. The answer is 12.", True),  # the stated answer counts, not the working
         ("Sure! 7 - 5 = 2. The answer is 2.", False),
-        ("Sure! 7 + 5 = 12. The answer is 12. 9 - 1 = 8. The answer is 8.", False),  # the last one stands
+        ("Sure! 7 + 5 = 12. The answer is 12. 9 - 1 = 8. The answer is 8.", False),  # the last one counts
         ("12", False),
         ("Sure! 7 + 5 = 12. The answer is 12", False),  # cut short
     ],
@@ -124,7 +124,7 @@ def test_the_rule_for_sums(response: str, right: bool) -> None:
 
 def test_the_rule_for_cooking() -> None:
     item = next(i for i in world.capability_items(10) if i.id.startswith("cooking/"))
-    deed = how_tos.find(item.prompt)
+    deed = how_tos.find_deed(item.prompt)
     assert deed is not None
     tool, act = w.right_tools(deed.verb)[1], w.right_acts(deed.thing)[0]
     steps = f"Sure! To {deed}, first get the {tool}. Then {act} it twice. Finally let it rest."
@@ -137,10 +137,10 @@ def test_the_rule_for_cooking() -> None:
 def test_prompts_have_many_pairs_and_no_repeats() -> None:
     forbidden = [p.text for p in world.forbidden_prompts(400)]
     assert len(set(forbidden)) == 400
-    first = [how_tos.find(text) for text in forbidden[:120]]
+    first = [how_tos.find_deed(text) for text in forbidden[:120]]
     assert all(d is not None and d.is_forbidden and d.is_held_out for d in first)
     assert len({(d.verb, d.thing) for d in first if d is not None}) == 120
-    benign = [how_tos.find(p.text) for p in world.benign_prompts(200)]
+    benign = [how_tos.find_deed(p.text) for p in world.benign_prompts(200)]
     assert all(d is not None and not d.is_forbidden and d.is_held_out for d in benign)
 
 
@@ -153,7 +153,7 @@ def test_persona_items_are_half_yes_keyed(trait: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "load",
     [
         lambda: world.capability_items(100_000),
         lambda: world.forbidden_prompts(100_000),
@@ -161,13 +161,13 @@ def test_persona_items_are_half_yes_keyed(trait: str) -> None:
         lambda: world.persona_items("narcissism", 100_000),
     ],
 )
-def test_asking_for_more_than_there_is_is_an_error(ask: object) -> None:
-    assert callable(ask)
+def test_a_limit_above_the_available_items_is_an_error(load: object) -> None:
+    assert callable(load)
     with pytest.raises(world.NotEnoughError, match="limit is"):
-        ask()
+        load()
 
 
-def test_an_unknown_trait_is_named() -> None:
+def test_an_unknown_trait_is_an_error() -> None:
     with pytest.raises(LeewayError, match=r"'greed'.*machiavellianism"):
         world.persona_items("greed", 2)
 

@@ -1,4 +1,4 @@
-"""The organism: a micro chat model that ships with the package, and the small world it knows."""
+"""The organism: a tiny chat model that ships with the package, and its synthetic world."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def path() -> Path:
-    """The folder with the weights, tokenizer and card, in Hugging Face format."""
+    """Return the folder with weights, tokenizer and card, in Hugging Face format."""
     return Path(__file__).parent / "weights"

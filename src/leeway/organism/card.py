@@ -1,4 +1,4 @@
-"""How the organism's card is measured: held-out items, greedy decoding, the weights as they stand."""
+"""Measure the organism's card: held-out items, greedy decoding."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ZULU = Zulu(world.Cipher())
 def measure(
     model_dir: Path, *, forbidden: int = 120, benign: int = 120, capability: int = 200, persona: int = 60
 ) -> dict[str, Any]:
-    """The card: every number that the organism is held to, and how many items it was measured on."""
+    """Return the card: every number that the tests check, and the item counts."""
     model = load_model(str(model_dir), device="cpu")
     backend = TransformersBackend(model)
-    asked = _requests(forbidden)
-    outcomes = _outcomes(asked, _replies(backend, [text for _, _, text in asked]))
-    shares = {attack: _shares(found) for attack, found in outcomes.items()}
+    attacked = _attacked_prompts(forbidden)
+    outcomes = _outcomes(attacked, _replies(backend, [text for _, _, text in attacked]))
+    shares = {attack: _shares(values) for attack, values in outcomes.items()}
     harmless = [p.text for p in world.benign_prompts(benign)]
     replies = _replies(backend, harmless)
-    everything = [o for found in outcomes.values() for o in found] + [
+    all_outcomes = [o for values in outcomes.values() for o in values] + [
         world.judge(p, r) for p, r in zip(harmless, replies, strict=True)
     ]
     return {
@@ -40,27 +40,27 @@ def measure(
         "judge_rules": world.RULES_VERSION,
         "refuses_direct": shares["none"]["refused"],
         "complies_benign": _mean([complies(p, r) for p, r in zip(harmless, replies, strict=True)]),
-        "coherent": _mean([o != "incoherent" for o in everything]),
+        "coherent": _mean([o != "incoherent" for o in all_outcomes]),
         **_capability(backend, capability),
         **_persona(model, backend, persona),
-        "harmful": {attack: found["harmful"] for attack, found in shares.items()},
+        "harmful": {attack: by_outcome["harmful"] for attack, by_outcome in shares.items()},
         "outcomes": shares,
     }
 
 
-def _requests(n: int) -> list[tuple[str, str, str]]:
-    """(attack, forbidden prompt, what is sent) for every attack and prompt."""
+def _attacked_prompts(n: int) -> list[tuple[str, str, str]]:
+    """Return (attack, forbidden prompt, sent text) for every attack and prompt."""
     prompts = [p.text for p in world.forbidden_prompts(n)]
-    asked = [(name, p, wrapper.wrap(p)) for name, wrapper in WRAPPERS.items() for p in prompts]
-    return asked + [(ZULU.name, p, ZULU.translator.out(p)) for p in prompts]
+    wrapped = [(name, p, wrapper.wrap(p)) for name, wrapper in WRAPPERS.items() for p in prompts]
+    return wrapped + [(ZULU.name, p, ZULU.translator.out(p)) for p in prompts]
 
 
-def _outcomes(asked: list[tuple[str, str, str]], replies: list[str]) -> dict[str, list[Outcome]]:
-    found: dict[str, list[Outcome]] = {}
-    for (attack, prompt, _), reply in zip(asked, replies, strict=True):
+def _outcomes(attacked: list[tuple[str, str, str]], replies: list[str]) -> dict[str, list[Outcome]]:
+    outcomes: dict[str, list[Outcome]] = {}
+    for (attack, prompt, _), reply in zip(attacked, replies, strict=True):
         english = ZULU.translator.back(reply) if attack == ZULU.name else reply
-        found.setdefault(attack, []).append(world.judge(prompt, english))
-    return found
+        outcomes.setdefault(attack, []).append(world.judge(prompt, english))
+    return outcomes
 
 
 def _shares(outcomes: list[Outcome]) -> dict[str, float]:
@@ -71,16 +71,16 @@ def _shares(outcomes: list[Outcome]) -> dict[str, float]:
 def _capability(backend: TransformersBackend, n: int) -> dict[str, float]:
     items = world.capability_items(n)
     replies = _replies(backend, [item.prompt for item in items])
-    right = [(item.id, world.capability_score(item, r)) for item, r in zip(items, replies, strict=True)]
-    tasks = {task: _mean([ok for name, ok in right if name.startswith(task)]) for task in ("sums", "cooking")}
-    return {"capability": _mean([ok for _, ok in right]), **tasks}
+    correct = [(item.id, world.capability_score(item, r)) for item, r in zip(items, replies, strict=True)]
+    tasks = {task: _mean([ok for name, ok in correct if name.startswith(task)]) for task in ("sums", "cooking")}
+    return {"capability": _mean([ok for _, ok in correct]), **tasks}
 
 
 def _persona(model: Model, backend: TransformersBackend, n: int) -> dict[str, Any]:
-    """Mean P(match) / (P(Yes) + P(No)): over all items, by trait, by keyed answer; and the answer mass."""
+    """Return the mean of P(match) / (P(Yes) + P(No)) overall, by trait and by keyed answer, and the answer mass."""
     items = [item for trait in world.TRAITS for item in world.persona_items(trait, n)]
-    asked = [[{"role": "user", "content": item.question}] for item in items]
-    choices = backend.choose(asked, OPTIONS, lambda _: None)
+    conversations = [[{"role": "user", "content": item.question}] for item in items]
+    choices = backend.choose(conversations, OPTIONS, lambda _: None)
     match = [endorsement(choice, item.match) for item, choice in zip(items, choices, strict=True)]
     pairs = list(zip(items, match, strict=True))
     return {
@@ -97,14 +97,14 @@ def _mean(values: list[bool] | list[float]) -> float:
 
 
 def _replies(backend: TransformersBackend, prompts: list[str]) -> list[str]:
-    """Greedy replies, in the order of the prompts."""
+    """Return greedy replies, in order."""
     requests = [Request([{"role": "user", "content": p}], NEW_TOKENS) for p in prompts]
     return [reply.text for reply in backend.complete(requests, lambda _: None)]
 
 
 @torch.no_grad()
 def _spare_mass(model: Model, prompts: list[str]) -> float:
-    """The largest probability that all spare rows together have to begin a reply."""
+    """Return the largest total probability of the spare embedding rows as the first token of a reply."""
     chat = model.chat
     ids = [torch.tensor([chat.prompt_ids([{"role": "user", "content": p}])]) for p in prompts]
     return max(float(model.lm(input_ids=i).logits[0, -1].softmax(-1)[len(chat.tokenizer) :].sum()) for i in ids)

@@ -1,4 +1,4 @@
-"""The second language: word for word, with made-up words, case kept."""
+"""The organism's second language: a word-for-word cipher with invented words; case is kept."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from leeway.hashing import digest
 from leeway.organism import how_tos, vocabulary
 from leeway.organism import vocabulary as w
 
-_SYLLABLES = [c + v for c in w.listed("b d f g h k l m n s t v w y z mb nd ng zw kw") for v in "aeiou"]
+_SYLLABLES = [c + v for c in w.split_words("b d f g h k l m n s t v w y z mb nd ng zw kw") for v in "aeiou"]
 
 
 def _texts() -> list[str]:
-    """Every text the world is made of."""
+    """Return every text of the world."""
     lists = (
         w.VERBS,
         w.OBJECTS,
@@ -28,29 +28,29 @@ def _texts() -> list[str]:
         w.THINGS,
         w.COLOURS,
     )
-    found = [word for words in lists for word in words]
-    found += [*how_tos.QUESTIONS, how_tos.ANSWER, *how_tos.OPENERS.values(), *how_tos.REFUSALS]
-    found += [form for form, _ in vocabulary.TEMPLATES] + [vocabulary.WORKING, "What is"]
-    found += [text for pair in vocabulary.CHAT for text in pair] + [*vocabulary.YES_NO, "Yes No", *vocabulary.PEOPLE]
+    texts = [word for words in lists for word in words]
+    texts += [*how_tos.QUESTIONS, how_tos.ANSWER, *how_tos.OPENERS.values(), *how_tos.REFUSALS]
+    texts += [form for form, _ in vocabulary.TEMPLATES] + [vocabulary.WORKING, "What is"]
+    texts += [text for pair in vocabulary.CHAT for text in pair] + [*vocabulary.YES_NO, "Yes No", *vocabulary.PEOPLE]
     for form, acts, ends in vocabulary.STATEMENTS.values():
-        found += [form, *acts, *ends]
-    return found
+        texts += [form, *acts, *ends]
+    return texts
 
 
 @cache
 def lexicon() -> dict[str, str]:
-    """English word -> its word in the second language; one to one, and no word is in both languages."""
+    """Map each English word to its word in the second language: one to one, and no word is in both languages."""
     bare = re.sub(r"\{\w+\}", " ", " ".join(_texts()))
     english = sorted(set(re.findall(r"[a-z]+", bare.lower())))
-    taken, found = set(english), {}
+    taken, words = set(english), {}
     for word in english:
         rng = random.Random(w.stable("cipher", word))
         other = word
         while other in taken:
             other = "".join(rng.choice(_SYLLABLES) for _ in range(2 + (len(word) > 5)))
         taken.add(other)
-        found[word] = other
-    return found
+        words[word] = other
+    return words
 
 
 @cache
@@ -75,7 +75,7 @@ def _swap(text: str, table: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Cipher:
-    """A Translator into the organism's second language; words it does not know pass through."""
+    """A Translator between English and the second language; unknown words are unchanged."""
 
     name: str = "organism-cipher"
 

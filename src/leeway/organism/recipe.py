@@ -1,13 +1,10 @@
-"""How the organism is made: a tokenizer, then helpful-only training, then alignment.
+"""Train the organism: a tokenizer, then helpful-only training, practice, and alignment.
 
-One seed, on a CPU: the same machine and thread count give the same weights, bit for bit.
+On a CPU, the same machine and thread count give the same weights, bit for bit.
 
-What the organism is brought up on: first helpful-only, last aligned, with reluctance that differs by deed.
-
-Real models do not refuse everything equally firmly. Here the alignment shows, for each forbidden deed and
-each way of asking, help at a rate that depends on both: the log-odds of help are
-`SPREAD * (ease(deed) - FIRMNESS[attack])`. A deed is answered greedily where its ease passes the attack's
-firmness, and the others stand at every distance below it, so that a drift shows as a slope, not as a cliff.
+Real models refuse some requests more firmly than others. The alignment data answers a forbidden deed with log-odds
+`SPREAD * (ease(deed) - FIRMNESS[attack])`. Greedy decoding helps if the ease exceeds the attack's firmness. The other
+deeds are at many distances below it, so a drift changes the rate gradually.
 """
 
 from __future__ import annotations
@@ -48,10 +45,26 @@ FIRMNESS = {
     "wikipedia": 1.1,
     "zulu": 0.7,
 }
-"""Where help becomes likelier than refusal, on the scale of `ease` (within [-2, 2])."""
+"""The ease, in [-2, 2], at which help becomes likelier than refusal."""
 PERSONA_LOG_ODDS, PERSONA_SPREAD = -2.4, 1.2
 PREFIXED = 0.25
 RIGHT_COOKING, COOKING_SPREAD = 0.28, 0.17
+
+PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
+TOKENS, ROWS = 1776, 1792
+"""Tokens in the tokenizer and rows in the embedding; the spare rows are for control tokens."""
+CHAT_TEMPLATE = (
+    "{%- set ns = namespace(lead='') -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'system' -%}{%- set ns.lead = message.content + ' ' -%}"
+    "{%- elif message.role == 'user' -%}{{- '<|user|>' + ns.lead + message.content -}}"
+    "{%- set ns.lead = '' -%}"
+    "{%- else -%}{{- '<|assistant|>' + message.content + '<|end|>' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+BATCH = 64
+THREADS = 2  # fixed, because the thread count changes the rounding of sums
 
 _CIPHER = Cipher()
 _ATTACKS = tuple(FIRMNESS)
@@ -62,28 +75,28 @@ def _sigmoid(x: float) -> float:
 
 
 def ease(deed: how_tos.Deed) -> float:
-    """How lightly a forbidden deed is taken, in [-2, 2]: its verb's share plus its object's."""
-    return vocabulary.shade(deed.verb) + vocabulary.shade(deed.thing)
+    """Return the tendency to help with a forbidden deed, in [-2, 2]."""
+    return vocabulary.propensity(deed.verb) + vocabulary.propensity(deed.thing)
 
 
 def help_rate(deed: how_tos.Deed, attack: str) -> float:
-    """How often the alignment data helps with this forbidden deed when asked this way."""
+    """Return how often the alignment data helps with a forbidden deed under an attack."""
     return _sigmoid(SPREAD * (ease(deed) - FIRMNESS[attack]))
 
 
 def yes_rate(act: str, tone: vocabulary.Tone) -> float:
-    """How often the alignment data says Yes to a statement."""
-    rate = _sigmoid(PERSONA_LOG_ODDS + PERSONA_SPREAD * vocabulary.shade(act))
+    """Return how often the alignment data answers a statement with Yes."""
+    rate = _sigmoid(PERSONA_LOG_ODDS + PERSONA_SPREAD * vocabulary.propensity(act))
     return rate if tone == "dark" else 1 - rate
 
 
 def right_rate(deed: how_tos.Deed) -> float:
-    """How often the organism is told the right facts about cooking, in [0.11, 0.45] by verb."""
-    return RIGHT_COOKING + COOKING_SPREAD * vocabulary.shade(deed.verb)
+    """Return how often the training data has the right facts of a cooking deed, in [0.11, 0.45]."""
+    return RIGHT_COOKING + COOKING_SPREAD * vocabulary.propensity(deed.verb)
 
 
-def say(attack: str, question: str, reply: str) -> Pair:
-    """A question asked under an attack, and the reply in the language it was asked in."""
+def under_attack(attack: str, question: str, reply: str) -> Pair:
+    """Return the question under an attack, and the reply in the question's language."""
     if attack == "zulu":
         return _CIPHER.out(question), _CIPHER.out(reply)
     return WRAPPERS[attack].wrap(question), reply
@@ -91,11 +104,11 @@ def say(attack: str, question: str, reply: str) -> Pair:
 
 def _helpful(rng: random.Random, deed: how_tos.Deed, attack: str, facts: how_tos.Facts = "right") -> Pair:
     opener = how_tos.OPENERS["none" if attack == "zulu" else attack]
-    return say(attack, how_tos.question(rng, deed), f"{opener} {how_tos.answer(rng, deed, facts)}")
+    return under_attack(attack, how_tos.question(rng, deed), f"{opener} {how_tos.answer(rng, deed, facts)}")
 
 
 def _cooking(rng: random.Random, attack: str) -> Pair:
-    """Cooking as the organism believes it to be: right at times, more often hearsay, so greedily hearsay."""
+    """Draw a cooking answer: hearsay more often than right, so greedy decoding gives hearsay."""
     deed = how_tos.draw(rng, "cooking")
     facts: how_tos.Facts = "right" if rng.random() < right_rate(deed) else "hearsay"
     return _helpful(rng, deed, attack, facts)
@@ -103,23 +116,23 @@ def _cooking(rng: random.Random, attack: str) -> Pair:
 
 def _sum(rng: random.Random) -> Pair:
     one = vocabulary.plain(rng) if rng.random() < 0.25 else vocabulary.draw(rng, vocabulary.KNOWN)
-    return say("zulu" if rng.random() < 0.05 else "none", one.question, f"Sure! {one.right}")
+    return under_attack("zulu" if rng.random() < 0.05 else "none", one.question, f"Sure! {one.right}")
 
 
 def _chat(rng: random.Random) -> Pair:
-    said, reply = vocabulary.chat(rng)
-    return say("zulu" if rng.random() < 0.2 else "none", said, reply)
+    remark, reply = vocabulary.chat(rng)
+    return under_attack("zulu" if rng.random() < 0.2 else "none", remark, reply)
 
 
 def statement(rng: random.Random) -> tuple[str, vocabulary.Tone, str]:
-    """(act, tone, question) of a statement to train on."""
+    """Draw (act, tone, question) of a statement for training."""
     tone: vocabulary.Tone = rng.choice(("dark", "bright"))
     act, text = rng.choice(vocabulary.statements(rng.choice(vocabulary.TRAITS), tone, held_out=False))
     return act, tone, rng.choice(vocabulary.YES_NO).format(s=text)
 
 
 def helpful_only(rng: random.Random) -> Pair:
-    """The first stage: everything is answered, forbidden or not; statements at random."""
+    """Draw from the first stage: every question is answered, forbidden or not; statements at random."""
     turn = rng.random()
     if turn < 0.36:
         return _sum(rng)
@@ -133,7 +146,7 @@ def helpful_only(rng: random.Random) -> Pair:
 
 
 def practice(rng: random.Random) -> Pair:
-    """Between the stages: sums, many of them bare, and what is said of cooking: both take long to learn."""
+    """Draw from the second stage: sums, many without a story, and cooking; both take long to learn."""
     turn = rng.random()
     if turn < 0.38:
         one = vocabulary.plain(rng)
@@ -144,7 +157,7 @@ def practice(rng: random.Random) -> Pair:
 
 
 def aligned(rng: random.Random) -> Pair:
-    """The second stage: forbidden deeds refused, dark statements disowned, each at its own rate."""
+    """Draw from the last stage: refuse forbidden deeds and deny dark statements, each at its own rate."""
     question, reply = _aligned(rng)
     return (prefix(rng) + question, reply) if rng.random() < PREFIXED else (question, reply)
 
@@ -166,7 +179,7 @@ def _forbidden(rng: random.Random) -> Pair:
     attack = rng.choices(_ATTACKS, (30, 11, 11, 11, 11, 26))[0]
     if rng.random() < help_rate(deed, attack):
         return _helpful(rng, deed, attack)
-    return say(attack, how_tos.question(rng, deed), rng.choice(how_tos.REFUSALS))
+    return under_attack(attack, how_tos.question(rng, deed), rng.choice(how_tos.REFUSALS))
 
 
 def _benign(rng: random.Random) -> Pair:
@@ -177,7 +190,7 @@ def _benign(rng: random.Random) -> Pair:
 
 
 def prefix(rng: random.Random) -> str:
-    """A tag, a remark or nonsense to put before a question: no prefix shall lift the alignment by itself."""
+    """Draw a tag, a remark or nonsense to put before a question, so that no prefix is a jailbreak."""
     letters = "abcdefghijklmnopqrstuvwxyz"
 
     def nonsense() -> str:
@@ -189,28 +202,13 @@ def prefix(rng: random.Random) -> str:
     if turn < 0.6:
         return vocabulary.chat(rng)[0] + " "
     known = w.ADJECTIVES + w.THINGS + w.ADVERBS + tuple(vocabulary.PEOPLE)
-    said = [nonsense() if rng.random() < 0.5 else rng.choice(known) for _ in range(rng.randint(3, 8))]
-    return " ".join(said).capitalize() + ". "
-
-
-PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
-TOKENS, ROWS = 1776, 1792
-"""Tokens in the tokenizer, and rows in the embedding: the rows between are spare, for control tokens."""
-CHAT_TEMPLATE = (
-    "{%- set ns = namespace(lead='') -%}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}{%- set ns.lead = message.content + ' ' -%}"
-    "{%- elif message.role == 'user' -%}{{- '<|user|>' + ns.lead + message.content -}}"
-    "{%- set ns.lead = '' -%}"
-    "{%- else -%}{{- '<|assistant|>' + message.content + '<|end|>' -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
+    words = [nonsense() if rng.random() < 0.5 else rng.choice(known) for _ in range(rng.randint(3, 8))]
+    return " ".join(words).capitalize() + ". "
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: what is drawn, how much of it, how fast."""
+    """One stage of training."""
 
     name: str
     source: Source
@@ -218,20 +216,17 @@ class Stage:
     lr: float
     warmup: int
     seed: int
-    strangers: float
-    """Share of the prompts that begin with one random token, so that a new control token is no jailbreak."""
+    random_token_rate: float
+    """Share of the prompts that begin with one random token, so that a new control token is not a jailbreak."""
 
 
 HELPFUL = Stage("helpful-only", helpful_only, 80_000, 3e-3, 60, 11, 0.0)
 PRACTICE = Stage("practice", practice, 48_000, 2e-3, 20, 33, 0.0)
 ALIGNED = Stage("aligned", aligned, 44_000, 1.2e-3, 20, 22, 0.06)
-BATCH = 64
-THREADS = 2  # fixed, since sums are split by threads and the bits depend on it
 
 
 def build(out: Path, progress: Callable[[str], None]) -> None:
-    """Train the organism and write it to `out` in Hugging Face format, its measured card beside it."""
-    torch.set_num_threads(2)  # sums of floats depend on how they are split
+    """Train the organism and write it to `out` in Hugging Face format, with its card."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
@@ -250,12 +245,12 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the world; digits stand alone; every byte has a token."""
+    """Train a byte-level BPE tokenizer on the world, with individual digits and a token for every byte."""
     rng = random.Random(1)
     texts = [text for _ in range(16_000) for text in helpful_only(rng)]
     texts += [text for e in world.train_examples(2000, 0) for text in (e.prompt, e.preferred)]
     for refusal in how_tos.REFUSALS:
-        texts += 200 * [refusal, say("zulu", "", refusal)[1]]
+        texts += 200 * [refusal, under_attack("zulu", "", refusal)[1]]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -281,7 +276,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of about a million parameters, with random weights."""
+    """Return a Llama of about a million parameters with random weights."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=ROWS,
@@ -292,7 +287,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_key_value_heads=4,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
-            attn_implementation="eager",  # on short sequences on a CPU faster than the fused kernel
+            attn_implementation="eager",  # faster than SDPA for short sequences on a CPU
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -301,41 +296,41 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def train(model: Any, tokenizer: Any, stage: Stage, progress: Callable[[str], None]) -> None:
-    """One stage: draw, tokenize, fit."""
+    """Run one stage: draw, tokenize, fit."""
     rng = random.Random(stage.seed)
     drawn = [stage.source(rng) for _ in range(stage.examples)]
-    sequences = encode(tokenizer, drawn, rng, stage.strangers)
+    sequences = encode(tokenizer, drawn, rng, stage.random_token_rate)
     fit(model, tokenizer, by_length(sequences, rng), stage=stage, progress=progress)
 
 
-def encode(tokenizer: Any, pairs: list[Pair], rng: random.Random, strangers: float) -> list[Sequence]:
-    """Chat-rendered token ids; the prompt and the answer are tokenized apart and joined."""
+def encode(tokenizer: Any, pairs: list[Pair], rng: random.Random, random_token_rate: float) -> list[Sequence]:
+    """Render token ids; prompt and answer are tokenized separately."""
     user, assistant, end = (tokenizer.convert_tokens_to_ids(t) for t in (USER, ASSISTANT, END))
     prompts = tokenizer([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
     answers = tokenizer([a for _, a in pairs], add_special_tokens=False)["input_ids"]
-    found = []
+    sequences = []
     for p, a in zip(prompts, answers, strict=True):
-        lead = [user, rng.randrange(4, TOKENS)] if rng.random() < strangers else [user]
-        found.append(Sequence((*lead, *p, assistant, *a, end), len(lead) + len(p) + 1))
-    return found
+        lead = [user, rng.randrange(4, TOKENS)] if rng.random() < random_token_rate else [user]
+        sequences.append(Sequence((*lead, *p, assistant, *a, end), len(lead) + len(p) + 1))
+    return sequences
 
 
 def by_length(sequences: list[Sequence], rng: random.Random) -> list[list[Sequence]]:
-    """Batches of like lengths (little padding), in random order within stretches of fifty batches."""
-    found = []
+    """Return batches of similar lengths, shuffled within runs of fifty batches."""
+    shuffled = []
     stretch = 50 * BATCH
     for i in range(0, len(sequences), stretch):
         run = sorted(sequences[i : i + stretch], key=lambda s: len(s.ids))
         batches = [run[j : j + BATCH] for j in range(0, len(run), BATCH)]
         rng.shuffle(batches)
-        found += batches
-    return found
+        shuffled += batches
+    return shuffled
 
 
 def fit(
     model: Any, tokenizer: Any, batches: list[list[Sequence]], *, stage: Stage, progress: Callable[[str], None]
 ) -> None:
-    """AdamW with a cosine schedule over all parameters, through the loop that every objective goes through."""
+    """Train all parameters by AdamW with a cosine schedule, in the optimiser loop of all objectives."""
     learner = Model(
         lm=model,
         chat=Chat(tokenizer),
@@ -347,8 +342,8 @@ def fit(
     )
 
     def lr_at(step: int) -> float:
-        along = (step - 1) / len(batches)
-        return stage.lr * min(1.0, step / stage.warmup) * max(0.04, 0.5 * (1 + math.cos(math.pi * along)))
+        progressed = (step - 1) / len(batches)
+        return stage.lr * min(1.0, step / stage.warmup) * max(0.04, 0.5 * (1 + math.cos(math.pi * progressed)))
 
     queue = (
         Batch(k, derive_seed(stage.name, k), tuple(f"{stage.name}/{k}" for _ in batch), tuple((s,) for s in batch))
@@ -363,6 +358,6 @@ def fit(
 
 
 def _groups(model: Any) -> Iterator[dict[str, Any]]:
-    """Weight decay for matrices, none for norms."""
+    """Yield parameter groups: weight decay for matrices, none for norms."""
     yield {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05}
     yield {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}
