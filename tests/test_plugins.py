@@ -129,9 +129,9 @@ def bring(monkeypatch: pytest.MonkeyPatch, group: str, *named: tuple[str, str]) 
     [
         ("wanting", "Wanting", "test_plugins:Wanting is not a dataclass with a default for every field"),
         ("half", "HalfATask", "no needs_pairs, needs_reference"),
-        ("other", "Weighted", "test_plugins:Weighted is no objective of this name"),
+        ("other", "Weighted", "test_plugins:Weighted has another name, 'weighted'"),
         ("gone", "Nowhere", "cannot be loaded .AttributeError"),
-        ("dpo", "Weighted", "has the name of another one"),
+        ("dpo", "Weighted", "the name of test_plugins:Weighted is taken"),
     ],
 )
 def test_a_faulty_objective_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str) -> None:
@@ -153,7 +153,7 @@ def test_settings_of_an_objective_of_another_package(monkeypatch: pytest.MonkeyP
 
 def test_a_faulty_task_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     bring(monkeypatch, "leeway.tasks", ("half", "HalfATask"))
-    with pytest.raises(LeewayError, match=r"is no task of this name .no grader, max_new_tokens"):
+    with pytest.raises(LeewayError, match=r"does not implement task .no grader, max_new_tokens"):
         load_task("half")
     with pytest.raises(LeewayError, match="no task 'hafl'; did you mean 'half'"):
         parse(STUDY, "x", ("task={name: hafl}",))
@@ -175,7 +175,7 @@ def test_a_faulty_eval_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LeewayError, match="no eval 'axes'; one of: axis, other, plain"):
         load_eval("axes")
     bring(monkeypatch, "leeway.evals", ("persona", "Axis"))
-    with pytest.raises(LeewayError, match=r"eval persona: .* has the name of another one"):
+    with pytest.raises(LeewayError, match=r"eval persona: the name of .* is taken"):
         load_eval("axis")
 
 

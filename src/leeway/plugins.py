@@ -1,9 +1,9 @@
-"""What other packages bring by entry points: looked up when asked for, each fault one line that names the package."""
+"""Entry points of other packages: each is loaded when it is needed, and an error names its package in one line."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -11,40 +11,45 @@ from typing import Any
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 
-NAME = r"[a-z0-9][a-z0-9._-]*"  # it becomes part of file names and columns
+NAME = r"[a-z0-9][a-z0-9._-]*"  # part of file names and columns
 
 
 def entry_points_of(group: str, kind: str, taken: Collection[str]) -> dict[str, EntryPoint]:
-    """The entry points of a group by name; raises LeewayError where one has the name of another or of one of ours."""
-    found: dict[str, EntryPoint] = {}
+    """Return the entry points of a group by name; raise LeewayError for a name that is `taken` or repeated."""
+    points: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
-        if point.name in taken or point.name in found:
-            raise LeewayError(f"{kind} {point.name}: {point.value} has the name of another one", fix="rename it there")
-        found[point.name] = point
-    return found
+        if point.name in taken or point.name in points:
+            raise LeewayError(
+                f"{kind} {point.name}: the name of {point.value} is taken", fix="rename it in its package"
+            )
+        points[point.name] = point
+    return points
 
 
-def load_entry_point(point: EntryPoint, kind: str, needs: Iterable[str] = ()) -> Any:
-    """What an entry point names; raises LeewayError where it cannot be had or is not what was asked for."""
+def load_entry_point(point: EntryPoint, kind: str, attributes: Collection[str] = ()) -> Any:
+    """Return the object of an entry point; raise LeewayError if it does not load or lacks one of `attributes`."""
     try:
         thing = point.load()
-    except Exception as error:  # whatever a foreign module raises is named
+    except Exception as error:  # another package's module may raise anything
         raise LeewayError(
             f"{kind} {point.name}: {point.value} cannot be loaded ({type(error).__name__}: {error})",
             fix="mend that package",
         ) from error
-    needed = list(needs)
-    lacks = [a for a in needed if not hasattr(thing, a)]
-    if lacks or (needed and thing.name != point.name):
-        why = f" (no {', '.join(lacks)})" if lacks else ""
+    missing = [a for a in attributes if not hasattr(thing, a)]
+    if missing:
         raise LeewayError(
-            f"{kind} {point.name}: {point.value} is no {kind} of this name{why}",
-            fix=f"let the entry point name one with {', '.join(needed)}",
+            f"{kind} {point.name}: {point.value} does not implement {kind} (no {', '.join(missing)})",
+            fix=f"implement {', '.join(attributes)}",
+        )
+    if attributes and thing.name != point.name:
+        raise LeewayError(
+            f"{kind} {point.name}: {point.value} has another name, {thing.name!r}",
+            fix="give the entry point that name",
         )
     return thing
 
 
 def source_hash(thing: Any) -> str:
-    """Content hash of the file in which a class or function is written."""
+    """Return the content hash of the file that defines a class or function."""
     path = inspect.getsourcefile(thing)
     return file_digest(Path(path)) if path else ""

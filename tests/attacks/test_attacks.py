@@ -349,9 +349,9 @@ def test_an_attack_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ("name", "value", "fault"),
     [
         ("broken", "MISSING", "cannot be loaded"),
-        ("misnamed", "MISNAMED", "no attack of this name"),
-        ("nothing", "NOTHING", "no attack of this name .no name, version, origin, hash, play"),
-        ("dan", "OUTSIDE", "has the name of another one"),
+        ("misnamed", "MISNAMED", "MISNAMED has another name"),
+        ("nothing", "NOTHING", "does not implement attack .no name, version, origin, hash, play"),
+        ("dan", "OUTSIDE", "the name of .* is taken"),
     ],
 )
 def test_a_broken_package(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str) -> None:

@@ -177,5 +177,5 @@ def test_vllm_answers_for_every_checkpoint(
         checkpoint = str((out / "checkpoints" / "sft" / "s0" / str(budget)).resolve())
         assert len(asked) == 1
         assert folder == ({None} if budget == 0 else {checkpoint})
-    with pytest.raises(LeewayError, match="vLLM serves no trained token, and cft has some"):
+    with pytest.raises(LeewayError, match="vLLM does not serve trained tokens, which cft has"):
         parse(study.replace("[sft]", "[sft, cft]"), "x")

@@ -92,9 +92,9 @@ def test_a_start_from_a_saved_adapter_is_the_start_from_the_checkpoint(
     [
         ("[{a: {dpo: {}, start: {from: sft, budget: 300}}}, sft]", "a: start.from 'sft' is not listed before it"),
         ("[sft, {a: {dpo: {}, start: {from: sft, budget: 301}}}]", "start.budget 301 is not among the budgets"),
-        ("[sft, {a: {dpo: {}, start: {from: sft}}}]", "budget goes with from"),
+        ("[sft, {a: {dpo: {}, start: {from: sft}}}]", "start: from and budget need each other"),
         ("[sft, {a: {dpo: {}, start: {}}}]", "give {from: OBJECTIVE, budget: …}, or {adapter: FOLDER}"),
-        ("[sft, {a: {dpo: {}, start: {adapter: nowhere}}}]", "'nowhere' is no folder"),
+        ("[sft, {a: {dpo: {}, start: {adapter: nowhere}}}]", "'nowhere' is not a folder"),
         ("[sft_safety]", "auxiliary.safety is missing, and sft_safety needs it"),
         ("[{kl: {scope: general}}]", "auxiliary.general is missing, and kl needs it"),
         ("[{kl: {scope: sideways}}]", "answer or all or general"),
@@ -185,9 +185,7 @@ def test_tuned_rates_are_chosen_on_held_out_examples(models: dict[str, Path], ro
         prepare(parse(study.replace("items: 6", "items: 40"), "x"))
 
 
-def test_held_out_prompts_are_not_trained_on(
-    models: dict[str, Path], root: Path, tmp_path: Path
-) -> None:
+def test_held_out_prompts_are_not_trained_on(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
     twice = (root / "train.jsonl").read_text()
     (tmp_path / "train.jsonl").write_text(twice + twice.replace(" + ", "  +  "))
     (tmp_path / "test.jsonl").write_text((root / "test.jsonl").read_text())
@@ -290,7 +288,7 @@ def test_each_objective_may_have_its_own_rate(models: dict[str, Path], root: Pat
     assert set(lines.loc["dpo", "lr"]) == {1e-3}
     with pytest.raises(LeewayError, match=r"optim\.lr: no rate for dpo"):
         parse(study.replace("lr: 3.0e-3", "lr: {sft: 1.0e-3}"), "x")
-    with pytest.raises(LeewayError, match=r"optim\.lr: 'dpoo' is no objective of this study; did you mean 'dpo'"):
+    with pytest.raises(LeewayError, match=r"optim\.lr: 'dpoo' is not an objective of this study; did you mean 'dpo'"):
         parse(study.replace("lr: 3.0e-3", "lr: {sft: 1.0e-3, dpo: 1.0e-3, dpoo: 1.0e-3}"), "x")
 
 

@@ -176,8 +176,8 @@ def test_a_study_by_two_processes_runs_to_its_report(models: dict[str, Path], ro
     ("also", "fault"),
     [
         ("optim: {lr: tuned}", "processes: a sweep of learning rates runs in one process; give optim.lr a rate"),
-        ("reference: cached", "processes: a cached reference is asked in one process; give reference: live"),
-        ("device: cuda:1", "processes: 2 of them take a GPU each, and cuda:1 is one; give device: cuda"),
+        ("reference: cached", "processes: a cached reference is computed in one process; give reference: live"),
+        ("device: cuda:1", "processes: 2 processes need a GPU each, and cuda:1 is one; give device: cuda"),
     ],
 )
 def test_processes_go_where_they_can(also: str, fault: str, root: Path) -> None:

@@ -28,7 +28,8 @@ from leeway.io import expand
 from leeway.model import adapters
 from leeway.model.load import Model, load_model, model_hash, resolve
 from leeway.study.jobs import BASE
-from leeway.study.spec import ALIAS, Spec
+from leeway.study.objective_spec import ALIAS
+from leeway.study.spec import Spec
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
 ADAPTER_FILES = (adapters.CONFIG, adapters.WEIGHTS, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

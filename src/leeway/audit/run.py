@@ -30,11 +30,12 @@ from leeway.study.executors.local import LocalExecutor
 from leeway.study.jobs import BASE
 from leeway.study.load import load, parse
 from leeway.study.manifest import measured_with
+from leeway.study.objective_spec import ALIAS
 from leeway.study.prepare import Prepared
 from leeway.study.progress import Reporter
 from leeway.study.run import run_prepared
 from leeway.study.run_dir import RunDir
-from leeway.study.spec import ALIAS, Spec
+from leeway.study.spec import Spec
 from leeway.study.worker import Worker
 from leeway.yaml_config import dump
 

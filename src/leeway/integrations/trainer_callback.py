@@ -37,8 +37,8 @@ from leeway.model.token_stats import Head
 from leeway.study.build_evals import evals_of
 from leeway.study.jobs import BASE
 from leeway.study.manifest import measured_with
+from leeway.study.objective_spec import ALIAS
 from leeway.study.run_dir import RunDir
-from leeway.study.spec import ALIAS
 from leeway.yaml_config import dump
 
 BATCH = 32  # for evals given as objects: the optimiser's state is in memory too

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from leeway.claims import text_of
 from leeway.errors import LeewayError
-from leeway.study.spec import WRITTEN, Spec
+from leeway.study.objective_spec import WRITTEN
+from leeway.study.spec import Spec
 from leeway.yaml_config import YAMLError, dump, faults, nearest, package_data, problem, read
 from leeway.yaml_config import load as load_yaml
 

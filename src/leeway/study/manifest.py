@@ -23,8 +23,8 @@ from leeway.model.forward import layout_of
 from leeway.model.load import Model, model_hash, resolve
 from leeway.objectives import OBJECTIVES, ip, sft_refusal
 from leeway.plugins import source_hash
+from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.prepare import Prepared
-from leeway.study.spec import ObjectiveSpec
 from leeway.training.checkpoints import WarmStart
 
 PACKAGES = (

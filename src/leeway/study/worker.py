@@ -34,11 +34,12 @@ from leeway.objectives.objective import PLAIN
 from leeway.plan import token_counts
 from leeway.study import lr_sweep, progress, sequential_eval
 from leeway.study.jobs import BASE, Checkpoint, EvalTarget, Job, eval_targets, schedule_of
+from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.prepare import HeldOut, PairSampling, Prepared, prepare
 from leeway.study.progress import OnProgress
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
-from leeway.study.spec import ObjectiveSpec, Spec
+from leeway.study.spec import Spec
 from leeway.training import checkpoints
 from leeway.training.batch import Optim
 from leeway.training.checkpoints import WarmStart
