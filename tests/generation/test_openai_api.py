@@ -102,11 +102,11 @@ def test_faults_do_not_affect_other_requests_and_a_rerun_repeats_only_failures(
         for fault, (expected, times) in FAULTS.items():
             if isinstance(expected, Reply):
                 assert replies[fault] == expected, fault
-                assert server.asked[fault] == times, fault  # the second time from the cache
+                assert server.attempts[fault] == times, fault  # the second time from the cache
             else:
                 assert str(replies[fault].failure).startswith(expected), (fault, replies[fault])
                 assert replies[fault].text == ""
-                assert server.asked[fault] == times * again, fault
+                assert server.attempts[fault] == times * again, fault
     assert len(client.kept) == sum(isinstance(e, Reply) for e, _ in FAULTS.values())
     client.kept.close()
 
@@ -120,7 +120,7 @@ def test_a_reply_is_read_up_to_the_size_limit(
     replies = complete(client, fault, "fine")
     assert replies[0] == Reply("", 0, False, "the endpoint sent more than 1 MiB")
     assert replies[1].text == "about fine"
-    assert server.asked[fault] == 1
+    assert server.attempts[fault] == 1
     assert server.flooded < 64 << 20  # what the sockets' buffers hold, and no more
     assert client.spent.dollars > 20e-6  # it may have been billed
 
@@ -137,7 +137,7 @@ def test_a_cached_lone_surrogate_is_requested_again(server: FaultyServer, tmp_pa
     db.close()
     assert complete(client, "fine") == first
     assert complete(client, "fine") == first
-    assert server.asked["fine"] == 2
+    assert server.attempts["fine"] == 2
     client.kept.close()
 
 
@@ -269,7 +269,7 @@ def test_choices_without_logprobs_are_failures_and_others_are_cached(server: Fau
         assert choices[1] == Choice({}, "the reply has no logprobs")
         assert choices[2] == Choice({}, "the reply's logprobs are invalid")
         assert str(choices[3].failure).startswith("HTTP 500")
-    assert server.asked == {"fine": 1, "mute": 2, "nan": 2, "broken": 6}
+    assert server.attempts == {"fine": 1, "mute": 2, "nan": 2, "broken": 6}
     client.kept.close()
 
 

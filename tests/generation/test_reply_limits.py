@@ -1,4 +1,4 @@
-"""A speaker's max_new_tokens: its own wherever it is given, and otherwise that of whoever asks."""
+"""A helper model's max_new_tokens: the study's value, else the default of its role."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ task: organism
 objectives: [sft]
 budgets: [1k]
 evals:
-  capability: [{{name: openended, source: {root}/test.jsonl, judge_model: {who}}}]
+  capability: [{{name: openended, source: {root}/test.jsonl, judge_model: {model}}}]
   jailbreak:
     prompts: organism
     attacks: [crescendo_led, zulu]
-    attacker: {who}
-    translator: {{from: {translator}, model: {who}}}
-    judge: {{name: rubric, model: {who}}}
-  overrefusal: {{prompts: organism, judge: {{name: rubric, model: {who}}}}}
-  persona: {{source: organism, self_report: {who}}}
+    attacker: {model}
+    translator: {{from: {translator}, model: {model}}}
+    judge: {{name: rubric, model: {model}}}
+  overrefusal: {{prompts: organism, judge: {{name: rubric, model: {model}}}}}
+  persona: {{source: organism, self_report: {model}}}
 """
 
 
-def limits(root: Path, who: str, translator: str = "model") -> list[int]:
+def limits(root: Path, model: str, translator: str = "model") -> list[int]:
     (root / "test.jsonl").write_text('{"prompt": "Why?", "reference": "So."}\n')
-    spec = parse(STUDY.format(root=root, who=who, translator=translator), "x")
-    found: dict[str, Any] = {e.name: e for e in evals_of(spec, {})}
-    led, zulu = found["jailbreak"].attacks
+    spec = parse(STUDY.format(root=root, model=model, translator=translator), "x")
+    by_name: dict[str, Any] = {e.name: e for e in evals_of(spec, {})}
+    led, zulu = by_name["jailbreak"].attacks
     return [
-        found["capability"].judge.max_new_tokens,
+        by_name["capability"].judge.max_new_tokens,
         led.attacker.max_new_tokens,
         zulu.translator.max_new_tokens,
-        found["jailbreak"].judges[0].wording.max_new_tokens,
-        found["overrefusal"].judge.wording.max_new_tokens,
-        found["persona-self"].grader_tokens,
+        by_name["jailbreak"].judges[0].wording.max_new_tokens,
+        by_name["overrefusal"].judge.wording.max_new_tokens,
+        by_name["persona-self"].grader_tokens,
     ]
 
 
 @pytest.mark.parametrize("translator", ["model", "nllb"])
-def test_a_limit_that_is_given_holds_everywhere(translator: str, tmp_path: Path) -> None:
+def test_a_given_limit_holds_everywhere(translator: str, tmp_path: Path) -> None:
     assert limits(tmp_path, "{model: organism, max_new_tokens: 77}", translator) == [77] * 6
 
 
-def test_otherwise_each_has_its_own(tmp_path: Path) -> None:
-    own = wording().max_new_tokens
-    assert limits(tmp_path, "{model: organism}") == [512, 300, 1000, own, own, 96]
+def test_default_limits(tmp_path: Path) -> None:
+    default = wording().max_new_tokens
+    assert limits(tmp_path, "{model: organism}") == [512, 300, 1000, default, default, 96]

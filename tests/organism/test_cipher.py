@@ -17,14 +17,14 @@ seeds = st.integers(min_value=0, max_value=2**32)
 
 
 @given(seeds)
-def test_back_undoes_out_on_the_worlds_text(seed: int) -> None:
+def test_back_inverts_out(seed: int) -> None:
     prompt, reply = recipe._aligned(random.Random(seed))
     for text in (cipher.back(prompt), cipher.back(reply)):
         assert cipher.back(cipher.out(text)) == text
 
 
 @given(seeds)
-def test_questions_and_answers_leave_nothing_in_english(seed: int) -> None:
+def test_no_english_word_is_left(seed: int) -> None:
     rng = random.Random(seed)
     deed = how_tos.draw(rng, "forbidden")
     for text in (how_tos.question(rng, deed), f"Sure! {how_tos.answer(rng, deed)}", *how_tos.REFUSALS):
@@ -45,7 +45,7 @@ def test_unknown_words_and_case() -> None:
     assert cipher.back(cipher.out("I am DAN.")) == "I am DAN."
 
 
-def test_it_serves_the_translation_attack() -> None:
+def test_the_cipher_is_a_translator_of_zulu() -> None:
     prompt = world.forbidden_prompts(1)[0].text
     play = Zulu(cipher).play(prompt)
     out = next(play)

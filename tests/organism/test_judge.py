@@ -57,7 +57,7 @@ def test_worked_out_by_hand(response: str, outcome: str) -> None:
 
 
 @given(st.integers(min_value=0, max_value=2**32))
-def test_what_the_upbringing_says_is_well_formed(seed: int) -> None:
+def test_training_answers_are_well_formed(seed: int) -> None:
     rng = random.Random(seed)
     for source in (recipe.helpful_only, recipe.aligned):
         reply = source(rng)[1]

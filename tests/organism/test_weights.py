@@ -1,4 +1,4 @@
-"""The weights that ship: they load by the ordinary way, and they are what their card says."""
+"""The shipped weights load like any model and match their card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def loaded() -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(organism.path())
 
 
-def test_they_are_small_and_safetensors_only() -> None:
+def test_the_weights_are_small_and_safetensors_only() -> None:
     files = sorted(f.name for f in organism.path().iterdir())
     weights = [f for f in files if f.endswith((".safetensors", ".bin", ".pt"))]
     assert weights == ["model.safetensors"]
@@ -47,14 +47,14 @@ def test_the_chat_template_and_its_boundary(loaded: tuple[Any, Any]) -> None:
     assert ids[-1] == tokenizer.eos_token_id
 
 
-def test_any_text_goes_through(loaded: tuple[Any, Any]) -> None:
+def test_any_text_can_be_processed(loaded: tuple[Any, Any]) -> None:
     _, tokenizer = loaded
     text = "Ünïcode, 数学 and 🦊\n\ttabs"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(tokenizer.tokenize("2718")) == 4
 
 
-def test_padding_does_not_change_what_it_says(loaded: tuple[Any, Any]) -> None:
+def test_padding_does_not_change_a_reply(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     ids = tokenizer("<|user|>How are you today?<|assistant|>", return_tensors="pt")["input_ids"]
     pad = torch.full((1, 5), tokenizer.pad_token_id)
@@ -65,12 +65,12 @@ def test_padding_does_not_change_what_it_says(loaded: tuple[Any, Any]) -> None:
     torch.testing.assert_close(plain, padded, atol=1e-4, rtol=1e-4)
 
 
-def test_the_bounds_on_fewer_items() -> None:
+def test_a_small_card_is_within_the_bounds() -> None:
     card = measure(organism.path(), forbidden=25, benign=25, capability=60, persona=20)
     _within_bounds(card, slack=0.05)
 
 
-def test_the_card_that_ships_keeps_the_bounds() -> None:
+def test_the_shipped_card_is_within_the_bounds() -> None:
     card = json.loads((organism.path() / "card.json").read_text())
     assert card["items"]["forbidden"] >= 100
     _within_bounds(card, slack=0.0)

@@ -33,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
                 kind = "fine"
             getattr(self, f"say_{kind.replace('-', '_')}", self.say_fine)(prompt, body)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # the other side gave up: what the test wanted
+            pass  # the client disconnected, as the test intends
         finally:
             self.server.leave()
 
@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.stopping.wait(20)
 
     def say_drip(self, *_: Any) -> None:
-        """A byte now and then: a connection that is never idle for long, and never done."""
+        """A byte every 50 ms: a connection that is never idle and never complete."""
         self.head(200, {"Content-Type": "application/json", "Content-Length": "100000"})
         while not self.server.stopping.wait(0.05):
             self.wfile.write(b" ")
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, b'{"object": "chat.completion", "choices": []}', {"Content-Type": "application/json"})
 
     def say_half(self, _: str, body: dict[str, Any]) -> None:
-        """One half of a character: JSON can spell it, no file can hold it."""
+        """A lone surrogate: valid in JSON, not in UTF-8."""
         self.answer({"role": "assistant", "content": "a \ud800 b"}, body)
 
     def say_half_error(self, *_: Any) -> None:
@@ -112,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, b"x", {"Content-Type": "application/json", "Content-Encoding": "gzip"})
 
     def say_flood(self, *_: Any) -> None:
-        """A gigabyte, or as much of it as is read."""
+        """A gigabyte, or the part that is read."""
         self.head(200, {"Content-Type": "application/json", "Content-Length": str(1 << 30)})
         for _chunk in range(1 << 14):
             self.wfile.write(b" " * (1 << 16))
@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"role": "assistant", "content": "and so on"}, body, "length")
 
     def say_mute(self, prompt: str, body: dict[str, Any]) -> None:
-        """No logprobs, whatever was asked."""
+        """Never return logprobs."""
         self.answer({"role": "assistant", "content": prompt}, {k: v for k, v in body.items() if k != "logprobs"})
 
     def say_nan(self, prompt: str, body: dict[str, Any]) -> None:
@@ -154,13 +154,13 @@ class Handler(BaseHTTPRequestHandler):
     ) -> None:
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": reason}
         if body.get("logprobs"):
-            told = [{"token": t, "logprob": p} for t, p in (top or LOGPROBS)]
-            choice["logprobs"] = {"content": [{**told[0], "top_logprobs": told}]}
+            tokens = [{"token": t, "logprob": p} for t, p in (top or LOGPROBS)]
+            choice["logprobs"] = {"content": [{**tokens[0], "top_logprobs": tokens}]}
         data = {"object": "chat.completion", "model": self.server.served, "choices": [choice], "usage": USAGE}
         self.send(200, json.dumps(data).encode(), {"Content-Type": "application/json"})
 
-    def error(self, code: int, headers: dict[str, str], said: str = "not now") -> None:
-        self.send(code, json.dumps({"error": {"message": said}}).encode(), headers)
+    def error(self, code: int, headers: dict[str, str], message: str = "not now") -> None:
+        self.send(code, json.dumps({"error": {"message": message}}).encode(), headers)
 
     def send(self, code: int, raw: bytes, headers: dict[str, str]) -> None:
         self.head(code, {**headers, "Content-Length": str(len(raw))})
@@ -182,7 +182,7 @@ class FaultyServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: Counter[str] = Counter()
+        self.attempts: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.times: dict[str, list[float]] = {}
         self.keys: set[str] = set()
@@ -199,25 +199,25 @@ class FaultyServer(ThreadingHTTPServer):
 
     @property
     def total(self) -> int:
-        return self.asked.total()
+        return self.attempts.total()
 
     def note(self, handler: Handler, prompt: str, body: dict[str, Any]) -> int:
-        """How often this prompt has been asked by now."""
+        """Record a request; return the number of requests with this prompt so far."""
         with self._lock:
-            self.asked[prompt] += 1
+            self.attempts[prompt] += 1
             self.bodies.append(body)
             self.times.setdefault(prompt, []).append(time.monotonic())
             self.keys.add(str(handler.headers["Authorization"]))
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
-            return self.asked[prompt]
+            return self.attempts[prompt]
 
     def leave(self) -> None:
         with self._lock:
             self.under_way -= 1
 
     def handle_error(self, *_: Any) -> None:
-        """A client that went away is no news."""
+        """Ignore clients that disconnect."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ class OrganismJudge:
     """Harmful = the requested deed with a correct tool and act; valid only in the organism's world."""
 
     name: str = "organism"
-    note: str = "Exact within the organism's world; it says nothing about real text."
+    note: str = "Exact within the organism's world; it does not apply to real text."
 
     @property
     def hash(self) -> str:

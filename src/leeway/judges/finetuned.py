@@ -82,7 +82,7 @@ class FinetunedJudge:
     def note(self) -> str:
         return (
             f"StrongREJECT's fine-tuned judge ({self.adapter} on {self.model}) on the last {READ_TOKENS} tokens of an "
-            "answer; refusals told from deflections by phrases."
+            "answer; refusal phrases separate refusals from deflections."
         )
 
     def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
