@@ -18,7 +18,7 @@ from leeway.errors import LeewayError
 from leeway.model import adapters
 from leeway.model.forward import hidden_at_measured
 from leeway.model.load import Model, load_model
-from leeway.model.packing import Packed, PackedBatch, Padded, PrefixTree, common_prefix, lay, longest, stored
+from leeway.model.packing import Packed, PackedBatch, Padded, PrefixTree, common_prefix, longest, pack_batch, stored
 from leeway.training.batch import micro_batches
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_a_beginning_that_is_measured_is_stored_once_and_measured_twice() -> Non
 def test_every_sequence_reads_its_own_tokens_and_nothing_else(raw: list[list[list[int]]]) -> None:
     examples = [[Sequence(tuple(ids), 1) for ids in example] for example in raw]
     for share in (True, False):
-        packed, padded = Packed.of(examples, CPU, share=share), lay(examples, CPU)
+        packed, padded = Packed.of(examples, CPU, share=share), pack_batch(examples, CPU)
         for name in ("sequence_T", "measured_T"):
             assert torch.equal(getattr(packed, name), getattr(padded, name))
         seen = seen_by_measured(packed)

@@ -19,7 +19,7 @@ from leeway.model import adapters
 from leeway.model.adapters import AdapterSettings, Kind
 from leeway.model.forward import target_stats
 from leeway.model.load import load_model
-from leeway.model.packing import lay
+from leeway.model.packing import pack_batch
 from leeway.model.reference import Reference, as_reference, freeze
 from leeway.model.reference_cache import ReferenceCache
 from leeway.objectives import cft, dpo, kl, kto, sft
@@ -78,7 +78,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def answers(t: Trajectory) -> Tensor:
     """The reference's log-probabilities of the first step's answers, asked of the model itself."""
     examples = t._batch(1).rendered
-    return t.compared.logps(t.model, lay(examples, t.model.device), [s for e in examples for s in e])
+    return t.compared.logps(t.model, pack_batch(examples, t.model.device), [s for e in examples for s in e])
 
 
 def gap(a: Tensor, b: Tensor) -> float:
@@ -122,7 +122,7 @@ def test_it_is_the_model_that_was_named(kind: Kind, tuned: dict[Kind, WarmStart]
     first.lm.eval()
     for model, which in ((plain, "base"), (first, "start")):
         t = trajectory(models["qwen2"], kind, dpo.Dpo(), start=tuned[kind], reference=which)
-        batch = lay(t._batch(1).rendered, model.device)
+        batch = pack_batch(t._batch(1).rendered, model.device)
         with torch.no_grad():
             expected = target_stats(model, batch, None).logp_T  # type: ignore[arg-type]
         assert torch.equal(answers(t), expected), which
@@ -258,7 +258,7 @@ def test_asked_beforehand_it_answers_what_it_would_have(kind: Kind, models: dict
     go(t, 0, tmp_path)
     d.precompute_reference()
     for (s,) in t._batch(2).rendered:
-        alone = lay([[s]], live.model.device), [s]
+        alone = pack_batch([[s]], live.model.device), [s]
         assert torch.equal(t.compared.hidden(t.model, *alone), live.compared.hidden(live.model, *alone))
         assert torch.equal(d.compared.logps(d.model, *alone), live.compared.logps(live.model, *alone))
 
@@ -293,7 +293,7 @@ def test_the_divergence_of_whole_weights_is_zero_at_their_start(
     t = trajectory(models[arch], "full", kl.Kl(weight=1.0, direction=direction))  # type: ignore[arg-type]
 
     def divergence() -> tuple[Tensor, float]:
-        batch = lay(t._batch(1).rendered, t.model.device)
+        batch = pack_batch(t._batch(1).rendered, t.model.device)
         theirs_TD = t.compared.hidden(t.model, batch, [])
         found = target_stats(t.model, batch, None, reference_hidden_TD=theirs_TD, direction=direction).kl_T  # type: ignore[arg-type]
         assert found is not None
@@ -324,7 +324,7 @@ def test_the_divergence_of_whole_weights_is_that_of_two_models(
     t.model.lm.eval()
     most = 0.0
     for (s,) in t._batch(1).rendered:
-        batch = lay([[s]], t.model.device)
+        batch = pack_batch([[s]], t.model.device)
         with torch.no_grad():
             theirs_TD = t.compared.hidden(t.model, batch, [s])
             found = target_stats(t.model, batch, None, reference_hidden_TD=theirs_TD).kl_T  # type: ignore[arg-type]

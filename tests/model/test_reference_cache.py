@@ -191,7 +191,7 @@ def test_whoever_asks_first_the_bits_are_the_same_and_the_second_pays_nothing(
     after = of(dpo.Dpo(), "b")
     assert 0 < after.precompute_reference() < sum(new_tokens(after))
     for s in (s for example in first._batch(1).rendered for s in example):
-        one, two = (t.compared.kept for t in (first, after))
+        one, two = (t.compared.cached for t in (first, after))
         assert one is not None
         assert two is not None
         assert torch.equal(one.logps([s]), two.logps([s]))

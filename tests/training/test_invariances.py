@@ -143,7 +143,7 @@ def step(name: str, way: Way, dtype: torch.dtype) -> tuple[float, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batching, "micro_batches", in_order(way.micro_batches))
         if way.layout == "apart":
-            patch.setattr(loop, "lay", lambda e, device, *_: Packed.of(e, device, share=False))
+            patch.setattr(loop, "pack_batch", lambda e, device, *_: Packed.of(e, device, share=False))
         done = next(iter(optimise(model, objective, [batch_of(name, way.order)], recorder, lambda _: 0.0, settings)))
     return done.loss, recorder.found
 

@@ -1,7 +1,7 @@
-"""What trains of a model: a low-rank adapter by peft, or every parameter.
+"""Trainable parameters: a low-rank adapter by peft, or every weight.
 
-Each kind has one initialisation for every objective, a format on disk that the field's libraries load (PEFT's for an
-adapter, transformers' for whole weights), and a merge that is exactly undone.
+Each kind has one initialisation shared by every objective, a standard format on disk (PEFT for adapters, transformers
+for whole weights), and an exactly reversible merge.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Kind = Literal["lora", "rslora", "dora", "full"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FUNCTION = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias")
 
-ALTERING = ("pissa", "olora", "corda", "loftq")  # ways to draw LoRA's matrices that take them out of the base
+ALTERING = ("pissa", "olora", "corda", "loftq")  # LoRA initialisations that modify the base weights
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What trains, and how.
+    """Kind of trainable parameters and their hyperparameters.
 
     `lora`: updates of rank `r` scaled by alpha / r, with dropout on their input (Hu et al. 2021, arXiv 2106.09685).
-    `rslora`: the same scaled by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732). `dora`: LoRA for each weight's
-    direction, beside a trained magnitude for each output (Liu et al. 2024, arXiv 2402.09353). `full`: every parameter;
-    rank, alpha, dropout and targets mean nothing there.
+    `rslora`: scaled by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732). `dora`: LoRA on each weight's direction
+    plus a trained magnitude per output (Liu et al. 2024, arXiv 2402.09353). `full`: every parameter; rank, alpha,
+    dropout and targets do not apply.
     """
 
     r: int
@@ -53,23 +53,23 @@ LoraSettings = AdapterSettings
 
 
 def attach(model: Model, settings: AdapterSettings, *, seed: int, control_tokens: tuple[str, ...] = ()) -> None:
-    """Let `model.lm` be trained in place, with `control_tokens` as new trained embedding rows.
+    """Make `model.lm` trainable in place, with `control_tokens` as new trained embedding rows.
 
-    Low-rank matrices are drawn from `seed` alone, so every objective starts from the same ones. Whole weights start as
-    the model's own, and are not trained in less than float32.
+    Low-rank matrices are initialised from `seed` alone, so every objective starts from the same ones. Whole weights are
+    trained in float32 only.
     """
     rows = _add_control_tokens(model, control_tokens) if control_tokens else None
     if settings.kind == "full":
         _train_all(model)
     else:
         _attach_low_rank(model, settings, seed, rows)
-    model.lm.eval()  # new layers begin in training mode: their dropout is for the loop alone
+    model.lm.eval()  # new layers start in training mode
 
 
 def _train_all(model: Model) -> None:
     if any(p.dtype.itemsize < torch.float32.itemsize for p in model.lm.parameters()):
         raise LeewayError(
-            "adapter.kind: full trains float32 weights: in bfloat16 a small update is lost in the rounding of the sum",
+            "adapter.kind: full needs float32 weights (bfloat16 rounds small updates away)",
             fix="set dtype: float32, or kind: lora",
         )
     model.lm.requires_grad_(True)
@@ -91,7 +91,7 @@ def _attach_low_rank(model: Model, settings: AdapterSettings, seed: int, rows: l
     )
     torch.manual_seed(derive_seed("adapter", seed))
     try:
-        with warnings.catch_warnings():  # peft asks for a name that transformers is about to rename
+        with warnings.catch_warnings():  # peft uses a name that transformers deprecates
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             model.lm = peft.get_peft_model(model.lm, config)
     except ValueError as error:
@@ -100,16 +100,17 @@ def _attach_low_rank(model: Model, settings: AdapterSettings, seed: int, rows: l
     table, out = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
     if any(hasattr(layer, "lora_A") for layer in (table, out)):
         raise LeewayError(
-            f"adapter.targets: {settings.targets!r} reaches the embeddings or the output head, which stay frozen",
+            f"adapter.targets: {settings.targets!r} includes the embeddings or the output head, which stay frozen",
             fix="use all-linear, or name attention and MLP layers only",
         )
 
 
 @torch.no_grad()
 def _true_magnitudes(model: Model) -> None:
-    """Set DoRA's magnitudes to the norms of the weights' rows, in the magnitudes' own float32.
+    """Set DoRA's magnitudes to the row norms of the weights, in float32.
 
-    peft takes them in the weights' dtype: in bfloat16 they are off by up to 0.4%, and a fresh adapter is not the base.
+    peft computes them in the weights' dtype: in bfloat16 they are off by up to 0.4%, so a fresh adapter would differ
+    from the base.
     """
     for layer in model.lm.modules():
         for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
@@ -118,10 +119,10 @@ def _true_magnitudes(model: Model) -> None:
 
 
 def _add_control_tokens(model: Model, tokens: tuple[str, ...]) -> list[int]:
-    """Give each token an id after the tokenizer's last and an input row that starts as the mean of all rows.
+    """Give each token a new id and an input row initialised to the mean of all rows; return the ids.
 
-    The output head keeps its old rows: a control token is read, never predicted. Rows that the model already has to
-    spare are used; otherwise the embedding grows.
+    The output head is unchanged: a control token is read, never predicted. Spare embedding rows are used first;
+    otherwise the embedding grows.
     """
     model.chat, lm = model.chat.with_control_tokens(tokens), model.lm
     ids = [int(i) for i in model.chat.tokenizer.convert_tokens_to_ids(list(tokens))]
@@ -131,13 +132,13 @@ def _add_control_tokens(model: Model, tokens: tuple[str, ...]) -> list[int]:
         lm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         table, out = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
     else:
-        for own in {table, out}:  # rows are written into a copy: the next who borrows the model has its own again
+        for own in {table, out}:  # write into a copy, so the shared base model keeps its rows
             own.data = own.data.clone()
     with torch.no_grad():
         table[ids] = mean_D.to(table.dtype)
     if out is not table:
         with torch.no_grad():
-            out[ids] = 0.0  # grown rows are drawn from the global generator, and a blocked row needs no value
+            out[ids] = 0.0  # new rows come from the global RNG; blocked rows need no value
     model.head = replace(model.head, weight_VD=out, blocked=tuple(ids))
     return ids
 
@@ -147,12 +148,12 @@ def trainable(model: Model) -> list[torch.nn.Parameter]:
 
 
 def is_low_rank(model: Model) -> bool:
-    """Whether what trains is an adapter beside the weights, and not the weights."""
+    """Return whether an adapter is trained, rather than the weights."""
     return hasattr(model.lm, "peft_config")
 
 
 def state(model: Model) -> dict[str, Tensor]:
-    """What is saved, by name: an adapter's tensors with its control-token rows, or every weight (a tied one once)."""
+    """Return the saved tensors by name: adapter and control-token rows, or every weight (a tied one once)."""
     if not is_low_rank(model):
         return dict(sorted((name, p.detach()) for name, p in model.lm.named_parameters()))
     import peft
@@ -161,7 +162,7 @@ def state(model: Model) -> dict[str, Tensor]:
 
 
 def adapter_hash(tensors: dict[str, Tensor]) -> str:
-    """Content hash over names, shapes, dtypes and bytes."""
+    """Return the content hash over names, shapes, dtypes and bytes."""
     h = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         h.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -170,10 +171,10 @@ def adapter_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def init_hash(model: Model) -> str:
-    """Hash of what every objective starts from, whether or not it has control tokens.
+    """Return the hash of the initial trainable state shared by every objective.
 
-    Of an adapter, the low-rank matrices (and magnitudes); of whole weights, all but the embedding rows after the
-    tokenizer's own last id, where control tokens go.
+    For an adapter: its low-rank matrices and magnitudes. For whole weights: all but the embedding rows after the
+    tokenizer's last id, which control tokens use.
     """
     if is_low_rank(model):
         return adapter_hash({k: v for k, v in state(model).items() if "lora_" in k})
@@ -183,10 +184,10 @@ def init_hash(model: Model) -> str:
 
 
 def save(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
-    """Write an adapter in PEFT format, or whole weights as a transformers model; safetensors both.
+    """Write an adapter in PEFT format, or whole weights as a transformers model, both as safetensors.
 
-    The tokenizer goes with whole weights, and with an adapter where control tokens were added to it. `tensors` are what
-    trains by the names of the model's state, where the model itself holds them in shards.
+    The tokenizer is saved with whole weights and with an adapter that added control tokens. `tensors` replaces the
+    model's own state when the model is sharded.
     """
     if not is_low_rank(model):
         from transformers import GenerationConfig
@@ -202,20 +203,20 @@ def save(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -
 
 
 def saved(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a saved adapter or of a saved model, by name. Raises OSError where there are none."""
+    """Load the tensors of a saved adapter or model by name. Raises OSError if there are none."""
     files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"neither {WEIGHTS} nor model.safetensors is there")
+        raise FileNotFoundError(f"neither {WEIGHTS} nor model.safetensors found")
     return {name: tensor for f in files for name, tensor in load_file(f).items()}
 
 
 def restore(model: Model, folder: Path) -> None:
-    """Read saved values back into what trains. Raises LeewayError where they are those of another kind or shape."""
+    """Load saved values into the trainable parameters. Raises LeewayError on another kind or shape."""
     tensors = saved(folder)
     if fault := _misfit(model, folder, tensors):
         raise LeewayError(
-            f"{folder}: what is saved there does not fit what this study trains ({fault})",
-            fix="use the same model, adapter (kind, r, alpha, targets) and control tokens as it was trained with",
+            f"{folder}: the saved state does not match this study ({fault})",
+            fix="use the model, adapter (kind, r, alpha, targets) and control tokens it was trained with",
         )
     if is_low_rank(model):
         import peft
@@ -228,7 +229,7 @@ def restore(model: Model, folder: Path) -> None:
 
 
 def _misfit(model: Model, folder: Path, tensors: dict[str, Tensor]) -> str:
-    """What does not fit, or nothing: whole weights or an adapter, how the adapter is applied, names and shapes."""
+    """Return how the saved tensors differ from the model in kind, configuration, names or shapes; empty if they fit."""
     ours = state(model)
     if is_low_rank(model) != (folder / CONFIG).is_file():
         return "one is an adapter, the other whole weights"
@@ -243,7 +244,7 @@ def _misfit(model: Model, folder: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def _config_misfit(model: Model, folder: Path) -> str:
-    """What makes the same tensors another function, or nothing."""
+    """Return the configuration difference that changes what the tensors compute; empty if none."""
     ours = model.lm.peft_config["default"].to_dict()
     try:
         theirs = json.loads((folder / CONFIG).read_text("utf-8"))
@@ -251,7 +252,7 @@ def _config_misfit(model: Model, folder: Path) -> str:
         return f"its {CONFIG} is damaged"
     for key in FUNCTION:
         if (theirs.get(key) or None) != (ours[key] or None):
-            return f"{key} is {theirs.get(key)} there and {ours[key]} here"
+            return f"{key} is {theirs.get(key)} in the checkpoint, {ours[key]} in this study"
     if str(drawn := theirs.get("init_lora_weights")).startswith(ALTERING):
         return f"init_lora_weights: {drawn} has altered the base's own weights"
     return ""
@@ -259,12 +260,11 @@ def _config_misfit(model: Model, folder: Path) -> str:
 
 @contextmanager
 def merged(model: Model) -> Iterator[None]:
-    """An adapter merged into the weights for as long as the context lasts; the base's own tensors come back after.
+    """Merge the adapter into the weights within the context, and restore the base's tensors after it.
 
-    It is merged into copies, and the tensors that come back are seen to have the bits that they had (`base.bits`).
-    Only in float32: in bfloat16 a small update is lost in the rounding of the sum, and a checkpoint at a small budget
-    would be measured as the base. There the adapter stays beside the weights, as it was trained. Whole weights have
-    nothing to merge.
+    The merge uses copies, and the restored tensors are verified bit for bit (`base_model.bits`). Only in float32: in
+    bfloat16 a small update is lost to rounding, so there the adapter stays separate, as it was trained. Whole weights
+    need no merge.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -272,19 +272,19 @@ def merged(model: Model) -> Iterator[None]:
         yield
         return
     layers = [m for m in model.lm.modules() if isinstance(m, BaseTunerLayer)]
-    kept = {w: w.data for m in layers for w in m.get_base_layer().parameters(recurse=False)}
-    before = bits(kept.values())
-    for weight, data in kept.items():
+    originals = {w: w.data for m in layers for w in m.get_base_layer().parameters(recurse=False)}
+    before = bits(originals.values())
+    for weight, data in originals.items():
         weight.data = data.clone()
     model.lm.merge_adapter()
     try:
         yield
     finally:
         model.lm.unmerge_adapter()
-        for weight, data in kept.items():
+        for weight, data in originals.items():
             weight.data = data
-    if bits(kept) != before:
+    if bits(originals) != before:
         raise LeewayError(
-            f"model {model.name}: its weights are not what they were before the adapter was merged",
-            fix="run the same command again: the model is loaded afresh, and finished work is kept",
+            f"model {model.name}: its weights changed while an adapter was merged",
+            fix="run the same command again: the model is reloaded, finished work is kept",
         )

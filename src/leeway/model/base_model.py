@@ -1,4 +1,4 @@
-"""One model in memory, lent to one user after another: each finds it as it was loaded, to the bit."""
+"""Share one loaded base model: every checkout has its original weights, verified bit for bit."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from leeway.errors import LeewayError
 from leeway.model.load import Model
 
-CHUNK = 1 << 20  # values summed at a time: 8 MiB of them, 16 MiB with their weights
+CHUNK = 1 << 20  # values per step: 8 MiB, 16 MiB with their weights
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
 def bits(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """One number per tensor that tells whether any of its bits has changed, computed where the tensor lies.
+    """Return one checksum per tensor, computed on the tensor's device, that changes if its bits change.
 
-    Its values, read as integers x_0, x_1, …, as sum((2 i + 1) x_i) modulo 2^64. One changed value always changes it,
-    since an odd number times a difference below 2^64 is not zero; of several changes, one set in 2^64 would go unseen.
-    It is no secret hash: it guards against mistakes, and costs one reading of the weights.
+    With the values read as integers x_0, x_1, …: sum((2 i + 1) x_i) modulo 2^64. A single changed value always changes
+    it, since an odd number times a non-zero difference below 2^64 is not zero; several changes go unnoticed with
+    probability about 2^-64. It guards against mistakes, not against tampering.
     """
     return tuple(_bits(t) for t in tensors)
 
@@ -38,42 +38,41 @@ def _bits(tensor: Tensor) -> int:
 
 
 class SharedBaseModel:
-    """A loaded model and what it was made of, so that whatever is done to one borrower's is undone for the next.
+    """A loaded base model that is restored to its original state at every checkout.
 
-    What an adapter does to a model is of two kinds. It puts other modules, parameters and settings in the places of the
-    model's own, whose tensors it leaves alone (low-rank layers, a grown embedding, rows written into a copy of the
-    table): what stood where is noted here, and put back. Or it trains the weights themselves (`trained`): then a copy
-    of them is kept in main memory, and written back. After either, `bits` of every parameter and buffer is held
-    against what was loaded.
+    An adapter changes a model in one of two ways. Low-rank layers, grown embeddings and copied tables replace modules,
+    parameters and settings but leave the original tensors alone: the originals are recorded here and put back. Full
+    fine-tuning (`trained`) changes the weights themselves: a copy in main memory is written back. After either, `bits`
+    of every parameter and buffer is compared with the loaded ones.
     """
 
     def __init__(self, model: Model, *, trained: bool = False) -> None:
         self._model = model
-        self._places = [(place, _noted(place)) for place in _places(model.lm)]
+        self._places = [(place, _record(place)) for place in _places(model.lm)]
         self._tensors = {**dict(model.lm.named_parameters()), **dict(model.lm.named_buffers())}
         self._data = {name: t.data for name, t in self._tensors.items()}
         self._wanted = {name: t.requires_grad for name, t in self._tensors.items()}
         self._copy = {name: t.to("cpu", copy=True) for name, t in self._data.items()} if trained else {}
-        self._bits = self._found()
+        self._bits = self._checksums()
 
     def checkout(self) -> Model:
-        """The model as it was loaded; whoever had it before must not use theirs any more. Raises LeewayError."""
-        self._undo()
-        for (name, was), now in zip(zip(self._tensors, self._bits, strict=True), self._found(), strict=True):
+        """Return the model as it was loaded; it invalidates earlier ones. Raises LeewayError if a tensor changed."""
+        self._reset()
+        for (name, was), now in zip(zip(self._tensors, self._bits, strict=True), self._checksums(), strict=True):
             if was != now:
                 raise LeewayError(
-                    f"model {self._model.name}: {name} is not what was loaded, after an adapter was taken off",
-                    fix="run the same command again: the model is loaded afresh, and finished work is kept",
+                    f"model {self._model.name}: {name} changed after an adapter was removed",
+                    fix="run the same command again: the model is reloaded, finished work is kept",
                 )
         return replace(self._model)
 
-    def _found(self) -> tuple[int, ...]:
+    def _checksums(self) -> tuple[int, ...]:
         return bits(self._tensors.values())
 
     @torch.no_grad()
-    def _undo(self) -> None:
+    def _reset(self) -> None:
         for place, noted in self._places:
-            _put_back(place, noted)
+            _restore(place, noted)
         for name, tensor in self._tensors.items():
             tensor.data = self._data[name]
             tensor.grad = None
@@ -83,17 +82,17 @@ class SharedBaseModel:
 
 
 def _places(lm: Any) -> list[Any]:
-    """Where something may be put in another's place: modules, and the settings that speak of their sizes."""
+    """Return every object whose attributes an adapter may replace: modules and size settings."""
     settings = (lm.config, lm.config.get_text_config())
     return [*lm.modules(), *{id(s): s for s in settings}.values()]
 
 
-def _noted(place: Any) -> dict[str, Any]:
-    """What hangs where; tables (parameters, submodules, hooks) by their content."""
+def _record(place: Any) -> dict[str, Any]:
+    """Record an object's attributes; dictionaries (parameters, submodules, hooks) are copied."""
     return {k: type(v)(v) if isinstance(v, dict) else v for k, v in vars(place).items()}
 
 
-def _put_back(place: Any, noted: dict[str, Any]) -> None:
+def _restore(place: Any, noted: dict[str, Any]) -> None:
     own = vars(place)
     for name in own.keys() - noted.keys():
         del own[name]

@@ -1,7 +1,4 @@
-"""Sequences through the model: hidden states where tokens are measured, and the statistics of those tokens.
-
-How surprising a text is to a model's base weights: mean negative log-likelihood per token, in nats.
-"""
+"""Forward passes: hidden states at measured tokens, token statistics, and mean NLL (perplexity)."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from leeway.hashing import digest
 from leeway.model.adapters import is_low_rank
 from leeway.model.fused.decoder import hidden, why_not
 from leeway.model.load import Model, decoder
-from leeway.model.packing import Asked, Flat, Layout, PackedBatch, Padded
+from leeway.model.packing import Flat, Layout, LayoutSetting, PackedBatch, Padded
 from leeway.model.token_stats import Direction, token_logps, token_logps_and_kl
 
 FUSED_ADAPTERS = ("lora", "rslora")
@@ -29,11 +26,11 @@ APART = 1024  # tokens
 
 @dataclass(frozen=True)
 class Totals:
-    """What a loss is normalised by: the whole optimiser batch, however it is cut into micro-batches.
+    """Normalisers of a loss, over the whole optimiser batch.
 
-    `tokens` counts all targets, `preferred_tokens` those of each example's first sequence, `measured_tokens` the tokens
-    that are measured, targets or not, `preferred_measured` those of each example's first sequence. `baseline` is what
-    the objective's own pass over the batch found (KTO's reference point), nats.
+    `tokens`: all targets. `preferred_tokens`: targets of each example's first sequence. `measured_tokens`: all measured
+    tokens, targets or not. `preferred_measured`: measured tokens of each example's first sequence. `baseline`: result
+    of the objective's baseline pass (KTO's z0), nats.
     """
 
     tokens: int
@@ -48,9 +45,9 @@ class Totals:
 class TokenStats:
     """Statistics of T measured tokens, segmented by sequence.
 
-    logp_T: log-probability of each, nats. sequence_T: which of the S sequences it belongs to. kl_T: KL of the whole
-    next-token distribution to the reference's, nats, where asked for. target_T: which are targets (None: all).
-    Sequences lie example by example, in the order in which the objective rendered them.
+    logp_T: log-probabilities, nats. sequence_T: index of the token's sequence among S. kl_T: full-vocabulary KL to the
+    reference, nats, if requested. target_T: target mask (None: all are targets). Sequences are ordered example by
+    example, as rendered.
     """
 
     logp_T: Tensor
@@ -62,44 +59,44 @@ class TokenStats:
 
     @property
     def weight_T(self) -> Tensor:
-        """1 for each target, 0 for what is only measured, [T]: the one mask that every mean is taken under."""
+        """Return 1 for targets and 0 for other measured tokens, [T]: the one mask of every mean."""
         if self.target_T is None:
             return torch.ones_like(self.logp_T)
         return self.target_T.to(self.logp_T.dtype)
 
     def sum_S(self) -> Tensor:
-        """Summed log-probability of each sequence's targets, [S]."""
+        """Return the summed log-probability of each sequence's targets, [S], nats."""
         return torch.zeros(self.sequences, dtype=self.logp_T.dtype, device=self.logp_T.device).index_add(
             0, self.sequence_T, self.logp_T * self.weight_T
         )
 
     def count_S(self) -> Tensor:
-        """Number of targets of each sequence, [S]."""
+        """Return the number of targets of each sequence, [S]."""
         counted_T = self.sequence_T if self.target_T is None else self.sequence_T[self.target_T]
         return torch.bincount(counted_T, minlength=self.sequences)
 
     def mean_S(self) -> Tensor:
-        """Mean log-probability of each sequence's targets, [S]."""
+        """Return the mean log-probability of each sequence's targets, [S], nats."""
         return self.sum_S() / self.count_S()
 
 
-def layout_of(asked: Asked, model: Model, adapter: str, *, sharded: bool = False) -> Layout:
-    """The layout that micro-batches take: what is asked, or by `auto` what suits model, kind of adapter and device.
+def layout_of(requested: LayoutSetting, model: Model, adapter: str, *, sharded: bool = False) -> Layout:
+    """Resolve `auto`: fused on a CPU if the fused decoder supports model and adapter, else padded.
 
-    On a CPU that is the fused decoder where it knows them, and padded rows elsewhere: those keep a GPU's attention
-    kernels. It never depends on a measurement, since bits depend on it. Raises LeewayError where `fused` cannot be.
+    Padded keeps a GPU's attention kernels. The choice never depends on a timing, since results are layout-dependent in
+    their last bits. Raises LeewayError if `fused` is requested but unsupported.
     """
-    if asked == "padded" or asked == "packed":  # noqa: PLR1714 - the type checker follows this form alone
-        return asked
+    if requested == "padded" or requested == "packed":  # noqa: PLR1714 - the type checker follows this form alone
+        return requested
     why = why_not(model.lm) or ("" if adapter in FUSED_ADAPTERS else f"adapter.kind is {adapter}")
     why = "its layers are in shards" if sharded else why
-    if asked == "fused" and why:
-        raise LeewayError(f"optim.layout: fused does not go with {model.name}: {why}", fix="use layout: auto")
-    return "fused" if asked == "fused" or (not why and model.device.type == "cpu") else "padded"
+    if requested == "fused" and why:
+        raise LeewayError(f"optim.layout: fused does not support {model.name}: {why}", fix="use layout: auto")
+    return "fused" if requested == "fused" or (not why and model.device.type == "cpu") else "padded"
 
 
 def hidden_at_measured(model: Model, batch: PackedBatch) -> Tensor:
-    """Final hidden states that predict the measured tokens, [T, D]."""
+    """Return the final hidden states that predict the measured tokens, [T, D]."""
     if isinstance(batch, Flat):
         return hidden(model.lm, batch.ids_BL[0], batch.position_T, batch.blocks, batch.before_T)
     lm: Any = model.lm.get_base_model() if hasattr(model.lm, "get_base_model") else model.lm
@@ -109,11 +106,11 @@ def hidden_at_measured(model: Model, batch: PackedBatch) -> Tensor:
 
 
 def hidden_apart(model: Model, sequences: Seq[Sequence]) -> Tensor:
-    """The same of sequences in the fused layout, [T, D], the bits of each whoever its neighbours are.
+    """Return the same, fused layout, with bits that do not depend on the other sequences.
 
-    All products have APART rows (a longer sequence is given with no other, and a multiple of them), and a sequence's
-    attention its own length. A row's sums do not depend on where it lies then, as long as rows are dealt out to threads
-    evenly: their number has to be a power of two.
+    All products have APART rows (a longer sequence runs alone, in a multiple of them), and attention runs per sequence
+    length. A row's sums then do not depend on its position, as long as rows are split evenly over threads: the number
+    of threads must be a power of two.
     """
     batch = Flat.of([[s] for s in sequences], model.device, rows=APART, waste=1.0)
     every_T = torch.arange(batch.ids_BL.shape[1], device=model.device)
@@ -128,7 +125,7 @@ def target_stats(
     reference_hidden_TD: Tensor | None = None,
     direction: Direction = "reverse",
 ) -> TokenStats:
-    """Statistics of the batch's measured tokens under the model as it stands, with gradients where they are on."""
+    """Return the statistics of the batch's measured tokens, with gradients if enabled."""
     hidden_TD = hidden_at_measured(model, batch)
     kl_T = None
     if reference_hidden_TD is None:
@@ -138,16 +135,15 @@ def target_stats(
     return TokenStats(logp_T, batch.sequence_T, batch.sequences, totals, kl_T, batch.target_T)
 
 
-NO_TOTALS = Totals(0, 0, 0, 0, 0)  # statistics are asked for, no loss
+NO_TOTALS = Totals(0, 0, 0, 0, 0)  # statistics without a loss
 
 
 @torch.no_grad()
 def mean_nll(model: Model, prompts: Seq[str], texts: Seq[str], *, batch: int = 32) -> list[float]:
-    """Nats per token of each text as an answer to its prompt, the end of the turn left out; float32; NaN for no tokens
-    and for more than fit into the context.
+    """Return nats per token of each text as an answer to its prompt, without the closing tokens, in float32.
 
-    An adapter is switched off, so that the base's opinion is asked. Where every weight was trained there is no base
-    left: pass the base as a Model of its own.
+    NaN for texts without tokens or longer than the context. An adapter is disabled, so the base model is measured;
+    after full fine-tuning pass the base as a Model of its own.
     """
     closing = len(model.chat.closing_ids)
     sequences = [_without_closing(model.chat.sequence(p, t), closing) for p, t in zip(prompts, texts, strict=True)]
@@ -169,14 +165,14 @@ def _without_closing(sequence: Sequence, closing: int) -> Sequence:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Mean NLL as a share of ln(vocabulary): 0 is certain, 1 is a uniform guess, whatever the tokenizer."""
+    """Mean NLL divided by ln(vocabulary): 0 is certain, 1 is a uniform guess, comparable over tokenizers."""
 
     model: Model
     batch: int = 32
 
     @property
     def identity(self) -> str:
-        """The base weights' hash and the chat template's."""
+        """Return the hash of base weights and chat template."""
         return digest("perplexity", self.model.hash, self.model.chat.template_hash)
 
     def shares(self, prompts: Seq[str], texts: Seq[str]) -> list[float]:

@@ -1,8 +1,7 @@
-"""A model in shards: each of several processes holds a part of every layer, and has a layer whole while it computes it.
+"""A sharded model: each process holds a part of every layer and gathers a layer while computing it.
 
-The layers are sharded by torch's FSDP2 (`fully_shard`) as accelerate prepares a model for it. The embedding and the
-output layer stay whole in every process: the head is read outside a forward pass, in chunks, and is often the same
-tensor as the embedding. What stays whole is called replicated here.
+Layers are sharded by torch's FSDP2 (`fully_shard`), prepared through accelerate. Embedding and output layer stay
+replicated: the head is applied outside the forward pass, in chunks, and is often tied to the embedding.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from leeway.model.load import Model, decoder
 
 
 def shard(model: Model, processes: int, device: torch.device) -> dict[Parameter, Parameter]:
-    """Shard the layers of `model` in place over all processes; says which parameter took which one's place.
+    """Shard the layers of `model` in place over all processes; return which parameter replaced which.
 
-    Every process calls it with the same whole model. What is replicated goes to `device`. Gradients are summed over
-    the processes, not averaged: every loss is normalised by the whole optimiser batch already.
+    Every process calls it with the same whole model. Replicated tensors move to `device`. Gradients are summed over
+    processes, not averaged: every loss is already normalised by the whole optimiser batch.
     """
     from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
     from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +31,7 @@ def shard(model: Model, processes: int, device: torch.device) -> dict[Parameter,
     body = decoder(model.lm.get_base_model() if hasattr(model.lm, "get_base_model") else model.lm)
     if not getattr(body, "_no_split_modules", None):
         raise LeewayError(
-            f"processes: {model.name} does not say which of its modules are layers, so it cannot be sharded",
+            f"processes: {model.name} does not name its layer classes (_no_split_modules), so it cannot be sharded",
             fix="leave processes out",
         )
     before = dict(body.named_parameters())
@@ -43,8 +42,8 @@ def shard(model: Model, processes: int, device: torch.device) -> dict[Parameter,
         cpu_ram_efficient_loading=False,
         ignored_modules=[body.get_input_embeddings()],
     )
-    # What the preparation reads of an Accelerator, which itself takes no FSDP on a CPU: one path for gloo and NCCL.
-    told = SimpleNamespace(
+    # The attributes that the preparation reads of an Accelerator, which refuses FSDP on a CPU: one path for gloo, NCCL.
+    accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
         torch_device_mesh=init_device_mesh(device.type, (processes,), mesh_dim_names=("shard",)),
         parallelism_config=SimpleNamespace(fsdp_dim_names=("shard",)),
@@ -52,7 +51,7 @@ def shard(model: Model, processes: int, device: torch.device) -> dict[Parameter,
         device=device,
         is_main_process=False,
     )
-    fsdp2_prepare_model(told, body)
+    fsdp2_prepare_model(accelerator, body)
     for module in _units(body):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -68,34 +67,34 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory; anything else as it is."""
+    """Return this process's shard of a tensor, sharing its memory; an unsharded tensor unchanged."""
     part: Tensor = tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together again, in every process at once; anything else as it is."""
+    """Gather a sharded tensor in every process; an unsharded tensor unchanged."""
     full: Tensor = tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
 
 def like(tensor: Tensor, parameter: Parameter) -> Tensor:
-    """A whole tensor, the same in every process, sharded as `parameter` is; nothing is sent."""
+    """Shard a tensor that every process holds, as `parameter` is sharded; no communication."""
     from torch.distributed.tensor import distribute_tensor
 
     if not is_shard(parameter):
         return tensor.to(parameter.device)
-    kept: Any = parameter
-    mesh, placements = kept.device_mesh, kept.placements
+    sharded: Any = parameter
+    mesh, placements = sharded.device_mesh, sharded.placements
     return distribute_tensor(tensor.detach().to(parameter.device), mesh, placements, src_data_rank=None)
 
 
 @contextmanager
 def exchanged(lm: Any, values: dict[Parameter, Tensor]) -> Iterator[None]:
-    """Parameters with other values for as long as the context lasts, shard by shard, in their own memory.
+    """Replace parameter values within the context, shard by shard, in place.
 
-    A sharded parameter's layers are gathered from where its shard lies, so that the contents change places and not the
-    tensors; what an earlier pass has gathered is let go.
+    Sharded layers are gathered from their shards' memory, so contents are swapped, not tensors; layers that an earlier
+    pass gathered are resharded.
     """
     _exchange(lm, values)
     try:
@@ -110,13 +109,13 @@ def _exchange(lm: Any, values: dict[Parameter, Tensor]) -> None:
         module.reshard()
     for p, value in values.items():
         ours, theirs = local(p.data), local(value)
-        kept = ours.clone()
+        copy = ours.clone()
         ours.copy_(theirs)
-        theirs.copy_(kept)
+        theirs.copy_(copy)
 
 
 def _units(lm: Any) -> list[Any]:
-    """The modules whose parameters are gathered at once."""
+    """Return the modules whose parameters are gathered together."""
     from torch.distributed.fsdp import FSDPModule
 
     return [m for m in lm.modules() if isinstance(m, FSDPModule)]

@@ -1,4 +1,4 @@
-"""Load a chat model and its tokenizer: safetensors only, no remote code, identity by content."""
+"""Load a chat model and its tokenizer: safetensors only, no remote code, identity by content hash."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 @dataclass
 class Model:
-    """A causal language model with its chat, its output head and what identifies it."""
+    """A causal language model with its chat template, output head and content hash."""
 
     lm: Any
     chat: Chat
@@ -28,7 +28,7 @@ class Model:
     name: str
     hash: str
     context: int
-    stop_ids: tuple[int, ...]  # that the model's own generation settings name
+    stop_ids: tuple[int, ...]  # from the model's own generation settings
 
     @property
     def device(self) -> torch.device:
@@ -40,7 +40,7 @@ class Model:
 
 
 def resolve(name: str) -> str:
-    """`organism` to the folder that ships with the package; anything else stays."""
+    """Return the packaged folder for `organism`; any other name unchanged."""
     if name != "organism":
         return str(expand(name)) if name.startswith("~") else name
     from leeway import organism
@@ -49,19 +49,19 @@ def resolve(name: str) -> str:
 
 
 def load_chat(name: str, revision: str | None = None) -> Chat:
-    """The tokenizer and its chat template alone."""
+    """Load the tokenizer and its chat template only."""
     from transformers import AutoTokenizer
 
-    with _told(name):
+    with _LoadErrors(name):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision, trust_remote_code=False)
     return Chat(tokenizer)
 
 
 def load_context(name: str, revision: str | None = None) -> int:
-    """How many tokens the model can hold, from its config."""
+    """Return the model's context length in tokens, from its config."""
     from transformers import AutoConfig
 
-    with _told(name):
+    with _LoadErrors(name):
         config = AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=False)
     return _context(config)
 
@@ -74,16 +74,16 @@ def load_model(
     device: str = "auto",
     chat: Chat | None = None,
 ) -> Model:
-    """The model in evaluation mode, its parameters frozen; under `chat` where it is given, else under its own."""
+    """Load the model in evaluation mode with frozen parameters, under `chat` if given, else under its own template."""
     from transformers import AutoModelForCausalLM
 
     quiet_loaders()
     chat = chat or load_chat(name, revision)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise LeewayError(f"device: {device} is not there", fix="use device: cpu, or auto")
+        raise LeewayError(f"device: {device} is not available", fix="use device: cpu, or auto")
     kind = resolve_dtype(dtype, where)
-    with _told(name):
+    with _LoadErrors(name):
         lm = AutoModelForCausalLM.from_pretrained(
             resolve(name), revision=revision, dtype=kind, use_safetensors=True, trust_remote_code=False
         )
@@ -95,7 +95,7 @@ def load_model(
 
 
 def _bare(lm: Any) -> tuple[int, ...]:
-    """Strip the generation settings that came with the model (a repetition penalty, say), but for its stop tokens."""
+    """Remove the model's own generation settings (such as a repetition penalty), and return its stop tokens."""
     from transformers import GenerationConfig
 
     eos = lm.generation_config.eos_token_id
@@ -104,7 +104,7 @@ def _bare(lm: Any) -> tuple[int, ...]:
 
 
 def quiet_loaders() -> None:
-    """The loaders' bars and notices would stand between our own lines."""
+    """Silence the progress bars and notices of the loading libraries."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -114,19 +114,19 @@ def quiet_loaders() -> None:
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU; the manifest records which."""
+    """Resolve `auto`: bfloat16 on a GPU, float32 on a CPU."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def decoder(lm: Any) -> Any:
-    """The part below the output head: its last hidden state, after the final norm, is what the head reads."""
+    """Return the decoder below the output head, including the final norm."""
     return getattr(lm, lm.base_model_prefix)
 
 
 def model_hash(name: str, revision: str | None, lm: Any) -> str:
-    """Identity by content: the weight files of a folder, the resolved commit of a hub id."""
+    """Return the content hash: of a folder's weight files, or the resolved commit of a hub id."""
     folder = Path(resolve(name))
     if folder.is_dir():
         files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
@@ -141,7 +141,7 @@ def _context(config: Any) -> int:
 
 @torch.no_grad()
 def _check_head(model: Model) -> None:
-    """Hold our head to the model's own logits: an architecture with another output rule is refused, not wrong."""
+    """Raise LeewayError unless our output head reproduces the model's own logits."""
     ids = torch.tensor([model.chat.prompt_ids([{"role": "user", "content": "hello"}])], device=model.device)
     ours = model.head.logits(decoder(model.lm)(input_ids=ids).last_hidden_state[0])
     theirs = model.lm(input_ids=ids).logits[0].float()
@@ -153,14 +153,14 @@ def _check_head(model: Model) -> None:
     slack = 1e-4 if theirs.dtype == torch.float32 and model.head.weight_VD.dtype == torch.float32 else 0.25
     if not torch.allclose(ours, theirs, atol=slack, rtol=slack):
         raise LeewayError(
-            f"model {model.name}: its logits are not its output layer times its last hidden state "
-            f"(they differ by {(ours - theirs).abs().max():.3g})",
+            f"model {model.name}: its logits differ from output layer times last hidden state "
+            f"(by {(ours - theirs).abs().max():.3g})",
             fix="Llama, Qwen and Gemma 2 architectures are supported",
         )
 
 
-class _told:  # noqa: N801 - reads as a verb at its use
-    """Turn the loaders' many exceptions into one line."""
+class _LoadErrors:
+    """Context manager that turns loader exceptions into one-line LeewayErrors."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -171,12 +171,12 @@ class _told:  # noqa: N801 - reads as a verb at its use
         looks_local = self.name.startswith((".", "/", "~")) or folder.exists()
         if not looks_local and self.name.count("/") != 1:
             raise LeewayError(
-                f"model {self.name}: no such folder, and no hub id",
+                f"model {self.name}: not a folder, and not a hub id",
                 fix="give a model's folder, owner/name, or organism",
             )
         if looks_local and not (folder / "config.json").is_file():
             raise LeewayError(
-                f"model {self.name}: no config.json there",
+                f"model {self.name}: no config.json in the folder",
                 fix="give a Hugging Face model directory or a hub id",
             )
 

@@ -1,14 +1,9 @@
-"""How sequences lie in one micro-batch: where their tokens are, and which hidden state predicts each measured one.
+"""Layouts of a micro-batch: token positions, and the hidden state that predicts each measured token.
 
-Shape legend: B rows, L positions, T measured tokens, D width. `Padded` gives each sequence a row; `Packed` puts several
-into one, and stores what the sequences of one example begin with alike once; `Flat` is a single row for the fused
-decoder, shared beginnings stored once too. The statistics are the same.
+`Padded`: one sequence per row. `Packed`: several sequences per row. `Flat`: all in one row, for the fused decoder.
+Packed and Flat store the common prefix of an example's sequences once (`PrefixTree`). The statistics are the same.
 
-Sequences that begin alike as one tree: what they share is stored, and goes through the model, once.
-
-Which tokens attend to which, sequence trees end to end in one row: attention by blocks of like length.
-
-Shape legend: T tokens, B trees of one block, L positions of the longest of them.
+Shape legend: B rows (or trees of one block), L positions, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -29,9 +24,9 @@ from leeway.model.token_stats import ROUND, filled
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """Sequences that begin alike, each token of a common beginning once: nodes in order, a node after its ancestors.
+    """Sequences as a prefix tree: each token of a common prefix is one node, after its ancestors.
 
-    ids, positions: of each node. paths: the nodes that each sequence runs through.
+    ids, positions: per node. paths: the nodes of each sequence.
     """
 
     sequences: Seq[Sequence]
@@ -41,7 +36,7 @@ class PrefixTree:
 
     @classmethod
     def of(cls, sequences: Seq[Sequence]) -> PrefixTree:
-        """Each sequence branches off where it leaves the earlier one that it follows longest."""
+        """Build the tree; each sequence branches off the earlier one with the longest common prefix."""
         ids: list[int] = []
         positions: list[int] = []
         paths: list[list[int]] = []
@@ -56,7 +51,7 @@ class PrefixTree:
         return cls(sequences, ids, positions, paths)
 
     def visible(self) -> Tensor:
-        """Which nodes (columns) each node (row) sees: itself and its ancestors."""
+        """Return which nodes (columns) each node (row) attends to: itself and its ancestors."""
         seen = torch.zeros(len(self.ids), len(self.ids), dtype=torch.bool)
         for path in self.paths:
             nodes = torch.tensor(path)
@@ -65,22 +60,21 @@ class PrefixTree:
 
 
 def common_prefix(a: Seq[int], b: Seq[int]) -> int:
-    """How many ids two sequences begin with alike."""
+    """Return the length of the common prefix."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-WASTE = 1.25  # a block's positions per token at most, before a new block begins
-STRIDE = 16  # of a block's positions, so that products meet few shapes
-HIDDEN = -1e30  # added to what a token does not see; a row always sees itself, so no softmax is empty
+WASTE = 1.25  # maximum positions per token of a block
+STRIDE = 16  # block lengths are multiples of it, so products have few shapes
+HIDDEN = -1e30  # additive mask; every token sees itself, so no softmax is empty
 
 
 @dataclass(frozen=True)
 class Block:
-    """Trees of like length, each padded on the right to L, a multiple of STRIDE.
+    """Trees of similar length, each right-padded to L, a multiple of STRIDE.
 
-    tokens_BL: the token of each position (a padded one repeats token 0, and nobody reads it). seen: None where every
-    tree is one sequence, whose tokens see all that came before; else which positions each position sees, [B, L, L].
-    padded_N: the positions that are padding, of the B L; None where there are none.
+    tokens_BL: token index of each position (padding repeats token 0 and is never read). seen: attention mask [B, L, L];
+    None if every tree is one sequence (causal). padded_N: padding positions of the B L; None if there are none.
     """
 
     tokens_BL: Tensor
@@ -88,7 +82,7 @@ class Block:
     padded_N: Tensor | None
 
     def bias(self, dtype: torch.dtype) -> Tensor:
-        """To be added to the scores: 0 where a position is seen; [L, L] or [B, L, L]."""
+        """Return the additive attention bias, 0 where visible; [L, L] or [B, L, L]."""
         length = self.tokens_BL.shape[1]
         if self.seen_BLL is None:
             hidden = torch.ones(length, length, dtype=torch.bool, device=self.tokens_BL.device).triu(1)
@@ -99,9 +93,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Blocks:
-    """All tokens of a micro-batch. place_T: where each token lies among the positions of all blocks.
+    """All tokens of a micro-batch. place_T: each token's position among all blocks.
 
-    The row is filled up with tokens that nothing attends to and that attend to nothing: there are `tokens` real ones.
+    The row is filled up with `rows`-aligned tokens that neither attend nor are attended to; `tokens` are real.
     """
 
     blocks: tuple[Block, ...]
@@ -109,21 +103,21 @@ class Blocks:
     tokens: int
 
     def biases(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Each block's, once for all layers."""
+        """Return each block's bias, shared by all layers."""
         return tuple(block.bias(dtype) for block in self.blocks)
 
     @classmethod
     def of(cls, trees: Seq[PrefixTree], device: torch.device, *, rows: int = ROUND, waste: float = WASTE) -> Blocks:
-        """Trees lie in the row in the order given; it is filled up to a multiple of `rows`.
+        """Group trees into blocks, in the given order; the row is padded to a multiple of `rows`.
 
-        A block's positions per token are `waste` at most; 1: a block's trees have one length up to STRIDE.
+        `waste`: maximum positions per token of a block; 1 groups trees of equal length (up to STRIDE).
         """
         starts = [0]
         for tree in trees:
             starts.append(starts[-1] + len(tree.ids))
         order = sorted(range(len(trees)), key=lambda n: (len(trees[n].ids), n))
         blocks, place_T, offset = [], torch.zeros(filled(starts[-1], rows), dtype=torch.long), 0
-        for group in _alike([filled(len(trees[n].ids), STRIDE) for n in order], waste):
+        for group in _length_groups([filled(len(trees[n].ids), STRIDE) for n in order], waste):
             members = [order[k] for k in group]
             length = filled(max(len(trees[n].ids) for n in members), STRIDE)
             tokens_BL = torch.zeros(len(members), length, dtype=torch.long)
@@ -140,8 +134,8 @@ class Blocks:
         return cls(tuple(blocks), place_T.to(device), starts[-1])
 
 
-def _alike(lengths: Seq[int], waste: float) -> list[range]:
-    """Runs of rising lengths that waste little when each is padded to its longest."""
+def _length_groups(lengths: Seq[int], waste: float) -> list[range]:
+    """Return runs of sorted lengths with little padding each."""
     runs, start, total = [], 0, 0
     for k, length in enumerate(lengths):
         if k > start and (k - start + 1) * length > waste * (total + length):
@@ -162,30 +156,30 @@ def _seen(trees: Seq[PrefixTree], length: int, device: torch.device) -> Tensor |
 
 
 Layout = Literal["padded", "packed", "fused"]
-Asked = Literal["auto", "padded", "packed", "fused"]
-Examples = Seq[Seq[Sequence]]  # each example's sequences, in the order in which its objective rendered them
+LayoutSetting = Literal["auto", "padded", "packed", "fused"]
+Examples = Seq[Seq[Sequence]]  # sequences per example, in rendering order
 
 
 @dataclass(frozen=True)
 class PackedBatch(ABC):
-    """S sequences as B rows of length L, and where their T measured tokens are, sequence by sequence."""
+    """S sequences as B rows of length L, with the positions of their T measured tokens."""
 
     ids_BL: Tensor
     row_T: Tensor
     before_T: Tensor  # position whose hidden state predicts the measured token
     sequence_T: Tensor
     measured_T: Tensor  # the measured tokens' ids
-    target_T: Tensor | None  # which of them are targets; None where all are
+    target_T: Tensor | None  # target mask; None if all are targets
     sequences: int
 
     @abstractmethod
     def inputs(self, lm: Any) -> dict[str, Any]:
-        """What the decoder of `lm` is called with."""
+        """Return the keyword arguments for the decoder of `lm`."""
 
 
 @dataclass(frozen=True)
 class Padded(PackedBatch):
-    """S sequences padded on the right to length L: one row each."""
+    """S sequences, one right-padded row each."""
 
     mask_BL: Tensor
 
@@ -209,9 +203,9 @@ class Padded(PackedBatch):
 
 @dataclass(frozen=True)
 class Flat(PackedBatch):
-    """All sequences end to end in one row, without padding, common beginnings stored once: for the fused decoder.
+    """All sequences end to end in one row without padding, common prefixes stored once; for the fused decoder.
 
-    row_T is 0 throughout. position_T: each token's place in its own sequence. blocks: which tokens attend to which.
+    row_T is 0 throughout. position_T: position within the own sequence. blocks: attention structure.
     """
 
     position_T: Tensor
@@ -219,7 +213,7 @@ class Flat(PackedBatch):
 
     @classmethod
     def of(cls, examples: Examples, device: torch.device, *, rows: int = ROUND, waste: float = WASTE) -> Flat:
-        """`rows` and `waste` as in Blocks.of."""
+        """See `Blocks.of` for `rows` and `waste`."""
         trees = [PrefixTree.of(e) for e in examples if e]
         starts = list(itertools.accumulate((len(t.ids) for t in trees), initial=0))
         paths = [
@@ -244,10 +238,10 @@ class Flat(PackedBatch):
 
 @dataclass(frozen=True)
 class Packed(PackedBatch):
-    """Several sequences a row: a token sees its own sequence up to itself, and nothing else.
+    """Several sequences per row; a token attends to its own sequence only.
 
-    position_BL: each token's place in its own sequence, from 0. visible_BLL: which tokens (last) each token sees.
-    longest: tokens of the longest sequence.
+    position_BL: position within the own sequence, from 0. visible_BLL: attention mask (last axis: keys). longest:
+    length of the longest sequence.
     """
 
     position_BL: Tensor
@@ -256,16 +250,18 @@ class Packed(PackedBatch):
 
     @classmethod
     def of(cls, examples: Examples, device: torch.device, *, share: bool = True) -> Packed:
-        """Lay `examples` out; `share` stores what an example's sequences begin with alike once.
+        """Lay out `examples`; `share` stores the common prefix of an example's sequences once.
 
-        A shared beginning and what follows it form a tree: a token sees its ancestors. Trees go, longest first, into
-        the first row that has room; the longest one sets the length of all rows.
+        A common prefix and its continuations form a tree: a token attends to its ancestors. Trees are placed longest
+        first, into the first row with room; the longest sets the row length.
         """
         trees = [PrefixTree.of(part) for e in examples for part in ([e] if share else [[s] for s in e]) if part]
         length = max(len(t.ids) for t in trees)
         places, rows = place([len(t.ids) for t in trees], length)
         ids_BL, position_BL = (torch.zeros(rows, length, dtype=torch.long) for _ in range(2))
-        visible_BLL = torch.eye(length, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself: no empty softmax
+        visible_BLL = torch.eye(length, dtype=torch.bool).repeat(
+            rows, 1, 1
+        )  # padding attends to itself, so no softmax is empty
         row, before = [], []
         for tree, (b, at) in zip(trees, places, strict=True):
             span = slice(at, at + len(tree.ids))
@@ -296,9 +292,9 @@ class Packed(PackedBatch):
         return {"input_ids": self.ids_BL, "position_ids": self.position_BL, "attention_mask": self._masks(lm)}
 
     def _masks(self, lm: Any) -> Any:
-        """The mask [B, 1, L, L] as transformers takes a ready-made one, for each kind of layer where they differ.
+        """Return the mask [B, 1, L, L] in transformers' prepared form, per layer type where they differ.
 
-        A ready-made mask stands in place of the model's sliding window, so that the window is built in.
+        A prepared mask replaces the model's sliding window, so the window is included here.
         """
         window = getattr(lm.config, "sliding_window", None)
         full = self._formed(self.visible_BLL, lm)
@@ -310,34 +306,34 @@ class Packed(PackedBatch):
         return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
 
     def _formed(self, visible_BLL: Tensor, lm: Any) -> Tensor:
-        """True and False for sdpa; 0 and the most negative number, to be added to the scores, for eager attention."""
+        """Return a boolean mask for sdpa, an additive one (0, most negative number) for eager attention."""
         kind, mask = lm.config._attn_implementation, visible_BLL[:, None]
         if kind == "sdpa":
             return mask
         if kind != "eager":
-            raise LeewayError(f"optim.layout: packed does not go with {kind} attention", fix="use layout: padded")
+            raise LeewayError(f"optim.layout: packed does not support {kind} attention", fix="use layout: padded")
         return torch.zeros(mask.shape, dtype=lm.dtype, device=mask.device).masked_fill(~mask, torch.finfo(lm.dtype).min)
 
 
-def lay(examples: Examples, device: torch.device, layout: Layout = "padded") -> PackedBatch:
-    """The sequences of `examples` as one micro-batch."""
+def pack_batch(examples: Examples, device: torch.device, layout: Layout = "padded") -> PackedBatch:
+    """Return the sequences of `examples` as one micro-batch."""
     if layout == "fused":
         return Flat.of(examples, device)
     return Packed.of(examples, device) if layout == "packed" else Padded.of([s for e in examples for s in e], device)
 
 
 def longest(example: Seq[Sequence]) -> int:
-    """Tokens of the example's longest sequence."""
+    """Return the length of the example's longest sequence, tokens."""
     return max(len(s.ids) for s in example)
 
 
 def stored(example: Seq[Sequence]) -> int:
-    """Positions that the example takes when it is packed."""
+    """Return the positions that the example takes when packed."""
     return len(PrefixTree.of(example).ids)
 
 
 def targets(sequences: Seq[Sequence], device: torch.device) -> Tensor | None:
-    """Which measured tokens are targets, [T]; None where all are."""
+    """Return the target mask of the measured tokens, [T]; None if all are targets."""
     if all(s.start == s.target_start for s in sequences):
         return None
     flags = [k >= s.target_start for s in sequences for k in range(s.start, len(s.ids))]
@@ -345,9 +341,9 @@ def targets(sequences: Seq[Sequence], device: torch.device) -> Tensor | None:
 
 
 def place(lengths: Seq[int], capacity: int) -> tuple[list[tuple[int, int]], int]:
-    """(row, first position) of each item, and the number of rows of this capacity; an item that is longer gets its own.
+    """Return (row, first position) of each item and the number of rows; longer items get their own row.
 
-    Longest first, into the first row that has room (Johnson 1973, Near-optimal bin packing algorithms).
+    First-fit decreasing (Johnson 1973, Near-optimal bin packing algorithms).
     """
     room: list[int] = []
     places = [(0, 0)] * len(lengths)

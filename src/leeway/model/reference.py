@@ -1,7 +1,7 @@
-"""The reference: the model that a trajectory is compared with, as it answers while the policy trains on.
+"""The reference model that an objective compares the policy with, while the policy trains.
 
-It has an identity, and it answers with dropout off, without gradients and without drawing a random number; sums are
-taken in float32. Objectives see its statistics and never the model.
+It has a content hash and runs with dropout off, without gradients and without consuming random numbers; sums are in
+float32. Objectives see its statistics, never the model.
 """
 
 from __future__ import annotations
@@ -27,53 +27,52 @@ from leeway.model.token_stats import Head, token_logps
 
 Frozen = dict[Parameter, Tensor]
 
-ARITHMETIC = 3  # another number where our own code computes a reference in another way
+ARITHMETIC = 3  # increase when the computation of a reference changes
 
 
 @dataclass
 class Reference:
-    """A model by its `hash`, and how it is had beside the policy.
+    """A reference model, identified by its `hash`, in one of three forms.
 
-    Live, nothing given: the adapter is switched off, and the base answers; this takes no memory.
-    Live, `frozen`: what trains takes these values for the pass. This takes one more copy of what trains: little for an
-    adapter, the size of the model for whole weights.
-    Cached: `kept`, on disk, holds what it said of each sequence before the first step; `frozen` is released then, but
-    for the reference's own output layer where whole weights train. `spent` counts the tokens of sequences by the
-    optimiser step that needs them first.
+    Live, no values given: the adapter is disabled and the base answers; no extra memory.
+    Live, `frozen`: trainable parameters take these values for the pass; one more copy of what trains.
+    Cached: `cached` on disk holds its statistics for each sequence, computed before the first step; `frozen` is then
+    released, except the reference's output layer in full fine-tuning. `spent` counts tokens by the optimiser step that
+    first needs them.
     """
 
     hash: str = ""
     frozen: Frozen | None = None
-    kept: Shelf | None = None
+    cached: Shelf | None = None
     spent: dict[int, int] = field(default_factory=dict)
     released: bool = False
 
     def head(self, policy: Head) -> Head:
-        """The policy's output layer with the reference's beside it, where the policy's trains."""
+        """Return the policy's output layer with the reference's attached, if the policy's is trained."""
         weight_VD = (self.frozen or {}).get(policy.weight_VD)  # type: ignore[call-overload]
         return policy if weight_VD is None else replace(policy, reference=replace(policy, weight_VD=weight_VD))
 
     def logps(self, model: Model, batch: PackedBatch, sequences: Seq[Sequence]) -> Tensor:
-        """Log-probabilities of a batch's measured tokens, [T] in nats; `sequences` are what it was laid from."""
-        if self.kept is not None:
-            return self.kept.logps(sequences).to(model.device)
+        """Return log-probabilities of the batch's measured tokens, [T], nats; `sequences` as packed."""
+        if self.cached is not None:
+            return self.cached.logps(sequences).to(model.device)
         with as_reference(model, self):
             return token_logps(hidden_at_measured(model, batch), batch.measured_T, model.head)
 
     def hidden(self, model: Model, batch: PackedBatch, sequences: Seq[Sequence]) -> Tensor:
-        """The final hidden states that predict them, [T, D]."""
-        if self.kept is not None:
-            return self.kept.states(sequences).to(model.device)
+        """Return the final hidden states that predict them, [T, D]."""
+        if self.cached is not None:
+            return self.cached.states(sequences).to(model.device)
         with as_reference(model, self):
             return hidden_at_measured(model, batch)
 
     def release(self) -> None:
-        """Let go of the frozen copy: from here on only what is kept can be said."""
+        """Drop the frozen copy; only cached statistics remain available."""
         self.released, self.frozen = self.frozen is not None, None
 
 
 def computed_as(model: Model, reference: Reference, autocast: torch.dtype | None, layout: Layout = "padded") -> str:
-    """Whose numbers, and by which arithmetic: what has another name may differ in its last bits, and is kept apart."""
+    """Return the cache key of a reference and its arithmetic: anything that may change the last bits."""
     on_cpu = model.device.type == "cpu"
     return digest(
         "reference",
@@ -89,16 +88,16 @@ def computed_as(model: Model, reference: Reference, autocast: torch.dtype | None
 
 
 def freeze(model: Model) -> Frozen:
-    """A copy of what trains, as it stands."""
+    """Return a copy of the trainable parameters."""
     return {p: p.detach().clone() for p in trainable(model)}
 
 
 @contextmanager
 def as_reference(model: Model, reference: Reference | None = None) -> Iterator[None]:
-    """The model as the reference: its frozen values or no adapter, no dropout, no gradients, no random number drawn."""
+    """Run the model as the reference: frozen values or no adapter, no dropout, no gradients, no random numbers."""
     frozen = reference.frozen if reference else None
     if (reference and reference.released) or (frozen is None and not is_low_rank(model)):
-        raise ValueError("this reference has no model any more: only what it was asked beforehand is known")
+        raise ValueError("this reference was released: only cached statistics are available")
     was_training = model.lm.training
     model.lm.eval()
     try:
@@ -115,7 +114,7 @@ def as_reference(model: Model, reference: Reference | None = None) -> Iterator[N
 
 @contextmanager
 def _values(frozen: Frozen) -> Iterator[None]:
-    """Parameters with other values for as long as the context lasts; their own tensors come back after."""
+    """Replace parameter values within the context."""
     own = {p: p.data for p in frozen}
     for p, value in frozen.items():
         p.data = value

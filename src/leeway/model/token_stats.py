@@ -1,19 +1,15 @@
-"""Per-target-token statistics from final hidden states: log-probabilities and full-vocabulary KL, streamed in blocks.
+"""Per-token statistics from final hidden states: log-probabilities and full-vocabulary KL, streamed in blocks.
 
 Shape legend: T target tokens, D width, V vocabulary, C tokens of one chunk, N words of one block. No [T, V] tensor is
-ever held: logits come block by block, and a block lives in a CPU's cache. Sums are taken in float32 (float64 stays
-float64) whatever the model's dtype.
+ever held: logits are computed block by block, and a block fits a CPU's cache. Sums are in float32 (float64 for float64)
+for any dtype of the model.
 
-A token's statistics depend on its own hidden state alone, so that the gradient of a loss is
+A token's statistics depend on its own hidden state only, so the gradient of any loss is
 
     dL/dh_t = (dL/dlogp_t) dlogp_t/dh_t + (dL/dKL_t) dKL_t/dh_t
 
-whatever the loss is. Both derivatives, [T, D], are taken while logits are there, and the backward pass only scales
-them: no logit is computed twice. Where the weight trains, its own gradient needs the logits again.
-
-The output layer: logits from final hidden states, whole or in blocks of the vocabulary.
-
-Shape legend: C tokens, D width, V vocabulary, N words of one block.
+Both derivatives, [T, D], are computed in the forward pass and only scaled in the backward pass: no logit is computed
+twice. If the output weight is trained, its own gradient recomputes the logits.
 """
 
 from __future__ import annotations
@@ -41,7 +37,7 @@ ROUND = 64  # a CPU's products are compiled for each number of rows they meet: f
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits of the words from `start` to `stop`, soft-capped, [C, N]; d capped / d raw where they are."""
+    """Soft-capped logits of words `start` to `stop`, [C, N], and d capped / d raw if soft-capped."""
 
     start: int
     stop: int
@@ -50,12 +46,12 @@ class Logits:
     weight_ND: Tensor
 
     def times_weight(self, parts: Seq[Tensor], dtype: torch.dtype) -> Tensor:
-        """sum over words of each part [C, N] times d logit / d hidden: [parts C, D], part and weight in `dtype`."""
+        """Return the sum over words of each part [C, N] times d logit / d hidden, [parts C, D], in `dtype`."""
         scaled = parts if self.slope_CN is None else [p * self.slope_CN for p in parts]
         return torch.cat([p.to(dtype) for p in scaled]) @ self.weight_ND.to(dtype)
 
     def rows(self, some: slice) -> Logits:
-        """Of some of the tokens."""
+        """Return the logits of a slice of the tokens."""
         slope_CN = None if self.slope_CN is None else self.slope_CN[some]
         return replace(self, capped_CN=self.capped_CN[some], slope_CN=slope_CN)
 
@@ -64,10 +60,9 @@ class Logits:
 class Head:
     """The output layer: logits_TV = softcap(hidden_TD @ weight_VD.T).
 
-    `softcap` is Gemma 2's final logit soft-capping, c * tanh(logits / c), or None. `blocked` are ids that are read but
-    never predicted (control tokens): they have no share in the distribution. `reference` is the output layer that the
-    reference's hidden states are read through, where it is another one than this: a weight that trains, or that is
-    tied to an embedding that trains, is not the one that the reference had.
+    `softcap`: Gemma 2's final logit soft-capping, c * tanh(logits / c), or None. `blocked`: ids that are read but never
+    predicted (control tokens), excluded from the distribution. `reference`: output layer for the reference's hidden
+    states, if it differs (the policy's output weight, or an embedding tied to it, is trained).
     """
 
     weight_VD: Tensor
@@ -76,13 +71,14 @@ class Head:
     reference: Head | None = None
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        """[C, V] logits in float32 (or float64): of half-precision states and weights too, never rounded to them."""
+        """Return [C, V] logits in float32 (or float64), never rounded to half precision."""
         return torch.cat([block.capped_CN for block in self.blocks(hidden_CD)], -1)
 
     def blocks(self, hidden_CD: Tensor) -> Iterator[Logits]:
-        """The same, block by block.
+        """Yield the logits block by block.
 
-        In half precision on a CPU states and a block of the weight are widened: no second copy of the weight is held.
+        On a CPU half-precision states and weight blocks are widened one at a time: no second copy of the weight is
+        held.
         """
         words = len(self.weight_VD)
         widen = hidden_CD.dtype in HALF and not hidden_CD.is_cuda
@@ -99,14 +95,14 @@ class Head:
             yield Logits(start, min(start + size, words), capped_CN, slope_CN, weight_ND)
 
     def slope(self, capped: Tensor) -> Tensor:
-        """d capped logit / d logit of a soft-capped head."""
+        """Return d capped logit / d logit."""
         assert self.softcap is not None
         return 1 - (capped / self.softcap) ** 2
 
     def chunks(self, total: int, *, held: bool = False) -> list[slice]:
-        """Runs of tokens whose logits are computed together, on a CPU about equally long.
+        """Return slices of tokens whose logits are computed together, about equally long on a CPU.
 
-        `held` where all of a run's logits are there at once.
+        `held`: all logits of a slice are in memory at once.
         """
         words = len(self.weight_VD)
         if self.weight_VD.device.type != "cpu":
@@ -118,7 +114,7 @@ class Head:
 
 
 def filled(rows: int, multiple: int = ROUND) -> int:
-    """The next multiple."""
+    """Round up to the next multiple."""
     return -(-rows // multiple) * multiple
 
 
@@ -137,8 +133,8 @@ def _widened_product(hidden_CD: Tensor, weight_ND: Tensor) -> Tensor:
 class _CoarseInputs:
     """float32 products through oneDNN, about twice as fast as the default on some CPUs.
 
-    It may round its inputs to bfloat16, which changes nothing in numbers that were in bfloat16; sums are in float32.
-    The setting is the whole process's: of several threads the last one out puts it back.
+    It may round its inputs to bfloat16, which is exact for bfloat16 inputs; sums are in float32. The setting is global
+    to the process: of several threads the last one out restores it.
     """
 
     def __init__(self) -> None:
@@ -166,7 +162,7 @@ __all__ = ["BLOCKED", "HALF", "Direction", "Head", "token_logps", "token_logps_a
 
 
 def token_logps(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> Tensor:
-    """Log-probability of each target token, [T] in nats."""
+    """Return the log-probability of each target token, [T], nats."""
     logp_T: Tensor = _Streamed.apply(hidden_TD, _weight(head), targets_T, head, None, None)[0]
     return logp_T
 
@@ -174,24 +170,23 @@ def token_logps(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> Tensor:
 def token_logps_and_kl(
     hidden_TD: Tensor, targets_T: Tensor, head: Head, reference_hidden_TD: Tensor, direction: Direction
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token and the KL divergence of its whole next-token distribution, both [T], nats.
+    """Return each target token's log-probability and the KL of its next-token distribution, both [T], nats.
 
-    `reverse` is D(policy || reference), `forward` is D(reference || policy). The reference's distribution is rebuilt
-    from its own final hidden states through its own head (`head.reference`; `head` itself where there is none), and no
-    gradient goes there.
+    `reverse` is D(policy || reference), `forward` is D(reference || policy). The reference's distribution is computed
+    from its own final hidden states through its own head (`head.reference`, else `head`), without gradient.
     """
     logp_T, kl_T = _Streamed.apply(hidden_TD, _weight(head), targets_T, head, reference_hidden_TD.detach(), direction)
     return logp_T, kl_T
 
 
 def _weight(head: Head) -> Tensor:
-    """The output layer as autograd sees it: a forward pass alone prepares for no gradient."""
+    """Return the output weight; detached when no gradient is needed."""
     return head.weight_VD if torch.is_grad_enabled() else head.weight_VD.detach()
 
 
 @dataclass
 class _Normaliser:
-    """log sum exp of logits that come block by block (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3)."""
+    """Streaming log-sum-exp (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3)."""
 
     largest_C1: Tensor
     sum_C1: Tensor
@@ -202,7 +197,7 @@ class _Normaliser:
         return cls(torch.full_like(nothing, -torch.inf), nothing)
 
     def add(self, logits_CN: Tensor) -> tuple[Tensor, Tensor]:
-        """(exp of the logits less the largest so far; what all that was summed before has to be scaled by)."""
+        """Return (exp of the logits minus the running maximum, rescaling factor of the earlier sums)."""
         largest_C1 = torch.maximum(self.largest_C1, logits_CN.amax(-1, keepdim=True))
         exp_CN = (logits_CN - largest_C1).exp_()
         scale_C1 = (self.largest_C1 - largest_C1).exp_()
@@ -215,25 +210,25 @@ class _Normaliser:
         return self.largest_C1 + self.sum_C1.log()
 
     def less(self, other: _Normaliser) -> Tensor:
-        """The difference of two of them, which is small where each is large: not one of their rounded values."""
+        """Return the difference of two log-sum-exps without cancellation of their rounded values."""
         return (self.largest_C1 - other.largest_C1) + (self.sum_C1 / other.sum_C1).log()
 
 
 def _picked(found_C: Tensor, block: Logits, targets_C: Tensor) -> Tensor:
-    """The targets' logits, where they lie in this block."""
+    """Add the targets' logits found in this block."""
     here_C = (targets_C >= block.start) & (targets_C < block.stop)
     at_C = (targets_C - block.start).clamp(0, block.stop - block.start - 1)
     return torch.where(here_C, block.capped_CN.gather(-1, at_C[:, None])[:, 0], found_C)
 
 
 def _onehot_part(head: Head, hidden_CD: Tensor, targets_C: Tensor, logit_C: Tensor) -> Tensor:
-    """d target's logit / d hidden, [C, D]."""
+    """Return d target logit / d hidden, [C, D]."""
     rows_CD = head.weight_VD.index_select(0, targets_C).to(hidden_CD.dtype)
     return rows_CD if head.softcap is None else rows_CD * head.slope(logit_C)[:, None].to(rows_CD.dtype)
 
 
 def _logps(hidden_CD: Tensor, targets_C: Tensor, head: Head, wide: torch.dtype, *, slopes: bool) -> list[Tensor]:
-    """[logp, and with `slopes` d logp / d hidden = W_y - sum_v p_v W_v], one pass over the blocks."""
+    """Return [logp, and with `slopes` d logp / d hidden = W_y - sum_v p_v W_v] in one pass over the blocks."""
     norm, logit_C = _Normaliser.of(hidden_CD, wide), torch.zeros(len(hidden_CD), dtype=wide, device=hidden_CD.device)
     mean_CD = torch.zeros(hidden_CD.shape, dtype=wide, device=hidden_CD.device) if slopes else None
     for block in head.blocks(hidden_CD):
@@ -257,15 +252,15 @@ def _logps_and_kl(
     *,
     slopes: bool,
 ) -> list[Tensor]:
-    """[logp, KL, and with `slopes` their derivatives by the hidden state], one pass over the blocks.
+    """Return [logp, KL, and with `slopes` their derivatives by the hidden state] in one pass over the blocks.
 
-    With z and z' the logits of policy and reference, log Z and log Z' their normalisers and g = z - z' - c, any c:
+    With z and z' the logits of policy and reference, log Z and log Z' their normalisers and g = z - z' - c for any c:
 
-        D(p || q) = E_p g + c - log Z/Z',   its derivative by z: p (g - E_p g)
-        D(q || p) = log Z/Z' - c - E_q g,   its derivative by z: p - q
+        D(p || q) = E_p g + c - log Z/Z',   derivative by z: p (g - E_p g)
+        D(q || p) = log Z/Z' - c - E_q g,   derivative by z: p - q
 
-    c stays within MOVED of log Z/Z' of all blocks so far, and what was summed is moved along: where the weight lies, g
-    is as small as the gap log p - log q.
+    c stays within MOVED of the running log Z/Z', and earlier sums are shifted with it, so that g is as small as
+    log p - log q where the probability mass is.
     """
     ours, theirs = (_Normaliser.of(hidden_CD, wide) for _ in range(2))
     reverse = direction == "reverse"
@@ -302,7 +297,7 @@ def _logps_and_kl(
 
 
 def _side_by_side(head: Head, hidden_CD: Tensor, reference_CD: Tensor) -> Iterator[tuple[Logits, Logits]]:
-    """Blocks of the policy's logits and of the reference's; through one head in one product."""
+    """Yield blocks of the policy's and the reference's logits; one product if they share a head."""
     if head.reference is not None:
         yield from zip(head.blocks(hidden_CD), head.reference.blocks(reference_CD), strict=True)
         return
@@ -311,13 +306,13 @@ def _side_by_side(head: Head, hidden_CD: Tensor, reference_CD: Tensor) -> Iterat
 
 
 def _filled(chunk: Tensor) -> Tensor:
-    """On a CPU with rows of zeros, so that its products meet few shapes."""
+    """Pad with zero rows on a CPU, so that products have few shapes."""
     missing = filled(len(chunk)) - len(chunk) if chunk.device.type == "cpu" else 0
     return torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
 
 
 class _Streamed(torch.autograd.Function):
-    """By chunks of target tokens; gradients for hidden_TD, and for the weight where it trains."""
+    """Autograd function over chunks of target tokens; gradients for hidden_TD and, if trained, the weight."""
 
     @staticmethod
     def forward(
@@ -359,7 +354,7 @@ class _Streamed(torch.autograd.Function):
 
 
 def _weight_gradient(ctx: Any, weight_VD: Tensor, again: list[Tensor], g_logp_T: Tensor, g_kl_T: Tensor) -> Tensor:
-    """Of the output layer where it trains, from logits that are computed again."""
+    """Return the gradient of a trained output weight, from recomputed logits."""
     hidden_TD, targets_T, *reference = again
     found_VD = torch.zeros_like(weight_VD, dtype=g_logp_T.dtype)
     for s in ctx.head.chunks(len(targets_T), held=True):
@@ -385,7 +380,7 @@ def _log_sum(hidden_CD: Tensor, blocks: list[Logits]) -> Tensor:
 
 
 def _logp_slopes(blocks: list[Logits], log_C1: Tensor, targets_C: Tensor, g_C1: Tensor) -> Iterator[Tensor]:
-    """g (onehot - p), block by block."""
+    """Yield g (onehot - p), block by block."""
     for block in blocks:
         slope_CN = (block.capped_CN - log_C1).exp_().neg_()
         words_N = torch.arange(block.start, block.stop, device=targets_C.device)
@@ -395,7 +390,7 @@ def _logp_slopes(blocks: list[Logits], log_C1: Tensor, targets_C: Tensor, g_C1: 
 def _kl_slopes(
     ours: list[Logits], theirs: list[Logits], logs: tuple[Tensor, Tensor], direction: Direction, g_C1: Tensor
 ) -> Iterator[Tensor]:
-    """g p (gap - KL), or g (p - q), block by block."""
+    """Yield g p (gap - KL), or g (p - q), block by block."""
     pairs = [(a.capped_CN - logs[0], b.capped_CN - logs[1]) for a, b in zip(ours, theirs, strict=True)]
     kl_C1 = torch.stack([(a.exp() * (a - b)).sum(-1, keepdim=True) for a, b in pairs]).sum(0)
     for a, b in pairs:

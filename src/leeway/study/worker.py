@@ -43,7 +43,7 @@ from leeway.study.spec import Spec
 from leeway.training import checkpoints
 from leeway.training.batch import Optim
 from leeway.training.checkpoints import WarmStart
-from leeway.training.distributed import ALONE, Distributed, Say, run_distributed
+from leeway.training.distributed import ALONE, Distributed, Send, run_distributed
 from leeway.training.trajectory import Settings, Trajectory, check_line
 
 ReadLedger = Callable[[Path], dict[str, Any]]
@@ -147,12 +147,12 @@ class Worker:
         if start >= 0:
             trajectory.restore(folder[marks[start].budget], marks[start], to_train=True)
         log = self.store.steps(job.log_name)
-        if self.ranks.leads:
+        if self.ranks.is_main:
             log = self.store.log_of_steps(job.log_name, trajectory.step, self.scratch)
         for k in range(start + 1, len(marks)):  # to the end, so that the step log is complete
             on_step = progress.on_step(self.on_progress, trajectory, marks[k])
             trajectory.train_to(marks[k], log, on_step, progress.on_reference(self.on_progress, trajectory))
-            if self.ranks.leads:
+            if self.ranks.is_main:
                 self.store.put_steps(log)
             if k in missing:
                 trajectory.save(folder[marks[k].budget], marks[k])
@@ -282,7 +282,7 @@ class Worker:
 
 
 def _train_rank(
-    ranks: Distributed, report: Say, raw_spec: dict[str, Any], folder: Path, job: Job, scratch: Path | None
+    ranks: Distributed, report: Send, raw_spec: dict[str, Any], folder: Path, job: Job, scratch: Path | None
 ) -> None:
     """Train a trajectory as one rank of several."""
     spec, store = Spec.model_validate(raw_spec), RunDir(folder)

@@ -52,7 +52,7 @@ def write(
     read the line.
     """
     tensors, state = ranks.whole(model), ranks.optimiser_state(optimiser)
-    if not ranks.leads:
+    if not ranks.is_main:
         ranks.wait()
         return read_ledger(folder)
     line = _write(folder, model, tensors, state, ledger)

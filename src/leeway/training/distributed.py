@@ -1,9 +1,7 @@
-"""The processes that train one trajectory together, as the one optimiser loop sees them: one rank, or several.
+"""The processes (ranks) that train one trajectory together, and how they are started on this machine.
 
-What several ranks compute is what one computes, to rounding: the examples of an optimiser step are dealt out, losses
-and gradients are summed. A step's dropout is another draw for each number of ranks.
-
-Start the ranks of one trajectory on this machine, hear what they say, and end them all where one fails.
+Several ranks compute what one does, to rounding: the examples of an optimiser step are split, losses and gradients
+summed. Dropout masks depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -41,48 +39,48 @@ Cut = Callable[[Examples], Iterable[Micro]]  # into micro-batches
 
 @dataclass(frozen=True)
 class Distributed:
-    """One process alone: everything is its own, and nothing is sharded."""
+    """A single process: nothing is split or sharded."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def leads(self) -> bool:
-        """Whether this rank is the one that writes."""
+    def is_main(self) -> bool:
+        """Return whether this rank writes files."""
         return self.rank == 0
 
     def loading(self, dtype: Dtype, device: str) -> tuple[Dtype, str]:
-        """In what and where a model is loaded."""
+        """Return the dtype and device to load a model with."""
         return dtype, device
 
     def shard(self, model: Model, optimiser: torch.optim.Optimizer, reference: Reference) -> None:
-        """Before the first step: spread what is trained, its optimiser's state and a frozen reference."""
+        """Shard the trainable parameters, the optimiser state and a frozen reference before the first step."""
 
     def seed(self, seed: int) -> int:
-        """What this rank's dropout of a step is drawn from."""
+        """Return this rank's dropout seed of a step."""
         return seed
 
     def share(self, examples: Examples, cut: Cut) -> Iterator[tuple[Micro, float]]:
-        """This rank's micro-batches of a step, each with the weight (1 or 0) that its loss has.
+        """Yield this rank's micro-batches of a step with a loss weight of 1, or 0 for filler.
 
-        Every rank is given equally many, since layers are gathered by all at once: those that fill up weigh nothing.
+        Every rank gets equally many, since all ranks gather each layer together.
         """
         yield from ((micro, 1.0) for micro in cut(examples))
 
     def sum(self, value: float) -> float:
-        """Of all ranks' values."""
+        """Return the sum over ranks."""
         return value
 
     def clip(self, parameters: list[torch.nn.Parameter], bound: float) -> float:
-        """Bring the gradient of the whole batch to at most this norm; returns the norm that it had."""
+        """Clip the norm of the whole batch's gradient; return the norm before clipping."""
         return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
 
     def whole(self, model: Model) -> dict[str, Tensor] | None:  # noqa: ARG002
-        """The model's state by name for rank 0 to save, what trains put together; None where nothing is sharded."""
+        """Return the gathered model state by name on rank 0; None if nothing is sharded."""
         return None
 
     def optimiser_state(self, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """On the CPU, by the parameter's number and the state's name; the same however many ranks there are."""
+        """Return the optimiser state on the CPU, by parameter index and name, independent of the number of ranks."""
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
         return {
             f"{index}.{name}": fsdp.whole(value).detach().cpu().contiguous()
@@ -91,7 +89,7 @@ class Distributed:
         }
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait for every rank."""
 
 
 ALONE = Distributed()
@@ -99,12 +97,12 @@ ALONE = Distributed()
 
 @dataclass(frozen=True)
 class TorchDistributed(Distributed):
-    """One of several ranks, on `device`; the process group is there, and every rank does the same in the same order."""
+    """One of several ranks on `device`, within an initialised process group."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def loading(self, dtype: Dtype, device: str) -> tuple[Dtype, str]:  # noqa: ARG002
-        """In main memory: a GPU gets its shards alone."""
+        """Load into main memory; a GPU receives its shards only."""
         return "bfloat16" if dtype == "auto" and self.device.type == "cuda" else dtype, "cpu"
 
     def shard(self, model: Model, optimiser: torch.optim.Optimizer, reference: Reference) -> None:
@@ -131,7 +129,7 @@ class TorchDistributed(Distributed):
         return derive_seed("rank", seed, self.rank)
 
     def share(self, examples: Examples, cut: Cut) -> Iterator[tuple[Micro, float]]:
-        """Dealt out one by one in the order of length, so that all have about as much to do."""
+        """Deal examples out in order of length, which balances the ranks."""
         ordered = sorted(examples, key=longest)
         shares = [list(cut(ordered[r :: self.size])) if r < len(ordered) else [] for r in range(self.size)]
         mine = shares[self.rank]
@@ -161,7 +159,7 @@ class TorchDistributed(Distributed):
         named = {n: t for n, t in model.lm.state_dict(keep_vars=True).items() if t.requires_grad}
         for tensor in dict.fromkeys(named.values()):
             full = fsdp.whole(tensor.detach())
-            if self.leads:
+            if self.is_main:
                 found[tensor] = full.cpu()
         return {name: found[tensor] for name, tensor in named.items() if tensor in found}
 
@@ -173,42 +171,48 @@ class TorchDistributed(Distributed):
         return tensor
 
 
-Say = Callable[[Any], None]
-Target = Callable[..., None]  # a function of a module: (ranks, say, *args)
+Send = Callable[[Any], None]
+Target = Callable[..., None]  # a module-level function: (ranks, send, *args)
 
-PATIENCE = timedelta(hours=2)  # that a rank waits for the others, of which one may be writing a large model
+PATIENCE = timedelta(hours=2)  # timeout of collectives: one rank may be writing a large model
 
 
 def check(processes: int, device: str) -> None:
-    """Raise LeewayError where this machine cannot hold so many ranks."""
+    """Raise LeewayError if this machine lacks the GPUs for `processes` ranks."""
     if processes == 1 or not _on_gpu(device):
         return
-    if (there := torch.cuda.device_count()) < processes:
+    if (visible := torch.cuda.device_count()) < processes:
         raise LeewayError(
-            f"processes: {processes} ranks need a GPU each, and {there} {'is' if there == 1 else 'are'} visible",
-            fix=f"set processes: {max(1, there)}, or device: cpu",
+            f"processes: {processes} ranks need one GPU each, {visible} visible",
+            fix=f"set processes: {max(1, visible)}, or device: cpu",
         )
 
 
-def run_distributed(processes: int, device: str, target: Target, args: tuple[Any, ...], hear: Say) -> None:
-    """Run `target(ranks, say, *args)` in every one of `processes` new processes; `hear` gets what the first says.
+def run_distributed(processes: int, device: str, target: Target, args: tuple[Any, ...], on_event: Send) -> None:
+    """Run `target(ranks, send, *args)` in `processes` new processes; `on_event` receives the main rank's events.
 
-    Ranks meet over gloo on a CPU, and over NCCL with one GPU each. The first failure is raised here, and ends all.
+    Ranks use gloo on a CPU and NCCL with one GPU each. The first failure stops all ranks and is raised here.
     """
     check(processes, device)
     context = multiprocessing.get_context("spawn")
-    said: Any = context.Queue()
+    events: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        begin = (processes, "cuda" if _on_gpu(device) else "cpu", f"file://{folder}/meet", os.getpid(), said)
-        ranks = [context.Process(target=_rank, args=(r, *begin, target, args)) for r in range(processes)]
+        rendezvous = (
+            processes,
+            "cuda" if _on_gpu(device) else "cpu",
+            f"file://{folder}/init_method",
+            os.getpid(),
+            events,
+        )
+        ranks = [context.Process(target=_rank, args=(r, *rendezvous, target, args)) for r in range(processes)]
         try:
             for rank in ranks:
                 rank.start()
             failure = None
             while failure is None and any(r.is_alive() for r in ranks) and not any(r.exitcode for r in ranks):
-                failure = _listen(said, hear, 0.2)
-            failure = failure or _listen(said, hear, 0.5)
-            _judge(failure, [r.exitcode or 0 for r in ranks])
+                failure = _listen(events, on_event, 0.2)
+            failure = failure or _listen(events, on_event, 0.5)
+            _raise_first(failure, [r.exitcode or 0 for r in ranks])
         finally:
             for rank in ranks:
                 if rank.pid is not None:
@@ -220,33 +224,33 @@ def _on_gpu(device: str) -> bool:
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
-def _judge(failure: Exception | None, codes: list[int]) -> None:
-    """Raise what went wrong first: what a rank says of another's death says less than the death."""
+def _raise_first(failure: Exception | None, codes: list[int]) -> None:
+    """Raise the root cause: a killed rank before the errors that its death caused in others."""
     dead = [r for r, code in enumerate(codes) if code < 0]
     silent = [r for r, code in enumerate(codes) if code > 0 and failure is None]
     if isinstance(failure, LeewayError) or (failure is not None and not dead):
         raise failure
     for rank in dead or silent:
         raise LeewayError(
-            f"processes: rank {rank} was killed, by the system for want of memory perhaps",
-            fix="run the same command again, it carries on",
+            f"processes: rank {rank} was killed (probably out of memory)",
+            fix="run the same command again to resume",
         ) from failure
 
 
-def _listen(said: Any, hear: Say, patience: float) -> Exception | None:
-    """Pass on what has been said; the first failure that a rank tells of comes back."""
+def _listen(events: Any, on_event: Send, patience: float) -> Exception | None:
+    """Forward events until none arrives for `patience` seconds; return the first failure."""
     while True:
         try:
-            event = said.get(timeout=patience)
+            event = events.get(timeout=patience)
         except queue.Empty:
             return None
         if isinstance(event, Exception):
             return event
-        hear(event)
+        on_event(event)
 
 
 def _rank(
-    rank: int, size: int, kind: str, meet: str, parent: int, said: Any, target: Target, args: tuple[Any, ...]
+    rank: int, size: int, kind: str, init_method: str, parent: int, events: Any, target: Target, args: tuple[Any, ...]
 ) -> None:
     exit_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -255,25 +259,27 @@ def _rank(
         torch.cuda.set_device(device)
     try:
         backend = "nccl" if kind == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, init_method=meet, timeout=PATIENCE, rank=rank, world_size=size)
+        torch.distributed.init_process_group(
+            backend, init_method=init_method, timeout=PATIENCE, rank=rank, world_size=size
+        )
         ranks: Distributed = TorchDistributed(rank, size, device)
-        target(ranks, said.put if ranks.leads else _silent, *args)
+        target(ranks, events.put if ranks.is_main else _silent, *args)
         ranks.wait()
         torch.distributed.destroy_process_group()
-    except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
+    except Exception as error:  # noqa: BLE001 - the parent raises it
         ours = isinstance(error, LeewayError)
-        said.put(error if ours else RuntimeError("".join(traceback.format_exception(error))))
-        said.close()
-        said.join_thread()
+        events.put(error if ours else RuntimeError("".join(traceback.format_exception(error))))
+        events.close()
+        events.join_thread()
         os._exit(1)
 
 
 def _silent(event: Any) -> None:
-    """Ranks do the same: one of them speaks."""
+    """Discard events of all ranks but the main one."""
 
 
 def exit_with_parent(parent: int) -> None:
-    """A killed run leaves no worker behind that would go on writing; nor one that was born as it was killed."""
+    """Exit when the parent process dies, even if it died before this call."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

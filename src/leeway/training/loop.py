@@ -17,7 +17,7 @@ from leeway.data.chat import Sequence
 from leeway.errors import NotFiniteError
 from leeway.model.forward import TokenStats, Totals, target_stats
 from leeway.model.load import Model
-from leeway.model.packing import Examples, PackedBatch, lay
+from leeway.model.packing import Examples, PackedBatch, pack_batch
 from leeway.model.reference import Reference
 from leeway.objectives.objective import Objective
 from leeway.training.batch import Batch, Optim
@@ -86,7 +86,7 @@ class Passes:
         return TokenStats(logp_T, batch.sequence_T, batch.sequences, totals, None, batch.target_T)
 
     def _pack(self, micro: Examples) -> PackedBatch:
-        return lay(micro, self.model.device, self.settings.layout)
+        return pack_batch(micro, self.model.device, self.settings.layout)
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
         dtype = self.settings.autocast
@@ -155,7 +155,7 @@ def optimise(
 
 def _reference_tokens(objective: Objective, batch: Batch, reference: Reference) -> int:
     """Return the tokens that went through the reference for one batch, live or precomputed for its first use."""
-    if reference.kept is not None:
+    if reference.cached is not None:
         return reference.spent.get(batch.step, 0)
     return _tokens(batch.baseline) + (_tokens(batch.rendered) if objective.needs_reference != "nothing" else 0)
 

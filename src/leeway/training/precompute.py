@@ -18,7 +18,7 @@ from torch import Tensor
 from leeway.data.chat import Sequence
 from leeway.model.forward import APART, hidden_apart, hidden_at_measured
 from leeway.model.load import Model
-from leeway.model.packing import Layout, lay, place
+from leeway.model.packing import Layout, pack_batch, place
 from leeway.model.reference import Reference, as_reference, computed_as
 from leeway.model.reference_cache import ReferenceCache, ReferenceStats, Wanted
 from leeway.model.token_stats import token_logps
@@ -75,7 +75,7 @@ def precompute_reference(
 
     with as_reference(model, reference), _threads_by_two():
         spent = shelf.fill(list(asked.values()), wanted, _Answering(model, settings, layout), tell)
-    reference.kept = shelf
+    reference.cached = shelf
     reference.release()
     return spent
 
@@ -116,7 +116,7 @@ class _Answering:
     def _hidden(self, group: Seq[Sequence]) -> Tensor:
         if self.layout == "fused":
             return hidden_apart(self.model, group)
-        return hidden_at_measured(self.model, lay([[s] for s in group], self.model.device, self.layout))
+        return hidden_at_measured(self.model, pack_batch([[s] for s in group], self.model.device, self.layout))
 
     def _autocast(self) -> torch.autocast:
         dtype = self.settings.autocast

@@ -1,4 +1,4 @@
-"""One training run (model x task x objective x seed) that stops at every budget and goes on from any checkpoint."""
+"""One training run (model x task x objective x seed) with a checkpoint at every budget, resumable from any of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from leeway.model import adapters
 from leeway.model.forward import layout_of
 from leeway.model.fsdp import local
 from leeway.model.load import Model
-from leeway.model.packing import Asked
+from leeway.model.packing import LayoutSetting
 from leeway.model.reference import Reference, freeze
 from leeway.model.reference_cache import ReferenceCache
 from leeway.objectives import Objective
@@ -34,11 +34,11 @@ COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a trajectory is trained: the same for every objective of a study, but for a learning rate of its own.
+    """Training settings, equal for every objective of a study except a tuned learning rate.
 
-    `tuning_tokens` is what the sweep that chose `lr` processed, for the ledger. `references` is where what a reference
-    says is kept, asked about everything before the first step; without it a reference answers beside the policy.
-    `layout` is settled once there is a model.
+    `tuning_tokens`: tokens processed by the sweep that chose `lr`, for the ledger. `references`: cache of reference
+    statistics, filled before the first step; None computes the reference live. `layout` is resolved once the model is
+    loaded.
     """
 
     adapter: adapters.AdapterSettings
@@ -49,15 +49,15 @@ class Settings:
     decay: Decay = "constant"
     tuning_tokens: int = 0
     references: ReferenceCache | None = None
-    layout: Asked | None = None  # none: the loop's own
+    layout: LayoutSetting | None = None  # None: the loop's own
 
 
 @dataclass
 class Trajectory:
-    """A model on its way along one objective's schedule; `step` is the last optimiser step taken.
+    """Train a model along one objective's schedule; `step` is the last optimiser step taken.
 
-    It begins with what `start` holds, where one is given, and with a fresh optimiser. Its objective is compared with
-    the model that it begins as (`reference: start`), or with the base model (`base`).
+    It starts from `start` if given, with a fresh optimiser. The objective's reference is the model that the trajectory
+    starts from (`reference: start`), or the base model (`base`).
     """
 
     alias: str
@@ -75,8 +75,8 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         self.compared = self._begin()
-        asked = self.settings.layout or self.settings.loop.layout
-        layout = layout_of(asked, self.model, self.settings.adapter.kind, sharded=self.ranks.size > 1)
+        requested = self.settings.layout or self.settings.loop.layout
+        layout = layout_of(requested, self.model, self.settings.adapter.kind, sharded=self.ranks.size > 1)
         self.settings = replace(self.settings, loop=replace(self.settings.loop, layout=layout))
         self.reference_hash = self.compared.hash
         if self.objective.needs_reference == "distribution":
@@ -88,44 +88,43 @@ class Trajectory:
         )
 
     def _begin(self) -> Reference:
-        """Put the model where the trajectory begins, and say what it is compared with."""
+        """Put the model into its initial state and return the reference."""
         parts = ("start", self.model.hash, str(self.model.head.weight_VD.dtype))
         adapters.attach(self.model, self.settings.adapter, seed=self.seed, control_tokens=self.objective.control_tokens)
-        asked, beside = self.objective.needs_reference != "nothing", adapters.is_low_rank(self.model)
+        needed, low_rank = self.objective.needs_reference != "nothing", adapters.is_low_rank(self.model)
         started = self.start is not None and self.reference == "start"
-        base = Reference(digest(*parts), freeze(self.model) if asked and not beside and not started else None)
+        base = Reference(digest(*parts), freeze(self.model) if needed and not low_rank and not started else None)
         if self.start is None:
             return base
         if (found := WarmStart.of(self.start.folder).hash) != self.start.hash:
             raise LeewayError(
-                f"{self.alias}: {self.start.folder} is not what it starts from (adapter_hash {found}, "
-                f"not {self.start.hash})",
-                fix="start in another --out",
+                f"{self.alias}: {self.start.folder} has changed (adapter_hash {found}, not {self.start.hash})",
+                fix="use another --out",
             )
-        if (theirs := self.start.told.get("base_hash", self.model.hash)) != self.model.hash:
+        if (base_hash := self.start.told.get("base_hash", self.model.hash)) != self.model.hash:
             raise LeewayError(
-                f"{self.alias}: {self.start.folder} was trained on another base model (hash {theirs}, "
+                f"{self.alias}: {self.start.folder} was trained on another base model (hash {base_hash}, "
                 f"this study's is {self.model.hash})",
                 fix="start from an adapter of this study's model",
             )
         adapters.restore(self.model, self.start.folder)
         if not started:
             return base
-        return Reference(digest(*parts, self.start.hash), freeze(self.model) if asked else None)
+        return Reference(digest(*parts, self.start.hash), freeze(self.model) if needed else None)
 
     def train_to(
-        self, mark: BudgetStop, log: Path, tick: Callable[[Step], None], asking: Tell = lambda *_: None
+        self, mark: BudgetStop, log: Path, tick: Callable[[Step], None], on_reference: Tell = lambda *_: None
     ) -> None:
-        """Go on to the step of `mark`, one line per step into `log`, on disk before this returns.
+        """Train up to the step of `mark`, appending one line per step to `log`, flushed to disk before returning.
 
-        `asking` hears how many of the reference's tokens are had, and of how many, where it is asked beforehand.
+        `on_reference` receives (cached, total) tokens of the reference while it is precomputed.
         """
         batches = (self._batch(k) for k in range(self.step + 1, mark.step + 1))
         settings, steps = self.settings, len(self.schedule.steps)
         self.ranks.shard(self.model, self.optimiser, self.compared)
-        self.precompute_reference(asking)
+        self.precompute_reference(on_reference)
         lr_at = after_warmup(settings.lr, settings.warmup_steps, settings.decay, steps)
-        with (log if self.ranks.leads else Path(os.devnull)).open("a", encoding="utf-8") as lines:
+        with (log if self.ranks.is_main else Path(os.devnull)).open("a", encoding="utf-8") as lines:
             for done in optimise(
                 self.model, self.objective, batches, self.optimiser, lr_at, settings.loop, self.compared, self.ranks
             ):
@@ -135,18 +134,18 @@ class Trajectory:
                 lines.write(json.dumps(asdict(done), sort_keys=True) + "\n")
                 lines.flush()
                 tick(done)
-            if self.ranks.leads:
+            if self.ranks.is_main:
                 os.fsync(lines.fileno())
 
-    def precompute_reference(self, asking: Tell = lambda *_: None) -> int:
-        """Have all that is still to be asked of the reference kept; how many tokens went through it for that."""
+    def precompute_reference(self, on_reference: Tell = lambda *_: None) -> int:
+        """Cache the reference statistics of all steps; return how many tokens that took."""
         references = self.settings.references
-        if references is None or self.objective.needs_reference == "nothing" or self.compared.kept is not None:
+        if references is None or self.objective.needs_reference == "nothing" or self.compared.cached is not None:
             return 0
         batches = (self._batch(k + 1) for k in range(len(self.schedule.steps)))
         loop, taken = self.settings.loop, self.step
         return precompute_reference(
-            self.model, self.objective, batches, loop, self.compared, references, taken=taken, tell=asking
+            self.model, self.objective, batches, loop, self.compared, references, taken=taken, tell=on_reference
         )
 
     @property
@@ -155,16 +154,16 @@ class Trajectory:
         return self.counted["processed_tokens"] + self.counted["reference_tokens"]
 
     def save(self, folder: Path, mark: BudgetStop) -> dict[str, Any]:
-        """Write the checkpoint of `mark` with its ledger line, and return the line."""
+        """Write the checkpoint of `mark` and return its ledger line."""
         if not all(torch.isfinite(local(t)).all() for t in adapters.state(self.model).values()):
             raise NotFiniteError(
-                f"{self.alias}, step {self.step}: the adapter holds values that are not finite",
+                f"{self.alias}, step {self.step}: the adapter has non-finite values",
                 fix="lower optim.lr; the last checkpoint is kept",
             )
         return checkpoints.write(folder, self.model, self.optimiser, self._ledger(mark), self.ranks)
 
     def restore(self, folder: Path, mark: BudgetStop, *, to_train: bool) -> dict[str, Any]:
-        """Take up where `folder` left off (for training, with the optimiser's state); returns its ledger line."""
+        """Resume from `folder`, with the optimiser's state if `to_train`; return its ledger line."""
         line = checkpoints.verified_ledger(folder)
         check_line(line, mark, folder)
         for name, ours in (("init_hash", self.init_hash), ("reference_hash", self.reference_hash)):
@@ -194,7 +193,7 @@ class Trajectory:
         }
 
     def _start_tokens(self) -> int | None:
-        """Source tokens that the start had been trained on: none of the base's, unknown (None) of a stranger's."""
+        """Return the source tokens that the start was trained on: 0 for the base, None if unknown."""
         if self.start is None:
             return 0
         told = self.start.told
@@ -205,7 +204,7 @@ class Trajectory:
 
 
 def check_line(line: dict[str, Any], mark: BudgetStop, folder: Path) -> None:
-    """Raise where a finished checkpoint's ledger line is not what this study's data give, naming the column."""
+    """Raise LeewayError, naming the column, if a checkpoint's ledger line does not match this study's data."""
     for name in ("budget", "step", "source_tokens", "examples", "epochs", "data_hash"):
         _check_column(line, name, getattr(mark, name), folder)
 
@@ -213,6 +212,6 @@ def check_line(line: dict[str, Any], mark: BudgetStop, folder: Path) -> None:
 def _check_column(line: dict[str, Any], name: str, ours: Any, folder: Path) -> None:
     if line.get(name) != ours:
         raise LeewayError(
-            f"{folder}: ledger column {name} is {line.get(name)!r} there and {ours!r} in this study",
-            fix="the data, model or settings have changed since: start in another --out",
+            f"{folder}: ledger column {name} is {line.get(name)!r}, this study gives {ours!r}",
+            fix="data, model or settings changed since; use another --out",
         )

@@ -1,10 +1,10 @@
-"""A transformers decoder, with its adapter by peft or without, as the fused functions take it.
+"""A transformers decoder, with or without a peft adapter, run through the fused kernels.
 
-Known are decoders of Llama's build: Llama, Qwen 2 and Qwen 3 (RMS norms before attention and MLP, rotary positions,
-grouped heads, SwiGLU; biases of q, k, v and norms of q and k where they are there), frozen, with LoRA or rsLoRA on any
-of their linear layers. What else is asked says in a sentence why it goes the plain way.
+Supported: decoders of Llama's architecture (Llama, Qwen 2 and 3: RMS norms before attention and MLP, rotary positions,
+grouped heads, SwiGLU; optional biases of q, k, v and norms of q and k), frozen, with LoRA or rsLoRA on any of their
+linear layers. Anything else uses the plain path; `why_not` returns the reason.
 
-Dropout by the places that are dropped: at a rate of 5% a twentieth of the random numbers that a mask takes.
+Dropout masks are drawn as dropped indices: at a rate of 5% this needs a twentieth of the random numbers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from leeway.model.fused.kernels import AddNorm, Attention, Linears, SwiGlu
 from leeway.model.packing import Blocks
 from leeway.model.token_stats import filled
 
-BATCH = 1 << 26  # places looked at in one go: float32 gaps stay exact, and memory bounded
+BATCH = 1 << 26  # indices per batch: keeps float32 gaps exact and memory bounded
 
 
 def dropped(count: int, rate: float, rng: np.random.Generator) -> Tensor:
-    """Indices in [0, count), each there with probability `rate`, independently of the others; rising, int64.
+    """Return sorted indices in [0, count), each included independently with probability `rate`, int64.
 
-    The gap to the next success of a Bernoulli process is geometric: floor(E / -log(1 - rate)) failures come before it,
-    E exponential with mean 1 (Devroye 1986, Non-Uniform Random Variate Generation, section X.2).
+    Gaps between successes of a Bernoulli process are geometric: floor(E / -log(1 - rate)) failures, E exponential with
+    mean 1 (Devroye 1986, Non-Uniform Random Variate Generation, section X.2).
     """
     found = [_dropped(min(BATCH, count - start), rate, rng) + start for start in range(0, count, BATCH)]
     return torch.from_numpy(np.concatenate(found) if len(found) != 1 else found[0])
@@ -40,7 +40,7 @@ def _dropped(count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
     draws = int(expected + 6 * math.sqrt(expected) + 16)
     scale = -1.0 / math.log1p(-rate)
     places = np.empty(0, dtype=np.int64)
-    while True:  # a second round is needed about once in a billion
+    while True:  # a second round happens about once in 1e9
         gaps = (rng.standard_exponential(draws, dtype=np.float32) * np.float32(scale)).astype(np.int64) + 1
         more = gaps.cumsum() + (places[-1] if len(places) else -1)
         places = np.concatenate([places, more]) if len(places) else more
@@ -52,7 +52,7 @@ KNOWN = ("llama", "qwen2", "qwen3")
 
 
 def why_not(lm: Any) -> str:
-    """Why this architecture goes the plain way; empty where it can go the fast one."""
+    """Return why this architecture needs the plain path; empty if the fused one supports it."""
     config = lm.config
     kind = getattr(config, "model_type", "?")
     if kind not in KNOWN:
@@ -65,29 +65,31 @@ def why_not(lm: Any) -> str:
 
 
 def hidden(lm: Any, ids_T: Tensor, position_T: Tensor, blocks: Blocks, wanted_T: Tensor) -> Tensor:
-    """Final hidden states, after the last norm, of the tokens at `wanted_T`: [len(wanted_T), D].
+    """Return the final hidden states, after the last norm, of the tokens at `wanted_T`: [len(wanted_T), D].
 
-    In training mode the adapter's dropout is drawn from torch's global generator: one number of it a call.
+    In training mode each call draws one number from torch's global generator to seed the adapter's dropout.
     """
     x_TD, cos_TE, sin_TE = embedded(lm, ids_T, position_T)
-    biases, dice = blocks.biases(x_TD.dtype), _dice(lm)
+    biases, rng = blocks.biases(x_TD.dtype), _dropout_rng(lm)
 
     def mix(_: int, attention: Any, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor) -> Tensor:
         found: Tensor = Attention.apply(q_TD, k_TD, v_TD, cos_TE, sin_TE, blocks, biases, attention.scaling)
         return found
 
     def linears(y_TD: Tensor, modules: Seq[Any]) -> tuple[Tensor, ...]:
-        return _apply(y_TD, modules, dice)
+        return _apply(y_TD, modules, rng)
 
     return through(lm, x_TD, mix, linears, wanted_T)
 
 
-Mix = Callable[[int, Any, Tensor, Tensor, Tensor], Tensor]  # (layer, its attention, q, k, v) -> what tokens take in
-Apply = Callable[[Tensor, Seq[Any]], tuple[Tensor, ...]]  # (states, layers that read them) -> what each makes of them
+Mix = Callable[
+    [int, Any, Tensor, Tensor, Tensor], Tensor
+]  # (layer index, attention module, q, k, v) -> attention output
+Apply = Callable[[Tensor, Seq[Any]], tuple[Tensor, ...]]  # (input, linear layers) -> one output per layer
 
 
 def embedded(lm: Any, ids_T: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(embeddings [T, D], cosines and sines of the positions [T, E])."""
+    """Return (embeddings [T, D], cosines and sines of the positions [T, E])."""
     base = _base(lm)
     decoder = _decoder(base)
     x_TD = base.get_input_embeddings()(ids_T[None])[0].to(decoder.norm.weight.dtype)
@@ -96,9 +98,9 @@ def embedded(lm: Any, ids_T: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor
 
 
 def through(lm: Any, x_TD: Tensor, mix: Mix, linears: Apply, wanted_T: Tensor) -> Tensor:
-    """All layers and the last norm; what mixes tokens and applies linear layers is the caller's.
+    """Run all layers and the last norm; `mix` and `linears` implement attention and linear layers.
 
-    Past the last attention nothing but the wanted tokens goes on.
+    After the last attention only the wanted tokens are computed.
     """
     decoder = _decoder(_base(lm))
     delta_TD: Tensor | None = None
@@ -132,15 +134,15 @@ def _normed(x_TD: Tensor, attention: Any, name: str) -> Tensor:
     return found.view_as(x_TD)
 
 
-def _apply(x_TD: Tensor, modules: Seq[Any], dice: np.random.Generator | None) -> tuple[Tensor, ...]:
-    """Linear layers of one input; those without a low-rank update as they are."""
+def _apply(x_TD: Tensor, modules: Seq[Any], rng: np.random.Generator | None) -> tuple[Tensor, ...]:
+    """Apply linear layers that share one input, with their low-rank updates if any."""
     low = [adapted(m) for m in modules]
     if not any(low):
         return tuple(torch.nn.functional.linear(x_TD, *frozen(m)) for m in modules)
-    if not all(low):  # an adapter on some of them only
-        return tuple(y for m in modules for y in _apply(x_TD, [m], dice))
+    if not all(low):  # only some have an adapter
+        return tuple(y for m in modules for y in _apply(x_TD, [m], rng))
     rate = _rate(modules[0])
-    places = dropped(x_TD.numel(), rate, dice).to(x_TD.device) if dice is not None and rate else None
+    places = dropped(x_TD.numel(), rate, rng).to(x_TD.device) if rng is not None and rate else None
     keep = 1.0 - rate if places is not None else 1.0
     pairs = [t for m in modules for t in (m.lora_A["default"].weight, m.lora_B["default"].weight)]
     found: tuple[Tensor, ...] = Linears.apply(
@@ -155,7 +157,7 @@ def frozen(module: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def adapted(module: Any) -> bool:
-    """Whether a low-rank update stands beside the weight now: not switched off, not merged into it."""
+    """Return whether a low-rank update is active on the module: neither disabled nor merged."""
     return hasattr(module, "lora_A") and not module.disable_adapters and not module.merged
 
 
@@ -163,8 +165,8 @@ def _rate(module: Any) -> float:
     return float(getattr(module.lora_dropout["default"], "p", 0.0))
 
 
-def _dice(lm: Any) -> np.random.Generator | None:
-    """This pass's random numbers; none in evaluation mode, and none is drawn then."""
+def _dropout_rng(lm: Any) -> np.random.Generator | None:
+    """Return this pass's random generator; None in evaluation mode."""
     if not lm.training:
         return None
     return np.random.Generator(np.random.SFC64(int(torch.randint(2**62, (1,)))))

@@ -1,9 +1,9 @@
-"""One token after another through the fused decoder, keys and values kept.
+"""Autoregressive decoding through the fused decoder, with a key-value cache.
 
-What all prompts of a batch begin with alike (a system prompt, an attack's wrapper) goes through once. Prompts end at
-the same position of the cache, so that a step writes one slice of it; what lies before a shorter one is hidden.
+The common prefix of a batch's prompts (system prompt, attack wrapper) is computed once. Prompts are right-aligned in
+the cache, so each step writes one slice; positions before a shorter prompt are masked.
 
-Shape legend: B rows, P common beginning, S longest remainder, L positions of the cache, H query heads, K key heads,
+Shape legend: B rows, P common prefix, S longest remainder, L positions of the cache, H query heads, K key heads,
 G = H / K, E width of a head.
 """
 
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from leeway.data.chat import Sequence
 from leeway.model.fused.decoder import adapted, embedded, frozen, through
-from leeway.model.fused.kernels import heads, positions, scores, to_row, turned
+from leeway.model.fused.kernels import heads, positions, rotate, scores, to_row
 from leeway.model.packing import HIDDEN, Blocks, PrefixTree, common_prefix
 from leeway.model.token_stats import filled
 
-SHARED = 16  # tokens that a common beginning has at least
-GROWTH = 32  # positions by which the cache grows: it stays contiguous, and products keep their shapes that long
+SHARED = 16  # minimum length of a shared prefix, tokens
+GROWTH = 32  # cache growth in positions: keeps it contiguous and product shapes few
 
-KeysValues = list[tuple[Tensor, Tensor]]  # of each layer: [B K, L, E] twice
+KeysValues = list[tuple[Tensor, Tensor]]  # per layer: keys and values, [B K, L, E]
 
 
 class Decoding:
-    """The model, as it stands, in the middle of answering a batch of prompts. For use without gradients."""
+    """The decoding state of one batch of prompts. Inference only."""
 
     def __init__(self, lm: Any, prompts: Seq[tuple[int, ...]], device: torch.device) -> None:
         self._lm, self._device, self._prompts = lm, device, list(prompts)
@@ -37,7 +37,7 @@ class Decoding:
         self._low: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self) -> Tensor:
-        """Final hidden states of the prompts' last tokens, [B, D]."""
+        """Run the prompts; return the final hidden states of their last tokens, [B, D]."""
         shared = _shared(self._prompts)
         past: KeysValues = []
         if shared:
@@ -50,7 +50,7 @@ class Decoding:
         return hidden_BD
 
     def step(self, ids_B: Tensor) -> Tensor:
-        """Final hidden states after one more token of each row, [B, D]."""
+        """Append one token per row; return the final hidden states, [B, D]."""
         if self._used == self._cache[0][0].shape[1]:
             self._grow()
         x_BD, cos_BE, sin_BE = embedded(self._lm, ids_B, self._position_B)
@@ -61,9 +61,9 @@ class Decoding:
         def mix(n: int, attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self._cache[n]
             width, groups = keys.shape[-1], q.shape[1] // k.shape[1]
-            for kept, new in ((keys, turned(k, cos_BE, sin_BE)), (values, v)):
-                kept.view(rows, -1, *kept.shape[1:])[:, :, at] = new.view(rows, -1, width)
-            q = turned(q, cos_BE, sin_BE).view(-1, groups, width)
+            for cache, new in ((keys, rotate(k, cos_BE, sin_BE)), (values, v)):
+                cache.view(rows, -1, *cache.shape[1:])[:, :, at] = new.view(rows, -1, width)
+            q = rotate(q, cos_BE, sin_BE).view(-1, groups, width)
             s = torch.bmm(q, keys.mT).mul_(attention.scaling)
             s.view(rows, -1, groups, s.shape[-1]).add_(bias)
             return torch.bmm(s.softmax(-1), values).view(rows, -1)
@@ -73,7 +73,7 @@ class Decoding:
         return through(self._lm, x_BD, mix, self._linears, torch.arange(rows, device=self._device))
 
     def keep(self, rows: Seq[int]) -> None:
-        """Go on with these rows alone."""
+        """Drop all other rows from the batch."""
         at = torch.tensor(rows, device=self._device)
         self._position_B, self._hidden_BL = self._position_B[at], self._hidden_BL[at]
         before = len(self._prompts)
@@ -83,7 +83,7 @@ class Decoding:
         self._prompts = [self._prompts[r] for r in rows]
 
     def _read(self, texts: Seq[tuple[int, ...]], offset: int, past: KeysValues) -> tuple[Tensor, KeysValues]:
-        """(hidden states of each text's last token [B, D], keys and values of the row [T, K E]), texts after `past`."""
+        """Return (hidden states of each text's last token [B, D], keys and values [T, K E]), attending to `past`."""
         trees = [PrefixTree.of((Sequence(ids, len(ids)),)) for ids in texts]
         blocks = Blocks.of(trees, self._device)
         fill = [0] * (filled(blocks.tokens) - blocks.tokens)
@@ -91,12 +91,12 @@ class Decoding:
         position_T = torch.tensor([offset + i for t in trees for i in t.positions] + fill, device=self._device)
         x_TD, cos_TE, sin_TE = embedded(self._lm, ids_T, position_T)
         biases = [_after(bias, offset) for bias in blocks.biases(x_TD.dtype)]
-        kept: KeysValues = []
+        cache: KeysValues = []
 
         def mix(n: int, attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             width, groups = cos_TE.shape[-1], q.shape[1] // k.shape[1]
-            q, k = turned(q, cos_TE, sin_TE), turned(k, cos_TE, sin_TE)
-            kept.append((k, v))
+            q, k = rotate(q, cos_TE, sin_TE), rotate(k, cos_TE, sin_TE)
+            cache.append((k, v))
             found = []
             for block, bias in zip(blocks.blocks, biases, strict=True):
                 keys, values = (heads(t, block, width) for t in (k, v))
@@ -109,14 +109,14 @@ class Decoding:
         last_B = torch.tensor([len(t) for t in texts], device=self._device).cumsum(0) - 1
         hidden_BD = through(self._lm, x_TD, mix, self._linears, last_B)
         self._width = cos_TE.shape[-1]
-        return hidden_BD, [(k[: blocks.tokens], v[: blocks.tokens]) for k, v in kept]
+        return hidden_BD, [(k[: blocks.tokens], v[: blocks.tokens]) for k, v in cache]
 
     def _heads(self, row_TD: Tensor) -> Tensor:
-        """[K, T, E]."""
+        """Reshape a row to [K, T, E]."""
         return row_TD.view(len(row_TD), -1, self._width).transpose(0, 1)
 
     def _fill(self, rests: Seq[tuple[int, ...]], shared: int, past: KeysValues, rows: KeysValues) -> None:
-        """The cache from the row's keys and values, prompts aligned at their ends."""
+        """Build the cache from keys and values, prompts right-aligned."""
         longest, count = max(map(len, rests)), len(rests)
         at_BS = torch.zeros(count, longest, dtype=torch.long)
         self._hidden_BL = torch.full((count, _capacity(self._used)), HIDDEN, device=self._device)
@@ -145,7 +145,7 @@ class Decoding:
             self._cache[n] = keys, values
 
     def _linears(self, x_TD: Tensor, modules: Seq[Any]) -> tuple[Tensor, ...]:
-        """Each layer of the input with its low-rank update, which is brought to the states' dtype once a batch."""
+        """Apply linear layers with their low-rank updates, cast to the states' dtype once per batch."""
         found = []
         for module in modules:
             y_TO = torch.nn.functional.linear(x_TD, *frozen(module))
@@ -163,7 +163,7 @@ class Decoding:
 
 
 def _shared(prompts: Seq[tuple[int, ...]]) -> int:
-    """Tokens that all prompts begin with alike, where it is worth it: at least one of each is left."""
+    """Return the length of the prompts' common prefix if it is at least SHARED; each keeps one token of its own."""
     if len(prompts) < 2:
         return 0
     alike, shortest = min(common_prefix(prompts[0], p) for p in prompts), min(map(len, prompts))
@@ -176,7 +176,7 @@ def _capacity(used: int) -> int:
 
 
 def _after(bias: Tensor, offset: int) -> Tensor:
-    """The same, all of the first `offset` keys seen."""
+    """Extend the bias so that the first `offset` keys are visible to all."""
     return torch.nn.functional.pad(bias, (offset, 0))
 
 

@@ -1,7 +1,7 @@
-"""The steps of a decoder layer, forward and backward.
+"""Forward and backward kernels of a decoder layer.
 
 Shape legend: T tokens, D width, F inner width, H query heads, K key heads, G = H / K, E width of a head, R rank.
-Statistics (norms, softmax) are taken in float32 or wider whatever the dtype; products are in the dtype of the states.
+Statistics (norms, softmax) use float32 or wider for any dtype; products use the dtype of the states.
 """
 
 from __future__ import annotations
@@ -44,15 +44,17 @@ def _norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x_TD * scale_T1).mul_(weight_D).to(x_TD.dtype), scale_T1
 
 
-def _norm_backward(x_TD: Tensor, scale_T1: Tensor, weight_D: Tensor, g_TD: Tensor, beside_TD: Tensor | None) -> Tensor:
-    """s (g w) - s^3 x <g w, x> / D, s the scale of a token; `beside` is added before the result is rounded."""
+def _norm_backward(
+    x_TD: Tensor, scale_T1: Tensor, weight_D: Tensor, g_TD: Tensor, residual_TD: Tensor | None
+) -> Tensor:
+    """s (g w) - s^3 x <g w, x> / D with s the token's scale; `residual` is added before rounding."""
     kind = wide(x_TD.dtype)
     g_wide_TD, x_wide_TD = g_TD.to(kind, copy=True).mul_(weight_D), x_TD.to(kind)
     along_T1 = torch.linalg.vecdot(g_wide_TD, x_wide_TD).unsqueeze_(-1)
     along_T1.mul_(scale_T1**3).div_(-x_TD.shape[-1])
     g_wide_TD.mul_(scale_T1).addcmul_(x_wide_TD, along_T1)
-    if beside_TD is not None:
-        g_wide_TD.add_(beside_TD)
+    if residual_TD is not None:
+        g_wide_TD.add_(residual_TD)
     return g_wide_TD.to(x_TD.dtype)
 
 
@@ -73,10 +75,10 @@ class SwiGlu(torch.autograd.Function):
 
 
 class Linears(torch.autograd.Function):
-    """Several linear layers of one input, each with its low-rank update: x W' + b + s (m x / (1 - rate)) A' B'.
+    """Linear layers of one input, each with its low-rank update: x W' + b + s (m x / (1 - rate)) A' B'.
 
-    W and b are frozen: the input and A, B get gradients. `places` of the flattened input are dropped before A, the
-    same for all layers of the input (Hu et al. 2021, arXiv 2106.09685, equation 3, with dropout as peft has it).
+    W and b are frozen: the input and A, B get gradients. `places` of the flattened input are dropped before A, the same
+    for all layers of the input (Hu et al. 2021, arXiv 2106.09685, equation 3, with dropout as in peft).
     """
 
     @staticmethod
@@ -120,7 +122,7 @@ class Linears(torch.autograd.Function):
 
 
 def _packed(low: Seq[Tensor], dtype: torch.dtype, scales: Seq[float]) -> tuple[Tensor, list[Tensor], list[int]]:
-    """(all A on top of each other, each B with its scale, the ranks)."""
+    """Return (all A stacked, each B times its scale, the ranks)."""
     As = low[::2]
     Bs = [(B * s).to(dtype) for B, s in zip(low[1::2], scales, strict=True)]
     return torch.cat([A.to(dtype) for A in As]), Bs, [len(A) for A in As]
@@ -135,10 +137,10 @@ def _without(x_TD: Tensor, places: Tensor | None) -> Tensor:
 
 
 class Attention(torch.autograd.Function):
-    """softmax(scale q k') v within each tree, q and k turned by their positions first.
+    """softmax(scale q k') v within each prefix tree, after rotary embedding of q and k.
 
-    q_TD: H heads, k_TD and v_TD: K heads, each head's numbers beside each other. Rotary embedding: Su et al. 2021,
-    arXiv 2104.09864, equation 34, the halves of a head as pairs; cos_TE, sin_TE as transformers makes them.
+    q_TD: H heads, k_TD and v_TD: K heads, each head contiguous. Rotary embedding: Su et al. 2021, arXiv 2104.09864,
+    equation 34, pairing the halves of a head; cos_TE, sin_TE in transformers' layout.
     """
 
     @staticmethod
@@ -155,25 +157,25 @@ class Attention(torch.autograd.Function):
     ) -> Tensor:
         width = cos_TE.shape[-1]
         groups = q_TD.shape[1] // k_TD.shape[1]
-        q_TD, k_TD = turned(q_TD, cos_TE, sin_TE), turned(k_TD, cos_TE, sin_TE)
-        kept: list[Tensor] = []
+        q_TD, k_TD = rotate(q_TD, cos_TE, sin_TE), rotate(k_TD, cos_TE, sin_TE)
+        saved: list[Tensor] = []
         found = []
         for block, bias in zip(blocks.blocks, biases, strict=True):
             q, k, v = heads(q_TD, block, width, groups), heads(k_TD, block, width), heads(v_TD, block, width)
             p = scores(q, k, bias, scale, groups).softmax(-1)
             found.append(positions(torch.bmm(p, v), block, groups))
-            kept += [q, k, v, p]
-        ctx.save_for_backward(cos_TE, sin_TE, *kept)
+            saved += [q, k, v, p]
+        ctx.save_for_backward(cos_TE, sin_TE, *saved)
         ctx.blocks, ctx.scale, ctx.groups = blocks, scale, groups
         return to_row(found, blocks)
 
     @staticmethod
     def backward(ctx: Any, g_TD: Tensor) -> tuple[Tensor | None, ...]:
-        cos_TE, sin_TE, *kept = ctx.saved_tensors
+        cos_TE, sin_TE, *saved = ctx.saved_tensors
         width, scale, groups = cos_TE.shape[-1], ctx.scale, ctx.groups
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for n, block in enumerate(ctx.blocks.blocks):
-            q, k, v, p = kept[4 * n : 4 * n + 4]
+            q, k, v, p = saved[4 * n : 4 * n + 4]
             g = heads(g_TD, block, width, groups, padding=0.0)
             g_s = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.mT), p, -1, p.dtype)
             g_q = _scaled(g_s, k, scale)
@@ -181,8 +183,8 @@ class Attention(torch.autograd.Function):
             parts.append((positions(g_q, block, groups), positions(g_k, block, 1), positions(g_v, block, 1)))
         g_q_TD, g_k_TD, g_v_TD = (to_row(list(p), ctx.blocks) for p in zip(*parts, strict=True))
         return (
-            _turned_back(g_q_TD, cos_TE, sin_TE),
-            _turned_back(g_k_TD, cos_TE, sin_TE),
+            _rotate_backward(g_q_TD, cos_TE, sin_TE),
+            _rotate_backward(g_k_TD, cos_TE, sin_TE),
             g_v_TD,
             None,
             None,
@@ -192,8 +194,8 @@ class Attention(torch.autograd.Function):
         )
 
 
-def turned(x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """x cos + (-x2, x1) sin, for each head."""
+def rotate(x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Apply the rotary embedding per head: x cos + (-x2, x1) sin."""
     x, half = x_TD.view(len(x_TD), -1, cos_TE.shape[-1]), cos_TE.shape[-1] // 2
     out, sin = x * cos_TE[:, None], sin_TE[:, None]
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -201,7 +203,7 @@ def turned(x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     return out.reshape(x_TD.shape)
 
 
-def _turned_back(g_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+def _rotate_backward(g_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     g, half = g_TD.view(len(g_TD), -1, cos_TE.shape[-1]), cos_TE.shape[-1] // 2
     out, sin = g * cos_TE[:, None], sin_TE[:, None]
     out[..., :half].addcmul_(g[..., half:], sin[..., half:])
@@ -210,7 +212,7 @@ def _turned_back(g_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 
 
 def heads(x_TD: Tensor, block: Block, width: int, groups: int = 1, padding: float | None = None) -> Tensor:
-    """[B K, G L, E]: each key head with the queries that read it, one after the other; `padding` where nothing lies."""
+    """Return [B K, G L, E]: each key head with its query heads; `padding` fills empty positions."""
     trees, length = block.tokens_BL.shape
     x = x_TD.index_select(0, block.tokens_BL.flatten()).view(trees, length, -1, groups, width)
     if padding is not None and block.padded_N is not None:
@@ -220,7 +222,7 @@ def heads(x_TD: Tensor, block: Block, width: int, groups: int = 1, padding: floa
 
 
 def positions(x: Tensor, block: Block, groups: int) -> Tensor:
-    """Back to [B L, D]."""
+    """Inverse of `heads`: [B L, D]."""
     trees, length = block.tokens_BL.shape
     return x.view(trees, -1, groups, length, x.shape[-1]).permute(0, 3, 1, 2, 4).reshape(trees * length, -1)
 
@@ -239,7 +241,7 @@ def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def to_row(parts: list[Tensor], blocks: Blocks) -> Tensor:
-    """The blocks' positions as the row's tokens, [T, D]; nothing where the row is filled up."""
+    """Return the blocks' positions as tokens of the row, [T, D]; filler positions are dropped."""
     found_TD = (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, blocks.place_T)
     found_TD[blocks.tokens :] = 0
     return found_TD
