@@ -248,8 +248,8 @@ def test_dora_is_by_hand_what_its_paper_says(models: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"r": 2}, "r is 4 there and 2 here"),
-        ({"alpha": 16}, "lora_alpha is 8 there and 16 here"),
+        ({"r": 2}, "r is 4 in the checkpoint, 2 in this study"),
+        ({"alpha": 16}, "lora_alpha is 8 in the checkpoint, 16 in this study"),
         ({"kind": "rslora"}, "use_rslora"),
         ({"kind": "dora"}, "use_dora"),
         ({"kind": "full"}, "one is an adapter, the other whole weights"),
@@ -284,5 +284,5 @@ def test_a_config_that_means_another_function_is_told(
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_tokens_that_are_not_there_are_told(kind: Kind, models: dict[str, Path], tmp_path: Path) -> None:
     folder = go(trajectory(models["llama"], kind, sft.Sft()), 0, tmp_path)
-    with pytest.raises(LeewayError, match="does not fit"):
+    with pytest.raises(LeewayError, match="does not match"):
         adapters.restore(moved(models["llama"], kind, ("<SAFE>",)), folder)

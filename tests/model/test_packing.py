@@ -192,5 +192,5 @@ def test_no_example_sees_another(kind: str, models: dict[str, Path]) -> None:
 
 def test_attention_without_a_mask_is_refused() -> None:
     lm = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flash_attention_2"), dtype=torch.float32)
-    with pytest.raises(LeewayError, match=r"optim\.layout: packed does not go with flash_attention_2"):
+    with pytest.raises(LeewayError, match=r"optim\.layout: packed does not support flash_attention_2"):
         Packed.of([PAIR], CPU).inputs(lm)
