@@ -100,7 +100,7 @@ def test_a_base_that_is_not_what_was_loaded_is_an_error(kind: str, models: dict[
         base.checkout()
         return
     with pytest.raises(
-        LeewayError, match=r"model\.layers\.0\.mlp\.up_proj\.weight changed after an adapter was removed"
+        LeewayError, match="weight changed after an adapter was removed"
     ):
         base.checkout()
 
