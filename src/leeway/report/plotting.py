@@ -196,7 +196,7 @@ def _with_data(key: str, attribute: str, marks: Mapping[str, Mark]) -> str:
 
 
 WIDTH = 8.0  # inches, drawn 960 CSS pixels wide: 8.5 pt text is 14 pixels
-PERCENT = FuncFormatter(lambda v, _: f"{100 * v:.0f}%")
+PERCENT = FuncFormatter(lambda v, _: f"{100 * v:.3g}%")
 INK, SOFT, FAINT, GRID, GHOST = "#1c1e21", "#5b6168", "#9aa0a6", "#e4e6e8", "#d3d6d9"
 FONTS = "'DejaVu Sans', Verdana, 'Segoe UI', Helvetica, Arial, sans-serif"
 STYLE = {

@@ -90,7 +90,8 @@ def _named(changed: pd.DataFrame) -> str:
     names = [f"{formatting.objective_name(o, c)} {formatting.points(d)}" for o, c, d in lines]
     if len(names) <= MAX_NAMED:
         return ", ".join(names)
-    return ", ".join(names[: MAX_NAMED - 1]) + f", {len(names) - MAX_NAMED + 1} more to {names[-1]}"
+    others = len(names) - MAX_NAMED + 1
+    return ", ".join(names[: MAX_NAMED - 1]) + f" and {others} others, the smallest {names[-1]}"
 
 
 def _trust(table: pd.DataFrame, seeds: list[int], external: bool, equivalent: pd.DataFrame | None) -> list[str]:

@@ -18,6 +18,7 @@ from leeway.stats.pareto import MEASURES as RECOMMENDATION_MEASURES
 
 Column = tuple[str, Callable[[dict[str, Any]], str], bool]  # heading, cell text, whether it is text (else a number)
 MARGIN = 0.05  # of the page's equivalence tests; claims and gates have their own
+NEVER = "never"
 OVER_BUDGETS = ("asr", "endorsement", "accuracy")
 TITLES = {
     "equivalence": "Equivalence to the base",
@@ -143,8 +144,8 @@ def _equivalence(table: pd.DataFrame, unit: BudgetUnit) -> tuple[str, list[Colum
 
 def _divergence(table: pd.DataFrame, _: BudgetUnit) -> tuple[str, list[Column], pd.DataFrame]:
     columns: list[Column] = [
-        ("Test", lambda r: str(r["kind"]), True),
-        ("Method", lambda r: str(r["method"]), True),
+        ("Test", lambda r: str(r["kind"]).replace("-check", " (check)"), True),
+        ("Method", lambda r: "GEE" if r["method"] == "gee" else str(r["method"]), True),
         MEASURE,
         OBJECTIVE,
         AGAINST,
@@ -164,7 +165,7 @@ def _divergence(table: pd.DataFrame, _: BudgetUnit) -> tuple[str, list[Column], 
 def _onset(table: pd.DataFrame, unit: BudgetUnit) -> tuple[str, list[Column], pd.DataFrame]:
     def place(row: dict[str, Any], key: str) -> str:
         value = row[key]
-        return MISSING if value is None else "never" if value == float("inf") else unit.tick(int(value))
+        return MISSING if value is None else NEVER if value == float("inf") else unit.tick(int(value))
 
     columns: list[Column] = [
         OBJECTIVE,
@@ -260,7 +261,7 @@ def _against(row: dict[str, Any]) -> str:
 
 OBJECTIVE: Column = ("Objective", _objective, True)
 AGAINST: Column = ("Against", _against, True)
-MEASURE: Column = ("Measure", lambda r: str(r["measure"]), True)
+MEASURE: Column = ("Measure", lambda r: str(r["measure"]).replace("asr", "ASR").replace(":none", ", no attack"), True)
 P_VALUES: list[Column] = [
     ("p", lambda r: formatting.p_value(_float(r["p"])), False),
     ("p (Holm)", lambda r: formatting.p_value(_float(r["p_holm"])), False),
@@ -280,7 +281,7 @@ def _interval(row: dict[str, Any], *, in_points: bool) -> str:
 
 
 def _to(low: str, high: str) -> str:
-    return f"{low} to {high}"
+    return low if low == high == NEVER else f"{low} to {high}"
 
 
 def _signed(row: dict[str, Any], key: str) -> str:
