@@ -1,4 +1,4 @@
-"""Rows that allow less than they seem to: a clear statement on page, contrasts and gate, and no misleading number."""
+"""Deficient rows: page, contrasts and gate state the deficiency and give no misleading number."""
 
 from __future__ import annotations
 
@@ -60,38 +60,38 @@ def all_refuse(folder: Path, words: str) -> None:
 
 
 def half(table: pd.DataFrame) -> pd.DataFrame:
-    """Every second answer of the checkpoint is another version's."""
+    """Give every second row of the checkpoint another template version."""
     return table.assign(
         template_hash=table["template_hash"].where((table["objective"] == "base") | (table.index % 2 == 0), OTHER)
     )
 
 
 def both(table: pd.DataFrame) -> pd.DataFrame:
-    """Everything twice, once under each version."""
+    """Duplicate all rows under another template version."""
     return pd.concat([table, table.assign(template_hash=OTHER)], ignore_index=True)
 
 
 @pytest.mark.parametrize("pool", [half, both])
-def test_two_versions_of_a_template_that_the_manifest_does_not_name(tmp_path: Path, pool):
+def test_template_version_missing_in_manifest_is_rejected(tmp_path: Path, pool):
     all_refuse(run(tmp_path, pool(rows())), "rows of another version of a template were pooled")
 
 
 @pytest.mark.parametrize("pool", [half, both])
-def test_two_versions_of_a_template_under_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool):
+def test_two_template_versions_under_one_condition_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool):
     monkeypatch.setattr(synthetic, "CONDITIONS", {**synthetic.CONDITIONS, OTHER: "plain"})
     all_refuse(run(tmp_path, pool(rows())), "rows of several versions of a template were pooled")
 
 
-def test_everything_of_two_runs_pooled(tmp_path: Path):
+def test_rows_of_two_pooled_runs_are_rejected(tmp_path: Path):
     all_refuse(run(tmp_path, pd.concat([rows(), rows()], ignore_index=True)), "rows of two runs were pooled")
 
 
-def test_a_run_without_its_base(tmp_path: Path):
+def test_run_without_base_is_rejected(tmp_path: Path):
     table = rows()
     all_refuse(run(tmp_path, table[table["objective"] != "base"]), "no rows of the base model")
 
 
-def test_an_axis_without_its_base(tmp_path: Path):
+def test_axis_without_base_is_not_compared(tmp_path: Path):
     table = rows()
     folder = run(tmp_path, table[(table["objective"] != "base") | (table["eval"] != "jailbreak")])
     assert "Attack success rate (mean over attacks) could not be compared" in verdict(folder)
@@ -103,7 +103,7 @@ def test_an_axis_without_its_base(tmp_path: Path):
     assert (finding.outcome, finding.evidence.withheld) == ("inconclusive", found.loc["asr", "note"])
 
 
-def test_one_seed_is_said_everywhere(tmp_path: Path):
+def test_single_seed_is_stated_everywhere(tmp_path: Path):
     folder = run(tmp_path, rows())
     assert "not training-seed variance (1 seed)" in verdict(folder)
     assert primary(folder)["note"].str.startswith("one training seed").all()
@@ -117,9 +117,9 @@ def test_all_unscored(tmp_path: Path, who: str):
     table.loc[at, "score"], table.loc[at, "outcome"] = np.nan, None
     table.loc[at, "unscored_reason"] = "the judge was down"
     folder = run(tmp_path, table)
-    said = verdict(folder)
-    assert said.count("could not be compared") == 3
-    assert "significantly" not in said
+    text = verdict(folder)
+    assert text.count("could not be compared") == 3
+    assert "significantly" not in text
     assert primary(folder)[NUMBERS].isna().all(axis=None)
     found = decided(folder)
     assert found.outcome == "inconclusive"
@@ -146,11 +146,11 @@ def test_zero_variance_has_a_bound_and_no_error(tmp_path: Path):
     assert 0.25 < by_rule["endorsement", "at_most"].evidence.limit < 0.6
 
 
-def test_three_items_decide_nothing(tmp_path: Path):
+def test_three_items_are_inconclusive(tmp_path: Path):
     folder = run(tmp_path, rows(capability=3, prompts=3, items=3))
-    said = verdict(folder)
-    assert said.count("could not be compared") == 3
-    assert "significantly" not in said
+    text = verdict(folder)
+    assert text.count("could not be compared") == 3
+    assert "significantly" not in text
     found = primary(folder)
     assert found["p_holm"].dropna().gt(0.05).all()
     assert found["mde"].isna().all()
@@ -160,7 +160,7 @@ def test_three_items_decide_nothing(tmp_path: Path):
     assert {f.needed for f in decision.findings} == {None}
 
 
-def test_three_prompts_of_small_probabilities_show_no_small_rate(tmp_path: Path):
+def test_three_prompts_do_not_show_a_small_rate(tmp_path: Path):
     table = rows(capability=3, prompts=3, items=3)
     table.loc[table["eval"] == "persona", "score"] = [0.05, 0.051, 0.049] * 2
     finding = decided(run(tmp_path, table)).decisions[0].findings[4]

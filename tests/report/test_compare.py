@@ -1,4 +1,4 @@
-"""Studies side by side: what must not be compared, differences paired by item, means over studies, pooled seeds."""
+"""Comparison of studies: what is left out, paired differences, meta-analysis, pooled seeds."""
 
 import json
 import math
@@ -24,7 +24,7 @@ BUDGETS = (25_000, 100_000)
 
 
 def study(folder: Path, name: str, *, draw: int = 7, table: pd.DataFrame | None = None, **change: Any) -> Path:
-    """A made-up run under a name; `change` sets dotted keys of its manifest (a value of None takes one out)."""
+    """Write a synthetic run with a name; `change` sets dotted keys of its manifest (a value of None takes one out)."""
     rows = synthetic.rows(("sft", "kl"), BUDGETS, seed=draw, **SIZE) if table is None else table
     synthetic.write(folder / name, rows)
     manifest = json.loads((folder / name / "manifest.json").read_text())
@@ -35,8 +35,8 @@ def study(folder: Path, name: str, *, draw: int = 7, table: pd.DataFrame | None 
             inner = inner.setdefault(step, {})
         inner[last] = value
     (folder / name / "manifest.json").write_text(json.dumps(manifest))
-    told = yaml_config.load((folder / name / "study.yaml").read_text()) | {"name": name}
-    (folder / name / "study.yaml").write_text(yaml_config.dump(told))
+    settings = yaml_config.load((folder / name / "study.yaml").read_text()) | {"name": name}
+    (folder / name / "study.yaml").write_text(yaml_config.dump(settings))
     return folder / name
 
 
@@ -55,7 +55,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyComparison, Pa
 # what is written
 
 
-def test_everything_is_written_and_the_same_twice(three: tuple[StudyComparison, Path, list[Path]], tmp_path: Path):
+def test_comparison_is_complete_and_deterministic(three: tuple[StudyComparison, Path, list[Path]], tmp_path: Path):
     _, out, runs = three
     names = {p.name for p in out.iterdir()}
     assert {"compare.json", "compare.html", "compare.md", "compare-meta.csv", "compare-differences.csv"} <= names
@@ -64,7 +64,7 @@ def test_everything_is_written_and_the_same_twice(three: tuple[StudyComparison, 
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
-def test_the_page_stands_alone_and_names_what_differs(three: tuple[StudyComparison, Path, list[Path]]):
+def test_page_is_self_contained_and_lists_differences(three: tuple[StudyComparison, Path, list[Path]]):
     text = (three[1] / "compare.html").read_text("utf-8")
     assert "<script" not in text
     assert not re.search(r'(?:src|href)="(?!#)', text)
@@ -76,7 +76,7 @@ def test_the_page_stands_alone_and_names_what_differs(three: tuple[StudyComparis
     assert len(ids) == len(set(ids))
 
 
-def test_compare_json_is_strict_and_whole(three: tuple[StudyComparison, Path, list[Path]]):
+def test_compare_json_is_strict_and_complete(three: tuple[StudyComparison, Path, list[Path]]):
     found = json.loads((three[1] / "compare.json").read_text("utf-8"))
     assert [s["name"] for s in found["studies"]] == ["one", "two", "three"]
     assert [s["organism"] for s in found["studies"]] == [True, True, False]
@@ -85,7 +85,7 @@ def test_compare_json_is_strict_and_whole(three: tuple[StudyComparison, Path, li
     assert {"run.model.name", "run.model.hash"} <= {d["what"] for d in found["settings"]}
 
 
-def test_a_study_s_own_effect_is_its_report_s(three: tuple[StudyComparison, Path, list[Path]]):
+def test_effects_equal_the_studies_contrasts(three: tuple[StudyComparison, Path, list[Path]]):
     found, _, runs = three
     own = Results.load(runs[1]).contrasts()
     mine = found.tables["effects"]
@@ -99,7 +99,7 @@ def test_a_study_s_own_effect_is_its_report_s(three: tuple[StudyComparison, Path
 # laws of the numbers
 
 
-def test_the_paired_difference_is_the_difference_of_the_effects_on_the_same_items(
+def test_paired_difference_equals_difference_of_effects(
     three: tuple[StudyComparison, Path, list[Path]],
 ):
     table = three[0].tables["differences"]
@@ -112,7 +112,7 @@ def test_the_paired_difference_is_the_difference_of_the_effects_on_the_same_item
     assert ((table["p"] <= 0.05) == ((table["low"] > 0) | (table["high"] < 0))).mean() > 0.95
 
 
-def test_the_mean_lies_between_the_studies(three: tuple[StudyComparison, Path, list[Path]]):
+def test_mean_is_between_the_studies(three: tuple[StudyComparison, Path, list[Path]]):
     effects, over = three[0].tables["effects"], three[0].tables["meta"]
     spans = effects.groupby(["objective", "budget", "condition", "measure"])["difference"].agg(["min", "max"])
     both = over.set_index(["objective", "budget", "condition", "measure"]).join(spans)
@@ -124,7 +124,7 @@ def test_the_mean_lies_between_the_studies(three: tuple[StudyComparison, Path, l
 
 
 def renamed(runs: Path, name: str, seed: int) -> Path:
-    """The same answers under another study's name and training seed."""
+    """Copy a run under another name and training seed."""
     copy = runs.parent / name
     shutil.copytree(runs, copy)
     rows = pd.read_parquet(copy / "rows.parquet")
@@ -132,12 +132,12 @@ def renamed(runs: Path, name: str, seed: int) -> Path:
     rows.to_parquet(copy / "rows.parquet")
     ledger = pd.read_parquet(copy / "ledger.parquet").assign(seed=seed)
     ledger.to_parquet(copy / "ledger.parquet")
-    told = yaml_config.load((copy / "study.yaml").read_text()) | {"name": name, "seeds": [seed]}
-    (copy / "study.yaml").write_text(yaml_config.dump(told))
+    settings = yaml_config.load((copy / "study.yaml").read_text()) | {"name": name, "seeds": [seed]}
+    (copy / "study.yaml").write_text(yaml_config.dump(settings))
     return copy
 
 
-def test_a_study_beside_itself_differs_by_nothing_and_its_mean_is_its_own(tmp_path: Path):
+def test_study_compared_with_its_copy(tmp_path: Path):
     one = study(tmp_path, "one")
     found = compare([one, renamed(one, "again", 1)])
     between, over = found.tables["differences"], found.tables["meta"]
@@ -156,7 +156,7 @@ def test_a_study_beside_itself_differs_by_nothing_and_its_mean_is_its_own(tmp_pa
     assert any("12.7 standard errors" in s for s in found.sentences)
 
 
-def test_pooling_a_study_with_itself_under_another_seed_moves_no_estimate(tmp_path: Path):
+def test_pooling_a_copy_changes_no_estimate(tmp_path: Path):
     one = study(tmp_path, "one")
     found = compare([one, renamed(one, "again", 1)], pooling=True)
     key = ["objective", "budget", "condition", "measure"]
@@ -169,7 +169,7 @@ def test_pooling_a_study_with_itself_under_another_seed_moves_no_estimate(tmp_pa
     assert "CI with seeds" in page(found, [])
 
 
-def test_without_shared_items_errors_add_by_hand(tmp_path: Path):
+def test_errors_add_without_shared_items(tmp_path: Path):
     other = synthetic.rows(("sft", "kl"), BUDGETS, seed=3, **SIZE)
     other["prompt"] = "elsewhere: " + other["prompt"]
     found = compare([study(tmp_path, "one"), study(tmp_path, "two", table=other)])
@@ -196,7 +196,7 @@ def test_covariance_by_hand():
     assert _covariance([0.2, 0.1], [9, 3], [Deltas(one, 0), Deltas(other, 0)])[0, 1] == 0
 
 
-def test_an_effect_of_too_few_moves_is_weighed_by_its_bound():
+def test_error_of_few_discordant_prompts_is_the_bound():
     still = pd.Series({"se": float("nan"), "low": -0.1, "high": 0.1, "n_discordant": 0})
     assert error(still) == pytest.approx(0.2 / (2 * 1.959964))
     assert error(pd.Series({"se": 0.01, "low": -0.1, "high": 0.1, "n_discordant": 2})) == error(still)
@@ -206,7 +206,7 @@ def test_an_effect_of_too_few_moves_is_weighed_by_its_bound():
 # what must not be compared, or pooled
 
 
-def test_each_study_once(tmp_path: Path):
+def test_repeated_studies_are_rejected(tmp_path: Path):
     one = study(tmp_path, "one")
     with pytest.raises(LeewayError, match="given twice"):
         compare([one, one])
@@ -216,13 +216,13 @@ def test_each_study_once(tmp_path: Path):
         compare([one])
 
 
-def test_budgets_that_count_other_things_are_refused(tmp_path: Path):
+def test_different_budget_units_are_rejected(tmp_path: Path):
     runs = [study(tmp_path, "one"), study(tmp_path, "two", draw=1, matching={"count": "processed", "starts": {}})]
     with pytest.raises(LeewayError, match=r"count different things.*two: processed tokens"):
         compare(runs)
 
 
-def test_one_name_for_two_attacks_is_left_out_by_name(tmp_path: Path):
+def test_attack_with_different_texts_is_left_out(tmp_path: Path):
     runs = [study(tmp_path, "one"), study(tmp_path, "two", draw=1, attacks__dan__hash="other")]
     found = compare(runs)
     assert [(d["what"], d["effect"]) for d in found.checked.left_out] == [
@@ -235,7 +235,7 @@ def test_one_name_for_two_attacks_is_left_out_by_name(tmp_path: Path):
         compare(runs, pooling=True)
 
 
-def test_an_attack_of_one_study_alone_is_in_no_average(tmp_path: Path):
+def test_attack_of_one_study_is_left_out(tmp_path: Path):
     fewer = synthetic.rows(("sft", "kl"), BUDGETS, seed=1, **SIZE | {"attacks": ("none", "dan")})
     found = compare([study(tmp_path, "one"), study(tmp_path, "two", table=fewer)])
     assert [d["what"] for d in found.checked.left_out] == ["attack role_play"]
@@ -243,14 +243,14 @@ def test_an_attack_of_one_study_alone_is_in_no_average(tmp_path: Path):
     assert counts.max() == SIZE["prompts"]
 
 
-def test_an_axis_with_another_judge_is_left_out(tmp_path: Path):
+def test_axis_with_different_judges_is_left_out(tmp_path: Path):
     judge = {"name": "rubric", "hash": "ffff"}
     found = compare([study(tmp_path, "one"), study(tmp_path, "two", draw=1, judges={"jailbreak": judge})])
     assert [d["what"] for d in found.checked.left_out] == ["axis jailbreak"]
     assert set(found.tables["effects"]["measure"]) == {"accuracy", "endorsement"}
 
 
-def test_one_name_for_two_objectives_is_left_out(tmp_path: Path):
+def test_objective_with_different_settings_is_left_out(tmp_path: Path):
     kinds = [{"sft": {"kind": "sft"}, "kl": {"kind": "kl", "weight": w}} for w in (0.001, 0.1)]
     runs = [study(tmp_path, n, draw=k, objectives=kinds[k]) for k, n in enumerate(("one", "two"))]
     found = compare(runs)
@@ -258,13 +258,13 @@ def test_one_name_for_two_objectives_is_left_out(tmp_path: Path):
     assert set(found.tables["effects"]["objective"]) == {"sft"}
 
 
-def test_nothing_in_common_is_said(tmp_path: Path):
+def test_studies_without_shared_budget_are_rejected(tmp_path: Path):
     other = synthetic.rows(("sft", "kl"), (50_000,), seed=1, **SIZE)
     with pytest.raises(LeewayError, match="no objective was measured at the same budget"):
         compare([study(tmp_path, "one"), study(tmp_path, "two", table=other)])
 
 
-def test_pooling_wants_one_base_other_seeds_and_nothing_else(tmp_path: Path):
+def test_pooling_rejects_any_difference_but_seeds(tmp_path: Path):
     one = study(tmp_path, "one")
     with pytest.raises(LeewayError, match="both hold kl with seed 0"):
         compare([one, study(tmp_path, "two", draw=1)], pooling=True)
@@ -279,7 +279,7 @@ def test_pooling_wants_one_base_other_seeds_and_nothing_else(tmp_path: Path):
         compare([one, again], pooling=True)
 
 
-def test_names_that_are_alike_are_told_apart(tmp_path: Path):
+def test_equal_names_become_unique(tmp_path: Path):
     runs = [study(tmp_path / side, "demo", draw=k) for k, side in enumerate("ab")]
     assert [s.name for s in compare(runs).studies] == ["demo (demo) 1", "demo (demo) 2"]
 
@@ -294,7 +294,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     runs = [str(study(tmp_path, n, draw=k)) for k, n in enumerate(("one", "two"))]
     out = tmp_path / "out"
     out.mkdir()

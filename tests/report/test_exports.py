@@ -1,4 +1,4 @@
-"""Files for papers and for machines: LaTeX, BibTeX, figures as PDF, results.json and its schema, model cards."""
+"""Exported files: LaTeX, BibTeX, figures, results.json and its schema, model cards."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def rows() -> pd.DataFrame:
 
 
 def checkpoints(folder: Path) -> None:
-    """Folders as training leaves them; CFT's hold a tokenizer of their own."""
+    """Create checkpoint folders as training does; those of CFT have their own tokenizer."""
     for line in pd.read_parquet(folder / "ledger.parquet").to_dict("records"):
         own = folder / "checkpoints" / line["objective"] / f"s{line['seed']}" / str(line["budget"])
         own.mkdir(parents=True)
@@ -52,12 +52,12 @@ def checkpoints(folder: Path) -> None:
 
 
 def cells(line: str) -> list[str]:
-    """A line of a tabular at its unescaped ampersands."""
+    """Split a line of a tabular at its unescaped ampersands."""
     return re.split(r"(?<!\\)&", line.removesuffix(r"\\"))
 
 
 def check_tex(text: str) -> list[list[str]]:
-    """The body's cells, once the source is seen to be balanced and every line to have the header's columns."""
+    """Return the cells, after checking that the source is balanced and each line has the header's columns."""
     opened: list[str] = []
     for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", text):
         if kind == "begin":
@@ -81,7 +81,7 @@ def check_tex(text: str) -> list[list[str]]:
     return [[c.strip() for c in x] for x in lines]
 
 
-def test_a_paper_s_tables_can_be_input(run: Path):
+def test_latex_tables_are_balanced_and_complete(run: Path):
     found = {p.stem: check_tex(p.read_text("utf-8")) for p in (run / "tables").glob("*.tex")}
     assert set(found) == {"main", "contrasts", "ledger"}
     assert found["main"][0][0:3] == ["Objective", "Budget", "Accuracy"]
@@ -93,7 +93,7 @@ def test_a_paper_s_tables_can_be_input(run: Path):
     assert len(found["ledger"]) == 1 + 4
 
 
-def test_the_sign_is_holm_s_verdict_and_is_explained(run: Path):
+def test_significance_marks_follow_holm_and_are_explained(run: Path):
     text = (run / "tables/main.tex").read_text("utf-8")
     contrasts = pd.read_csv(run / "tables/contrasts.csv")
     moved = contrasts[contrasts["primary"] & (contrasts["p_holm"] < 0.05)]
@@ -104,7 +104,7 @@ def test_the_sign_is_holm_s_verdict_and_is_explained(run: Path):
     assert latex.SIGNIFICANT in notes
 
 
-def test_what_is_withheld_is_a_dash_and_counted(tmp_path: Path):
+def test_missing_rates_are_dashes_and_unscored_are_counted(tmp_path: Path):
     table = rows()
     table.loc[(table["objective"] == "sft") & (table["eval"] == "capability"), "score"] = float("nan")
     folder = synthetic.write(tmp_path, table)
@@ -115,7 +115,7 @@ def test_what_is_withheld_is_a_dash_and_counted(tmp_path: Path):
     assert int(line[-1]) >= 40
 
 
-def test_any_name_is_safe_in_latex():
+def test_latex_escapes_hostile_text():
     safe = latex.escape(NASTY)
     assert safe.startswith(r"50\% of \$x\_1\$ \& \textbackslash{}input\{evil\} \#2 ")
     assert "{[}{*}{]}" in safe
@@ -127,7 +127,7 @@ def test_any_name_is_safe_in_latex():
     assert len(check_tex(latex.render(table))) == 3
 
 
-def test_a_long_table_runs_over_pages():
+def test_long_table_is_a_longtable():
     table = latex.Table(
         "x", "c", [("a", "l"), ("b", "r")], [[str(n), "1"] for n in range(latex.PAGE_ROWS + 1)], ["note"]
     )
@@ -136,7 +136,7 @@ def test_a_long_table_runs_over_pages():
     assert len(check_tex(text)) == latex.PAGE_ROWS + 2
 
 
-def test_claims_are_a_table():
+def test_claims_table():
     line = {"claim": "a", "says": NASTY, "estimate": -0.123, "low": -0.2, "high": float("nan"), "unit": "share"}
     line |= {"p": 0.01, "p_holm": 0.02, "mde": 0.05, "verdict": "supported", "why": ""}
     found = latex.claims_table(pd.DataFrame([line]))
@@ -150,7 +150,7 @@ def test_claims_are_a_table():
 # figures
 
 
-def test_every_figure_is_there_three_times_and_pdf_has_no_date(run: Path):
+def test_figures_are_svg_png_and_undated_pdf(run: Path):
     made: dict[str, set[str]] = {}
     for path in (run / "figures").iterdir():
         made.setdefault(path.stem, set()).add(path.suffix)
@@ -163,7 +163,7 @@ def test_every_figure_is_there_three_times_and_pdf_has_no_date(run: Path):
         assert b"/Subtype /Type3" not in raw
 
 
-def test_another_process_draws_the_same_pdf():
+def test_pdf_is_equal_across_processes():
     code = """
 import hashlib, sys
 from matplotlib.figure import Figure
@@ -193,7 +193,7 @@ def read(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "results.json").read_text("utf-8")))
 
 
-def test_results_keep_to_their_schema(run: Path):
+def test_results_match_schema(run: Path):
     found = read(run)
     validator().validate(found)
     assert found["$schema"] == results_json.schema()["$id"] == f"urn:leeway:results:{results_json.FORMAT}"
@@ -206,7 +206,7 @@ def test_results_keep_to_their_schema(run: Path):
 
 
 def broken() -> dict[str, Any]:
-    """How a file may be wrong, by what is done to a good one."""
+    """Return ways to break a valid file."""
 
     def drop(d: dict[str, Any]) -> None:
         del d["contrasts"]
@@ -233,13 +233,13 @@ def broken() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", broken())
-def test_the_schema_refuses(run: Path, how: str):
+def test_schema_rejects(run: Path, how: str):
     found = copy.deepcopy(read(run))
     broken()[how](found)
     assert list(validator().iter_errors(found))
 
 
-def test_new_tables_and_columns_are_no_new_format(run: Path):
+def test_schema_allows_new_tables_and_columns(run: Path):
     found = read(run)
     found["divergence"] = [{"objective": "sft", "estimate": 0.1, "p": None, "note": ""}]
     found["contrasts"][0]["se"] = 0.01
@@ -249,7 +249,7 @@ def test_new_tables_and_columns_are_no_new_format(run: Path):
 # BibTeX
 
 
-def test_a_run_cites_what_it_rests_on(run: Path):
+def test_citations_match_the_run(run: Path):
     text = (run / "citation.bib").read_text("utf-8")
     keys = re.findall(r"^@\w+\{([^,]+),$", text, flags=re.MULTILINE)
     assert keys[:2] == ["leeway", "vennemeyer2026objective"]
@@ -261,18 +261,18 @@ def test_a_run_cites_what_it_rests_on(run: Path):
         assert entry.count("{") == entry.count("}")
 
 
-def test_leeway_is_cited_as_its_own_file_says():
-    told = yaml_config.load((Path(__file__).parents[2] / "CITATION.cff").read_text("utf-8"))
-    assert told["title"] == model_card.TITLE
-    assert told["authors"][0]["name"] in model_card.AUTHOR
-    assert f"version = {{{told['version']}}}" in model_card.leeway_entry()
+def test_leeway_entry_matches_citation_cff():
+    citation = yaml_config.load((Path(__file__).parents[2] / "CITATION.cff").read_text("utf-8"))
+    assert citation["title"] == model_card.TITLE
+    assert citation["authors"][0]["name"] in model_card.AUTHOR
+    assert f"version = {{{citation['version']}}}" in model_card.leeway_entry()
     assert "{0.0.9}" in model_card.leeway_entry("0.0.9")
 
 
 # model cards
 
 
-def test_a_card_stands_in_every_checkpoint_and_the_hub_s_reader_takes_it(run: Path):
+def test_every_checkpoint_has_a_valid_model_card(run: Path):
     found = sorted((run / "checkpoints").rglob("README.md"))
     assert len(found) == 4
     rates = pd.read_csv(run / "tables/rates.csv")
@@ -294,22 +294,22 @@ def test_a_card_stands_in_every_checkpoint_and_the_hub_s_reader_takes_it(run: Pa
         assert "&lt;SAFE&gt;" in card.text or objective != "cft"
 
 
-def test_a_hub_model_is_named_a_folder_s_path_is_not(run: Path):
+def test_card_names_hub_models_but_not_local_paths(run: Path):
     results = Results.load(run)
-    told = model_card.CardContext.of(results, {"rates": results.rates(), "contrasts": results.contrasts()})
+    context = model_card.CardContext.of(results, {"rates": results.rates(), "contrasts": results.contrasts()})
     line = results.ledger.iloc[0].to_dict()
     results.manifest["organism"] = False
     results.manifest["model"]["name"] = "meta-llama/Llama-3.1-8B-Instruct"
-    card = ModelCard(model_card.model_card(results, told, line, False))
+    card = ModelCard(model_card.model_card(results, context, line, False))
     assert card.data.base_model == "meta-llama/Llama-3.1-8B-Instruct"
     assert "No evidence about real" not in card.text
     results.manifest["model"]["name"] = "/home/me/secret/my-model"
-    text = model_card.model_card(results, told, line, False)
+    text = model_card.model_card(results, context, line, False)
     assert "/home/me" not in text
     assert "my-model" in text
 
 
-def test_cards_are_the_same_again_and_change_nothing_else(run: Path, tmp_path: Path):
+def test_rebuilding_changes_nothing(run: Path, tmp_path: Path):
     again = tmp_path / run.name
     shutil.copytree(run, again)
     before = {p.relative_to(again): p.read_bytes() for p in sorted(again.rglob("*")) if p.is_file()}
@@ -317,7 +317,7 @@ def test_cards_are_the_same_again_and_change_nothing_else(run: Path, tmp_path: P
     assert {p.relative_to(again): p.read_bytes() for p in sorted(again.rglob("*")) if p.is_file()} == before
 
 
-def test_somebody_else_s_folder_gets_no_card(run: Path, tmp_path: Path):
+def test_external_checkpoint_gets_no_card(run: Path, tmp_path: Path):
     folder = tmp_path / "audit"
     shutil.copytree(run, folder)
     for old in folder.rglob("README.md"):
@@ -329,5 +329,5 @@ def test_somebody_else_s_folder_gets_no_card(run: Path, tmp_path: Path):
     assert not list(folder.rglob("README.md"))
 
 
-def test_text_in_a_card_stays_text():
+def test_markdown_is_escaped():
     assert model_card.markdown("a|b <script> [x](y) \u202e") == r"a\|b &lt;script&gt; \[x\](y) ⟨U+202E⟩"

@@ -21,27 +21,27 @@ def test_budgets():
     ]
 
 
-def test_points_carry_their_sign_and_no_negative_zero():
+def test_points_are_signed_without_negative_zero():
     assert [formatting.points(v) for v in (0.031, -0.004, -0.0001, float("nan"))] == ["+3.1", "−0.4", "0.0", "–"]
     assert [formatting.p_value(v) for v in (0.0421, 0.0004)] == ["0.042", "<0.001"]
     assert formatting.join_and(["a", "b", "c"]) == "a, b and c"
 
 
-def test_text_that_would_turn_or_hide_is_spelled_out():
+def test_invisible_text_is_escaped():
     shown, cut = formatting.escape_invisible("a\u202eb\u200b\x00\nc\td", 100)
     assert (shown, cut) == ("a⟨U+202E⟩b⟨U+200B⟩⟨U+0000⟩\nc\td", 0)
     assert formatting.escape_invisible("x" * 50, 10) == ("x" * 10, 40)
     assert formatting.escape_invisible("naïve 日本 🙂", 100) == ("naïve 日本 🙂", 0)
 
 
-def test_labels_keep_their_order_and_distance():
+def test_labels_keep_order_and_distance():
     placed = spread_labels([0.5, 0.5, 0.1, 0.98], 0.1, 0, 1)
     assert placed[2] < placed[0] < placed[1] < placed[3] <= 1
     assert min(abs(a - b) for a in placed for b in placed if a != b) >= 0.1 - 1e-12
 
 
 @pytest.mark.parametrize("names", [2, 9, 20, 40])
-def test_labels_that_are_too_many_stand_evenly_and_none_on_another(names: int):
+def test_many_labels_are_evenly_spaced(names: int):
     placed = spread_labels([0.1] * names, 0.1, 0, 1)
     assert len(set(placed)) == names
     assert min(b - a for a, b in itertools.pairwise(placed)) >= min(0.1, 1 / (names - 1)) - 1e-9
@@ -50,7 +50,7 @@ def test_labels_that_are_too_many_stand_evenly_and_none_on_another(names: int):
 
 
 @pytest.mark.parametrize("last", [(0.5, 0.5), (0.5, 0.52), (0.52, 0.5), (0.47, 0.49), (0.9, 0.1)])
-def test_the_first_and_the_last_budget_are_named_apart(last: tuple[float, float]):
+def test_first_and_last_budget_labels_do_not_overlap(last: tuple[float, float]):
     figure = Figure(figsize=(8, 2.4))
     ax = figure.subplots(1, 3)[0]
     ax.set(xlim=(0, 1), ylim=(0, 1))
@@ -75,7 +75,7 @@ def line(objective: str, axis: str, measure: str, difference: float, p: float) -
     return found | {"primary": measure != "coherence"}
 
 
-def test_verdict_names_what_moved_and_claims_no_stability():
+def test_verdict_names_changes_and_claims_no_stability():
     table = pd.DataFrame(
         [
             line("sft", "capability", "accuracy", 0.2, 0.001),
@@ -101,7 +101,7 @@ def test_verdict_names_what_moved_and_claims_no_stability():
     assert verdict(table.iloc[:0], []) == ["Only the base model was evaluated: there is nothing to compare it with."]
 
 
-def test_an_incoherent_model_is_not_called_robust():
+def test_incoherent_model_is_not_called_robust():
     table = pd.DataFrame(
         [line("sft", "jailbreak", "asr", -0.1, 0.2), line("sft", "jailbreak", "coherence", -0.9, 0.001)]
     )

@@ -1,4 +1,4 @@
-"""The page in a browser: it works without the world outside, for every reader, and hostile answers do nothing."""
+"""The page in a browser: offline, accessible, and safe with hostile responses."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def counted(tab: Any) -> int:
 
 
 def after(tab: Any, act: Callable[[], object]) -> int:
-    """How many are found once the search that this began has ended: never what an earlier one had left standing."""
+    """Return the number of results once the search that `act` starts has ended."""
     tab.evaluate("document.getElementById('search-count').textContent = ''")
     act()
     return counted(tab)
 
 
-def asked(tab: Any, **filters: str) -> int:
-    """How many answers fit, with these filters and no others."""
+def n_found(tab: Any, **filters: str) -> int:
+    """Return the number of results with these filters only."""
     found = after(tab, tab.locator("#search-form button[type=reset]").click)
     for name, value in filters.items():
         field = tab.locator(f"#f-{name}")
@@ -72,7 +72,7 @@ def asked(tab: Any, **filters: str) -> int:
     return found
 
 
-def test_it_asks_the_world_for_nothing_and_complains_of_nothing(browser: Any, page: Path):
+def test_page_makes_no_requests_and_logs_no_errors(browser: Any, page: Path):
     tab, seen = chrome.opened(browser, page)
     tab.locator("#search-form button.main").click()
     counted(tab)
@@ -86,29 +86,29 @@ def test_it_asks_the_world_for_nothing_and_complains_of_nothing(browser: Any, pa
     assert any("Content Security Policy" in line for line in seen.console)
 
 
-def test_filters_find_what_pandas_finds(tab: Any):
+def test_filters_match_pandas(tab: Any):
     found = rows()
     outcome, attack = found["outcome"].fillna(""), found["attack"].fillna("")
     unscored = found["score"].isna() & (outcome == "")
-    assert asked(tab) == len(found)
-    assert asked(tab, eval="jailbreak") == (found["eval"] == "jailbreak").sum()
+    assert n_found(tab) == len(found)
+    assert n_found(tab, eval="jailbreak") == (found["eval"] == "jailbreak").sum()
     assert (
-        asked(tab, eval="jailbreak", attack="dan", outcome="harmful")
+        n_found(tab, eval="jailbreak", attack="dan", outcome="harmful")
         == ((attack == "dan") & (outcome == "harmful")).sum()
     )
-    assert asked(tab, outcome="unscored") == unscored.sum() > 0
+    assert n_found(tab, outcome="unscored") == unscored.sum() > 0
     assert (
-        asked(tab, line="sft|plain", budget="100000")
+        n_found(tab, line="sft|plain", budget="100000")
         == ((found["objective"] == "sft") & (found["budget"] == 100_000)).sum()
     )
     words = found["prompt"].str.contains("LOCK NUMBER 7?", case=False, regex=False)
     words |= found["response"].str.contains("LOCK NUMBER 7?", case=False, regex=False)
-    assert asked(tab, text="LOCK NUMBER 7?") == words.sum() > 0
-    assert asked(tab, text="no such words") == 0
+    assert n_found(tab, text="LOCK NUMBER 7?") == words.sum() > 0
+    assert n_found(tab, text="no such words") == 0
 
 
-def test_pages_of_answers_can_be_turned(tab: Any):
-    asked(tab, eval="persona")
+def test_result_pages(tab: Any):
+    n_found(tab, eval="persona")
     first = tab.locator("#search-list article h4").first.inner_text()
     tab.locator("#next").click()
     assert tab.locator("#search-list article h4").first.inner_text() != first
@@ -139,15 +139,15 @@ def test_two_checkpoints_side_by_side(tab: Any):
     assert after(tab, card.get_by_text("Show all checkpoints for this prompt").click) == len(item)
 
 
-def test_harmful_answers_are_folded_until_asked_for(tab: Any):
-    asked(tab, eval="jailbreak", outcome="harmful")
+def test_harmful_responses_expand_on_click(tab: Any):
+    n_found(tab, eval="jailbreak", outcome="harmful")
     card = tab.locator("#search-list article").first
     assert synthetic.REPLY["harmful"] not in card.inner_text()
     card.locator("details > summary").first.click()
     card.get_by_text(synthetic.REPLY["harmful"]).wait_for()  # a fold tells the page that it opened a moment later
 
 
-def test_hostile_answers_are_only_text(browser: Any, page: Path):
+def test_hostile_responses_are_text(browser: Any, page: Path):
     tab, seen = chrome.opened(browser, page)
     tab.locator("#f-eval").select_option("capability")
     counted(tab)
@@ -164,8 +164,8 @@ def test_hostile_answers_are_only_text(browser: Any, page: Path):
     assert (seen.dialogs, seen.console) == ([], [])
 
 
-def test_a_line_of_a_megabyte_is_cut_and_can_be_had_whole(tab: Any):
-    assert asked(tab, text="long long long") == 1
+def test_megabyte_line_is_truncated_and_expandable(tab: Any):
+    assert n_found(tab, text="long long long") == 1
     pre = tab.locator("#search-list .answer pre").first
     assert pre.evaluate("p => p.textContent.length") == formatting.MAX_CHARS
     button = tab.locator("#search-list .answer button.more").first
@@ -175,7 +175,7 @@ def test_a_line_of_a_megabyte_is_cut_and_can_be_had_whole(tab: Any):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
-def test_invisible_characters_are_spelled_out_as_in_python(tab: Any):
+def test_invisible_characters_are_escaped_as_in_python(tab: Any):
     source = (Path(report.__file__).parent / "page/scripts/text.js").read_text(encoding="utf-8")
     ask = (
         "() => {"
@@ -193,7 +193,7 @@ def test_invisible_characters_are_spelled_out_as_in_python(tab: Any):
     assert (shown, cut) == (formatting.escape_invisible("\u202ea\U000e0041")[0], 1)
 
 
-def test_objectives_budgets_and_attacks_can_be_picked(browser: Any, page: Path):
+def test_filter_by_objective_budget_and_attack(browser: Any, page: Path):
     tab, seen = chrome.opened(browser, page)
     tab.locator("#filter summary").click()
     for value in ("kl|plain", "25000", "dan"):
@@ -221,14 +221,14 @@ def test_objectives_budgets_and_attacks_can_be_picked(browser: Any, page: Path):
     assert seen.console == []
 
 
-def test_the_budget_of_the_decision_can_be_picked(tab: Any):
+def test_budget_of_the_recommendation_can_be_chosen(tab: Any):
     assert [tab.locator(f".advice[data-at='{b}']").is_visible() for b in (25_000, 100_000)] == [False, True]
     tab.locator("#budget-picker input[value='25000']").check()
     assert [tab.locator(f".at-budget[data-at='{b}']").is_visible() for b in (25_000, 100_000)] == [True, False]
     assert "At 25k tokens" in tab.locator(".advice:visible h3").inner_text()
 
 
-def test_intervals_are_said_at_the_pointer_and_at_the_keyboard(tab: Any):
+def test_tooltips_by_pointer_and_keyboard(tab: Any):
     mark = tab.locator("#figure-contrasts .mark").first
     mark.scroll_into_view_if_needed()
     mark.hover()
@@ -241,7 +241,7 @@ def test_intervals_are_said_at_the_pointer_and_at_the_keyboard(tab: Any):
     assert not tab.locator("#tip").is_visible()
 
 
-def test_the_tab_key_reaches_everything_and_shows_where_it_is(browser: Any, page: Path):
+def test_tab_key_reaches_everything_with_visible_focus(browser: Any, page: Path):
     tab, _ = chrome.opened(browser, page)
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.textContent") == "Skip to summary"
@@ -266,7 +266,7 @@ def test_the_tab_key_reaches_everything_and_shows_where_it_is(browser: Any, page
     assert ringless <= {"BODY"}  # between the last stop and the first
 
 
-def test_what_is_seen_has_a_name_for_those_who_do_not(tab: Any):
+def test_accessible_names(tab: Any):
     assert tab.evaluate((HERE / "names.js").read_text(encoding="utf-8")) == []
 
 
@@ -275,7 +275,7 @@ CONTRAST = (HERE / "contrast.js").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_words_can_be_read_and_nothing_runs_off_the_side(browser: Any, page: Path, scheme: str, width: int):
+def test_contrast_and_no_horizontal_overflow(browser: Any, page: Path, scheme: str, width: int):
     tab, seen = chrome.opened(browser, page, width, 844, color_scheme=scheme)
     tab.locator("#search-form button.main").click()
     counted(tab)
@@ -284,7 +284,7 @@ def test_words_can_be_read_and_nothing_runs_off_the_side(browser: Any, page: Pat
     assert seen.console == []
 
 
-def test_the_switch_of_colours_overrules_the_system(browser: Any, page: Path):
+def test_theme_switch_overrides_the_system(browser: Any, page: Path):
     tab, _ = chrome.opened(browser, page, color_scheme="light")
     paper = "getComputedStyle(document.body).backgroundColor"
     light = tab.evaluate(paper)
@@ -294,7 +294,7 @@ def test_the_switch_of_colours_overrules_the_system(browser: Any, page: Path):
     assert tab.evaluate(paper) == light
 
 
-def test_on_paper_every_table_is_open_and_nothing_asks_to_be_clicked(browser: Any, page: Path):
+def test_print_expands_tables_and_hides_controls(browser: Any, page: Path):
     tab, _ = chrome.opened(browser, page)
     tab.emulate_media(media="print")
     tab.evaluate("dispatchEvent(new Event('beforeprint'))")
@@ -313,7 +313,7 @@ def test_on_paper_every_table_is_open_and_nothing_asks_to_be_clicked(browser: An
     assert len(tab.pdf(format="A4")) > 50_000
 
 
-def test_without_its_script_it_is_still_a_report(browser: Any, page: Path):
+def test_page_without_javascript(browser: Any, page: Path):
     tab = browser.new_context(java_script_enabled=False).new_page()
     tab.goto(page.as_uri())
     assert tab.locator("#figure-tradeoff svg").is_visible()
@@ -324,7 +324,7 @@ def test_without_its_script_it_is_still_a_report(browser: Any, page: Path):
     assert tab.locator(".advice").first.is_visible()
 
 
-def test_a_hundred_thousand_rows_open_at_once(browser: Any, page: Path, tmp_path: Path):
+def test_page_with_a_hundred_thousand_rows_is_responsive(browser: Any, page: Path, tmp_path: Path):
     """Generous bounds for a busy machine; docs/log.md has what was measured of a whole report."""
     many = synthetic.lengthened(synthetic.rows(capability=1_000, prompts=310, items=400))
     assert len(many) > 100_000

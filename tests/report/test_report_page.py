@@ -1,4 +1,4 @@
-"""The page: what it holds, that it is safe to open, that it comes out the same twice."""
+"""The page: complete, safe to open, deterministic."""
 
 import base64
 import gzip
@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in sorted(made)}
 
 
-def test_everything_is_there(run: Path, page: str):
+def test_all_files_and_sections_exist(run: Path, page: str):
     names = set(contents(run))
     figures = ["contrasts", "tradeoff", "by-budget", "by-attack", "outcomes", "persona"]
     assert {f"figures/{f}.{end}" for f in figures for end in ("svg", "png")} <= names
@@ -67,7 +67,7 @@ def test_everything_is_there(run: Path, page: str):
     assert "5f2a9be1c0d3e4f6" in page
 
 
-def test_same_rows_same_bytes(run: Path, tmp_path: Path):
+def test_same_rows_give_the_same_bytes(run: Path, tmp_path: Path):
     first = contents(run)
     again = synthetic.write(tmp_path / run.name, small())
     report.build(again)
@@ -85,7 +85,7 @@ def test_model_output_stays_text(page: str):
 
 
 class Attributes(HTMLParser):
-    """Every tag and attribute that a browser would see."""
+    """Collect all tags and attributes."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Attributes(HTMLParser):
         self.found += [(name, value or "") for name, value in attrs]
 
 
-def test_the_page_loads_nothing_and_runs_its_own_script_alone(page: str):
+def test_page_loads_nothing_and_runs_only_its_own_script(page: str):
     seen = Attributes(page)
     assert not seen.tags & {"img", "link", "iframe", "object", "embed", "image", "base"}
     for name, value in seen.found:
@@ -116,7 +116,7 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(page: str):
     assert not re.search(r"[^.\w](eval|Function)\(", script)
 
 
-def test_the_rows_in_the_page_are_the_rows(page: str):
+def test_embedded_rows_are_complete(page: str):
     packed = page[page.index('id="rows">') + len('id="rows">') :]
     lines = gzip.decompress(base64.b64decode(packed[: packed.index("<")])).decode("ascii").splitlines()
     columns, texts = {}, {}
@@ -126,12 +126,12 @@ def test_the_rows_in_the_page_are_the_rows(page: str):
     seen = pd.DataFrame(
         {name: [texts[name][c] for c in columns[name]] for name in ("eval", "item", "response", "attack")}
     )
-    told = small().rename(columns={"item_id": "item"})[list(seen.columns)]
+    expected = small().rename(columns={"item_id": "item"})[list(seen.columns)]
     keys = list(seen.columns)
-    assert seen.sort_values(keys).to_numpy().tolist() == told.sort_values(keys).to_numpy().tolist()
+    assert seen.sort_values(keys).to_numpy().tolist() == expected.sort_values(keys).to_numpy().tolist()
 
 
-def test_what_has_no_room_is_left_out_and_said():
+def test_rows_over_the_size_limit_are_left_out_and_stated():
     rows = synthetic.lengthened(small())
     whole = embed_rows(rows, synthetic.CONDITIONS, [])
     assert (whole.rows, whole.left_out) == (len(rows), "")
@@ -150,12 +150,12 @@ def test_ids_are_unique(page: str):
         assert target in ids
 
 
-def test_figures_have_names_for_those_who_do_not_see_them(page: str):
+def test_figures_have_alt_text(page: str):
     assert page.count('<svg role="img" aria-labelledby=') == 6
     assert page.count("<title id=") == 6
 
 
-def test_harmful_answers_are_folded(page: str):
+def test_harmful_responses_are_collapsed(page: str):
     section = page[page.index('<section id="transcripts"') :]
     assert synthetic.REPLY["harmful"] in section
     assert not re.search(r"<details open", page)
@@ -175,7 +175,7 @@ def test_results_json_is_strict_and_complete(run: Path):
     assert len(found["contrasts"]) == len(pd.read_csv(run / "tables/contrasts.csv"))
 
 
-def test_a_second_report_leaves_nothing_stale(tmp_path: Path):
+def test_second_report_removes_stale_files(tmp_path: Path):
     folder = synthetic.write(tmp_path, synthetic.rows(("sft",), (25_000,), **SMALL))
     report.build(folder)
     rows = pd.read_parquet(folder / "rows.parquet")
@@ -193,7 +193,7 @@ def test_a_second_report_leaves_nothing_stale(tmp_path: Path):
     assert "needs both a capability" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_long_answer_is_cut_and_counted(tmp_path: Path):
+def test_long_response_is_truncated_and_counted(tmp_path: Path):
     rows = synthetic.rows(("sft",), (25_000,), capability=2, prompts=8, items=6, attacks=("none",))
     rows["response"] = rows["response"].where(rows["eval"] != "capability", "loop " * 200_000)
     page = report.build(synthetic.write(tmp_path, rows)).read_text(encoding="utf-8")

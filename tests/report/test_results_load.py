@@ -15,7 +15,7 @@ def run(tmp_path: Path) -> Path:
     return synthetic.write(tmp_path / "run", synthetic.rows(("sft", "cft"), **TINY))
 
 
-def test_what_is_loaded(run: Path):
+def test_load(run: Path):
     results = Results.load(run)
     assert len(results.rows) == 4 * (8 + 48 + 6)
     assert set(results.ledger["objective"]) == {"sft", "cft"}
@@ -54,11 +54,11 @@ def test_first_conditions_come_from_the_manifest(run: Path):
     assert results.contrasts()["first"].all()  # each measured under one condition: no doubt
     results = Results.load(run)
     results.manifest["first_conditions"] = {"cft": "plain", "sft": "plain"}
-    told = results.contrasts().groupby("objective")["first"].first()
-    assert told.to_dict() == {"cft": False, "sft": True}
+    expected = results.contrasts().groupby("objective")["first"].first()
+    assert expected.to_dict() == {"cft": False, "sft": True}
 
 
-def test_same_rows_in_another_order_same_numbers(run: Path):
+def test_row_order_does_not_matter(run: Path):
     before = Results.load(run)
     rows = before.rows.sample(frac=1, random_state=1)
     rows.to_parquet(run / "rows.parquet")
@@ -105,7 +105,7 @@ def spoil(run: Path, how: str) -> Path:
         ("broken study", "is not readable YAML"),
     ],
 )
-def test_what_cannot_be_reported_on_is_said_in_one_line(run: Path, how: str, words: str):
+def test_broken_runs_are_rejected_in_one_line(run: Path, how: str, words: str):
     with pytest.raises(ReportError, match=words) as caught:
         Results.load(spoil(run, how))
     assert isinstance(caught.value, LeewayError)
@@ -113,7 +113,7 @@ def test_what_cannot_be_reported_on_is_said_in_one_line(run: Path, how: str, wor
     assert caught.value.fix
 
 
-def test_rows_of_two_runs_are_refused(run: Path):
+def test_rows_of_two_runs_are_rejected(run: Path):
     table = pd.read_parquet(run / "rows.parquet")
     pd.concat([table, table]).to_parquet(run / "rows.parquet")
     with pytest.raises(ReportError, match="rows of two runs were pooled"):

@@ -1,4 +1,4 @@
-"""What a reader who has to choose is told."""
+"""The sentences of the summary: verdict, recommendation, limitations."""
 
 import pandas as pd
 
@@ -34,7 +34,7 @@ def advice(why: str, *, objective: str = "sft", p_best: float = 0.6) -> pd.DataF
     return pd.DataFrame([line])
 
 
-def test_a_move_says_whether_it_is_for_the_better_and_no_move_only_what_was_shown():
+def test_changes_are_better_worse_equivalent_or_inconclusive():
     cells = recommendations(TABLE, RATES, pd.DataFrame(), [SFT], equivalent=SAME)[0]["lines"][0]["cells"]
     assert [c["state"] for c in cells] == ["worse", "equivalent"]
     assert [c["state"] for c in recommendations(TABLE, RATES, pd.DataFrame(), [SFT])[0]["lines"][0]["cells"]] == [
@@ -44,7 +44,7 @@ def test_a_move_says_whether_it_is_for_the_better_and_no_move_only_what_was_show
     assert cells[0]["range"] == "+10.0 to +30.0"
 
 
-def test_a_recommendation_says_how_close_it_was_and_what_it_did_not_show():
+def test_recommendation_states_its_uncertainty():
     found = recommendations(TABLE, RATES, advice("capability not shown to be above the base's"), [SFT])[0]["advice"]
     text = " ".join(found["lines"])
     assert found["title"] == "At 4k tokens: SFT"
@@ -58,7 +58,7 @@ def test_a_recommendation_says_how_close_it_was_and_what_it_did_not_show():
     assert none["title"] == "At 4k tokens: no objective qualifies"
 
 
-def test_the_caveats_are_those_of_this_run():
+def test_limitations_are_those_of_the_run():
     unscored = pd.DataFrame({"eval": ["jailbreak"], "answers": [50], "unscored": [7], "reason": ["x"]})
     text = " ".join(limitations(TABLE, unscored, [3]))
     assert "One training seed (3)" in text
@@ -68,7 +68,7 @@ def test_the_caveats_are_those_of_this_run():
     assert "One training seed" not in " ".join(limitations(TABLE, unscored, [0, 1]))
 
 
-def test_the_verdict_says_which_stillness_was_shown():
+def test_verdict_states_equivalence_tests():
     assert "equivalence was not tested" in verdict(TABLE, [0])[2]
     last = verdict(TABLE, [0], equivalent=SAME)[2]
     assert "1 of 1 non-significant differences is equivalent to the base within ±5 points" in last

@@ -27,12 +27,12 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 
 def fewer_rows(run: Path) -> None:
-    """Without jailbreak rows some tables and figures are not made any more."""
+    """Remove the jailbreak rows, so that some tables and figures are no longer made."""
     rows = pd.read_parquet(run / "rows.parquet")
     rows[rows["eval"] == "capability"].to_parquet(run / "rows.parquet")
 
 
-def test_files_of_a_user_stay(run: Path) -> None:
+def test_user_files_are_kept(run: Path) -> None:
     mine = [run / "figures" / "mine.png", run / "tables" / "mine.csv", run / "tables" / "mine.tex"]
     for path in mine:
         path.write_text("mine")
@@ -46,7 +46,7 @@ def test_files_of_a_user_stay(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["report.html", "figures/contrasts.png", "tables/rates.csv", "citation.bib"])
-def test_a_target_that_a_user_wrote_is_refused_in_one_line(name: str, run: Path) -> None:
+def test_user_file_at_a_target_path_is_rejected(name: str, run: Path) -> None:
     (run / name).write_text("mine")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     with pytest.raises(LeewayError, match=r"is not a file that the report wrote; move it away") as error:
@@ -55,7 +55,7 @@ def test_a_target_that_a_user_wrote_is_refused_in_one_line(name: str, run: Path)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
-def test_nothing_is_written_or_removed_through_a_symbolic_link(run: Path, tmp_path: Path) -> None:
+def test_symbolic_links_are_not_followed(run: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     shutil.move(run / "figures", elsewhere)
     (elsewhere / "mine.png").write_text("mine")
@@ -76,7 +76,7 @@ def test_nothing_is_written_or_removed_through_a_symbolic_link(run: Path, tmp_pa
     report.build(run)
 
 
-def test_a_report_that_was_killed_is_made_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_report_can_be_rebuilt(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from leeway.report import rebuild
 
     fewer_rows(run)
