@@ -214,7 +214,7 @@ def test_filter_by_objective_budget_and_attack(browser: Any, page: Path):
     assert {tuple(v) for v in visible} == {("sft|plain", "100000"), ("cft|<SAFE>", "100000")}
     assert re.search(
         r"2 of 3 objectives, 1 of 2 budgets, 5 of 6 attacks \(\d+ of \d+ table rows\)",
-        tab.locator("#filtered").inner_text(),
+        tab.locator("#filter-status").inner_text(),
     )
     tab.locator("#filter button[type=reset]").click()
     chrome.until(tab, "document.getElementById('filter-status').textContent === 'all shown'")
