@@ -153,8 +153,8 @@ def test_a_judge_that_is_down_is_unscored_and_asked_again_and_nothing_else_is(
     measures = set(results.rates()["measure"])
     assert {"asr", "asr@rubric-published", "overrefusal", "endorsement", "sd3"} <= measures
     page = (out / "report.html").read_text()
-    assert "How far the judges agree" in page
-    assert "what another form of the question changes" in page
+    assert "Judge agreement" in page
+    assert "sensitivity to question form" in page
     assert results.manifest["judges"]["jailbreak@rubric-published"]["hash"]
 
 
