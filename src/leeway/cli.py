@@ -339,9 +339,9 @@ def ledger(directory: RunDirectory) -> None:
     """Print what is matched across objectives and what each cost; exit 1 if anything differs."""
     from leeway.study.ledger_report import view
 
-    found = view(directory)
-    typer.echo(found.text)
-    raise typer.Exit(1 if found.faults else 0)
+    shown = view(directory)
+    typer.echo(shown.text)
+    raise typer.Exit(1 if shown.faults else 0)
 
 
 @app.command(epilog="Example: leeway report runs/x --card judges/keywords-xstest.json")
@@ -400,9 +400,9 @@ def gate(
     from leeway.gate.decide import EXIT
     from leeway.gate.output import show
 
-    found = decide(directory, rule, out)
-    show(found, Console())
-    raise typer.Exit(EXIT[found.outcome])
+    decision = decide(directory, rule, out)
+    show(decision, Console())
+    raise typer.Exit(EXIT[decision.outcome])
 
 
 @app.command(epilog="Example: leeway attacks zulu")

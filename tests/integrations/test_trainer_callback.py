@@ -204,7 +204,7 @@ def test_a_resumed_training_keeps_its_start(base: Path, tmp_path: Path) -> None:
     rows_after(tmp_path / "halved", trainer_of("sft", base, tmp_path / "b", steps=3, **saving))
     checkpoint = str(tmp_path / "b" / "checkpoint-2")
     assert rows_after(tmp_path / "halved", trainer_of("sft", base, tmp_path / "b", **saving), checkpoint) == whole
-    with pytest.raises(LeewayError, match="holds an earlier run"):
+    with pytest.raises(LeewayError, match="has an earlier run"):
         rows_after(tmp_path / "halved", trainer_of("sft", base, tmp_path / "c"))
     with pytest.raises(LeewayError, match="no measurement of the start"):
         rows_after(tmp_path / "new", trainer_of("sft", base, tmp_path / "b", **saving), checkpoint)

@@ -301,10 +301,10 @@ def _mismatch(model: Model, tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(loaded.keys() - tensors.keys()):
         return f"{name} is missing"
     for name, tensor in sorted(tensors.items()):
-        found = loaded.get(name, full.get(name))
-        if found is None:
+        own = loaded.get(name, full.get(name))
+        if own is None:
             return f"{name} has no place in it"
-        if found.shape != tensor.shape or not torch.equal(found.cpu(), tensor.to(found.dtype)):
+        if own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to(own.dtype)):
             return f"{name} was not read as it was saved"
     if not all(torch.isfinite(t).all() for t in tensors.values()):
         return "it has values that are not finite"

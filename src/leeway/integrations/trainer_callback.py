@@ -95,22 +95,22 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         """Measure the start; after a resume, check that the start was measured and delete later measurements."""
         if not state.is_world_process_zero:
             return
-        found = self._parts(args)
+        parts = self._parts(args)
         if state.global_step == 0:
-            if found:
+            if parts:
                 raise LeewayError(
-                    f"{self._store.folder} holds an earlier run of this callback",
+                    f"{self._store.folder} has an earlier run of this callback",
                     fix="give another `out`, delete it, or resume that training from its checkpoint",
                 )
             self._measure(args, state, control, kwargs)
             return
-        if BASE not in (name for name, _ in found.values()):
+        if BASE not in (name for name, _ in parts.values()):
             raise LeewayError(
                 f"{self._store.folder} has no measurement of the start, and training resumes at step "
                 f"{state.global_step}",
                 fix="give the `out` of the training that is resumed",
             )
-        for path, (_, budget) in found.items():
+        for path, (_, budget) in parts.items():
             if budget > self._budget(state):
                 path.unlink()  # these steps run again
         self._measured_at = state.global_step
@@ -165,12 +165,12 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
 
     def _parts(self, args: Any) -> dict[Path, tuple[str, int]]:
         """Return the parts on disk with their name and budget."""
-        found = {}
+        parts = {}
         for path in sorted((self._store.folder / "parts").glob("*.parquet")):
             for name in (BASE, self.name(args)):
                 if match := re.match(rf"{re.escape(name)}-s-?\d+-(\d+)-", path.name):
-                    found[path] = name, int(match[1])
-        return found
+                    parts[path] = name, int(match[1])
+        return parts
 
     def _hash(self, args: Any) -> str:
         return digest("callback", self.name(args), [[e.key, e.hash] for e in self._evals])

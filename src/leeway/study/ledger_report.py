@@ -43,11 +43,11 @@ def view(folder: Path) -> LedgerView:
         raw = json.loads(manifest.read_text("utf-8"))
     rule = raw.get("matching") or {}
     matching = Matching(rule.get("count", "source"), rule.get("starts", {}))
-    found = sorted(folder.glob("checkpoints/*/s*/*/ledger.json"))
-    if not found:
+    paths = sorted(folder.glob("checkpoints/*/s*/*/ledger.json"))
+    if not paths:
         raise LeewayError(f"{folder}: no finished checkpoint", fix="run the study first")
     lines, faults = [], []
-    for path in found:
+    for path in paths:
         try:
             lines.append(checkpoints.verified_ledger(path.parent))
         except LeewayError as error:

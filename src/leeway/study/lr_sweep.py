@@ -13,7 +13,7 @@ from leeway.io import readable, verify_checksum, with_checksum, write_json
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate: its held-out accuracy, or None if it diverged (`failed` says how).
+    """One learning rate: its held-out accuracy, or None if it diverged (`failed` is the reason).
 
     `trained` counts tokens of policy and reference, `answered` the prompt and answer tokens of the grading.
     """

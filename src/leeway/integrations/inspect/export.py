@@ -70,8 +70,8 @@ def groups(results: Results) -> Iterator[Group]:
     """Yield the rows of every log, base first; each judge or grader has its own log."""
     rows = results.rows.astype(object).where(results.rows.notna(), None)
     rows["condition"] = [results.conditions.get(h or "", "plain" if not h else h[:8]) for h in rows["template_hash"]]
-    found = [Group(dict(zip(GROUPS, key, strict=True)), part) for key, part in rows.groupby(GROUPS, sort=True)]
-    yield from sorted(found, key=lambda g: g.facts["objective"] != "base")
+    logs = [Group(dict(zip(GROUPS, key, strict=True)), part) for key, part in rows.groupby(GROUPS, sort=True)]
+    yield from sorted(logs, key=lambda g: g.facts["objective"] != "base")
 
 
 def log_of(group: Group, results: Results) -> Any:
@@ -212,15 +212,16 @@ def _task_name(group: Group) -> str:
 
 def _eval_hash(group: Group, manifest: dict[str, Any]) -> str | int:
     known = manifest.get("evals") or {}
-    found = known.get(_task_name(group)) or known.get(group.facts["eval"])
+    facts = known.get(_task_name(group)) or known.get(group.facts["eval"])
     same_axis = [e for key, e in known.items() if key.startswith(f"{group.facts['eval']}-")]
-    found = found or (same_axis[0] if len(same_axis) == 1 else None)
-    return str(found["hash"]) if isinstance(found, dict) and "hash" in found else 0
+    facts = facts or (same_axis[0] if len(same_axis) == 1 else None)
+    return str(facts["hash"]) if isinstance(facts, dict) and "hash" in facts else 0
 
 
 def _task_args(group: Group, study: dict[str, Any]) -> dict[str, Any]:
-    asked = (study.get("evals") or {}).get(group.facts["eval"]) if isinstance(study.get("evals"), dict) else None
-    return asked if isinstance(asked, dict) else {"asked": asked} if asked else {}
+    evals = study.get("evals")
+    settings = evals.get(group.facts["eval"]) if isinstance(evals, dict) else None
+    return settings if isinstance(settings, dict) else {"settings": settings} if settings else {}
 
 
 def _packages(manifest: dict[str, Any]) -> dict[str, str]:

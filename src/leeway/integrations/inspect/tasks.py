@@ -67,9 +67,9 @@ def _build_eval(kind: str, settings_json: str) -> Eval:
 
 def split_by_item(part: Eval) -> Mapping[str, ItemEval]:
     """Return one eval per sample (an item, under one attack) by its id, in row order."""
-    if not (found := part.split()):
+    if not (evals := part.split()):
         raise LeewayError(f"eval {part.key}: Inspect cannot run it item by item", fix="leave it out")
-    return found
+    return evals
 
 
 def score_of(row: dict[str, Any]) -> Score:
@@ -141,13 +141,13 @@ def rates() -> Metric:
         if not scores:
             return {}
         lines = stats.rates(pd.DataFrame([_as_row(s) for s in scores]), {}).to_dict("records")
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for line in lines:
             name = str(line["measure"])
-            found[name] = float(line["rate"])
+            values[name] = float(line["rate"])
             if line["primary"]:
-                found |= {f"{name} low": float(line["low"]), f"{name} high": float(line["high"])}
-        return {**found, "unscored": sum(s.score.as_float() == 0 for s in scores)}
+                values |= {f"{name} low": float(line["low"]), f"{name} high": float(line["high"])}
+        return {**values, "unscored": sum(s.score.as_float() == 0 for s in scores)}
 
     return measured
 
@@ -184,12 +184,12 @@ def scored() -> Scorer:
     """Score 1 if `judged` has a score, else 0, so that the rates know how many are missing."""
 
     async def score(state: TaskState, target: Target) -> Score:  # noqa: ARG001 - the protocol
-        found = (state.scores or {}).get("judged")
-        if found is None:
+        judged_score = (state.scores or {}).get("judged")
+        if judged_score is None:
             return Score.unscored(reason="scoring_failed", explanation="judged did not run before it")
-        value = None if math.isnan(found.as_float()) else found.as_float()
-        verdict = {"score": value, "outcome": (found.metadata or {}).get("outcome")}
-        return Score(value=float(value is not None), explanation=found.reason, metadata=verdict)
+        value = None if math.isnan(judged_score.as_float()) else judged_score.as_float()
+        verdict = {"score": value, "outcome": (judged_score.metadata or {}).get("outcome")}
+        return Score(value=float(value is not None), explanation=judged_score.reason, metadata=verdict)
 
     return score
 
