@@ -307,7 +307,7 @@ def test_settings_are_those_of_a_study(tmp_path: Path, monkeypatch: pytest.Monke
     published.write_text("category,source,forbidden_prompt\n" + "".join(f"a,b,Fold {n} kites\n" for n in range(313)))
     monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
     assert len(tasks.jailbreak(attacks=["none"]).dataset) == 313
-    with pytest.raises(LeewayError, match=r"no judge"):
+    with pytest.raises(LeewayError, match="unknown judge 'nobody'"):
         tasks.jailbreak(judge="nobody")
     with pytest.raises(LeewayError, match="zulu needs a translator"):
         tasks.jailbreak(prompts="strongreject", attacks=["none", "zulu"])
