@@ -20,9 +20,9 @@ from leeway.study import ledger_report
 from leeway.study.jobs import jobs_of
 from leeway.study.ledger_report import view
 from leeway.study.load import parse
-from leeway.study.lr_sweep import Trial, choose
 from leeway.study.prepare import prepare
 from leeway.study.run_dir import RunDir
+from leeway.training.lr_sweep import Trial, choose
 
 STUDY = """
 name: stages

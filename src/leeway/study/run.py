@@ -19,7 +19,7 @@ from leeway.errors import LeewayError
 from leeway.io import remove_partial
 from leeway.model.reference_cache import ReferenceCache
 from leeway.report.results import Results
-from leeway.study import lr_sweep, sequential_eval
+from leeway.study import sequential_eval
 from leeway.study.executors.local import Executor, LocalExecutor, requires_single_worker
 from leeway.study.jobs import Job, eval_targets, jobs_of, relative_cost, schedule_of
 from leeway.study.load import load
@@ -29,7 +29,7 @@ from leeway.study.progress import Reporter
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker, forget
-from leeway.training import checkpoints
+from leeway.training import checkpoints, lr_sweep
 from leeway.training.distributed import check
 
 NEEDED_DISK = 64 << 20  # bytes

@@ -32,7 +32,7 @@ from leeway.model.load import Model, load_model
 from leeway.model.reference_cache import ReferenceCache
 from leeway.objectives.objective import PLAIN
 from leeway.plan import token_counts
-from leeway.study import lr_sweep, progress, sequential_eval
+from leeway.study import progress, sequential_eval
 from leeway.study.jobs import BASE, Checkpoint, EvalTarget, Job, eval_targets, schedule_of
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.prepare import HeldOut, PairSampling, Prepared, prepare
@@ -40,7 +40,7 @@ from leeway.study.progress import OnProgress
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import Spec
-from leeway.training import checkpoints
+from leeway.training import checkpoints, lr_sweep
 from leeway.training.batch import Optim
 from leeway.training.checkpoints import WarmStart
 from leeway.training.distributed import ALONE, Distributed, Send, run_distributed
