@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= leeway-demo
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check docs readme-figure clean
+.PHONY: demo test test-fast check docs readme-figure clean
 
 demo: $(VENV)/.runs
 	@$(VENV)/bin/leeway demo --out $(OUT)
@@ -12,6 +12,10 @@ demo: $(VENV)/.runs
 # two workers of one thread each: threads that share a core wait for each other by spinning
 test: check
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# without the tests marked slow: kills, Ray, browser, servers, simulations, whole studies, executed docs
+test-fast: $(VENV)/.develops
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: $(VENV)/.develops
 	$(VENV)/bin/ruff check src tests

@@ -39,12 +39,11 @@ def tiny_chat() -> object:
 
 
 @pytest.fixture
-def real_data(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of public data, where there is one."""
-    root = os.environ.get("LEEWAY_DATA") or Path(__file__).parents[2] / "shared" / "data"
-    if not Path(root).is_dir():
-        pytest.skip("no public data here: set LEEWAY_DATA")
-    monkeypatch.setenv("LEEWAY_DATA", str(root))
+def real_data() -> Path:
+    """Return the folder of public data, or skip without `LEEWAY_DATA`."""
+    root = os.environ.get("LEEWAY_DATA")
+    if not root:
+        pytest.skip("no public data: set LEEWAY_DATA")
     return Path(root)
 
 
