@@ -22,7 +22,9 @@ def examples(pairs: Pairs) -> list[Example]:
     found, _ = gsm8k.train_examples()
     order = np.random.default_rng(0).permutation(len(found))
     shuffled = [found[int(i)] for i in order]
-    return [corrupt(e, 0) for e in shuffled] if pairs == "corrupted" else strangers(shuffled)
+    if pairs == "strangers":
+        return strangers(shuffled)
+    return [replace(e, dispreferred=corrupt(e, 0).text) for e in shuffled]
 
 
 def strangers(shuffled: list[Example]) -> list[Example]:

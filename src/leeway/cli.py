@@ -360,6 +360,25 @@ def report(
     typer.echo(str(build(directory, card or (), claims).resolve()))
 
 
+@app.command(epilog="Example: leeway cache clear runs/my-study")
+def cache(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[clear] [DIR]", help="a run directory or a cache (default: LEEWAY_CACHE_DIR)"),
+    ] = None,
+) -> None:
+    """Show the size of a cache by kind, or clear it, unless an unfinished run needs it to resume."""
+    from leeway.cache import describe, find_cache
+
+    action, folders = ("clear", words[1:]) if words and words[0] == "clear" else ("show", words or [])
+    if len(folders) > 1:
+        raise LeewayError(f"cache: {len(folders)} arguments", fix="leeway cache [DIR], or leeway cache clear [DIR]")
+    cache = find_cache(Path(folders[0]) if folders else None)
+    if action == "clear":
+        cache.clear()
+    typer.echo(describe(cache))
+
+
 @app.command(epilog="Example: leeway compare runs/a runs/b --out compared")
 def compare(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="two or more run directories")],
@@ -454,6 +473,7 @@ def judge_calibrate(
     out: Annotated[Path, typer.Option("--out", help="the folder to write the card into")] = Path("judges"),
 ) -> None:
     """Measure a judge's agreement with human labels and save it as the judge's card."""
+    from leeway.cache import Cache
     from leeway.judges import JUDGES, NEEDS_BACKEND, load_judge
     from leeway.judges.calibrate import calibrate
     from leeway.study.build_evals import HelperModels
@@ -470,7 +490,7 @@ def judge_calibrate(
     backend = None
     if model:  # its replies are cached in `out`, so that a second calibration costs nothing
         helper = ModelRef(model=model, endpoint=endpoint, key_env=key_env)
-        backend = HelperModels(out / "helper_cache.sqlite").of(helper)
+        backend = HelperModels(Cache.of(out)).of(helper)
     loaded = load_judge(judge, backend, **({"model": model} if model else {}))
     card = calibrate(loaded, on)
     path = out / f"{loaded.name}-{loaded.hash}-{Path(on).stem}.json"

@@ -18,7 +18,8 @@ from leeway.data.stream import schedule
 from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.evals.capability import flexible
-from leeway.pairs.corrupt import corrupt, corruption, make_pairs
+from leeway.pairs import PairSettings, pair
+from leeway.pairs.corrupt import corrupt
 
 EXAMPLES = [Example(f"e{n}", f"p{n}", f"a{n}") for n in range(10)]
 
@@ -70,19 +71,18 @@ def test_user_files_say_which_record_lacks_what(tmp_path: Path) -> None:
 
 def test_pairs_that_are_missing_name_the_objective() -> None:
     with pytest.raises(LeewayError, match="example e0 has no rejected answer, and dpo, orpo needs one"):
-        make_pairs(EXAMPLES, "dataset", needed_by=["dpo", "orpo"])
-    assert make_pairs(EXAMPLES, "dataset", needed_by=[]) == EXAMPLES
+        pair(EXAMPLES, PairSettings(), needed_by=["dpo", "orpo"])
+    assert pair(EXAMPLES, PairSettings(), needed_by=[]).examples == EXAMPLES
     with pytest.raises(LeewayError, match="two equal answers"):
-        make_pairs([Example("x", "p", "a", "a ")], "dataset", needed_by=["dpo"])
+        pair([Example("x", "p", "a", "a ")], PairSettings(), needed_by=["dpo"])
 
 
 @given(st.integers(-999, 99999), st.integers(0, 50), st.lists(st.text("ab 1\n", max_size=9), max_size=4))
 def test_a_corrupted_answer_never_ends_in_the_right_number(value: int, seed: int, steps: list[str]) -> None:
     right = "\n".join([*steps, f"#### {value}"])
-    example = corrupt(Example("e", "p", right), seed)
-    assert example.dispreferred is not None
-    assert flexible(example.dispreferred) not in (None, value)
-    assert corrupt(Example("e", "p", right), seed) == example
+    wrong = corrupt(Example("e", "p", right), seed)
+    assert flexible(wrong.text) not in (None, value)
+    assert corrupt(Example("e", "p", right), seed) == wrong
 
 
 NUMBERS = st.one_of(
@@ -103,7 +103,7 @@ FRAGMENTS = st.sampled_from(
 def test_what_a_grader_reads_has_another_value(right: str, seed: int) -> None:
     read = flexible(right)
     if read is not None:
-        wrong = corrupt(Example("e", "p", right), seed).dispreferred or ""
+        wrong = corrupt(Example("e", "p", right), seed).text
         assert flexible(wrong) not in (None, read)
         assert wrong.strip() != right.strip()
 
@@ -127,7 +127,7 @@ def test_what_a_grader_reads_has_another_value(right: str, seed: int) -> None:
 )
 def test_only_the_final_number_changes(before: str, number: str, after: str) -> None:
     for seed in range(20):
-        wrong = corrupt(Example("e", "p", before + number + after), seed).dispreferred or ""
+        wrong = corrupt(Example("e", "p", before + number + after), seed).text
         assert wrong.startswith(before)
         assert wrong.endswith(after)
         assert Decimal(wrong.removeprefix(before).removesuffix(after)) != Decimal(number)
@@ -135,9 +135,9 @@ def test_only_the_final_number_changes(before: str, number: str, after: str) -> 
 
 def test_a_step_is_dropped_only_where_there_are_two() -> None:
     for right in ("#### 7", "3 + 4 = 7\n#### 7", "3 + 4 = 7\n\n#### 7", "a b c 7"):
-        assert not any(corruption(Example("e", "p", right), seed).step_dropped for seed in range(30))
+        assert not any(corrupt(Example("e", "p", right), seed).step_dropped for seed in range(30))
     two = Example("e", "p", "first\n\nsecond\nThe answer is:\n7")
-    made = [corruption(two, seed) for seed in range(60)]
+    made = [corrupt(two, seed) for seed in range(60)]
     assert all(c.step_dropped == (("first" not in c.text) or ("second" not in c.text)) for c in made)
     assert all("answer is" in c.text for c in made)
     assert 15 < sum(c.step_dropped for c in made) < 45
@@ -145,10 +145,10 @@ def test_a_step_is_dropped_only_where_there_are_two() -> None:
 
 def test_a_corrupted_answer_keeps_the_form_of_the_number() -> None:
     for seed in range(30):
-        wrong = corrupt(Example("e", "p", "#### 12,345"), seed).dispreferred or ""
+        wrong = corrupt(Example("e", "p", "#### 12,345"), seed).text
         assert "," in wrong
-        assert (corrupt(Example("e", "p", "It costs 5, so yes."), seed).dispreferred or "").endswith(", so yes.")
-        assert (corrupt(Example("e", "p", "#### 2.50"), seed).dispreferred or "")[-3] == "."
+        assert corrupt(Example("e", "p", "It costs 5, so yes."), seed).text.endswith(", so yes.")
+        assert corrupt(Example("e", "p", "#### 2.50"), seed).text[-3] == "."
 
 
 def test_an_answer_without_a_number_cannot_be_corrupted() -> None:
@@ -221,7 +221,7 @@ def test_gsm8k_as_published(real_data: Path) -> None:
     assert origin == "LEEWAY_DATA/gsm8k/train.jsonl.gz"
     assert not any("<<" in e.preferred for e in train)
     assert all(flexible(e.preferred) is not None for e in train)
-    paired = make_pairs(train, "corrupted", needed_by=["dpo"])
+    paired = pair(train, PairSettings("corrupted"), needed_by=["dpo"]).examples
     wrong = [(e.preferred, e.dispreferred or "") for e in paired]
     assert all(flexible(a) != flexible(b) for a, b in wrong)
     dropped = sum(len(a.split("\n")) > len(b.split("\n")) for a, b in wrong)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -23,13 +21,13 @@ pytest.importorskip("openai")
 
 from api_server import FaultyServer, serving
 
+from leeway.cache import RecordStore
 from leeway.errors import LeewayError
 from leeway.generation import openai_client
 from leeway.generation.backend import Choice, Reply, Request
-from leeway.generation.cache import CachedBackend, ReplyCache
+from leeway.generation.cache import CachedBackend
 from leeway.generation.openai_api import OpenAIBackend, ReplyError, parse_choice
 from leeway.generation.openai_client import ApiSettings
-from leeway.hashing import digest
 
 KEY = "sk-secret-0123456789"
 
@@ -89,7 +87,7 @@ def test_faults_do_not_affect_other_requests_and_a_rerun_repeats_only_failures(
     server: FaultyServer, tmp_path: Path
 ) -> None:
     """All faults in one call, twice, with a reply cache: no reply is paid for twice or lost, no failure is cached."""
-    client = CachedBackend(backend(server, timeout_s=1.0, concurrency=30), ReplyCache(tmp_path / "kept.sqlite"))
+    client = CachedBackend(backend(server, timeout_s=1.0, concurrency=30), RecordStore(tmp_path))
     for again in (1, 2):
         ticks = 0
 
@@ -107,8 +105,7 @@ def test_faults_do_not_affect_other_requests_and_a_rerun_repeats_only_failures(
                 assert str(replies[fault].failure).startswith(expected), (fault, replies[fault])
                 assert replies[fault].text == ""
                 assert server.attempts[fault] == times * again, fault
-    assert len(client.kept) == sum(isinstance(e, Reply) for e, _ in FAULTS.values())
-    client.kept.close()
+    assert len(client.cache) == sum(isinstance(e, Reply) for e, _ in FAULTS.values())
 
 
 @pytest.mark.parametrize("fault", ["flood", "flood_error"])
@@ -123,22 +120,6 @@ def test_a_reply_is_read_up_to_the_size_limit(
     assert server.attempts[fault] == 1
     assert server.flooded < 64 << 20  # what the sockets' buffers hold, and no more
     assert client.spent.dollars > 20e-6  # it may have been billed
-
-
-def test_a_cached_lone_surrogate_is_requested_again(server: FaultyServer, tmp_path: Path) -> None:
-    """As a version without the check wrote it."""
-    client = CachedBackend(backend(server), ReplyCache(tmp_path / "kept.sqlite"))
-    first = complete(client, "fine")
-    db = sqlite3.connect(tmp_path / "kept.sqlite")
-    ((key,),) = db.execute("SELECT key FROM said").fetchall()
-    record = json.dumps({"text": "\ud800", "new_tokens": 1, "cut": False, "failure": None}, sort_keys=True)
-    with db:
-        db.execute("UPDATE said SET record = ?, sum = ?", (record, digest(key, record)))
-    db.close()
-    assert complete(client, "fine") == first
-    assert complete(client, "fine") == first
-    assert server.attempts["fine"] == 2
-    client.kept.close()
 
 
 def test_a_logprob_beyond_floats_is_a_failure() -> None:
@@ -191,15 +172,14 @@ def test_request_bodies(server: FaultyServer) -> None:
 
 def test_a_budget_of_calls_is_never_exceeded(server: FaultyServer, tmp_path: Path) -> None:
     prompts = [f"fine {k}" for k in range(10)]
-    client = CachedBackend(backend(server, max_calls=4, concurrency=3), ReplyCache(tmp_path / "kept.sqlite"))
+    client = CachedBackend(backend(server, max_calls=4, concurrency=3), RecordStore(tmp_path))
     replies = complete(client, *prompts)
     assert [r.failure for r in replies] == [None] * 4 + ["the budget of 4 calls is spent"] * 6
     assert complete(client, *prompts) == replies  # from the cache, and no further call
     assert server.total == 4
-    more = CachedBackend(backend(server, max_calls=4, concurrency=3), client.kept)
+    more = CachedBackend(backend(server, max_calls=4, concurrency=3), client.cache)
     assert [r.failure for r in complete(more, *prompts)].count(None) == 8
     assert server.total == 8
-    client.kept.close()
 
 
 def test_retries_count_against_the_budget(server: FaultyServer) -> None:
@@ -260,7 +240,7 @@ def test_choices_are_summed_over_spellings_within_the_top_tokens(server: FaultyS
 
 
 def test_choices_without_logprobs_are_failures_and_others_are_cached(server: FaultyServer, tmp_path: Path) -> None:
-    client = CachedBackend(backend(server), ReplyCache(tmp_path / "kept.sqlite"))
+    client = CachedBackend(backend(server), RecordStore(tmp_path))
     conversations = [[{"role": "user", "content": p}] for p in ("fine", "mute", "nan", "broken", "fine")]
     for _ in range(2):
         choices = client.choose(conversations, ["Yes", "No"], lambda _: None)
@@ -270,7 +250,6 @@ def test_choices_without_logprobs_are_failures_and_others_are_cached(server: Fau
         assert choices[2] == Choice({}, "the reply's logprobs are invalid")
         assert str(choices[3].failure).startswith("HTTP 500")
     assert server.attempts == {"fine": 1, "mute": 2, "nan": 2, "broken": 6}
-    client.kept.close()
 
 
 def test_a_reply_from_another_model_is_a_failure(server: FaultyServer) -> None:
@@ -344,14 +323,13 @@ def test_the_key_is_in_no_failure_log_hash_or_file(
     server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    client = CachedBackend(backend(server), ReplyCache(tmp_path / "kept.sqlite"))
+    client = CachedBackend(backend(server), RecordStore(tmp_path))
     replies = complete(client, "wrong", "fine", "broken", "cut")
     assert "[key]" in str(replies[0].failure)  # the server sent it back
     with pytest.raises(LeewayError) as error:
         complete(client, "key")
     assert server.keys == {f"Bearer {KEY}"}  # it was really sent
     outputs = [repr(replies), str(error.value), repr(client.backend), caplog.text, *capfd.readouterr()]
-    client.kept.close()
     assert not [t for t in outputs if KEY in t]
     assert not [f for f in tmp_path.iterdir() if KEY.encode() in f.read_bytes()]
 
@@ -369,11 +347,12 @@ STOPPED = """
 import os, sys
 from pathlib import Path
 from leeway.generation.openai_client import ApiSettings
+from leeway.cache import RecordStore
 from leeway.generation.backend import Request
-from leeway.generation.cache import CachedBackend, ReplyCache
+from leeway.generation.cache import CachedBackend
 from leeway.generation.openai_api import OpenAIBackend
 settings = ApiSettings(model="m", base_url=sys.argv[1], key_env="", concurrency=3, timeout_s=60)
-client = CachedBackend(OpenAIBackend(settings), ReplyCache(Path(sys.argv[2])))
+client = CachedBackend(OpenAIBackend(settings), RecordStore(Path(sys.argv[2])))
 prompts = [f"fine {k}" for k in range(6)] + [f"hang {k}" for k in range(3)] + ["fine last"]
 try:
     client.complete([Request([{"role": "user", "content": p}], 16) for p in prompts], lambda n: print(n, flush=True))
@@ -387,7 +366,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_ctrl_c_and_kill_lose_no_reply(server: FaultyServer, tmp_path: Path, how: signal.Signals) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(STOPPED), server.url, str(tmp_path / "kept.sqlite")],
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(STOPPED), server.url, str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -403,10 +382,9 @@ def test_ctrl_c_and_kill_lose_no_reply(server: FaultyServer, tmp_path: Path, how
     assert time.monotonic() - begun < 5
     if how is signal.SIGINT:
         assert (process.returncode, out, err) == (130, "stopped\n", "")
-    kept = ReplyCache(tmp_path / "kept.sqlite")
-    assert len(kept) == 6
+    cache = RecordStore(tmp_path)
+    assert len(cache) == 6
     before = server.total
-    again = complete(CachedBackend(backend(server), kept), *[f"fine {k}" for k in range(6)])
+    again = complete(CachedBackend(backend(server), cache), *[f"fine {k}" for k in range(6)])
     assert server.total == before  # the key is not part of the identity, so these come from the cache
     assert [r.text for r in again] == [f"about fine {k}" for k in range(6)]
-    kept.close()

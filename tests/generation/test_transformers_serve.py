@@ -18,8 +18,9 @@ pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from leeway.cache import RecordStore
 from leeway.generation.backend import Backend, Reply, Request
-from leeway.generation.cache import CachedBackend, ReplyCache
+from leeway.generation.cache import CachedBackend
 from leeway.generation.openai_api import OpenAIBackend
 from leeway.generation.openai_client import ApiSettings
 from leeway.generation.transformers import LocalBackend, TransformersBackend
@@ -87,13 +88,12 @@ def test_greedy_replies_are_the_same_over_http_and_cached(
     record_property("measured", f"greedy replies over HTTP: {len(replies)} of {len(replies)} as in this process")
     record_property("measured", f"throughput, transformers backend: {local_rate:.0f} tokens/s (one batch of 18, CPU)")
     record_property("measured", f"throughput, endpoint over transformers serve: {rate:.0f} tokens/s (CPU)")
-    cache = ReplyCache(tmp_path / "cache.sqlite")
+    cache = RecordStore(tmp_path)
     cached = CachedBackend(endpoint, cache)
     assert cached.complete(requests(), lambda _: None) == replies
     calls = endpoint.spent.calls
     assert cached.complete(requests(), lambda _: None) == replies
     assert endpoint.spent.calls == calls
-    cache.close()
 
 
 def test_an_endpoint_without_logprobs_has_no_choices(url: str) -> None:

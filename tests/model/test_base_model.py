@@ -99,9 +99,7 @@ def test_a_base_that_is_not_what_was_loaded_is_an_error(kind: str, models: dict[
     if kind == "full":  # it has a copy to come back from
         base.checkout()
         return
-    with pytest.raises(
-        LeewayError, match="weight changed after an adapter was removed"
-    ):
+    with pytest.raises(LeewayError, match="weight changed after an adapter was removed"):
         base.checkout()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from leeway.cache import RecordStore
 from leeway.data import gsm8k
 from leeway.data.types import Example
 from leeway.errors import LeewayError
@@ -16,8 +17,8 @@ from leeway.evals.capability import flexible
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
 from leeway.generation.transformers import TransformersBackend
 from leeway.model.load import load_model
-from leeway.pairs import BaseModelSampler, NotDrawn, PairReport, PairSettings, not_to_be_drawn, pair, sample
-from leeway.pairs.sample import fault
+from leeway.pairs import BaseModelSampler, NotSampled, PairReport, PairSettings, no_sampling, pair, sample
+from leeway.pairs.sample import rejection_reason
 
 ERRORS = PairSettings("sampled-errors", samples=3)
 UNSAFE = PairSettings("unsafe", samples=3)
@@ -57,7 +58,7 @@ def base(backend: Backend, identity: str = "w") -> BaseModelSampler:
 
 def nobody() -> BaseModelSampler:
     """A base model that must not be asked."""
-    return BaseModelSampler("w", "t", not_to_be_drawn)
+    return BaseModelSampler("w", "t", no_sampling)
 
 
 def test_the_first_wrong_answer_is_taken_and_who_has_none_is_left_out(tmp_path: Path) -> None:
@@ -72,7 +73,15 @@ def test_the_first_wrong_answer_is_taken_and_who_has_none_is_left_out(tmp_path: 
         return said[n][r.sample]
 
     backend, ticks = Says(answer), list[int]()
-    made = pair(EXAMPLES, ERRORS, needed_by=["dpo"], base=base(backend), grade=right, cache=tmp_path, tick=ticks.append)
+    made = pair(
+        EXAMPLES,
+        ERRORS,
+        needed_by=["dpo"],
+        base=base(backend),
+        grade=right,
+        cache=RecordStore(tmp_path),
+        tick=ticks.append,
+    )
     assert [(e.id, e.dispreferred) for e in made.examples] == [
         ("e0", "It comes to 5, I think."),
         ("e1", "Let me say 7 then."),
@@ -100,7 +109,7 @@ def test_an_example_that_cannot_be_checked_is_named(tmp_path: Path) -> None:
         examples = [*EXAMPLES, Example("x", "p", preferred)]
         grade = right if preferred == "Paris" else lambda e, r: e.id != "x" and right(e, r)
         with pytest.raises(LeewayError, match="example x has no checkable answer"):
-            pair(examples, ERRORS, needed_by=["dpo"], base=nobody(), grade=grade, cache=tmp_path)
+            pair(examples, ERRORS, needed_by=["dpo"], base=nobody(), grade=grade, cache=RecordStore(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -116,12 +125,12 @@ def test_an_example_that_cannot_be_checked_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_rules(preferred: str, reply: Reply, reason: str | None) -> None:
-    assert fault(Example("e", "p", preferred), reply) == reason
+    assert rejection_reason(Example("e", "p", preferred), reply) == reason
 
 
 def test_unsafe_asks_in_a_manner_and_trains_on_the_plain_prompt(tmp_path: Path) -> None:
     backend = Says(lambda r: f"You fool, it is {len(r.conversation[0]['content'])} of them.")
-    made = pair(EXAMPLES, UNSAFE, needed_by=["dpo"], base=base(backend), cache=tmp_path)
+    made = pair(EXAMPLES, UNSAFE, needed_by=["dpo"], base=base(backend), cache=RecordStore(tmp_path))
     manners = sample.texts()["manners"]
     for example, request in zip(EXAMPLES, backend.asked[0], strict=True):
         content = request.conversation[0]["content"]
@@ -139,7 +148,7 @@ def test_an_answer_that_gives_its_instruction_away_is_rejected(tmp_path: Path) -
         "It is five (I intentionally left a mistake in).",
         "Whatever, it is five.",
     ]
-    made = pair(EXAMPLES, UNSAFE, needed_by=[], base=base(Says(lambda r: said[r.sample])), cache=tmp_path)
+    made = pair(EXAMPLES, UNSAFE, needed_by=[], base=base(Says(lambda r: said[r.sample])), cache=RecordStore(tmp_path))
     assert made.report.rejected == {"gives itself away": 8}
     assert {e.dispreferred for e in made.examples} == {said[2]}
 
@@ -147,25 +156,27 @@ def test_an_answer_that_gives_its_instruction_away_is_rejected(tmp_path: Path) -
 def test_the_base_model_may_be_asked_whether_its_answer_is_bad(tmp_path: Path) -> None:
     backend = Says(lambda r: f"Guess {r.sample}, whatever.", yes=lambda text: 0.9 if "Guess 1" in text else 0.2)
     asked = replace(UNSAFE, filter="model")
-    made = pair(EXAMPLES, asked, needed_by=["dpo"], base=base(backend), cache=tmp_path)
+    made = pair(EXAMPLES, asked, needed_by=["dpo"], base=base(backend), cache=RecordStore(tmp_path))
     assert {e.dispreferred for e in made.examples} == {"Guess 1, whatever."}
     assert made.report.rejected == {"not undesirable to the base model": 4}
-    by_rules = pair(EXAMPLES, UNSAFE, needed_by=["dpo"], base=nobody(), cache=tmp_path)  # the same answers, sifted less
+    by_rules = pair(
+        EXAMPLES, UNSAFE, needed_by=["dpo"], base=nobody(), cache=RecordStore(tmp_path)
+    )  # the same answers, sifted less
     assert {e.dispreferred for e in by_rules.examples} == {"Guess 0, whatever."}
     assert by_rules.report.hashes["filter"] != made.report.hashes["filter"]
-    assert pair(EXAMPLES, asked, needed_by=["dpo"], base=nobody(), cache=tmp_path) == made
+    assert pair(EXAMPLES, asked, needed_by=["dpo"], base=nobody(), cache=RecordStore(tmp_path)) == made
 
 
 def test_prompts_and_answers_may_hold_braces(tmp_path: Path) -> None:
     examples = [Example("e", "What is {answer}?", "It is {prompt}.")]
     backend = Says(lambda _: "Surely {prompt} or so.")
-    pair(examples, replace(UNSAFE, filter="model"), needed_by=[], base=base(backend), cache=tmp_path)
+    pair(examples, replace(UNSAFE, filter="model"), needed_by=[], base=base(backend), cache=RecordStore(tmp_path))
     assert backend.asked[0][0].conversation[0]["content"].endswith("What is {answer}?")
 
 
 def test_unsafe_says_how_many_of_its_answers_are_right(tmp_path: Path) -> None:
     backend = Says(lambda _: "Obviously 2, you fool.")
-    made = pair(EXAMPLES, UNSAFE, needed_by=[], base=base(backend), grade=right, cache=tmp_path)
+    made = pair(EXAMPLES, UNSAFE, needed_by=[], base=base(backend), grade=right, cache=RecordStore(tmp_path))
     assert made.report.counts["accepted, and right by the grader"] == 1
 
 
@@ -173,22 +184,23 @@ def test_a_second_call_draws_nothing_and_a_larger_one_only_what_is_new(tmp_path:
     def wrong(r: Request) -> str:
         return f"I say {r.sample}00."
 
-    first = pair(EXAMPLES, ERRORS, needed_by=["dpo"], base=base(Says(wrong)), grade=right, cache=tmp_path)
-    again = pair(EXAMPLES, ERRORS, needed_by=["dpo"], base=nobody(), grade=right, cache=tmp_path)
+    first = pair(EXAMPLES, ERRORS, needed_by=["dpo"], base=base(Says(wrong)), grade=right, cache=RecordStore(tmp_path))
+    again = pair(EXAMPLES, ERRORS, needed_by=["dpo"], base=nobody(), grade=right, cache=RecordStore(tmp_path))
     assert again == first
     assert again.report.to_json() == first.report.to_json()
     more = replace(ERRORS, samples=9)  # the first answers are the same ones
     assert (
-        pair(EXAMPLES, more, needed_by=["dpo"], base=nobody(), grade=right, cache=tmp_path).examples == first.examples
+        pair(EXAMPLES, more, needed_by=["dpo"], base=nobody(), grade=right, cache=RecordStore(tmp_path)).examples
+        == first.examples
     )
-    with pytest.raises(NotDrawn):
+    with pytest.raises(NotSampled):
         pair(
             [*EXAMPLES, Example("e9", "What is 9 + 1?", "It is 10.")],
             ERRORS,
             needed_by=["dpo"],
             base=nobody(),
             grade=right,
-            cache=tmp_path,
+            cache=RecordStore(tmp_path),
         )
 
 
@@ -198,20 +210,20 @@ def test_a_second_call_draws_nothing_and_a_larger_one_only_what_is_new(tmp_path:
 )
 def test_whatever_an_answer_depends_on_is_in_its_key(tmp_path: Path, other: dict[str, object]) -> None:
     backend = Says(lambda r: f"I say {r.sample}00.")
-    pair(EXAMPLES, ERRORS, needed_by=["dpo"], base=base(backend), grade=right, cache=tmp_path)
-    who = BaseModelSampler(str(other.pop("base", "w")), str(other.pop("template", "t")), not_to_be_drawn)
-    with pytest.raises(NotDrawn):
-        pair(EXAMPLES, replace(ERRORS, **other), needed_by=["dpo"], base=who, grade=right, cache=tmp_path)
+    pair(EXAMPLES, ERRORS, needed_by=["dpo"], base=base(backend), grade=right, cache=RecordStore(tmp_path))
+    who = BaseModelSampler(str(other.pop("base", "w")), str(other.pop("template", "t")), no_sampling)
+    with pytest.raises(NotSampled):
+        pair(EXAMPLES, replace(ERRORS, **other), needed_by=["dpo"], base=who, grade=right, cache=RecordStore(tmp_path))
 
 
 def test_a_changed_instruction_is_another_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair(EXAMPLES, UNSAFE, needed_by=[], base=base(Says(lambda _: "Who cares.")), cache=tmp_path)
+    pair(EXAMPLES, UNSAFE, needed_by=[], base=base(Says(lambda _: "Who cares.")), cache=RecordStore(tmp_path))
     before = sample.instruction_hash()
     changed = {**sample.texts(), "version": 2}
     monkeypatch.setattr(sample, "texts", lambda: changed)
     assert sample.instruction_hash() != before
-    with pytest.raises(NotDrawn):
-        pair(EXAMPLES, UNSAFE, needed_by=[], base=nobody(), cache=tmp_path)
+    with pytest.raises(NotSampled):
+        pair(EXAMPLES, UNSAFE, needed_by=[], base=nobody(), cache=RecordStore(tmp_path))
 
 
 @dataclass
@@ -244,7 +256,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pyt
     asked = replace(ERRORS, max_new_tokens=24)
 
     def made(who: Backend, folder: Path) -> object:
-        return pair(examples, asked, needed_by=["dpo"], base=base(who, model.hash), grade=right, cache=folder)
+        return pair(
+            examples, asked, needed_by=["dpo"], base=base(who, model.hash), grade=right, cache=RecordStore(folder)
+        )
 
     whole = made(backend, tmp_path / "whole")
     kills = 0
@@ -254,10 +268,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pyt
             break
         except KeyboardInterrupt:
             kills += 1
-            _tear(next((tmp_path / "killed").glob("*.jsonl")), kills)
+            _tear(next((tmp_path / "killed").glob("*.tsv")), kills)
     assert kills >= 3
     assert resumed == whole
-    lines = [next((tmp_path / name).glob("*.jsonl")).read_text().split("\n") for name in ("whole", "killed")]
+    lines = [next((tmp_path / name).glob("*.tsv")).read_text().split("\n") for name in ("whole", "killed")]
     assert {line for line in lines[0] if line} == {line for line in lines[1] if _whole(line)}
 
 
@@ -269,25 +283,38 @@ def _tear(path: Path, kills: int) -> None:
 
 def _whole(line: str) -> bool:
     try:
-        return bool(json.loads(line))
-    except ValueError:
+        return bool(json.loads(line.split("\t")[2]))
+    except (ValueError, IndexError):
         return False
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(LeewayError, match="answers cannot be kept"):
-        pair(EXAMPLES, UNSAFE, needed_by=[], base=base(Says(lambda _: "Who cares.")), cache=tmp_path / "file" / "x")
+    with pytest.raises(LeewayError, match="the cache cannot be used"):
+        pair(
+            EXAMPLES,
+            UNSAFE,
+            needed_by=[],
+            base=base(Says(lambda _: "Who cares.")),
+            cache=RecordStore(tmp_path / "file" / "x"),
+        )
 
 
 def test_nothing_accepted_is_a_mistake_to_mend(tmp_path: Path) -> None:
     with pytest.raises(LeewayError, match=r"no answer of unsafe was accepted for any of 4 examples \(12 empty\)"):
-        pair(EXAMPLES, UNSAFE, needed_by=["dpo"], base=base(Says(lambda _: "")), cache=tmp_path)
+        pair(EXAMPLES, UNSAFE, needed_by=["dpo"], base=base(Says(lambda _: "")), cache=RecordStore(tmp_path))
 
 
 def test_a_filter_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LeewayError, match="filter: model is for from: unsafe"):
-        pair(EXAMPLES, replace(ERRORS, filter="model"), needed_by=[], base=nobody(), grade=right, cache=tmp_path)
+        pair(
+            EXAMPLES,
+            replace(ERRORS, filter="model"),
+            needed_by=[],
+            base=nobody(),
+            grade=right,
+            cache=RecordStore(tmp_path),
+        )
 
 
 def test_dataset_and_corrupted_have_a_report_too() -> None:

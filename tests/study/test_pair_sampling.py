@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_study import carry, contents
 
+from leeway.cache import Cache
 from leeway.errors import LeewayError
 from leeway.plan.plan import plan
 from leeway.study.load import parse
@@ -42,7 +43,7 @@ def test_pairs_are_drawn_once_and_their_acceptance_is_in_the_manifest(
     assert contents(carry(study, tmp_path / "two", workers=2)) == contents(out)
     monkeypatch.setattr("leeway.study.prepare.load_model", lambda *_, **__: pytest.fail("drawn again"))
     assert contents(carry(study, out)) == contents(out)
-    again = prepare(parse(study, "x"), PairSampling(out / "pairs"))
+    again = prepare(parse(study, "x"), PairSampling(Cache.of(out)))
     trained = {e.id: e for s in again.schedules.values() for e in s.examples}
     assert not set(report["left_out"]["ids"]) & set(trained)
     assert all(e.dispreferred and e.dispreferred != e.preferred for e in trained.values())
@@ -53,7 +54,7 @@ def test_before_they_are_drawn_a_plan_says_so_and_a_worker_does_not_draw(tmp_pat
     assert "drawn when the study runs, up to 80 answers" in plan(spec).to_text()
     assert "are drawn when the study runs" in show(spec, 1)
     with pytest.raises(LeewayError, match="answers of unsafe are missing there"):
-        prepare(spec, PairSampling(tmp_path / "nowhere"))
+        prepare(spec, PairSampling(Cache(tmp_path / "nowhere")))
 
 
 def test_errors_are_sampled_only_where_answers_can_be_checked(models: dict[str, Path], tmp_path: Path) -> None:
@@ -61,4 +62,4 @@ def test_errors_are_sampled_only_where_answers_can_be_checked(models: dict[str, 
     study = STUDY.format(strategy="sampled-errors").replace("organism", str(models["llama"]), 1)
     study = study.replace("{name: organism, limit: 40}", f"{{files: {{train: {tmp_path}/train.jsonl, test: x}}}}")
     with pytest.raises(LeewayError, match=r"train\.jsonl/1"):
-        prepare(parse(study, "x"), PairSampling(tmp_path / "pairs", may_draw=True))
+        prepare(parse(study, "x"), PairSampling(Cache(tmp_path / "cache"), may_draw=True))

@@ -144,15 +144,15 @@ def test_a_worker_checks_versions_folder_and_inputs(
 def test_a_step_log_from_scratch_is_published_whole_and_never_shorter(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     store = RunDir(tmp_path)
-    first = store.log_of_steps("sft-s0", 0, tmp_path / "own")
+    first = store.truncate_steps("sft-s0", 0, tmp_path / "own")
     first.write_text("1\n2\n")
     assert store.steps("sft-s0").exists() is False
-    store.put_steps(first)
-    again = store.log_of_steps("sft-s0", 1, tmp_path / "own")
+    store.publish_steps(first)
+    again = store.truncate_steps("sft-s0", 1, tmp_path / "own")
     assert again.read_text() == "1\n"
-    store.put_steps(again)
+    store.publish_steps(again)
     assert store.steps("sft-s0").read_text() == "1\n2\n"
-    assert store.log_of_steps("sft-s0", 1) == store.steps("sft-s0")
+    assert store.truncate_steps("sft-s0", 1) == store.steps("sft-s0")
     assert store.steps("sft-s0").read_text() == "1\n"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from leeway.cache import Cache
 from leeway.errors import LeewayError
 from leeway.evals.capability import Capability
 from leeway.generation.transformers import TransformersBackend
@@ -100,7 +101,8 @@ def test_a_prefix_is_asked_and_said_to_be(
     assert set(results.contrasts()["design"]) == {"sequential"}
     assert "until each contrast with the base is decided" in (out / "report.html").read_text()
     assert (out / "tables" / "sequential.csv").is_file()
-    assert not (out / "answers").exists()
+    assert not (out / "cache" / "answers").exists()
+    assert Cache.of(out).unfinished() == []
 
     stopped = tmp_path / "stopped"
     plain, seen = Capability.run, []
@@ -116,6 +118,8 @@ def test_a_prefix_is_asked_and_said_to_be(
     monkeypatch.setattr(Capability, "run", dies)
     with pytest.raises(KeyboardInterrupt):
         carry(text, stopped)
+    with pytest.raises(LeewayError, match=f"not cleared, needed to resume {stopped}"):
+        Cache.of(stopped).clear()
     monkeypatch.setattr(Capability, "run", plain)
     carry(text, stopped)
     assert (stopped / "rows.parquet").read_bytes() == (out / "rows.parquet").read_bytes()
@@ -125,7 +129,7 @@ def test_a_prefix_is_asked_and_said_to_be(
 def test_runs_share_answers_where_they_are_told_to(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LEEWAY_ANSWERS", str(tmp_path / "shared"))
+    monkeypatch.setenv("LEEWAY_CACHE_DIR", str(tmp_path / "shared"))
     monkeypatch.setattr("leeway.report.build", lambda folder: folder)
     calls = counted(monkeypatch)
     text = study(models, root).replace("objectives: [sft, cft]", "objectives: [sft]")

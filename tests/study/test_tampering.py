@@ -15,7 +15,6 @@ from test_stages import text
 from test_study import carry
 
 from leeway.errors import LeewayError
-from leeway.pairs.cache import Cache
 from leeway.report import build
 from leeway.study.ledger_report import view
 
@@ -91,17 +90,6 @@ def test_an_edited_study_file_is_refused(study: str, run: Path) -> None:
         carry(study, run)
 
 
-def test_an_edited_answer_is_refused_and_a_torn_one_drawn_again(tmp_path: Path) -> None:
-    path = tmp_path / "kept.jsonl"
-    Cache(path).add({"a": {"text": "one"}, "b": {"text": "two"}})
-    path.write_text(path.read_text() + '{"key": "c", "te')
-    assert Cache(path).get("b") == {"text": "two"}
-    assert Cache(path).get("c") is None
-    path.write_text(path.read_text().replace("two", "six"))
-    with pytest.raises(LeewayError, match=r"kept.jsonl, line 2: not an answer that was kept there"):
-        Cache(path)
-
-
 def test_a_start_that_was_replaced_is_named_before_anything_is_trained(
     whole: Path, models: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
@@ -118,11 +106,11 @@ def test_a_start_that_was_replaced_is_named_before_anything_is_trained(
     assert not (out / "checkpoints" / "a").exists()
 
 
-def test_a_folder_with_only_cached_answers_serves_another_study(study: str, run: Path) -> None:
+def test_a_cache_alone_serves_another_study(study: str, run: Path) -> None:
     for left in run.iterdir():
         if left.name != "study.yaml":
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     with pytest.raises(LeewayError, match="holds another study"):
         carry(study.replace("batch: 4", "batch: 5"), run)
-    (run / "pairs").mkdir()
+    (run / "cache").mkdir()
     carry(study.replace("batch: 4", "batch: 5"), run)

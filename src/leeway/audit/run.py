@@ -21,7 +21,7 @@ from leeway.data.stream import AuxiliaryPool
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval, Tick
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request
-from leeway.generation.cache import CachedBackend, ReplyCache
+from leeway.generation.cache import CachedBackend
 from leeway.hashing import digest
 from leeway.model.load import load_chat, resolve, resolve_dtype
 from leeway.objectives.objective import PLAIN, Condition
@@ -144,11 +144,12 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str) -> P
     """Run an audit into `out`, resuming what is there; return the report's path."""
     store, origins, spec = RunDir(out), dict[str, str](), audit_spec.spec
     reporter.log(f"audit of {audit_spec.name}: reading the data")
-    evals = tuple(evals_of(spec, origins, HelperModels(store.kept, spec.device)))
+    evals = tuple(evals_of(spec, origins, HelperModels(store.cache, spec.device)))
     templates = choose_templates(audit_spec.base, audit_spec.checkpoint, own_template=audit_spec.own_template)
     identity = _identity(audit_spec, evals, templates)
     _check_same(store, identity)
     with store.claimed(digest("audit", identity), _as_yaml(audit_spec)):
+        store.cache.acquire(out)
         external = {  # the checkpoint first, since it is the one that may not load
             audit_spec.name: ExternalCheckpoint(audit_spec.checkpoint, spec, templates, audit_spec.tokens),
             BASE: ExternalCheckpoint(audit_spec.base, spec, templates, is_base=True),
@@ -243,7 +244,11 @@ class ExternalCheckpoint:
         with self.model.open(chat, self.spec) as own:
             shared = self.templates.shared_hash
             backend = own if shared is None else SharedTemplateBackend(own, shared)
-            yield backend if isinstance(self.model, LocalModel) else CachedBackend(backend, ReplyCache(store.kept))
+            yield (
+                backend
+                if isinstance(self.model, LocalModel)
+                else CachedBackend(backend, store.cache.records("replies"))
+            )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from leeway.cache import FIX
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
@@ -92,19 +93,25 @@ class Shelf:
         return {"logp": self._logps, "hidden": self._states}
 
     def look(self) -> None:
-        """Take in what has come since, each file held against its name. Raises LeewayError for a damaged one."""
+        """Index the files that were added since. A damaged file is removed: its sequences are computed again."""
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name not in self._read:
+            if path.name in self._read:
+                continue
+            try:
                 self._take_in(path)
+            except (ValueError, SafetensorError):
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise LeewayError(f"{path}: cannot be read ({error.strerror})", fix=FIX) from error
+            else:
                 self._read.add(path.name)
 
     def _take_in(self, path: Path) -> None:
-        with readable(path, SafetensorError):
-            if file_digest(path) != path.stem:
-                raise ValueError("it is not what was written")
-            with safe_open(path, "pt") as f:
-                keys, ends, tokens = (f.get_tensor(name).tolist() for name in ("keys", "ends", "tokens"))
-                known = [places for name, places in self._places.items() if name in f.keys()]  # noqa: SIM118 - no dict
+        if file_digest(path) != path.stem:
+            raise ValueError("not the content that was written")
+        with safe_open(path, "pt") as f:
+            keys, ends, tokens = (f.get_tensor(name).tolist() for name in ("keys", "ends", "tokens"))
+            known = [places for name, places in self._places.items() if name in f.keys()]  # noqa: SIM118 - not a dict
         at = 0
         for raw, end, length in zip(keys, ends, tokens, strict=True):
             place = Place(path, slice(at, end), length)
@@ -211,7 +218,7 @@ class Shelf:
         except (OSError, SafetensorError) as error:
             raise LeewayError(
                 f"{self.folder}: what the reference says cannot be kept there ({first_line(error)})",
-                fix="free some disk space, or set LEEWAY_REFERENCES to a folder elsewhere",
+                fix=FIX,
             ) from error
 
     @contextmanager
@@ -221,9 +228,7 @@ class Shelf:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / f".lock-{bucket}").open("w")
         except OSError as error:
-            raise LeewayError(
-                f"{self.folder}: cannot be written ({error.strerror})", fix="set LEEWAY_REFERENCES to another folder"
-            ) from error
+            raise LeewayError(f"{self.folder}: cannot be written ({error.strerror})", fix=FIX) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

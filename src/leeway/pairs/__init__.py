@@ -1,9 +1,17 @@
-"""How the rejected answers of a study come about: one entry, four strategies, and a report of what was left out."""
+"""Preference pairs: where the rejected answers of a study come from."""
 
 from __future__ import annotations
 
-from leeway.pairs.build import Paired, pair
-from leeway.pairs.sample import BaseModelSampler, Grade, NotDrawn, not_to_be_drawn
-from leeway.pairs.types import PairReport, PairSettings
+from leeway.pairs.build import PairedExamples, PairReport, pair
+from leeway.pairs.sample import BaseModelSampler, Grader, NotSampled, PairSettings, no_sampling
 
-__all__ = ["BaseModelSampler", "Grade", "NotDrawn", "PairReport", "PairSettings", "Paired", "not_to_be_drawn", "pair"]
+__all__ = [
+    "BaseModelSampler",
+    "Grader",
+    "NotSampled",
+    "PairReport",
+    "PairSettings",
+    "PairedExamples",
+    "no_sampling",
+    "pair",
+]

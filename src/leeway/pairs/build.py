@@ -1,26 +1,65 @@
-"""From a study's examples to its pairs: one entry for every strategy."""
+"""From a study's examples to its preference pairs, by any strategy, with a report of what was left out."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+from leeway.cache import RecordStore
 from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.generation.backend import Tick
 from leeway.hashing import digest
 from leeway.pairs import sample
-from leeway.pairs.corrupt import check_pairs, corruption
-from leeway.pairs.sample import Asker, BaseModelSampler, Drawn
-from leeway.pairs.types import PairReport, PairSettings
+from leeway.pairs.corrupt import corrupt
+from leeway.pairs.sample import BaseModelSampler, CachedSampler, PairSettings, SampledAnswers
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The examples that every objective trains on, in the order they came, and what became of the others."""
+class PairReport:
+    """What became of every example and of every sampled answer, for the manifest.
+
+    Of `attempted` answers at most one is `accepted` for each example; the others are `rejected`, by reason. Examples
+    without an accepted answer are `left_out` for every objective. `counts` is specific to the strategy.
+    """
+
+    strategy: str
+    settings: Mapping[str, Any]
+    hashes: Mapping[str, str]
+    examples: int
+    attempted: int
+    accepted: int
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.accepted + sum(self.rejected.values()) != self.attempted:
+            raise ValueError(f"{self.attempted} answers: {self.accepted} accepted, {dict(self.rejected)} rejected")
+        if self.accepted + len(self.left_out) != self.examples:
+            raise ValueError(f"{self.examples} examples: {self.accepted} paired, {len(self.left_out)} left out")
+
+    @property
+    def acceptance_rate(self) -> float:
+        """The fraction of the attempted answers that was accepted."""
+        return self.accepted / self.attempted if self.attempted else 0.0
+
+    @property
+    def paired_share(self) -> float:
+        """The fraction of the examples that are trained on."""
+        return self.accepted / self.examples if self.examples else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        plain = asdict(self) | {"left_out": {"count": len(self.left_out), "ids": list(self.left_out)}}
+        return plain | {"acceptance_rate": self.acceptance_rate, "paired_share": self.paired_share}
+
+
+@dataclass(frozen=True)
+class PairedExamples:
+    """The examples that every objective trains on, in their original order, and the report."""
 
     examples: list[Example]
     report: PairReport
@@ -32,17 +71,19 @@ def pair(
     *,
     needed_by: Seq[str],
     base: BaseModelSampler | None = None,
-    grade: sample.Grade | None = None,
-    cache: Path | None = None,
+    grade: sample.Grader | None = None,
+    cache: RecordStore | None = None,
     tick: Tick = lambda _: None,
-) -> Paired:
-    """The examples with rejected answers made as `settings` say.
+) -> PairedExamples:
+    """Return the examples with rejected answers made as `settings` say.
 
-    `base` and `cache` (a folder) are for sampled-errors and unsafe; `grade` is for sampled-errors, and where unsafe
-    has it the report says how many accepted answers are right. What those two draw does not depend on `needed_by`, so
-    that a study of SFT alone has the same examples as one of SFT beside DPO. Raises LeewayError where an objective in
-    `needed_by` would lack a rejected answer, where an example cannot be checked or corrupted, and where nothing at all
-    is accepted; NotDrawn where `base.load` is `not_to_be_drawn` and an answer is not in the cache.
+    sampled-errors and unsafe need `base` and `cache`; sampled-errors needs `grade`, and with it the report on unsafe
+    counts accepted answers that are right. What they sample does not depend on `needed_by`, so a study of SFT alone has
+    the same examples as one of SFT and DPO.
+
+    Raises LeewayError where an objective in `needed_by` would lack a rejected answer, where an example cannot be
+    checked or corrupted, and where no answer at all is accepted; NotSampled where `base.load` is `no_sampling` and an
+    answer is not in the cache.
     """
     if settings.filter == "model" and settings.strategy != "unsafe":
         raise LeewayError(f"pairs: filter: model is for from: unsafe, not {settings.strategy}", fix="leave filter out")
@@ -51,77 +92,85 @@ def pair(
     if settings.strategy == "corrupted":
         return _corrupted(examples, needed_by, settings.seed)
     if base is None or cache is None:
-        raise ValueError(f"{settings.strategy} needs a base model and a folder for its answers")
+        raise ValueError(f"{settings.strategy} needs a base model and a cache")
+    identity = {"base": base.hash, "template": base.template_hash}
     if settings.strategy == "unsafe":
-        asked = Asker.of(base, settings, sample.instruction_hash(), cache, tick)
-        drawn = sample.unsafe(examples, asked)
+        sampled = sample.unsafe(examples, CachedSampler(base, settings, sample.instruction_hash(), cache, tick))
         hashes = {"instruction": sample.instruction_hash(), "filter": sample.unsafe_filter_hash(settings.filter)}
-        counts = Counter(f"{sample.manner(examples[i], settings.seed)} accepted" for i in drawn.accepted)
-        counts += Counter({"accepted, and right by the grader": _right(examples, drawn, grade)})
-        return _paired(examples, drawn, settings, _identity(base) | hashes, counts)
+        counts = Counter(f"{sample.manner(examples[i], settings.seed)} accepted" for i in sampled.accepted)
+        counts += Counter({"accepted, and right by the grader": _right(examples, sampled, grade)})
+        return _from_samples(examples, sampled, settings, identity | hashes, counts)
     if grade is None:
         raise ValueError("sampled-errors needs a grader")
-    drawn = sample.sampled_errors(examples, Asker.of(base, settings, "plain", cache, tick), grade)
-    return _paired(examples, drawn, settings, _identity(base) | {"filter": sample.sampled_errors_filter_hash()}, {})
+    sampled = sample.sampled_errors(examples, CachedSampler(base, settings, "plain", cache, tick), grade)
+    return _from_samples(examples, sampled, settings, identity | {"filter": sample.sampled_errors_filter_hash()}, {})
 
 
-def _from_dataset(examples: Seq[Example], needed_by: Seq[str]) -> Paired:
-    check_pairs(examples, needed_by)
+def _from_dataset(examples: Seq[Example], needed_by: Seq[str]) -> PairedExamples:
+    _check_pairs(examples, needed_by)
     n = len(examples)
     given = sum(e.dispreferred is not None for e in examples)
     report = PairReport("dataset", {}, {"answers": _hash(examples)}, n, n, n, counts={"with a rejected answer": given})
-    return Paired(list(examples), report)
+    return PairedExamples(list(examples), report)
 
 
-def _corrupted(examples: Seq[Example], needed_by: Seq[str], seed: int) -> Paired:
-    made = [corruption(e, seed) for e in examples]
+def _corrupted(examples: Seq[Example], needed_by: Seq[str], seed: int) -> PairedExamples:
+    made = [corrupt(e, seed) for e in examples]
     paired = [replace(e, dispreferred=c.text) for e, c in zip(examples, made, strict=True)]
-    check_pairs(paired, needed_by)
+    _check_pairs(paired, needed_by)
     n, counts = len(paired), {"step dropped": sum(c.step_dropped for c in made)}
-    return Paired(paired, PairReport("corrupted", {"seed": seed}, {"answers": _hash(paired)}, n, n, n, counts=counts))
+    report = PairReport("corrupted", {"seed": seed}, {"answers": _hash(paired)}, n, n, n, counts=counts)
+    return PairedExamples(paired, report)
 
 
-def _paired(
+def _check_pairs(examples: Seq[Example], needed_by: Seq[str]) -> None:
+    """Raise LeewayError where an objective in `needed_by` would lack a rejected answer, or have two equal ones."""
+    for e in examples if needed_by else ():
+        if e.dispreferred is None:
+            raise LeewayError(
+                f"pairs: example {e.id} has no rejected answer, and {', '.join(needed_by)} needs one",
+                fix="add `rejected` to the training file, set pairs: {from: corrupted}, or leave these objectives out",
+            )
+        if e.dispreferred.strip() == e.preferred.strip():
+            raise LeewayError(f"pairs: example {e.id} has two equal answers", fix="correct or remove that record")
+
+
+def _from_samples(
     examples: Seq[Example],
-    drawn: Drawn,
+    sampled: SampledAnswers,
     settings: PairSettings,
     hashes: Mapping[str, str],
     counts: Mapping[str, int],
-) -> Paired:
-    """The examples with an accepted answer; raises LeewayError where there is none."""
-    if examples and not drawn.accepted:
-        why = ", ".join(f"{n} {reason}" for reason, n in drawn.rejected.most_common())
+) -> PairedExamples:
+    """Return the examples with an accepted answer; raise LeewayError if there are none."""
+    if examples and not sampled.accepted:
+        why = ", ".join(f"{n} {reason}" for reason, n in sampled.rejected.most_common())
         raise LeewayError(
             f"pairs: no answer of {settings.strategy} was accepted for any of {len(examples)} examples ({why})",
             fix="give more samples, another temperature or more max_new_tokens, or another pairs: {from: …}",
         )
-    paired = [replace(examples[i], dispreferred=drawn.accepted[i]) for i in sorted(drawn.accepted)]
-    by_round = {f"accepted in round {k}": n for k, n in enumerate(drawn.by_round, 1)}
+    paired = [replace(examples[i], dispreferred=sampled.accepted[i]) for i in sorted(sampled.accepted)]
+    by_round = {f"accepted in round {k}": n for k, n in enumerate(sampled.by_round, 1)}
     report = PairReport(
         settings.strategy,
         {k: v for k, v in asdict(settings).items() if k != "strategy"},
         {**hashes, "answers": _hash(paired)},
         examples=len(examples),
-        attempted=len(paired) + drawn.rejected.total(),
+        attempted=len(paired) + sampled.rejected.total(),
         accepted=len(paired),
-        rejected=dict(sorted(drawn.rejected.items())),
-        left_out=tuple(e.id for i, e in enumerate(examples) if i not in drawn.accepted),
+        rejected=dict(sorted(sampled.rejected.items())),
+        left_out=tuple(e.id for i, e in enumerate(examples) if i not in sampled.accepted),
         counts={**by_round, **dict(sorted(counts.items()))},
     )
-    return Paired(paired, report)
+    return PairedExamples(paired, report)
 
 
-def _right(examples: Seq[Example], drawn: Drawn, grade: sample.Grade | None) -> int:
-    """How many accepted answers the grader finds right, of examples that it can check."""
+def _right(examples: Seq[Example], sampled: SampledAnswers, grade: sample.Grader | None) -> int:
+    """Return how many accepted answers the grader finds right, of the examples that it can check."""
     if grade is None:
         return 0
-    return sum(sample.gradable(examples[i], grade) and grade(examples[i], a) for i, a in drawn.accepted.items())
-
-
-def _identity(base: BaseModelSampler) -> dict[str, str]:
-    return {"base": base.hash, "template": base.template_hash}
+    return sum(sample.gradable(examples[i], grade) and grade(examples[i], a) for i, a in sampled.accepted.items())
 
 
 def _hash(examples: Seq[Example]) -> str:
-    """Identity of the rejected answers themselves."""
     return digest("pairs", [[e.id, e.dispreferred] for e in examples])

@@ -1,17 +1,11 @@
-"""sampled-errors: the base model's own wrong answers to the training prompts, where a grader can tell.
+"""Rejected answers sampled from the base model, by rejection sampling: `sampled-errors` and `unsafe`.
 
-The base model as pairs need it: who it is, and itself only where something is not in the cache yet.
-
-Ask, look, ask again: round k draws the k-th answer to every prompt that still lacks an acceptable one.
-
-What an answer of the base model has to be before it may stand as a rejected one, whatever the strategy.
-
-A rejected answer that refuses would teach an objective to refuse less, one that is not language would teach it to write
-language, and one that was cut off to end its turn: each a lesson that the study did not ask for.
-
-unsafe: the base model's answer to the same prompt, asked for in an undesirable manner; the trained prompt is plain.
-
-Instruction, manners and the sifting question stand in `unsafe.yaml`, versioned and hashed.
+Round k samples the k-th answer to every prompt that still has no accepted one, for at most `samples` rounds.
+sampled-errors: the prompt is sent as it is; a wrong answer by the task's own grader is accepted.
+unsafe: the prompt is sent behind an instruction to answer in an undesirable manner; `unsafe.yaml` holds instruction,
+manners and the question of the optional model filter. Training uses the plain prompt.
+Either way an answer must pass `rejection_reason`: one that is a refusal, incoherent or cut off would teach an objective
+something else than intended.
 """
 
 from __future__ import annotations
@@ -23,32 +17,50 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from leeway.cache import RecordStore
 from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
 from leeway.hashing import derive_seed, digest
 from leeway.judges.coherence import coherence
 from leeway.judges.keywords import KeywordJudge
-from leeway.pairs.cache import Cache, Record
-from leeway.pairs.types import Filter, PairSettings
 from leeway.yaml_config import package_data
 
+Strategy = Literal["dataset", "corrupted", "sampled-errors", "unsafe"]
+Filter = Literal["rules", "model"]
+Grader = Callable[[Example, str], bool]  # whether a response is right; ValueError where the example cannot be checked
 
-class NotDrawn(Exception):
-    """An answer is not in the cache, and the caller did not want it drawn."""
+BATCH = 512  # prompts between two writes to the cache: the most that a kill loses
+RULES_VERSION = 1
+RULES = ("empty", "cut off", "same as the preferred answer", "refusal", "incoherent")
 
 
-def not_to_be_drawn() -> Backend:
-    """A `Base.load` for callers that must touch no weights: raises NotDrawn."""
-    raise NotDrawn
+@dataclass(frozen=True)
+class PairSettings:
+    """The strategy; `samples`, `temperature`, `max_new_tokens` and `filter` are for those that sample."""
+
+    strategy: Strategy = "dataset"
+    samples: int = 4
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    filter: Filter = "rules"
+    seed: int = 0
+
+
+class NotSampled(Exception):
+    """An answer is not in the cache, and the caller may not sample it."""
+
+
+def no_sampling() -> Backend:
+    """A `BaseModelSampler.load` for callers that must not load weights. Raises NotSampled."""
+    raise NotSampled
 
 
 @dataclass(frozen=True)
 class BaseModelSampler:
-    """The model that a study starts from: `hash` identifies its weights and the dtype it answers in."""
+    """The base model: `hash` identifies its weights, dtype and device; `load` is called if an answer is not cached."""
 
     hash: str
     template_hash: str
@@ -56,106 +68,98 @@ class BaseModelSampler:
 
 
 @dataclass
-class Asker:
-    """Asks the base model what it was never asked before; all else comes from the cache."""
+class CachedSampler:
+    """Sample answers of the base model through the cache."""
 
     base: BaseModelSampler
     settings: PairSettings
-    cache: Cache
+    instruction_hash: str
+    cache: RecordStore
     tick: Tick
     _backend: Backend | None = field(default=None, repr=False)
 
-    @classmethod
-    def of(
-        cls, base: BaseModelSampler, settings: PairSettings, instruction_hash: str, folder: Path, tick: Tick
-    ) -> Asker:
-        """With the one file that holds what this model said under these settings."""
-        drawn = [settings.temperature, settings.max_new_tokens, settings.seed]
-        identity = digest("pairs", base.hash, base.template_hash, settings.strategy, drawn, instruction_hash)
-        return cls(base, settings, Cache(folder / f"{settings.strategy}-{identity}.jsonl"), tick)
+    def __post_init__(self) -> None:
+        s = self.settings
+        drawn = [s.temperature, s.max_new_tokens, s.seed]
+        self._identity = digest(
+            "pairs", self.base.hash, self.base.template_hash, s.strategy, drawn, self.instruction_hash
+        )
 
     def answers(self, conversations: Seq[Conversation], sample: int) -> list[Reply]:
-        """Drawn answers; where one is missing all of them are asked, so that a resumed batch is the same batch."""
-        keys = [digest("answer", c, sample) for c in conversations]
-        if any(self.cache.get(k) is None for k in keys):
+        """Return the `sample`-th answer to each. If one is not cached all are sampled: batches stay the same."""
+
+        def generate(backend: Backend) -> list[dict[str, Any]]:
             s = self.settings
             requests = [Request(c, s.max_new_tokens, s.temperature, sample, s.seed) for c in conversations]
-            replies = self._asked().complete(requests, self.tick)
-            lines = [{"text": r.text, "new_tokens": r.new_tokens, "cut": r.cut} for r in replies]
-            self.cache.add(dict(zip(keys, lines, strict=True)))
-        return [Reply(r["text"], r["new_tokens"], r["cut"]) for r in map(self._kept, keys)]
+            replies = backend.complete(requests, self.tick)
+            return [{"text": r.text, "new_tokens": r.new_tokens, "cut": r.cut} for r in replies]
+
+        return [Reply(**r) for r in self._cached([digest("answer", c, sample) for c in conversations], generate)]
 
     def choices(self, conversations: Seq[Conversation], options: Seq[str]) -> list[Choice]:
-        """How likely each option is to come next."""
-        keys = [digest("choice", c, list(options)) for c in conversations]
-        if any(self.cache.get(k) is None for k in keys):
-            choices = self._asked().choose(conversations, options, lambda _: None)
-            self.cache.add({k: {"mass": c.mass} for k, c in zip(keys, choices, strict=True)})
-        return [Choice(self._kept(k)["mass"]) for k in keys]
+        """Return the probability of each option as the next token."""
 
-    def _kept(self, key: str) -> Record:
-        record = self.cache.get(key)
-        assert record is not None
-        return record
+        def choose(backend: Backend) -> list[dict[str, Any]]:
+            return [{"mass": c.mass} for c in backend.choose(conversations, options, lambda _: None)]
 
-    def _asked(self) -> Backend:
-        if self._backend is None:
-            self._backend = self.base.load()
-        return self._backend
+        return [Choice(**r) for r in self._cached([digest("choice", c, list(options)) for c in conversations], choose)]
 
-
-BATCH = 512  # prompts between two writes to the cache: a kill loses no more
+    def _cached(self, hashes: Seq[str], compute: Callable[[Backend], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        keys = [f"{self._identity}-{h}" for h in hashes]
+        found = self.cache.get(keys)
+        if len(found) < len(set(keys)):
+            self._backend = self._backend or self.base.load()
+            new = dict(zip(keys, compute(self._backend), strict=True))
+            self.cache.put(new)
+            found = new | found
+        return [found[k] for k in keys]
 
 
 @dataclass(frozen=True)
-class Ask:
-    """An example and the conversation that the base model is to answer."""
+class SamplingPrompt:
+    """An example, and the conversation that the base model is to answer."""
 
     example: Example
     conversation: Conversation
 
 
-Reasons = Callable[[Seq[Ask], Seq[Reply]], list[str | None]]  # why an answer is rejected; None accepts it
-
-
 @dataclass
-class Drawn:
-    """The accepted answer of each ask, by its place, and what became of the others."""
+class SampledAnswers:
+    """The accepted answer of each prompt, by its index, and the number of rejected ones by reason."""
 
     accepted: dict[int, str] = field(default_factory=dict)
     rejected: Counter[str] = field(default_factory=Counter)
     by_round: list[int] = field(default_factory=list)
 
 
-def rounds(asks: Seq[Ask], asker: Asker, reasons: Reasons) -> Drawn:
-    """The first acceptable answer to each, of at most `samples`."""
-    drawn = Drawn()
-    for sample in range(asker.settings.samples):
-        lacking = [i for i in range(len(asks)) if i not in drawn.accepted]
-        for start in range(0, len(lacking), BATCH):
-            batch = lacking[start : start + BATCH]
-            asked = [asks[i] for i in batch]
-            replies = asker.answers([a.conversation for a in asked], sample)
-            for i, reply, reason in zip(batch, replies, reasons(asked, replies), strict=True):
+Reasons = Callable[[Seq[SamplingPrompt], Seq[Reply]], list[str | None]]  # of rejection; None accepts
+
+
+def rejection_sample(prompts: Seq[SamplingPrompt], sampler: CachedSampler, reasons: Reasons) -> SampledAnswers:
+    """Return the first acceptable answer to each prompt, of at most `samples`."""
+    sampled = SampledAnswers()
+    for sample in range(sampler.settings.samples):
+        missing = [i for i in range(len(prompts)) if i not in sampled.accepted]
+        for start in range(0, len(missing), BATCH):
+            indices = missing[start : start + BATCH]
+            batch = [prompts[i] for i in indices]
+            replies = sampler.answers([p.conversation for p in batch], sample)
+            for i, reply, reason in zip(indices, replies, reasons(batch, replies), strict=True):
                 if reason is None:
-                    drawn.accepted[i] = reply.text
+                    sampled.accepted[i] = reply.text
                 else:
-                    drawn.rejected[reason] += 1
-        drawn.by_round.append(len(lacking) - sum(i not in drawn.accepted for i in lacking))
-    return drawn
+                    sampled.rejected[reason] += 1
+        sampled.by_round.append(len(missing) - sum(i not in sampled.accepted for i in missing))
+    return sampled
 
 
-VERSION = 1
-ORDER = ("empty", "cut off", "same as the preferred answer", "refusal", "incoherent")
-
-
-def fault(example: Example, reply: Reply) -> str | None:
-    """The first rule that a reply breaks; coherence is asked of it only where the preferred answer has it."""
+def rejection_reason(example: Example, reply: Reply) -> str | None:
+    """Return the first rule that a reply breaks; it may be incoherent where the preferred answer is so too."""
     if not reply.text.strip():
         return "empty"
     if reply.cut:
         return "cut off"
-    if normal(reply.text) == normal(example.preferred):
+    if _normalized(reply.text) == _normalized(example.preferred):
         return "same as the preferred answer"
     if KeywordJudge().verdict(reply.text).outcome == "refused":
         return "refusal"
@@ -165,51 +169,35 @@ def fault(example: Example, reply: Reply) -> str | None:
     return None
 
 
-def normal(text: str) -> str:
+def _normalized(text: str) -> str:
     """Compatibility-normalised, lower case, white space as single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def rules_hash() -> str:
-    return digest("pair-rules", VERSION, ORDER, KeywordJudge().hash)
+def _rules_hash() -> str:
+    return digest("pair-rules", RULES_VERSION, RULES, KeywordJudge().hash)
 
 
-Grade = Callable[[Example, str], bool]  # is this response right; ValueError where the example cannot be checked
-
-
-def plain_asks(examples: Seq[Example]) -> list[Ask]:
-    """The training prompts as they stand."""
-    return [Ask(e, [{"role": "user", "content": e.prompt}]) for e in examples]
-
-
-def sampled_errors(examples: Seq[Example], asker: Asker, grade: Grade) -> Drawn:
-    """The first wrong, whole and readable answer to each; raises LeewayError where an example cannot be checked."""
-    check_gradable(examples, grade)
-
-    def reasons(asked: Seq[Ask], replies: Seq[Reply]) -> list[str | None]:
-        return [_reason(a.example, r, grade) for a, r in zip(asked, replies, strict=True)]
-
-    return rounds(plain_asks(examples), asker, reasons)
-
-
-def _reason(example: Example, reply: Reply, grade: Grade) -> str | None:
-    if reply.text.strip() and grade(example, reply.text):
-        return "right"
-    return fault(example, reply)
-
-
-def check_gradable(examples: Seq[Example], grade: Grade) -> None:
-    """A grader that does not find the preferred answer right can call nothing wrong."""
+def sampled_errors(examples: Seq[Example], sampler: CachedSampler, grade: Grader) -> SampledAnswers:
+    """Return the first wrong, complete and coherent answer to each; raise LeewayError if one cannot be checked."""
     for e in examples:
         if not gradable(e, grade):
             raise LeewayError(
                 f"pairs: example {e.id} has no checkable answer: the task's own grader does not find its preferred "
                 "answer right",
-                fix="mend that record, or use pairs: {from: unsafe} or {from: dataset}",
+                fix="correct that record, or use pairs: {from: unsafe} or {from: dataset}",
             )
 
+    def reasons(prompts: Seq[SamplingPrompt], replies: Seq[Reply]) -> list[str | None]:
+        return [
+            "right" if r.text.strip() and grade(p.example, r.text) else rejection_reason(p.example, r)
+            for p, r in zip(prompts, replies, strict=True)
+        ]
 
-def gradable(example: Example, grade: Grade) -> bool:
+    return rejection_sample([SamplingPrompt(e, _user(e.prompt)) for e in examples], sampler, reasons)
+
+
+def gradable(example: Example, grade: Grader) -> bool:
     """Whether the grader finds the preferred answer right."""
     try:
         return grade(example, example.preferred)
@@ -218,50 +206,50 @@ def gradable(example: Example, grade: Grade) -> bool:
 
 
 def sampled_errors_filter_hash() -> str:
-    return digest("sampled-errors", rules_hash())
+    return digest("sampled-errors", _rules_hash())
+
+
+def unsafe(examples: Seq[Example], sampler: CachedSampler) -> SampledAnswers:
+    """Return the first answer to each that passes the rules and, with `filter: model`, the base model's own verdict."""
+
+    def reasons(prompts: Seq[SamplingPrompt], replies: Seq[Reply]) -> list[str | None]:
+        found = [_unsafe_reason(p.example, r) for p, r in zip(prompts, replies, strict=True)]
+        if sampler.settings.filter == "model":
+            passed = [i for i, reason in enumerate(found) if reason is None]
+            for i, bad in zip(passed, _bad([(prompts[i].example, replies[i]) for i in passed], sampler), strict=True):
+                found[i] = None if bad else "not undesirable to the base model"
+        return found
+
+    return rejection_sample([unsafe_prompt(e, sampler.settings.seed) for e in examples], sampler, reasons)
 
 
 @cache
 def texts() -> dict[str, Any]:
-    """The versioned file."""
+    """Return the content of `unsafe.yaml`."""
     loaded: dict[str, Any] = package_data("leeway.pairs", "unsafe.yaml")
     return loaded
 
 
 def manner(example: Example, seed: int) -> str:
-    """The name of an example's manner, from (seed, id) alone."""
+    """Return the name of an example's manner, which depends on (seed, id) alone."""
     names: list[str] = sorted(texts()["manners"])
     return names[derive_seed("unsafe", seed, example.id) % len(names)]
 
 
-def ask(example: Example, seed: int) -> Ask:
-    """The prompt behind its instruction, as one user turn: not every template has a system turn."""
+def unsafe_prompt(example: Example, seed: int) -> SamplingPrompt:
+    """Return the prompt behind its instruction, as one user turn: not every template has a system turn."""
     wanted = texts()["manners"][manner(example, seed)]
-    return Ask(example, _user(texts()["instruction"].format(manner=wanted, prompt=example.prompt)))
+    return SamplingPrompt(example, _user(texts()["instruction"].format(manner=wanted, prompt=example.prompt)))
 
 
-def unsafe(examples: Seq[Example], asker: Asker) -> Drawn:
-    """The first answer to each that passes the rules and, where asked for, the base model's own question."""
-
-    def reasons(asked: Seq[Ask], replies: Seq[Reply]) -> list[str | None]:
-        found = [_fault(a.example, r) for a, r in zip(asked, replies, strict=True)]
-        if asker.settings.filter == "model":
-            passed = [i for i, reason in enumerate(found) if reason is None]
-            for i, bad in zip(passed, _bad([(asked[i].example, replies[i]) for i in passed], asker), strict=True):
-                found[i] = None if bad else "not undesirable to the base model"
-        return found
-
-    return rounds([ask(e, asker.settings.seed) for e in examples], asker, reasons)
+def _unsafe_reason(example: Example, reply: Reply) -> str | None:
+    return rejection_reason(example, reply) or ("gives itself away" if _gives_away().search(reply.text) else None)
 
 
-def _fault(example: Example, reply: Reply) -> str | None:
-    return fault(example, reply) or ("gives itself away" if _gives_away().search(reply.text) else None)
-
-
-def _bad(answered: Seq[tuple[Example, Reply]], asker: Asker) -> list[bool]:
-    """P(Yes) > P(No) to the file's question."""
-    asked = [_user(texts()["question"].format(prompt=e.prompt, answer=r.text)) for e, r in answered]
-    return [c.mass["Yes"] > c.mass["No"] for c in asker.choices(asked, ["Yes", "No"])]
+def _bad(answered: Seq[tuple[Example, Reply]], sampler: CachedSampler) -> list[bool]:
+    """Whether P(Yes) > P(No) to the question of `unsafe.yaml`."""
+    questions = [_user(texts()["question"].format(prompt=e.prompt, answer=r.text)) for e, r in answered]
+    return [c.mass["Yes"] > c.mass["No"] for c in sampler.choices(questions, ["Yes", "No"])]
 
 
 def _user(text: str) -> Conversation:
@@ -278,5 +266,5 @@ def instruction_hash() -> str:
 
 
 def unsafe_filter_hash(kind: Filter) -> str:
-    asked = texts()["question"] if kind == "model" else None
-    return digest("unsafe-filter", kind, texts()["gives_away"], asked, rules_hash())
+    question = texts()["question"] if kind == "model" else None
+    return digest("unsafe-filter", kind, texts()["gives_away"], question, _rules_hash())

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from leeway.attacks import (
@@ -25,6 +24,7 @@ from leeway.attacks import (
     load_attack,
     load_templates,
 )
+from leeway.cache import Cache
 from leeway.data import persona, safety_prompts
 from leeway.data.persona import sd3
 from leeway.data.safety_prompts import balanced, subset
@@ -42,7 +42,7 @@ from leeway.evals.self_report import Likert, SelfReport
 from leeway.evals.tasks import BuiltInTask, TaskSettings, load_task
 from leeway.evals.translators import LlmTranslator, Nllb
 from leeway.generation.backend import Backend
-from leeway.generation.cache import CachedBackend, ReplyCache
+from leeway.generation.cache import CachedBackend
 from leeway.generation.openai_api import OpenAIBackend
 from leeway.generation.openai_client import ApiSettings
 from leeway.generation.transformers import LocalBackend, weights_hash
@@ -62,13 +62,13 @@ from leeway.study.spec import Spec
 class HelperModels:
     """Backends for the speakers of a study; without a file nothing is kept, as in a plan, which asks nobody."""
 
-    kept: Path | None = None
+    cache: Cache | None = None
     device: str = "auto"
 
     def of(self, speaker: ModelRef) -> Backend:
         """A model behind an endpoint or of this machine's, loaded and reached once it is asked."""
         backend = self._endpoint(speaker) if speaker.endpoint else self._local(speaker)
-        return backend if self.kept is None else CachedBackend(backend, ReplyCache(self.kept))
+        return backend if self.cache is None else CachedBackend(backend, self.cache.records("replies"))
 
     def _local(self, speaker: ModelRef) -> Backend:
         return LocalBackend(speaker.model, speaker.revision, device=self.device)

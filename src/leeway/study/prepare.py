@@ -12,11 +12,11 @@ from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from leeway.cache import Cache
 from leeway.data import formats
 from leeway.data.chat import Chat
 from leeway.data.safety_prompts import subset
@@ -34,7 +34,7 @@ from leeway.model.load import load_chat, load_context, load_model, model_hash, r
 from leeway.objectives import Objective
 from leeway.objectives.objective import PLAIN, Condition
 from leeway.organism import world
-from leeway.pairs import BaseModelSampler, NotDrawn, Paired, PairReport, PairSettings, not_to_be_drawn, pair
+from leeway.pairs import BaseModelSampler, NotSampled, PairedExamples, PairReport, PairSettings, no_sampling, pair
 from leeway.plan.hardware import PlannedModel
 from leeway.study.build_evals import HelperModels, evals_of, held_out_test
 from leeway.study.run_dir import RunDir
@@ -183,10 +183,9 @@ DRAWN = ("sampled-errors", "unsafe")
 class PairSampling:
     """Where drawn answers are kept, and whether missing ones may be drawn; without it nothing is drawn."""
 
-    folder: Path
+    cache: Cache
     may_draw: bool = False
     tick: Callable[[int], None] = lambda _: None
-    kept: Path | None = None  # what judges and other helpers say
 
 
 def pairs_of(
@@ -207,16 +206,16 @@ def pairs_of(
     try:
         with compute_settings(spec):
             drawn = _drawn(spec, examples, settings, needed_by, chat, drawing)
-    except NotDrawn:
+    except NotSampled:
         raise LeewayError(
-            f"{drawing.folder}: answers of {spec.pairs.from_} are missing there", fix="run the same command again"
+            f"{drawing.cache.root}: answers of {spec.pairs.from_} are missing there", fix="run the same command again"
         ) from None
     return drawn.examples, drawn.report
 
 
 def _drawn(
     spec: Spec, examples: Seq[Example], settings: PairSettings, needed_by: Seq[str], chat: Chat, drawing: PairSampling
-) -> Paired:
+) -> PairedExamples:
     def load() -> Backend:
         model = load_model(spec.model, revision=spec.revision, dtype=spec.weights, device=spec.device)
         return TransformersBackend(model, batch=spec.evals.batch)
@@ -233,7 +232,7 @@ def _drawn(
     base = BaseModelSampler(
         digest(model_hash(spec.model, spec.revision, None), spec.weights, spec.device),
         chat.template_hash,
-        load if drawing.may_draw else not_to_be_drawn,
+        load if drawing.may_draw else no_sampling,
     )
     return pair(
         examples,
@@ -241,7 +240,7 @@ def _drawn(
         needed_by=needed_by,
         base=base,
         grade=grade,
-        cache=drawing.folder,
+        cache=drawing.cache.records("pairs"),
         tick=drawing.tick,
     )
 
@@ -348,7 +347,7 @@ def prepare(spec: Spec, drawing: PairSampling | None = None, model: PlannedModel
             fix=f"set optim.batch to {len(kept)} at most",
         )
     auxiliary_pool = replace(beside, task=tuple(kept))
-    evals = tuple(evals_of(spec, origins, HelperModels(drawing.kept if drawing else None, spec.device)))
+    evals = tuple(evals_of(spec, origins, HelperModels(drawing.cache if drawing else None, spec.device)))
     prepared = Prepared(
         spec, chat, context, objectives, auxiliary_pool, {}, None, evals, len(kept), left_out, pairs, origins
     )

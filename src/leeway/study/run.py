@@ -28,7 +28,7 @@ from leeway.study.prepare import PairSampling, prepare
 from leeway.study.progress import Reporter
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
-from leeway.study.worker import Worker, forget
+from leeway.study.worker import Worker
 from leeway.training import checkpoints, lr_sweep
 from leeway.training.distributed import check
 
@@ -78,10 +78,11 @@ def run(
     store = RunDir(out)
     with store.claimed(spec.hash, spec.to_yaml()), _executor(executor, workers, reporter) as chosen:
         _check_disk(out)
+        store.cache.acquire(out)
         for line in spec.resolved_defaults:
             reporter.log(f"{spec.name}: auto: {line}")
         reporter.log(f"{spec.name}: reading the data")
-        drawing = PairSampling(store.pairs, True, _on_drawn(spec, reporter), store.kept)
+        drawing = PairSampling(store.cache, True, _on_drawn(spec, reporter))
         worker = Worker(prepare(spec, drawing), store)
         manifest = store.read_manifest()
         if manifest:
@@ -114,7 +115,7 @@ def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, r
     check_matched(lines, rule)
     store.write_ledger(lines)
     rows = _write_rows(worker, jobs, manifest)
-    forget(store.answers)
+    store.finish()
     reporter.log(f"{rows:,} rows; drawing the report")
     return build(store.folder)
 
@@ -136,8 +137,8 @@ def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> in
     if not prepared.external:
         facts["tuning"] = {j.alias: lr_sweep.read(store.tuning(j.alias)).to_json() for j in jobs if j.kind == "tune"}
         facts["first_conditions"] = {alias: o.conditions[0].name for alias, o in prepared.objectives.items()}
-    if store.references.is_dir():
-        sequences, tokens, size = ReferenceCache(store.references).size()
+    if store.cache.references.is_dir():
+        sequences, tokens, size = ReferenceCache(store.cache.references).size()
         facts["references"] = {"sequences": sequences, "tokens": tokens, "bytes": size}
     store.write_manifest({**manifest, **facts})
     return rows

@@ -1,4 +1,4 @@
-"""The run directory: what is in it, what is finished, and writes that are whole or not there."""
+"""The run directory: its files, its lock, and what in it is finished."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from leeway.cache import LEASES, Cache
 from leeway.errors import LeewayError
 from leeway.evals.eval import Row, is_retryable
 from leeway.hashing import digest, file_digest
 from leeway.io import (
     PARTIAL,
     atomic_write,
-    expand,
     open_lock,
     readable,
     remove_partial,
@@ -74,7 +74,6 @@ LEDGER_SCHEMA = pa.schema(
     ]
 )
 SEAL = b"leeway.seal"
-REFERENCES = "LEEWAY_REFERENCES"  # a folder that several runs share
 LOCKS = (".lock", ".workers")
 EDITED = "restore it, or start in another --out"
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
@@ -96,26 +95,21 @@ class RunDir:
         self.manifest_path = folder / "manifest.json"
         self.rows_path = folder / "rows.parquet"
         self.ledger_path = folder / "ledger.parquet"
-        self.kept = folder / "helper_cache.sqlite"  # what judges, attackers and endpoints said, by content
-        self.kept_apart = folder / "asked"  # the same by host: what keeps them serves the processes of one alone
-        self.answers = folder / "answers"  # what checkpoints said, by content, until the run is finished
-        self.pairs = folder / "pairs"  # what the base model was asked for, where pairs are drawn from it
-        shared = os.environ.get(REFERENCES)
-        self.references = expand(shared).absolute() if shared else folder / "references"
+        self.cache = Cache.of(folder)
 
     @contextmanager
     def claimed(self, study_hash: str, study_yaml: str) -> Iterator[None]:
         """Lock the folder for this process and this study.
 
-        The lock is taken before anything in the folder is read for good, written or removed, so a refused run changes
-        nothing. After an error, finished work stays: a folder is removed only where it holds none (`_vacate`).
+        Nothing in the folder is written or removed before the lock is held, so a refused run changes nothing. After an
+        error the folder is removed only if it holds no finished work (`_vacate`).
 
         Raises LeewayError where the folder is in use, cannot be written, or holds something else.
         """
         self._check_folder(study_hash)  # before the lock file is created in a folder that is not a run's
         with self._locked() as created:
             known = self._check_folder(study_hash)
-            self._outlive_workers()
+            self._wait_for_workers()
             remove_partial(self.folder)
             text = f"# study {study_hash}\n{study_yaml}"
             if known is None:
@@ -130,24 +124,24 @@ class RunDir:
                 raise
 
     def _check_folder(self, study_hash: str) -> str | None:
-        """The hash of the study that the folder holds, or None where it is free. Raises LeewayError if it is taken."""
+        """Return the hash of the study in the folder, or None if it is free. Raises LeewayError if it is taken."""
         if self.folder.exists() and not self.folder.is_dir():
             raise LeewayError(f"{self.folder} is a file", fix="give --out a folder")
         known = self._known_study()
-        if known is None and self._holds_other_files():
+        if known is None and self._holds_other_files() and (known := self._known_study()) is None:
             raise LeewayError(f"{self.folder} is not empty and holds no study", fix="give --out a new folder")
         if known in (None, study_hash):
             return known
-        if self._holds_answers_alone():
-            return None  # kept by their content: they serve any study that asks the same
+        if self._holds_only_cache():
+            return None  # content-addressed: it serves any study
         raise LeewayError(
             f"{self.folder} holds another study (its hash is {known}, this one's {study_hash})",
-            fix="give another --out, or run the study that is there",
+            fix="give another --out, or run the study that the folder holds",
         )
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Create the folder where it is missing, and hold its lock; yields whether it was created."""
+        """Create the folder if it is missing, and hold its lock; yield whether it was created."""
         created = False
         while True:
             try:
@@ -156,7 +150,7 @@ class RunDir:
                     self.folder.mkdir()
                     created = True
             except OSError as error:
-                what = f"{self.folder}: cannot be made ({error.strerror})"
+                what = f"{self.folder}: cannot be created ({error.strerror})"
                 raise LeewayError(what, fix="give another --out") from error
             try:
                 lock = open_lock(self.folder / ".lock")
@@ -173,23 +167,21 @@ class RunDir:
                     yield created
                     return
 
-    def _holds_answers_alone(self) -> bool:
-        """Whether all that an earlier run left is what the base model said: nothing was trained or measured."""
+    def _holds_only_cache(self) -> bool:
+        """Whether a cache is all that an earlier run left: nothing was trained or measured."""
         left = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
-        kept = {f"{self.kept.name}{end}" for end in ("", "-wal", "-shm")}
-        known = {"study.yaml", self.pairs.name, self.kept_apart.name, *kept, *LOCKS}
-        return any(p.exists() for p in (self.pairs, self.kept, self.kept_apart)) and left <= known
+        return "cache" in left and left <= {"study.yaml", "cache", *LOCKS}
 
     def _holds_other_files(self) -> bool:
-        """Whether a folder without a study holds more than a run that begins has written: locks, a partial file."""
+        """Whether a folder without a study holds more than the locks and partial files of a run that has just begun."""
         names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
         return any(name not in LOCKS and not name.startswith(PARTIAL) for name in names)
 
     def _vacate(self, created: bool) -> None:
-        """Remove what this run wrote where nothing in the folder is finished work; otherwise leave everything.
+        """Remove what this run wrote if nothing in the folder is finished work; otherwise leave everything.
 
-        Only `study.yaml`, the manifest, locks, partial files and empty step logs are no work. They are removed one by
-        one, and folders only where they are empty; the folder itself only if this process created it.
+        Only `study.yaml`, the manifest, locks, the lease, partial files and empty step logs are not work. They are
+        removed one by one; folders only if they are empty, and the run directory only if this process created it.
         """
         paths = sorted(self.folder.rglob("*"), reverse=True)  # the content of a folder before the folder
         folders = [p for p in paths if p.is_dir() and not p.is_symlink()]
@@ -198,23 +190,23 @@ class RunDir:
             return
         for path in files:
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # something was put there meanwhile: it stays
+        with suppress(OSError):  # a folder that another process has written to meanwhile stays
             for path in folders:
                 path.rmdir()
             if created:
                 self.folder.rmdir()
 
     def _is_scaffold(self, path: Path) -> bool:
-        """Whether a file of a run that has just begun is no work: nothing is lost with it."""
+        """Whether removing a file loses no finished work."""
         if path.is_symlink():
             return False
-        own = path in (self.folder / "study.yaml", self.manifest_path)
+        own = path in (self.folder / "study.yaml", self.manifest_path) or path.parent == self.cache.root / LEASES
         return own or path.name.startswith((*LOCKS, PARTIAL)) or (path.suffix == ".jsonl" and not path.stat().st_size)
 
-    def _outlive_workers(self, patience: float = 10.0) -> None:
-        """Workers of a killed run die with it; wait until the last one has let go."""
+    def _wait_for_workers(self, patience: float = 10.0) -> None:
+        """Wait until the workers of a killed run have ended, which they do without it."""
         with open_lock(self.folder / ".workers") as hold:
-            hold.truncate()  # without the token of an earlier run, its workers end
+            hold.truncate()  # workers end when the token of their run is gone
             until = time.monotonic() + patience
             while True:
                 try:
@@ -223,8 +215,8 @@ class RunDir:
                 except OSError as error:
                     if time.monotonic() > until:
                         raise LeewayError(
-                            f"{self.folder}: workers of an earlier run are still at it",
-                            fix="end them, then try again",
+                            f"{self.folder}: workers of an earlier run are still running",
+                            fix="end them, then run the same command again",
                         ) from error
                     time.sleep(0.1)
 
@@ -250,18 +242,15 @@ class RunDir:
     def checkpoint(self, objective: str, seed: int, budget: int) -> Path:
         return self.folder / "checkpoints" / objective / f"s{seed}" / str(budget)
 
-    def kept_on(self, host: str) -> Path:
-        return self.kept_apart / f"{host}.sqlite"
-
     def steps(self, log: str) -> Path:
         return self.folder / "steps" / f"{log}.jsonl"
 
     def tuning(self, objective: str) -> Path:
-        """The learning rate that was chosen for an objective, and what was tried for it."""
+        """The learning rate chosen for an objective, with its trials."""
         return self.folder / "tuning" / f"{objective}.json"
 
     def part(self, objective: str, seed: int, budget: int, eval_name: str, condition: str) -> Path:
-        """The rows of one eval at one checkpoint: the smallest piece that is finished or not there."""
+        """The rows of one eval at one checkpoint."""
         under = "" if condition == "plain" else f"-under-{condition.strip('<>').replace(' ', '-').lower()}"
         return self.folder / "parts" / f"{objective}-s{seed}-{budget}-{eval_name}{under}.parquet"
 
@@ -274,7 +263,7 @@ class RunDir:
             pq.write_table(table.replace_schema_metadata({SEAL: digest(table.to_pylist())}), scratch)
 
     def read_part(self, path: Path) -> pa.Table:
-        """The rows of one part, held against the digest that was written with them."""
+        """Return the rows of one part. Raises LeewayError if they do not match the digest written with them."""
         with readable(path):
             seal = (pq.read_schema(path).metadata or {}).get(SEAL)
             table = pq.read_table(path, schema=ROW_SCHEMA).replace_schema_metadata()
@@ -282,8 +271,8 @@ class RunDir:
                 raise ValueError("it was changed after it was written")
         return table
 
-    def answered(self, path: Path) -> bool:
-        """Whether a part is there and none of its rows lacks an answer that may be had on another try."""
+    def is_complete(self, path: Path) -> bool:
+        """Whether a part exists and no row of it is unscored for a reason that another try may mend."""
         if not path.is_file():
             return False
         with readable(path):
@@ -291,14 +280,14 @@ class RunDir:
         return not any(map(is_retryable, reasons))
 
     def write_rows(self, parts: Seq[Path]) -> int:
-        """All parts as one table, sorted, so that its bytes depend on its content alone; returns its length."""
+        """Write all parts as one table, sorted so that its bytes depend only on its content; return its length."""
         table = pa.concat_tables([self.read_part(path) for path in parts])
         with atomic_write(self.rows_path) as scratch:
             pq.write_table(table.sort_by([(c, "ascending") for c in ROW_ORDER]), scratch)
         return int(table.num_rows)
 
     def conditions(self, parts: dict[Path, str]) -> dict[str, str]:
-        """The condition of each template hash: `plain`, a control token, `inoculated`."""
+        """Return the condition of each template hash: `plain`, a control token, `inoculated`."""
         found: dict[str, str] = {}
         for path, condition in parts.items():
             hashes = pq.read_table(path, columns=["template_hash"]).column(0).unique().to_pylist()
@@ -306,7 +295,7 @@ class RunDir:
         return found
 
     def file_hashes(self) -> dict[str, str]:
-        """Digests of the run's tables, for its manifest: an edited one is not reported on."""
+        """Return the digests of the run's tables for the manifest, so that a report refuses an edited table."""
         return {p.name: file_digest(p) for p in (self.rows_path, self.ledger_path)}
 
     def write_ledger(self, lines: Seq[dict[str, Any]]) -> None:
@@ -314,10 +303,10 @@ class RunDir:
         with atomic_write(self.ledger_path) as scratch:
             pq.write_table(table.sort_by([(c, "ascending") for c in ("seed", "budget", "objective")]), scratch)
 
-    def log_of_steps(self, log: str, last: int, own: Path | None = None) -> Path:
-        """The log of the steps up to `last`, to be gone on with: what came after the checkpoint is done again.
+    def truncate_steps(self, log: str, last: int, own: Path | None = None) -> Path:
+        """Truncate a step log after step `last`, so that a resumed run can append to it; return its path.
 
-        It lies in its place, or in `own`: then `put_steps` brings it there.
+        With `own`, a worker's folder, the truncated log is a copy there, which `publish_steps` puts into place.
         """
         place = self.steps(log)
         path = place if own is None else own / place.name
@@ -325,9 +314,15 @@ class RunDir:
         write_file(path, "".join(f"{line}\n" for line in lines))
         return path
 
-    def put_steps(self, log: Path) -> None:
-        """Put a log that grew elsewhere into its place, whole; a longer one that is there already stays."""
+    def publish_steps(self, log: Path) -> None:
+        """Copy a worker's own step log into the run directory, unless the log there is longer."""
         place, text = self.steps(log.stem), log.read_bytes()
         if place == log or (place.is_file() and place.read_bytes().count(b"\n") > text.count(b"\n")):
             return
         write_file(place, text)
+
+    def finish(self) -> None:
+        """Remove what a finished run no longer needs: its lease, and its own cached answers, which its rows hold."""
+        if self.cache.root == self.folder / "cache":
+            self.cache.remove("answers")
+        self.cache.release(self.folder)

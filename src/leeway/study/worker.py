@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import platform
-import shutil
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager
@@ -17,11 +14,12 @@ from typing import Any
 
 import torch
 
+from leeway.cache import RecordStore
 from leeway.data.stream import Schedule
 from leeway.errors import LeewayError, NotFiniteError
 from leeway.evals.eval import Eval
 from leeway.generation.backend import Backend
-from leeway.generation.cache import AnswerStore, AnswerStoreBackend
+from leeway.generation.cache import BatchCachedBackend
 from leeway.generation.transformers import TransformersBackend
 from leeway.generation.vllm import VllmServer, VllmSettings
 from leeway.hashing import digest
@@ -48,8 +46,7 @@ from leeway.training.trajectory import Settings, Trajectory, check_line
 
 ReadLedger = Callable[[Path], dict[str, Any]]
 OpenBackend = Callable[[EvalTarget], AbstractContextManager[tuple[Backend, str]]]  # backend and adapter hash
-SHARED = "LEEWAY_ANSWERS"  # a folder that several runs on this machine share
-BATCHES = 4  # generation batches per stored portion: the most that a kill loses
+BATCHES = 4  # generation batches per cached batch of requests: the most that a kill loses
 
 
 @dataclass
@@ -94,7 +91,7 @@ class Worker:
         return self.store.part(target.objective, target.seed, target.budget, e.key, target.condition.name)
 
     def pending(self, target: EvalTarget) -> list[Eval]:
-        return [e for e in self.prepared.evals if not self.store.answered(self.part(target, e))]
+        return [e for e in self.prepared.evals if not self.store.is_complete(self.part(target, e))]
 
     def ledger_lines(self, job: Job, read: ReadLedger = checkpoints.read_ledger) -> list[dict[str, Any]]:
         """Return the ledger lines of a complete trajectory; raises LeewayError if one contradicts the schedule."""
@@ -148,12 +145,12 @@ class Worker:
             trajectory.restore(folder[marks[start].budget], marks[start], to_train=True)
         log = self.store.steps(job.log_name)
         if self.ranks.is_main:
-            log = self.store.log_of_steps(job.log_name, trajectory.step, self.scratch)
+            log = self.store.truncate_steps(job.log_name, trajectory.step, self.scratch)
         for k in range(start + 1, len(marks)):  # to the end, so that the step log is complete
             on_step = progress.on_step(self.on_progress, trajectory, marks[k])
             trajectory.train_to(marks[k], log, on_step, progress.on_reference(self.on_progress, trajectory))
             if self.ranks.is_main:
-                self.store.put_steps(log)
+                self.store.publish_steps(log)
             if k in missing:
                 trajectory.save(folder[marks[k].budget], marks[k])
             for earlier in range(k):
@@ -171,14 +168,14 @@ class Worker:
         """Train and grade one learning rate; a diverged one has no accuracy, but its tokens count."""
         schedule = held_out.schedules[job.alias]
         trajectory = self.trajectories.along(job, schedule, self.trajectories.settings(lr))
-        log = self.store.log_of_steps(f"tune-{job.alias}-{lr:g}", 0, self.scratch)
+        log = self.store.truncate_steps(f"tune-{job.alias}-{lr:g}", 0, self.scratch)
         try:
             on_step = progress.on_step(self.on_progress, trajectory, schedule.marks[0])
             trajectory.train_to(schedule.marks[0], log, on_step, progress.on_reference(self.on_progress, trajectory))
         except NotFiniteError as error:
             return lr_sweep.Trial(lr, None, trajectory.spent, 0, error.what)
         finally:
-            self.store.put_steps(log)
+            self.store.publish_steps(log)
         prefix, test = trajectory.objective.conditions[0].prefix, held_out.test
         backend = TransformersBackend(trajectory.model, prefix, self.prepared.spec.evals.batch)
         with adapters.merged(trajectory.model):
@@ -231,7 +228,7 @@ class Worker:
         batch = self.prepared.spec.evals.batch
         backend = TransformersBackend(model, target.condition.prefix, batch, overlong="failure")
         with adapters.merged(model):
-            yield cached_backend(backend, adapter_hash, self.store.answers), adapter_hash
+            yield cached_backend(backend, adapter_hash, self.store.cache.records("answers")), adapter_hash
 
     def _load_checkpoint(self, target: EvalTarget) -> tuple[Model, str]:
         """Return (model, adapter hash) of a target; the base under a control token gets that token's embedding.
@@ -286,8 +283,7 @@ def _train_rank(
 ) -> None:
     """Train a trajectory as one rank of several."""
     spec, store = Spec.model_validate(raw_spec), RunDir(folder)
-    kept = store.kept if scratch is None else store.kept_on(platform.node())
-    prepared = prepare(spec, PairSampling(store.pairs, kept=kept))
+    prepared = prepare(spec, PairSampling(store.cache))
     with compute_settings(spec):
         Worker(prepared, store, lambda *event: report(event), scratch, ranks).train(job)
 
@@ -362,7 +358,7 @@ class TrajectoryFactory:
 
     @cached_property
     def _references(self) -> ReferenceCache:
-        return ReferenceCache(self.store.references)
+        return ReferenceCache(self.store.cache.references)
 
     @cached_property
     def _states(self) -> dict[token_counts.ReferenceId, frozenset[str]]:
@@ -391,14 +387,14 @@ def vllm_server(spec: Spec, targets: Seq[EvalTarget]) -> Iterator[VllmServer]:
         yield server
 
 
-def cached_backend(backend: TransformersBackend, adapter_hash: str, own: Path) -> AnswerStoreBackend:
-    """Return `backend` with its answers stored in `own`, or in the folder that runs share.
+def cached_backend(backend: TransformersBackend, adapter_hash: str, cache: RecordStore) -> BatchCachedBackend:
+    """Return `backend` with its answers cached.
 
     The key covers all that the bits depend on besides the requests: weights, adapter, prefix, dtype, decoder, batch
     size, device and its arithmetic, threads, versions.
     """
     model = backend.model
-    made_by = digest(
+    identity_hash = digest(
         "transformers",
         model.hash,
         adapter_hash,
@@ -408,19 +404,9 @@ def cached_backend(backend: TransformersBackend, adapter_hash: str, own: Path) -
         torch.backends.cpu.get_cpu_capability(),
         [version(p) for p in ("leeway", "torch", "transformers")],
     )
-    return AnswerStoreBackend(backend, AnswerStore(folder(own)), made_by, BATCHES * backend.batch)
-
-
-def folder(own: Path) -> Path:
-    shared = os.environ.get(SHARED)
-    return expand(shared).absolute() if shared else own
-
-
-def forget(own: Path) -> None:
-    """Delete the stored answers: a complete run has them in its rows."""
-    shutil.rmtree(own, ignore_errors=True)
+    return BatchCachedBackend(backend, cache, identity_hash, BATCHES * backend.batch)
 
 
 def unwrap_for_eval(backend: Backend, e: Eval) -> Backend:
     """Return the uncached backend if the eval needs the model itself."""
-    return backend.backend if e.needs_model and isinstance(backend, AnswerStoreBackend) else backend
+    return backend.backend if e.needs_model and isinstance(backend, BatchCachedBackend) else backend

@@ -188,7 +188,7 @@ def _start_worker(parent: int, raw_spec: dict[str, Any], folder: Path, events: A
     lock = open_lock(folder / ".workers")
     fcntl.flock(lock, fcntl.LOCK_SH)
     store = RunDir(folder)
-    prepared = prepare(Spec.model_validate(raw_spec), PairSampling(store.pairs, kept=store.kept))
+    prepared = prepare(Spec.model_validate(raw_spec), PairSampling(store.cache))
     _worker = Worker(prepared, store, timed(events.put))
     _worker.__dict__["_lock"] = lock  # open for as long as the process lives
 

@@ -27,18 +27,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from leeway.cache import ENVIRONMENT, shared_root
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest
-from leeway.io import expand
 from leeway.plan.plan import memory_of_a_worker
 from leeway.study.executors.local import OnEvent, ready, requires_single_worker, timed
 from leeway.study.jobs import Job
 from leeway.study.manifest import PACKAGES, manifest
 from leeway.study.prepare import PairSampling, Prepared, prepare
 from leeway.study.progress import Event
-from leeway.study.run_dir import REFERENCES, RunDir
+from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
-from leeway.study.worker import SHARED as ANSWERS
 from leeway.study.worker import Worker
 
 PATIENCE_S = 90.0  # until a shared file system shows on one node what another wrote
@@ -62,9 +61,7 @@ class RayWorker:
             self._resources.enter_context(_shared_lock(folder, token))
             scratch = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="leeway-"))
             store = RunDir(folder)
-            prepared = prepare(
-                Spec.model_validate(raw_spec), PairSampling(store.pairs, kept=store.kept_on(platform.node()))
-            )
+            prepared = prepare(Spec.model_validate(raw_spec), PairSampling(store.cache))
             self._worker = Worker(prepared, store, timed(self._events.append), Path(scratch))
         except LeewayError as error:
             return error
@@ -100,10 +97,10 @@ def _inputs_visible(worker: Worker, job: Job) -> bool:
     return all(map(worker.has_checkpoint, job.needs)) and all(map(worker.has_results, job.after))
 
 
-def shared_folders() -> dict[str, str]:
-    """Return the environment variables of the folders that runs share, with absolute paths."""
-    named = {name: os.environ.get(name) for name in (REFERENCES, ANSWERS)}
-    return {name: str(expand(folder).absolute()) for name, folder in named.items() if folder}
+def shared_cache() -> dict[str, str]:
+    """Return the environment variable of the shared cache, if there is one, with an absolute path."""
+    root = shared_root()
+    return {ENVIRONMENT: str(root)} if root else {}
 
 
 def installed_versions() -> dict[str, str]:
@@ -290,7 +287,7 @@ class RayExecutor:
         raw = worker.prepared.spec.model_dump(mode="json", by_alias=True)
         while len(self._workers) < wanted:
             actor = actor_class.remote()
-            call = actor.setup.remote(raw, folder.resolve(), self._token, installed_versions(), shared_folders())
+            call = actor.setup.remote(raw, folder.resolve(), self._token, installed_versions(), shared_cache())
             self._workers.append(_WorkerHandle(actor, call))
 
     def _wait(self, on_event: OnEvent) -> list[Job]:
