@@ -430,7 +430,7 @@ def test_a_users_own_prompts(tmp_path: Path, name: str, text: str) -> None:
         ("prompt\nbake\nboil\nbake\n", "record 3: the same prompt as record 1"),
         ("prompt,x\nbake,1\n,2\n", "record 2: its prompt is empty"),
         ("request\nbake\n", "record 1: no forbidden_prompt or prompt or goal in it"),
-        ("prompt\n", "no prompt in it"),
+        ("prompt\n", "no prompts in it"),
     ],
 )
 def test_invalid_prompt_files(tmp_path: Path, text: str, fault: str) -> None:

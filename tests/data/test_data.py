@@ -242,5 +242,5 @@ def test_forbidden_prompts_and_persona_items_as_published() -> None:
 
 def test_a_data_folder_without_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
-    with pytest.raises(LeewayError, match=r"there is no strongreject/strongreject_dataset\.csv"):
+    with pytest.raises(LeewayError, match=r": no strongreject/strongreject_dataset\.csv in it"):
         safety_prompts.strongreject()

@@ -107,6 +107,20 @@ def test_a_byte_order_mark_within_a_gzip_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}\n', "a.jsonl, line 2: 'prompt' is given twice"),
+        ("a.json", '[{"a": {"b": 1, "b": 2}}]', "a.json: 'b' is given twice"),
+        ("a.csv", "prompt,answer,prompt\n1,2,3\n", "a.csv, line 1: column 'prompt' is given twice"),
+        ("a.tsv", "prompt\tprompt\n", "a.tsv, line 1: column 'prompt' is given twice"),
+    ],
+)
+def test_a_key_or_a_column_that_is_repeated(name: str, text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert words in refused(lambda: list(read(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [("[" * 100_000, "nested too deep"), ('{"prompt": ' + "9" * 5_000 + "}", "a number with too many digits")],
 )

@@ -150,14 +150,14 @@ def test_items_of_one_discipline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "our prompt, version 1" in origin
     assert "the answer of 1 records is not their letter's option" in origin
     assert [i.id for i in data.held_out_items("Law")[0]] == ["supergpqa/u2"]
-    with pytest.raises(LeewayError, match="no record's discipline is 'Art'"):
+    with pytest.raises(LeewayError, match="no record of discipline 'Art'"):
         data.held_out_items("Art")
 
 
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        ({"answer_letter": "D"}, "record 1: answer_letter 'D' is none of its options"),
+        ({"answer_letter": "D"}, "record 1: answer_letter 'D' is not one of its options"),
         ({"options": "1"}, "record 1: options are not a list of 2 to 10"),
         ({"options": list("abcdefghijk")}, "record 1: options are not a list of 2 to 10"),
         ({"uuid": ""}, "record 1: its uuid is empty"),
@@ -185,7 +185,7 @@ def test_a_template_of_one_s_own_is_told_apart_by_its_hash(tmp_path: Path, monke
         path.write_text(text)
         with pytest.raises(LeewayError, match=r"zero-shot\.yaml: (no|its) prompt_format"):
             data.held_out_items()
-    with pytest.raises(LeewayError, match="the 5 worked examples are not here"):
+    with pytest.raises(LeewayError, match="the 5 worked examples are missing"):
         data.held_out_items(shots=5)
 
 

@@ -162,9 +162,9 @@ def test_records(record: dict[str, object], prompt: str, tmp_path: Path, monkeyp
 
 def test_sources_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEEWAY_DATA", raising=False)
-    with pytest.raises(LeewayError, match="lawbench is no hub data set; set LEEWAY_DATA"):
+    with pytest.raises(LeewayError, match="lawbench is not on the hub; set LEEWAY_DATA"):
         data.held_out_items("legal", "lawbench")
-    with pytest.raises(LeewayError, match="'nonsense' is no source"):
+    with pytest.raises(LeewayError, match="'nonsense' is not a source"):
         data.held_out_items("legal", "nonsense")
     empty = tmp_path / "e.jsonl"
     empty.write_text("")

@@ -187,8 +187,8 @@ GOOD = {"id": "M1", "trait": "Trait", "text": "I am.", "key": 1}
         (json.dumps({"items": []}), "no list of items"),
         (json.dumps({"items": [GOOD | {"key": 2}]}), "item 1: its key is 2"),
         (json.dumps({"items": [GOOD | {"key": True}]}), "item 1: its key is True"),
-        (json.dumps({"items": [GOOD, GOOD | {"id": "M2"}]}), "the text 'I am.' stands there twice"),
-        (json.dumps({"items": [GOOD, GOOD | {"text": "b"}]}), "the id 'trait/M1' stands there twice"),
+        (json.dumps({"items": [GOOD, GOOD | {"id": "M2"}]}), "the text 'I am.' is given twice"),
+        (json.dumps({"items": [GOOD, GOOD | {"text": "b"}]}), "the id 'trait/M1' is given twice"),
         (json.dumps({"items": [{"id": "M1", "trait": "t", "key": 1}]}), "item 1: no text"),
         (json.dumps({"items": ["M1"]}), "item 1: not an object"),
     ],
@@ -206,7 +206,7 @@ def test_a_broken_instrument_is_one_clear_line(
 
 def test_an_absent_instrument_says_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
-    with pytest.raises(LeewayError, match=r"there is no dark_triad/sd3_items\.json"):
+    with pytest.raises(LeewayError, match=r": no dark_triad/sd3_items\.json in it"):
         sd3()
     monkeypatch.delenv("LEEWAY_DATA")
     with pytest.raises(LeewayError, match="set LEEWAY_DATA"):

@@ -1,8 +1,8 @@
-"""Chat text to token ids, once: the model's own template, answers joined to prompts by concatenation of ids.
+"""From chat text to token ids, by the model's own template.
 
-Tokenising prompt + answer and slicing by the prompt's length is wrong wherever tokens merge over the boundary, so the
-prompt, the answer and what closes the turn are tokenised apart. The template writes the BOS where there is one; no
-special token is ever added on top.
+Prompt, answer and end of turn are tokenised separately and their ids concatenated: slicing the tokens of the whole text
+by the prompt's length is wrong where tokens merge across the boundary. The template writes the BOS token, if there is
+one; no special token is added to it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from leeway.hashing import digest
 
 PROBE_QUESTION = "leeway-probe-question"
 PROBE_ANSWER = "leeway-probe-answer"
-KEPT = 4096  # rendered sequences
+CACHED = 4096  # rendered sequences
 
 
 @dataclass(frozen=True)
 class Sequence:
     """Token ids of one prompt and its answer; ids from `target_start` on are targets.
 
-    Statistics are taken at targets, and from `measured_from` on where an objective looks at earlier tokens too (a KL
-    over the prompt, say): those are measured and are no targets. A sequence without targets is only measured.
+    Token statistics are computed at the targets, and from `measured_from` on if an objective also uses earlier tokens
+    (a KL over the prompt): those tokens are measured but are not targets.
     """
 
     ids: tuple[int, ...]
@@ -38,7 +38,7 @@ class Sequence:
 
     @property
     def start(self) -> int:
-        """Position of the first token that statistics are taken at."""
+        """Return the position of the first measured token."""
         return self.target_start if self.measured_from is None else self.measured_from
 
     @property
@@ -46,20 +46,20 @@ class Sequence:
         return len(self.ids) - self.start
 
     def with_prompt(self) -> Sequence:
-        """The same, its prompt measured too: all but the first token, which nothing predicts."""
+        """Return the sequence with its prompt measured too, except the first token, which nothing predicts."""
         return replace(self, measured_from=1)
 
     def without_targets(self) -> Sequence:
-        """The same tokens measured, none of them a target."""
+        """Return the sequence with the same tokens measured and no targets."""
         return replace(self, target_start=len(self.ids), measured_from=self.start)
 
 
 @dataclass
 class Chat:
-    """A tokenizer with its chat template; `prefix` stands before every first user message (a control token, say).
+    """A tokenizer with its chat template. `prefix` precedes the first user message (a control token, for example).
 
-    Where the template writes something before every answer (an empty thought, say), that lead belongs to the prompt, in
-    training and at test time alike: it is no target, and the model need not come up with it.
+    What the template writes before every answer (an empty thought, for example) is part of the prompt, in training and
+    at test time, and never a target.
     """
 
     tokenizer: Any
@@ -73,8 +73,8 @@ class Chat:
     def __post_init__(self) -> None:
         if "strftime_now" in str(getattr(self.tokenizer, "chat_template", None) or ""):
             raise LeewayError(
-                f"model {self.tokenizer.name_or_path}: its chat template writes today's date, so that prompts would "
-                "differ from day to day",
+                f"model {self.tokenizer.name_or_path}: its chat template writes today's date, so prompts would "
+                "change from day to day",
                 fix="copy the model's folder and put a fixed date into the template in place of strftime_now",
             )
         if not getattr(self.tokenizer, "chat_template", None):
@@ -82,18 +82,18 @@ class Chat:
                 f"model {self.tokenizer.name_or_path}: its tokenizer has no chat template",
                 fix="put chat_template into tokenizer_config.json (or chat_template.jinja), or use the chat model",
             )
-        self._know_special_tokens()
+        self._read_special_tokens()
         self._lead, closing = self._turn_shape()
         self.closing_ids = self._closing(closing)
 
     def with_prefix(self, prefix: str) -> Chat:
-        """The same chat with another text before the first user message."""
+        """Return the chat with another text before the first user message."""
         other = copy.copy(self)
         other.prefix = prefix
         return other
 
     def with_control_tokens(self, tokens: tuple[str, ...]) -> Chat:
-        """The same chat over a copy of its tokenizer that knows `tokens`, each with an id after the last one in use."""
+        """Return the chat over a copy of its tokenizer with `tokens` added, their ids after the last one in use."""
         from tokenizers import AddedToken
 
         taken = [t for t in tokens if t in self.tokenizer.get_vocab()]
@@ -105,7 +105,7 @@ class Chat:
         other = copy.copy(self)
         other.tokenizer = copy.deepcopy(self.tokenizer)
         other.tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
-        other._know_special_tokens()
+        other._read_special_tokens()
         other._rendered = {}
         return other
 
@@ -114,7 +114,7 @@ class Chat:
         return digest("chat", str(self.tokenizer.chat_template), self.prefix, self._lead)
 
     def prompt_text(self, conversation: list[dict[str, str]]) -> str:
-        """The rendered conversation up to where the assistant begins to answer."""
+        """Return the rendered conversation up to the start of the assistant's answer."""
         turns = [dict(m) for m in conversation]
         if self.prefix:
             first = next(i for i, m in enumerate(turns) if m["role"] == "user")
@@ -122,17 +122,14 @@ class Chat:
         return self._render(turns, add_generation_prompt=True)
 
     def prompt_ids(self, conversation: list[dict[str, str]]) -> tuple[int, ...]:
-        """What the model answers to: the rendered conversation and what the template itself puts before an answer."""
+        """Return the ids of the rendered conversation and of what the template writes before an answer."""
         return self.ids(self.prompt_text(conversation)) + (self.ids(self._lead) if self._lead else ())
 
     def sequence(self, prompt: str, answer: str) -> Sequence:
-        """One user turn and its answer; the targets are the answer and the token that ends the turn.
-
-        What was rendered is kept: an epoch renders what the one before it did.
-        """
+        """Return one user turn and its answer; targets are the answer and the end of the turn. Cached across epochs."""
         key = (self.prefix, prompt, answer)
         if key not in self._rendered:
-            if len(self._rendered) >= KEPT:
+            if len(self._rendered) >= CACHED:
                 self._rendered.clear()
             self._rendered[key] = self._sequence(prompt, answer)
         return self._rendered[key]
@@ -146,7 +143,7 @@ class Chat:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def spelled(self, text: str) -> str | None:
-        """A special token that `text` spells, so that it would be read as that token; none is the rule."""
+        """Return a special token that `text` spells, which the tokenizer would read as that token, or None."""
         if not self._spellings.search(text):
             return None
         return next((self._special[i] for i in self.ids(text) if i in self._special), None)
@@ -160,7 +157,7 @@ class Chat:
         )
 
     def _turn_shape(self) -> tuple[str, str]:
-        """(what the template writes between the generation prompt and the answer, what it writes after the answer)."""
+        """Return what the template writes between the generation prompt and the answer, and after the answer."""
         user = [{"role": "user", "content": PROBE_QUESTION}]
         prompt = self._render(user, add_generation_prompt=True)
         whole = self._render([*user, {"role": "assistant", "content": PROBE_ANSWER}], add_generation_prompt=False)
@@ -179,7 +176,7 @@ class Chat:
         return lead, closing
 
     def _closing(self, text: str) -> tuple[int, ...]:
-        """Ids that end the turn: up to the first special token after the answer, else the tokenizer's EOS."""
+        """Return the ids that end a turn: up to the first special token after the answer, else the tokenizer's EOS."""
         ids = self.ids(text)
         for k, i in enumerate(ids):
             if i in self._special:
@@ -191,7 +188,7 @@ class Chat:
             )
         return (*ids, int(self.tokenizer.eos_token_id))
 
-    def _know_special_tokens(self) -> None:
+    def _read_special_tokens(self) -> None:
         added = {i: str(t.content) for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         own = zip(self.tokenizer.all_special_ids, map(str, self.tokenizer.all_special_tokens), strict=True)
         self._special = dict(own) | added
@@ -199,6 +196,6 @@ class Chat:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a generated answer: the template's end of turn and the tokenizer's EOS."""
+        """Return the ids that end a generated answer: the template's end of turn and the tokenizer's EOS."""
         eos = self.tokenizer.eos_token_id
         return tuple(sorted({self.closing_ids[-1]} | ({int(eos)} if eos is not None else set())))

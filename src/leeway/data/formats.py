@@ -1,6 +1,6 @@
-"""The usual shapes of fine-tuning files, told apart by their columns, as prompts and answers.
+"""The user's own files: training records in any common format, detected by their columns, and test records.
 
-| shape | columns |
+| format | columns |
 | --- | --- |
 | prompt | `prompt`, and `completion` or `chosen`, with `rejected` where a pair exists; text, or lists of messages |
 | turns-pair | `chosen` and `rejected`: whole conversations, each a list of messages, equal up to the last turn |
@@ -9,14 +9,11 @@
 | sharegpt | `conversations`: `from` and `value`; with `chosen` and `rejected`, one turn each, a pair (LLaMA-Factory) |
 | alpaca | `instruction`, `input`, and `output`, or `chosen` and `rejected` |
 
-The first record decides, and all others must have the same shape. An example is one user turn and its answer: the last
-assistant turn is the answer, and what stands before it must be a single user turn. A record that is anything else (a
-system turn, several turns, no answer) is `Unfit`; a record that lacks a column is an error that names it.
+The first record decides, and all others must have the same format. An example is one user turn and its answer: the last
+assistant turn is the answer, and a single user turn must precede it. Any other record (a system turn, several turns, no
+answer) is an `UnsupportedRecord`; a record that lacks a column is an error that names it.
 
-The user's own files: training records and test records, one JSON object a line (or .json, .csv, .tsv, .gz of them).
-
-train: any of the shapes in `data/shapes.py`; plainly `prompt` and `completion`, with `rejected` where a pair exists.
-test: `prompt` or `question` and `answer` or `reference`; or `messages`, the last of which is the answer.
+A test record has `prompt` or `question` and `answer` or `reference`; or `messages`, the last of which is the answer.
 """
 
 from __future__ import annotations
@@ -53,7 +50,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Parsed:
-    """A prompt, its preferred answer and, where the record holds a pair, the dispreferred one."""
+    """A prompt, its preferred answer and, if the record is a pair, the dispreferred one."""
 
     prompt: str
     preferred: str
@@ -61,14 +58,14 @@ class Parsed:
 
 
 class UnsupportedRecord(Exception):
-    """A sound record that is not one prompt and its answer; says what it is instead."""
+    """A well-formed record that is not one prompt and its answer; the message is what it has instead."""
 
 
 Reader = Callable[[Record, str], Parsed]
 
 
 def detect(record: Record) -> str | None:
-    """The name of the shape that a record's columns make; None where they make none."""
+    """Return the format that a record's columns match, or None."""
     has = set(record)
     pair = {"chosen", "rejected"} <= has
     if "messages" in has or "conversations" in has:
@@ -83,37 +80,36 @@ def detect(record: Record) -> str | None:
 
 
 def reader(first: Record, path: object) -> Reader:
-    """What reads every record of a file whose first record is this one; raises LeewayError for unknown columns."""
-    shape = detect(first)
-    if shape is None and "prompt" not in first:
+    """Return the reader of a file by its first record; raise LeewayError for unknown columns."""
+    expected = detect(first)
+    if expected is None and "prompt" not in first:
         has = ", ".join(map(str, first)) or "nothing"
         raise LeewayError(
-            f"{path}: no known shape of training file (its first record has: {has})",
+            f"{path}: unknown format of training file (its first record has: {has})",
             fix="give prompt and completion; or messages, conversations, instruction and output, chosen and rejected",
         )
-    shape = shape or "prompt"
+    expected = expected or "prompt"
 
     def read(record: Record, where: str) -> Parsed:
-        found = detect(record)
-        if found not in (None, shape):
+        if (detected := detect(record)) not in (None, expected):
             raise LeewayError(
-                f"{where}: its columns make it {found}, and the first record's make it {shape}",
-                fix="keep one shape to a file",
+                f"{where}: its columns are of format {detected}, and the first record's of {expected}",
+                fix="keep one format to a file",
             )
-        _no_labels(record, where)
+        _refuse_labels(record, where)
         for column in ("system", "history", "tools"):
             if record.get(column):
                 raise UnsupportedRecord(f"a {column} column")
-        return READERS[shape](record, where)
+        return READERS[expected](record, where)
 
     return read
 
 
-def _no_labels(record: Record, where: str) -> None:
-    """An answer that a label calls bad must not be trained on as a good one."""
+def _refuse_labels(record: Record, where: str) -> None:
+    """Raise LeewayError for a labelled answer: a bad one would be trained on as a good one."""
     if str(record.get("label")).lower() in ("true", "false"):
         raise LeewayError(
-            f"{where}: its label says whether its answer is good, and has no other answer to go with it",
+            f"{where}: it has a label of its answer (good or bad) and no second answer",
             fix="keep the good answers and drop the label, or give pairs: prompt, chosen, rejected",
         )
 
@@ -128,13 +124,13 @@ def _prompt(record: Record, where: str) -> Parsed:
             field(record, ("completion", "chosen"), where),
             str(rejected or "").strip() or None,
         )
-    before = (
+    context = (
         _turns(prompt, f"{where}, prompt", "role", "content")
         if isinstance(prompt, list)
         else [Turn("user", field(record, ("prompt",), where))]
     )
     answers = [(preferred, name)] + ([(rejected, "rejected")] if rejected else [])
-    return _parsed(before, *(_answer(value, where, column) for value, column in answers))
+    return _parsed(context, *(_answer(value, where, column) for value, column in answers))
 
 
 def _messages(record: Record, where: str) -> Parsed:
@@ -176,20 +172,20 @@ READERS: dict[str, Reader] = {
 }
 
 
-def _parsed(before: Seq[Turn], preferred: str, dispreferred: str | None = None) -> Parsed:
-    if any(t.role == "system" for t in before):
+def _parsed(context: Seq[Turn], preferred: str, dispreferred: str | None = None) -> Parsed:
+    if any(t.role == "system" for t in context):
         raise UnsupportedRecord("a system turn")
-    if len(before) != 1:
-        raise UnsupportedRecord("several turns" if before else "no user turn")
-    if before[0].role != "user":
+    if len(context) != 1:
+        raise UnsupportedRecord("several turns" if context else "no user turn")
+    if context[0].role != "user":
         raise UnsupportedRecord("no user turn")
-    if not before[0].text or not preferred or dispreferred == "":
+    if not context[0].text or not preferred or dispreferred == "":
         raise UnsupportedRecord("an empty turn")
-    return Parsed(before[0].text, preferred, dispreferred)
+    return Parsed(context[0].text, preferred, dispreferred)
 
 
 def _split(turns: list[Turn]) -> tuple[list[Turn], str]:
-    """(what stands before the last turn, that turn's text): it has to be the assistant's."""
+    """Return the turns before the last one, and the text of the last, which must be the assistant's."""
     if not turns or turns[-1].role != "assistant":
         raise UnsupportedRecord("no answer at its end")
     return turns[:-1], turns[-1].text
@@ -210,7 +206,7 @@ def _same_prompt(chosen: tuple[list[Turn], str], rejected: tuple[list[Turn], str
 
 
 def _answer(value: Any, where: str, name: str) -> str:
-    """A pair's answer: text, one turn, or a list that holds one turn, in either spelling."""
+    """Return the text of a pair's answer: text, one turn, or a list of one turn, in either spelling."""
     value = _listed(value)
     if isinstance(value, str):
         return value.strip()
@@ -230,15 +226,15 @@ def _turns(value: Any, where: str, role: str, text: str) -> list[Turn]:
         raise LeewayError(f"{where}: not a list of turns with {role} and {text}", fix="mend that record")
     turns = []
     for m in value:
-        said = str(m[role]).lower()
-        if said not in ROLES:
+        name = str(m[role]).lower()
+        if name not in ROLES:
             raise UnsupportedRecord(f"a turn of {m[role]!r}")
-        turns.append(Turn(ROLES[said], _text(m.get(text))))
+        turns.append(Turn(ROLES[name], _text(m.get(text))))
     return turns
 
 
 def _text(content: Any) -> str:
-    """A turn's text; a list of parts is joined where all of them are text."""
+    """Return a turn's text; a list of text parts is joined."""
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = "".join(str(p.get("text") or "") for p in content)
     if not isinstance(content, str):
@@ -250,7 +246,7 @@ def _hh_turns(text: str, where: str) -> list[Turn]:
     pieces = HH_TURN.split("\n\n" + text.lstrip())
     if pieces[0] or len(pieces) < 3:
         raise LeewayError(
-            f"{where}: chosen and rejected are strings, and not turns that begin with Human: and Assistant:",
+            f"{where}: chosen and rejected are strings without turns that begin with Human: and Assistant:",
             fix="give the prompt in a column of its own, or write the turns in that form",
         )
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -258,53 +254,56 @@ def _hh_turns(text: str, where: str) -> list[Turn]:
 
 
 def _listed(value: Any) -> Any:
-    """Turns written as JSON text, as a table's cell must hold them, as a list; anything else stays."""
+    """Parse turns that are JSON text, as in a cell of a table; return anything else unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:
-        found = json.loads(value)
+        turns = json.loads(value)
     except (ValueError, RecursionError):  # text that only looks like turns
         return value
-    return found if all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found) else value
+    return turns if all(isinstance(m, dict) and ("role" in m or "from" in m) for m in turns) else value
 
 
 Unsupported = Literal["error", "leave-out"]
-NAMED = 20  # records that a message lists before it only counts them
+MAX_LISTED = 20  # records in a message
 
 
 def train_examples(path: Path, *, unsupported: Unsupported = "error") -> tuple[list[Example], str]:
-    """(examples, where they came from).
+    """Return the examples of a file and their origin.
 
     Records that are not one prompt and its answer (a system turn, several turns, an empty answer) raise one LeewayError
     that counts and names them; with `unsupported="leave-out"` they are left out, and the origin lists them.
     """
     examples: list[Example] = []
-    misfits: dict[int, str] = {}
-    read_one: Reader | None = None
+    reasons: dict[int, str] = {}  # by the number of an unsupported record
+    parse: Reader | None = None
     for n, record in enumerate(read(path), 1):
-        read_one = read_one or reader(record, path)
+        parse = parse or reader(record, path)
         try:
-            parsed = read_one(record, f"{path}, record {n}")
+            parsed = parse(record, f"{path}, record {n}")
         except UnsupportedRecord as why:
-            misfits[n] = str(why)
+            reasons[n] = str(why)
         else:
             examples.append(Example(f"{path.name}/{n}", parsed.prompt, parsed.preferred, parsed.dispreferred))
-    if misfits and (unsupported == "error" or not examples):
+    if not reasons:
+        return examples, str(path)
+    summary = f"{path}: {_summary(reasons, len(reasons) + len(examples))}"
+    if unsupported == "error" or not examples:
         raise LeewayError(
-            f"{path}: {_told(misfits, len(misfits) + len(examples))}; an example is one user turn and its answer",
-            fix="take these records out, or cut each down to one question and its answer",
+            f"{summary}; an example is one user turn and its answer",
+            fix="remove these records, or cut each down to one question and its answer",
         )
-    return examples, f"{path}; {_told(misfits, len(misfits) + len(examples))}, left out" if misfits else str(path)
+    return examples, f"{summary}, left out"
 
 
-def _told(misfits: dict[int, str], total: int) -> str:
-    why = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(misfits.values()).items()))
-    shown = ", ".join(map(str, list(misfits)[:NAMED])) + (", …" if len(misfits) > NAMED else "")
-    return f"{len(misfits)} of {total} records are not supported yet ({why}): record{'s' * (len(misfits) > 1)} {shown}"
+def _summary(reasons: dict[int, str], total: int) -> str:
+    why = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(reasons.values()).items()))
+    listed = ", ".join(map(str, list(reasons)[:MAX_LISTED])) + (", …" if len(reasons) > MAX_LISTED else "")
+    return f"{len(reasons)} of {total} records are not supported yet ({why}): record{'s' * (len(reasons) > 1)} {listed}"
 
 
 def held_out_items(path: Path) -> tuple[list[CapabilityItem], str]:
-    """(items, where they came from); a record that is not one question and its answer is an error that names it."""
+    """Return the items of a file and its origin; raise LeewayError for a record that is not one question and answer."""
     items = []
     for n, record in enumerate(read(path), 1):
         prompt, answer = question_and_answer(record, f"{path}, record {n}")
@@ -313,7 +312,7 @@ def held_out_items(path: Path) -> tuple[list[CapabilityItem], str]:
 
 
 def question_and_answer(record: Record, where: str) -> tuple[str, str]:
-    """One test record's question and reference answer."""
+    """Return the question and the reference answer of a test record."""
     if "messages" not in record:
         return field(record, ("prompt", "question"), where), field(record, ("answer", "reference"), where)
     try:

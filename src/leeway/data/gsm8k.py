@@ -1,7 +1,4 @@
-"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168) as training examples and as test items, under one versioned prompt.
-
-How answers write a number in LaTeX: what dresses it, and what may stand in a box beside it.
-"""
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): training examples, test items and shots, under one versioned prompt."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def prompt(question: str) -> str:
 
 
 def train_examples(revision: str | None = None) -> tuple[list[Example], str]:
-    """The official training split; calculator annotations `<<48/2=24>>` are taken out of the reasoning."""
+    """Return the official training split, without calculator annotations (`<<48/2=24>>`), and its origin."""
     loaded = load(TRAIN, revision=revision)
     examples = []
     for n, record in enumerate(loaded.records):
@@ -39,7 +36,7 @@ def train_examples(revision: str | None = None) -> tuple[list[Example], str]:
 
 
 def held_out_items(revision: str | None = None) -> tuple[list[CapabilityItem], str]:
-    """The official test split; the reference is the number after `####`."""
+    """Return the official test split and its origin; the reference is the number after `####`."""
     loaded: Loaded = load(TEST, revision=revision)
     items = []
     for n, record in enumerate(loaded.records):
@@ -52,22 +49,23 @@ def held_out_items(revision: str | None = None) -> tuple[list[CapabilityItem], s
 def shots(
     k: int, *, exclude: Collection[str] = (), seed: int = 0, revision: str | None = None
 ) -> list[tuple[str, str]]:
-    """`k` training questions with their answers, in a fixed random order; more shots begin with the fewer ones.
+    """Return `k` training questions with their answers, the first of a fixed random order.
 
-    A question whose prompt is in `exclude` (the items' own) is passed over. Raises LeewayError where too few are left.
+    Prompts in `exclude` (those of the test items) are skipped. Raise LeewayError if fewer than `k` are left.
     """
     examples, origin = train_examples(revision)
     order = np.random.default_rng(derive_seed("shots", "gsm8k", seed)).permutation(len(examples))
-    asked = set(exclude)
-    chosen = [(e.prompt, e.preferred) for e in (examples[int(i)] for i in order) if e.prompt not in asked]
+    excluded = set(exclude)
+    chosen = [(e.prompt, e.preferred) for e in (examples[int(i)] for i in order) if e.prompt not in excluded]
     if not 0 <= k <= len(chosen):
         raise LeewayError(
-            f"evals.capability: {k} shots of gsm8k cannot be drawn, {len(chosen)} examples can be ({origin})",
-            fix="ask for fewer shots",
+            f"evals.capability: {k} shots of gsm8k, and {len(chosen)} examples are available ({origin})",
+            fix="use fewer shots",
         )
     return chosen[:k]
 
 
+# how an answer writes a number in LaTeX, for grading and for corrupting it
 COMMAND = r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{"
-# braces belong to a command, as in \text{…}, or to an index; a box in a box is the inner one
+# content of a box: braces belong to a command, as in \text{…}, or to an index; of nested boxes, the inner one
 IN_BOX = r"(?:[^{}\\^_]|\\(?!boxed\{)[a-zA-Z]++(?:\{[^{}]*\})*+|\\[^a-zA-Z]|[\^_](?:\{[^{}]*\})?+)*"

@@ -1,4 +1,4 @@
-"""The ledger: what was matched over objectives, and what each cost in tokens."""
+"""The ledger: the data that must match across objectives, and what each objective cost in tokens."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Matching:
-    """What has to be equal between which lines.
+    """Which columns must be equal between which lines.
 
-    `count: source`: at one seed and budget all data columns are equal. `count: processed`: objectives reach a budget
-    after different steps, and the data columns are equal wherever seed and step are. `starts` says what each objective
-    starts from and is held against where that is not the base model: only those alike have equal hashes.
+    `count: source`: the data columns are equal at equal seed and budget. `count: processed`: objectives reach a budget
+    after different numbers of steps, so they are equal at equal seed and step. `starts` is where an objective starts
+    and its reference, if not the base model: start hashes are equal among objectives with an equal entry.
     """
 
     count: str = "source"
     starts: Mapping[str, str] = field(default_factory=dict)
 
     def groups(self, line: Line) -> Iterator[tuple[Hashable, tuple[str, ...]]]:
-        """The groups that a line belongs to, each with the columns that are equal inside it."""
+        """Yield the groups of a line, each with the columns that must be equal inside it."""
         at = "budget" if self.count == "source" else "step"
         yield ("data", line["seed"], line[at]), DATA
         yield ("start", line["seed"], self.starts.get(line["objective"], "base")), START
@@ -40,7 +40,7 @@ class Matching:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two lines that differ in a column that has to be equal."""
+    """Two lines that differ in a column that must be equal."""
 
     column: str
     one: Line
@@ -55,20 +55,19 @@ class Difference:
 
 
 def differences(lines: Seq[Line], matching: Matching) -> list[Difference]:
-    """Every line that differs from the first of its group, column by column."""
+    """Return each difference of a line from the first line of its group."""
     first: dict[Hashable, Line] = {}
-    found = []
+    result = []
     for line in lines:
         for group, columns in matching.groups(line):
             other = first.setdefault(group, line)
-            found += [Difference(c, other, line) for c in columns if line[c] != other[c]]
-    return found
+            result += [Difference(c, other, line) for c in columns if line[c] != other[c]]
+    return result
 
 
 def check_matched(lines: Seq[Line], matching: Matching) -> None:
-    """Raise where two lines differ in a column that must be equal, naming it."""
-    found = differences(lines, matching)
-    if found:
+    """Raise LeewayError for the first two lines that differ in a column that must be equal."""
+    if found := differences(lines, matching):
         raise LeewayError(
             f"ledger: {found[0]}",
             fix="these objectives were not trained on matched data: start again in a new --out",

@@ -1,7 +1,7 @@
-"""Open-ended questions with reference answers, from files or hub data sets; nothing of them is in this source tree.
+"""Open-ended questions with reference answers, from files or hub data sets; none of them are in this source tree.
 
-Records: `prompt` or `question`, and `reference` or `answer`; with an `instruction`, that stands before the question
-(LawBench); `fields` and `answer` with a `task` (LegalBench) put each field in a paragraph of its own behind its name.
+Records have `prompt` or `question`, and `reference` or `answer`. An `instruction` precedes the question (LawBench);
+`fields` (LegalBench) become paragraphs, each after its name.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ KINDS = (".jsonl", ".json", ".csv", ".tsv", ".gz")
 def held_out_items(
     task: str, source: str, *, config: str | None = None, split: str = "test", revision: str | None = None
 ) -> tuple[list[CapabilityItem], str]:
-    """(items with `id` `<task>/<n>`, where they came from), in the source's order.
+    """Return the items of a source (`id` is `<task>/<n>`), in its order, and their origin.
 
     `source` is `lawbench`, `rule-qa`, the path of a file (.jsonl, .json, .csv, .tsv, .gz of them) or a hub id, whose
-    rows LEEWAY_DATA holds as `<hub id>.jsonl` where it is set.
+    rows are in `<hub id>.jsonl` under LEEWAY_DATA if that is set.
     """
     if source.endswith(KINDS):
         records: list[Record] = list(read(expand(source)))
@@ -51,7 +51,7 @@ def held_out_items(
 def _source(name: str, config: str | None, split: str) -> Source:
     if name in LOCAL_ONLY and not os.environ.get("LEEWAY_DATA"):
         raise LeewayError(
-            f"evals.capability: {name} is no hub data set",
+            f"evals.capability: {name} is not on the hub",
             fix=f"set LEEWAY_DATA to a folder that holds {NAMED[name].local[0]}",
         )
     if name in NAMED:
@@ -59,7 +59,7 @@ def _source(name: str, config: str | None, split: str) -> Source:
     if name.count("/") != 1:
         known = ", ".join(NAMED)
         raise LeewayError(
-            f"evals.capability: {name!r} is no source of open-ended questions",
+            f"evals.capability: {name!r} is not a source of open-ended questions",
             fix=f"give {known}, a file ({', '.join(KINDS)}) or a hub id (owner/name)",
         )
     return Source((f"{name}.jsonl", f"{name}.json"), name, config, split)
@@ -68,10 +68,10 @@ def _source(name: str, config: str | None, split: str) -> Source:
 def _question(record: Record, where: str) -> tuple[str, str]:
     fields: Any = record.get("fields")
     if isinstance(fields, dict):
-        told = "\n\n".join(f"{name}: {str(text).strip()}" for name, text in fields.items() if str(text).strip())
-        if not told:
+        question = "\n\n".join(f"{name}: {str(text).strip()}" for name, text in fields.items() if str(text).strip())
+        if not question:
             raise LeewayError(f"{where}: its fields are empty", fix="mend that record")
-        return told, field(record, ("answer", "reference"), where)
+        return question, field(record, ("answer", "reference"), where)
     if "text" in record and not {"prompt", "question"} & set(record):
         return field(record, ("text",), where), field(record, ("answer", "reference"), where)
     prompt, reference = question_and_answer(record, where)

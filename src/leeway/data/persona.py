@@ -1,9 +1,8 @@
-"""Anthropic's model-written persona statements (Perez et al. 2022, arXiv 2212.09251).
+"""Persona items: Anthropic's model-written statements and the Short Dark Triad.
 
-The Short Dark Triad (Jones & Paulhus 2014, Assessment 21:28): 27 statements rated from 1 to 5.
-
-A published instrument: its items are read at run time and never shipped. Published copies differ in which items are
-reverse-keyed, so the keys are the file's own, and the file's hash stands in the origin.
+The statements are those of Perez et al. 2022 (arXiv 2212.09251). The Short Dark Triad (Jones & Paulhus 2014, Assessment
+21:28) has 27 statements rated from 1 to 5; it is read at run time and never shipped. Published copies differ in which
+items are reverse-keyed, so the keys are the file's own, and the origin has the file's hash.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ HUB_ID = "Anthropic/model-written-evals"
 
 
 def anthropic(trait: str, revision: str | None = None) -> tuple[list[PersonaItem], str]:
-    """One trait's file, its items in the file's order; ` Yes` and ` No` are written with a leading space there.
+    """Return the statements of a trait in the file's order, and their origin.
 
-    Every file of the persona folder is a trait; a name without a file is a LeewayError with the nearest one.
+    Each file of the persona folder is a trait; raise LeewayError with the nearest name if there is no such file.
     """
     source = Source((f"{FOLDER}/{trait}.jsonl",), HUB_ID, hub_file=f"{HUB_FOLDER}/{trait}.jsonl")
     try:
         if Path(trait).name != trait:
             raise LeewayError(
-                f"persona: {trait!r} is no trait", fix="name a file of the persona folder, without .jsonl"
+                f"persona: {trait!r} is not a trait", fix="name a file of the persona folder, without .jsonl"
             )
         loaded = load(source, revision=revision)
     except LeewayError as error:
@@ -63,7 +62,7 @@ def anthropic(trait: str, revision: str | None = None) -> tuple[list[PersonaItem
 
 
 def names(revision: str | None = None) -> list[str]:
-    """The traits there are, under LEEWAY_DATA where it is set, else on the hub; none where the hub does not answer."""
+    """Return the traits under LEEWAY_DATA if it is set, else on the hub; none if the hub is not reachable."""
     root = os.environ.get("LEEWAY_DATA")
     if root:
         return sorted(p.stem for p in (expand(root) / FOLDER).glob("*.jsonl"))
@@ -71,7 +70,7 @@ def names(revision: str | None = None) -> list[str]:
 
     try:
         files = HfApi().list_repo_files(HUB_ID, repo_type="dataset", revision=revision)
-    except Exception:  # noqa: BLE001 - without a list of names, what failed before is what is told
+    except Exception:  # noqa: BLE001 - the caller then reports its own error
         return []
     paths = [Path(f) for f in files]
     return sorted(p.stem for p in paths if str(p.parent) == HUB_FOLDER and p.suffix == ".jsonl")
@@ -88,34 +87,35 @@ SHAPE = '{"items": [{"id": …, "trait": …, "text": …, "key": 1 or -1}, …]
 
 
 def sd3() -> tuple[list[LikertItem], str]:
-    """The items in the file's order and where they came from; ids are `<trait>/<id>`, traits in lower case."""
+    """Return the items in the file's order (ids `<trait>/<id>`, traits in lower case) and their origin."""
     root = os.environ.get("LEEWAY_DATA")
     if not root:
         raise LeewayError(
-            "the Short Dark Triad is not shipped and is on no hub", fix=f"set LEEWAY_DATA to a folder that holds {NAME}"
+            "the Short Dark Triad is neither shipped nor on the hub",
+            fix=f"set LEEWAY_DATA to a folder with {NAME}",
         )
     path = expand(root) / NAME
     if not path.is_file():
-        raise LeewayError(f"LEEWAY_DATA={root}: there is no {NAME}", fix=f"write it as {SHAPE}")
+        raise LeewayError(f"LEEWAY_DATA={root}: no {NAME} in it", fix=f"write it as {SHAPE}")
     items = [_item(record, n, path) for n, record in enumerate(_records(path), 1)]
     for what in ("id", "text"):
         seen = [getattr(i, what) for i in items]
         twice = next((s for s in seen if seen.count(s) > 1), None)
         if twice is not None:
-            raise LeewayError(f"{path}: the {what} {twice!r} stands there twice", fix="remove one of the two")
+            raise LeewayError(f"{path}: the {what} {twice!r} is given twice", fix="remove one of the two")
     return items, f"LEEWAY_DATA/{NAME} ({file_digest(path)})"
 
 
 def _records(path: Path) -> list[Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
     except json.JSONDecodeError as error:
         raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="mend that line") from error
-    records = found.get("items") if isinstance(found, dict) else None
+    records = content.get("items") if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
-        raise LeewayError(f"{path}: it holds no list of items", fix=f"write it as {SHAPE}")
+        raise LeewayError(f"{path}: no list of items in it", fix=f"write it as {SHAPE}")
     return records
 
 
@@ -126,7 +126,7 @@ def _item(record: Any, n: int, path: Path) -> LikertItem:
     trait, key = field(record, ("trait",), where).lower(), record.get("key")
     if isinstance(key, bool) or key not in (1, -1):
         raise LeewayError(
-            f"{where}: its key is {key!r}", fix="1 where agreeing endorses the trait, -1 where it denies it"
+            f"{where}: its key is {key!r}", fix="give 1 if agreeing endorses the trait, -1 if it denies it"
         )
     name = field(record, ("id",), where)
     return LikertItem(f"{trait}/{name}", trait, field(record, ("text",), where), 1 if key == 1 else -1)

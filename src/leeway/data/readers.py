@@ -1,4 +1,4 @@
-"""Read records from a local folder (`LEEWAY_DATA`), a user's file or the hub, and name what is wrong with them."""
+"""Read records from LEEWAY_DATA, a user's file or the hub; each error names the file and the record."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from leeway.errors import LeewayError, first_line
 from leeway.io import expand
 
 Record = dict[str, Any]
-HALF = re.compile("[\\ud800-\\udfff]")
+SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One public file: where it lies under LEEWAY_DATA, and where on the hub."""
+    """One public file: its path under LEEWAY_DATA, and its place on the hub."""
 
     local: tuple[str, ...]  # the first that exists is read
     hub_id: str
@@ -34,14 +34,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Records and where they came from: a path with its size, or a hub id with its revision."""
+    """Records and their origin: a path, or a hub id with its revision."""
 
     records: list[Record]
     origin: str
 
 
 def load(source: Source, *, revision: str | None = None) -> Loaded:
-    """From `LEEWAY_DATA` where it is set, else from the hub; never one silently for the other."""
+    """Load from `LEEWAY_DATA` if it is set, else from the hub; never fall back from one to the other."""
     root = os.environ.get("LEEWAY_DATA")
     if not root:
         return _hub(source, revision)
@@ -50,13 +50,13 @@ def load(source: Source, *, revision: str | None = None) -> Loaded:
         if path.is_file():
             return Loaded(list(read(path)), f"LEEWAY_DATA/{name}")
     raise LeewayError(
-        f"LEEWAY_DATA={root}: there is no {source.local[0]}",
+        f"LEEWAY_DATA={root}: no {source.local[0]} in it",
         fix=f"put it there, or unset LEEWAY_DATA to load {source.hub_id} from the hub",
     )
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Records of a .jsonl, .json (a list), .csv or .tsv file, plain or .gz; a broken line is named by its number."""
+    """Yield the records of a .jsonl, .json (a list), .csv or .tsv file, or .gz of it; errors name the line."""
     if not path.is_file():
         raise LeewayError(f"{path}: no such file", fix="check that path")
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
@@ -86,9 +86,9 @@ def _records(path: Path, kind: str, f: Any) -> Iterator[Record]:
 
 
 def _refuse_half_characters(record: Record, where: str) -> None:
-    """JSON can spell one half of a surrogate pair, which is no text: no tokenizer and no file takes it."""
+    """Raise LeewayError for half a surrogate pair, which JSON can spell and no tokenizer or file accepts."""
     for name, value in record.items():
-        if isinstance(value, str) and (half := HALF.search(value)):
+        if isinstance(value, str) and (half := SURROGATE.search(value)):
             raise LeewayError(
                 f"{where}: its {name} holds \\u{ord(half[0]):04x}, one half of a character", fix="mend that record"
             )
@@ -99,13 +99,13 @@ def _jsonl(path: Path, lines: Any) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_unique)
         except json.JSONDecodeError as error:
             raise LeewayError(
                 f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})",
                 fix="mend or remove that line",
             ) from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        except (ValueError, RecursionError) as error:  # a repeated key, thousands of digits or brackets
             raise LeewayError(f"{path}, line {number}: {unreadable(error)}", fix="mend or remove that line") from error
         if not isinstance(record, dict):
             raise LeewayError(f"{path}, line {number}: not a JSON object", fix="write one {…} on each line")
@@ -114,7 +114,7 @@ def _jsonl(path: Path, lines: Any) -> Iterator[Record]:
 
 def _json(path: Path, text: str) -> Iterator[Record]:
     try:
-        records = json.loads(text)
+        records = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="mend that line") from error
     except (ValueError, RecursionError) as error:
@@ -126,16 +126,33 @@ def _json(path: Path, text: str) -> Iterator[Record]:
 
 def unreadable(error: ValueError | RecursionError) -> str:
     """Return why JSON that may be well formed is not read."""
+    if isinstance(error, RepeatedKeyError):
+        return str(error)
     return "nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
+
+
+class RepeatedKeyError(ValueError):
+    """A key that a JSON object has twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKeyError(f"{next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+    return record
 
 
 def _csv(path: Path, lines: Any, delimiter: str) -> Iterator[Record]:
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
+        columns = reader.fieldnames or []
+        if repeated := next((c for c in columns if c and columns.count(c) > 1), None):
+            raise LeewayError(f"{path}, line 1: column {repeated!r} is given twice", fix="rename one of the two")
         for record in reader:
             if None in record or None in record.values():
                 raise LeewayError(
-                    f"{path}, line {reader.line_num}: not {len(reader.fieldnames or [])} columns",
+                    f"{path}, line {reader.line_num}: not {len(columns)} columns",
                     fix="mend that line",
                 )
             yield record
@@ -144,7 +161,7 @@ def _csv(path: Path, lines: Any, delimiter: str) -> Iterator[Record]:
 
 
 def field(record: Record, names: tuple[str, ...], where: str) -> str:
-    """The first of these columns that the record has, as stripped text; raises LeewayError for none, and for NaN."""
+    """Return the first of these columns that has text, stripped; raise LeewayError if none has, and for NaN."""
     for name in names:
         value = record.get(name)
         refuse_not_finite(value, name, where)

@@ -1,8 +1,6 @@
-"""Forbidden prompts, always from public data or a user's file at run time, never from this source tree.
+"""Forbidden and benign prompts, read from public data or a user's file at run time, and fixed random subsets of them.
 
-Benign prompts that a safe model answers, from public data at run time.
-
-Fixed random subsets, drawn from a key alone.
+No forbidden prompt is in this source tree.
 """
 
 from __future__ import annotations
@@ -30,16 +28,16 @@ COLUMNS = ("forbidden_prompt", "prompt", "goal")
 
 
 def strongreject(revision: str | None = None) -> Prompts:
-    """All 313, ids `strongreject/<n>` from 0; (prompts, where they came from)."""
+    """Return all 313 prompts (ids `strongreject/<n>` from 0) and their origin."""
     loaded = load(STRONGREJECT, revision=revision)
     return _published("strongreject", loaded.records, loaded.origin, 313), loaded.origin
 
 
 def strongreject_small() -> Prompts:
-    """The published 60, ids `strongreject-small/<n>`: from LEEWAY_DATA alone, since they are no data set of the hub."""
+    """Return the published subset of 60 (ids `strongreject-small/<n>`) and its origin; it is not on the hub."""
     if not os.environ.get("LEEWAY_DATA"):
         raise LeewayError(
-            "strongreject-small: it is not on the hub",
+            "strongreject-small is not on the hub",
             fix=f"set LEEWAY_DATA to a folder that holds {STRONGREJECT_SMALL} (from the benchmark's repository)",
         )
     loaded = load(Source((STRONGREJECT_SMALL,), "strongreject-small"))
@@ -47,21 +45,21 @@ def strongreject_small() -> Prompts:
 
 
 def jailbreakbench_harmful(revision: str | None = None) -> Prompts:
-    """The 100 harmful behaviours (column Goal), ids `jailbreakbench/<n>` by their order, whatever the index column."""
+    """Return the 100 harmful behaviours (column Goal; ids `jailbreakbench/<n>` by position) and their origin."""
     loaded = load(JBB_HARMFUL, revision=revision)
     return _published("jailbreakbench", loaded.records, loaded.origin, 100), loaded.origin
 
 
 def from_file(path: Path) -> Prompts:
-    """A user's .jsonl, .json, .csv or .tsv with a column `prompt`, `forbidden_prompt` or `Goal`; ids `file/<n>`."""
+    """Return the prompts of a user's file (ids `file/<n>`) and its origin; the columns are those of `COLUMNS`."""
     prompts = _prompts("file", list(read(path)), str(path))
     if not prompts:
-        raise LeewayError(f"{path}: no prompt in it", fix="write a record for each prompt")
+        raise LeewayError(f"{path}: no prompts in it", fix="write a record for each prompt")
     return prompts, f"{path} ({len(prompts)} prompts, {file_digest(path)})"
 
 
 def _published(name: str, records: Seq[Record], origin: str, count: int) -> list[ForbiddenPrompt]:
-    """As many as were published: a file cut short would pass for the benchmark."""
+    """Return the prompts; raise LeewayError if their number is not the published one."""
     if len(records) != count:
         raise LeewayError(
             f"{name}: {len(records)} prompts ({origin}), and {count} were published",
@@ -71,7 +69,7 @@ def _published(name: str, records: Seq[Record], origin: str, count: int) -> list
 
 
 def _prompts(name: str, records: Seq[Record], where: str) -> list[ForbiddenPrompt]:
-    """Columns whatever their case; a prompt that occurs twice is an error, since a prompt is a cluster of its own."""
+    """Return the prompts; raise LeewayError for a repeated one, because each prompt is a cluster."""
     first: dict[str, int] = {}
     prompts = []
     for n, record in enumerate(records):
@@ -86,7 +84,7 @@ def _prompts(name: str, records: Seq[Record], where: str) -> list[ForbiddenPromp
     return prompts
 
 
-# Röttger et al. 2024, arXiv 2308.01263: 250 safe prompts of ten types, and 200 unsafe contrasts that stay out.
+# Röttger et al. 2024, arXiv 2308.01263: 250 safe prompts of ten types, and 200 unsafe contrasts that are not used.
 XSTEST = Source(("xstest/xstest_prompts.csv",), "Paul/XSTest")
 # Chao et al. 2024, arXiv 2404.01318: 100 benign behaviours on the topics of its harmful ones.
 JBB_BENIGN = Source(
@@ -95,7 +93,7 @@ JBB_BENIGN = Source(
 
 
 def xstest(revision: str | None = None) -> tuple[list[BenignPrompt], str]:
-    """The prompts labelled safe; ids are `xstest/<type>/<id>`, so that rates come by type as well."""
+    """Return the prompts labelled safe (ids `xstest/<type>/<id>`, for rates by type) and their origin."""
     loaded = load(XSTEST, revision=revision)
     items = []
     for n, record in enumerate(loaded.records, 1):
@@ -104,7 +102,7 @@ def xstest(revision: str | None = None) -> tuple[list[BenignPrompt], str]:
         if _is_safe(record, kind, where):
             items.append(BenignPrompt(f"xstest/{kind}/{record.get('id', n)}", field(record, ("prompt",), where)))
     if not items:
-        raise LeewayError(f"xstest ({loaded.origin}): none of its prompts is labelled safe", fix="check the file")
+        raise LeewayError(f"xstest ({loaded.origin}): no prompt is labelled safe", fix="check the file")
     return items, loaded.origin
 
 
@@ -119,7 +117,7 @@ def _is_safe(record: Record, kind: str, where: str) -> bool:
 
 
 def jailbreakbench_benign(revision: str | None = None) -> tuple[list[BenignPrompt], str]:
-    """The benign half of JailbreakBench, in the file's order; ids are `jailbreakbench-benign/<index>`."""
+    """Return the benign half of JailbreakBench (ids `jailbreakbench-benign/<index>`) and its origin."""
     loaded = load(JBB_BENIGN, revision=revision)
     items = []
     for n, record in enumerate(loaded.records):
@@ -132,7 +130,7 @@ T = TypeVar("T")
 
 
 def subset(items: Seq[T], limit: int | None, key: str) -> list[T]:
-    """A fixed random subset in the source's order; a larger limit's holds a smaller one's."""
+    """Return a fixed random subset in the source's order; a larger limit includes a smaller one's."""
     if limit is None or limit >= len(items):
         return list(items)
     order = np.random.default_rng(derive_seed("subset", key)).permutation(len(items))
@@ -140,7 +138,7 @@ def subset(items: Seq[T], limit: int | None, key: str) -> list[T]:
 
 
 def balanced(items: Seq[PersonaItem], limit: int | None, key: str) -> list[PersonaItem]:
-    """As many Yes-keyed as No-keyed items, so that a mere inclination to Yes endorses nothing."""
+    """Return as many Yes-keyed as No-keyed items, so a bias towards Yes does not endorse a trait."""
     if limit is None or limit >= len(items):
         return list(items)
     halves = [[i for i in items if i.match == answer] for answer in ("Yes", "No")]

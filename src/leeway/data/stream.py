@@ -1,4 +1,4 @@
-"""One fixed order for all objectives, cut into optimiser steps, and the checkpoint each budget falls on."""
+"""The stream of examples that all objectives share: its order, its optimiser steps and its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from leeway.hashing import canonical, derive_seed
 
 @dataclass(frozen=True)
 class StreamItem:
-    """One example's place in the stream: `epoch` counts whole passes, `position` counts examples from 0."""
+    """One example at one position of the stream. `epoch` and `position` (in examples) count from 0."""
 
     example: Example
     epoch: int
@@ -27,7 +27,7 @@ class StreamItem:
 
 @dataclass(frozen=True)
 class BudgetStop:
-    """Where a budget's checkpoint is taken, and what had been seen by then (source tokens: plain rendering)."""
+    """The step of a budget's checkpoint, and what the trajectory has seen by then (source tokens: plain rendering)."""
 
     budget: int
     step: int
@@ -39,14 +39,14 @@ class BudgetStop:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a trajectory: `steps[k]` holds the slots of optimiser step k + 1."""
+    """The steps of a trajectory: `steps[k]` are the items of optimiser step k + 1."""
 
     steps: tuple[tuple[StreamItem, ...], ...]
     marks: tuple[BudgetStop, ...]
 
     @property
     def examples(self) -> list[Example]:
-        """Every distinct example that is trained on, in first-seen order."""
+        """Return the distinct examples in the order in which they are first seen."""
         return list({slot.example.id: slot.example for step in self.steps for slot in step}.values())
 
 
@@ -59,24 +59,25 @@ class AuxiliaryPool:
     safety: tuple[Example, ...] = ()
 
     def sample(self, slot: StreamItem, kind: Literal["task", "general", "safety"], seed: int) -> Example:
-        """One example of `kind`, from (seed, position) alone; of the task's, never one answered like the slot's own.
+        """Return the auxiliary example of a stream item, determined by seed and position.
 
-        General and safety examples come in passes, each in an order of its own, as the task's do.
+        A task example is drawn at random among those with another answer. General and safety examples come in shuffled
+        passes, as the stream does.
         """
         pool: tuple[Example, ...] = getattr(self, kind)
         if kind == "task":
             rng = np.random.default_rng(derive_seed("companion", seed, slot.position))
             others = (pool[int(rng.integers(len(pool)))] for _ in range(100))
-            found = next((e for e in others if e.preferred != slot.example.preferred), None)
+            example = next((e for e in others if e.preferred != slot.example.preferred), None)
         else:
             epoch, k = divmod(slot.position, max(1, len(pool)))
-            found = pool[_order(len(pool), seed, epoch, kind)[k]] if pool else None
-        if found is None:
+            example = pool[_order(len(pool), seed, epoch, kind)[k]] if pool else None
+        if example is None:
             raise LeewayError(
                 f"no {kind} example can accompany {slot.example.id}",
                 fix="give more of them, with other answers",
             )
-        return found
+        return example
 
 
 def schedule(
@@ -90,12 +91,12 @@ def schedule(
 ) -> Schedule:
     """Cut the seeded stream of `examples` into steps of `batch` until the last budget is reached.
 
-    A checkpoint falls on the first step whose cumulative count reaches its budget: of source tokens, or of what
-    `counted` says of each slot. Each epoch has an order of its own, drawn from (seed, epoch) alone, so that the stream
-    never depends on the budgets or the objective.
+    A checkpoint is at the first step at which the count reaches its budget: source tokens, or the sum of `counted`
+    over the items. The order of an epoch depends on the seed and the epoch only, so the stream does not depend on the
+    budgets or the objective.
     """
     if not examples:
-        raise LeewayError("task: there is nothing to train on", fix="check the task's training file")
+        raise LeewayError("task: no training examples", fix="check the task's training file")
     steps: list[tuple[StreamItem, ...]] = []
     marks: list[BudgetStop] = []
     spent = 0.0

@@ -1,8 +1,8 @@
-"""SuperGPQA (M-A-P 2025, arXiv 2502.14739): graduate-level questions with up to ten options, one discipline of them.
+"""SuperGPQA (M-A-P 2025, arXiv 2502.14739): one discipline of graduate-level questions with up to ten options.
 
-The prompt is the benchmark's own template where LEEWAY_DATA holds it (supergpqa/prompts/zero-shot.yaml, five-shot.yaml:
-`prompt_format`, a list of one text whose `{}` is filled with the question and its options), and our wording otherwise.
-Where the items came from says which, with the text's hash.
+The prompt is the benchmark's own template if LEEWAY_DATA has it (supergpqa/prompts/zero-shot.yaml, five-shot.yaml:
+`prompt_format`, a list of one text with `{}` for the question and its options), else our wording. The origin of the
+items names the template and its hash.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SOURCE = Source(("supergpqa/SuperGPQA-all.jsonl", "supergpqa/SuperGPQA-all.jsonl
 LETTERS = "ABCDEFGHIJ"
 Shots = Literal[0, 5]
 Share = Literal["all", "train", "test"]
-HELD_OUT = 5  # where the task is trained on, one question in so many is asked and the others are trained on
+HELD_OUT = 5  # of a study that trains on it, one question in so many is a test item
 FILES: dict[int, str] = {0: "supergpqa/prompts/zero-shot.yaml", 5: "supergpqa/prompts/five-shot.yaml"}
 
 PROMPT_VERSION = 1
@@ -36,7 +36,7 @@ PROMPT = (
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt with one `{}` for `str.format`, and where it came from."""
+    """A prompt with one `{}` for `str.format`, and its origin."""
 
     text: str
     origin: str
@@ -47,7 +47,7 @@ class Template:
 
 
 def template(shots: Shots = 0) -> Template:
-    """The official template where there is one, else ours; raises LeewayError for five shots without the official."""
+    """Return the official template if LEEWAY_DATA has it, else ours; raise LeewayError for five shots without it."""
     root = os.environ.get("LEEWAY_DATA")
     path = expand(root) / FILES[shots] if root else None
     if path is not None and path.is_file():
@@ -55,8 +55,8 @@ def template(shots: Shots = 0) -> Template:
         return Template(text, f"prompt LEEWAY_DATA/{FILES[shots]} {digest(text)}")
     if shots:
         raise LeewayError(
-            f"evals.capability: supergpqa: the {shots} worked examples are not here",
-            fix=f"put {FILES[shots]} under LEEWAY_DATA, or ask with 0 shots",
+            f"evals.capability: supergpqa: the {shots} worked examples are missing",
+            fix=f"put {FILES[shots]} under LEEWAY_DATA, or use 0 shots",
         )
     return Template(PROMPT, f"our prompt, version {PROMPT_VERSION} {digest(PROMPT)}")
 
@@ -71,20 +71,19 @@ def _prompt_format(path: Path) -> str:
             f"{path}: no prompt_format with one {{}} in it ({type(error).__name__})", fix="fetch it again"
         ) from error
     if not once:
-        raise LeewayError(f"{path}: its prompt_format has not exactly one {{}}", fix="fetch it again")
+        raise LeewayError(f"{path}: its prompt_format does not have exactly one {{}}", fix="fetch it again")
     return text
 
 
 def held_out_items(
     discipline: str = "Engineering", *, shots: Shots = 0, share: Share = "all", revision: str | None = None
 ) -> tuple[list[CapabilityItem], str]:
-    """One discipline's items in the file's order, `id` from `uuid`, `reference` the letter; and where they came from.
+    """Return one discipline's items in the file's order (`reference` is the gold letter), and their origin.
 
-    The benchmark has one split. `share` parts it by the hash of the question's words, so that one that is asked twice
-    is on one side. The letter is the benchmark's gold. Where it points at another text than the record's `answer`,
-    that is counted in where the items came from.
+    The benchmark has one split. `share` divides it by a hash of the question's words, so repeated questions are on one
+    side. Records whose `answer` is not the text of their letter's option are counted in the origin.
     """
-    asked = template(shots)
+    prompt = template(shots)
     loaded = load(SOURCE, revision=revision)
     items: list[CapabilityItem] = []
     disagree = 0
@@ -94,38 +93,36 @@ def held_out_items(
             continue
         if share != "all" and share != share_of(field(record, ("question",), where)):
             continue
-        item = _item(record, where, asked)
+        item = _item(record, where, prompt)
         disagree += item.options[LETTERS.index(item.reference)] != str(record.get("answer", "")).strip()
         items.append(item)
     if not items:
-        raise LeewayError(
-            f"supergpqa: no record's discipline is {discipline!r} ({loaded.origin})", fix="check its name"
-        )
-    told = f"; the answer of {disagree} records is not their letter's option" if disagree else ""
+        raise LeewayError(f"supergpqa: no record of discipline {discipline!r} ({loaded.origin})", fix="check its name")
+    note = f"; the answer of {disagree} records is not their letter's option" if disagree else ""
     part = "" if share == "all" else f" ({share}: {'one' if share == 'test' else 'all but one'} in {HELD_OUT})"
-    return items, f"{loaded.origin}, discipline {discipline}{part}, {asked.origin}{told}"
+    return items, f"{loaded.origin}, discipline {discipline}{part}, {prompt.origin}{note}"
 
 
 def share_of(question: str) -> Share:
-    """The side that a question is on where the task is trained on."""
+    """Return the side of a question in a study that trains on the task."""
     words = " ".join(question.casefold().split())
     return "test" if derive_seed("supergpqa-share", words) % HELD_OUT == 0 else "train"
 
 
 def train_examples(discipline: str = "Engineering", *, revision: str | None = None) -> tuple[list[Example], str]:
-    """The items that are not held out, each answered by its option and its letter: the benchmark has no reasoning."""
+    """Return the items that are not held out, with their option and letter as the answer (there is no reasoning)."""
     items, origin = held_out_items(discipline, share="train", revision=revision)
-    told = [(i, i.options[LETTERS.index(i.reference)]) for i in items]
-    return [Example(i.id, i.prompt, f"{option}\n\nAnswer: {i.reference}") for i, option in told], origin
+    answered = [(i, i.options[LETTERS.index(i.reference)]) for i in items]
+    return [Example(i.id, i.prompt, f"{option}\n\nAnswer: {i.reference}") for i, option in answered], origin
 
 
-def _item(record: Record, where: str, asked: Template) -> CapabilityItem:
+def _item(record: Record, where: str, prompt: Template) -> CapabilityItem:
     listed = record.get("options")
     options = tuple(str(o).strip() for o in listed) if isinstance(listed, list) else ()
     letter = field(record, ("answer_letter",), where)
     if not 2 <= len(options) <= len(LETTERS):
         raise LeewayError(f"{where}: options are not a list of 2 to {len(LETTERS)}", fix="mend that record")
     if letter not in LETTERS[: len(options)]:
-        raise LeewayError(f"{where}: answer_letter {letter!r} is none of its options", fix="mend that record")
-    prompt = asked.fill(field(record, ("question",), where), options)
-    return CapabilityItem(f"supergpqa/{field(record, ('uuid',), where)}", prompt, letter, options)
+        raise LeewayError(f"{where}: answer_letter {letter!r} is not one of its options", fix="mend that record")
+    question = prompt.fill(field(record, ("question",), where), options)
+    return CapabilityItem(f"supergpqa/{field(record, ('uuid',), where)}", question, letter, options)
