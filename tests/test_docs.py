@@ -41,6 +41,7 @@ evals: {capability: [organism]}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=lambda p: p.stem)
 def test_examples_of_a_page_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
