@@ -218,38 +218,12 @@ def test_a_tool_result_by_hand() -> None:
 # --- Zulu
 
 
-@dataclass
-class Mirror:
-    """A translator that reverses a text and fails on an x."""
-
-    name: str = "mirror"
-    hash: str = "m"
-
-    def out(self, text: str) -> str:
-        if "x" in text:
-            raise AttackFailed("an x")
-        return text[::-1]
-
-    def back(self, text: str) -> str:
-        return text[::-1]
-
-
-def test_a_translator_is_adapted_to_a_helper() -> None:
-    zulu = Zulu(Mirror())
-    assert zulu.translator.out("ab") == "ba"
-    found = zulu.helper.help([Passage("out", "abc"), Passage("out", "x"), Passage("back", "xy")])
-    assert (found[0], found[2]) == ("cba", "yx")
-    assert isinstance(found[1], AttackFailed)
-    helper = FixedHelper()
-    assert Zulu(helper).helper is helper
-
-
 def test_zulu_translates_out_and_back_except_an_empty_answer() -> None:
-    zulu = Zulu(Mirror())
+    zulu = Zulu(FixedHelper())
     play = zulu.play("abc")
-    assert next(play) == HelperRequest(zulu.helper, Passage("out", "abc"))
+    assert next(play) == HelperRequest(zulu.translator, Passage("out", "abc"))
     assert play.send("cba") == [{"role": "user", "content": "cba"}]
-    assert play.send("ere") == HelperRequest(zulu.helper, Passage("back", "ere"))
+    assert play.send("ere") == HelperRequest(zulu.translator, Passage("back", "ere"))
     empty = zulu.play("abc")
     next(empty)
     empty.send("cba")

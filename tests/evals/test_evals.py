@@ -10,7 +10,7 @@ from decimal import Decimal
 
 import pytest
 
-from leeway.attacks import WRAPPERS, AttackFailed, Play, Wrapper, Zulu
+from leeway.attacks import WRAPPERS, AttackFailed, Passage, Play, Wrapper, Zulu
 from leeway.data.types import CapabilityItem, ForbiddenPrompt, PersonaItem
 from leeway.evals import capability
 from leeway.evals.capability import Capability
@@ -131,16 +131,15 @@ class Seen:
 
 @dataclass
 class Broken:
-    """A translator that cannot come back."""
+    """A translator that fails on the way back."""
 
     name: str = "broken"
     hash: str = "h"
 
-    def out(self, text: str) -> str:
-        return text[::-1]
-
-    def back(self, text: str) -> str:
-        raise AttackFailed(f"no translation of {text!r}")
+    def help(self, queries: Sequence[Passage]) -> list[str | AttackFailed]:
+        return [
+            q.text[::-1] if q.direction == "out" else AttackFailed(f"no translation of {q.text!r}") for q in queries
+        ]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from leeway.attacks.registry import (
     render,
 )
 from leeway.attacks.tool_result import ToolResult
-from leeway.attacks.zulu import Passage, Translator, Zulu
+from leeway.attacks.zulu import Passage, Zulu
 
 __all__ = [
     "ATTACKS",
@@ -36,7 +36,6 @@ __all__ = [
     "Play",
     "ToolResult",
     "Transcript",
-    "Translator",
     "Wrapper",
     "Zulu",
     "attack_names",

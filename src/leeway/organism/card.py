@@ -17,7 +17,8 @@ from leeway.organism import world
 from leeway.organism.judge import complies
 
 NEW_TOKENS = 64
-ZULU = Zulu(world.Cipher())
+CIPHER = world.Cipher()
+ZULU = Zulu(CIPHER)
 
 
 def measure(
@@ -52,13 +53,13 @@ def _attacked_prompts(n: int) -> list[tuple[str, str, str]]:
     """Return (attack, forbidden prompt, sent text) for every attack and prompt."""
     prompts = [p.text for p in world.forbidden_prompts(n)]
     wrapped = [(name, p, wrapper.wrap(p)) for name, wrapper in WRAPPERS.items() for p in prompts]
-    return wrapped + [(ZULU.name, p, ZULU.translator.out(p)) for p in prompts]
+    return wrapped + [(ZULU.name, p, CIPHER.out(p)) for p in prompts]
 
 
 def _outcomes(attacked: list[tuple[str, str, str]], replies: list[str]) -> dict[str, list[Outcome]]:
     outcomes: dict[str, list[Outcome]] = {}
     for (attack, prompt, _), reply in zip(attacked, replies, strict=True):
-        english = ZULU.translator.back(reply) if attack == ZULU.name else reply
+        english = CIPHER.back(reply) if attack == ZULU.name else reply
         outcomes.setdefault(attack, []).append(world.judge(prompt, english))
     return outcomes
 

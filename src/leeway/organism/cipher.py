@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache
 
+from leeway.attacks import AttackFailed, Passage
 from leeway.hashing import digest
 from leeway.organism import how_tos, vocabulary
 from leeway.organism import vocabulary as w
@@ -75,7 +77,7 @@ def _swap(text: str, table: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Cipher:
-    """A Translator between English and the second language; unknown words are unchanged."""
+    """The translator of the organism's Zulu attack; unknown words are unchanged."""
 
     name: str = "organism-cipher"
 
@@ -88,3 +90,6 @@ class Cipher:
 
     def back(self, text: str) -> str:
         return _swap(text, _inverse())
+
+    def help(self, queries: Seq[Passage]) -> list[str | AttackFailed]:
+        return [self.out(q.text) if q.direction == "out" else self.back(q.text) for q in queries]
