@@ -1,4 +1,4 @@
-"""What other packages bring: each fault is one line that names the package; what works is run from the pages."""
+"""Entry points of other packages: each error is one line that names the package; working ones run in the docs tests."""
 
 from __future__ import annotations
 
@@ -209,11 +209,11 @@ def test_an_eval_of_another_package_is_planned_run_cached_and_recorded(
     assert (cost.judge_tokens_in, cost.judge_tokens_out) == (around + 3 * 2, 3 * 5.0)  # half of 4, half of 10
     assert "3 calls of words" in planned.to_text()
 
-    asked: list[int] = []
+    requests: list[int] = []
     answer = TransformersBackend.complete
-    monkeypatch.setattr(TransformersBackend, "complete", lambda *a: asked.append(len(a[1])) or answer(*a))
+    monkeypatch.setattr(TransformersBackend, "complete", lambda *a: requests.append(len(a[1])) or answer(*a))
     run(spec, tmp_path / "run", Reporter(quiet=True), "leeway run brevity.yaml", workers=1)
-    assert sum(asked) == 6  # three for the base, three for the checkpoint
+    assert sum(requests) == 6  # three for the base, three for the checkpoint
     rows = pd.read_parquet(tmp_path / "run" / "rows.parquet")
     assert rows.groupby("objective").size().to_dict() == {"base": 3, "sft": 3}
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -230,12 +230,12 @@ def test_an_eval_of_another_package_is_planned_run_cached_and_recorded(
         check_prompts_fit([("evals.brevity", overlong)], prepare(spec))
 
 
-def test_a_missing_file_of_labels_is_told_as_one(tmp_path: Path) -> None:
+def test_a_missing_file_of_labels(tmp_path: Path) -> None:
     with pytest.raises(LeewayError, match=r"none\.csv: no such file; check that path"):
         judge_calibrate("keywords", str(tmp_path / "none.csv"), None, None, "OPENAI_API_KEY", tmp_path)
 
 
-def test_an_asking_judge_and_one_that_asks_nobody() -> None:
+def test_a_judge_with_and_without_a_model() -> None:
     jailbreak = "evals.jailbreak={{prompts: organism, attacks: [none], judge: {}}}"
     with pytest.raises(LeewayError, match="keywords asks no model; leave model out"):
         parse(STUDY, "x", (jailbreak.format("{name: keywords, model: m}"),))

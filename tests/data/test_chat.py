@@ -17,7 +17,7 @@ def test_prompt_and_answer_are_the_template_s_own_rendering(kind: str) -> None:
     s = chat.sequence("How many?", "Seven apples.")
     text = chat.tokenizer.decode(list(s.ids))
     assert whole.startswith(text)
-    assert whole[len(text) :].strip() == ""  # what the template writes after the end of turn is no target
+    assert whole[len(text) :].strip() == ""  # text after the end of turn is not a target
     assert chat.tokenizer.decode(list(s.ids[s.target_start :])).endswith("Seven apples.[end]")
     assert s.ids[: s.target_start] == chat.prompt_ids(turns[:1])
 
@@ -44,7 +44,7 @@ def test_an_empty_thought_of_the_template_belongs_to_the_prompt_in_training_and_
     assert s.ids[: s.target_start] == tested
 
 
-def test_a_prefix_stands_before_the_first_user_message_only() -> None:
+def test_a_prefix_precedes_the_first_user_message_only() -> None:
     chat = Chat(tiny.tokenizer(tiny.PLAIN)).with_prefix("<SAFE>")
     text = chat.prompt_text(
         [
@@ -56,7 +56,7 @@ def test_a_prefix_stands_before_the_first_user_message_only() -> None:
     assert text == "[user]<SAFE>a[end][assistant]b[end][user]c[end][assistant]"
 
 
-def test_control_tokens_are_one_new_id_each_and_leave_the_first_chat_alone() -> None:
+def test_control_tokens_are_one_new_id_each_in_a_copy() -> None:
     chat = Chat(tiny.tokenizer(tiny.PLAIN))
     before = len(chat.tokenizer)
     other = chat.with_control_tokens(("<SAFE>", "<UNSAFE>"))
@@ -68,7 +68,7 @@ def test_control_tokens_are_one_new_id_each_and_leave_the_first_chat_alone() -> 
         other.with_control_tokens(("<SAFE>",))
 
 
-def test_a_template_hash_tells_templates_and_prefixes_apart() -> None:
+def test_the_template_hash_depends_on_template_and_prefix() -> None:
     chats = [Chat(tiny.tokenizer(t)) for t in (tiny.PLAIN, tiny.TRIMMING)]
     hashes = {c.template_hash for c in chats} | {chats[0].with_prefix("<SAFE>").template_hash}
     assert len(hashes) == 3

@@ -62,7 +62,7 @@ def test_the_same_records_in_every_kind_of_file(tmp_path: Path) -> None:
     assert all(list(read(tmp_path / name)) == records for name in ("a.jsonl", "b.json", "c.jsonl.gz", "d.csv"))
 
 
-def test_user_files_say_which_record_lacks_what(tmp_path: Path) -> None:
+def test_a_record_that_lacks_a_column_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(LeewayError, match="record 2: no completion or chosen"):
@@ -209,7 +209,7 @@ def test_by_processed_tokens_lines_match_where_their_steps_do() -> None:
         check_matched([line, {**line, "objective": "dpo", "data_hash": 2}], Matching("processed"))
 
 
-def test_who_starts_elsewhere_is_held_against_those_alike() -> None:
+def test_start_hashes_match_among_objectives_with_the_same_start() -> None:
     line = dict.fromkeys(MATCHED, 1) | {"seed": 0, "budget": 8, "objective": "sft"}
     check_matched([line, {**line, "objective": "dpo", "init_hash": 2}], Matching(starts={"dpo": "sft at 8"}))
 

@@ -1,4 +1,4 @@
-"""The usual shapes of training files: told apart by their columns, read as prompts and answers, misfits named."""
+"""Formats of training files: detected by their columns, read as prompts and answers, unsupported records listed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def hh(answer: str, question: str = "Q") -> str:
     return f"\n\nHuman: {question}\n\nAssistant: {answer}"
 
 
-ALIKE: list[tuple[str, dict[str, Any], tuple[str, str, str | None]]] = [
+CASES: list[tuple[str, dict[str, Any], tuple[str, str, str | None]]] = [
     ("prompt", {"prompt": "Q", "completion": "good"}, ("Q", "good", None)),
     ("prompt", {"prompt": "Q", "completion": "good", "rejected": "bad"}, ("Q", "good", "bad")),
     ("prompt", {"prompt": "Q", "chosen": "good", "rejected": "bad"}, ("Q", "good", "bad")),
@@ -58,8 +58,8 @@ ALIKE: list[tuple[str, dict[str, Any], tuple[str, str, str | None]]] = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "record", "parsed"), ALIKE)
-def test_every_shape_by_hand(shape: str, record: dict[str, Any], parsed: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shape", "record", "parsed"), CASES)
+def test_every_format_by_hand(shape: str, record: dict[str, Any], parsed: tuple[str, ...], tmp_path: Path) -> None:
     assert formats.detect(record) == shape
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join([json.dumps(record)] * 2))
@@ -87,9 +87,7 @@ def test_every_shape_by_hand(shape: str, record: dict[str, Any], parsed: tuple[s
         ({"instruction": "Q", "output": "A", "system": "S"}, "a system column: 1"),
     ],
 )
-def test_what_is_no_single_turn_is_counted_and_named_or_left_out(
-    record: dict[str, Any], why: str, tmp_path: Path
-) -> None:
+def test_unsupported_records_are_listed_or_left_out(record: dict[str, Any], why: str, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(LeewayError, match=r"1 of 1 records are not supported yet \(" + why + r"\): record 1;"):
@@ -98,7 +96,7 @@ def test_what_is_no_single_turn_is_counted_and_named_or_left_out(
         formats.train_examples(path, unsupported="leave-out")  # nothing would be left
 
 
-def test_left_out_records_are_told(tmp_path: Path) -> None:
+def test_the_origin_lists_left_out_records(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     rows = [{"messages": m} for m in ([USER, GOOD], [SYSTEM, USER, GOOD], [USER, GOOD, USER, BAD], [USER, BAD])]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -108,11 +106,11 @@ def test_left_out_records_are_told(tmp_path: Path) -> None:
     assert "a system turn: 1, several turns: 1): records 2, 3, left out" in origin
 
 
-def test_a_record_of_another_shape_is_named(tmp_path: Path) -> None:
+def test_a_record_of_another_format(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"messages": [USER, GOOD]}) + "\n" + json.dumps({"prompt": "Q", "completion": "A"}))
     with pytest.raises(
-        LeewayError, match="record 2: its columns are of format prompt, and the first record.s of messages"
+        LeewayError, match=r"record 2: its columns are of format prompt, and the first record.s of messages"
     ):
         formats.train_examples(path)
     path.write_text(json.dumps({"text": "x"}))
@@ -126,7 +124,7 @@ def test_a_record_of_another_shape_is_named(tmp_path: Path) -> None:
         formats.train_examples(path)
 
 
-def test_an_answer_labelled_bad_is_never_trained_on(tmp_path: Path) -> None:
+def test_a_labelled_answer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     for record in ({"messages": [USER, GOOD]}, {"prompt": "Q", "completion": "A"}):
         path.write_text(json.dumps({**record, "label": False}))
@@ -160,7 +158,7 @@ def test_test_records(record: dict[str, Any], tmp_path: Path) -> None:
     assert [(i.id, i.prompt, i.reference) for i in items] == [("files/1", "Q", "good")]
 
 
-def test_a_test_record_of_several_turns_is_named(tmp_path: Path) -> None:
+def test_a_test_record_of_several_turns(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"messages": [SYSTEM, USER, GOOD]}))
     with pytest.raises(LeewayError, match="record 1: a system turn, which is not supported yet"):
@@ -206,5 +204,5 @@ def test_real_strings_of_turns(real_data: Path) -> None:
     assert [e.id for e in examples] == [f"{path.name}/{n}" for n in single]
     assert f"{len(raw) - len(single)} of {len(raw)} records" in origin
     for n, e in zip(single, examples, strict=True):
-        said = f"\n\nHuman: {e.prompt}\n\nAssistant: {e.preferred}"
-        assert raw[n - 1]["chosen"].split() == said.split()
+        text = f"\n\nHuman: {e.prompt}\n\nAssistant: {e.preferred}"
+        assert raw[n - 1]["chosen"].split() == text.split()

@@ -75,7 +75,7 @@ def test_a_letter_beyond_the_options_is_none_of_them() -> None:
     assert parity("Answer: C", OPTIONS[:2]) == "C"  # the published rule looks for ten
 
 
-def test_equal_options_are_told_apart_by_their_letter_only() -> None:
+def test_equal_options_differ_by_their_letter_only() -> None:
     assert fixed("Answer: 4 kN", ("4 kN", "4 kN")) is None
     assert fixed("Answer: B", ("4 kN", "4 kN")) == "B"
 
@@ -104,7 +104,7 @@ def test_any_text_is_read(text: str) -> None:
     assert (parity(text, OPTIONS) or "a").upper() in data.LETTERS
 
 
-def test_an_answer_without_a_letter_is_wrong_and_says_so() -> None:
+def test_an_answer_without_a_letter_is_wrong() -> None:
     item = CapabilityItem("s/0", "q", "A", OPTIONS)
     right, raw = capability.grade_supergpqa(item, "so a gas, I think")
     assert not right
@@ -155,7 +155,7 @@ def test_items_of_one_discipline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("broken", "says"),
+    ("broken", "message"),
     [
         ({"answer_letter": "D"}, "record 1: answer_letter 'D' is not one of its options"),
         ({"options": "1"}, "record 1: options are not a list of 2 to 10"),
@@ -164,22 +164,22 @@ def test_items_of_one_discipline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_broken_records_are_named(
-    broken: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broken: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, [row(**broken)], monkeypatch)
-    with pytest.raises(LeewayError, match=says):
+    with pytest.raises(LeewayError, match=message):
         data.held_out_items()
 
 
-def test_a_template_of_one_s_own_is_told_apart_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_origin_has_the_hash_of_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, [row()], monkeypatch)
-    ours, told = data.held_out_items()
+    ours, origin = data.held_out_items()
     path = tmp_path / "supergpqa" / "prompts" / "zero-shot.yaml"
     path.write_text("prompt_format:\n  - |\n    Pick one, as in \\frac{{1}}{{2}}.\n\n    {}\n")
     theirs, other = data.held_out_items()
     assert theirs[0].prompt == "Pick one, as in \\frac{1}{2}.\n\nHow {much}?\nA) 1\nB) 2\nC) 3\n"
     assert ours[0].prompt != theirs[0].prompt
-    assert told.rsplit(" ", 1)[1] != other.rsplit(" ", 1)[1]
+    assert origin.rsplit(" ", 1)[1] != other.rsplit(" ", 1)[1]
     assert "LEEWAY_DATA/supergpqa/prompts/zero-shot.yaml" in other
     for text in ("prompt_format: []\n", "other: 1\n", "prompt_format: ['no slot']\n", "prompt_format: ['{} {}']\n"):
         path.write_text(text)

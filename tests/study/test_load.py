@@ -74,8 +74,8 @@ def test_an_auto_of_another_meaning_is_left_to_its_key() -> None:
 
 def test_auto_without_an_entry_is_an_error() -> None:
     for task in ("orgnism", "doubles"):
-        said = fault(STUDY, f"task={task}")
-        assert f"x.yaml: evals.capability: auto has no value for model organism and task {task}" in said
+        message = fault(STUDY, f"task={task}")
+        assert f"x.yaml: evals.capability: auto has no value for model organism and task {task}" in message
     assert "; did you mean 'organism'?; write the value" in fault(STUDY, "task=orgnism")
 
 
@@ -132,7 +132,7 @@ def test_legal_and_cyber_bring_no_data_and_are_graded_by_a_model(tmp_path: Path)
         load("objective-matters", (*own, "optim={lr: tuned}"))
 
 
-def test_supergpqa_is_trained_on_apart_from_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supergpqa_trains_on_other_questions_than_it_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [
         {
             "uuid": str(n),
@@ -149,8 +149,8 @@ def test_supergpqa_is_trained_on_apart_from_what_is_asked(tmp_path: Path, monkey
     monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
     spec = load("objective-matters", ("task=supergpqa-engineering", "model=organism"))
     trained, origin = train_examples(spec)
-    (asked, *_) = evals_of(spec, {})
-    test = {i.id for i in asked.items}  # type: ignore[attr-defined]
+    (capability, *_) = evals_of(spec, {})
+    test = {i.id for i in capability.items}  # type: ignore[attr-defined]
     assert not test & {e.id for e in trained}
     assert len(test) + len(trained) == 200
     assert 20 <= len(test) <= 60
@@ -158,5 +158,5 @@ def test_supergpqa_is_trained_on_apart_from_what_is_asked(tmp_path: Path, monkey
     sides = {n: supergpqa.share_of(str(records[n]["question"])) for n in range(200)}
     assert all(sides[n] == sides[n + 1] for n in range(0, 200, 2))  # the same words, cased and spaced otherwise
     assert trained[0].preferred.endswith("\n\nAnswer: A")
-    grade = asked.grade  # type: ignore[attr-defined]
-    assert grade(asked.items[0], f"{asked.items[0].options[0]}\n\nAnswer: A")[0]  # type: ignore[attr-defined]
+    grade = capability.grade  # type: ignore[attr-defined]
+    assert grade(capability.items[0], f"{capability.items[0].options[0]}\n\nAnswer: A")[0]  # type: ignore[attr-defined]

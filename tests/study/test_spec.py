@@ -1,4 +1,4 @@
-"""The study file: every fault at once, the nearest known key, presets that parse."""
+"""The study file: all errors at once, the nearest known key, presets that parse."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_budgets_may_be_written_with_units() -> None:
     assert parse(GOOD, "x", ("budgets=[500, 1.1k, 0.01M]",)).budgets == (500, 1100, 10_000)
 
 
-def test_all_faults_at_once_with_the_nearest_known_key() -> None:
+def test_all_errors_at_once_with_the_nearest_known_key() -> None:
     message = fault(GOOD + "seedz: [1]\noptim: {lrr: 1, batch: 0}\nadapter: {rank: 3}\n")
     for part in (
         "unknown key 'seedz'; did you mean 'seeds'?",
@@ -139,11 +139,11 @@ def test_all_faults_at_once_with_the_nearest_known_key() -> None:
         ("name.x=1", "override"),
     ],
 )
-def test_faults_say_what_and_where(override: str, part: str) -> None:
+def test_errors_name_the_place_and_the_fix(override: str, part: str) -> None:
     assert part in fault(GOOD, override)
 
 
-def test_a_fault_elsewhere_hides_no_other() -> None:
+def test_an_error_does_not_hide_others() -> None:
     message = fault(GOOD + "seedz: [1]\n", "budgets=[2k,1k]", "seeds=[0,0]", "objectives=[sft,sft]")
     for part in ("did you mean 'seeds'?", "must rise", "seeds: one is listed twice", "'sft' is listed twice"):
         assert part in message
@@ -159,7 +159,7 @@ def test_aliases_run_an_objective_twice() -> None:
     assert [getattr(o.build(), "weight", None) for o in spec.objectives] == [0.05, 0.2, 1.0]
 
 
-def test_scientific_notation_is_a_number_wherever_it_stands() -> None:
+def test_scientific_notation_is_a_number_at_every_place() -> None:
     assert parse(GOOD, "x", ("optim.lr=1e-3",)).optim.lr == 1e-3
     assert parse(GOOD, "x", ("optim.lr={sft: 1e-4, dpo: 5E-5}",)).optim.lr == {"sft": 1e-4, "dpo": 5e-5}
     assert parse(GOOD + "optim: {lr: {sft: 1e-4, dpo: 5e-5}}\n", "x").optim.lr == {"sft": 1e-4, "dpo": 5e-5}
@@ -188,7 +188,7 @@ def test_the_resolved_study_and_the_one_that_workers_get_are_the_study() -> None
         assert Spec.model_validate(spec.model_dump(mode="json", by_alias=True)) == spec
 
 
-def test_full_training_is_not_asked_for_in_bfloat16() -> None:
+def test_full_training_in_bfloat16_is_refused() -> None:
     assert "too coarse for adapter.kind: full" in fault(GOOD, "adapter.kind=full", "dtype=bfloat16")
     assert parse(GOOD, "x", ("adapter.kind=full", "dtype=float32")).weights == "float32"
 
@@ -220,9 +220,7 @@ def test_full_training_is_not_asked_for_in_bfloat16() -> None:
         ),
     ],
 )
-def test_a_folder_to_start_from_is_looked_into(
-    files: dict[str, str], kind: str, objective: str, part: str, tmp_path: Path
-) -> None:
+def test_a_start_folder_is_checked(files: dict[str, str], kind: str, objective: str, part: str, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     start = f"objectives=[{{a: {{{objective}: {{}}, start: {{adapter: {tmp_path}}}}}}}]"
@@ -245,12 +243,12 @@ def test_the_hash_sees_every_setting() -> None:
     assert isinstance(spec, Spec)
 
 
-def test_settings_that_something_uses_stay() -> None:
-    asked = (
+def test_settings_that_are_used_are_accepted() -> None:
+    overrides = (
         "evals.jailbreak={prompts: organism, judge: [organism, keywords], perplexity: true, samples: 2, temperature: 0.5}",  # noqa: E501
         f"evals.persona={{self_report: {{model: x, {AT}, max_calls: 2, concurrency: 2}}}}",
     )
-    spec = parse(GOOD, "x", asked)
+    spec = parse(GOOD, "x", overrides)
     assert [s.model for s in spec.evals.model_refs()] == ["x"]
     assert parse(spec.to_yaml(), "x").hash == spec.hash  # every default written out is still a default
 

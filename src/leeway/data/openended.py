@@ -30,8 +30,8 @@ def held_out_items(
 ) -> tuple[list[CapabilityItem], str]:
     """Return the items of a source (`id` is `<task>/<n>`), in its order, and their origin.
 
-    `source` is `lawbench`, `rule-qa`, the path of a file (.jsonl, .json, .csv, .tsv, .gz of them) or a hub id, whose
-    rows are in `<hub id>.jsonl` under LEEWAY_DATA if that is set.
+    `source` is `lawbench`, `rule-qa`, the path of a file (.jsonl, .json, .csv, .tsv, .gz of them) or a hub id (its rows
+    are read from `<hub id>.jsonl` under LEEWAY_DATA if that is set).
     """
     if source.endswith(KINDS):
         records: list[Record] = list(read(expand(source)))

@@ -30,7 +30,7 @@ from leeway.plugins import entry_points_of, load_entry_point
 
 GROUP = "leeway.tasks"  # entry points of tasks outside this package
 NEEDS = ("name", "grader", "max_new_tokens", "train_examples", "held_out_items", "as_item", "grade")
-EXACT = "exact"  # the grader of files: a wrong answer can be told from a rephrased one only where it is a number
+EXACT = "exact"  # the grader of files: only a number shows whether an answer is wrong or rephrased
 ORGANISM_EXAMPLES = 10_000
 ORGANISM_ITEMS = 200
 
@@ -237,6 +237,6 @@ def load_task(name: str, settings: TaskSettings | None = None) -> Task:
         return TASKS[name](settings or TaskSettings())
     point = entry_points_of(GROUP, "task", TASKS).get(name)
     if point is None:
-        raise LeewayError(f"there is no task {name!r}", fix=f"one of: {', '.join(task_names())}")
+        raise LeewayError(f"unknown task {name!r}", fix=f"one of: {', '.join(task_names())}")
     task: Task = load_entry_point(point, "task", NEEDS)
     return task

@@ -1,4 +1,4 @@
-"""What is trained on, as a person can check it in ten seconds: rendered text with the targets marked."""
+"""`leeway show`: what each objective trains on, as rendered text with the targets marked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEASURED_OPEN, MEASURED_CLOSE = "⟨", "⟩"
 
 
 def show(spec: Spec, n: int) -> str:
-    """The first `n` examples of the first seed's stream under every objective, targets between ⟦ and ⟧."""
+    """Return the first `n` examples of the first seed's stream under every objective, targets between ⟦ and ⟧."""
     prepared = prepare(spec)
     seed = spec.seeds[0]
     lines = [
@@ -27,17 +27,17 @@ def show(spec: Spec, n: int) -> str:
         lines.append(f"rejected answers ({spec.pairs.from_}) are drawn when the study runs: preferred ones are shown")
     for alias in prepared.objectives:
         renderer = prepared.renderer(alias, seed)
-        slots = [slot for step in prepared.schedules[alias, seed].steps for slot in step][:n]
-        lines += [line for slot in slots for line in _of_slot(alias, renderer, slot)]
+        items = [item for step in prepared.schedules[alias, seed].steps for item in step][:n]
+        lines += [line for item in items for line in _lines_of(alias, renderer, item)]
     return "\n".join(lines)
 
 
-def _of_slot(alias: str, renderer: Renderer, slot: StreamItem) -> Iterator[str]:
-    rendered, baseline = renderer.rendered(slot), renderer.baseline(slot)
-    targets, processed = sum(s.targets for s in rendered), renderer.processed(slot)
+def _lines_of(alias: str, renderer: Renderer, item: StreamItem) -> Iterator[str]:
+    rendered, baseline = renderer.rendered(item), renderer.baseline(item)
+    targets, processed = sum(s.targets for s in rendered), renderer.processed(item)
     needs = renderer.objective.needs_reference != "nothing"
     yield (
-        f"\n── {alias} · {slot.example.id}: {len(rendered) + len(baseline)} sequences, {targets:,} target tokens, "
+        f"\n── {alias} · {item.example.id}: {len(rendered) + len(baseline)} sequences, {targets:,} target tokens, "
         f"{processed:,} processed{', as many again by the reference' if needs else ''}"
     )
     for s in rendered:
@@ -49,7 +49,7 @@ def _of_slot(alias: str, renderer: Renderer, slot: StreamItem) -> Iterator[str]:
 
 
 def marked(renderer: Renderer, sequence: Sequence) -> str:
-    """The sequence's text, special tokens and all, with what is learned from marked."""
+    """Return the text of a sequence with its special tokens, targets and measured tokens marked."""
 
     def text(start: int, end: int) -> str:
         return str(renderer.chat.tokenizer.decode(list(sequence.ids[start:end])))
