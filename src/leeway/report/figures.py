@@ -171,30 +171,30 @@ def _by_budget_panel(
     gap = min(np.diff(sorted(place.values())), default=1.0) if len(place) > 1 else 1.0
     width = 0.55 * float(gap)
     _base_lines(ax, table, lines, marks)
-    for n, one in enumerate(lines):
-        own = one.of(table)
+    for n, series in enumerate(lines):
+        own = series.of(table)
         own = own[own["rate"].notna()]
         x = np.array([place[int(b)] for b in own["budget"]]) + width * ((n + 0.5) / len(lines) - 0.5)
-        (line,) = ax.plot(x, own["rate"], color=one.colour, zorder=3, linewidth=1.3)
-        marks.add(line, one)
+        (line,) = ax.plot(x, own["rate"], color=series.colour, zorder=3, linewidth=1.3)
+        marks.add(line, series)
         for at, point in zip(x, own.to_dict("records"), strict=True):
-            _point(ax, float(at), point, one, marks, unit)
+            _point(ax, float(at), point, series, marks, unit)
     ax.set_xticks(list(place.values()), [unit.tick(b) for b in budgets])
     ax.set_xlim(min(place.values(), default=0) - 0.55 * gap, max(place.values(), default=1) + 0.55 * gap)
     ax.set_ylim(bottom=0)
     ax.grid(axis="x", visible=False)
 
 
-def _point(ax: Axes, x: float, point: dict[Any, Any], one: Series, marks: Marks, unit: BudgetUnit) -> None:
+def _point(ax: Axes, x: float, point: dict[Any, Any], series: Series, marks: Marks, unit: BudgetUnit) -> None:
     """Plot one rate and its interval."""
     budget, (rate, low, high) = int(point["budget"]), (point[k] for k in ("rate", "low", "high"))
-    bar = ax.vlines(x, low, high, color=one.colour, linewidth=1, alpha=0.55, zorder=2)
-    marks.add(bar, one, budget=budget)
-    (dot,) = ax.plot(x, rate, linestyle="", zorder=3, **marker(one, small=True))
+    bar = ax.vlines(x, low, high, color=series.colour, linewidth=1, alpha=0.55, zorder=2)
+    marks.add(bar, series, budget=budget)
+    (dot,) = ax.plot(x, rate, linestyle="", zorder=3, **marker(series, small=True))
     label = (
-        f"{one.label} {unit.at(budget)}: {point['label']} {formatting.percent_ci(rate, low, high)}, n {point['n']:,}"
+        f"{series.label} {unit.at(budget)}: {point['label']} {formatting.percent_ci(rate, low, high)}, n {point['n']:,}"
     )
-    marks.add(dot, one, budget=budget, label=label)
+    marks.add(dot, series, budget=budget, label=label)
 
 
 def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks) -> None:
@@ -229,8 +229,8 @@ def _capability_and_asr(rates: pd.DataFrame) -> pd.DataFrame | None:
     return x.join(y, how="inner").dropna().reset_index()
 
 
-def _path(wide: pd.DataFrame, one: Series) -> pd.DataFrame:
-    return pd.concat([one.base_of(wide), one.of(wide)])
+def _path(wide: pd.DataFrame, series: Series) -> pd.DataFrame:
+    return pd.concat([series.base_of(wide), series.of(wide)])
 
 
 def _label_ends(ax: Axes, path: pd.DataFrame, unit: BudgetUnit) -> None:
@@ -256,11 +256,11 @@ def _label_ends(ax: Axes, path: pd.DataFrame, unit: BudgetUnit) -> None:
 def _label_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks) -> None:
     """Label the lines at the right end, with their markers, without overlaps."""
     ends: list[tuple[float, str, Series | None]] = []
-    for one in lines:
-        own = one.of(table)
+    for series in lines:
+        own = series.of(table)
         own = own[own["rate"].notna()]
         if len(own):
-            ends.append((float(own["rate"].iloc[-1]), one.label, one))
+            ends.append((float(own["rate"].iloc[-1]), series.label, series))
     base = table[(table["objective"] == BASE) & (table["condition"] == PLAIN)]["rate"].dropna()
     if len(base):
         ends.append((float(base.iloc[0]), "base", None))
@@ -317,8 +317,8 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
     for ax, measure in zip(axes, names, strict=True):
         own = table[table["measure"] == measure]
         ax.axvline(0, color=INK, linewidth=0.9, zorder=1)
-        for n, one in enumerate(lines):
-            _contrast(ax, one, one.of(own), len(lines) - 1 - n, marks)
+        for n, series in enumerate(lines):
+            _contrast(ax, series, series.of(own), len(lines) - 1 - n, marks)
         ax.set_title(textwrap.fill(str(own["label"].iloc[0]), 84 // len(names)))
         left, right = ax.get_xlim()
         digits = 0 if right - left > 0.04 else 1 if right - left > 0.004 else 2
@@ -344,22 +344,22 @@ def _tick(value: float, _: int, digits: int) -> str:
     return formatting.points(value, digits)
 
 
-def _contrast(ax: Axes, one: Series, line: pd.DataFrame, y: int, marks: Marks) -> None:
+def _contrast(ax: Axes, series: Series, line: pd.DataFrame, y: int, marks: Marks) -> None:
     if line.empty or math.isnan(line["difference"].iloc[0]):
         text = ax.text(0, y, " not available", va="center", fontsize=7.5, color=SOFT)
         note = "" if line.empty else f": {line['note'].iloc[0]}"
-        marks.add(text, one, label=f"{one.label}: not available{note}")
+        marks.add(text, series, label=f"{series.label}: not available{note}")
         return
     found = line.iloc[0]
     significant = found["p_holm"] < LEVEL
-    (bar,) = ax.plot([found["low"], found["high"]], [y, y], color=one.colour, linewidth=1.6, zorder=2)
-    look: dict[str, Any] = {"color": one.colour, "markerfacecolor": one.colour if significant else "white"}
+    (bar,) = ax.plot([found["low"], found["high"]], [y, y], color=series.colour, linewidth=1.6, zorder=2)
+    look: dict[str, Any] = {"color": series.colour, "markerfacecolor": series.colour if significant else "white"}
     (dot,) = ax.plot(found["difference"], y, marker="o", markersize=6, zorder=3, **look)
     low, high = formatting.points(found["low"]), formatting.points(found["high"])
-    label = f"{one.label}, {found['label']}: {formatting.points(found['difference'])} points "
+    label = f"{series.label}, {found['label']}: {formatting.points(found['difference'])} points "
     label += f"(95% CI {low} to {high}), p (Holm) {formatting.p_value(found['p_holm'])}"
-    marks.add(bar, one)
-    marks.add(dot, one, label=label)
+    marks.add(bar, series)
+    marks.add(dot, series, label=label)
 
 
 def _significance(figure: Figure) -> None:
@@ -383,13 +383,13 @@ def by_attack(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKEN
     height = 0.25 * len(attacks) + 0.62
     figure, axes = grid(len(lines), columns=columns, height=height, top=0.1, left=0.13, bottom=0.3)
     highest, marks = max(0.2, float(table["rate"].max())), Marks()
-    for ax, one in zip(axes, lines, strict=True):
-        own = pd.concat([one.base_of(table), one.of(table)])
-        marks.add(ax, one)
-        _heat(ax, one, own, [str(a) for a in attacks], budgets, highest, marks, unit)
+    for ax, series in zip(axes, lines, strict=True):
+        own = pd.concat([series.base_of(table), series.of(table)])
+        marks.add(ax, series)
+        _heat(ax, series, own, [str(a) for a in attacks], budgets, highest, marks, unit)
         ax.set_xticks(np.arange(len(budgets)) + 0.5, [_short(b, unit) for b in budgets], fontsize=7)
         ax.set_yticks(np.arange(len(attacks)) + 0.5, [formatting.attack_name(str(a)) for a in attacks])
-        panel_title(ax, one)
+        panel_title(ax, series)
     return finish(
         figure,
         "by-attack",
@@ -404,7 +404,7 @@ def by_attack(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKEN
 
 def _heat(
     ax: Axes,
-    one: Series,
+    series: Series,
     own: pd.DataFrame,
     attacks: list[str],
     budgets: list[int],
@@ -417,14 +417,14 @@ def _heat(
     for (i, attack), (j, budget) in product(enumerate(attacks), enumerate(budgets)):
         cell = cells.get((attack, budget))
         rate = float(cell["rate"]) if cell else math.nan
-        keys: dict[str, Any] = {"line": one, "budget": None if budget == BASE_BUDGET else budget, "attack": attack}
+        keys: dict[str, Any] = {"line": series, "budget": None if budget == BASE_BUDGET else budget, "attack": attack}
         if cell and not math.isnan(rate):
             colour = HEAT(rate / highest)
             box = ax.add_patch(Rectangle((j, i), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.4))
             name = (
-                formatting.objective_name(BASE, one.condition)
+                formatting.objective_name(BASE, series.condition)
                 if budget == BASE_BUDGET
-                else f"{one.label} {unit.at(budget)}"
+                else f"{series.label} {unit.at(budget)}"
             )
             asr = formatting.percent_ci(rate, cell["low"], cell["high"])
             label = f"{name}, {formatting.attack_name(attack)}: ASR {asr}"
@@ -460,12 +460,12 @@ def outcomes(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
     x = np.arange(len(budgets)) + 0.25 * (np.array(budgets) > BASE_BUDGET)
     figure, axes = grid(len(lines), height=1.9, top=0.28, bottom=0.3)
     marks = Marks()
-    for ax, one in zip(axes, lines, strict=True):
-        own = pd.concat([one.base_of(chosen), one.of(chosen)]).set_index("budget").reindex(budgets)
-        marks.add(ax, one)
-        _stacked_bars(ax, x, own, one, marks, unit)
+    for ax, series in zip(axes, lines, strict=True):
+        own = pd.concat([series.base_of(chosen), series.of(chosen)]).set_index("budget").reindex(budgets)
+        marks.add(ax, series)
+        _stacked_bars(ax, x, own, series, marks, unit)
         ax.set_xticks(x, [_short(b, unit) for b in budgets], fontsize=7)
-        panel_title(ax, one)
+        panel_title(ax, series)
     handles = [
         Patch(facecolor=FILLS[o][0], hatch=FILLS[o][1], edgecolor=EDGE, linewidth=0.3, label=o) for o in OUTCOMES
     ]
@@ -482,7 +482,12 @@ def outcomes(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
 
 
 def _stacked_bars(
-    ax: Axes, x: np.ndarray[Any, np.dtype[np.float64]], own: pd.DataFrame, one: Series, marks: Marks, unit: BudgetUnit
+    ax: Axes,
+    x: np.ndarray[Any, np.dtype[np.float64]],
+    own: pd.DataFrame,
+    series: Series,
+    marks: Marks,
+    unit: BudgetUnit,
 ) -> None:
     floor = np.zeros(len(x))
     for outcome in reversed(OUTCOMES):
@@ -501,9 +506,13 @@ def _stacked_bars(
         floor += share
         for bar, budget, height in zip(bars, own.index, share, strict=True):
             of_base = budget == BASE_BUDGET
-            name = formatting.objective_name(BASE, one.condition) if of_base else f"{one.label} {unit.at(int(budget))}"
+            name = (
+                formatting.objective_name(BASE, series.condition)
+                if of_base
+                else f"{series.label} {unit.at(int(budget))}"
+            )
             label = f"{name}: {formatting.percent(height)} of responses {outcome}" if height else ""
-            marks.add(bar, one, budget=None if of_base else int(budget), label=label)
+            marks.add(bar, series, budget=None if of_base else int(budget), label=label)
     for place in x[own[OUTCOMES].isna().all(axis=1).to_numpy()]:
         ax.text(place, 0.02, "–", ha="center", va="bottom", fontsize=7.5, color=INK)
     ax.set_ylim(0, 1)
