@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from leeway.report import formatting
 from leeway.report.figures import _label_ends, spread_labels
 from leeway.report.formatting import TOKENS
+from leeway.report.plotting import PERCENT
 from leeway.report.verdict import verdict
 
 
@@ -25,6 +26,10 @@ def test_points_are_signed_without_negative_zero():
     assert [formatting.points(v) for v in (0.031, -0.004, -0.0001, float("nan"))] == ["+3.1", "−0.4", "0.0", "–"]
     assert [formatting.p_value(v) for v in (0.0421, 0.0004)] == ["0.042", "<0.001"]
     assert formatting.join_and(["a", "b", "c"]) == "a, b and c"
+
+
+def test_percent_ticks_are_exact():
+    assert [PERCENT(v, 0) for v in (0.0, 0.025, 0.1, 0.3, 1.0)] == ["0%", "2.5%", "10%", "30%", "100%"]
 
 
 def test_invisible_text_is_escaped():
