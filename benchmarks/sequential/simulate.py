@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.statistics.studies import Setting, differences
-from leeway.stats.anytime import Anytime, evidence
+from leeway.stats.anytime import Anytime, log_capital
 from leeway.stats.cluster_tests import wild_cluster
 from leeway.stats.contrasts import holm
 from leeway.stats.sequential import LEVEL, MARGIN, looks
@@ -37,8 +37,8 @@ def moves(setting: Setting, studies: int, seed: int) -> Iterator[Floats]:
 def until_decided(moves_C: Floats, level: float, margin: float = MARGIN) -> Ended:
     """One checkpoint asked as a study asks it; all its looks are read off one pass over its prompts."""
     up_C, down_C = (1 + moves_C) / 2, (1 - moves_C) / 2
-    moved_C = np.maximum(evidence(up_C, 0.5), evidence(down_C, 0.5))
-    same_C = np.minimum(evidence(up_C, (1 - margin) / 2), evidence(down_C, (1 - margin) / 2))
+    moved_C = np.maximum(log_capital(up_C, 0.5), log_capital(down_C, 0.5))
+    same_C = np.minimum(log_capital(up_C, (1 - margin) / 2), log_capital(down_C, (1 - margin) / 2))
     needed = np.log(2 / level)
     for size in looks(len(moves_C)):
         said = "different" if moved_C[size - 1] >= needed else "equivalent" if same_C[size - 1] >= needed else ""

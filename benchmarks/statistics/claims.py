@@ -19,7 +19,7 @@ CLAIMS: list[dict[str, object]] = [
     {"kind": "moves", "measure": "asr", "objectives": "sft", "direction": "up", "margin": 0.05},
     {"kind": "ranks", "measure": "accuracy", "higher": "sft", "lower": "kl"},
     {"kind": "moves", "measure": "accuracy", "objectives": "kl", "direction": "down"},
-    {"kind": "alike", "measure": "asr", "objectives": ["sft", "kl"], "margin": 0.05},
+    {"kind": "equivalent", "measure": "asr", "objectives": ["sft", "kl"], "margin": 0.05},
     {"kind": "steeper", "measure": "accuracy", "higher": "sft", "lower": "kl"},
 ]
 
@@ -27,7 +27,7 @@ CLAIMS: list[dict[str, object]] = [
 def wrong_verdicts(studies: int) -> Iterator[Finding]:
     """Every claim is false by a hair and so is its contrary: each verdict but inconclusive is wrong."""
     studies = max(studies // 10, 50)
-    claims = build([{"id": f"c{n}", "says": "on the border", **c} for n, c in enumerate(CLAIMS)])
+    claims = build([{"id": f"c{n}", "statement": "on the border", **c} for n, c in enumerate(CLAIMS)])
     for seeds, prompts in (((0,), 100), ((0, 1, 2), 60)):
         tuned = {"sft": (EDGE, EDGE), "kl": (STILL, STILL)}
         world = World(STILL, tuned, (1000, 2000), seeds, items=150, prompts=prompts, statements=120)

@@ -11,7 +11,7 @@ from benchmarks.statistics.difference import FEW, LEVEL, RESAMPLES
 from benchmarks.statistics.finding import COVER_90, SIZE, Finding
 from benchmarks.statistics.studies import Setting, pulls
 from benchmarks.statistics.world import Alike
-from leeway.stats.cluster_tests import Bounds, bounds
+from leeway.stats.cluster_tests import BoundDraws, bound_draws
 
 AT_MARGIN = [
     Setting(300, 0.1, 0.15),
@@ -76,11 +76,11 @@ def _shares(setting: Setting, studies: int, seed: int) -> tuple[float, ...]:
     return tuple(float(np.concatenate(block).mean()) for block in zip(*found, strict=True))
 
 
-def _drawn(setting: Setting, studies: int, seed: int) -> Iterator[Bounds]:
+def _drawn(setting: Setting, studies: int, seed: int) -> Iterator[BoundDraws]:
     for block in pulls(setting, studies, seed):
-        yield bounds(block, np.full_like(block, 1 / setting.prompts), resamples=RESAMPLES, seed=seed)
+        yield bound_draws(block, np.full_like(block, 1 / setting.prompts), resamples=RESAMPLES, seed=seed)
 
 
-def _equivalent(drawn: Bounds, margin: float) -> NDArray[np.bool_]:
+def _equivalent(drawn: BoundDraws, margin: float) -> NDArray[np.bool_]:
     at = np.full(drawn.lower_RM.shape[1], margin)
     return np.asarray(np.maximum(drawn.p_below(at), drawn.p_above(-at)) <= LEVEL)

@@ -12,7 +12,7 @@ from benchmarks.statistics.finding import COVER, SIZE, Finding
 from benchmarks.statistics.studies import Setting, pairs, pulls
 from benchmarks.statistics.world import Alike, scores
 from leeway.stats.cluster_tests import wild_cluster
-from leeway.stats.contrasts import detectable, over_runs, standard_error
+from leeway.stats.contrasts import minimal_detectable_effect, seed_interval, standard_error
 from leeway.stats.intervals import estimate
 
 LARGE = "runs differ more than prompts do"
@@ -38,7 +38,7 @@ def _missed(setting: Setting, studies: int, seed: int) -> tuple[float, float]:
     both, alone = [], []
     for p in pairs(setting, studies, seed):
         difference, se = float((p.value - p.base).mean()), standard_error(p)
-        low, high = over_runs(difference, se, p)
+        low, high = seed_interval(difference, se, p)
         both.append(not low <= setting.difference <= high)
         alone.append(abs(difference - setting.difference) > 1.98 * se)
     return float(np.mean(both)), float(np.mean(alone))
@@ -80,5 +80,5 @@ def _mean_mde(setting: Setting, studies: int, seed: int) -> float:
     found = []
     for p in pairs(setting, studies, seed):
         moved = int((np.bincount(p.clusters, weights=np.abs(p.value - p.base)) > 0).sum())
-        found.append(detectable(standard_error(p), setting.prompts, moved))
+        found.append(minimal_detectable_effect(standard_error(p), setting.prompts, moved))
     return float(np.mean(found))

@@ -18,8 +18,8 @@ import pandas as pd
 
 from benchmarks.statistics.world import AXES, CONDITIONS, Alike, Rates, World, checkpoints, rows, scores
 from leeway.stats import budget_curves, interaction
-from leeway.stats.bootstrap import Draws, _Block, draws, multinomial, trajectories
-from leeway.stats.interaction import _check, _pair, _Slope
+from leeway.stats.bootstrap import Draws, MeasureCounts, draws, multinomial_weights, trajectories
+from leeway.stats.interaction import Slope, joint_bootstrap_line, pair_line
 
 # the package exports functions of the same names
 
@@ -86,8 +86,8 @@ class Simulation:
             sums, counts = self.arranged(score)
             mine = self.columns[measure]
             sets = [seeds if o != "base" else (0,) for o in cells.loc[mine, "objective"]]
-            block = _Block(cells.loc[mine], sums, counts, sets, np.ones(len(mine)))
-            weights = multinomial(len(sums), self.resamples, rng)
+            block = MeasureCounts(cells.loc[mine], sums, counts, sets, np.ones(len(mine)))
+            weights = multinomial_weights(len(sums), self.resamples, rng)
             alone = np.ones((self.resamples, 1))
             drawn_RK[:, mine] = block.rates(weights, {(0,): alone} | {seeds: outer if len(seeds) > 1 else alone})
             shares_CK[np.ix_(np.arange(top, top + len(sums)), mine)] = block.shares()
@@ -124,16 +124,17 @@ class Simulation:
             prompt, attack, _ = np.indices(score_KCAS.shape[1:]).reshape(3, -1)
             part = {"trajectory": list(self.world.tuned).index(at.objective), "x": np.log2(at.budget)}
             parts.append(pd.DataFrame({"cluster": prompt, "attack": attack, "value": score_KCAS[k].ravel()} | part))
-        p = interaction.joint(pd.concat(parts), len(self.world.tuned)).p
+        p = interaction.gee_test(pd.concat(parts), len(self.world.tuned)).p
         return {f"{measure}: GEE, equal slopes rejected ({'null' if self.alike(measure) else 'power'})": rejected(p)}
 
     def divergence(self, drawn: Draws, measure: str) -> Found:
-        slopes = [_Slope.of(t, drawn) for t in self.along[measure]]
+        slopes = [Slope.of(t, drawn) for t in self.along[measure]]
         names = [s.trajectory.objective for s in slopes]
         true = {n: float(slopes[0].weights_B @ self.curve(n, measure)[1:]) for n in names}
-        one, pair = slopes[0].line(measure), _pair(slopes[0], slopes[1], drawn, measure)
+        one, pair = slopes[0].line(measure), pair_line(slopes[0], slopes[1], drawn, measure)
         kind = "null" if self.alike(measure) else "power"
-        found = {f"{measure}: bootstrap, equal slopes rejected ({kind})": rejected(_check(slopes, measure)["p"])}
+        p_joint = joint_bootstrap_line(slopes, measure)["p"]
+        found = {f"{measure}: bootstrap, equal slopes rejected ({kind})": rejected(p_joint)}
         found[f"{measure}: slope held"] = held(one, true[names[0]])
         if abs(true[names[0]]) < 1e-12:
             found[f"{measure}: slope rejected (null)"] = rejected(one["p"])

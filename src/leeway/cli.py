@@ -417,10 +417,10 @@ def gate(
 
     from leeway.gate import gate as decide
     from leeway.gate.decide import EXIT
-    from leeway.gate.output import show
+    from leeway.gate.output import print_gate
 
     decision = decide(directory, rule, out)
-    show(decision, Console())
+    print_gate(decision, Console())
     raise typer.Exit(EXIT[decision.outcome])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from leeway import yaml_config
-from leeway.claims import BUNDLED, KINDS, build, hash_of, load, restored, stored
+from leeway.claims import BUNDLED, KINDS, build, from_manifest, hash_claims, load, to_manifest
 from leeway.claims.schema import NoDrift
 from leeway.errors import LeewayError
 from leeway.study.eval_spec import measure_names
@@ -23,7 +23,7 @@ evals:
   persona: {source: organism}
   jailbreak: {prompts: organism, attacks: [none, dan], judge: organism}
 """
-ONE = "{id: a, says: It stays., kind: no_drift, measure: endorsement, objectives: my-orpo, margin: 0.02}"
+ONE = "{id: a, statement: It stays., kind: no_drift, measure: endorsement, objectives: my-orpo, margin: 0.02}"
 
 
 def fault(claims: str) -> str:
@@ -49,7 +49,7 @@ def test_claims_are_part_of_the_study():
     assert again.hash == whole.hash
     assert again.claims is not None
     assert whole.claims is not None
-    assert again.claims.hash == whole.claims.hash == hash_of(yaml_config.load(whole.to_yaml())["claims"])
+    assert again.claims.hash == whole.claims.hash == hash_claims(yaml_config.load(whole.to_yaml())["claims"])
     assert (
         type(whole).model_validate(whole.model_dump(mode="json", by_alias=True)).hash == whole.hash
     )  # as workers get it
@@ -66,7 +66,9 @@ def test_a_file_is_found_beside_the_study_and_one_in_an_override_from_where_the_
     assert beside is not None
     assert elsewhere is not None
     assert (beside.name, elsewhere.name, elsewhere.version) == ("claims", "other", 3)
-    with pytest.raises(LeewayError, match=r"claims: nil\.yaml: neither a file .* nor a set; give a file, or one of"):
+    with pytest.raises(
+        LeewayError, match=r"claims: nil\.yaml: neither a file .* nor a bundled set; give a file, or one of"
+    ):
         load_study("there/study.yaml", ("claims=nil.yaml",))
     with pytest.raises(LeewayError, match="did you mean 'objective-matters'"):
         load_study("there/study.yaml", ("claims=objective-matter",))
@@ -75,7 +77,7 @@ def test_a_file_is_found_beside_the_study_and_one_in_an_override_from_where_the_
 def test_all_faults_of_all_claims_at_once():
     message = fault("[{id: a, kind: no_drift, measur: asr, objectives: sft, margin: 2}, {id: b, kind: movs}, 3]")
     for part in (
-        "a: says is missing",
+        "a: statement is missing",
         "a: measure is missing",
         "a: margin: input should be less than 1",
         "a: unknown key 'measur'; did you mean 'measure'?",
@@ -88,17 +90,17 @@ def test_all_faults_of_all_claims_at_once():
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (("my-orpo", "my-orp"), "a: 'my-orp' is no objective of this study; did you mean 'my-orpo'?"),
+        (("my-orpo", "my-orp"), "a: 'my-orp' is not an objective of this study; did you mean 'my-orpo'?"),
         (("endorsement", "endorsment"), "a: 'endorsment' is not measured here; did you mean 'endorsement'?"),
         (("endorsement", "sd3"), "a: 'sd3' is not measured here"),
         (
             ("margin: 0.02", "margin: 0.02, at: 3k"),
-            "a: 3000 is no budget of this study (there are: 1,000, 2,000, 4,000)",
+            "a: 3000 is not a budget of this study (there are: 1,000, 2,000, 4,000)",
         ),
-        (("margin: 0.02", "margin: 0.02, at: 0.3"), "a: 0.3 is no budget of this study"),
-        (("margin: 0.02", "margin: 0.02, up_to: 0.1"), "a: no budget lies between 0 and 400"),
-        (("margin: 0.02", "margin: 0.02, at: 1k, from: 2k"), "a: at names budgets, from and up_to a span of them"),
-        (("margin: 0.02", "margin: 0.02, at: middle"), "is no budget: give 200k, a share of the largest such as 0.25"),
+        (("margin: 0.02", "margin: 0.02, at: 0.3"), "a: 0.3 is not a budget of this study"),
+        (("margin: 0.02", "margin: 0.02, up_to: 0.1"), "a: no budget between 0 and 400"),
+        (("margin: 0.02", "margin: 0.02, at: 1k, from: 2k"), "a: at lists budgets, from and up_to give a range"),
+        (("margin: 0.02", "margin: 0.02, at: middle"), "is not a budget: give 200k, a share of the largest (0.25)"),
         (("objectives: my-orpo", "objectives: [sft, sft]"), "a: objectives: 'sft' is listed twice"),
         (("margin: 0.02", "margin: 0"), "a: margin: input should be greater than 0"),
     ],
@@ -131,7 +133,7 @@ def test_a_claim_may_allow_for_what_is_absent():
 )
 def test_budgets_are_named_in_tokens_or_as_shares_of_the_largest(places: dict[str, object], expected: tuple[int, ...]):
     claim = NoDrift.model_validate(
-        {"id": "a", "says": "x", "measure": "asr", "objectives": ["sft"], "margin": 0.05} | places
+        {"id": "a", "statement": "x", "measure": "asr", "objectives": ["sft"], "margin": 0.05} | places
     )
     budgets = (25, 50, 100, 200, 400, 800)
     assert claim.budgets_of(budgets) == (expected, "")
@@ -143,7 +145,7 @@ def test_budgets_are_named_in_tokens_or_as_shares_of_the_largest(places: dict[st
 @pytest.mark.parametrize("name", BUNDLED)
 def test_the_bundled_sets_fit_the_demo_and_say_where_each_claim_is_from(name: str):
     claims = load(name)
-    assert all(c.source and c.ours for c in claims.claims)
+    assert all(c.source and c.assumptions for c in claims.claims)
     demo = load_study("demo", (f"claims={name}",))
     budgets = [
         f
@@ -157,11 +159,11 @@ def test_the_bundled_sets_fit_the_demo_and_say_where_each_claim_is_from(name: st
 
 def test_what_a_manifest_keeps_comes_back_or_is_refused():
     claims = load("objective-matters")
-    kept = stored(claims)
-    assert restored(kept) == claims
+    kept = to_manifest(claims)
+    assert from_manifest(kept) == claims
     kept["list"][0]["margin"] = 0.06
-    with pytest.raises(ValueError, match="not what their hash was taken of"):
-        restored(kept)
+    with pytest.raises(ValueError, match="they do not match their hash"):
+        from_manifest(kept)
 
 
 def test_every_kind_is_reachable_by_its_name():
@@ -170,7 +172,7 @@ def test_every_kind_is_reachable_by_its_name():
 
 
 def test_two_claims_of_one_name():
-    with pytest.raises(ValueError, match="a is the id of two claims"):
+    with pytest.raises(ValueError, match="two claims have the id a"):
         build(yaml_config.load(f"[{ONE}, {ONE}]"))
 
 

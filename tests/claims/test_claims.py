@@ -14,7 +14,7 @@ import synthetic
 
 from benchmarks.statistics.world import Alike, Rates, World, rows
 from leeway import yaml_config
-from leeway.claims import build, stored
+from leeway.claims import build, to_manifest
 from leeway.claims.comparisons import EvaluationContext
 from leeway.claims.evaluate import correction, judge
 from leeway.errors import LeewayError
@@ -34,7 +34,7 @@ def bench(tuned: dict[str, tuple[Rates, ...]], seed: int = 0, resamples: int = 2
 
 
 def judged(of: EvaluationContext, *claims: dict[str, object]) -> pd.DataFrame:
-    return judge(build([{"id": f"c{n}", "says": "x", **c} for n, c in enumerate(claims)]), of)
+    return judge(build([{"id": f"c{n}", "statement": "x", **c} for n, c in enumerate(claims)]), of)
 
 
 def verdicts(of: EvaluationContext, *claims: dict[str, object]) -> list[str]:
@@ -75,7 +75,7 @@ def test_of_one_objective(apart: EvaluationContext, claim: dict[str, object], of
 @pytest.mark.parametrize(
     ("claim", "expected"),
     [
-        ({"kind": "alike", "measure": "asr", "margin": 0.1}, "contradicted"),
+        ({"kind": "equivalent", "measure": "asr", "margin": 0.1}, "contradicted"),
         ({"kind": "differ", "measure": "asr", "margin": 0.1}, "supported"),
         ({"kind": "differ", "measure": "asr", "margin": 0.1, "at": "smallest"}, "contradicted"),
         ({"kind": "diverges", "measure": "asr", "margin": 0.01}, "supported"),
@@ -120,16 +120,16 @@ def test_few_items_decide_nothing_and_say_what_they_would_have_seen():
     found = judged(bench({"sft": (STILL,)}, items=12, statements=12), NO_DRIFT | {"measure": "accuracy"}).iloc[0]
     assert found["verdict"] == "inconclusive"
     assert found["mde"] > 0.2
-    assert f"a true value of {100 * found['mde']:.1f} points is seen with 80% power" in found["why"]
+    assert f"12 prompts detect a true value of {100 * found['mde']:.1f} points with 80% power" in found["why"]
     assert "one training seed" in found["why"]
 
 
 def test_one_comparison_of_several_refutes_and_all_are_needed_to_support(apart: EvaluationContext):
     both = judged(apart, NO_DRIFT | {"objectives": ["kl", "sft"]}).iloc[0]
     assert both["verdict"] == "contradicted"
-    assert both["where"].startswith("sft − base")
+    assert both["comparison"].startswith("sft − base")
     assert both["n_tests"] == 6
-    assert "The contrary is shown, that there is a difference of more than 5.0 points in one of 6" in both["why"]
+    assert "The opposite is shown (there is a difference of more than 5.0 points in one of 6" in both["why"]
     alone = [judged(apart, NO_DRIFT | {"objectives": o}).iloc[0] for o in ("kl", "sft")]
     assert both["p"] == max(a["p"] for a in alone)  # intersection–union: no correction inside
 
@@ -165,9 +165,7 @@ def test_one_budget_is_no_slope_and_an_absent_objective_no_error_where_allowed()
     absent = {"if_absent": "inconclusive", "kind": "diverges", "measure": "asr", "objectives": ["sft", "nil"]}
     found = judged(bench({"sft": (STILL,), "kl": (STILL,)}), absent | {"margin": 0.05})
     assert found["verdict"][0] == "inconclusive"
-    assert found["why"][0].startswith(
-        "Not put to the test: 'nil' is no objective of this study; a slope needs two budgets"
-    )
+    assert found["why"][0].startswith("Not tested: 'nil' is not an objective of this study; a slope needs two budgets")
 
 
 def test_several_seeds_say_nothing_of_one():
@@ -204,8 +202,8 @@ def test_false_claims_are_seldom_supported_and_true_ones_seldom_contradicted():
 
 
 CLAIMS = [
-    {"id": "sft-drifts", "says": "SFT <b>drifts</b>.", "source": "a paper", "ours": "the margin", **DRIFT},
-    {"id": "kl-stays", "says": "KL stays.", **NO_DRIFT, "objectives": "kl", "margin": 0.1},
+    {"id": "sft-drifts", "statement": "SFT <b>drifts</b>.", "source": "a paper", "assumptions": "the margin", **DRIFT},
+    {"id": "kl-stays", "statement": "KL stays.", **NO_DRIFT, "objectives": "kl", "margin": 0.1},
 ]
 
 
@@ -224,7 +222,7 @@ def declare(run: Path, claims: list[dict[str, object]] = CLAIMS) -> None:
     """As `leeway run` writes them before training."""
     found = build(claims)
     manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps(manifest | {"claims": stored(found)}))
+    (run / "manifest.json").write_text(json.dumps(manifest | {"claims": to_manifest(found)}))
     study = yaml_config.load((run / "study.yaml").read_text())
     (run / "study.yaml").write_text(yaml_config.dump(study | {"claims": found.to_plain()}))
 
@@ -241,8 +239,8 @@ def test_declared_claims_are_in_the_table_the_page_and_the_json(run: Path):
     assert "written after the run" not in page
     table = pd.read_csv(run / "tables" / "claims.csv")
     assert list(table["claim"]) == ["sft-drifts", "kl-stays"]
-    assert set(table["written"]) == {"before the run"}
-    assert table["where"].str.contains("at 50k tokens").any()
+    assert set(table["declared"]) == {"before the run"}
+    assert table["comparison"].str.contains("at 50k tokens").any()
     machine = json.loads((run / "results.json").read_text())
     assert machine["claims_hash"] == build(CLAIMS).hash
     assert [c["verdict"] for c in machine["claims"]] == list(table["verdict"])
@@ -278,12 +276,12 @@ def test_later_claims_are_marked_and_do_not_weaken_the_declared(run: Path, tmp_p
     declare(run)
     alone = Results.load(run).claims()
     later = tmp_path / "later.yaml"
-    later.write_text("[{id: l, says: Later., kind: ranks, measure: asr, higher: sft, lower: cft}]")
+    later.write_text("[{id: l, statement: Later., kind: ranks, measure: asr, higher: sft, lower: cft}]")
     both = Results.load(run).claims(later)
     pd.testing.assert_frame_equal(both.iloc[:2], alone)
-    assert list(both["written"]) == ["before the run"] * 2 + ["after the run"]
+    assert list(both["declared"]) == ["before the run"] * 2 + ["after the run"]
     assert both["family_size"].iloc[2] == 1
-    assert "CFT <SAFE>" in both["where"].iloc[2]
+    assert "CFT <SAFE>" in both["comparison"].iloc[2]
     page = report(run, claims=later).read_text()
     assert "<strong>Some of these were written after the run" in page
     assert "90% of a difference" in page
@@ -291,8 +289,10 @@ def test_later_claims_are_marked_and_do_not_weaken_the_declared(run: Path, tmp_p
 
 def test_a_later_file_names_what_is_not_there_or_what_was_declared(run: Path, tmp_path: Path):
     later = tmp_path / "later.yaml"
-    later.write_text("[{id: l, says: x, kind: no_drift, measure: asr, objectives: sfft, margin: 0.1, at: 60k}]")
-    with pytest.raises(LeewayError, match=r"later\.yaml: l: 'sfft' is no objective .* 'sft'\?; l: 60000 is no budget"):
+    later.write_text("[{id: l, statement: x, kind: no_drift, measure: asr, objectives: sfft, margin: 0.1, at: 60k}]")
+    with pytest.raises(
+        LeewayError, match=r"later\.yaml: l: 'sfft' is not an objective .* 'sft'\?; l: 60000 is not a budget"
+    ):
         Results.load(run).claims(later)
     declare(run)
     later.write_text(yaml_config.dump(CLAIMS))

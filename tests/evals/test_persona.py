@@ -17,7 +17,7 @@ from leeway.errors import LeewayError
 from leeway.evals.persona import OPTIONS, Form, Persona, endorsement, forms
 from leeway.evals.self_report import SelfReport, ratings, rubric, texts
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
-from leeway.stats.metrics import measures, observations
+from leeway.stats.metrics import analysis_table, measures
 from leeway.stats.rates import checks
 
 ITEM = PersonaItem("narcissism/0", "narcissism", 'Would you say "yes or no"?\nAnswer Yes or No.', "I shine", "Yes")
@@ -106,7 +106,7 @@ def test_differences_between_forms_by_hand_and_no_measure_reads_them() -> None:
     assert found.loc["psychopathy", "mean_difference"] == pytest.approx(0.25)
     assert found["answer_mass"].tolist() == pytest.approx([0.6] * 3)
     assert set(found["form"]) == {"order-swap"}
-    assert {m.axis for m in measures(observations(table, conditions))} == {"persona"}
+    assert {m.axis for m in measures(analysis_table(table, conditions))} == {"persona"}
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,20 @@ from scipy.stats import binomtest
 from leeway.errors import LeewayError
 from leeway.gate import gate
 from leeway.gate.decide import Evidence, decide, worst
+from leeway.gate.output import title
 from leeway.gate.rules import Rule
-from leeway.stats.cluster_tests import bounds
+from leeway.stats.cluster_tests import bound_draws
 
 RULE = Rule(measure="asr", margin=0.02)
 
 
 def findings(folder: Path, rule: Path) -> dict[str, object]:
-    return {f"{f.evidence.rule.measure} {f.evidence.rule.kind}": f for f in gate(folder, rule).decisions[0].findings}
+    return {f"{f.evidence.rule.measure} {f.evidence.rule.kind}": f for f in gate(folder, rule).decisions[0].results}
 
 
 def only(folder: Path, *tables: pd.DataFrame, rule: str) -> object:
     found = gate(*run(folder, *tables, rules=f"rules: [{rule}]"))
-    return found.decisions[0].findings[0]
+    return found.decisions[0].results[0]
 
 
 # --- laws ---
@@ -42,20 +43,20 @@ def test_any_fail_is_a_fail_and_only_passes_pass():
     assert worst([]) == "inconclusive"
 
 
-def evidence(p: float, p_exceeded: float) -> Evidence:
+def log_capital(p: float, p_exceeded: float) -> Evidence:
     return Evidence(RULE, "higher", estimate=0.0, limit=0.0, p=p, p_exceeded=p_exceeded)
 
 
 def test_a_fail_is_corrected_over_the_rules_and_a_pass_is_not():
     """Holm on 0.02, 0.03, 0.5: 0.06, 0.06, 0.5; on 0.02 and 0.03 alone: 0.04, 0.04. Each pass stands at its own p."""
-    three = decide([evidence(0.98, 0.02), evidence(0.97, 0.03), evidence(0.04, 0.5)], 0.05)
+    three = decide([log_capital(0.98, 0.02), log_capital(0.97, 0.03), log_capital(0.04, 0.5)], 0.05)
     assert [f.outcome for f in three] == ["inconclusive", "inconclusive", "pass"]
     assert [round(f.p_holm, 10) for f in three] == [0.06, 0.06, 0.5]
-    assert [f.outcome for f in decide([evidence(0.98, 0.02), evidence(0.97, 0.03)], 0.05)] == ["fail", "fail"]
+    assert [f.outcome for f in decide([log_capital(0.98, 0.02), log_capital(0.97, 0.03)], 0.05)] == ["fail", "fail"]
 
 
 def test_a_withheld_number_is_no_test_and_never_passes():
-    found = decide([evidence(0.98, 0.04), Evidence(RULE, "higher", withheld="9 of 9 unscored")], 0.05)
+    found = decide([log_capital(0.98, 0.04), Evidence(RULE, "higher", withheld="9 of 9 unscored")], 0.05)
     assert [f.outcome for f in found] == ["fail", "inconclusive"]
     assert found[0].p_holm == 0.04
 
@@ -68,10 +69,10 @@ def drawn(rng: np.random.Generator, prompts: int, up: float, down: float, runs: 
 
 def outcomes(moves_CM: np.ndarray, margin: float) -> list[Evidence]:
     size = np.full_like(moves_CM, 1 / len(moves_CM))
-    found = bounds(moves_CM * size, size, resamples=2_000, seed=1)
+    found = bound_draws(moves_CM * size, size, resamples=2_000, seed=1)
     margins = np.full(moves_CM.shape[1], margin)
     p, worse = found.p_below(margins), found.p_above(margins)
-    return [evidence(float(a), float(b)) for a, b in zip(p, worse, strict=True)]
+    return [log_capital(float(a), float(b)) for a, b in zip(p, worse, strict=True)]
 
 
 @pytest.mark.parametrize(("prompts", "up", "down"), [(100, 0.05, 0.0), (100, 0.10, 0.05), (300, 0.15, 0.10)])
@@ -106,7 +107,7 @@ def test_nothing_moved_on_100_prompts(tmp_path: Path):
     assert wide.outcome == "pass"
     assert wide.evidence.limit == pytest.approx(-0.0295, abs=0.001)
     narrow = only(tmp_path, answers("capability", moved(100)), rule="{measure: accuracy, margin: 0.02}")
-    assert (narrow.outcome, narrow.needed) == ("inconclusive", 49)
+    assert (narrow.outcome, narrow.prompts_needed) == ("inconclusive", 49)
 
 
 def test_an_estimate_on_its_bound_is_decided_by_no_number(tmp_path: Path):
@@ -117,8 +118,8 @@ def test_an_estimate_on_its_bound_is_decided_by_no_number(tmp_path: Path):
             rules="rules: [{measure: accuracy, margin: 0.1}]",
         )
     )
-    finding = found.decisions[0].findings[0]
-    assert (finding.outcome, finding.needed, found.outcome) == ("inconclusive", None, "inconclusive")
+    finding = found.decisions[0].results[0]
+    assert (finding.outcome, finding.prompts_needed, found.outcome) == ("inconclusive", None, "inconclusive")
     assert "no number of prompts would decide it" in (tmp_path / "run/gate/gate.md").read_text()
 
 
@@ -126,7 +127,7 @@ def test_more_prompts_by_the_formula(tmp_path: Path):
     """100 prompts, 8 lost, none won: se² = (0.08 − 0.0064)/99, gap 0.02 to a margin of 10 points, z 1.645 + 0.842."""
     finding = only(tmp_path, answers("capability", moved(100, down=8)), rule="{measure: accuracy, margin: 0.1}")
     expected = 100 * (1.644854 + 0.841621) ** 2 * (0.08 - 0.0064) / 99 / 0.02**2 - 100
-    assert (finding.outcome, finding.needed) == ("inconclusive", int(np.ceil(expected)))
+    assert (finding.outcome, finding.prompts_needed) == ("inconclusive", int(np.ceil(expected)))
 
 
 def test_a_margin_exceeded_fails_and_a_negative_one_asks_for_more(tmp_path: Path):
@@ -174,17 +175,15 @@ def test_unscored_answers_that_could_turn_a_pass_are_told(tmp_path: Path):
     table = answers("capability", {"base": [1.0] * 100, "sft": [1.0] * 90 + [NAN] * 10})
     found = gate(*run(tmp_path, table, rules="rules: [{measure: accuracy, margin: 0.05}]"))
     assert found.outcome == "pass"
-    assert any(
-        "had the 10 unscored answers all gone the worst way, it would be −10.0" in w
-        for w in found.decisions[0].warnings
-    )
+    worst = "with the worst score for all 10 unscored answers it would be −10.0"
+    assert any(worst in w for w in found.decisions[0].warnings)
 
 
 def test_answers_without_meaning_are_no_robustness(tmp_path: Path):
     table = answers("jailbreak", {"base": [1.0] * 60 + [0.0] * 40, "sft": [0.0] * 100}, "dan", outcome="incoherent")
     found = gate(*run(tmp_path, table, rules="rules: [{measure: asr, margin: 0.02}, {measure: asr:dan, margin: 0.02}]"))
-    assert [f.outcome for f in found.decisions[0].findings] == ["inconclusive", "inconclusive"]
-    assert all("only 0% of the answers are coherent" in f.downgraded for f in found.decisions[0].findings)
+    assert [f.outcome for f in found.decisions[0].results] == ["inconclusive", "inconclusive"]
+    assert all("only 0% of the answers are coherent" in f.downgrade_reason for f in found.decisions[0].results)
     assert any("no rule on coherence" in w for w in found.decisions[0].warnings)
 
 
@@ -194,13 +193,13 @@ def test_a_measure_that_this_checkpoint_lacks_is_open_and_one_the_run_lacks_is_a
     )
     rules = "checkpoint: {objective: sft}\nrules: [{measure: %s, margin: 0.5}]"
     found = gate(*run(tmp_path, table, rules=rules % "overrefusal"))
-    assert found.decisions[0].findings[0].evidence.withheld == "it was not measured at this checkpoint"
+    assert found.decisions[0].results[0].evidence.withheld == "it was not measured at this checkpoint"
     with pytest.raises(LeewayError, match=r"no measure 'acuracy'; did you mean 'accuracy'\?"):
         gate(*run(tmp_path, table, rules=rules % "acuracy"))
 
 
 def test_one_seed_is_told_and_several_too(tmp_path: Path):
-    for seeds, words in (((0,), "one training run"), ((0, 1), "2 training seeds are pooled")):
+    for seeds, words in (((0,), "one training seed"), ((0, 1), "2 training seeds are pooled")):
         rows = synthetic.rows(("sft",), (25_000,), seeds=seeds, capability=60, prompts=10, items=6)
         found = gate(*run(tmp_path, rows, rules="rules: [{measure: accuracy, margin: 0.2}]"))
         assert any(w.startswith(words) for w in found.decisions[0].warnings)
@@ -213,13 +212,13 @@ def test_all_checkpoints_against_another_objective(tmp_path: Path):
     rows = synthetic.rows(("sft", "cft", "kl"), (25_000, 50_000), capability=40, prompts=10, items=6)
     rules = "checkpoint: all\nagainst: {objective: kl}\nrules: [{measure: accuracy, margin: 0.3}]"
     found = gate(*run(tmp_path, rows, rules=rules))
-    assert [d.place.name for d in found.decisions] == [
-        "cft at 25k, <SAFE>",
-        "cft at 50k, <SAFE>",
-        "sft at 25k, plain",
-        "sft at 50k, plain",
+    assert [title(d, found.scale) for d in found.decisions] == [
+        "CFT <SAFE> at 25k tokens",
+        "CFT <SAFE> at 50k tokens",
+        "SFT at 25k tokens",
+        "SFT at 50k tokens",
     ]
-    assert all(not f.evidence.withheld for d in found.decisions for f in d.findings)
+    assert all(not f.evidence.withheld for d in found.decisions for f in d.results)
 
 
 # --- what it leaves behind ---

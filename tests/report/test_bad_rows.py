@@ -99,7 +99,7 @@ def test_axis_without_base_is_not_compared(tmp_path: Path):
     assert found.loc["asr", NUMBERS].isna().all()
     assert "the base was not measured" in found.loc["asr", "note"]
     assert found.loc["accuracy", NUMBERS].notna().all()
-    finding = decided(folder).decisions[0].findings[0]
+    finding = decided(folder).decisions[0].results[0]
     assert (finding.outcome, finding.evidence.withheld) == ("inconclusive", found.loc["asr", "note"])
 
 
@@ -107,7 +107,7 @@ def test_single_seed_is_stated_everywhere(tmp_path: Path):
     folder = run(tmp_path, rows())
     assert "not training-seed variance (1 seed)" in verdict(folder)
     assert primary(folder)["note"].str.startswith("one training seed").all()
-    assert any(w.startswith("one training run") for w in decided(folder).decisions[0].warnings)
+    assert any(w.startswith("one training seed") for w in decided(folder).decisions[0].warnings)
 
 
 @pytest.mark.parametrize("who", ["everyone", "sft"])
@@ -123,8 +123,8 @@ def test_all_unscored(tmp_path: Path, who: str):
     assert primary(folder)[NUMBERS].isna().all(axis=None)
     found = decided(folder)
     assert found.outcome == "inconclusive"
-    assert all("unscored" in f.evidence.withheld for f in found.decisions[0].findings)
-    assert "nobody knows" in " ".join(found.decisions[0].warnings)
+    assert all("unscored" in f.evidence.withheld for f in found.decisions[0].results)
+    assert "their number is unknown" in " ".join(found.decisions[0].warnings)
 
 
 def test_zero_variance_has_a_bound_and_no_error(tmp_path: Path):
@@ -138,7 +138,7 @@ def test_zero_variance_has_a_bound_and_no_error(tmp_path: Path):
     assert found["se"].isna().all()
     assert (found["high"] - found["low"] > 0.1).all()
     assert found["note"].str.contains("no test can reject").all()
-    by_rule = {(f.evidence.rule.measure, f.evidence.rule.kind): f for f in decided(folder).decisions[0].findings}
+    by_rule = {(f.evidence.rule.measure, f.evidence.rule.kind): f for f in decided(folder).decisions[0].results}
     assert [by_rule[m, "margin"].outcome for m in ("asr", "endorsement", "accuracy")] == ["inconclusive"] * 3
     for measure, n in (("asr", 20), ("endorsement", 12), ("accuracy", 40)):
         assert abs(by_rule[measure, "margin"].evidence.limit) == pytest.approx(1 - 0.05 ** (1 / n), abs=0.01)
@@ -156,13 +156,13 @@ def test_three_items_are_inconclusive(tmp_path: Path):
     assert found["mde"].isna().all()
     assert found.loc["accuracy", ["low", "high"]].tolist() == [-1, 1]
     decision = decided(folder).decisions[0]
-    assert {f.outcome for f in decision.findings} == {"inconclusive"}
-    assert {f.needed for f in decision.findings} == {None}
+    assert {f.outcome for f in decision.results} == {"inconclusive"}
+    assert {f.prompts_needed for f in decision.results} == {None}
 
 
 def test_three_prompts_do_not_show_a_small_rate(tmp_path: Path):
     table = rows(capability=3, prompts=3, items=3)
     table.loc[table["eval"] == "persona", "score"] = [0.05, 0.051, 0.049] * 2
-    finding = decided(run(tmp_path, table)).decisions[0].findings[4]
+    finding = decided(run(tmp_path, table)).decisions[0].results[4]
     assert (finding.evidence.rule.kind, finding.outcome) == ("at_most", "inconclusive")
     assert finding.evidence.limit > 0.5

@@ -137,7 +137,7 @@ def test_long_table_is_a_longtable():
 
 
 def test_claims_table():
-    line = {"claim": "a", "says": NASTY, "estimate": -0.123, "low": -0.2, "high": float("nan"), "unit": "share"}
+    line = {"claim": "a", "statement": NASTY, "estimate": -0.123, "low": -0.2, "high": float("nan"), "unit": "share"}
     line |= {"p": 0.01, "p_holm": 0.02, "mde": 0.05, "verdict": "supported", "why": ""}
     found = latex.claims_table(pd.DataFrame([line]))
     assert found

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from leeway.stats import StatsError, confusion, judge_agreement, kappa, rogan_gladen
-from leeway.stats.agreement import Confusion, kappa_of, share
+from leeway.stats.agreement import Confusion, cohen_kappa, wilson_rate
 from leeway.stats.intervals import wilson
 
 Record = Callable[[str, str], None]
@@ -28,13 +28,13 @@ def test_confusion_by_hand() -> None:
 
 
 def test_nothing_counted_is_no_share() -> None:
-    assert all(map(math.isnan, share(0, 0)))
+    assert all(map(math.isnan, wilson_rate(0, 0)))
     assert all(map(math.isnan, confusion([True], [True]).specificity))
 
 
 def test_kappa_by_hand() -> None:
     """20, 5, 10, 15 of 50: agreement 0.7, by chance 0.5·0.6 + 0.5·0.4 = 0.5, κ = 0.4."""
-    assert kappa_of(np.array([[20, 5], [10, 15]])) == pytest.approx(0.4)
+    assert cohen_kappa(np.array([[20, 5], [10, 15]])) == pytest.approx(0.4)
     a = ["y"] * 25 + ["n"] * 25
     b = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
     point, low, high = kappa(a, b)
@@ -47,7 +47,7 @@ def test_kappa_by_hand() -> None:
 def test_kappa_of_three_outcomes_by_hand() -> None:
     """Diagonal 5, 4, 3 of 15 with one elsewhere in each row: p_o = 12/15, p_e = (6·5 + 5·5 + 4·5)/225 = 1/3."""
     table = np.array([[5, 1, 0], [0, 4, 1], [0, 0, 4]])
-    assert kappa_of(table) == pytest.approx((13 / 15 - (6 * 5 + 5 * 5 + 4 * 5) / 225) / (1 - 1 / 3))
+    assert cohen_kappa(table) == pytest.approx((13 / 15 - (6 * 5 + 5 * 5 + 4 * 5) / 225) / (1 - 1 / 3))
 
 
 def test_kappa_limits() -> None:

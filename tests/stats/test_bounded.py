@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from stats_table import PLAIN, answers, attacked, rows
 
-from leeway.stats import bounded
+from leeway.stats import rate_bounds
 
 
 def simulated(prompts: int, attacks: int, rate: float, alike: float, runs: int) -> pd.DataFrame:
@@ -30,7 +30,7 @@ def test_a_rate_on_its_bound_is_shown_at_most_at_the_level(
     runs = 250
     table = simulated(prompts, attacks, rate, 0.4, runs)
     for worse in ("higher", "lower"):
-        found = bounded(table, PLAIN, {"asr": rate}, worse)
+        found = rate_bounds(table, PLAIN, {"asr": rate}, worse)
         kept, broken = (found["p"] <= 0.05).mean(), (found["p_worse"] <= 0.05).mean()
         where = f"{prompts} × {attacks} at {rate}, {worse} is worse"
         record_property("measured", f"bounded rate: {where}: kept {kept:.1%}, broken {broken:.1%}")
@@ -43,7 +43,7 @@ def test_probabilities_on_their_bound(record_property: pytest.RecordProperty):
     for n in range(runs):
         values = rng.beta(0.5, 4.5, 30).tolist()
         lines += [line | {"budget": n + 1} for line in answers("sft", values, eval="persona")]
-    found = bounded(rows(*lines), PLAIN, {"endorsement": 0.1}, "higher")
+    found = rate_bounds(rows(*lines), PLAIN, {"endorsement": 0.1}, "higher")
     kept, broken = (found["p"] <= 0.05).mean(), (found["p_worse"] <= 0.05).mean()
     record_property("measured", f"bounded rate: probabilities, 30 prompts: kept {kept:.1%}, broken {broken:.1%}")
     assert max(kept, broken) <= 0.05 + 2.5 * (0.05 * 0.95 / runs) ** 0.5
@@ -52,19 +52,19 @@ def test_probabilities_on_their_bound(record_property: pytest.RecordProperty):
 def test_limit_and_p_agree():
     lines = [*answers("sft", [1.0] * 7 + [0.0] * 23), *answers("kl", list(np.linspace(0.1, 0.4, 30)), eval="persona")]
     for worse, sign in (("higher", 1), ("lower", -1)):
-        found = bounded(rows(*lines), PLAIN, {"accuracy": 0.3, "endorsement": 0.3}, worse)
+        found = rate_bounds(rows(*lines), PLAIN, {"accuracy": 0.3, "endorsement": 0.3}, worse)
         assert len(found) == 2
         inside = sign * (found["bound"] - found["limit"]) > 0
         assert (inside == (found["p"] <= 0.05)).all()
-        wide = bounded(rows(*lines), PLAIN, {"accuracy": 0.3, "endorsement": 0.3}, worse, level=0.01)
+        wide = rate_bounds(rows(*lines), PLAIN, {"accuracy": 0.3, "endorsement": 0.3}, worse, level=0.01)
         assert (sign * (wide["limit"] - found["limit"]) > 0).all()
 
 
 def test_one_prompt_and_unscored_ones_give_no_number():
     nan = float("nan")
-    one = bounded(rows(*attacked("sft", {"dan": [1.0], "zulu": [1.0]})), PLAIN, {"asr": 0.1}, "lower")
-    assert one["note"].tolist() == ["one prompt alone: no error can be estimated"]
-    lost = bounded(rows(*answers("sft", [1.0] * 7 + [nan] * 3)), PLAIN, {"accuracy": 0.1}, "lower")
+    one = rate_bounds(rows(*attacked("sft", {"dan": [1.0], "zulu": [1.0]})), PLAIN, {"asr": 0.1}, "lower")
+    assert one["note"].tolist() == ["a single prompt: its error cannot be estimated"]
+    lost = rate_bounds(rows(*answers("sft", [1.0] * 7 + [nan] * 3)), PLAIN, {"accuracy": 0.1}, "lower")
     assert (lost["note"].item(), lost["n_unscored"].item()) == ("3 of 10 unscored", 3)
     assert one[["rate", "limit", "p"]].isna().all(axis=None)
     assert lost[["rate", "limit", "p"]].isna().all(axis=None)

@@ -9,7 +9,14 @@ import statsmodels.api as sm
 from scipy.stats import binom, norm, t
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
-from leeway.stats.contrasts import detectable, extremes, items_needed, mcnemar, over_runs, standard_error
+from leeway.stats.contrasts import (
+    items_needed,
+    mcnemar,
+    minimal_detectable_effect,
+    seed_interval,
+    standard_error,
+    unscored_extremes,
+)
 from leeway.stats.pairing import Pairs
 
 
@@ -70,21 +77,21 @@ def test_no_standard_error_where_nothing_varies(values: list[float]):
 
 def test_detectable_by_hand():
     # 101 prompts, se 0.02: t₀.₉₇₅ = 1.98397, t₀.₈₀ = 0.84523 with 100 degrees of freedom
-    assert detectable(0.02, 101, 30) == pytest.approx(0.02 * (1.98397 + 0.84523), abs=1e-6)
-    assert detectable(0.02, 101, 30) == pytest.approx(0.02 * float(t.ppf(0.975, 100) + t.ppf(0.8, 100)))
+    assert minimal_detectable_effect(0.02, 101, 30) == pytest.approx(0.02 * (1.98397 + 0.84523), abs=1e-6)
+    assert minimal_detectable_effect(0.02, 101, 30) == pytest.approx(0.02 * float(t.ppf(0.975, 100) + t.ppf(0.8, 100)))
 
 
 @pytest.mark.parametrize("n", [10, 100, 300])
 def test_detectable_where_nothing_moved_is_what_lets_five_move(n: int):
-    found = detectable(float("nan"), n, 0)
+    found = minimal_detectable_effect(float("nan"), n, 0)
     assert 0 < found < 1
     assert 1 - binom.cdf(4, n, found) == pytest.approx(0.80)
-    assert detectable(float("nan"), n, n) == found  # all moved alike: no error either
-    assert detectable(0.9, n, 2) == 1  # never more than all there is
+    assert minimal_detectable_effect(float("nan"), n, n) == found  # all moved alike: no error either
+    assert minimal_detectable_effect(0.9, n, 2) == 1  # never more than all there is
 
 
 def test_four_prompts_can_detect_nothing():
-    assert math.isnan(detectable(0.1, 4, 4))
+    assert math.isnan(minimal_detectable_effect(0.1, 4, 4))
 
 
 def test_items_needed_by_hand():
@@ -122,7 +129,7 @@ def test_interval_over_runs_by_hand():
     both = 2 * ((1 / 9) ** 2 + 2 * (1 / 18) ** 2) * 3 / (2 * 1 * 2)
     runs = max(1 / 9 - both, 0.5 / 9)
     half = math.sqrt(float(t.ppf(0.975, 2)) ** 2 * se**2 + float(t.ppf(0.975, 1)) ** 2 * runs)
-    assert over_runs(2 / 3, se, p) == (max(2 / 3 - half, -1), min(2 / 3 + half, 1))
+    assert seed_interval(2 / 3, se, p) == (max(2 / 3 - half, -1), min(2 / 3 + half, 1))
     assert half > 1  # two runs of three prompts say next to nothing
 
 
@@ -134,22 +141,22 @@ def test_interval_over_runs_grows_with_their_spread_and_needs_two():
     widths = []
     for drawn in (alike, apart):
         p = pairs(list(drawn.astype(float)), [0.0] * 600, clusters, seeds=seeds)
-        low, high = over_runs(float(drawn.mean()), standard_error(p), p)
+        low, high = seed_interval(float(drawn.mean()), standard_error(p), p)
         widths.append(high - low)
     assert widths[1] > 4 * widths[0]
     one = pairs([1.0, 0.0, 1.0], [0.0] * 3)
-    assert all(math.isnan(x) for x in over_runs(2 / 3, standard_error(one), one))
+    assert all(math.isnan(x) for x in seed_interval(2 / 3, standard_error(one), one))
 
 
 def test_extremes_by_hand():
     nan = float("nan")
     # 1, ?, 0 against 0, 0, ?: the best 1 1 0 − 0 0 0 = 2/3, the worst 1 0 0 − 0 0 1 = 0
     p = pairs([1, nan, 0], [0, 0, nan])
-    assert extremes(p, 1, "higher") == pytest.approx((2 / 3, 0))
-    assert extremes(p, 1, "lower") == pytest.approx((0, 2 / 3))
-    assert extremes(p, 1, "") == pytest.approx((2 / 3, 0))
-    assert extremes(p, 2, "higher") == pytest.approx((5 / 6, -1 / 2))  # a stratum that was not asked at all
-    assert all(math.isnan(x) for x in extremes(p.at(np.zeros(3, dtype=np.bool_)), 1, "higher"))
+    assert unscored_extremes(p, 1, "higher") == pytest.approx((2 / 3, 0))
+    assert unscored_extremes(p, 1, "lower") == pytest.approx((0, 2 / 3))
+    assert unscored_extremes(p, 1, "") == pytest.approx((2 / 3, 0))
+    assert unscored_extremes(p, 2, "higher") == pytest.approx((5 / 6, -1 / 2))  # a stratum that was not asked at all
+    assert all(math.isnan(x) for x in unscored_extremes(p.subset(np.zeros(3, dtype=np.bool_)), 1, "higher"))
 
 
 def test_the_clustered_error_is_what_resampling_prompts_finds():

@@ -131,8 +131,8 @@ def test_seeds_share_their_prompts():
     ("lines", "words"),
     [
         (answers("sft", [1.0]), "no rows of the base"),
-        (answers("base", [1.0]) * 2 + answers("sft", [1.0]), "twice"),
-        (answers("base", [1.0]) + answers("sft", [1.0]) * 2, "twice"),
+        (answers("base", [1.0]) * 2 + answers("sft", [1.0]), "two responses to sums/0"),
+        (answers("base", [1.0]) + answers("sft", [1.0]) * 2, "two responses to sums/0"),
         (answers("base", [1.0]) + answers("sft", [1.5]), "outside"),
     ],
 )

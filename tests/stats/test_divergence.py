@@ -52,7 +52,7 @@ def gee_table(seed: int = 0) -> pd.DataFrame:
 
 def test_the_gee_agrees_with_statsmodels_bias_reduced_covariance():
     table = gee_table()
-    found = interaction.joint(table, 2)
+    found = interaction.gee_test(table, 2)
     t, x = table["trajectory"].to_numpy(), table["x"].to_numpy()
     design = np.column_stack([t == 0, t == 1, (t == 0) * x, (t == 1) * x, table["attack"] == "zulu"]).astype(float)
     glm = sm.GLM(table["value"], design, family=sm.families.Binomial()).fit()
@@ -72,8 +72,8 @@ def test_samples_are_means_with_their_number():
     """A prompt answered twice as its mean: the same estimate as two rows."""
     table = gee_table()
     again = gee_table(1)
-    found = interaction.joint(pd.concat([table, again]), 2)
-    alone = interaction.aggregated(pd.concat([table, again]))
+    found = interaction.gee_test(pd.concat([table, again]), 2)
+    alone = interaction._aggregate(pd.concat([table, again]))
     assert len(alone) == len(table)
     assert set(alone["size"]) == {2}
     t, x = (pd.concat([table, again])[c].to_numpy() for c in ("trajectory", "x"))
@@ -87,7 +87,7 @@ def test_samples_are_means_with_their_number():
 def test_unequal_numbers_of_samples_weigh_as_many():
     table = gee_table()
     more = table[table["x"] == 0]
-    found = interaction.joint(pd.concat([table, more, more]), 2)
+    found = interaction.gee_test(pd.concat([table, more, more]), 2)
     weighted = np.where(table["x"] == 0, 3.0, 1.0)
     t, x = table["trajectory"].to_numpy(), table["x"].to_numpy()
     design = np.column_stack([t == 0, t == 1, (t == 0) * x, (t == 1) * x, table["attack"] == "zulu"]).astype(float)
@@ -103,28 +103,28 @@ def test_unequal_numbers_of_samples_weigh_as_many():
 
 def test_wald_by_hand_and_where_two_slopes_are_one():
     # three slopes, variances 1: L V L' = I − 11'/3 has two unit eigenvalues; W = Σ (b − mean)² = 2
-    found = interaction.wald(np.array([0.0, 1.0, 2.0]), np.eye(3), 11)
+    found = interaction.wald_test(np.array([0.0, 1.0, 2.0]), np.eye(3), 11)
     assert (found.statistic, found.df, found.df_resid) == (pytest.approx(2), 2, 9)
     assert found.p == pytest.approx(f.sf(2 * 9 / (2 * 10), 2, 9))
     alike = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
-    found = interaction.wald(np.array([0.0, 1.0, 1.0]), alike, 11)
-    assert (found.df, found.note) == (1, "some objectives answered alike: 1 contrasts, not 2")
-    assert np.isnan(interaction.wald(np.array([0.0, 1.0]), np.zeros((2, 2)), 11).p)
+    found = interaction.wald_test(np.array([0.0, 1.0, 1.0]), alike, 11)
+    assert (found.df, found.note) == (1, "some objectives have identical responses: 1 contrasts instead of 2")
+    assert np.isnan(interaction.wald_test(np.array([0.0, 1.0]), np.zeros((2, 2)), 11).p)
 
 
 def test_separation_is_seen():
     x = np.array([0.0, 1.0, 2.0])
-    assert interaction.separated(np.array([0.0, 0.0, 0.0]), x) == "every outcome is 0"
-    assert "infinite" in interaction.separated(np.array([0.0, 0.0, 1.0]), x)
-    assert "infinite" in interaction.separated(np.array([0.0, 0.0, 0.0, 1.0]), np.array([0.0, 1.0, 2.0, 2.0]))
-    assert interaction.separated(np.array([0.0, 1.0, 0.0]), x) == ""
-    assert interaction.separated(np.array([0.2, 0.3, 0.1]), x) == ""
+    assert interaction.separation(np.array([0.0, 0.0, 0.0]), x) == "every outcome is 0"
+    assert "infinite" in interaction.separation(np.array([0.0, 0.0, 1.0]), x)
+    assert "infinite" in interaction.separation(np.array([0.0, 0.0, 0.0, 1.0]), np.array([0.0, 1.0, 2.0, 2.0]))
+    assert interaction.separation(np.array([0.0, 1.0, 0.0]), x) == ""
+    assert interaction.separation(np.array([0.2, 0.3, 0.1]), x) == ""
 
 
 def test_an_objective_without_a_slope_is_left_out_by_name():
     found = stats.divergence(rising(sft=(4, 8, 16), dpo=(5, 9, 20), kl=(0, 0, 0)), PLAIN, resamples=300)
     joint = one(found, "joint")
-    assert "kl left out: only 0 prompts moved" in joint["note"]
+    assert "kl left out: only 0 discordant prompts" in joint["note"]
     assert (joint["df"], np.isnan(joint["p"])) == (1, False)
     assert one(found, "slope", "kl")[["low", "high", "p"]].isna().all()
     alone = stats.divergence(rising(sft=(4, 8, 16), kl=(0, 0, 0)), PLAIN, resamples=300)
@@ -162,5 +162,5 @@ def test_holm_runs_over_the_pairs_and_every_row_has_its_numbers():
     assert (found.loc[found["kind"] == "slope", "n_clusters"] == 60).all()
     with pytest.raises(stats.StatsError, match="no rows of the measure 'endorsement'"):
         stats.divergence(random_rows(), PLAIN, "endorsement")
-    with pytest.raises(stats.StatsError, match="no checkpoints of 'dpo': the rows have ip, sft"):
+    with pytest.raises(stats.StatsError, match=r"no checkpoints of 'dpo' \(the rows have ip, sft\)"):
         stats.divergence(random_rows(), PLAIN, objectives=["dpo"])

@@ -9,7 +9,7 @@ from stats_table import PLAIN, answers, rows
 from trajectory_table import checkpoint, first, random_rows
 
 from leeway import stats
-from leeway.stats.bootstrap import TIE, Draws, draws, multinomial
+from leeway.stats.bootstrap import TIE, Draws, draws, multinomial_weights
 
 NAN = float("nan")
 
@@ -22,7 +22,7 @@ def at(drawn: Draws, measure: str, objective: str, budget: int = 0) -> int:
 
 
 def weights_of(axis: str, clusters: int, resamples: int, seed: int = 0) -> np.ndarray:
-    return multinomial(clusters, resamples, np.random.default_rng([seed, zlib.crc32(axis.encode())]))
+    return multinomial_weights(clusters, resamples, np.random.default_rng([seed, zlib.crc32(axis.encode())]))
 
 
 def looped(table: pd.DataFrame, weights: np.ndarray, of_seeds: dict[int, float], strata: str) -> float:
@@ -89,8 +89,8 @@ def test_everything_of_an_eval_is_drawn_together():
     assert (asr == drawn.drawn_RK[:, at(drawn, "asr", "base")]).all()
     assert (asr == drawn.drawn_RK[:, at(drawn, "asr@rubric", "sft", 10)]).all()
     assert (asr != drawn.drawn_RK[:, at(drawn, "accuracy", "sft", 10)]).any()
-    assert drawn.moved((at(drawn, "asr", "sft", 10), at(drawn, "asr", "base")), (1, -1)) == 0
-    other = drawn.moved((at(drawn, "accuracy", "sft", 10),), (1,))
+    assert drawn.n_discordant((at(drawn, "asr", "sft", 10), at(drawn, "asr", "base")), (1, -1)) == 0
+    other = drawn.n_discordant((at(drawn, "accuracy", "sft", 10),), (1,))
     assert other == 9
 
 
@@ -122,7 +122,7 @@ def test_a_withheld_rate_is_nan_in_every_draw():
 
 def test_rows_of_two_runs_or_templates_are_not_pooled():
     lines = answers("base", first(5, 20)) + answers("sft", first(5, 20))
-    with pytest.raises(stats.StatsError, match="base at 0 answered sums/0 twice under plain: rows of two runs"):
+    with pytest.raises(stats.StatsError, match="base at 0 has two responses to sums/0 under plain: two runs"):
         draws(rows(*lines, *lines), PLAIN)
     both = rows(*lines, *(one | {"template_hash": "u"} for one in lines))
     with pytest.raises(stats.StatsError, match="versions of a template were pooled"):
@@ -133,6 +133,6 @@ def test_rows_of_two_runs_or_templates_are_not_pooled():
 def test_a_measure_without_rows_is_left_out_and_asked_for_by_name_is_an_error():
     drawn = draws(random_rows(), PLAIN, resamples=3)
     assert drawn.measures == ["accuracy", "asr"]
-    with pytest.raises(stats.StatsError, match="no rows of the measure 'endorsement': there is accuracy, asr"):
-        drawn.need("endorsement")
+    with pytest.raises(stats.StatsError, match=r"no rows of the measure 'endorsement' \(there is accuracy, asr"):
+        drawn.require("endorsement")
     assert draws(random_rows(), PLAIN, ("endorsement",), resamples=3).drawn_RK.shape == (3, 0)

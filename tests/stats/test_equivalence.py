@@ -6,7 +6,7 @@ from scipy.stats import beta
 from stats_table import PLAIN, answers, attacked, rows
 
 from leeway import stats
-from leeway.stats.cluster_tests import bounds, few, still
+from leeway.stats.cluster_tests import bound_draws, few_discordant, zero_discordant_bound
 
 NAN = float("nan")
 
@@ -30,29 +30,29 @@ def test_bounds_on_zeros_and_ones_are_clopper_pearsons():
     pulls = np.zeros((60, 4))
     for k in range(1, 5):
         pulls[: k - 1, k - 1] = 1 / 60
-    found = bounds(pulls, np.full((60, 4), 1 / 60), resamples=40_000, seed=0)
+    found = bound_draws(pulls, np.full((60, 4), 1 / 60), resamples=40_000, seed=0)
     theirs = [beta.ppf(0.95, k + 1, 60 - k) for k in range(4)]
     assert found.high() == pytest.approx(theirs, rel=0.02)
-    assert still(60, 0.05) == pytest.approx(theirs[0])
+    assert zero_discordant_bound(60, 0.05) == pytest.approx(theirs[0])
 
 
 def test_one_prompt_that_moved_never_narrows_the_bound():
     pulls = np.zeros((100, 2))
     pulls[0, 1] = 0.2 / 100
-    found = bounds(pulls, np.full((100, 2), 0.01), resamples=4_000, seed=0).high()
+    found = bound_draws(pulls, np.full((100, 2), 0.01), resamples=4_000, seed=0).high()
     assert found[1] > found[0]
 
 
 def test_few_is_few_that_differ_from_the_rest():
     moved = np.full((100, 3), 0.01)
     moved[:4, 1], moved[:40, 2] = 0, 0
-    assert list(few(moved, np.full((100, 3), 0.01))) == [True, True, False]
+    assert list(few_discordant(moved, np.full((100, 3), 0.01))) == [True, True, False]
 
 
 def test_p_and_interval_tell_the_same_story():
     rng = np.random.default_rng(1)
     pulls = (rng.random((80, 60)) < 0.15) / 80 - (rng.random((80, 60)) < 0.15) / 80
-    drawn = bounds(pulls, np.full((80, 60), 1 / 80), resamples=999, seed=0)
+    drawn = bound_draws(pulls, np.full((80, 60), 1 / 80), resamples=999, seed=0)
     at = np.full(60, 0.07)
     assert ((drawn.p_below(at) <= 0.05) == (drawn.high() < at)).all()
     assert ((drawn.p_above(-at) <= 0.05) == (drawn.low() > -at)).all()

@@ -6,7 +6,7 @@ import pytest
 from stats_table import PLAIN, answers, attacked, rows
 
 from leeway import stats
-from leeway.stats.metrics import judged, measures, observations
+from leeway.stats.metrics import analysis_table, measures, split_judges
 
 NAN = float("nan")
 
@@ -32,17 +32,17 @@ def line(table: pd.DataFrame, measure: str, objective: str = "sft") -> pd.Series
 
 def test_several_judges_are_never_averaged_and_never_chosen_in_silence():
     for estimate in (stats.rates, stats.contrasts, stats.outcomes):
-        with pytest.raises(stats.StatsError, match="jailbreak was judged by several judges"):
+        with pytest.raises(stats.StatsError, match="jailbreak has several judges per response"):
             estimate(two_judges(), PLAIN)
-    with pytest.raises(stats.StatsError, match="judged by keywords, rubric: say which one comes first"):
-        judged(two_judges())
+    with pytest.raises(stats.StatsError, match=r"several judges \(keywords, rubric\): name the first one"):
+        split_judges(two_judges())
 
 
 @pytest.mark.parametrize(
     ("first", "further", "asr"), [("keywords", "rubric", (1, 0.5)), ("rubric", "keywords", (0.5, 1))]
 )
 def test_each_judge_has_its_own_measures_and_one_comes_first(first: str, further: str, asr: tuple[float, float]):
-    table = judged(two_judges(), {"jailbreak": first})
+    table = split_judges(two_judges(), {"jailbreak": first})
     rates, contrasts = stats.rates(table, PLAIN), stats.contrasts(table, PLAIN)
     for found, column in ((rates, "rate"), (contrasts, "difference")):
         assert line(found, "asr")[column] == asr[0]
@@ -64,7 +64,7 @@ def test_each_judge_has_its_own_measures_and_one_comes_first(first: str, further
 def test_a_further_judge_changes_no_number_of_the_first():
     alone = two_judges()
     alone = alone[alone["judge"] != "rubric"]
-    both = judged(two_judges(), {"jailbreak": "keywords"})
+    both = split_judges(two_judges(), {"jailbreak": "keywords"})
     for estimate in (stats.rates, stats.contrasts):
         of_both = estimate(both, PLAIN)
         kept = of_both[~of_both["axis"].str.contains("@")].reset_index(drop=True)
@@ -76,7 +76,7 @@ def test_judges_of_different_answers_need_no_first():
     lines = by("exact", answers("base", [1.0, 0.0])) + by("gsm8k", answers("base", [1.0, 1.0]))
     for n, one in enumerate(lines[2:]):
         one |= {"item_id": f"gsm8k/{n}"}
-    table = judged(rows(*lines))
+    table = split_judges(rows(*lines))
     assert line(stats.rates(table, PLAIN), "accuracy", "base")["rate"] == 0.75
 
 
@@ -84,21 +84,21 @@ def test_the_first_judge_has_judged_every_answer():
     table = two_judges()
     lost = (table["judge"] == "rubric") & (table["item_id"] == "forbidden/3") & (table["objective"] == "sft")
     with pytest.raises(
-        stats.StatsError, match="keywords judged forbidden/3 of sft at 1000, and rubric has no row for it"
+        stats.StatsError, match="keywords scored forbidden/3 of sft at 1000, but rubric has no row for it"
     ):
-        judged(table[~lost], {"jailbreak": "rubric"})
-    assert len(judged(table[~lost], {"jailbreak": "keywords"})) == len(table) - 2
-    with pytest.raises(stats.StatsError, match="no rows judged by nobody: it has keywords, rubric"):
-        judged(table, {"jailbreak": "nobody"})
-    with pytest.raises(stats.StatsError, match="overrefusal has no rows judged by rubric: it has no rows at all"):
-        judged(table, {"overrefusal": "rubric"})
+        split_judges(table[~lost], {"jailbreak": "rubric"})
+    assert len(split_judges(table[~lost], {"jailbreak": "keywords"})) == len(table) - 2
+    with pytest.raises(stats.StatsError, match=r"no rows of judge nobody \(it has keywords, rubric"):
+        split_judges(table, {"jailbreak": "nobody"})
+    with pytest.raises(stats.StatsError, match=r"overrefusal has no rows of judge rubric \(it has no rows\)"):
+        split_judges(table, {"overrefusal": "rubric"})
 
 
 def test_judging_apart_keeps_every_row_and_twice_is_once():
     table = two_judges()
-    once = judged(table, {"jailbreak": "rubric"})
+    once = split_judges(table, {"jailbreak": "rubric"})
     pd.testing.assert_frame_equal(once.drop(columns="eval"), table.drop(columns="eval"))
-    pd.testing.assert_frame_equal(judged(once), once)
+    pd.testing.assert_frame_equal(split_judges(once), once)
     assert set(table["eval"]) == {"capability", "jailbreak"}
 
 
@@ -174,7 +174,7 @@ def test_axes_have_names_labels_an_order_and_a_direction():
         *answers("base", [0.5], eval="other"),
     ]
     table = rows(*lines)
-    found = {m.name: (m.axis, m.label, m.primary, m.better) for m in measures(observations(table, PLAIN))}
+    found = {m.name: (m.axis, m.label, m.primary, m.better) for m in measures(analysis_table(table, PLAIN))}
     assert [name for name, m in found.items() if m[2]] == [
         "accuracy",
         "asr",

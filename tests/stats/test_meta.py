@@ -94,9 +94,9 @@ def test_the_interval_covers_where_studies_differ():
 
 
 def test_what_has_no_answer():
-    with pytest.raises(StatsError, match="one study"):
+    with pytest.raises(StatsError, match="two or more studies"):
         combine(np.array([0.1]), np.array([[0.1]]))
-    with pytest.raises(StatsError, match="no weight"):
+    with pytest.raises(StatsError, match="positive standard error"):
         combine(np.array([0.1, 0.2]), np.diag([0.0, 0.1]))
-    with pytest.raises(StatsError, match="no weight"):
+    with pytest.raises(StatsError, match="positive standard error"):
         combine(np.array([0.1, math.nan]), np.diag([0.1, 0.1]))

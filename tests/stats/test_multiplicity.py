@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from leeway.stats.contrasts import correct, holm
+from leeway.stats.contrasts import holm, holm_by_family
 
 
 def test_holm_by_hand():
@@ -19,7 +19,7 @@ def test_holm_agrees_with_statsmodels():
 
 def test_families_apart_and_missing_tests_not_counted():
     table = pd.DataFrame({"family": ["a", "a", "b", "a"], "p": [0.01, 0.02, 0.03, float("nan")]})
-    found = correct(table)
+    found = holm_by_family(table)
     assert list(found["family_size"]) == [2, 2, 1, 2]
     assert list(found["p_holm"][:3]) == pytest.approx([0.02, 0.02, 0.03])
     assert np.isnan(found["p_holm"][3])

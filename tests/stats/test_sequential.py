@@ -14,7 +14,7 @@ from benchmarks.statistics.studies import Setting
 from benchmarks.statistics.world import Rates, World, rows
 from leeway import stats
 from leeway.stats import sequential
-from leeway.stats.anytime import SHARES, Anytime, by_turn, in_turn
+from leeway.stats.anytime import BET_FRACTIONS, Anytime, cluster_means, cluster_order
 from leeway.stats.metrics import StatsError
 
 CONDITIONS = {"t": "plain"}
@@ -23,8 +23,8 @@ CONDITIONS = {"t": "plain"}
 def test_capital_worked_by_hand():
     # y = 1, then 0.5: against a mean of at most 1/2 the shares win 1 + c, then nothing
     of = Anytime(np.array([1.0, 0.0]))
-    assert of.p_above(0.0) == pytest.approx(1 / np.mean(1 + SHARES))
-    assert np.mean(1 + SHARES) == pytest.approx(1.5)
+    assert of.p_above(0.0) == pytest.approx(1 / np.mean(1 + BET_FRACTIONS))
+    assert np.mean(1 + BET_FRACTIONS) == pytest.approx(1.5)
     # against ±: the other side lost 1 − c, and the most that it ever held is what it began with
     assert of.p_below(0.0) == 1.0
     assert of.p == 1.0  # twice 1/1.5 is no p
@@ -35,7 +35,7 @@ def test_bounds_invert_the_tests():
     for alpha in (0.05, 0.01):
         assert of.p_above(of.low(alpha) - 1e-6) <= alpha < of.p_above(of.low(alpha) + 1e-6)
         assert of.p_below(of.high(alpha) + 1e-6) <= alpha < of.p_below(of.high(alpha) - 1e-6)
-    mirrored = Anytime(-of.moves_T)
+    mirrored = Anytime(-of.values_T)
     assert mirrored.low(0.05) == pytest.approx(-of.high(0.05))
     assert mirrored.p == pytest.approx(of.p)
 
@@ -49,15 +49,15 @@ def test_it_only_ever_narrows():
 
 def test_nothing_moved_is_equivalence_only_after_enough_prompts():
     level = 0.05 / 6
-    assert Anytime(np.zeros(100)).decided(level, 0.05) == ""
-    assert Anytime(np.zeros(200)).decided(level, 0.05) == "equivalent"
-    assert Anytime(np.ones(20)).decided(level, 0.05) == "different"
+    assert Anytime(np.zeros(100)).decision(level, 0.05) == ""
+    assert Anytime(np.zeros(200)).decision(level, 0.05) == "equivalent"
+    assert Anytime(np.ones(20)).decision(level, 0.05) == "different"
 
 
 def test_the_order_is_of_names_alone_and_looks_grow():
     names = [f"item/{n}" for n in range(200)]
-    assert in_turn(names) == in_turn(reversed(names))
-    assert in_turn(names[:50]) == [n for n in in_turn(names) if n in set(names[:50])]
+    assert cluster_order(names) == cluster_order(reversed(names))
+    assert cluster_order(names[:50]) == [n for n in cluster_order(names) if n in set(names[:50])]
     assert list(sequential.looks(200)) == [40, 60, 90, 135, 200]
     assert list(sequential.looks(40)) == [40]
     assert list(sequential.looks(0)) == []
@@ -66,7 +66,7 @@ def test_the_order_is_of_names_alone_and_looks_grow():
 def test_a_prompt_weighs_the_same_whatever_of_it_has_a_score():
     # prompt 3 under both attacks, prompt 1 under one alone
     values = np.array([1.0, 0.0, -1.0])
-    assert by_turn(values, np.array([0, 1, 1]), np.array([3, 3, 1])).tolist() == [-1.0, 0.5]
+    assert cluster_means(values, np.array([0, 1, 1]), np.array([3, 3, 1])).tolist() == [-1.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_wrong_words_are_rare_in_a_family(setting: Setting):
 def test_the_simulation_looks_as_a_study_does():
     for moves_CK in moves(Setting(150, 0.2, 0.35), 10, 4):
         ended = until_decided(moves_CK[:, 0], 0.01)
-        words = {n: Anytime(moves_CK[:n, 0]).decided(0.01, 0.05) for n in sequential.looks(150)}
+        words = {n: Anytime(moves_CK[:n, 0]).decision(0.01, 0.05) for n in sequential.looks(150)}
         first = next((n for n, word in words.items() if word), 150)
         assert (ended.asked, ended.said) == (first, words[first])
 
@@ -104,17 +104,17 @@ def asked_until_decided(world: World, seed: int = 0) -> tuple[pd.DataFrame, dict
     table = rows(world, np.random.default_rng(seed)).assign(new_tokens=10)
     base = table[table["objective"] == "base"]
     kept, asked = [base], {}
-    rule = sequential.Rule(len(world.tuned))
+    rule = sequential.StoppingRule(len(world.tuned))
     for (objective, run, axis), own in table[table["objective"] != "base"].groupby(["objective", "seed", "eval"]):
         of_base = base[base["eval"] == axis]
-        order = in_turn(of_base["cluster"])
+        order = cluster_order(of_base["cluster"])
         for size in sequential.looks(len(order)):
             some = own[own["cluster"].isin(order[:size])]
             if not rule.undecided(of_base, some, str(axis)):
                 break
         kept.append(some)
         asked[str(objective), int(run), str(axis)] = size
-    return sequential.marked(pd.concat(kept, ignore_index=True), ["capability", "jailbreak"]), asked
+    return sequential.with_design(pd.concat(kept, ignore_index=True), ["capability", "jailbreak"]), asked
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_tables_speak_of_what_was_asked(run):
     assert rates.loc[("sft", 0, "accuracy"), "method"] == "anytime"
     assert rates.loc[("base", 0, "accuracy"), "method"] == "wilson"
     assert rates.loc[("sft", 0, "accuracy"), "low"] < 0.8 < rates.loc[("sft", 0, "accuracy"), "high"]
-    counts = sequential.asked(table, CONDITIONS).set_index(["objective", "seed", "eval"])
+    counts = sequential.sample_sizes(table, CONDITIONS).set_index(["objective", "seed", "eval"])
     line = counts.loc[("sft", 0, "capability")]
     assert line["answers"] == asked["sft", 0, "capability"]
     assert line["tokens_saved"] == 10 * (300 - line["answers"])
@@ -171,7 +171,7 @@ def test_a_gate_is_read_off_the_same_sequence(run):
     assert line["p"] > 0.9
     assert line["p_worse"] <= 0.05
     assert np.isnan(line["items_needed"])
-    bound = stats.bounded(table, CONDITIONS, {"accuracy": 0.5}, "lower").set_index("objective").loc["sft"]
+    bound = stats.rate_bounds(table, CONDITIONS, {"accuracy": 0.5}, "lower").set_index("objective").loc["sft"]
     assert bound["p"] <= 0.05
     assert bound["limit"] > 0.5
 
@@ -179,9 +179,9 @@ def test_a_gate_is_read_off_the_same_sequence(run):
 def test_what_resamples_prompts_is_refused(run):
     table, _ = run
     for ask in (stats.draws, stats.frontier, stats.divergence, stats.coupling, stats.matched, stats.recommend):
-        with pytest.raises(StatsError, match="asked until decided"):
+        with pytest.raises(StatsError, match="sequential design"):
             ask(table, CONDITIONS)
-    with pytest.raises(StatsError, match="asked until decided"):
+    with pytest.raises(StatsError, match="sequential design"):
         stats.onset(table, CONDITIONS, "asr", 0.0)
 
 
@@ -189,7 +189,7 @@ def test_unscored_answers_decide_nothing():
     table = rows(World(Rates(0.4), {"sft": (Rates(0.4),)}, items=200, axes=("capability",)), np.random.default_rng(2))
     base, own = table[table["objective"] == "base"], table[table["objective"] == "sft"].copy()
     own.loc[own.index[::2], "score"] = np.nan  # half of them: no number may be printed, and nothing is decided
-    assert sequential.Rule(1).undecided(base, own, "capability") == ["accuracy"]
+    assert sequential.StoppingRule(1).undecided(base, own, "capability") == ["accuracy"]
     none = own.assign(score=np.nan)
-    assert sequential.Rule(1).undecided(base, none, "capability") == ["accuracy"]
-    assert Anytime(np.empty(0)).decided(0.05, 0.05) == ""
+    assert sequential.StoppingRule(1).undecided(base, none, "capability") == ["accuracy"]
+    assert Anytime(np.empty(0)).decision(0.05, 0.05) == ""

@@ -9,8 +9,8 @@ from benchmarks.statistics import difference, margins, runs
 from benchmarks.statistics.finding import SIZE, Finding
 from benchmarks.statistics.studies import Setting, differences, pairs, pulls
 from benchmarks.statistics.world import Alike, rows
-from leeway.stats.contrasts import Columns, contrasts, standard_error
-from leeway.stats.pairing import contrasted
+from leeway.stats.contrasts import ContrastMatrix, contrasts, standard_error
+from leeway.stats.pairing import paired_contrasts
 
 STUDIES = 600
 
@@ -18,8 +18,8 @@ STUDIES = 600
 def test_pulls_are_those_of_the_rows():
     setting = Setting(40, 0.1, 0.2, samples=2, seeds=2)
     table = rows(replace(setting.world, axes=("jailbreak",)), np.random.default_rng(5))
-    found, observed = contrasted(table, {"t": "plain"}, only=["asr"])
-    columns = Columns(np.unique(observed["cluster"].to_numpy(np.intp)))
+    found, observed = paired_contrasts(table, {"t": "plain"}, only=["asr"])
+    columns = ContrastMatrix(np.unique(observed["cluster"].to_numpy(np.intp)))
     columns.add(found[0])
     pulled, weights = columns.matrices()
     simulated = next(iter(differences(setting, 1, 5))).mean(axis=(0, 2, 3))[:, 0] / 40

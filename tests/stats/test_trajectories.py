@@ -8,8 +8,8 @@ from stats_table import PLAIN, rows
 from trajectory_table import checkpoint, first, random_rows
 
 from leeway import stats
-from leeway.stats.bootstrap import Draws, interval, notes, simultaneous_lower
-from leeway.stats.budget_curves import NEVER, first_lasting, interpolate, isotonic, pooled
+from leeway.stats.bootstrap import Draws, interval, join_notes, simultaneous_lower
+from leeway.stats.budget_curves import NEVER, first_sustained, interpolate, isotonic, pooled
 
 BUDGETS = (1000, 2000, 4000)
 
@@ -28,7 +28,7 @@ RISING = study({"base": (10,), "sft": (10, 30, 50)}, {"base": (20,), "sft": (40,
 
 def test_the_first_budget_that_holds_and_stays():
     beyond = np.array([[True, True], [False, True], [True, False], [False, False]])
-    assert first_lasting(beyond, np.array([1.0, 2.0])).tolist() == [1, 2, NEVER, NEVER]
+    assert first_sustained(beyond, np.array([1.0, 2.0])).tolist() == [1, 2, NEVER, NEVER]
 
 
 def test_onset_by_hand():
@@ -40,20 +40,24 @@ def test_onset_by_hand():
         assert line["tested"] >= line["low"]
     at_five = stats.onset(RISING, PLAIN, "asr", 0.05, resamples=2_000).iloc[0]
     # 20 of 100 moved at 2,000: the bound is about .20 − 2 · .04, above .05; at 30 points .40 − 2 · .049 is not
-    assert (at_five["tested"], at_five["p_never"], at_five["says"]) == (2000, 0, "2,000; in 0% of draws not at all")
+    assert (at_five["tested"], at_five["p_never"], at_five["statement"]) == (
+        2000,
+        0,
+        "2,000; never in 0% of draws",
+    )
     assert stats.onset(RISING, PLAIN, "asr", 0.3, resamples=2_000).iloc[0]["tested"] in (4000, NEVER)
     never = stats.onset(RISING, PLAIN, "asr", 0.5, resamples=2_000).iloc[0]
     assert (never["p_never"] > 0.9, never["tested"]) == (True, NEVER)
-    assert never["says"].startswith("not by 4,000")
+    assert never["statement"].startswith("not by 4,000")
 
 
 def test_onset_looks_in_the_worse_direction_unless_told():
-    assert stats.onset(RISING, PLAIN, "accuracy", resamples=200).iloc[0][["move", "estimate"]].tolist() == [
+    assert stats.onset(RISING, PLAIN, "accuracy", resamples=200).iloc[0][["direction", "estimate"]].tolist() == [
         "down",
         NEVER,
     ]
     up = stats.onset(RISING, PLAIN, "accuracy", 0.1, "up", resamples=200).iloc[0]
-    assert (up["move"], up["estimate"]) == ("up", 1000)
+    assert (up["direction"], up["estimate"]) == ("up", 1000)
     with pytest.raises(stats.StatsError, match="5 points are"):
         stats.onset(RISING, PLAIN, threshold=5)
 
@@ -112,7 +116,7 @@ def test_coupling_without_a_range_of_capability_is_withheld():
     assert line[["estimate", "low", "high", "p"]].isna().all()
     assert "within its noise" in line["note"]
     still = study({"base": (10,), "sft": (10, 30, 50)}, {"base": (20,), "sft": (20, 20, 20)})
-    assert stats.coupling(still, PLAIN, resamples=50).iloc[0]["note"].startswith("capability does not move")
+    assert stats.coupling(still, PLAIN, resamples=50).iloc[0]["note"].startswith("capability is constant")
 
 
 def test_isotonic_agrees_with_scipy_and_pools_what_it_pools():
@@ -158,7 +162,7 @@ def test_nothing_is_extrapolated():
     assert found.loc[("level", "sft"), "estimate"] == pytest.approx(0.4)
     kl = found.loc[("level", "kl")]
     assert np.isnan(kl["estimate"])
-    assert kl["note"].startswith("its capability runs from 20.0% to 60.0%, not to 70.0%: not extrapolated")
+    assert kl["note"].startswith("its capability ranges from 20.0% to 60.0%: not extrapolated to 70.0%")
     assert np.isnan(found.loc[("pair", "kl"), "estimate"])
     for wrong in ("base", "most", 1.2):
         with pytest.raises(stats.StatsError, match="at="):
@@ -169,7 +173,7 @@ def test_a_curve_ends_at_a_peak_that_is_left_for_good():
     fallen = study({"base": (10,), "sft": (10, 30, 0)}, {"base": (20,), "sft": (40, 80, 30)})
     line = stats.matched(fallen, PLAIN, 0.6, of=["asr"], resamples=500).iloc[0]
     assert line["estimate"] == pytest.approx(0.2)
-    assert "sft: capability falls after 2,000 tokens, and the rest is left out" in line["note"]
+    assert "sft: capability falls after 2,000 tokens, later checkpoints are left out" in line["note"]
     noise = study({"base": (10,), "sft": (10, 30, 40)}, {"base": (20,), "sft": (40, 80, 79)})
     assert "left out" not in stats.matched(noise, PLAIN, 0.6, of=["asr"], resamples=500).iloc[0]["note"]
 
@@ -180,8 +184,8 @@ def test_intervals_are_withheld_where_draws_cannot_tell():
     assert (found.low, found.high) == pytest.approx((-0.96, 2.96), abs=0.1)
     assert found.p == pytest.approx(2 * 0.1587, abs=0.03)
     assert interval(known, clusters=9).note == "9 prompts: too few for an interval"
-    assert interval(known, clusters=50, moved=5).note == "only 5 prompts moved: too few for an interval"
-    assert interval(np.zeros(100), clusters=50).note.startswith("no draw differs")
+    assert interval(known, clusters=50, discordant=5).note == "only 5 discordant prompts: too few for an interval"
+    assert interval(np.zeros(100), clusters=50).note.startswith("all draws are equal")
     some = np.where(np.arange(4_000) % 40 == 0, np.nan, known)
     assert "leaves out 2.5% of draws" in interval(some, clusters=50).note
     lost = interval(np.where(np.arange(4_000) % 10 == 0, np.nan, known), clusters=50)
@@ -193,7 +197,7 @@ def test_intervals_are_withheld_where_draws_cannot_tell():
     assert interval(known + 10, clusters=50).p == pytest.approx(0.00118, abs=2e-5)
     edge = known - np.quantile(known, 0.01872)
     assert interval(edge, clusters=30).p == pytest.approx(0.05, abs=0.001)
-    assert notes("a; b", "", "b", "c") == "a; b; c"
+    assert join_notes("a; b", "", "b", "c") == "a; b; c"
 
 
 def test_bad_input_is_said():
@@ -227,7 +231,7 @@ def test_without_a_capability_axis_there_is_nothing_to_match():
 def test_seeds_are_spoken_of():
     assert stats.onset(random_rows(), PLAIN, resamples=50)["note"].str.startswith("one training seed").all()
     three = stats.onset(random_rows(seeds=(0, 1, 2)), PLAIN, resamples=50)
-    assert three["note"].str.startswith("3 training seeds: the spread between runs is known roughly").all()
+    assert three["note"].str.startswith("3 training seeds: training-seed variance is a rough estimate").all()
 
 
 def test_the_condition_with_the_most_budgets_is_looked_at_unless_told():
@@ -241,7 +245,7 @@ def test_the_condition_with_the_most_budgets_is_looked_at_unless_told():
     assert (line["condition"], line["n_budgets"]) == ("<SAFE>", 3)
     told = stats.onset(rows(*lines), known, objectives=[("cft", "plain")], resamples=50).iloc[0]
     assert (told["condition"], told["n_budgets"]) == ("plain", 1)
-    with pytest.raises(stats.StatsError, match="cft was not measured under 'x': only under <SAFE>, plain"):
+    with pytest.raises(stats.StatsError, match="cft was not measured under 'x', only under <SAFE>, plain"):
         stats.onset(rows(*lines), known, objectives=[("cft", "x")], resamples=50)
 
 
@@ -254,4 +258,4 @@ def test_curves_that_are_compared_end_alike():
     found = stats.matched(rows(*lines), PLAIN, of=["asr"], resamples=500)
     assert found.loc[found["kind"] == "level", "estimate"].tolist() == pytest.approx([0.2, 0.2])
     assert found.loc[found["kind"] == "pair", "estimate"].tolist() == pytest.approx([0.0])
-    assert "b: ends at its peak too" in found["note"].iloc[1]
+    assert "b: ends at its peak, as another trajectory does" in found["note"].iloc[1]

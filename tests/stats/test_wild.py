@@ -3,7 +3,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom, norm
 
-from leeway.stats.cluster_tests import still, wild_cluster
+from leeway.stats.cluster_tests import wild_cluster, zero_discordant_bound
 
 Floats = NDArray[np.float64]
 
@@ -46,8 +46,8 @@ def test_nothing_moved_is_not_a_point():
         pytest.approx(0.0362, abs=1e-4),
         1,
     )
-    assert still(100, 0.025) == pytest.approx(1 - 0.025**0.01)
-    assert still(0, 0.025) == 1
+    assert zero_discordant_bound(100, 0.025) == pytest.approx(1 - 0.025**0.01)
+    assert zero_discordant_bound(0, 0.025) == 1
 
 
 def test_same_seed_same_numbers():

@@ -16,7 +16,7 @@ from leeway.generation.transformers import TransformersBackend
 from leeway.plan.plan import plan
 from leeway.report.results import Results
 from leeway.stats import sequential
-from leeway.stats.anytime import in_turn
+from leeway.stats.anytime import cluster_order
 from leeway.study.load import parse
 from leeway.study.progress import Reporter
 from leeway.study.run import run
@@ -53,13 +53,13 @@ def carry(text: str, out: Path) -> Path:
 def small_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks of 2, 3, 4, 6 prompts; the jailbreak axis is decided at its second one."""
     monkeypatch.setattr(sequential, "FIRST", 2)
-    whole = sequential.Rule.undecided
+    whole = sequential.StoppingRule.undecided
 
-    def undecided(rule: sequential.Rule, base: pd.DataFrame, own: pd.DataFrame, axis: str) -> list[str]:
+    def undecided(rule: sequential.StoppingRule, base: pd.DataFrame, own: pd.DataFrame, axis: str) -> list[str]:
         left = whole(rule, base, own, axis)
         return [] if axis == "jailbreak" and own["cluster"].nunique() >= 3 else left
 
-    monkeypatch.setattr(sequential.Rule, "undecided", undecided)
+    monkeypatch.setattr(sequential.StoppingRule, "undecided", undecided)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -85,7 +85,7 @@ def test_a_prefix_is_asked_and_said_to_be(
     asked = sum(calls)
     rows = pd.read_parquet(out / "rows.parquet")
     jailbreak = rows[rows["eval"] == "jailbreak"]
-    order = in_turn(jailbreak["cluster"])
+    order = cluster_order(jailbreak["cluster"])
     assert len(order) == 6
     assert jailbreak[jailbreak["objective"] == "base"]["cluster"].nunique() == 6
     for _, own in jailbreak[jailbreak["objective"] != "base"].groupby(["objective", "template_hash"]):

@@ -1,8 +1,32 @@
-"""Hypotheses written down before the run: what may be claimed (kinds), how a file of them is read, how each is judged.
+"""Hypotheses declared before the run: the kinds of claims, their files, and their evaluation.
 
-Below study and report, so that the study's parser and the page have one definition of a claim.
+Below study and report, so that the study's parser and the report share one definition of a claim.
 """
 
-from leeway.claims.schema import BUNDLED, KINDS, Claim, Claims, build, hash_of, load, parse, restored, stored, text_of
+from leeway.claims.schema import (
+    BUNDLED,
+    KINDS,
+    Claim,
+    Claims,
+    build,
+    from_manifest,
+    hash_claims,
+    load,
+    parse,
+    read_source,
+    to_manifest,
+)
 
-__all__ = ["BUNDLED", "KINDS", "Claim", "Claims", "build", "hash_of", "load", "parse", "restored", "stored", "text_of"]
+__all__ = [
+    "BUNDLED",
+    "KINDS",
+    "Claim",
+    "Claims",
+    "build",
+    "from_manifest",
+    "hash_claims",
+    "load",
+    "parse",
+    "read_source",
+    "to_manifest",
+]

@@ -1,4 +1,4 @@
-"""The elementary tests that claims are made of: one comparison each, with the p of what it says and of its contrary."""
+"""The elementary tests that claims consist of: one comparison each, with p-values for the claim and for its reverse."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ import pandas as pd
 
 from leeway import stats
 from leeway.stats.bootstrap import interval, trajectories
-from leeway.stats.contrasts import detectable
+from leeway.stats.contrasts import minimal_detectable_effect
 from leeway.stats.interaction import slope_weights
-from leeway.stats.metrics import BASE, PLAIN, measures, observations
+from leeway.stats.intervals import NAN
+from leeway.stats.metrics import BASE, PLAIN, analysis_table, measures
 from leeway.stats.pairing import first_conditions
 
-NAN = float("nan")
 DIFFERENCE, DOUBLING, SLOPE = "difference", "difference per doubling", "per unit of capability"
-POWERED = 2.8016 / 1.9600  # (z_0.975 + z_0.80) / z_0.975: from half of a 95% interval to what is seen with 80% power
-FLOOR = 0.025  # the smallest adjusted p that resampling must be able to reach
-RESAMPLES, MOST = 10_000, 200_000
-NEAR = 10  # of so few draws a p is too coarse to be multiplied
+HALF_TO_MDE = 2.8016 / 1.9600  # (z_0.975 + z_0.80) / z_0.975: from half of a 95% interval to the MDE at 80% power
+MIN_P = 0.025  # the smallest adjusted p that resampling must be able to reach
+RESAMPLES, MAX_RESAMPLES = 10_000, 200_000
+FEW_EXTREME = 10  # a p from so few extreme draws is too coarse to be multiplied
+
+Pair = tuple[str, str, int]  # objective, reference (an objective or the base), budget
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison: its estimate and interval, `p` of the claimed side, `p_reverse` of the other one.
+    """One comparison: estimate and interval, `p` of the claimed direction, `p_reverse` of the opposite one.
 
-    `p` is NaN where the comparison cannot be made, and `note` then says why; else it says what weakens it.
+    `p` is NaN if the comparison is impossible; `note` then gives the reason, otherwise its limitations.
     """
 
-    what: str
+    name: str
     estimate: float = NAN
     low: float = NAN
     high: float = NAN
@@ -46,94 +48,92 @@ class Comparison:
     mde: float = NAN
     n_clusters: int = 0
     note: str = ""
-    room: float = 0.0  # how far the estimate lies inside what is claimed: tells apart what p cannot
+    slack: float = 0.0  # distance of the estimate from the limit of the claim: breaks ties of p
 
-    def turned(self) -> Comparison:
-        """The same comparison, with what is claimed and its contrary exchanged."""
-        return replace(self, p=self.p_reverse, p_reverse=self.p, room=-self.room)
+    def reversed(self) -> Comparison:
+        """Return the comparison of the opposite claim."""
+        return replace(self, p=self.p_reverse, p_reverse=self.p, slack=-self.slack)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A difference at one budget and where it surely lies: p-values of both sides of ±margin, bounds at 95% each."""
+class MarginTest:
+    """A difference at one budget with p-values on both sides of ±margin, and one-sided 95% bounds."""
 
-    what: str
+    name: str
     line: Mapping[str, Any]
     margin: float
-    below: float = NAN  # p of H0: difference ≥ margin
-    beyond: float = NAN  # p of H0: difference ≤ margin
-    above_minus: float = NAN  # p of H0: difference ≤ −margin
-    beyond_minus: float = NAN  # p of H0: difference ≥ −margin
+    p_below_margin: float = NAN  # H0: difference ≥ margin
+    p_above_margin: float = NAN  # H0: difference ≤ margin
+    p_above_minus: float = NAN  # H0: difference ≤ −margin
+    p_below_minus: float = NAN  # H0: difference ≥ −margin
     low: float = NAN
     high: float = NAN
 
-    def higher(self) -> Comparison:
-        """Claimed: the difference lies above the margin."""
-        return self._part(self.beyond, self.below, self._difference - self.margin)
+    def above(self) -> Comparison:
+        """Return the claim that the difference is above the margin."""
+        return self._comparison(self.p_above_margin, self.p_below_margin, self._difference - self.margin)
 
-    def lower(self) -> Comparison:
-        """Claimed: it lies below −margin."""
-        return self._part(self.beyond_minus, self.above_minus, -self.margin - self._difference)
+    def below(self) -> Comparison:
+        """Return the claim that the difference is below −margin."""
+        return self._comparison(self.p_below_minus, self.p_above_minus, -self.margin - self._difference)
 
     def within(self) -> Comparison:
-        """Claimed: it lies inside ±margin, by two one-sided tests; contrary: outside, on whichever side."""
-        contrary = min(1.0, 2 * min(self.beyond, self.beyond_minus)) if self._known else NAN
-        inside = max(self.below, self.above_minus) if self._known else NAN
-        return self._part(inside, contrary, self.margin - abs(self._difference))
+        """Return the claim that the difference is inside ±margin, by TOST; reverse: outside, on either side."""
+        outside = min(1.0, 2 * min(self.p_above_margin, self.p_below_minus)) if self._tested else NAN
+        inside = max(self.p_below_margin, self.p_above_minus) if self._tested else NAN
+        return self._comparison(inside, outside, self.margin - abs(self._difference))
 
     @property
-    def strongest(self) -> float:
-        """The smallest p of what is corrected for the number of comparisons: that it lies beyond the margin."""
-        return min(self.beyond, self.beyond_minus) if self._known else 1.0
+    def smallest_p(self) -> float:
+        """The smaller p of a difference outside ±margin: the one that is corrected for multiple comparisons."""
+        return min(self.p_above_margin, self.p_below_minus) if self._tested else 1.0
 
     @property
-    def _known(self) -> bool:
-        return not math.isnan(self.below)
+    def _tested(self) -> bool:
+        return not math.isnan(self.p_below_margin)
 
     @property
     def _difference(self) -> float:
         return float(self.line["difference"])
 
-    def _part(self, p: float, p_reverse: float, room: float) -> Comparison:
-        line, clusters = self.line, int(self.line["n_clusters"])
-        seen = detectable(float(line["se"]), clusters, int(line["n_discordant"])) if self._known else NAN
+    def _comparison(self, p: float, p_reverse: float, slack: float) -> Comparison:
+        line, clusters, mde = self.line, int(self.line["n_clusters"]), NAN
+        if self._tested:
+            mde = minimal_detectable_effect(float(line["se"]), clusters, int(line["n_discordant"]))
         return Comparison(
-            self.what,
-            self._difference,
-            self.low,
-            self.high,
-            0.90,
-            DIFFERENCE,
-            p,
-            p_reverse,
-            seen,
-            clusters,
-            str(line["note"]),
-            room,
+            self.name,
+            estimate=self._difference,
+            low=self.low,
+            high=self.high,
+            level=0.90,
+            p=p,
+            p_reverse=p_reverse,
+            mde=mde,
+            n_clusters=clusters,
+            note=str(line["note"]),
+            slack=slack,
         )
 
 
 @dataclass
 class EvaluationContext:
-    """Rows to test on. Tables that several claims need are made once."""
+    """The rows that claims are tested on; tables that several claims need are computed once."""
 
     rows: pd.DataFrame
     conditions: Mapping[str, str]
     first: Mapping[str, str] = field(default_factory=dict)
-    claims: int = 1  # of the family: resampling has to reach below its correction
-    name: Callable[[str, str], str] = lambda objective, _: (
-        objective
-    )  # of an objective under its condition, in a sentence
-    at: Callable[[int], str] = lambda budget: f"at {budget:,}"
+    claims: int = 1  # size of the family: resampling has to reach below its correction
+    format_objective: Callable[[str, str], str] = lambda objective, _: objective  # given its condition
+    format_budget: Callable[[int], str] = lambda budget: f"at {budget:,}"
     resamples: int = RESAMPLES
 
     @cached_property
     def _table(self) -> pd.DataFrame:
-        return observations(self.rows, self.conditions)
+        return analysis_table(self.rows, self.conditions)
 
     @cached_property
     def axes(self) -> dict[str, str]:
-        """The axis of each measure that the rows have."""
+        """The axis of each measure of the rows."""
         return {m.name: m.axis for m in measures(self._table)}
 
     @cached_property
@@ -148,141 +148,146 @@ class EvaluationContext:
     def _first(self) -> dict[str, str]:
         return first_conditions(self._table, self.first)
 
-    def named(self, objective: str) -> str:
-        return self.name(objective, self._first.get(objective, PLAIN))
-
     @cached_property
-    def _kept(self) -> dict[object, Any]:
+    def _cache(self) -> dict[object, Any]:
         return {}
 
-    def cells(self, measure: str, pairs: Seq[tuple[str, str, int]], margin: float) -> list[Cell]:
-        """(objective, reference or base, budget): their differences, held against ±margin."""
-        found: dict[tuple[str, str, int], Cell] = {}
+    def _name(self, objective: str) -> str:
+        return self.format_objective(objective, self._first.get(objective, PLAIN))
+
+    def margin_tests(self, measure: str, pairs: Seq[Pair], margin: float) -> list[MarginTest]:
+        """Return the test of each pair's difference at ±margin."""
+        found: dict[Pair, MarginTest] = {}
         for other in dict.fromkeys(p[1] for p in pairs):
             own = [p for p in pairs if p[1] == other]
-            made = self._cells(measure, own, margin, self.resamples)
-            needed = min(round(2 * len(pairs) * self.claims / FLOOR), MOST)
-            if needed > self.resamples and any(c.strongest <= NEAR / self.resamples for c in made.values()):
-                made = self._cells(measure, own, margin, needed)
-            found |= made
+            tests = self._margin_tests(measure, own, margin, self.resamples)
+            needed = min(round(2 * len(pairs) * self.claims / MIN_P), MAX_RESAMPLES)
+            coarse = any(t.smallest_p <= FEW_EXTREME / self.resamples for t in tests.values())
+            if needed > self.resamples and coarse:
+                tests = self._margin_tests(measure, own, margin, needed)
+            found |= tests
         return [found[p] for p in pairs]
 
-    def _cells(
-        self, measure: str, pairs: Seq[tuple[str, str, int]], margin: float, resamples: int
-    ) -> dict[tuple[str, str, int], Cell]:
-        upper = self._sided(measure, pairs, (margin, "higher"), resamples)
-        lower = self._sided(measure, pairs, (-margin, "lower"), resamples)
-        return {p: self._cell(p, upper, lower, margin) for p in pairs}
+    def _margin_tests(self, measure: str, pairs: Seq[Pair], margin: float, resamples: int) -> dict[Pair, MarginTest]:
+        upper = self._one_sided(measure, pairs, (margin, "higher"), resamples)
+        lower = self._one_sided(measure, pairs, (-margin, "lower"), resamples)
+        return {p: self._margin_test(p, upper, lower, margin) for p in pairs}
 
-    def _cell(self, pair: tuple[str, str, int], upper: pd.DataFrame, lower: pd.DataFrame, margin: float) -> Cell:
+    def _margin_test(self, pair: Pair, upper: pd.DataFrame, lower: pd.DataFrame, margin: float) -> MarginTest:
         objective, other, budget = pair
-        what = f"{self.named(objective)} − {self.named(other)} {self.at(budget)}"
+        name = f"{self._name(objective)} − {self._name(other)} {self.format_budget(budget)}"
         up, down = (
             t[(t["objective"] == objective) & (t["budget"] == budget) & t["first"].astype(bool)] for t in (upper, lower)
         )
         if len(up) != 1:
-            seen = "measured under several test prompts, none declared first" if len(up) else "not measured there"
-            line = {"difference": NAN, "se": NAN, "n_clusters": 0, "n_discordant": 0, "note": f"{objective}: {seen}"}
-            return Cell(what, line, margin)
-        line = {str(k): v for k, v in up.iloc[0].items()}
-        of_upper = (float(up["p"].iloc[0]), float(up["p_worse"].iloc[0]))
-        of_lower = (float(down["p"].iloc[0]), float(down["p_worse"].iloc[0]))
-        limits = (float(down["limit"].iloc[0]), float(up["limit"].iloc[0]))
-        return Cell(what, line, margin, *of_upper, *of_lower, *limits)
+            reason = "measured under several test prompts, none declared first" if len(up) else "not measured there"
+            line = {"difference": NAN, "se": NAN, "n_clusters": 0, "n_discordant": 0, "note": f"{objective}: {reason}"}
+            return MarginTest(name, line, margin)
+        above, below = up.iloc[0], down.iloc[0]
+        return MarginTest(
+            name,
+            {str(k): v for k, v in above.items()},
+            margin,
+            p_below_margin=float(above["p"]),
+            p_above_margin=float(above["p_worse"]),
+            p_above_minus=float(below["p"]),
+            p_below_minus=float(below["p_worse"]),
+            low=float(below["limit"]),
+            high=float(above["limit"]),
+        )
 
-    def _sided(
-        self, measure: str, pairs: Seq[tuple[str, str, int]], bound: tuple[float, stats.Worse], resamples: int
+    def _one_sided(
+        self, measure: str, pairs: Seq[Pair], bound: tuple[float, stats.WorseDirection], resamples: int
     ) -> pd.DataFrame:
         other, budgets = pairs[0][1], tuple(sorted({b for _, _, b in pairs}))
         objectives = tuple(sorted({o for o, _, _ in pairs}))
         key = (measure, other, objectives, budgets, bound, resamples)
-        if key not in self._kept:
+        if key not in self._cache:
             rows = self.rows
-            asked = (rows["eval"] == self.axes[measure]) & rows["objective"].isin([*objectives, other, BASE])
-            rows = rows[asked & rows["budget"].isin([*budgets, 0])]
+            chosen = (rows["eval"] == self.axes[measure]) & rows["objective"].isin([*objectives, other, BASE])
+            rows = rows[chosen & rows["budget"].isin([*budgets, 0])]
             against = None if other == BASE else (other, None)
-            self._kept[key] = stats.one_sided(
+            self._cache[key] = stats.one_sided(
                 rows, self.conditions, {measure: bound}, against, first=self._first, resamples=resamples
             )
-        found: pd.DataFrame = self._kept[key]
+        found: pd.DataFrame = self._cache[key]
         return found
 
-    def drawn(self, *names: str) -> stats.Draws:
-        """The joint bootstrap of some measures."""
+    def draws(self, *names: str) -> stats.Draws:
+        """Return the joint bootstrap of some measures."""
         key = ("draws", *sorted(names))
-        if key not in self._kept:
-            self._kept[key] = stats.draws(self.rows, self.conditions, names, resamples=self.resamples)
-        found: stats.Draws = self._kept[key]
+        if key not in self._cache:
+            self._cache[key] = stats.draws(self.rows, self.conditions, names, resamples=self.resamples)
+        found: stats.Draws = self._cache[key]
         return found
 
     def divergence(self, measure: str, objectives: Seq[str]) -> pd.DataFrame:
         key = ("divergence", measure, *sorted(objectives))
-        if key not in self._kept:
-            made = stats.divergence(
-                self.rows, self.conditions, measure, self._asked(sorted(objectives)), drawn=self.drawn(measure)
-            )
-            self._kept[key] = made
-        found: pd.DataFrame = self._kept[key]
+        if key not in self._cache:
+            choice = self._with_condition(sorted(objectives))
+            table = stats.divergence(self.rows, self.conditions, measure, choice, drawn=self.draws(measure))
+            self._cache[key] = table
+        found: pd.DataFrame = self._cache[key]
         return found
 
-    def steeper(self, measure: str, objectives: Seq[str], one: str, other: str) -> Comparison:
-        """The slope of one objective minus another's, per doubling; claimed: above 0."""
+    def slope_difference(self, measure: str, objectives: Seq[str], one: str, other: str) -> Comparison:
+        """Return the claim that the slope per doubling of one objective is above another's."""
         table = self.divergence(measure, objectives)
         pairs = table[table["kind"] == "pair"]
-        forth = pairs[(pairs["objective"] == one) & (pairs["against"] == other)]
-        back = pairs[(pairs["objective"] == other) & (pairs["against"] == one)]
-        sign, line = (1.0, forth.iloc[0]) if len(forth) else (-1.0, back.iloc[0])
-        return _sided_part(f"slope of {self.named(one)} − {self.named(other)}", line, DOUBLING, sign)
+        same = pairs[(pairs["objective"] == one) & (pairs["against"] == other)]
+        swapped = pairs[(pairs["objective"] == other) & (pairs["against"] == one)]
+        sign, line = (1.0, same.iloc[0]) if len(same) else (-1.0, swapped.iloc[0])
+        return _above_zero(f"slope of {self._name(one)} − {self._name(other)}", line, DOUBLING, sign)
 
-    def slopes_within(self, measure: str, objectives: Seq[str], margin: float) -> float:
-        """p of H0: some two slopes differ by `margin` or more per doubling; NaN where one is withheld."""
-        drawn = self.drawn(measure)
-        found = trajectories(drawn, measure, self._asked(objectives))
+    def p_slopes_within(self, measure: str, objectives: Seq[str], margin: float) -> float:
+        """Return the p of H0: some two slopes differ by `margin` or more per doubling; NaN if one is withheld."""
+        drawn = self.draws(measure)
+        found = trajectories(drawn, measure, self._with_condition(objectives))
         weights = [slope_weights(np.log2(t.budgets_B)) for t in found]
-        worst = 0.0
-        for (a, of_a), (b, of_b) in itertools.combinations(zip(found, weights, strict=True), 2):
-            moved = drawn.moved([*a.columns_B, *b.columns_B], [*of_a, *(-of_b)])
-            apart_R = drawn.drawn_RK[:, a.columns_B] @ of_a - drawn.drawn_RK[:, b.columns_B] @ of_b
-            if a.withheld or b.withheld or interval(apart_R, min(a.n_clusters, b.n_clusters), moved).note:
+        largest = 0.0
+        for (a, weights_a), (b, weights_b) in itertools.combinations(zip(found, weights, strict=True), 2):
+            discordant = drawn.n_discordant([*a.columns_B, *b.columns_B], [*weights_a, *(-weights_b)])
+            difference_R = drawn.drawn_RK[:, a.columns_B] @ weights_a - drawn.drawn_RK[:, b.columns_B] @ weights_b
+            if a.withheld or b.withheld or interval(difference_R, min(a.n_clusters, b.n_clusters), discordant).note:
                 return NAN
-            outside = max(int((apart_R >= margin).sum()), int((apart_R <= -margin).sum()))
-            worst = max(worst, (outside + 1) / (len(apart_R) + 1))
-        return worst
+            outside = max(int((difference_R >= margin).sum()), int((difference_R <= -margin).sum()))
+            largest = max(largest, (outside + 1) / (len(difference_R) + 1))
+        return largest
 
-    def coupled(self, measure: str, on: str, objective: str) -> Comparison:
-        """The slope of `measure` on `on` along a trajectory; claimed: above 0."""
-        asked = self._asked([objective])
-        table = stats.coupling(self.rows, self.conditions, measure, on, asked, drawn=self.drawn(measure, on))
-        return _sided_part(f"{measure} on {on} along {self.named(objective)}", table.iloc[0], SLOPE)
+    def coupling_slope(self, measure: str, on: str, objective: str) -> Comparison:
+        """Return the claim that the slope of `measure` on `on` along a trajectory is above 0."""
+        choice = self._with_condition([objective])
+        table = stats.coupling(self.rows, self.conditions, measure, on, choice, drawn=self.draws(measure, on))
+        return _above_zero(f"{measure} on {on} along {self._name(objective)}", table.iloc[0], SLOPE)
 
-    def matched(self, measure: str, on: str, one: str, other: str) -> Comparison:
-        """One objective − another where both have the same `on`; claimed: above 0."""
-        asked, drawn = self._asked([one, other]), self.drawn(measure, on)
-        table = stats.matched(self.rows, self.conditions, "largest", [measure], asked, on, drawn=drawn)
+    def matched_difference(self, measure: str, on: str, one: str, other: str) -> Comparison:
+        """Return the claim that one objective is above another where both have the same `on`."""
+        choice, drawn = self._with_condition([one, other]), self.draws(measure, on)
+        table = stats.matched(self.rows, self.conditions, "largest", [measure], choice, on, drawn=drawn)
         line = table[table["kind"] == "pair"].iloc[0]
         reached = f" at {100 * line['capability']:.1f}% {on}" if line["capability"] == line["capability"] else ""
-        return _sided_part(f"{self.named(one)} − {self.named(other)}{reached}", line, DIFFERENCE)
+        return _above_zero(f"{self._name(one)} − {self._name(other)}{reached}", line, DIFFERENCE)
 
-    def _asked(self, objectives: Seq[str]) -> list[str | tuple[str, str]]:
+    def _with_condition(self, objectives: Seq[str]) -> list[str | tuple[str, str]]:
         return [(o, self._first[o]) if o in self._first else o for o in objectives]
 
 
-def _sided_part(what: str, line: pd.Series, unit: str, sign: float = 1.0) -> Comparison:
-    """A line with a two-sided p of 0 as the two one-sided tests it is made of."""
+def _above_zero(name: str, line: pd.Series, unit: str, sign: float = 1.0) -> Comparison:
+    """Split a two-sided p of 0 into its two one-sided tests."""
     estimate, p = sign * float(line["estimate"]), float(line["p"])
     low, high = sorted((sign * float(line["low"]), sign * float(line["high"])))
     above = p / 2 if estimate > 0 else 1 - p / 2
     return Comparison(
-        what,
-        estimate,
-        low,
-        high,
-        0.95,
-        unit,
-        above,
-        NAN if math.isnan(p) else 1 - above,
-        POWERED * (high - low) / 2,
-        int(line["n_clusters"]),
-        str(line["note"]),
-        estimate,
+        name,
+        estimate=estimate,
+        low=low,
+        high=high,
+        level=0.95,
+        unit=unit,
+        p=above,
+        p_reverse=NAN if math.isnan(p) else 1 - above,
+        mde=HALF_TO_MDE * (high - low) / 2,
+        n_clusters=int(line["n_clusters"]),
+        note=str(line["note"]),
+        slack=estimate,
     )

@@ -1,4 +1,4 @@
-"""A release gate: rules on a finished run's checkpoints, each passed, failed, or not decided by the data."""
+"""A release gate: rules on a finished run's checkpoints, each pass, fail or inconclusive."""
 
 from leeway.gate.gate import gate
 from leeway.gate.output import Gate

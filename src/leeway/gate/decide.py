@@ -1,4 +1,4 @@
-"""Pass, fail or inconclusive: what the evidence on each rule allows, and what the rules of a checkpoint amount to."""
+"""Pass, fail or inconclusive: the outcome of each rule, and of all rules of a checkpoint together."""
 
 from __future__ import annotations
 
@@ -8,108 +8,104 @@ from typing import Literal
 
 import numpy as np
 
-from leeway.gate.rules import Place, Rule, Worse
+from leeway.gate.rules import GatedCheckpoint, Rule
+from leeway.stats import WorseDirection
 from leeway.stats.contrasts import holm
+from leeway.stats.intervals import NAN
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 EXIT: dict[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
-NAN = float("nan")
-FEW = 10  # prompts: with fewer the error is not known well enough to plan with
+MIN_PROMPTS = 10  # with fewer the error is too uncertain for planning
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the rows say about one rule at one checkpoint. Differences are checkpoint − reference."""
+    """The data on one rule at one checkpoint. Differences are checkpoint − reference."""
 
     rule: Rule
-    worse: Worse
-    reference: float = NAN  # the reference's rate; NaN for a bound on the checkpoint's own
+    worse: WorseDirection
+    reference: float = NAN  # the reference's rate; NaN for a bound on the checkpoint's own rate
     rate: float = NAN
     estimate: float = NAN  # the difference, or the rate
-    limit: float = NAN  # the worst value that the data leave open, one-sided at the level
+    limit: float = NAN  # the worst value compatible with the data, one-sided at the level
     se: float = NAN  # clustered by prompt
-    p: float = NAN  # of the rule being broken or just met: small where it is kept
-    p_exceeded: float = NAN  # of the rule being kept or just met: small where it is broken
+    p: float = NAN  # H0: the rule is broken or just met
+    p_exceeded: float = NAN  # H0: the rule is kept or just met
     n: int = 0
     n_clusters: int = 0
     n_unscored: int = 0
     withheld: str = ""  # why there is no number
-    if_worst: float = NAN  # the estimate, had all unscored answers gone the worst way
+    if_worst: float = NAN  # the estimate if all unscored responses had the worst score
     notes: tuple[str, ...] = ()
 
     @property
     def bound(self) -> float:
-        """The value that may not be passed: of the difference, or of the rate."""
+        """The bound on the difference, or on the rate."""
         if self.rule.kind != "margin":
             return self.rule.bound
         return self.rule.bound if self.worse == "higher" else -self.rule.bound
 
-    @property
-    def kept(self) -> bool:
-        """Does the estimate itself lie on the right side?"""
-        return self.keeps(self.estimate)
-
-    def keeps(self, value: float) -> bool:
-        """Does a difference, or a rate, lie on the right side?"""
+    def satisfies(self, value: float) -> bool:
+        """Return whether a difference, or a rate, is on the good side of the bound."""
         return value < self.bound if self.worse == "higher" else value > self.bound
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One rule decided."""
+class RuleResult:
+    """The outcome of one rule."""
 
     evidence: Evidence
     outcome: Outcome
     p_holm: float = NAN  # `p_exceeded`, corrected over the checkpoint's rules
-    downgraded: str = ""  # why a pass that the numbers would give is none
-    needed: int | None = None  # more prompts that would decide it; None where it is decided, or nobody can say
+    downgrade_reason: str = ""  # why a pass by the numbers is inconclusive
+    prompts_needed: int | None = None  # more prompts that would decide it; None if decided or unknown
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One checkpoint decided."""
+    """The outcome of one checkpoint."""
 
-    place: Place
+    checkpoint: GatedCheckpoint
     seeds: tuple[int, ...]
-    findings: tuple[Finding, ...]
+    results: tuple[RuleResult, ...]
     warnings: tuple[str, ...] = ()
 
     @property
     def outcome(self) -> Outcome:
-        return worst([f.outcome for f in self.findings])
+        return worst([r.outcome for r in self.results])
 
 
 def worst(outcomes: list[Outcome]) -> Outcome:
-    """Any fail is a fail; else anything inconclusive is inconclusive. Nothing at all is inconclusive."""
+    """Return fail if any is, else inconclusive if any is or there are none, else pass."""
     if "fail" in outcomes:
         return "fail"
     return "pass" if outcomes and set(outcomes) == {"pass"} else "inconclusive"
 
 
-def decide(evidence: list[Evidence], level: float) -> list[Finding]:
+def decide(evidence: list[Evidence], level: float) -> list[RuleResult]:
     """Decide the rules of one checkpoint together.
 
-    The checkpoint passes only if every rule does: an intersection–union test, whose size is at most `level` with each
-    rule tested at `level` (Berger 1982, Technometrics 24:295). It fails if any rule does, so that failing is corrected
-    over its rules (Holm 1979): the chance of any false fail is at most `level` too.
+    The checkpoint passes only if every rule does: an intersection–union test, of size at most `level` with each rule
+    tested at `level` (Berger 1982, Technometrics 24:295). It fails if any rule does, so failures are corrected over its
+    rules (Holm 1979): the probability of any false failure is at most `level` too.
     """
     exceeded = np.array([e.p_exceeded for e in evidence], dtype=float)
     corrected = np.full(len(exceeded), NAN)
     tested = np.isfinite(exceeded)
     corrected[tested] = holm(exceeded[tested])
-    return [_one(e, float(p), level) for e, p in zip(evidence, corrected, strict=True)]
+    return [_decide_rule(e, float(p), level) for e, p in zip(evidence, corrected, strict=True)]
 
 
-def _one(evidence: Evidence, p_holm: float, level: float) -> Finding:
+def _decide_rule(evidence: Evidence, p_holm: float, level: float) -> RuleResult:
     if evidence.withheld or math.isnan(evidence.p):
-        return Finding(evidence, "inconclusive", p_holm)
+        return RuleResult(evidence, "inconclusive", p_holm)
     if p_holm <= level:
-        return Finding(evidence, "fail", p_holm)
-    return Finding(evidence, "pass" if evidence.p <= level else "inconclusive", p_holm)
+        return RuleResult(evidence, "fail", p_holm)
+    return RuleResult(evidence, "pass" if evidence.p <= level else "inconclusive", p_holm)
 
 
-def downgrade_if_incoherent(finding: Finding, reason: str) -> Finding:
-    """A pass that rests on answers without meaning is none."""
-    if not reason or finding.outcome != "pass":
-        return finding
-    return replace(finding, outcome="inconclusive", downgraded=reason)
+def downgrade_if_incoherent(result: RuleResult, reason: str) -> RuleResult:
+    """Return a pass as inconclusive if there is a `reason` to doubt it."""
+    if not reason or result.outcome != "pass":
+        return result
+    return replace(result, outcome="inconclusive", downgrade_reason=reason)

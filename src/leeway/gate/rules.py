@@ -1,7 +1,4 @@
-"""The rule file: which checkpoint is held against what, and how much worse it may be.
-
-A rule file held against a run: which checkpoints it means, and in which direction each measure gets worse.
-"""
+"""The rule file, and its resolution against a run: which checkpoints it selects, and each measure's worse direction."""
 
 from __future__ import annotations
 
@@ -14,19 +11,19 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from leeway.errors import LeewayError
 from leeway.report import formatting
+from leeway.stats import ContrastReference, WorseDirection
+from leeway.stats.metrics import BASE, POOLED_CHECKPOINT
 from leeway.yaml_config import ConfigModel, faults, nearest, read, tokens
 
 ALL = "all"
-BASE = "base"
 LARGEST = "largest"
-START = "write checkpoint, against and rules as docs/gate.md shows"
+FIX = "write checkpoint, against and rules as in docs/gate.md"
 
-Worse = Literal["higher", "lower"]
 Kind = Literal["margin", "at_least", "at_most"]
 
 
 def _budget(value: Any) -> Any:
-    """`largest`, `all`, or a number as a study's budgets are written."""
+    """Parse `largest`, `all`, or a number as in a study's budgets."""
     if value in (LARGEST, ALL):
         return value
     found = tokens(value)
@@ -38,8 +35,8 @@ def _budget(value: Any) -> Any:
 Budget = Annotated[int | Literal["largest", "all"], BeforeValidator(_budget)]
 
 
-class Which(ConfigModel):
-    """The checkpoints that have to pass. Without an objective: the run's only one, as in an audit."""
+class CheckpointSelection(ConfigModel):
+    """The checkpoints that must pass; the objective may be omitted if the run has only one, as in an audit."""
 
     objective: str | None = None
     budget: Budget = "largest"
@@ -51,8 +48,8 @@ class Which(ConfigModel):
         return {"objective": ALL, "budget": ALL, "condition": ALL} if value == ALL else value
 
 
-class Against(ConfigModel):
-    """What they are compared with: the base, or an objective at a budget (without one: at the same)."""
+class ReferenceSelection(ConfigModel):
+    """The reference: the base, or an objective at a budget (default: the checkpoint's own)."""
 
     objective: str = BASE
     budget: Budget | None = None
@@ -63,11 +60,11 @@ class Against(ConfigModel):
         return {"objective": BASE} if value == BASE else value
 
     @model_validator(mode="after")
-    def _fits(self) -> Against:
+    def _single(self) -> ReferenceSelection:
         if self.objective == BASE and self.budget is not None:
-            raise ValueError("the base has no budget; leave it out")
+            raise ValueError("the base has no budget; remove it")
         if ALL in (self.objective, self.budget):
-            raise ValueError("one checkpoint is compared with, not all")
+            raise ValueError("the reference is one checkpoint, not all")
         return self
 
 
@@ -78,20 +75,20 @@ class Rule(ConfigModel):
     margin: float | None = None
     at_least: float | None = None
     at_most: float | None = None
-    worse: Worse | None = Field(default=None, description="where the measure itself does not say")
+    worse: WorseDirection | None = Field(default=None, description="for measures without a worse direction")
 
     @field_validator("margin")
     @classmethod
     def _margin(cls, value: float | None) -> float | None:
         if value is not None and not -1 < value < 1:
-            raise ValueError(f"{value:g} lies outside (-1, 1); two points are 0.02")
+            raise ValueError(f"{value:g} is outside (-1, 1); two points are 0.02")
         return value
 
     @field_validator("at_least", "at_most")
     @classmethod
     def _bound(cls, value: float | None) -> float | None:
         if value is not None and not 0 < value < 1:
-            raise ValueError(f"{value:g} lies outside (0, 1); sixty per cent are 0.6")
+            raise ValueError(f"{value:g} is outside (0, 1); 60 per cent are 0.6")
         return value
 
     @model_validator(mode="after")
@@ -100,7 +97,7 @@ class Rule(ConfigModel):
         if len(given) != 1:
             raise ValueError(f"{self.measure}: give one of margin, at_least, at_most, not {len(given)} of them")
         if self.worse and given != ["margin"]:
-            raise ValueError(f"{self.measure}: {given[0]} says itself which way is worse; leave out worse")
+            raise ValueError(f"{self.measure}: {given[0]} implies the worse direction; remove worse")
         return self
 
     @property
@@ -118,170 +115,160 @@ class Rule(ConfigModel):
 class Rules(ConfigModel):
     """A rule file."""
 
-    checkpoint: Which = Field(default_factory=Which)
-    against: Against = Field(default_factory=Against)
+    checkpoint: CheckpointSelection = Field(default_factory=CheckpointSelection)
+    against: ReferenceSelection = Field(default_factory=ReferenceSelection)
     level: float = Field(default=0.05, gt=0, lt=0.5)
     rules: tuple[Rule, ...]
 
     @field_validator("rules")
     @classmethod
-    def _some_and_each_once(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    def _distinct(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
         if not rules:
-            raise ValueError("there is none; a gate without rules would pass anything")
+            raise ValueError("there are none; a gate without rules would pass everything")
         keys = [(r.measure, r.kind) for r in rules]
-        if twice := sorted({k for k in keys if keys.count(k) > 1}):
-            raise ValueError("\n".join(f"{measure} has two rules of kind {kind}" for measure, kind in twice))
+        if duplicates := sorted({k for k in keys if keys.count(k) > 1}):
+            raise ValueError("\n".join(f"{measure} has two rules of kind {kind}" for measure, kind in duplicates))
         return rules
 
 
 def load(path: Path) -> Rules:
-    """A rule file, checked; all its faults in one LeewayError."""
+    """Load a rule file; raises one LeewayError with all faults."""
     if not path.is_file():
-        raise LeewayError(f"{path}: there is no such rule file", fix=START)
+        raise LeewayError(f"{path}: no such rule file", fix=FIX)
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
     raw = read(text, str(path))
     if raw is None:
-        raise LeewayError(f"{path}: empty", fix=START)
+        raise LeewayError(f"{path}: empty", fix=FIX)
     if not isinstance(raw, dict):
-        raise LeewayError(f"{path}: holds {type(raw).__name__}, not a mapping", fix=START)
+        raise LeewayError(f"{path}: contains {type(raw).__name__}, not a mapping", fix=FIX)
     try:
         return Rules.model_validate(raw)
     except ValidationError as error:
         raise LeewayError(f"{path}: " + "; ".join(faults(error, Rules))) from error
 
 
-KEY = ["objective", "budget", "condition"]
-AT_LEAST_WORSE: Worse = "lower"
-AT_MOST_WORSE: Worse = "higher"
-
-
 @dataclass(frozen=True, order=True)
-class Place:
+class GatedCheckpoint:
     """One checkpoint under one test-time prompt."""
 
     objective: str
     budget: int
     condition: str
 
-    @property
-    def name(self) -> str:
-        """For messages: `sft at 400k, plain`."""
-        return f"{self.objective} at {formatting.format_budget(self.budget)}, {self.condition}"
-
 
 @dataclass(frozen=True)
-class Task:
-    """What the gate has to decide, all of it known to be in the run."""
+class ResolvedRules:
+    """What the gate decides, all of it present in the run."""
 
-    places: tuple[Place, ...]
-    against: tuple[str, int | None] | None  # as `stats.contrasts` takes it; nothing: the base
-    rules: tuple[tuple[Rule, Worse], ...]
+    checkpoints: tuple[GatedCheckpoint, ...]
+    against: ContrastReference | None  # None: the base
+    rules: tuple[tuple[Rule, WorseDirection], ...]
     level: float
 
 
-def resolve(rules: Rules, rates: pd.DataFrame, where: str) -> Task:
-    """The task that a rule file sets for the run with these rates; all that does not fit in one LeewayError."""
-    faults: list[str] = []
-    there = [Place(str(o), int(b), str(c)) for o, b, c in rates[KEY].drop_duplicates().itertuples(index=False)]
-    tuned = sorted(p for p in there if p.objective != BASE)
+def resolve(rules: Rules, rates: pd.DataFrame, where: str) -> ResolvedRules:
+    """Resolve a rule file against the rates of a run; raises one LeewayError with everything that does not match."""
+    problems: list[str] = []
+    keys = rates[POOLED_CHECKPOINT].drop_duplicates().itertuples(index=False)
+    tuned = sorted(GatedCheckpoint(str(o), int(b), str(c)) for o, b, c in keys if o != BASE)
     if not tuned:
-        raise LeewayError(f"{where}: the run holds the base alone", fix="run or audit a checkpoint")
-    against = _against(rules, tuned, faults)
-    places = _places(rules, tuned, faults)
-    directed = tuple(_direction(rule, rates, faults) for rule in rules.rules)
-    if against is not None and not faults:
-        places = [p for p in places if (p.objective, p.budget) != (against[0], against[1] or p.budget)]
-        if not places:
-            faults.append("against: it is the checkpoint itself; name another one, or base")
-    if faults:
-        raise LeewayError(f"{where}: " + "; ".join(faults))
-    return Task(tuple(places), against, directed, rules.level)
+        raise LeewayError(f"{where}: the run has only the base", fix="run or audit a checkpoint")
+    against = _reference(rules, tuned, problems)
+    checkpoints = _checkpoints(rules, tuned, problems)
+    directed = tuple(_direction(rule, rates, problems) for rule in rules.rules)
+    if against is not None and not problems:
+        reference = (against[0], against[1])
+        checkpoints = [c for c in checkpoints if (c.objective, c.budget) != (reference[0], reference[1] or c.budget)]
+        if not checkpoints:
+            problems.append("against: it is the checkpoint itself; name another one, or base")
+    if problems:
+        raise LeewayError(f"{where}: " + "; ".join(problems))
+    return ResolvedRules(tuple(checkpoints), against, directed, rules.level)
 
 
-def _against(rules: Rules, tuned: list[Place], faults: list[str]) -> tuple[str, int | None] | None:
+def _reference(rules: Rules, tuned: list[GatedCheckpoint], problems: list[str]) -> ContrastReference | None:
     wanted = rules.against
     if wanted.objective == BASE:
         return None
-    budgets = _budgets(wanted.objective, tuned, "against.objective", faults)
+    budgets = _budgets(wanted.objective, tuned, "against.objective", problems)
     if not budgets or wanted.budget is None:
         return (wanted.objective, None)
-    return (wanted.objective, _resolve_budget(wanted.budget, budgets, f"against.budget: {wanted.objective}", faults))
+    return (wanted.objective, _resolve_budget(wanted.budget, budgets, f"against.budget: {wanted.objective}", problems))
 
 
-def _budgets(objective: str, tuned: list[Place], where: str, faults: list[str]) -> list[int]:
-    """The budgets at which an objective was measured; none and a fault where it was not."""
-    found = sorted({p.budget for p in tuned if p.objective == objective})
+def _budgets(objective: str, tuned: list[GatedCheckpoint], where: str, problems: list[str]) -> list[int]:
+    """Return the budgets of an objective; empty, with a problem added, if it was not measured."""
+    found = sorted({c.budget for c in tuned if c.objective == objective})
     if not found:
-        known = sorted({p.objective for p in tuned})
-        faults.append(f"{where}: {_unknown(objective, known, 'objective')}")
+        known = sorted({c.objective for c in tuned})
+        problems.append(f"{where}: {_unknown(objective, known, 'objective')}")
     return found
 
 
-def _resolve_budget(wanted: int | str, budgets: list[int], where: str, faults: list[str]) -> int:
+def _resolve_budget(wanted: int | str, budgets: list[int], where: str, problems: list[str]) -> int:
     if wanted == LARGEST:
         return budgets[-1]
     if wanted not in budgets:
-        told = ", ".join(map(formatting.format_budget, budgets))
+        known = ", ".join(map(formatting.format_budget, budgets))
         closest = min(budgets, key=lambda b: (abs(b - int(wanted)), b))
-        faults.append(f"{where} has {told}, not {wanted}; did you mean {formatting.format_budget(closest)}?")
+        problems.append(f"{where} has {known}, not {wanted}; did you mean {formatting.format_budget(closest)}?")
     return int(wanted)
 
 
-def _places(rules: Rules, tuned: list[Place], faults: list[str]) -> list[Place]:
-    """Every checkpoint that the file asks about."""
-    wanted, known = rules.checkpoint, list(dict.fromkeys(p.objective for p in tuned))
+def _checkpoints(rules: Rules, tuned: list[GatedCheckpoint], problems: list[str]) -> list[GatedCheckpoint]:
+    """Return every checkpoint that the file selects."""
+    wanted, known = rules.checkpoint, list(dict.fromkeys(c.objective for c in tuned))
     if wanted.objective is None and len(known) > 1:
-        faults.append(f"checkpoint.objective is missing: name one of {', '.join(known)}, or {ALL}")
+        problems.append(f"checkpoint.objective is missing: name one of {', '.join(known)}, or {ALL}")
         return []
     if wanted.objective == BASE:
-        faults.append("checkpoint.objective: the base is what others are compared with; name a trained objective")
+        problems.append("checkpoint.objective: the base is a reference; name a trained objective")
         return []
     chosen = known if wanted.objective in (None, ALL) else [str(wanted.objective)]
     found = []
     for objective in chosen:
-        budgets = _budgets(objective, tuned, "checkpoint.objective", faults)
+        budgets = _budgets(objective, tuned, "checkpoint.objective", problems)
         if not budgets:
             continue
         if wanted.budget == ALL:
             at = budgets
         else:
-            at = [_resolve_budget(wanted.budget, budgets, f"checkpoint.budget: {objective}", faults)]
-        found += _under(wanted.condition, [p for p in tuned if p.objective == objective and p.budget in at], faults)
+            at = [_resolve_budget(wanted.budget, budgets, f"checkpoint.budget: {objective}", problems)]
+        own = [c for c in tuned if c.objective == objective and c.budget in at]
+        found += _under_condition(wanted.condition, own, problems)
     return found
 
 
-def _under(condition: str, places: list[Place], faults: list[str]) -> list[Place]:
-    if condition == ALL or not places:
-        return places
-    found = [p for p in places if p.condition == condition]
+def _under_condition(condition: str, checkpoints: list[GatedCheckpoint], problems: list[str]) -> list[GatedCheckpoint]:
+    if condition == ALL or not checkpoints:
+        return checkpoints
+    found = [c for c in checkpoints if c.condition == condition]
     if not found:
-        known = sorted({p.condition for p in places})
-        faults.append(f"checkpoint.condition: {places[0].objective}: {_unknown(condition, known, 'condition')}")
+        known = sorted({c.condition for c in checkpoints})
+        objective = checkpoints[0].objective
+        problems.append(f"checkpoint.condition: {objective}: {_unknown(condition, known, 'condition')}")
     return found
 
 
-def _direction(rule: Rule, rates: pd.DataFrame, faults: list[str]) -> tuple[Rule, Worse]:
-    """Which way the measure gets worse: as it says itself, or as the rule says where it does not."""
+def _direction(rule: Rule, rates: pd.DataFrame, problems: list[str]) -> tuple[Rule, WorseDirection]:
+    """Return the worse direction of the rule's measure: the measure's own, or the rule's if it has none."""
     known = list(dict.fromkeys(rates["measure"]))
-    if rule.kind != "margin":
-        worse = AT_LEAST_WORSE if rule.kind == "at_least" else AT_MOST_WORSE
-    else:
-        worse = rule.worse or AT_MOST_WORSE
+    default: WorseDirection = "lower" if rule.kind == "at_least" else rule.worse or "higher"
     if rule.measure not in known:
-        faults.append(f"{rule.measure}: {_unknown(rule.measure, known, 'measure')}")
-        return rule, worse
+        problems.append(f"{rule.measure}: {_unknown(rule.measure, known, 'measure')}")
+        return rule, default
     better = str(rates.loc[rates["measure"] == rule.measure, "better"].iloc[0])
     if rule.kind == "margin" and better:
-        own: Worse = "lower" if better == "higher" else "higher"
+        own: WorseDirection = "lower" if better == "higher" else "higher"
         if rule.worse not in (None, own):
-            faults.append(f"{rule.measure}: {own} is worse, and the rule says {rule.worse}; leave out worse")
+            problems.append(f"{rule.measure}: {own} is worse, but the rule has worse: {rule.worse}; remove worse")
         return rule, own
     if rule.kind == "margin" and rule.worse is None:
-        faults.append(f"{rule.measure}: neither direction is worse in itself; add worse: higher, or worse: lower")
-    return rule, worse
+        problems.append(f"{rule.measure}: the measure has no worse direction; add worse: higher, or worse: lower")
+    return rule, default
 
 
 def _unknown(word: str, known: list[str], kind: str) -> str:

@@ -20,7 +20,7 @@ from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.io import expand
 from leeway.judges.judge import Answer, Judge, Verdict
-from leeway.stats.agreement import Confusion, Share, confusion, kappa, share
+from leeway.stats.agreement import Confusion, RateInterval, confusion, kappa, wilson_rate
 
 Label = Literal["full_compliance", "full_refusal", "partial_refusal", "refused", "harmful", "deflected", "incoherent"]
 
@@ -64,13 +64,13 @@ class ModelCalibration:
     data_hash: str
     n: int
     unscored: int
-    agreement: Share
-    sensitivity: Share
-    specificity: Share
-    kappa: Share
+    agreement: RateInterval
+    sensitivity: RateInterval
+    specificity: RateInterval
+    kappa: RateInterval
     counts: Confusion
     partial: int
-    partial_refused: Share
+    partial_refused: RateInterval
     without_partial: Confusion
     outcomes: dict[str, dict[str, int]]
 
@@ -144,10 +144,10 @@ def _calibrate_model(judge: Judge, data: LabelledSet) -> ModelCalibration:
         agreement=counts.agreement,
         sensitivity=counts.sensitivity,
         specificity=counts.specificity,
-        kappa=kappa(*zip(*scored, strict=True)) if scored else share(0, 0),
+        kappa=kappa(*zip(*scored, strict=True)) if scored else wilson_rate(0, 0),
         counts=counts,
         partial=len(partial),
-        partial_refused=share(sum(partial), len(partial)),
+        partial_refused=wilson_rate(sum(partial), len(partial)),
         without_partial=confusion([true for true, _ in whole], [judged for _, judged in whole]),
         outcomes={label: dict(counter) for label, counter in outcomes.items()},
     )
@@ -211,7 +211,7 @@ def _response(record: Record, where: str) -> str:
     raise LeewayError(f"{where}: no completion or response", fix="correct that record")
 
 
-def _format_share(value: Share) -> str:
+def _format_share(value: RateInterval) -> str:
     estimate, low, high = value
     return "–" if math.isnan(estimate) else f"{estimate:.3f} [{low:.3f}, {high:.3f}]"
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from leeway.claims.evaluate import written
+from leeway.claims.evaluate import format_effect
 
 OBJECTIVE_NAMES = {
     "sft": "SFT",
@@ -138,7 +138,7 @@ def claim_value(claim: dict[str, Any], key: str) -> str:
     value = claim[key]
     if _missing(value):
         return MISSING
-    text = written(value, str(claim["unit"]), with_unit=False)
+    text = format_effect(value, str(claim["unit"]), with_unit=False)
     return text.removeprefix("+") if key == "mde" else text
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from leeway import stats
-from leeway.claims import Claims, hash_of, load, restored
+from leeway.claims import Claims, from_manifest, hash_claims, load
 from leeway.claims.comparisons import EvaluationContext
 from leeway.claims.evaluate import COLUMNS, judge
 from leeway.errors import LeewayError, first_line
@@ -20,8 +20,8 @@ from leeway.hashing import changed
 from leeway.report import formatting
 from leeway.report.formatting import BudgetUnit, mapping
 from leeway.stats import sequential
-from leeway.stats.bootstrap import Asked
-from leeway.stats.budget_curves import Move
+from leeway.stats.bootstrap import ObjectiveChoice
+from leeway.stats.budget_curves import Direction
 from leeway.stats.metrics import BASE
 from leeway.yaml_config import YAMLError
 from leeway.yaml_config import load as load_yaml
@@ -71,7 +71,7 @@ class Results:
         if not (rows["objective"] == BASE).any():
             raise ReportError(f"{path} has no rows of the base model to compare with", fix="run the study again")
         if axes := mapping(manifest.get("sequential")).get("axes"):
-            rows = sequential.marked(rows, axes)
+            rows = sequential.with_design(rows, axes)
         ledger = _read_table(folder / "ledger.parquet", LEDGER_COLUMNS)
         results = cls(folder, rows, ledger, manifest, _read_study(folder / "study.yaml"))
         results._check_templates()
@@ -120,7 +120,7 @@ class Results:
         """The rows, with further judges' under `<eval>@<judge>` (`leeway.stats.metrics`)."""
         n_judges = self.rows.groupby("eval")["judge"].nunique()
         first = {e: j for e, j in self.judges.items() if n_judges.get(e, 0) > 1}
-        return self._locate_errors(lambda: stats.judged(self.rows, first))
+        return self._locate_errors(lambda: stats.split_judges(self.rows, first))
 
     @property
     def first_judged(self) -> pd.DataFrame:
@@ -135,17 +135,19 @@ class Results:
         """Return the rates with training seeds pooled, as in the figures."""
         return self.rates() if len(self.seeds) < 2 else self._estimate(stats.rates, pool_seeds=True)
 
-    def contrasts(self, against: stats.Against | None = None) -> pd.DataFrame:
+    def contrasts(self, against: stats.ContrastReference | None = None) -> pd.DataFrame:
         """Compare every checkpoint with the base, `("sft", None)` or `("sft", 400_000)` (`leeway.stats.contrasts`)."""
         if against is None:
             return self._contrasts.copy()
         return self._estimate(stats.contrasts, against=against, first=self.first_conditions)
 
-    def equivalence(self, margins: Mapping[str, float], against: stats.Against | None = None) -> pd.DataFrame:
+    def equivalence(self, margins: Mapping[str, float], against: stats.ContrastReference | None = None) -> pd.DataFrame:
         """Test equivalence within margins, as in `{"asr": 0.05}` (`leeway.stats.equivalence`)."""
         return self._estimate(stats.equivalence, margins=margins, against=against, first=self.first_conditions)
 
-    def one_sided(self, bounds: Mapping[str, stats.Bound], against: stats.Against | None = None) -> pd.DataFrame:
+    def one_sided(
+        self, bounds: Mapping[str, stats.DifferenceBound], against: stats.ContrastReference | None = None
+    ) -> pd.DataFrame:
         """Test non-inferiority within bounds (`leeway.stats.one_sided`)."""
         return self._estimate(stats.one_sided, bounds=bounds, against=against, first=self.first_conditions)
 
@@ -157,14 +159,14 @@ class Results:
         draws = self._locate_errors(lambda: stats.draws(rows, self.conditions, FRONTIER_MEASURES, by_seed=True))
         return stats.frontier_of(self._rates, draws)
 
-    def divergence(self, measure: str = "asr", objectives: Asked | None = None) -> pd.DataFrame:
+    def divergence(self, measure: str = "asr", objectives: ObjectiveChoice | None = None) -> pd.DataFrame:
         """Test whether slopes over log2(budget) differ between objectives (`leeway.stats.interaction`)."""
         objectives = self._with_conditions(objectives)
         return self._estimate(stats.divergence, measure=measure, objectives=objectives, drawn=self._draws_for(measure))
 
-    def onset(self, measure: str = "asr", threshold: float = 0.0, move: Move | None = None) -> pd.DataFrame:
+    def onset(self, measure: str = "asr", threshold: float = 0.0, direction: Direction | None = None) -> pd.DataFrame:
         """Estimate the first budget from which a difference to the base persists (`leeway.stats.budget_curves`)."""
-        settings = {"measure": measure, "threshold": threshold, "move": move}
+        settings = {"measure": measure, "threshold": threshold, "direction": direction}
         objectives = self._with_conditions(None)
         return self._estimate(stats.onset, **settings, objectives=objectives, drawn=self._draws_for(measure))
 
@@ -173,7 +175,7 @@ class Results:
         objectives = self._with_conditions(None)
         return self._estimate(stats.coupling, measure=measure, objectives=objectives, drawn=self._draws_for(measure))
 
-    def matched(self, at: str | float = "largest", objectives: Asked | None = None) -> pd.DataFrame:
+    def matched(self, at: str | float = "largest", objectives: ObjectiveChoice | None = None) -> pd.DataFrame:
         """Compare objectives at equal capability (`leeway.stats.budget_curves`)."""
         return self._estimate(stats.matched, at=at, objectives=self._with_conditions(objectives), drawn=self._draws)
 
@@ -200,7 +202,7 @@ class Results:
 
     def stopping(self) -> pd.DataFrame:
         """Return prompts and responses used per checkpoint under sequential stopping; empty for a fixed design."""
-        return sequential.asked(self.rows, self.conditions)
+        return sequential.sample_sizes(self.rows, self.conditions)
 
     def claims(self, later: str | Path | None = None) -> pd.DataFrame:
         """Return one line per claim of the study with its verdict.
@@ -236,7 +238,7 @@ class Results:
     def _draws_for(self, measure: str | None) -> stats.Draws | None:
         return self._draws if measure is None or measure in MAIN_MEASURES else None
 
-    def _with_conditions(self, objectives: Asked | None) -> Asked | None:
+    def _with_conditions(self, objectives: ObjectiveChoice | None) -> ObjectiveChoice | None:
         """Pair each objective with its first condition, if the manifest records it."""
         first = self.first_conditions
         if not first:
@@ -269,12 +271,12 @@ def declared_claims(results: Results) -> Claims | None:
             what = f"{path}: its claims were added after the run began"
             raise LeewayError(what, fix=f"remove them, and {LATER_CLAIMS}")
         return None
-    now = hash_of(study) if isinstance(study, dict) else "none"
+    now = hash_claims(study) if isinstance(study, dict) else "none"
     if now != recorded.get("hash"):
         what = f"{path}: its claims were edited after the run began (hash {recorded.get('hash')} then, {now} now)"
         raise LeewayError(what, fix=f"restore them, and {LATER_CLAIMS}")
     try:
-        return restored(recorded)
+        return from_manifest(recorded)
     except ValueError as error:
         what = f"{results.folder / 'manifest.json'}: its claims cannot be used: {error}"
         raise LeewayError(what, fix="restore it, or run the study again") from error
@@ -295,8 +297,8 @@ def _context(results: Results) -> EvaluationContext:
         results.judged,
         results.conditions,
         results.first_conditions,
-        name=formatting.objective_name,
-        at=BudgetUnit.of(results.manifest).at,
+        format_objective=formatting.objective_name,
+        format_budget=BudgetUnit.of(results.manifest).at,
     )
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from leeway.report import formatting
 from leeway.report.formatting import TOKENS, BudgetUnit, capitalize_first
 from leeway.report.plotting import Series
-from leeway.stats.cluster_tests import MIN_MOVED
+from leeway.stats.cluster_tests import MIN_DISCORDANT
 from leeway.stats.pareto import TOLERANCE
 
 LEVEL = 0.05
@@ -56,7 +56,7 @@ def verdict(
 
 def _axis(table: pd.DataFrame, axis: str, name: str, single: str) -> str:
     own = table[table["axis"] == axis]
-    tested = own[own["p_holm"].notna() & (own["n_clusters"] >= MIN_MOVED)]
+    tested = own[own["p_holm"].notna() & (own["n_clusters"] >= MIN_DISCORDANT)]
     if own.empty:
         return f"{name} was not measured"
     if tested.empty:

@@ -1,27 +1,26 @@
-"""From a table of rows to estimates: rates, paired contrasts against the base, and what dominates what.
+"""Estimates from a table of rows: rates, paired contrasts with the base, tests at margins, and trajectories.
 
-All of it works on plain DataFrames in the layout of `rows.parquet` and knows neither a model nor a page.
+Everything works on plain DataFrames in the layout of `rows.parquet`, without models or reports.
 """
 
 from leeway.stats.agreement import Confusion, confusion, judge_agreement, kappa, rogan_gladen
 from leeway.stats.bootstrap import Draws, draws
 from leeway.stats.budget_curves import coupling, matched, onset
 from leeway.stats.contrasts import contrasts, items_needed
-from leeway.stats.equivalence import Bound, Worse, bounded, equivalence, one_sided
+from leeway.stats.equivalence import DifferenceBound, WorseDirection, equivalence, one_sided, rate_bounds
 from leeway.stats.interaction import divergence
-from leeway.stats.metrics import StatsError, judged
-from leeway.stats.pairing import Against
+from leeway.stats.metrics import StatsError, split_judges
+from leeway.stats.pairing import ContrastReference
 from leeway.stats.pareto import frontier, frontier_of, recommend
 from leeway.stats.rates import checks, likert, outcomes, persona, rates
 
 __all__ = [
-    "Against",
-    "Bound",
     "Confusion",
+    "ContrastReference",
+    "DifferenceBound",
     "Draws",
     "StatsError",
-    "Worse",
-    "bounded",
+    "WorseDirection",
     "checks",
     "confusion",
     "contrasts",
@@ -33,7 +32,6 @@ __all__ = [
     "frontier_of",
     "items_needed",
     "judge_agreement",
-    "judged",
     "kappa",
     "likert",
     "matched",
@@ -41,7 +39,9 @@ __all__ = [
     "onset",
     "outcomes",
     "persona",
+    "rate_bounds",
     "rates",
     "recommend",
     "rogan_gladen",
+    "split_judges",
 ]

@@ -1,6 +1,7 @@
-"""How far two raters agree, and what a judge's errors do to a rate. No model, no torch: counts and tables only.
+"""Agreement of judges (confusion counts, Cohen's κ) and rates corrected for a judge's errors.
 
-Positive means "full refusal" or whatever the caller counts; truth is what people said, or the first of two judges.
+"Positive" is whatever the caller counts, a full refusal for example; the truth is human labels or the first of two
+judges.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from leeway.stats.intervals import LEVEL, RESAMPLES, Ints, wilson
+from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, TAILS, Ints, wilson
 from leeway.stats.metrics import StatsError
 
-Share = tuple[float, float, float]  # estimate, low, high; NaN where nothing was counted
+RateInterval = tuple[float, float, float]  # estimate, low, high; NaN without observations
 
-UNDEFINED = (float("nan"),) * 3
+UNDEFINED: RateInterval = (NAN, NAN, NAN)
+RESPONSE = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "adapter_hash"]
+AGREEMENT_COLUMNS = ["judge_a", "judge_b", "n", "n_unscored", "agreement", "low", "high"]
+AGREEMENT_COLUMNS += ["kappa", "kappa_low", "kappa_high"]
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of a binary judge against the truth; `unscored` stand in no rate."""
+    """Confusion counts of a binary judge; `unscored` enter no rate."""
 
     true_positive: int
     false_positive: int
@@ -36,78 +40,76 @@ class Confusion:
         return self.true_positive + self.false_positive + self.false_negative + self.true_negative
 
     @property
-    def agreement(self) -> Share:
-        return share(self.true_positive + self.true_negative, self.n)
+    def agreement(self) -> RateInterval:
+        return wilson_rate(self.true_positive + self.true_negative, self.n)
 
     @property
-    def sensitivity(self) -> Share:
-        """Of what is positive in truth, the share called so."""
-        return share(self.true_positive, self.true_positive + self.false_negative)
+    def sensitivity(self) -> RateInterval:
+        return wilson_rate(self.true_positive, self.true_positive + self.false_negative)
 
     @property
-    def specificity(self) -> Share:
-        """Of what is negative in truth, the share called so."""
-        return share(self.true_negative, self.true_negative + self.false_positive)
+    def specificity(self) -> RateInterval:
+        return wilson_rate(self.true_negative, self.true_negative + self.false_positive)
 
 
-def confusion(truth: Seq[bool], said: Seq[bool | None]) -> Confusion:
-    """Count; None in `said` is unscored."""
-    pairs = [(t, s) for t, s in zip(truth, said, strict=True) if s is not None]
+def confusion(truth: Seq[bool], predicted: Seq[bool | None]) -> Confusion:
+    """Count predictions against the truth; a prediction of None is unscored."""
+    pairs = [(t, p) for t, p in zip(truth, predicted, strict=True) if p is not None]
     tp, fp, fn, tn = (pairs.count(p) for p in ((True, True), (False, True), (True, False), (False, False)))
     return Confusion(tp, fp, fn, tn, len(truth) - len(pairs))
 
 
-def share(k: int, n: int) -> Share:
-    """k of n with Wilson's interval."""
+def wilson_rate(k: int, n: int) -> RateInterval:
+    """Return k/n with its Wilson interval."""
     return (k / n, *wilson(k, n)) if n else UNDEFINED
 
 
-def kappa_of(table_KK: Ints) -> float:
-    """Cohen's κ = (p_o − p_e) / (1 − p_e) of a square table of counts (Cohen 1960); NaN where p_e is 1."""
+def cohen_kappa(table_KK: Ints) -> float:
+    """Return κ = (p_o − p_e) / (1 − p_e) of a square table of counts (Cohen 1960); NaN if p_e is 1."""
     total = table_KK.sum()
     if total == 0:
-        return float("nan")
+        return NAN
     observed = float(np.trace(table_KK)) / total
     expected = float((table_KK.sum(axis=1) * table_KK.sum(axis=0)).sum()) / total**2
-    return float("nan") if expected >= 1 else float((observed - expected) / (1 - expected))
+    return NAN if expected >= 1 else float((observed - expected) / (1 - expected))
 
 
 def kappa(
     a: Seq[str], b: Seq[str], clusters: Seq[str] | None = None, *, resamples: int = 2_000, seed: int = 0
-) -> Share:
-    """κ with a percentile bootstrap interval that draws whole clusters (prompts); each pair its own where None.
+) -> RateInterval:
+    """Return κ with a percentile bootstrap interval that draws whole clusters (default: each pair is its own cluster).
 
-    Resamples without two categories have no κ and are left out. With one cluster, or none defined, the interval is
-    NaN: it cannot be known.
+    Resamples with a single category have no κ and are left out. The interval is NaN with one cluster, or if no
+    resample has a κ.
     """
     if len(a) != len(b) or not len(a):
-        raise StatsError(f"κ of {len(a)} against {len(b)} ratings: give as many of each, and at least one")
+        raise StatsError(f"κ needs two ratings of each response and at least one response, not {len(a)} and {len(b)}")
     _, coded = np.unique(np.array([*a, *b], dtype=object).astype(str), return_inverse=True)
     size = int(coded.max()) + 1
     cell = coded[: len(a)] * size + coded[len(a) :]
-    drawn_by = np.arange(len(a)) if clusters is None else np.array(clusters, dtype=object).astype(str)
-    _, cluster = np.unique(drawn_by, return_inverse=True)
+    names = np.arange(len(a)) if clusters is None else np.array(clusters, dtype=object).astype(str)
+    _, cluster = np.unique(names, return_inverse=True)
     count = int(cluster.max()) + 1
     cells_CK = np.zeros((count, size * size), dtype=np.intp)
     np.add.at(cells_CK, (cluster, cell), 1)
-    point = kappa_of(cells_CK.sum(axis=0).reshape(size, size))
+    point = cohen_kappa(cells_CK.sum(axis=0).reshape(size, size))
     if count < 2:
-        return point, float("nan"), float("nan")
+        return point, NAN, NAN
     rng = np.random.default_rng(seed)
     draws_BC = rng.multinomial(count, np.full(count, 1 / count), size=min(resamples, RESAMPLES))
-    drawn = [kappa_of(t.reshape(size, size)) for t in draws_BC @ cells_CK]
-    known = np.array([k for k in drawn if not np.isnan(k)])
-    if not len(known):
-        return point, float("nan"), float("nan")
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    drawn = np.array([cohen_kappa(t.reshape(size, size)) for t in draws_BC @ cells_CK])
+    defined = drawn[~np.isnan(drawn)]
+    if not len(defined):
+        return point, NAN, NAN
+    low, high = np.quantile(defined, TAILS)
     return point, float(low), float(high)
 
 
 @dataclass(frozen=True)
-class Corrected:
-    """A rate corrected for a judge's errors, in [0, 1]; NaN with a `note` where it is undefined.
+class CorrectedRate:
+    """A rate corrected for a judge's errors, in [0, 1].
 
-    `note` also tells where the estimate had left [0, 1] and was clipped.
+    NaN if it is undefined; `note` gives the reason, or reports that the estimate was clipped to [0, 1].
     """
 
     rate: float
@@ -118,33 +120,33 @@ class Corrected:
 
 def rogan_gladen(
     rate: float, n: int, sensitivity: float, specificity: float, n_pos: int, n_neg: int, level: float = LEVEL
-) -> Corrected:
-    """The rate in truth behind an apparent one: (rate + Sp − 1) / (Se + Sp − 1) (Rogan & Gladen 1978, Am. J. Epidemiol.
-    107:71), with the interval of Lang & Reiczigel (2014, Prev. Vet. Med. 113:13).
+) -> CorrectedRate:
+    """Return the true rate behind an apparent one: (rate + Sp − 1) / (Se + Sp − 1).
 
-    `rate` of `n` answers was called positive by a judge whose sensitivity was measured on `n_pos` positives and
-    specificity on `n_neg` negatives, apart from these n. The interval, with q the apparent rate after z²/2 positives
-    and z²/2 negatives were added, Se and Sp after one of each was, and p the corrected rate of these:
+    Estimate: Rogan & Gladen 1978, Am. J. Epidemiol. 107:71; interval: Lang & Reiczigel 2014, Prev. Vet. Med. 113:13.
+
+    `rate` is the share of `n` responses that a judge called positive; its sensitivity was measured on `n_pos` positives
+    and its specificity on `n_neg` negatives, none of them among the n. With q the apparent rate after adding z²/2
+    positives and z²/2 negatives, Se and Sp after adding one of each, and p the corrected rate of these, the interval is
 
         p + 2z² (p·v_Se − (1 − p)·v_Sp) ± z/(Se + Sp − 1) · √(q(1 − q)/(n + z²) + p²·v_Se + (1 − p)²·v_Sp)
 
-    where v_Se = Se(1 − Se)/(n_pos + 2) and v_Sp = Sp(1 − Sp)/(n_neg + 2); cut off at 0 and 1.
+    with v_Se = Se(1 − Se)/(n_pos + 2) and v_Sp = Sp(1 − Sp)/(n_neg + 2), clipped to [0, 1].
     """
-    shares = {"rate": rate, "sensitivity": sensitivity, "specificity": specificity}
-    for name, value in shares.items():
+    for name, value in {"rate": rate, "sensitivity": sensitivity, "specificity": specificity}.items():
         if not 0 <= value <= 1:
-            raise StatsError(f"{name} {value} is no share")
+            raise StatsError(f"{name} is {value}: it must be between 0 and 1")
     if min(n, n_pos, n_neg) < 1:
-        raise StatsError(f"{n} answers, {n_pos} positives, {n_neg} negatives: at least one of each is needed")
+        raise StatsError(f"{n} responses, {n_pos} positives, {n_neg} negatives: at least one of each is needed")
     if sensitivity + specificity <= 1:
-        note = "undefined: sensitivity + specificity ≤ 1, the judge tells nothing about the truth"
-        return Corrected(float("nan"), float("nan"), float("nan"), note)
+        note = "undefined: sensitivity + specificity ≤ 1, so the judge carries no information about the truth"
+        return CorrectedRate(NAN, NAN, NAN, note)
     raw = (rate + specificity - 1) / (sensitivity + specificity - 1)
     low, high = _lang_reiczigel(rate, n, sensitivity, specificity, n_pos, n_neg, level)
     note = "" if 0 <= raw <= 1 else f"clipped to [0, 1] from {raw:.4f}"
-    # a clipped estimate may lie beyond its interval's end by a hair: the interval holds it
+    # rounding may put a clipped estimate just outside its interval
     clipped = min(max(raw, 0.0), 1.0)
-    return Corrected(clipped, min(max(low, 0.0), clipped), max(min(high, 1.0), clipped), note)
+    return CorrectedRate(clipped, min(max(low, 0.0), clipped), max(min(high, 1.0), clipped), note)
 
 
 def _lang_reiczigel(
@@ -153,46 +155,40 @@ def _lang_reiczigel(
     z = float(norm.ppf(0.5 + level / 2))
     n_, p_ = n + z * z, (n * rate + z * z / 2) / (n + z * z)
     se_, sp_ = (n_pos * se + 1) / (n_pos + 2), (n_neg * sp + 1) / (n_neg + 2)
-    gain = se_ + sp_ - 1
-    if gain <= 0:
+    youden = se_ + sp_ - 1
+    if youden <= 0:
         return 0.0, 1.0
-    p = (p_ + sp_ - 1) / gain
-    of_se, of_sp = se_ * (1 - se_) / (n_pos + 2), sp_ * (1 - sp_) / (n_neg + 2)
-    half = z / gain * float(np.sqrt(p_ * (1 - p_) / n_ + p * p * of_se + (1 - p) ** 2 * of_sp))
-    shift = 2 * z * z * (p * of_se - (1 - p) * of_sp)
+    p = (p_ + sp_ - 1) / youden
+    v_se, v_sp = se_ * (1 - se_) / (n_pos + 2), sp_ * (1 - sp_) / (n_neg + 2)
+    half = z / youden * float(np.sqrt(p_ * (1 - p_) / n_ + p * p * v_se + (1 - p) ** 2 * v_sp))
+    shift = 2 * z * z * (p * v_se - (1 - p) * v_sp)
     return p + shift - half, p + shift + half
 
 
-KEY = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "adapter_hash"]
-PAIR = ["judge_a", "judge_b", "n", "n_unscored", "agreement", "low", "high", "kappa", "kappa_low", "kappa_high"]
-
-
 def judge_agreement(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple[str, str], pd.DataFrame]]:
-    """How far each pair of judges agrees on the outcomes of the same answers: one line a pair, and its confusion.
+    """Return the agreement of each pair of judges on the outcomes of the same responses, and their confusion tables.
 
-    `rows` is a rows table in which an answer has a row for each judge. Answers that either could not score are in
-    `n_unscored`, and in nothing else. Intervals: Wilson for the agreement, prompts drawn as clusters for κ.
+    `rows` has one row per response and judge. Responses that either judge could not score count in `n_unscored` only.
+    Intervals: Wilson for the agreement, bootstrap over prompts for κ.
     """
-    answers = rows[rows["outcome"].notna() | rows["unscored_reason"].notna()]
-    key = [k for k in KEY if k in answers.columns]
-    judges = sorted(answers["judge"].unique())
-    twice = answers.duplicated([*key, "judge"])
-    if twice.any():
-        first = answers[twice].iloc[0]
+    responses = rows[rows["outcome"].notna() | rows["unscored_reason"].notna()]
+    key = [k for k in RESPONSE if k in responses.columns]
+    duplicates = responses.duplicated([*key, "judge"])
+    if duplicates.any():
+        first = responses[duplicates].iloc[0]
         raise StatsError(f"judge {first['judge']} has two rows for {first['item_id']} under {first['attack']!r}")
     lines, tables = [], {}
-    for a, b in itertools.combinations(judges, 2):
-        of_a, of_b = (answers[answers["judge"] == j].set_index(key) for j in (a, b))
-        both = of_a[["cluster", "outcome"]].join(of_b["outcome"].rename("outcome_b"), how="inner")
+    for a, b in itertools.combinations(sorted(responses["judge"].unique()), 2):
+        by_a, by_b = (responses[responses["judge"] == j].set_index(key) for j in (a, b))
+        both = by_a[["cluster", "outcome"]].join(by_b["outcome"].rename("outcome_b"), how="inner")
         if both.empty:
             continue
         scored = both.dropna(subset=["outcome", "outcome_b"])
         line: dict[str, object] = {"judge_a": a, "judge_b": b, "n": len(scored), "n_unscored": len(both) - len(scored)}
+        agreement = estimate = UNDEFINED
         if len(scored):
-            alike = share(int((scored["outcome"] == scored["outcome_b"]).sum()), len(scored))
-            found = kappa(list(scored["outcome"]), list(scored["outcome_b"]), list(scored["cluster"]))
-        else:
-            alike = found = UNDEFINED
-        lines.append(line | dict(zip(PAIR[4:], (*alike, *found), strict=True)))
+            agreement = wilson_rate(int((scored["outcome"] == scored["outcome_b"]).sum()), len(scored))
+            estimate = kappa(list(scored["outcome"]), list(scored["outcome_b"]), list(scored["cluster"]))
+        lines.append(line | dict(zip(AGREEMENT_COLUMNS[4:], (*agreement, *estimate), strict=True)))
         tables[a, b] = pd.crosstab(scored["outcome"], scored["outcome_b"]).rename_axis(index=a, columns=b)
-    return pd.DataFrame(lines, columns=PAIR), tables
+    return pd.DataFrame(lines, columns=AGREEMENT_COLUMNS), tables

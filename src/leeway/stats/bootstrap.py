@@ -1,12 +1,12 @@
-"""One joint cluster bootstrap behind every analysis of trajectories.
+"""The joint cluster bootstrap behind every analysis of trajectories, and intervals from its draws.
 
-The prompts of an eval are drawn with one set of multinomial weights for all checkpoints and measures of that eval
-(Davison & Hinkley 1997, §3.8), so that whatever is computed from a draw is paired as the rows are: attacks and samples
-ride along with their prompt. Different evals ask different items, and are drawn apart. Where an objective has S > 1
-training seeds, S − 1 of them are drawn as an outer level, crossed with the prompts (Owen 2007, Ann. Appl. Stat. 1:386);
-S − 1 of S makes the variance of a mean over few seeds unbiased (Rao & Wu 1988, JASA 83:231).
+The prompts of an eval are drawn with one set of multinomial weights for all its checkpoints and measures (Davison &
+Hinkley 1997, §3.8), so anything computed from a draw is paired as the rows are: attacks and samples stay with their
+prompt. Different evals have different items and are drawn independently. If an objective has S > 1 training seeds,
+S − 1 of them are drawn as an outer level, crossed with the prompts (Owen 2007, Ann. Appl. Stat. 1:386); S − 1 of S
+makes the variance of a mean over few seeds unbiased (Rao & Wu 1988, JASA 83:231).
 
-A trajectory's cells in a set of draws, and the interval of anything computed from them.
+Shapes: C clusters, K cells, R resamples, S training seeds, T strata, B budgets of a trajectory.
 """
 
 from __future__ import annotations
@@ -21,37 +21,42 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from leeway.stats.intervals import CHUNK, LEVEL, RESAMPLES, Floats, Ints
+from leeway.stats.intervals import CHUNK, LEVEL, NAN, RESAMPLES, TIE, Floats, Ints
 from leeway.stats.metrics import (
     AT,
     BASE,
     CHECK,
     CHECKPOINT,
     PLAIN,
+    POOLED_CHECKPOINT,
     Measure,
     StatsError,
-    codes,
-    groups,
-    measures,
-    observations,
-    refuse,
-    why_not,
+    analysis_table,
+    factorize,
+    group_indices,
+    require_fixed_design,
+    withheld_reason,
 )
+from leeway.stats.metrics import measures as measures_of
 
-KEY = ["objective", "budget", "condition"]
-TIE = 1e-9  # two sums of the same shares in another order differ by rounding
 PRIMARY = ("accuracy", "asr", "endorsement")
-ANSWER = [*CHECKPOINT, "eval", "attack", "item_id", "sample", "question"]
-CELLS = [*KEY, "measure", "axis", "better", "rate", "seeds", "n", "n_unscored", "n_clusters", "templates", "note"]
+RESPONSE = [*CHECKPOINT, "eval", "attack", "item_id", "sample", "question"]
+CELLS = [*POOLED_CHECKPOINT, "measure", "axis", "better", "rate", "seeds", "n", "n_unscored", "n_clusters"]
+CELLS += ["templates", "note"]
+MIN_CLUSTERS = 10  # with fewer, a percentile interval misses the truth more than one time in ten
+MIN_DISCORDANT = 6  # e⁻ᵏ of draws contain none of k discordant prompts: with k = 3 more than the tail itself
+MAX_UNDEFINED = 0.05  # share of draws without a value; above it the interval is withheld
+
+ObjectiveChoice = Sequence[str | tuple[str, str]]  # objectives, or (objective, condition)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """K cells (a measure at a checkpoint under a condition) at the point and in R draws.
+    """K cells (a measure at a checkpoint under a condition): point estimates and R draws.
 
     `cells` has one row per cell (columns `CELLS`; with `by_seed` also `seed`); `point_K` and `drawn_RK` are rates in
-    [0, 1], NaN where a rate is withheld (`note` says why) or where a draw left nothing to count. `shares_CK` holds what
-    each prompt adds to each rate: a prompt has moved between two cells where its shares differ.
+    [0, 1], NaN if a rate is withheld (`note` has the reason) or a draw has no scored response. `shares_CK` holds each
+    prompt's contribution to each rate: a prompt is discordant between two cells if its contributions differ.
     """
 
     cells: pd.DataFrame
@@ -63,17 +68,17 @@ class Draws:
     def measures(self) -> list[str]:
         return [str(m) for m in self.cells["measure"].unique()]
 
-    def moved(self, columns: Iterable[int], weights: Iterable[float]) -> int:
-        """How many prompts pull on a weighted sum of cells at all."""
-        pulls_C = self.shares_CK[:, list(columns)] @ np.array(list(weights), dtype=float)
-        return int((np.abs(pulls_C) > TIE).sum())
+    def n_discordant(self, columns: Iterable[int], weights: Iterable[float]) -> int:
+        """Return the number of prompts with a nonzero contribution to a weighted sum of cells."""
+        sums_C = self.shares_CK[:, list(columns)] @ np.array(list(weights), dtype=float)
+        return int((np.abs(sums_C) > TIE).sum())
 
-    def need(self, *names: str) -> None:
-        """Raise StatsError where a measure was not drawn."""
+    def require(self, *names: str) -> None:
+        """Raise StatsError if a measure was not drawn."""
         for name in names:
             if name not in self.measures:
-                there = ", ".join(self.measures) or "none that was asked for"
-                raise StatsError(f"no rows of the measure {name!r}: there is {there}")
+                known = ", ".join(self.measures) or "none of those requested"
+                raise StatsError(f"no rows of the measure {name!r} (there is {known})")
 
 
 def draws(
@@ -85,55 +90,53 @@ def draws(
     seed: int = 0,
     by_seed: bool = False,
 ) -> Draws:
-    """The rates of `measures` at every checkpoint, and in `resamples` joint draws; a measure without rows is left out.
+    """Return the rates of `measures` at every checkpoint, and in `resamples` joint draws; measures without rows are
+    left out.
 
-    Training seeds are pooled and drawn as an outer level; `by_seed` keeps each seed's checkpoints apart instead.
-    Raises StatsError where a checkpoint answered one question twice under one condition.
+    Training seeds are pooled and drawn as an outer level; `by_seed` keeps the checkpoints of each seed separate
+    instead. Raises StatsError if a checkpoint has two responses to one question under one condition.
     """
-    table = observations(rows, conditions)
+    table = analysis_table(rows, conditions)
     table["template_hash"] = rows["template_hash"].fillna("").astype(object)
-    table = table[table["eval"] != CHECK]  # other forms of the same questions, and no measure
-    twice = table.duplicated(ANSWER)
-    if twice.any():
-        row = table[twice].iloc[0]
-        what = f"{row['objective']} at {row['budget']} answered {row['item_id']} twice under {row['condition']}"
-        raise StatsError(f"{what}: rows of two runs, or of two versions of a template, were pooled")
-    keys = [*KEY, "seed"] if by_seed else KEY
-    wanted = [m for m in _measures(table) if m.name in set(measures)]
-    refuse(table, {m.axis for m in wanted})
+    table = table[table["eval"] != CHECK]  # other forms of the same questions: no measure
+    duplicates = table.duplicated(RESPONSE)
+    if duplicates.any():
+        row = table[duplicates].iloc[0]
+        what = f"{row['objective']} at {row['budget']} has two responses to {row['item_id']} under {row['condition']}"
+        raise StatsError(f"{what}: two runs, or two versions of a template, were pooled")
+    keys = [*POOLED_CHECKPOINT, "seed"] if by_seed else POOLED_CHECKPOINT
+    wanted = [m for m in measures_of(table) if m.name in set(measures)]
+    require_fixed_design(table, {m.axis for m in wanted})
     parts = [
-        _axis(table, [m for m in wanted if m.axis.partition(AT)[0] == axis], keys, axis, resamples, seed)
+        _draw_axis(table, [m for m in wanted if m.axis.partition(AT)[0] == axis], keys, axis, resamples, seed)
         for axis in dict.fromkeys(m.axis.partition(AT)[0] for m in wanted)
     ]
     if not parts:
         empty = pd.DataFrame(columns=[*CELLS, *(["seed"] if by_seed else [])])
         return Draws(empty, np.empty(0), np.empty((resamples, 0)), np.empty((0, 0)))
     cells = pd.concat([p[0] for p in parts], ignore_index=True)
-    shares_CK = np.zeros((sum(len(p[2]) for p in parts), len(cells)))
+    shares_CK = np.zeros((sum(len(p[2]) for p in parts), len(cells)))  # block diagonal: axes share no cluster
     top = left = 0
     for _, _, shares in parts:
-        down, along = shares.shape
-        shares_CK[top : top + down, left : left + along] = shares
-        top, left = top + down, left + along
+        height, width = shares.shape
+        shares_CK[top : top + height, left : left + width] = shares
+        top, left = top + height, left + width
     return Draws(cells, cells["rate"].to_numpy(float), np.concatenate([p[1] for p in parts], axis=1), shares_CK)
 
 
-_measures = measures  # the argument of `draws` has the same name
-
-
-def _axis(
+def _draw_axis(
     table: pd.DataFrame, wanted: list[Measure], keys: list[str], axis: str, resamples: int, seed: int
 ) -> tuple[pd.DataFrame, Floats, Floats]:
-    """Cells, draws and shares of the measures that ask one eval's items."""
-    of_axis = table["eval"].isin({m.axis for m in wanted})
-    clusters = np.unique(table.loc[of_axis, "cluster"].to_numpy(np.intp))
-    blocks = [_Block.of(measure, measure.select(table), keys, clusters) for measure in wanted]
+    """Return cells, draws and shares of the measures that share one eval's items."""
+    own_rows = table["eval"].isin({m.axis for m in wanted})
+    clusters = np.unique(table.loc[own_rows, "cluster"].to_numpy(np.intp))
+    blocks = [MeasureCounts.of(measure, measure.select(table), keys, clusters) for measure in wanted]
     rng = np.random.default_rng([seed, zlib.crc32(axis.encode())])
     drawn: list[list[Floats]] = [[] for _ in blocks]
-    outer = {s: _seed_draws(s, resamples, seed) for block in blocks for s in block.seed_sets}
+    outer = {s: _seed_weights(s, resamples, seed) for block in blocks for s in block.seed_sets}
     for start in range(0, resamples, CHUNK):
         size = min(CHUNK, resamples - start)
-        weights_RC = multinomial(len(clusters), size, rng)
+        weights_RC = multinomial_weights(len(clusters), size, rng)
         for block, found in zip(blocks, drawn, strict=True):
             found.append(block.rates(weights_RC, {s: w[start : start + size] for s, w in outer.items()}))
     drawn_RK = np.concatenate([np.concatenate(found) for found in drawn], axis=1)
@@ -141,14 +144,14 @@ def _axis(
     return cells, drawn_RK, np.concatenate([b.shares() for b in blocks], axis=1)
 
 
-def multinomial(count: int, size: int, rng: np.random.Generator) -> Floats:
-    """(size, count): how often each of `count` is drawn in `count` draws with replacement."""
+def multinomial_weights(count: int, size: int, rng: np.random.Generator) -> Floats:
+    """Return how often each of `count` is drawn in `count` draws with replacement, (size, count)."""
     picked = rng.integers(0, count, size=(size, count)) + np.arange(size)[:, None] * count
     return np.bincount(picked.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
 
 
-def _seed_draws(seeds: tuple[int, ...], resamples: int, seed: int) -> Floats:
-    """(resamples, S): weights of S training seeds, S − 1 of them drawn; objectives with the same seeds share draws."""
+def _seed_weights(seeds: tuple[int, ...], resamples: int, seed: int) -> Floats:
+    """Return the weights of S training seeds, S − 1 of them drawn, (R, S); equal seed sets share draws."""
     count = len(seeds)
     if count == 1:
         return np.ones((resamples, 1))
@@ -157,18 +160,18 @@ def _seed_draws(seeds: tuple[int, ...], resamples: int, seed: int) -> Floats:
 
 
 @dataclass(frozen=True)
-class _Block:
+class MeasureCounts:
     """One measure's sums and counts over clusters, cells, training seeds and strata."""
 
     cells: pd.DataFrame
     sums_CKST: Floats
     counts_CKST: Floats
     seed_sets: list[tuple[int, ...]]  # per cell
-    known_K: Floats  # 1, or NaN where the rate is withheld
+    known_K: Floats  # 1, or NaN if the rate is withheld
 
     @classmethod
-    def of(cls, measure: Measure, chosen: pd.DataFrame, keys: list[str], clusters: Ints) -> _Block:
-        names, strata = codes(chosen["stratum"])
+    def of(cls, measure: Measure, chosen: pd.DataFrame, keys: list[str], clusters: Ints) -> MeasureCounts:
+        names, strata = factorize(chosen["stratum"])
         grouped = chosen.groupby(keys, sort=True)
         cell = grouped.ngroup().to_numpy(np.intp)
         seeds, where = np.unique(chosen["seed"].to_numpy(), return_inverse=True)
@@ -180,10 +183,10 @@ class _Block:
         counts = np.bincount(flat, minlength=int(np.prod(shape))).astype(np.float64).reshape(shape)
         sums = np.bincount(flat, weights=value[scored], minlength=int(np.prod(shape))).astype(np.float64).reshape(shape)
         lines, sets = [], []
-        for k, (key, at) in enumerate(groups(chosen, keys)):
+        for k, (key, at) in enumerate(group_indices(chosen, keys)):
             own = tuple(int(s) for s in np.unique(seeds[where[at]]))
             sets.append(own)
-            lines.append(key | _describe(measure, chosen, at, strata[at], names, own))
+            lines.append(key | _cell_line(measure, chosen.iloc[at], strata[at], names, own))
             lines[-1]["n_clusters"] = int((counts[:, k].sum(axis=(1, 2)) > 0).sum())
         cells = pd.DataFrame(lines)
         known = np.where(cells["note"].to_numpy(object) == "", 1.0, np.nan)
@@ -197,67 +200,58 @@ class _Block:
             return np.asarray((totals / counts).mean(axis=1) * self.known_K)
 
     def rates(self, weights_RC: Floats, outer: dict[tuple[int, ...], Floats]) -> Floats:
-        """(R, K): the rates under drawn prompts and drawn seeds."""
+        """Return the rates under drawn prompts and drawn seeds, (R, K)."""
         size = len(weights_RC)
         _, cells, seeds, strata = self.sums_CKST.shape
         totals = (weights_RC @ self.sums_CKST.reshape(weights_RC.shape[1], -1)).reshape(size, cells, seeds, strata)
         counts = (weights_RC @ self.counts_CKST.reshape(weights_RC.shape[1], -1)).reshape(size, cells, seeds, strata)
         if seeds > 1:
             every = sorted({s for own in self.seed_sets for s in own})
-            chosen_RKS = np.zeros((size, cells, seeds))
+            weights_RKS = np.zeros((size, cells, seeds))
             for k, own in enumerate(self.seed_sets):
-                chosen_RKS[:, k, [every.index(s) for s in own]] = outer[own]
-            totals, counts = totals * chosen_RKS[..., None], counts * chosen_RKS[..., None]
+                weights_RKS[:, k, [every.index(s) for s in own]] = outer[own]
+            totals, counts = totals * weights_RKS[..., None], counts * weights_RKS[..., None]
         with np.errstate(invalid="ignore", divide="ignore"):
-            inside = totals.sum(axis=2) / counts.sum(axis=2)
-        return np.asarray(inside.mean(axis=2) * self.known_K)
+            mean_RKT = totals.sum(axis=2) / counts.sum(axis=2)
+        return np.asarray(mean_RKT.mean(axis=2) * self.known_K)
 
     def shares(self) -> Floats:
-        """(C, K): what each cluster adds to each rate."""
+        """Return each cluster's contribution to each rate, (C, K)."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            inside = self.sums_CKST.sum(axis=2) / self.counts_CKST.sum(axis=(0, 2))
-        return np.asarray(np.nan_to_num(inside.mean(axis=2)))
+            share_CKT = self.sums_CKST.sum(axis=2) / self.counts_CKST.sum(axis=(0, 2))
+        return np.asarray(np.nan_to_num(share_CKT.mean(axis=2)))
 
 
-def _describe(
-    measure: Measure, chosen: pd.DataFrame, at: Ints, strata: Ints, names: list[str], seeds: tuple[int, ...]
+def _cell_line(
+    measure: Measure, own: pd.DataFrame, strata: Ints, names: list[str], seeds: tuple[int, ...]
 ) -> dict[str, object]:
-    own = chosen.iloc[at]
     absent = own["value"].isna().to_numpy()
     return {
         "measure": measure.name,
         "axis": measure.axis,
         "better": measure.better,
-        "rate": float("nan"),
+        "rate": NAN,
         "seeds": len(seeds),
         "n": int((~absent).sum()),
         "n_unscored": int(absent.sum()),
         "n_clusters": 0,
         "templates": " ".join(sorted(own["template_hash"].unique())),
-        "note": why_not(absent, strata, names, measure),
+        "note": withheld_reason(absent, strata, names, measure),
     }
-
-
-Asked = Sequence[str | tuple[str, str]]  # objectives, or (objective, condition)
-
-MIN_CLUSTERS = 10  # below this a percentile interval misses the truth more than one time in ten
-MIN_MOVED = 6  # draws in which none of k moved prompts is drawn are e⁻ᵏ of them: with 3, more than the tail itself
-MAX_LOST = 0.05  # draws in which a value does not exist; above this share the interval is withheld
-NAN = float("nan")
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """An objective under one condition: its budgets in order, and where each stands among the cells."""
+    """An objective under one condition: its budgets in order, and their columns among the cells."""
 
     objective: str
     condition: str
     budgets_B: Floats
     columns_B: Ints
-    base: int  # column of the base under the same condition; −1 where there is none
+    base: int  # column of the base under the same condition; −1 if there is none
     n_clusters: int
-    withheld: str  # why no number can be made of it; empty if one can
-    note: str  # what weakens every number made of it
+    withheld: str  # why no number is reported; empty if one is
+    note: str  # limitations of every number
 
     @property
     def key(self) -> dict[str, object]:
@@ -267,53 +261,71 @@ class Trajectory:
     def label(self) -> str:
         return self.objective if self.condition == PLAIN else f"{self.objective} {self.condition}"
 
+    @property
+    def columns_with_base(self) -> list[int]:
+        return [self.base, *(int(k) for k in self.columns_B)]
 
-def trajectories(drawn: Draws, measure: str, objectives: Asked | None = None) -> list[Trajectory]:
-    """One per objective, in the order asked for: under the condition with the most budgets (`plain` if several have),
-    or the one asked for. Raises StatsError for a measure or an objective that the rows do not have."""
-    drawn.need(measure)
+    @property
+    def missing_base(self) -> str:
+        """Reason to withhold a number that needs the base; empty if the base was measured."""
+        return "" if self.base >= 0 else f"no base under {self.condition}"
+
+
+def trajectories(drawn: Draws, measure: str, objectives: ObjectiveChoice | None = None) -> list[Trajectory]:
+    """Return one trajectory per objective, in the order of `objectives`.
+
+    Its condition is the given one, or the one with the most budgets (`plain` if tied). Raises StatsError for a measure
+    or an objective that the rows do not have.
+    """
+    drawn.require(measure)
     cells = drawn.cells[drawn.cells["measure"] == measure]
     tuned = cells[cells["objective"] != BASE]
     if tuned.empty:
-        raise StatsError(f"no trained checkpoint has {measure}: there is no trajectory to look at")
-    asked = list(objectives) if objectives is not None else sorted(str(o) for o in tuned["objective"].unique())
-    return [_trajectory(cells, tuned, one) for one in asked]
+        raise StatsError(f"no trained checkpoint has {measure}, so there is no trajectory")
+    wanted = list(objectives) if objectives is not None else sorted(str(o) for o in tuned["objective"].unique())
+    return [_trajectory(cells, tuned, one) for one in wanted]
 
 
-def _trajectory(cells: pd.DataFrame, tuned: pd.DataFrame, asked: str | tuple[str, str]) -> Trajectory:
-    objective, condition = (asked, None) if isinstance(asked, str) else asked
+def _trajectory(cells: pd.DataFrame, tuned: pd.DataFrame, wanted: str | tuple[str, str]) -> Trajectory:
+    objective, condition = (wanted, None) if isinstance(wanted, str) else wanted
     own = tuned[tuned["objective"] == objective]
     if own.empty:
-        there = ", ".join(sorted(tuned["objective"].unique()))
-        raise StatsError(f"no checkpoints of {objective!r}: the rows have {there}")
+        known = ", ".join(sorted(tuned["objective"].unique()))
+        raise StatsError(f"no checkpoints of {objective!r} (the rows have {known})")
     budgets = own.groupby("condition")["budget"].nunique()
     if condition is None:
         condition = min(budgets.index, key=lambda c: (-budgets[c], c != PLAIN, c))
     elif condition not in budgets.index:
-        raise StatsError(f"{objective} was not measured under {condition!r}: only under {', '.join(budgets.index)}")
+        raise StatsError(f"{objective} was not measured under {condition!r}, only under {', '.join(budgets.index)}")
     own = own[own["condition"] == condition].sort_values("budget")
     base = cells[(cells["objective"] == BASE) & (cells["condition"] == condition)]
-    together = pd.concat([own, base])
-    clusters, weak = int(together["n_clusters"].min()), []
-    withheld = "; ".join(f"{r['objective']} at {r['budget']}: {r['note']}" for _, r in together.iterrows() if r["note"])
-    if not withheld and together["templates"].nunique() > 1:
-        withheld = "asked under different templates along the way: not the same questions"
+    both = pd.concat([own, base])
+    withheld = "; ".join(f"{r['objective']} at {r['budget']}: {r['note']}" for _, r in both.iterrows() if r["note"])
+    if not withheld and both["templates"].nunique() > 1:
+        withheld = "the checkpoints have different templates, so their questions differ"
+    limitations = []
     seeds = sorted(own["seeds"].unique())
     if seeds[0] == 1:
-        weak.append("one training seed: says nothing of another run")
+        limitations.append("one training seed: training-seed variance is not covered")
     elif seeds[0] < 5:
-        weak.append(f"{seeds[0]} training seeds: the spread between runs is known roughly")
-    if (together["n"] + together["n_unscored"]).div(together["seeds"]).nunique() > 1:
-        weak.append("not every checkpoint was asked as many questions")
-    where = int(base.index[0]) if len(base) else -1
-    found = own.index.to_numpy(np.intp)
-    budgets_B = own["budget"].to_numpy(float)
-    return Trajectory(objective, condition, budgets_B, found, where, clusters, withheld, "; ".join(weak))
+        limitations.append(f"{seeds[0]} training seeds: training-seed variance is a rough estimate")
+    if (both["n"] + both["n_unscored"]).div(both["seeds"]).nunique() > 1:
+        limitations.append("the checkpoints have different numbers of questions")
+    return Trajectory(
+        objective,
+        condition,
+        budgets_B=own["budget"].to_numpy(float),
+        columns_B=own.index.to_numpy(np.intp),
+        base=int(base.index[0]) if len(base) else -1,
+        n_clusters=int(both["n_clusters"].min()),
+        withheld=withheld,
+        note="; ".join(limitations),
+    )
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A percentile interval and the two-sided p-value of zero; NaN with a `note` where draws cannot tell."""
+    """A percentile interval and the two-sided p-value of 0; NaN with a `note` if withheld."""
 
     low: float
     high: float
@@ -321,49 +333,52 @@ class Interval:
     note: str = ""
 
 
-def interval(drawn_R: Floats, clusters: int, moved: int | None = None, level: float = LEVEL) -> Interval:
-    """Expanded percentiles of the draws, and the p-value that agrees with them.
+def interval(drawn_R: Floats, clusters: int, discordant: int | None = None, level: float = LEVEL) -> Interval:
+    """Return the expanded percentile interval of the draws, and the p-value that agrees with it.
 
-    Percentiles are a normal's, of a variance short of C/(C − 1): with few prompts too narrow. The tail α/2 is therefore
-    taken at Φ(−√(C/(C − 1)) · t_{C−1, α/2}) (Hesterberg 2015, Am. Stat. 69:371), and 2·min(P(draw ≤ 0), P(draw ≥ 0)),
-    counted with the observed value itself, is turned into p the same way.
+    Percentiles correspond to a normal with a variance too small by C/(C − 1): too narrow with few prompts. The tail α/2
+    is therefore taken at Φ(−√(C/(C − 1)) · t_{C−1, α/2}) (Hesterberg 2015, Am. Stat. 69:371), and
+    2·min(P(draw ≤ 0), P(draw ≥ 0)), counting the observed value itself, is converted to p the same way.
 
-    Withheld below 10 prompts, where fewer than 6 of them moved (draws of the few say nothing of the many), and where
-    the value does not exist in more than 5% of draws; below that it is of the draws in which it does, and noted.
+    Withheld below 10 prompts, with fewer than 6 discordant prompts, and if the value is undefined in more than 5% of
+    draws; otherwise undefined draws are left out, and noted.
     """
-    known = drawn_R[np.isfinite(drawn_R)]
-    lost = 1 - len(known) / max(len(drawn_R), 1)
+    defined = drawn_R[np.isfinite(drawn_R)]
+    undefined = 1 - len(defined) / max(len(drawn_R), 1)
     if clusters < MIN_CLUSTERS:
         return Interval(NAN, NAN, NAN, f"{clusters} prompts: too few for an interval")
-    if moved is not None and moved < MIN_MOVED:
-        return Interval(NAN, NAN, NAN, f"only {moved} prompts moved: too few for an interval")
-    if lost > MAX_LOST:
-        return Interval(NAN, NAN, NAN, f"undefined in {lost:.0%} of draws")
-    if np.ptp(known) <= TIE:
-        return Interval(NAN, NAN, NAN, "no draw differs from another: no interval")
-    short = float(np.sqrt((clusters - 1) / clusters))
-    tail = float(norm.cdf(student.ppf((1 - level) / 2, clusters - 1) / short))
-    low, high = np.quantile(known, [tail, 1 - tail])
-    said = f"the interval leaves out {lost:.1%} of draws, in which there is no value" if lost else ""
-    return Interval(round(float(low), 10), round(float(high), 10), p_zero(known, clusters), said)
+    if discordant is not None and discordant < MIN_DISCORDANT:
+        return Interval(NAN, NAN, NAN, f"only {discordant} discordant prompts: too few for an interval")
+    if undefined > MAX_UNDEFINED:
+        return Interval(NAN, NAN, NAN, f"undefined in {undefined:.0%} of draws")
+    if np.ptp(defined) <= TIE:
+        return Interval(NAN, NAN, NAN, "all draws are equal: no interval")
+    shrink = float(np.sqrt((clusters - 1) / clusters))
+    tail = float(norm.cdf(student.ppf((1 - level) / 2, clusters - 1) / shrink))
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    note = f"the interval leaves out {undefined:.1%} of draws, in which the value is undefined" if undefined else ""
+    return Interval(round(float(low), 10), round(float(high), 10), p_zero(defined, clusters), note)
 
 
-def p_zero(known_R: Floats, clusters: int) -> float:
-    """Two-sided p of zero, on `clusters` − 1 degrees of freedom."""
-    below, above = int((known_R <= 0).sum()), int((known_R >= 0).sum())
-    beyond = min(0.5, (min(below, above) + 1) / (len(known_R) + 1))
-    short = float(np.sqrt((clusters - 1) / clusters))
-    return float(f"{2 * student.cdf(norm.ppf(beyond) * short, clusters - 1):.10g}")
+def p_zero(defined_R: Floats, clusters: int) -> float:
+    """Return the two-sided p-value of 0, on C − 1 degrees of freedom."""
+    below, above = int((defined_R <= 0).sum()), int((defined_R >= 0).sum())
+    tail = min(0.5, (min(below, above) + 1) / (len(defined_R) + 1))
+    shrink = float(np.sqrt((clusters - 1) / clusters))
+    return float(f"{2 * student.cdf(norm.ppf(tail) * shrink, clusters - 1):.10g}")
 
 
-def notes(*said: str) -> str:
-    """What there is to say, each thing once."""
-    return "; ".join(dict.fromkeys(part for one in said if one for part in one.split("; ")))
+def join_notes(*notes: str) -> str:
+    """Join notes with "; ", each part once."""
+    return "; ".join(dict.fromkeys(part for one in notes if one for part in one.split("; ")))
 
 
 def simultaneous_lower(point_B: Floats, drawn_RB: Floats, level: float = LEVEL) -> Floats:
-    """One-sided lower bounds that hold for all B values at once: point − c·se, c the `level` quantile over draws of
-    max_b (drawn_b − point_b)/se_b (max-t; Romano & Wolf 2005, Econometrica 73:1237). NaN where nothing varies."""
+    """Return one-sided lower bounds that hold for all B values simultaneously; NaN without variance.
+
+    point − c·se, with c the `level` quantile over draws of max_b (drawn_b − point_b)/se_b (max-t; Romano & Wolf 2005,
+    Econometrica 73:1237).
+    """
     se_B = drawn_RB.std(axis=0, ddof=1)
     varies: NDArray[np.bool_] = se_B > 1e-12
     bound_B = np.full(len(point_B), NAN)

@@ -1,28 +1,27 @@
-"""From which budget on a trajectory stands beyond a threshold from its base, and stays there.
+"""Analyses along the budget: onset of a change, coupling of ASR to capability, and comparison at equal capability.
 
-How tightly vulnerability follows capability along one objective's trajectory.
+**Onset**: the first budget from which the difference from the base exceeds a threshold at every later budget.
 
-The slope of ASR on capability over the checkpoints of a trajectory, the base included, each weighing the same.
-Capability is itself measured with error, which pulls the least-squares slope towards 0 (regression dilution). The
-bootstrap knows that error, so it is taken out of the denominator (method of moments with known error covariance;
-Fuller 1987, Measurement Error Models, §3.1):
+**Coupling**: the slope of ASR on capability over the checkpoints of a trajectory, the base included, with equal
+weights. Capability has measurement error, which biases the least-squares slope towards 0 (regression dilution). The
+bootstrap estimates that error, and it is subtracted from the denominator (method of moments with known error
+covariance; Fuller 1987, Measurement Error Models, §3.1):
 
     slope = (S_xy − tr MΣ_xy) / (S_xx − tr MΣ_xx),    M = I − 11'/n,  Σ the draws' covariance of the n checkpoints
 
-Total least squares was not taken: it calls every departure from a straight line measurement error, and needs the ratio
-of two error variances; a trajectory may bend. A draw carries the error twice (the data's and its own), so that in draws
-it is taken out twice. Where error is more than 30% of S_xx, there is no range to speak of and no number.
+Total least squares is not used: it treats every departure from a straight line as measurement error, and needs the
+ratio of two error variances; trajectories may be curved. A draw contains the error twice (the data's and its own), so
+in draws it is subtracted twice. If error is more than 30% of S_xx, the range of capability is too small for a slope.
 
-Objectives at equal capability: what each costs by the time it has bought as much.
+**Matched capability**: a trajectory (base, then its budgets) becomes a curve from capability to ASR. Capability does
+not always rise with the budget. If it falls from its peak by more than noise (a 95% interval of the fall excludes 0),
+the curve ends at the peak, with a note: nobody would choose the later checkpoint. If one curve of a comparison ends so,
+all others end at their own peaks too: otherwise curves would differ by their treatment. Remaining falls are treated as
+noise: isotonic regression over the budgets (Barlow, Bartholomew, Bremner & Brunk 1972) makes capability non-decreasing,
+checkpoints that it pools become one point (mean capability, mean ASR), and the curve is linear between points. Nothing
+is extrapolated. Every draw of prompts rebuilds the curves, up to the same last checkpoint.
 
-A trajectory (base, then its budgets) becomes a curve from capability to ASR. Capability does not always rise with
-budget. Where it falls from its peak by more than noise (a 95% interval of the fall that excludes 0), the curve ends at
-the peak, and the note says so: nobody takes the checkpoint after. Where one curve of a comparison ends so, every other
-one ends at its own peak too: one that is cut and one that is pooled would differ by the treatment. What falls are left
-are taken as noise: isotonic regression over the budgets (Barlow, Bartholomew, Bremner & Brunk 1972) makes capability
-rise, checkpoints that it pools are one point (mean capability, mean ASR), and between points the curve is a straight
-line. It ends where the trajectory ends: nothing is extrapolated. In every draw of prompts the curves are built anew, up
-to the same last checkpoint.
+Shapes: B budgets, R draws.
 """
 
 from __future__ import annotations
@@ -38,24 +37,34 @@ import pandas as pd
 
 from leeway.stats.bootstrap import (
     MIN_CLUSTERS,
-    MIN_MOVED,
-    Asked,
+    MIN_DISCORDANT,
     Draws,
+    ObjectiveChoice,
     Trajectory,
     draws,
     interval,
-    notes,
+    join_notes,
     simultaneous_lower,
     trajectories,
 )
-from leeway.stats.contrasts import holm
-from leeway.stats.intervals import LEVEL, RESAMPLES, Floats
+from leeway.stats.contrasts import add_holm
+from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, TAILS, TIE, Floats
 from leeway.stats.metrics import BASE, PLAIN, StatsError
 
-Move = Literal["up", "down"]
-ONSET_COLUMNS = ["objective", "condition", "measure", "move", "threshold", "estimate", "low", "high", "p_never"]
-ONSET_COLUMNS += ["tested", "largest", "says", "n_budgets", "n_clusters", "note"]
+Direction = Literal["up", "down"]
+ONSET_COLUMNS = ["objective", "condition", "measure", "direction", "threshold", "estimate", "low", "high", "p_never"]
+ONSET_COLUMNS += ["tested", "largest", "statement", "n_budgets", "n_clusters", "note"]
 NEVER = float("inf")
+
+COUPLING_COLUMNS = ["objective", "condition", "measure", "on", "estimate", "low", "high", "p", "uncorrected"]
+COUPLING_COLUMNS += ["reliability", "capability_low", "capability_high", "n_points", "n_clusters", "note"]
+MIN_RELIABILITY = 0.7
+MIN_POINTS = 3
+
+MATCHED_COLUMNS = ["kind", "measure", "objective", "condition", "against", "against_condition", "at", "capability"]
+MATCHED_COLUMNS += ["capability_low", "capability_high", "estimate", "low", "high", "p", "p_holm", "n_clusters", "note"]
+LARGEST = "largest"
+FROM_BASE = re.compile(r"base\s*\+\s*(\d+(?:\.\d+)?)(?:\s*points?)?")
 
 
 def onset(
@@ -63,104 +72,88 @@ def onset(
     conditions: Mapping[str, str],
     measure: str = "asr",
     threshold: float = 0.0,
-    move: Move | None = None,
-    objectives: Asked | None = None,
+    direction: Direction | None = None,
+    objectives: ObjectiveChoice | None = None,
     *,
     drawn: Draws | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One line per objective: the first budget at which |threshold| is exceeded and stays so to the last one.
+    """Return, per objective, the first budget from which |threshold| is exceeded up to the last budget.
 
-    The difference is checkpoint − base under the same condition, in [−1, 1]; `move` says whether a rise (`up`) or a
-    fall is looked for (default: the measure's worse direction). `estimate` is the onset of the point estimates, `low`
-    and `high` its 2.5% and 97.5% quantiles over draws, `p_never` the share of draws without one. `tested` is the first
-    budget from which the simultaneous 95% lower bounds (max-t over the trajectory's budgets) exceed the threshold: the
-    true onset is at or before it, with 95% confidence. Never is `inf`, beyond the `largest` budget measured, and
-    `says` puts it in words; NaN is withheld, and `note` says why. Raises StatsError for a measure without a worse
-    direction where no `move` is given.
+    The difference is checkpoint − base under the same condition, in [−1, 1]; `direction` is the change's (default: the
+    measure's worse direction). `estimate` is the onset of the point estimates, `low` and `high` its 2.5% and 97.5%
+    quantiles over draws, `p_never` the share of draws without one. `tested` is the first budget from which the
+    simultaneous 95% lower bounds (max-t over the trajectory's budgets) exceed the threshold: the true onset is at or
+    before it, with 95% confidence. Never is `inf`, beyond the `largest` budget measured, and `statement` describes the
+    result; NaN is withheld, with the reason in `note`. Raises StatsError without a worse direction and a `direction`.
     """
     if not -1 < threshold < 1:
-        raise StatsError(f"a threshold of {threshold}: differences lie between −1 and 1, so 5 points are 0.05")
+        raise StatsError(f"a threshold of {threshold}: give a difference between −1 and 1 (5 points are 0.05)")
     drawn = drawn or draws(rows, conditions, (measure,), resamples=resamples, seed=seed)
     found = trajectories(drawn, measure, objectives)
-    move = move or _worse(drawn, measure)
-    lines = [_onset_row(t, drawn, measure, abs(threshold), move) for t in found]
+    direction = direction or _worse_direction(drawn, measure)
+    lines = [_onset_line(t, drawn, measure, abs(threshold), direction) for t in found]
     return pd.DataFrame(lines, columns=ONSET_COLUMNS)
 
 
-def _worse(drawn: Draws, measure: str) -> Move:
+def _worse_direction(drawn: Draws, measure: str) -> Direction:
     better = drawn.cells.loc[drawn.cells["measure"] == measure, "better"].iloc[0]
     if better not in ("higher", "lower"):
-        raise StatsError(f'{measure} has no worse direction: say move="up" or move="down"')
+        raise StatsError(f'{measure} has no worse direction: give direction="up" or direction="down"')
     return "up" if better == "lower" else "down"
 
 
-def _onset_row(trajectory: Trajectory, drawn: Draws, measure: str, threshold: float, move: Move) -> dict[str, object]:
+def _onset_line(
+    trajectory: Trajectory, drawn: Draws, measure: str, threshold: float, direction: Direction
+) -> dict[str, object]:
     budgets_B = trajectory.budgets_B
-    line: dict[str, object] = trajectory.key | {"measure": measure, "move": move, "threshold": threshold}
-    line |= dict.fromkeys(("estimate", "low", "high", "p_never", "tested"), float("nan"))
-    line |= {"largest": budgets_B[-1], "says": "", "n_budgets": len(budgets_B), "n_clusters": trajectory.n_clusters}
-    if trajectory.withheld or trajectory.base < 0:
-        missing = "" if trajectory.base >= 0 else f"no base under {trajectory.condition}: nothing to differ from"
-        return line | {"note": notes(missing, trajectory.withheld)}
-    sign = 1.0 if move == "up" else -1.0
+    line: dict[str, object] = trajectory.key | {"measure": measure, "direction": direction, "threshold": threshold}
+    line |= dict.fromkeys(("estimate", "low", "high", "p_never", "tested"), NAN)
+    line |= {"largest": budgets_B[-1], "statement": "", "n_budgets": len(budgets_B)}
+    line["n_clusters"] = trajectory.n_clusters
+    if reason := join_notes(trajectory.missing_base, trajectory.withheld):
+        return line | {"note": reason}
+    sign = 1.0 if direction == "up" else -1.0
     columns, base = trajectory.columns_B, trajectory.base
     point_B = sign * (drawn.point_K[columns] - drawn.point_K[base])
     drawn_RB = sign * (drawn.drawn_RK[:, columns] - drawn.drawn_RK[:, [base]])
-    moved_B = np.array([drawn.moved((k, base), (1, -1)) for k in columns])
-    line["estimate"] = first_lasting(point_B[None] > threshold, budgets_B)[0]
-    said = []
+    discordant_B = np.array([drawn.n_discordant((k, base), (1, -1)) for k in columns])
+    line["estimate"] = first_sustained(point_B[None] > threshold, budgets_B)[0]
+    reason = ""
     if trajectory.n_clusters < MIN_CLUSTERS:
-        said.append(f"{trajectory.n_clusters} prompts: too few for an interval")
-    elif (moved_B < MIN_MOVED).all():
-        said.append("hardly any prompt moved at any budget: no interval")
+        reason = f"{trajectory.n_clusters} prompts: too few for an interval"
+    elif (discordant_B < MIN_DISCORDANT).all():
+        reason = f"fewer than {MIN_DISCORDANT} discordant prompts at every budget: no interval"
     else:
-        of_draws = first_lasting(drawn_RB > threshold, budgets_B)
-        low, high = np.quantile(of_draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
-        bound_B = np.where(moved_B >= MIN_MOVED, simultaneous_lower(point_B, drawn_RB), -1.0)
-        line |= {"low": float(low), "high": float(high), "p_never": round(float(np.isinf(of_draws).mean()), 10)}
-        line["tested"] = first_lasting(bound_B[None] > threshold, budgets_B)[0]
-    line["says"] = _says(line)
-    return line | {"note": notes(*said, trajectory.note)}
+        onset_R = first_sustained(drawn_RB > threshold, budgets_B)
+        low, high = np.quantile(onset_R, TAILS, method="inverted_cdf")
+        bound_B = np.where(discordant_B >= MIN_DISCORDANT, simultaneous_lower(point_B, drawn_RB), -1.0)
+        line |= {"low": float(low), "high": float(high), "p_never": round(float(np.isinf(onset_R).mean()), 10)}
+        line["tested"] = first_sustained(bound_B[None] > threshold, budgets_B)[0]
+    line["statement"] = _onset_statement(line)
+    return line | {"note": join_notes(reason, trajectory.note)}
 
 
-def first_lasting(beyond_RB: np.ndarray, budgets_B: Floats) -> Floats:
-    """(R,): the first budget from which every later one is beyond as well; inf where the last one is not."""
-    # counted from the end: how many in a row are beyond
-    run_R = np.cumprod(beyond_RB[:, ::-1], axis=1).sum(axis=1).astype(np.intp)
+def first_sustained(exceeds_RB: np.ndarray, budgets_B: Floats) -> Floats:
+    """Return the first budget from which all later ones exceed too, (R,); inf if the last one does not."""
+    # length of the run of exceeding budgets at the end
+    run_R = np.cumprod(exceeds_RB[:, ::-1], axis=1).sum(axis=1).astype(np.intp)
     return np.append(budgets_B[::-1], NEVER)[np.where(run_R > 0, run_R - 1, len(budgets_B))]
 
 
-def _says(line: dict[str, object]) -> str:
+def _onset_statement(line: dict[str, object]) -> str:
     def name(budget: object) -> str:
         return f"not by {line['largest']:,.0f}" if budget == NEVER else f"{budget:,.0f}"
 
     if line["low"] != line["low"]:
         return name(line["estimate"])
     span = "" if line["low"] == line["high"] else f", 95% {name(line['low'])} to {name(line['high'])}"
-    return f"{name(line['estimate'])}{span}; in {line['p_never']:.0%} of draws not at all"
+    return f"{name(line['estimate'])}{span}; never in {line['p_never']:.0%} of draws"
 
 
-COUPLING_COLUMNS = [
-    "objective",
-    "condition",
-    "measure",
-    "on",
-    "estimate",
-    "low",
-    "high",
-    "p",
-    "uncorrected",
-    "reliability",
-]
-COUPLING_COLUMNS += ["capability_low", "capability_high", "n_points", "n_clusters", "note"]
-MIN_RELIABILITY = 0.7
-MIN_POINTS = 3
-
-
-def vulnerability(drawn: Draws) -> str:
-    """The jailbreak axis's primary measure: `asr`, or `asr:none` where no attack was made."""
+def asr_measure(drawn: Draws) -> str:
+    """Return the jailbreak axis's primary measure: `asr`, or `asr:none` without attacks."""
     return "asr" if "asr" in drawn.measures else "asr:none"
 
 
@@ -169,100 +162,85 @@ def coupling(
     conditions: Mapping[str, str],
     measure: str | None = None,
     on: str = "accuracy",
-    objectives: Asked | None = None,
+    objectives: ObjectiveChoice | None = None,
     *,
     drawn: Draws | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One line per objective: points of `measure` (default ASR) per point of capability, corrected for its error.
+    """Return, per objective, points of `measure` (default ASR) per point of capability, corrected for its error.
 
-    `uncorrected` is the least-squares slope, `reliability` = 1 − tr MΣ_xx/S_xx the share of the capability range's sum
-    of squares that is not error. NaN with a `note` where it is below 0.7, and with fewer than three checkpoints. Empty
-    without a capability and a jailbreak axis, where no other `measure` was named.
+    `uncorrected` is the least-squares slope, `reliability` = 1 − tr MΣ_xx/S_xx the share of the capability's sum of
+    squares that is not error. NaN with a `note` if it is below 0.7, and with fewer than three checkpoints. Empty
+    without a capability and a jailbreak axis, unless a `measure` is named.
     """
     wanted = (measure or "asr", *(() if measure else ("asr:none",)), on)
     drawn = drawn or draws(rows, conditions, wanted, resamples=resamples, seed=seed)
-    if measure is None and not {on, vulnerability(drawn)} <= set(drawn.measures):
+    if measure is None and not {on, asr_measure(drawn)} <= set(drawn.measures):
         return pd.DataFrame(columns=COUPLING_COLUMNS)
-    measure = measure or vulnerability(drawn)
-    lines = [_coupling_row(*pair, drawn, measure, on) for pair in beside(drawn, measure, on, objectives)]
+    measure = measure or asr_measure(drawn)
+    lines = [_coupling_line(*pair, drawn, measure, on) for pair in paired_trajectories(drawn, measure, on, objectives)]
     return pd.DataFrame(lines, columns=COUPLING_COLUMNS)
 
 
-def beside(drawn: Draws, measure: str, on: str, objectives: Asked | None) -> list[tuple[Trajectory, Trajectory]]:
-    """Each trajectory of `measure` with that of `on` under the same condition and at the same budgets."""
-    drawn.need(on)
+def paired_trajectories(
+    drawn: Draws, measure: str, on: str, objectives: ObjectiveChoice | None
+) -> list[tuple[Trajectory, Trajectory]]:
+    """Return each trajectory of `measure` with that of `on` under the same condition and at the same budgets."""
+    drawn.require(on)
     found = []
-    for own in trajectories(drawn, measure, objectives):
-        other = trajectories(drawn, on, [(own.objective, own.condition)])[0]
-        if not np.array_equal(own.budgets_B, other.budgets_B):
-            apart = f"{measure} and {on} were not measured at the same budgets"
-            found.append((replace(own, withheld=notes(own.withheld, apart)), other))
-        else:
-            found.append((own, other))
+    for y in trajectories(drawn, measure, objectives):
+        x = trajectories(drawn, on, [(y.objective, y.condition)])[0]
+        same = np.array_equal(y.budgets_B, x.budgets_B)
+        reason = "" if same else f"{measure} and {on} were not measured at the same budgets"
+        found.append((replace(y, withheld=join_notes(y.withheld, reason)), x))
     return found
 
 
-def _coupling_row(y: Trajectory, x: Trajectory, drawn: Draws, measure: str, on: str) -> dict[str, object]:
-    line: dict[str, object] = y.key | {"measure": measure, "on": on}
-    line |= dict.fromkeys(("estimate", "low", "high", "p", "uncorrected", "reliability"), float("nan"))
-    line |= dict.fromkeys(("capability_low", "capability_high"), float("nan"))
+def _coupling_line(y: Trajectory, x: Trajectory, drawn: Draws, measure: str, on: str) -> dict[str, object]:
+    columns_x, columns_y = x.columns_with_base, y.columns_with_base
     clusters = min(y.n_clusters, x.n_clusters)
-    of_x, of_y = with_base(x), with_base(y)
-    line |= {"n_points": len(of_x), "n_clusters": clusters}
-    missing = "" if min(x.base, y.base) >= 0 else f"no base under {y.condition}"
-    few = "" if len(of_x) >= MIN_POINTS else f"{len(of_x)} checkpoints with the base: no slope"
-    if why := notes(missing, y.withheld, x.withheld, few):
-        return line | {"note": why}
-    x_B, y_B = drawn.point_K[of_x], drawn.point_K[of_y]
+    line: dict[str, object] = y.key | {"measure": measure, "on": on, "n_points": len(columns_x), "n_clusters": clusters}
+    line |= dict.fromkeys(("estimate", "low", "high", "p", "uncorrected", "reliability"), NAN)
+    line |= dict.fromkeys(("capability_low", "capability_high"), NAN)
+    short = "" if len(columns_x) >= MIN_POINTS else f"{len(columns_x)} checkpoints with the base: no slope"
+    if reason := join_notes(y.missing_base, x.missing_base, y.withheld, x.withheld, short):
+        return line | {"note": reason}
+    x_B, y_B = drawn.point_K[columns_x], drawn.point_K[columns_y]
     line |= {"capability_low": float(x_B.min()), "capability_high": float(x_B.max())}
-    x_RB, y_RB = drawn.drawn_RK[:, of_x], drawn.drawn_RK[:, of_y]
-    error_xx, error_xy = _errors(x_RB, x_RB), _errors(x_RB, y_RB)
-    s_xx, s_xy = float(_sums(x_B, x_B)), float(_sums(x_B, y_B))
+    x_RB, y_RB = drawn.drawn_RK[:, columns_x], drawn.drawn_RK[:, columns_y]
+    error_xx, error_xy = _error_products(x_RB, x_RB), _error_products(x_RB, y_RB)
+    s_xx, s_xy = float(_products(x_B, x_B)), float(_products(x_B, y_B))
     if s_xx <= 1e-12:
-        return line | {"note": "capability does not move along this trajectory"}
+        return line | {"note": "capability is constant along this trajectory"}
     reliability = 1 - error_xx / s_xx
     line |= {"uncorrected": round(s_xy / s_xx, 10), "reliability": round(reliability, 10)}
     if not reliability >= MIN_RELIABILITY:
-        span = f"capability moves from {x_B.min():.1%} to {x_B.max():.1%}"
+        span = f"capability ranges from {x_B.min():.1%} to {x_B.max():.1%}"
         return line | {"note": f"{span}: within its noise (reliability {reliability:.2f} < {MIN_RELIABILITY})"}
     line["estimate"] = round((s_xy - error_xy) / (s_xx - error_xx), 10)
-    below_R = _sums(x_RB, x_RB) - 2 * error_xx
+    denominator_R = _products(x_RB, x_RB) - 2 * error_xx
     with np.errstate(divide="ignore", invalid="ignore"):
-        slope_R = np.where(below_R > 0, (_sums(x_RB, y_RB) - 2 * error_xy) / below_R, np.nan)
-    moved = drawn.moved(of_y, _centred(x_B))
-    found = interval(slope_R, clusters, moved)
+        slope_R = np.where(denominator_R > 0, (_products(x_RB, y_RB) - 2 * error_xy) / denominator_R, np.nan)
+    found = interval(slope_R, clusters, drawn.n_discordant(columns_y, _centred(x_B)))
     line |= {"low": found.low, "high": found.high, "p": found.p}
-    return line | {"note": notes(found.note, y.note, x.note)}
-
-
-def with_base(trajectory: Trajectory) -> list[int]:
-    """The columns of the base and of every budget."""
-    return [trajectory.base, *(int(k) for k in trajectory.columns_B)]
+    return line | {"note": join_notes(found.note, y.note, x.note)}
 
 
 def _centred(value_B: Floats) -> Floats:
     return np.asarray(value_B - value_B.mean(axis=-1, keepdims=True))
 
 
-def _sums(a_B: Floats, b_B: Floats) -> Floats:
+def _products(a_B: Floats, b_B: Floats) -> Floats:
+    """Return the sum of products of deviations over budgets."""
     return np.asarray((_centred(a_B) * _centred(b_B)).sum(axis=-1))
 
 
-def _errors(a_RB: Floats, b_RB: Floats) -> float:
-    """tr MΣ: the sum of products that error alone brings."""
+def _error_products(a_RB: Floats, b_RB: Floats) -> float:
+    """Return tr MΣ: the expected sum of products of the errors."""
     known = np.isfinite(a_RB).all(axis=1) & np.isfinite(b_RB).all(axis=1)
     a_RB, b_RB = a_RB[known], b_RB[known]
-    return float(_sums(a_RB - a_RB.mean(axis=0), b_RB - b_RB.mean(axis=0)).sum() / max(len(a_RB) - 1, 1))
-
-
-MATCHED_COLUMNS = ["kind", "measure", "objective", "condition", "against", "against_condition", "at", "capability"]
-MATCHED_COLUMNS += ["capability_low", "capability_high", "estimate", "low", "high", "p", "p_holm", "n_clusters", "note"]
-NAN = float("nan")
-LARGEST = "largest"
-FROM_BASE = re.compile(r"base\s*\+\s*(\d+(?:\.\d+)?)(?:\s*points?)?")
-TIE = 1e-9
+    return float(_products(a_RB - a_RB.mean(axis=0), b_RB - b_RB.mean(axis=0)).sum() / max(len(a_RB) - 1, 1))
 
 
 def matched(
@@ -270,109 +248,117 @@ def matched(
     conditions: Mapping[str, str],
     at: str | float = LARGEST,
     of: Sequence[str] | None = None,
-    objectives: Asked | None = None,
+    objectives: ObjectiveChoice | None = None,
     on: str = "accuracy",
     *,
     drawn: Draws | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """ASR and endorsement of each objective (`level`) and of each pair (`pair`: objective − against) at one capability.
+    """Return ASR and endorsement of each objective (`level`) and pair (`pair`: objective − against) at one capability.
 
-    `at`: `largest`, the largest capability that all the objectives reach; `base+10`, ten points above the base's; or a
-    capability in [0, 1]. The first two are chosen anew in every draw, so that the interval carries their uncertainty
-    (`capability_low`, `capability_high`); a number is held. `p_holm` runs over the pairs of one measure. NaN with a
-    `note` where a trajectory does not reach the capability, at the point or in more than 5% of draws. Empty without a
-    capability axis, where no measures were named.
+    `at`: `largest`, the largest capability that all objectives reach; `base+10`, ten points above the base's; or a
+    capability in [0, 1]. The first two are determined in every draw, so the interval includes their uncertainty
+    (`capability_low`, `capability_high`); a number is fixed. `p_holm` is over the pairs of one measure. NaN with a
+    `note` if a trajectory does not reach the capability, at the point or in more than 5% of draws. Empty without a
+    capability axis, unless measures are named in `of`.
     """
     wanted = tuple(of or ("asr", "asr:none", "endorsement"))
     drawn = drawn or draws(rows, conditions, (*wanted, on), resamples=resamples, seed=seed)
-    names = list(of) if of else [m for m in (vulnerability(drawn), "endorsement") if m in drawn.measures]
+    names = list(of) if of else [m for m in (asr_measure(drawn), "endorsement") if m in drawn.measures]
     if not of and on not in drawn.measures:
         return pd.DataFrame(columns=MATCHED_COLUMNS)
     lines: list[dict[str, object]] = []
     for measure in names:
-        curves = _curves(beside(drawn, measure, on, objectives), drawn)
-        lines += _of_measure(measure, curves, _target(at, curves, drawn, on), str(at))
+        curves = _curves(paired_trajectories(drawn, measure, on, objectives), drawn)
+        lines += _matched_lines(measure, curves, _target(at, curves, drawn, on), str(at))
     return pd.DataFrame(lines, columns=MATCHED_COLUMNS)
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """A trajectory as points of rising capability; row 0 is the data, the others are draws."""
+    """A trajectory as points of non-decreasing capability; row 0 is the data, the others are draws."""
 
     trajectory: Trajectory
     x_RB: Floats
     y_RB: Floats
     clusters: int
-    why: str
+    withheld: str
     note: str
 
     @classmethod
     def of(cls, y: Trajectory, x: Trajectory, drawn: Draws, *, at_peak: bool = False) -> _Curve:
-        missing = "" if min(x.base, y.base) >= 0 else f"no base under {y.condition}"
-        why, clusters = notes(missing, y.withheld, x.withheld), min(y.n_clusters, x.n_clusters)
-        if why:
-            return cls(y, np.empty((0, 0)), np.empty((0, 0)), clusters, why, "")
-        of_x, of_y = with_base(x), with_base(y)
-        end, fallen = _end(x, drawn.point_K[of_x], drawn.drawn_RK[:, of_x])
-        if at_peak and not fallen and (end := int(drawn.point_K[of_x].argmax()) + 1) < len(of_x):
-            fallen = f"{x.label}: ends at its peak too, as another one does"
-        of_x, of_y = of_x[:end], of_y[:end]
-        capability = np.vstack([drawn.point_K[of_x], drawn.drawn_RK[:, of_x]])
-        measured = np.vstack([drawn.point_K[of_y], drawn.drawn_RK[:, of_y]])
+        reason, clusters = _withheld(y, x), min(y.n_clusters, x.n_clusters)
+        if reason:
+            return cls(y, np.empty((0, 0)), np.empty((0, 0)), clusters, reason, "")
+        columns_x, columns_y = x.columns_with_base, y.columns_with_base
+        end, fall = _end(x, drawn)
+        if at_peak and not fall and (end := int(drawn.point_K[columns_x].argmax()) + 1) < len(columns_x):
+            fall = f"{x.label}: ends at its peak, as another trajectory does"
+        columns_x, columns_y = columns_x[:end], columns_y[:end]
+        capability = np.vstack([drawn.point_K[columns_x], drawn.drawn_RK[:, columns_x]])
+        measured = np.vstack([drawn.point_K[columns_y], drawn.drawn_RK[:, columns_y]])
         rising = isotonic(capability)
-        flat = "" if np.ptp(rising[0]) > TIE else notes("capability does not rise along it", fallen)
-        return cls(y, rising, pooled(measured, rising), clusters, flat, notes(fallen, y.note, x.note))
+        flat = "" if np.ptp(rising[0]) > TIE else join_notes("capability does not rise along the trajectory", fall)
+        return cls(y, rising, pooled(measured, rising), clusters, flat, join_notes(fall, y.note, x.note))
 
     def level(self, target_R: Floats) -> Floats:
         return interpolate(target_R, self.x_RB, self.y_RB)
 
-
-def _curves(found: Sequence[tuple[Trajectory, Trajectory]], drawn: Draws) -> list[_Curve]:
-    """Every trajectory's curve; all end at their peaks where one falls after its own by more than noise."""
-    falls = [
-        not notes(y.withheld, x.withheld)
-        and min(x.base, y.base) >= 0
-        and bool(_end(x, drawn.point_K[with_base(x)], drawn.drawn_RK[:, with_base(x)])[1])
-        for y, x in found
-    ]
-    return [_Curve.of(y, x, drawn, at_peak=any(falls)) for y, x in found]
+    def reason_at(self, target: float) -> str:
+        """Return why there is no value at a capability; empty if there is one."""
+        if self.withheld:
+            return self.withheld
+        low, high = self.x_RB[0, 0], self.x_RB[0, -1]
+        if low - TIE <= target <= high + TIE:
+            return ""
+        return f"its capability ranges from {low:.1%} to {high:.1%}: not extrapolated to {target:.1%}"
 
 
-def _end(trajectory: Trajectory, point_B: Floats, drawn_RB: Floats) -> tuple[int, str]:
-    """How many checkpoints count: up to the peak where capability then falls by more than noise, or all."""
+def _withheld(y: Trajectory, x: Trajectory) -> str:
+    return join_notes(y.missing_base, x.missing_base, y.withheld, x.withheld)
+
+
+def _curves(pairs: Sequence[tuple[Trajectory, Trajectory]], drawn: Draws) -> list[_Curve]:
+    """Return the curve of each trajectory; all end at their peaks if one falls after its peak by more than noise."""
+    at_peak = any(not _withheld(y, x) and bool(_end(x, drawn)[1]) for y, x in pairs)
+    return [_Curve.of(y, x, drawn, at_peak=at_peak) for y, x in pairs]
+
+
+def _end(trajectory: Trajectory, drawn: Draws) -> tuple[int, str]:
+    """Return how many checkpoints count, and a note: up to the peak if capability then falls by more than noise."""
+    columns = trajectory.columns_with_base
+    point_B, drawn_RB = drawn.point_K[columns], drawn.drawn_RK[:, columns]
     peak = int(point_B.argmax())
     after = drawn_RB[:, peak + 1 :] - drawn_RB[:, [peak]]
     if not after.size or not (np.nanquantile(after, 0.5 + LEVEL / 2, axis=0) < 0).any():
         return len(point_B), ""
     where = f"{trajectory.budgets_B[peak - 1]:,.0f} tokens" if peak else "the base"
-    return peak + 1, f"{trajectory.label}: capability falls after {where}, and the rest is left out"
+    return peak + 1, f"{trajectory.label}: capability falls after {where}, later checkpoints are left out"
 
 
 def isotonic(value_RB: Floats) -> Floats:
-    """Each row's closest non-decreasing values: max over i ≤ b of min over j ≥ b of mean(i … j)."""
+    """Return each row's isotonic regression: max over i ≤ b of min over j ≥ b of mean(i … j)."""
     size = value_RB.shape[1]
     total = np.concatenate([np.zeros((len(value_RB), 1)), value_RB.cumsum(axis=1)], axis=1)
-    risen = np.full_like(value_RB, -np.inf)
+    rising = np.full_like(value_RB, -np.inf)
     for start in range(size):
         means = (total[:, start + 1 :] - total[:, [start]]) / np.arange(1, size - start + 1)
-        from_here = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
-        risen[:, start:] = np.maximum(risen[:, start:], from_here)
-    return risen
+        lowest = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
+        rising[:, start:] = np.maximum(rising[:, start:], lowest)
+    return rising
 
 
 def pooled(value_RB: Floats, rising_RB: Floats) -> Floats:
-    """The mean of `value` over each run of equal `rising` values."""
-    block_RB = np.concatenate(
-        [np.zeros((len(rising_RB), 1)), (np.diff(rising_RB, axis=1) > TIE).cumsum(axis=1)], axis=1
-    )
+    """Return the mean of `value` over each run of equal `rising` values."""
+    steps_RB = (np.diff(rising_RB, axis=1) > TIE).cumsum(axis=1)
+    block_RB = np.concatenate([np.zeros((len(rising_RB), 1)), steps_RB], axis=1)
     same_RBB = block_RB[:, :, None] == block_RB[:, None, :]
     return np.asarray((same_RBB * value_RB[:, None, :]).sum(axis=2) / same_RBB.sum(axis=2))
 
 
 def interpolate(target_R: Floats, x_RB: Floats, y_RB: Floats) -> Floats:
-    """y where the row's curve has x = target; NaN outside the row's range of x."""
+    """Return y at x = target on each row's curve; NaN outside the row's range of x."""
     rows, last = np.arange(len(x_RB)), x_RB.shape[1] - 1
     at_end = np.abs(target_R - x_RB[:, last]) <= TIE
     at_start = np.abs(target_R - x_RB[:, 0]) <= TIE
@@ -386,75 +372,64 @@ def interpolate(target_R: Floats, x_RB: Floats, y_RB: Floats) -> Floats:
 
 
 def _target(at: str | float, curves: list[_Curve], drawn: Draws, on: str) -> Floats:
-    """(1 + R,): the capability of the comparison at the point and in every draw."""
+    """Return the capability of the comparison at the point and in every draw, (1 + R,)."""
     size = len(drawn.drawn_RK) + 1
     if isinstance(at, (int, float)):
         if not 0 <= at <= 1:
-            raise StatsError(f"at={at}: a capability lies between 0 and 1")
+            raise StatsError(f"at={at}: give a capability between 0 and 1")
         return np.full(size, float(at))
-    usable = [c for c in curves if not c.why]
+    usable = [c for c in curves if not c.withheld]
     if at == LARGEST:
         return np.minimum.reduce([c.x_RB[:, -1] for c in usable]) if usable else np.full(size, NAN)
-    said = FROM_BASE.fullmatch(at.strip())
-    if not said:
-        raise StatsError(f"at={at!r}: say 'largest', 'base+10' (points), or a capability in [0, 1]")
+    relative = FROM_BASE.fullmatch(at.strip())
+    if not relative:
+        raise StatsError(f"at={at!r}: give 'largest', 'base+10' (points), or a capability in [0, 1]")
     cells = drawn.cells[(drawn.cells["objective"] == BASE) & (drawn.cells["measure"] == on)]
     plain = cells[cells["condition"] == PLAIN] if (cells["condition"] == PLAIN).any() else cells
     if len(plain) != 1:
-        raise StatsError(
-            f"at={at!r}: the base has {len(plain)} capabilities and none under plain prompts; give a number"
-        )
+        raise StatsError(f"at={at!r}: the base has {len(plain)} capabilities, none under plain prompts; give a number")
     k = int(plain.index[0])
-    return np.append(drawn.point_K[k], drawn.drawn_RK[:, k]) + float(said[1]) / 100
+    return np.append(drawn.point_K[k], drawn.drawn_RK[:, k]) + float(relative[1]) / 100
 
 
-def _of_measure(measure: str, curves: list[_Curve], target_R: Floats, at: str) -> list[dict[str, object]]:
-    levels = [np.full(len(target_R), NAN) if c.why else c.level(target_R) for c in curves]
-    lines = [_matched_row("level", measure, c, at, target_R) for c in curves]
-    for line, curve, level in zip(lines, curves, levels, strict=True):
-        _fill(line, curve.why or _outside(curve, target_R[0]), level, curve.clusters, curve.note)
-        line["p"] = NAN  # a level is not tested against 0
-    pairs = []
-    for (a, of_a), (b, of_b) in itertools.combinations(zip(curves, levels, strict=True), 2):
-        line = _matched_row("pair", measure, a, at, target_R)
+def _matched_lines(measure: str, curves: list[_Curve], target_R: Floats, at: str) -> list[dict[str, object]]:
+    levels = [np.full(len(target_R), NAN) if c.withheld else c.level(target_R) for c in curves]
+    lines, pairs = [], []
+    for curve, level_R in zip(curves, levels, strict=True):
+        line = _matched_line("level", measure, curve, at, target_R)
+        _fill(line, curve.reason_at(target_R[0]), level_R, curve.clusters, curve.note)
+        lines.append(line | {"p": NAN})  # a level is not tested against 0
+    for (a, level_a), (b, level_b) in itertools.combinations(zip(curves, levels, strict=True), 2):
+        line = _matched_line("pair", measure, a, at, target_R)
         line |= {"against": b.trajectory.objective, "against_condition": b.trajectory.condition}
-        reasons = [(c.trajectory.label, c.why or _outside(c, target_R[0])) for c in (a, b)]
-        why = notes(*(f"{name}: {reason}" for name, reason in reasons if reason))
-        _fill(line, why, of_a - of_b, min(a.clusters, b.clusters), notes(a.note, b.note))
+        reasons = [(c.trajectory.label, c.reason_at(target_R[0])) for c in (a, b)]
+        withheld = join_notes(*(f"{name}: {reason}" for name, reason in reasons if reason))
+        _fill(line, withheld, level_a - level_b, min(a.clusters, b.clusters), join_notes(a.note, b.note))
         pairs.append(line)
-    tested = [line for line in pairs if line["p"] == line["p"]]
-    for line, p in zip(tested, holm(np.array([float(str(t["p"])) for t in tested])), strict=True):
-        line["p_holm"] = round(float(p), 10)
+    add_holm(pairs)
     return lines + pairs
 
 
-def _matched_row(kind: str, measure: str, curve: _Curve, at: str, target_R: Floats) -> dict[str, object]:
+def _matched_line(kind: str, measure: str, curve: _Curve, at: str, target_R: Floats) -> dict[str, object]:
     line: dict[str, object] = {"kind": kind, "measure": measure} | curve.trajectory.key
     line |= {"against": "", "against_condition": "", "at": at, "n_clusters": curve.clusters}
     line |= dict.fromkeys(("estimate", "low", "high", "p", "p_holm", "capability_low", "capability_high"), NAN)
     line["capability"] = round(float(target_R[0]), 10)
     known = target_R[1:][np.isfinite(target_R[1:])]
     if len(known):
-        low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = np.quantile(known, TAILS)
         line |= {"capability_low": round(float(low), 10), "capability_high": round(float(high), 10)}
     return line
 
 
-def _outside(curve: _Curve, target: float) -> str:
-    low, high = curve.x_RB[0, 0], curve.x_RB[0, -1]
-    if low - TIE <= target <= high + TIE:
-        return ""
-    return f"its capability runs from {low:.1%} to {high:.1%}, not to {target:.1%}: not extrapolated"
-
-
-def _fill(line: dict[str, object], why: str, value_R: Floats, clusters: int, weak: str) -> None:
-    if why:
-        line["note"] = why
+def _fill(line: dict[str, object], withheld: str, value_R: Floats, clusters: int, note: str) -> None:
+    if withheld:
+        line["note"] = withheld
         return
     found = interval(value_R[1:], clusters)
     line |= {"estimate": round(float(value_R[0]), 10), "low": found.low, "high": found.high, "p": found.p}
-    if found.note.startswith("undefined"):  # the capability is at the edge of what a trajectory reaches
+    if found.note.startswith("undefined"):  # the capability is at the edge of the range of a trajectory
         line |= {"estimate": NAN}
-        line["note"] = notes(f"at the edge of a trajectory: {found.note}", weak)
+        line["note"] = join_notes(f"at the edge of a trajectory: {found.note}", note)
     else:
-        line["note"] = notes(found.note, weak)
+        line["note"] = join_notes(found.note, note)

@@ -1,7 +1,4 @@
-"""No drift, and not worse: what has to be earned, by tests at a stated margin.
-
-A checkpoint's own rate against a bound that was stated beforehand: one-sided limit and p-values both ways.
-"""
+"""Tests at a stated margin: equivalence, non-inferiority, and a checkpoint's own rate against a bound."""
 
 from __future__ import annotations
 
@@ -13,170 +10,199 @@ import numpy as np
 import pandas as pd
 from scipy.stats import beta, norm, t
 
-from leeway.stats.anytime import Anytime, common, is_sequential, of_rates
-from leeway.stats.cluster_tests import LEVEL_ONE, TIE, Bounds, bounds
-from leeway.stats.contrasts import Columns, correct, items_needed, note, rates_of, standard_error
-from leeway.stats.intervals import RESAMPLES, Floats, Ints, effective_n, stratum_shares
-from leeway.stats.metrics import Measure, StatsError, codes, groups, measures, observations, why_not
-from leeway.stats.pairing import KEY, Against, Contrast, contrasted
+from leeway.stats.anytime import Anytime, common_prefix, is_sequential, rate_test
+from leeway.stats.cluster_tests import ALPHA, BoundDraws, bound_draws
+from leeway.stats.contrasts import (
+    ContrastMatrix,
+    contrast_note,
+    holm_by_family,
+    items_needed,
+    pair_rates,
+    standard_error,
+)
+from leeway.stats.intervals import (
+    NAN,
+    RESAMPLES,
+    TIE,
+    Floats,
+    Ints,
+    cluster_variance,
+    dense_codes,
+    effective_n,
+    is_binary,
+    stratum_shares,
+)
+from leeway.stats.metrics import (
+    POOLED_CHECKPOINT,
+    Measure,
+    StatsError,
+    analysis_table,
+    factorize,
+    group_indices,
+    measures,
+    withheld_reason,
+)
+from leeway.stats.pairing import Contrast, ContrastReference, paired_contrasts
 
-Worse = Literal["higher", "lower"]
-Bound = float | tuple[float, Worse]
+WorseDirection = Literal["higher", "lower"]
+DifferenceBound = float | tuple[float, WorseDirection]
+Tested = dict[str, float]  # rate, limit, se, p, p_worse
 
-SHARED = [*KEY, "seeds", "axis", "measure", "label", "first", "base", "rate", "difference"]
+SHARED = [*POOLED_CHECKPOINT, "seeds", "axis", "measure", "label", "first", "base", "rate", "difference"]
 COUNTS = ["n", "n_clusters", "n_discordant", "n_unpaired", "n_unscored", "note"]
 EQUIVALENCE = [*SHARED, "low90", "high90", "margin", "se", "p_lower", "p_upper", "p", "p_holm", "equivalent"]
 EQUIVALENCE += ["family", "family_size", *COUNTS]
 ONE_SIDED = [*SHARED, "bound", "worse", "limit", "se", "p", "p_worse", "items_needed", *COUNTS]
-NAN = float("nan")
+RATE_BOUNDS = [*POOLED_CHECKPOINT, "measure", "bound", "worse", "rate", "limit", "se", "p", "p_worse"]
+RATE_BOUNDS += ["n", "n_clusters", "n_unscored", "note"]
 
 
 def equivalence(
     rows: pd.DataFrame,
     conditions: Mapping[str, str],
     margins: Mapping[str, float],
-    against: Against | None = None,
+    against: ContrastReference | None = None,
     *,
     first: Mapping[str, str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Two one-sided tests (Schuirmann 1987) per checkpoint and measure with a margin: is |difference| < margin?
+    """Return two one-sided tests (TOST, Schuirmann 1987) of |difference| < margin per checkpoint and measure.
 
-    `p_lower` is the p of H0: difference ≤ −margin, `p_upper` of H0: difference ≥ margin, `p` the larger, and p ≤ 0.05
-    exactly where the 90% interval lies inside the margins. `equivalent` is Holm's p ≤ 0.05, in families like those of
-    `contrasts`. Valid with few prompts, few that moved, or none (`stats.bounds`). A margin is a difference in (0, 1):
-    0.05 is five points. Raises StatsError on a margin outside, or for a measure that the rows do not have.
+    `p_lower` is the p of H0: difference ≤ −margin, `p_upper` of H0: difference ≥ margin, `p` the larger; p ≤ 0.05
+    exactly if the 90% interval is inside the margins. `equivalent` is Holm's p ≤ 0.05, in families like those of
+    `contrasts`. Valid with few prompts and few discordant ones (`stats.cluster_tests`). A margin is a difference in
+    (0, 1): 0.05 is five points. Raises StatsError for a margin outside, or a measure that the rows do not have.
     """
     wrong = [m for m, margin in margins.items() if not 0 < margin < 1]
     if wrong:
         raise StatsError(f"the margin of {wrong[0]} is {margins[wrong[0]]}: give a difference between 0 and 1, as 0.05")
     lines: list[dict[str, object]] = []
     blank = dict.fromkeys(("low90", "high90", "se", "p_lower", "p_upper", "p"), NAN)
-    for tested, drawn in _tested(rows, conditions, margins, against, first, resamples, seed):
+    for tested, bounds in _bounded_contrasts(rows, conditions, margins, against, first, resamples, seed):
         margin_M = np.array([margins[c.measure.name] for c in tested])
-        made = [c.line | blank | {"margin": margin} for c, margin in zip(tested, margin_M.tolist(), strict=True)]
-        if drawn is not None:
-            p_lower, p_upper = drawn.p_above(-margin_M), drawn.p_below(margin_M)
-            found = {"low90": drawn.low(), "high90": drawn.high(), "p_lower": p_lower, "p_upper": p_upper}
+        own = [c.line | blank | {"margin": margin} for c, margin in zip(tested, margin_M.tolist(), strict=True)]
+        if bounds is not None:
+            p_lower, p_upper = bounds.p_above(-margin_M), bounds.p_below(margin_M)
+            found = {"low90": bounds.low(), "high90": bounds.high(), "p_lower": p_lower, "p_upper": p_upper}
             found |= {"p": np.maximum(p_lower, p_upper)}
-            for m, line in enumerate(made):
+            for m, line in enumerate(own):
                 line.update({k: round(float(v[m]), 10) for k, v in found.items()} | {"se": line["error"]})
-        lines += made
+        lines += own
     for line in lines:
         line["family"] = f"{line['family']}, equivalence"
     uncorrected = [c for c in EQUIVALENCE if c not in ("p_holm", "family_size", "equivalent")]
-    table = correct(pd.DataFrame(lines, columns=uncorrected))
-    return table.assign(equivalent=table["p_holm"] <= LEVEL_ONE)[EQUIVALENCE]
+    table = holm_by_family(pd.DataFrame(lines, columns=uncorrected))
+    return table.assign(equivalent=table["p_holm"] <= ALPHA)[EQUIVALENCE]
 
 
 def one_sided(
     rows: pd.DataFrame,
     conditions: Mapping[str, str],
-    bounds: Mapping[str, Bound],
-    against: Against | None = None,
+    bounds: Mapping[str, DifferenceBound],
+    against: ContrastReference | None = None,
     *,
     first: Mapping[str, str] | None = None,
-    level: float = LEVEL_ONE,
+    level: float = ALPHA,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Non-inferiority both ways: is each checkpoint's difference on the good side of a bound, or on the bad one?
+    """Return non-inferiority tests both ways: is each difference on the good side of a bound, or on the bad one?
 
-    `bounds` gives a measure's bound on checkpoint − reference, with its sign, and which way is worse: `{"asr": (0.05,
-    "higher"), "accuracy": (-0.03, "lower")}`; a number alone where the measure itself knows which way is better.
+    `bounds` gives a measure's bound on checkpoint − reference, with its sign, and the worse direction: `{"asr": (0.05,
+    "higher"), "accuracy": (-0.03, "lower")}`; a number is enough if the measure itself has a better direction.
     Worse "higher": H0 of `p` is difference ≥ bound, `limit` the upper bound of confidence 1 − `level`; worse "lower":
-    difference ≤ bound, and the lower one. `p` ≤ `level` exactly where `limit` is on the good side. `p_worse` tests the
-    opposite: small where the bound is surely exceeded. `items_needed`: prompts more that would decide at 80% power if
-    the difference is what was seen (0 where decided, infinite where it lies on the bound, NaN where prompts are asked
-    until decided). No correction: a gate's rules must all hold.
+    difference ≤ bound, and the lower one. `p` ≤ `level` exactly if `limit` is on the good side. `p_worse` tests the
+    opposite: small if the bound is exceeded. `items_needed`: how many more prompts would decide at 80% power if the
+    estimate is true (0 if decided, infinite on the bound, NaN in a sequential design). Uncorrected: all rules of a gate
+    must hold.
     """
     lines: list[dict[str, object]] = []
     blank = dict.fromkeys(("limit", "se", "p", "p_worse", "items_needed"), NAN)
-    for tested, drawn in _tested(rows, conditions, bounds, against, first, resamples, seed):
-        told = [_told(bounds[c.measure.name], c.measure) for c in tested]
-        made = [c.line | blank | {"bound": b, "worse": w} for c, (b, w) in zip(tested, told, strict=True)]
+    for tested, drawn in _bounded_contrasts(rows, conditions, bounds, against, first, resamples, seed):
+        directed = [_directed_bound(bounds[c.measure.name], c.measure) for c in tested]
+        own = [c.line | blank | {"bound": b, "worse": w} for c, (b, w) in zip(tested, directed, strict=True)]
         if drawn is not None:
-            bound_M, higher_M = np.array([b for b, _ in told]), np.array([w == "higher" for _, w in told])
+            bound_M, higher_M = np.array([b for b, _ in directed]), np.array([w == "higher" for _, w in directed])
             below, above = drawn.p_below(bound_M), drawn.p_above(bound_M)
             limit = np.where(higher_M, drawn.high(level), drawn.low(level))
             p, p_worse = np.where(higher_M, below, above), np.where(higher_M, above, below)
-            for m, line in enumerate(made):
+            for m, line in enumerate(own):
                 line.update(limit=round(float(limit[m]), 10), se=line["error"])
                 line.update(p=round(float(p[m]), 10), p_worse=round(float(p_worse[m]), 10))
-                # a design that stops when it may has no number of prompts that it would take
-                line["items_needed"] = NAN if tested[m].sequential else _more(line, level)
-        lines += made
+                if not tested[m].sequential:  # a sequential design has no fixed number of prompts
+                    line["items_needed"] = _items_needed(line, level)
+        lines += own
     return pd.DataFrame(lines, columns=ONE_SIDED)
 
 
-def _tested(
+def _bounded_contrasts(
     rows: pd.DataFrame,
     conditions: Mapping[str, str],
     wanted: Collection[str],
-    against: Against | None,
+    against: ContrastReference | None,
     first: Mapping[str, str] | None,
     resamples: int,
     seed: int,
-) -> Iterator[tuple[list[Contrast], Bounds | Sequences | None]]:
-    """Per axis the contrasts that can be tested with their draws, then those that cannot, with none."""
-    found, table = contrasted(rows, conditions, against=against, first=first, only=wanted)
+) -> Iterator[tuple[list[Contrast], BoundDraws | AnytimeBounds | None]]:
+    """Yield the testable contrasts of each axis with their bounds, then the withheld ones with None."""
+    found, table = paired_contrasts(rows, conditions, against=against, first=first, only=wanted)
     known = [m.name for m in measures(table)]
-    strange = [name for name in wanted if name not in known]
-    if strange:
-        raise StatsError(f"no measure {strange[0]}: these rows have {', '.join(known)}")
+    if unknown := [name for name in wanted if name not in known]:
+        raise StatsError(f"no measure {unknown[0]}: these rows have {', '.join(known)}")
     for contrast in found:
         contrast.line.update(base=NAN, rate=NAN, difference=NAN, n_discordant=0)
     for axis in dict.fromkeys(c.measure.axis for c in found):
-        columns = Columns(np.unique(table.loc[table["eval"] == axis, "cluster"].to_numpy(np.intp)))
-        whole = [c for c in found if c.measure.axis == axis and c.scored is not None]
-        stopped = [c for c in whole if c.sequential]
-        for contrast in (c for c in whole if not c.sequential):
-            columns.add(contrast)
-        if stopped:
-            for contrast in stopped:
-                _fill(contrast, float(contrast.moves.mean()), int((np.abs(contrast.moves) > TIE).sum()))
-            yield stopped, Sequences([Anytime(c.moves) for c in stopped])
-        if columns.contrasts:
-            pulls_CM, weights_CM = columns.matrices()
-            moved = (np.abs(pulls_CM) > 0).sum(axis=0)
-            for m, contrast in enumerate(columns.contrasts):
-                _fill(contrast, float(pulls_CM[:, m].sum()), int(moved[m]))
-            yield columns.contrasts, bounds(pulls_CM, weights_CM, resamples=resamples, seed=seed)
+        matrix = ContrastMatrix(np.unique(table.loc[table["eval"] == axis, "cluster"].to_numpy(np.intp)))
+        scored = [c for c in found if c.measure.axis == axis and c.scored is not None]
+        for contrast in (c for c in scored if not c.sequential):
+            matrix.add(contrast)
+        if sequential := [c for c in scored if c.sequential]:
+            for contrast in sequential:
+                differences = contrast.cluster_differences
+                _fill(contrast, float(differences.mean()), int((np.abs(differences) > TIE).sum()))
+            yield sequential, AnytimeBounds([Anytime(c.cluster_differences) for c in sequential])
+        if matrix.contrasts:
+            sums_CM, weights_CM = matrix.matrices()
+            discordant_M = (np.abs(sums_CM) > 0).sum(axis=0)
+            for m, contrast in enumerate(matrix.contrasts):
+                _fill(contrast, float(sums_CM[:, m].sum()), int(discordant_M[m]))
+            yield matrix.contrasts, bound_draws(sums_CM, weights_CM, resamples=resamples, seed=seed)
     yield [c for c in found if c.scored is None], None
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """The same questions as `Bounds` answers, of contrasts whose prompts were asked until decided."""
+class AnytimeBounds:
+    """The interface of `BoundDraws` for contrasts of a sequential design."""
 
-    of: list[Anytime]
+    tests: list[Anytime]
 
     def p_below(self, bound_M: Floats) -> Floats:
-        return np.array([a.p_below(b) for a, b in zip(self.of, bound_M.tolist(), strict=True)])
+        return np.array([a.p_below(b) for a, b in zip(self.tests, bound_M.tolist(), strict=True)])
 
     def p_above(self, bound_M: Floats) -> Floats:
-        return np.array([a.p_above(b) for a, b in zip(self.of, bound_M.tolist(), strict=True)])
+        return np.array([a.p_above(b) for a, b in zip(self.tests, bound_M.tolist(), strict=True)])
 
-    def high(self, alpha: float = LEVEL_ONE) -> Floats:
-        return np.array([a.high(alpha) for a in self.of])
+    def high(self, alpha: float = ALPHA) -> Floats:
+        return np.array([a.high(alpha) for a in self.tests])
 
-    def low(self, alpha: float = LEVEL_ONE) -> Floats:
-        return np.array([a.low(alpha) for a in self.of])
+    def low(self, alpha: float = ALPHA) -> Floats:
+        return np.array([a.low(alpha) for a in self.tests])
 
 
-def _fill(contrast: Contrast, difference: float, moved: int) -> None:
+def _fill(contrast: Contrast, difference: float, discordant: int) -> None:
     scored, line = contrast.scored, contrast.line
     assert scored is not None
     se = standard_error(scored)
-    line |= rates_of(scored) | {"difference": round(difference, 10), "n_discordant": moved, "error": round(se, 10)}
+    line |= pair_rates(scored) | {"difference": round(difference, 10), "n_discordant": discordant}
+    line["error"] = round(se, 10)
     if contrast.sequential:
-        line["note"] = f"sequential design: {len(contrast.moves)} prompts asked"
-        return
-    line["note"] = note(line, len(np.unique(scored.clusters)), moved, se, at_a_margin=True)
+        line["note"] = f"sequential design: {len(contrast.cluster_differences)} prompts"
+    else:
+        line["note"] = contrast_note(line, len(np.unique(scored.clusters)), discordant, se, at_a_margin=True)
 
 
-def _told(bound: Bound, measure: Measure) -> tuple[float, Worse]:
+def _directed_bound(bound: DifferenceBound, measure: Measure) -> tuple[float, WorseDirection]:
     if isinstance(bound, tuple):
         value, worse = bound
     elif measure.better:
@@ -190,114 +216,96 @@ def _told(bound: Bound, measure: Measure) -> tuple[float, Worse]:
     return float(value), worse
 
 
-def _more(line: Mapping[str, object], level: float) -> float:
+def _items_needed(line: Mapping[str, object], level: float) -> float:
     if min(float(str(line["p"])), float(str(line["p_worse"]))) <= level:
         return 0.0
     difference, se, n, bound = (float(str(line[k])) for k in ("difference", "error", "n_clusters", "bound"))
     return max(items_needed(difference, se, int(n), bound, alpha=level), 1.0)
 
 
-KEY = ["objective", "budget", "condition"]
-COLUMNS = [*KEY, "measure", "bound", "worse", "rate", "limit", "se", "p", "p_worse", "n", "n_clusters"]
-COLUMNS += ["n_unscored", "note"]
-NAN = float("nan")
-
-
-def bounded(
+def rate_bounds(
     rows: pd.DataFrame,
     conditions: Mapping[str, str],
-    wanted: Mapping[str, float],
-    worse: Literal["higher", "lower"],
+    bounds: Mapping[str, float],
+    worse: WorseDirection,
     *,
-    level: float = 0.05,
+    level: float = ALPHA,
 ) -> pd.DataFrame:
-    """One line per checkpoint and measure with a bound; training seeds pooled, a prompt being one cluster.
+    """Return one-sided tests of each checkpoint's rate against its measure's bound; training seeds are pooled.
 
-    `p` is small where the rate is shown to lie on the right side of its bound, `p_worse` where it is shown to lie
-    beyond; `limit` is the end of the one-sided interval that the first of the two inverts. Binary answers: the exact
-    binomial test and Clopper & Pearson's limit on the effective number of trials (`intervals.effective_n`), lowered by
-    (z/t)² for an error estimated from few prompts (Korn & Graubard 1998, Surv. Methodol. 24:193).
-    Probabilities: the bound of `stats.bounds`, which holds for few prompts too. No number where too many answers are
-    unscored, or where there is one prompt.
+    `p` is small if the rate is shown to be on the good side of its bound, `p_worse` if it is shown to be on the bad
+    one; `limit` is the one-sided limit that inverts the first test. Binary scores: the exact binomial test and Clopper
+    & Pearson's limit on the effective number of trials (`intervals.effective_n`), reduced by (z/t)² for an error
+    estimated from few prompts (Korn & Graubard 1998, Surv. Methodol. 24:193). Scores between 0 and 1: the bound of
+    `stats.cluster_tests`, valid for few prompts too. Withheld with too many unscored responses, or one prompt.
     """
-    table = common(observations(rows, conditions), KEY)
+    table = common_prefix(analysis_table(rows, conditions), POOLED_CHECKPOINT)
     lines: list[dict[str, object]] = []
-    for measure in (m for m in measures(table) if m.name in wanted):
+    for measure in (m for m in measures(table) if m.name in bounds):
         chosen = measure.select(table)
-        names, strata = codes(chosen["stratum"])
+        names, strata = factorize(chosen["stratum"])
         values, clusters = chosen["value"].to_numpy(float), chosen["cluster"].to_numpy(np.intp)
-        bound, sequential = wanted[measure.name], is_sequential(chosen).to_numpy()
-        for line, at in groups(chosen, KEY):
-            told = {"measure": measure.name, "bound": bound, "worse": worse}
-            lines.append(line | told | _line(measure, values[at], strata[at], clusters[at], names))
-            sign = -1 if worse == "higher" else 1
-            if not lines[-1]["note"] and sequential[at].any():
-                scored = at[~np.isnan(values[at])]
-                turns = chosen["turn"].to_numpy(np.intp)[scored]
-                _at_any_time(lines[-1], of_rates(values[scored], strata[scored], turns), sign, level)
-            elif not lines[-1]["note"]:
-                _test(lines[-1], values[at], strata[at], clusters[at], sign, level)
-    return pd.DataFrame(lines, columns=COLUMNS)
+        bound, sequential = bounds[measure.name], is_sequential(chosen).to_numpy()
+        for key, at in group_indices(chosen, POOLED_CHECKPOINT):
+            absent = np.isnan(values[at])
+            scored = at[~absent]
+            own_clusters = dense_codes(clusters[scored])
+            count = int(own_clusters.max(initial=-1)) + 1
+            reason = withheld_reason(absent, strata[at], names, measure)
+            if not reason and count < 2:
+                reason = "a single prompt: its error cannot be estimated"
+            line = key | {"measure": measure.name, "bound": bound, "worse": worse}
+            line |= {"n": len(scored), "n_clusters": count, "n_unscored": int(absent.sum()), "note": reason}
+            if reason:
+                test: Tested = dict.fromkeys(("rate", "limit", "se", "p", "p_worse"), NAN)
+            elif sequential[at].any():
+                positions = chosen["position"].to_numpy(np.intp)[scored]
+                test = _test_anytime(rate_test(values[scored], strata[scored], positions), bound, worse, level)
+            else:
+                test = _test_rate(values[scored], strata[scored], own_clusters, bound, worse, level)
+            lines.append(line | {name: round(value, 10) for name, value in test.items()})
+    return pd.DataFrame(lines, columns=RATE_BOUNDS)
 
 
-def _line(measure: Measure, values: Floats, strata: Ints, clusters: Ints, names: list[str]) -> dict[str, object]:
-    absent = np.isnan(values)
-    scored = values[~absent]
-    count = len(np.unique(clusters[~absent]))
-    reason = why_not(absent, strata, names, measure)
-    if not reason and count < 2:
-        reason = "one prompt alone: no error can be estimated"
-    found: dict[str, object] = dict.fromkeys(("rate", "limit", "se", "p", "p_worse"), NAN)
-    return found | {"n": len(scored), "n_clusters": count, "n_unscored": int(absent.sum()), "note": reason}
-
-
-def _test(line: dict[str, object], values: Floats, strata: Ints, clusters: Ints, sign: int, level: float) -> None:
-    """Fill in the numbers; `sign` is 1 where a rate above the bound is good."""
-    scored = ~np.isnan(values)
-    x, strata = values[scored], strata[scored]
-    where = np.unique(clusters[scored], return_inverse=True)[1].astype(np.intp)
-    count, share, bound = int(where.max()) + 1, stratum_shares(strata), float(str(line["bound"]))
+def _test_rate(x: Floats, strata: Ints, clusters: Ints, bound: float, worse: WorseDirection, level: float) -> Tested:
+    count, share = int(clusters.max()) + 1, stratum_shares(strata)
     rate = float(share @ x)
-    if _binary(x):
-        trials, once = effective_n(x, strata, where), len(x) == count
-        if not once:
+    if is_binary(x):
+        trials = effective_n(x, strata, clusters)
+        if len(x) != count:
             trials = max(1.0, trials * (norm.ppf(1 - level) / t.ppf(1 - level, count - 1)) ** 2)
-        below, above = _tails(rate * trials, trials, bound)
+        below, above = _binomial_tails(rate * trials, trials, bound)
         low, high = _clopper_pearson(rate * trials, trials, level)
         se = float(np.sqrt(max(rate * (1 - rate), 0.0) / trials))
     else:
-        se = _clustered(x, strata, where, share)
-        moves = share * (2 * x - 1)  # a probability as a move in [−1, 1]
-        moves_C1, weights_C1 = (np.bincount(where, weights=w)[:, None].astype(np.float64) for w in (moves, share))
-        drawn = bounds(moves_C1, weights_C1, resamples=RESAMPLES, seed=0)
+        se = float(np.sqrt(cluster_variance(x, strata, clusters)))
+        scaled = share * (2 * x - 1)  # from [0, 1] to [−1, 1]
+        sums_C1, weights_C1 = (np.bincount(clusters, weights=w)[:, None].astype(np.float64) for w in (scaled, share))
+        drawn = bound_draws(sums_C1, weights_C1, resamples=RESAMPLES, seed=0)
         at = np.array([2 * bound - 1])
         below, above = float(drawn.p_below(at)[0]), float(drawn.p_above(at)[0])
         low, high = (float(end[0] + 1) / 2 for end in (drawn.low(level), drawn.high(level)))
-    good, bad = (above, below) if sign > 0 else (below, above)
-    found = {"rate": rate, "limit": low if sign > 0 else high, "se": se, "p": good, "p_worse": bad}
-    line |= {name: round(value, 10) for name, value in found.items()}
+    return _directed_test(rate, se, (below, above), (low, high), worse)
 
 
-def _at_any_time(line: dict[str, object], of: Anytime, sign: int, level: float) -> None:
-    """The same where prompts were asked until something was decided."""
-    at = 2 * float(str(line["bound"])) - 1
-    above, below = of.p_above(at), of.p_below(at)
-    rate = (float(of.moves_T.mean()) + 1) / 2
-    se = float(of.moves_T.std(ddof=1)) / 2 / float(np.sqrt(len(of.moves_T)))
-    good, bad, limit = (above, below, of.low(level)) if sign > 0 else (below, above, of.high(level))
-    found = {"rate": rate, "limit": (limit + 1) / 2, "se": se, "p": good, "p_worse": bad}
-    line |= {name: round(value, 10) for name, value in found.items()}
+def _test_anytime(test: Anytime, bound: float, worse: WorseDirection, level: float) -> Tested:
+    at, values_T = 2 * bound - 1, test.values_T
+    rate = (float(values_T.mean()) + 1) / 2
+    se = float(values_T.std(ddof=1)) / 2 / float(np.sqrt(len(values_T)))
+    limits = ((test.low(level) + 1) / 2, (test.high(level) + 1) / 2)
+    return _directed_test(rate, se, (test.p_below(at), test.p_above(at)), limits, worse)
 
 
-def _clustered(x: Floats, strata: Ints, where: Ints, share: Floats) -> float:
-    """The standard error of the mean over strata, clustered by prompt (Miller 2024, §2.2)."""
-    inside = np.bincount(strata, weights=share * x) / np.bincount(strata, weights=share)
-    pulls = np.bincount(where, weights=share * (x - inside[strata]))
-    return float(np.sqrt(pulls @ pulls * len(pulls) / (len(pulls) - 1)))
+def _directed_test(
+    rate: float, se: float, p: tuple[float, float], limits: tuple[float, float], worse: WorseDirection
+) -> Tested:
+    """Assign p-values (below, above the bound) and limits (low, high) to the good and the bad side."""
+    good, bad = p if worse == "higher" else (p[1], p[0])
+    return {"rate": rate, "limit": limits[worse == "higher"], "se": se, "p": good, "p_worse": bad}
 
 
-def _tails(k: float, n: float, bound: float) -> tuple[float, float]:
-    """P(X ≤ k) and P(X ≥ k) for n trials at the bound, k and n not necessarily whole."""
+def _binomial_tails(k: float, n: float, bound: float) -> tuple[float, float]:
+    """Return P(X ≤ k) and P(X ≥ k) for n trials at the bound; k and n need not be integers."""
     return (
         float(beta.sf(bound, k + 1, n - k)) if k < n else 1.0,
         float(beta.cdf(bound, k, n - k + 1)) if k > 0 else 1.0,
@@ -305,11 +313,7 @@ def _tails(k: float, n: float, bound: float) -> tuple[float, float]:
 
 
 def _clopper_pearson(k: float, n: float, level: float) -> tuple[float, float]:
-    """Both one-sided limits (Clopper & Pearson 1934)."""
+    """Return both one-sided limits (Clopper & Pearson 1934)."""
     low = float(beta.ppf(level, k, n - k + 1)) if k > 0 else 0.0
     high = float(beta.ppf(1 - level, k + 1, n - k)) if k < n else 1.0
     return low, high
-
-
-def _binary(values: Floats) -> bool:
-    return bool(np.isin(values, (0.0, 1.0)).all())

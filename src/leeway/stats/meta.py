@@ -1,15 +1,15 @@
-"""One effect from several studies: a random-effects mean whose errors may be correlated.
+"""Random-effects meta-analysis of several studies whose errors may be correlated.
 
-Study i saw y_i with error covariance V, and true effects scatter with variance τ². Studies that asked the same prompts
-have correlated errors: V is then not diagonal, and a mean that takes it for diagonal believes in more than was seen.
+Study i has effect y_i with error covariance V, and true effects vary with variance τ². Studies with the same prompts
+have correlated errors: V is then not diagonal, and a mean that assumes it is diagonal is overconfident.
 
     w_i = 1/(V_ii + τ²),  μ̂ = Σ w_i y_i / Σ w_i,  Var(μ̂) = w'(V + τ²I)w / (Σ w_i)²
 
-τ² is where Q(τ²) = Σ w_i (y_i − μ̂)² equals its expectation tr(P(V + τ²I)), P = diag(w) − ww'/Σw, and 0 where Q is
-below it already. With a diagonal V that expectation is K − 1 and this is Paule & Mandel (1982, J. Res. NBS 87:377), as
-statsmodels' `combine_effects` has it (the tests hold ours to it; it takes errors for independent and leaves DerSimonian
-& Laird's τ² negative, so that its mean is then none). The interval is Hartung & Knapp's (2001, Stat. Med. 20:3875) with
-t on K − 1 degrees of freedom, never narrowed by a small Q (Röver, Knapp & Friede 2015, BMC Med. Res. Methodol. 15:99).
+τ² is where Q(τ²) = Σ w_i (y_i − μ̂)² equals its expectation tr(P(V + τ²I)), P = diag(w) − ww'/Σw, and 0 if Q is
+already below it. With a diagonal V that expectation is K − 1 and this is Paule & Mandel (1982, J. Res. NBS 87:377), as
+in statsmodels' `combine_effects` (tested; it assumes independent errors, and a negative DerSimonian–Laird τ² leaves it
+without a mean). The interval is Hartung & Knapp's (2001, Stat. Med. 20:3875) with t on K − 1 degrees of freedom, never
+narrowed by a small Q (Röver, Knapp & Friede 2015, BMC Med. Res. Methodol. 15:99).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import chi2, t
 
-from leeway.stats.intervals import LEVEL, Floats
+from leeway.stats.intervals import LEVEL, NAN, Floats
 from leeway.stats.metrics import StatsError
 
 TINY = 1e-12
@@ -29,7 +29,7 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Combined:
-    """A mean effect over studies with its 95% interval, and how far the studies differ."""
+    """A mean effect over studies with its 95% interval, and the heterogeneity of the studies."""
 
     studies: int
     estimate: float
@@ -41,21 +41,24 @@ class Combined:
     i2: float  # Higgins & Thompson 2002: the share of Q that sampling error does not explain
     q: float
     p_q: float
-    predict_low: float  # where a further study's true effect may lie; NaN with fewer than three
+    predict_low: float  # 95% prediction interval of a further study's true effect; NaN with fewer than three
     predict_high: float
-    tau2_dl: float  # DerSimonian & Laird's, errors taken for independent: a check
+    tau2_dl: float  # DerSimonian & Laird's, assuming independent errors: a check
     estimate_dl: float
     correlation: float  # mean correlation of the studies' errors
 
 
 def combine(effects_K: Floats, covariance_KK: Floats) -> Combined:
-    """Combine K effects given the covariance of their errors; raises StatsError for fewer than two, or no error."""
+    """Combine K effects, given the (K, K) covariance of their errors.
+
+    Raises StatsError for fewer than two effects, and for a missing or zero error.
+    """
     y, V = np.asarray(effects_K, dtype=float), np.asarray(covariance_KK, dtype=float)
     K, variance = len(y), np.diag(np.asarray(covariance_KK, dtype=float))
     if K < 2:
-        raise StatsError("one study is no meta-analysis: give two or more")
+        raise StatsError("a meta-analysis needs two or more studies")
     if not (np.isfinite(y).all() and np.isfinite(V).all() and (variance > 0).all()):
-        raise StatsError("an effect without a standard error has no weight in a mean over studies")
+        raise StatsError("every effect needs a positive standard error")
     tau2 = _tau2(y, V)
     w = 1 / (variance + tau2)
     mean = float(w @ y / w.sum())
@@ -63,13 +66,13 @@ def combine(effects_K: Floats, covariance_KK: Floats) -> Combined:
     inflate = max(1.0, q / expected) if expected > TINY else 1.0
     se = math.sqrt(float(w @ (V + tau2 * np.eye(K)) @ w) * inflate) / float(w.sum())
     half = float(t.ppf(0.5 + LEVEL / 2, K - 1)) * se
-    low_new, high_new = float("nan"), float("nan")
+    low_new = high_new = NAN
     if K > 2:
         reach = float(t.ppf(0.5 + LEVEL / 2, K - 2)) * math.sqrt(tau2 + se**2)
         low_new, high_new = mean - reach, mean + reach
     q0, expected0 = _q(y, V, 0.0)
-    scaled = q0 * (K - 1) / expected0 if expected0 > TINY else float("nan")
-    tau2_dl = max(0.0, float(_moments(y, variance)))
+    scaled = q0 * (K - 1) / expected0 if expected0 > TINY else NAN
+    tau2_dl = max(0.0, float(_dersimonian_laird(y, variance)))
     w_dl = 1 / (variance + tau2_dl)
     share = V / np.sqrt(np.outer(variance, variance))
     return Combined(
@@ -92,15 +95,15 @@ def combine(effects_K: Floats, covariance_KK: Floats) -> Combined:
 
 
 def _q(y: Floats, V: Floats, tau2: float) -> tuple[float, float]:
-    """Q at one τ², and what it is expected to be if that τ² is the true one."""
+    """Return Q at τ², and its expectation if that τ² is true."""
     w = 1 / (np.diag(V) + tau2)
     mean = w @ y / w.sum()
     P = np.diag(w) - np.outer(w, w) / w.sum()
     return float(w @ (y - mean) ** 2), float(np.sum(P * (V + tau2 * np.eye(len(y)))))
 
 
-def _moments(y: Floats, variance: Floats) -> float:
-    """DerSimonian & Laird (1986, Control. Clin. Trials 7:177), not yet cut at 0."""
+def _dersimonian_laird(y: Floats, variance: Floats) -> float:
+    """Return the τ² of DerSimonian & Laird (1986, Control. Clin. Trials 7:177), not truncated at 0."""
     w = 1 / variance
     q = float(w @ (y - w @ y / w.sum()) ** 2)
     return (q - (len(y) - 1)) / float(w.sum() - w @ w / w.sum())

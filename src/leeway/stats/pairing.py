@@ -1,4 +1,4 @@
-"""Which answer is compared with which: item by item, under the same rendered prompt, seed by seed."""
+"""Pair each response with its reference: item by item, under the same rendered prompt, seed by seed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from leeway.stats.anytime import by_turn, common, is_sequential
+from leeway.stats.anytime import cluster_means, common_prefix, is_sequential
 from leeway.stats.intervals import Floats, Ints
-from leeway.stats.metrics import BASE, VALUES, Measure, StatsError, codes, groups, measures, observations, why_not
+from leeway.stats.metrics import (
+    BASE,
+    POOLED_CHECKPOINT,
+    VALUES,
+    Measure,
+    StatsError,
+    analysis_table,
+    factorize,
+    group_indices,
+    measures,
+    withheld_reason,
+)
 
-Against = tuple[str, int | None]
+ContrastReference = tuple[str, int | None]  # objective and budget; no budget: the same budget
 
 ITEM = ["eval", "attack", "item_id", "sample", "question"]
 PAIR = [*ITEM, "template_hash"]
-KEY = ["objective", "budget", "condition"]
-OWN = "each under its own"  # in place of a template hash, where two objectives are used under different prompts
+OWN = "each under its own"  # in place of a template hash, if two objectives are used under different prompts
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """One contrast's answers, scored or not, beside the reference's."""
+    """One contrast's responses, scored or not, and the reference's."""
 
     value: Floats
     base: Floats
@@ -31,80 +41,78 @@ class Pairs:
     clusters: Ints
     seeds: Ints
     matched: NDArray[np.bool_]
-    turns: Ints | None = None  # of a sequential design: when each prompt was asked
+    positions: Ints | None = None  # of each prompt in the order of a sequential design
 
-    def at(self, chosen: NDArray[np.bool_] | Ints) -> Pairs:
+    def subset(self, chosen: NDArray[np.bool_] | Ints) -> Pairs:
         value, base, strata = self.value[chosen], self.base[chosen], self.strata[chosen]
-        turns = None if self.turns is None else self.turns[chosen]
-        return Pairs(value, base, strata, self.clusters[chosen], self.seeds[chosen], self.matched[chosen], turns)
+        positions = None if self.positions is None else self.positions[chosen]
+        return Pairs(value, base, strata, self.clusters[chosen], self.seeds[chosen], self.matched[chosen], positions)
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A checkpoint beside its reference on one measure; `scored` is none where no number may be printed."""
+    """A checkpoint against its reference on one measure; `scored` is None if the number is withheld."""
 
-    line: dict[str, object]  # what every table says of it
+    line: dict[str, object]  # the columns that all tables share
     measure: Measure
     pairs: Pairs  # all that have a partner
-    strata: int  # how many the measure has
+    strata: int  # number of strata of the measure
     scored: Pairs | None
 
     @property
     def sequential(self) -> bool:
-        return self.pairs.turns is not None
+        return self.pairs.positions is not None
 
     @property
-    def moves(self) -> Floats:
-        """How far each prompt moved, in the order of asking, by its answers that are scored on both sides.
+    def cluster_differences(self) -> Floats:
+        """Mean difference of each prompt, (T,), in the order of the sequential design.
 
-        Unscored ones are left out and counted, as in every table; a prompt with no other is no observation.
+        Only pairs scored on both sides count; a prompt without any is left out.
         """
         assert self.scored is not None
-        assert self.scored.turns is not None
-        return by_turn(self.scored.value - self.scored.base, self.scored.strata, self.scored.turns)
+        assert self.scored.positions is not None
+        return cluster_means(self.scored.value - self.scored.base, self.scored.strata, self.scored.positions)
 
 
-def contrasted(
+def paired_contrasts(
     rows: pd.DataFrame,
     conditions: Mapping[str, str],
     *,
-    against: Against | None = None,
+    against: ContrastReference | None = None,
     first: Mapping[str, str] | None = None,
     only: Collection[str] | None = None,
 ) -> tuple[list[Contrast], pd.DataFrame]:
-    """Every checkpoint beside its reference on every measure (or those named), and the observations they came from.
+    """Return the contrast of every checkpoint on every measure (or those in `only`), and the analysis table.
 
-    The reference is the base, or another objective at the same budget (`("sft", None)`) or at one (`("sft",
-    400_000)`); then seeds are paired too. A pair has the same item, attack and sample under the same rendered
-    prompt; only where two objectives are each used under a prompt of their own (`first`) is the item alone the
-    pair, and the note says so. Raises StatsError where there is no reference, or one answered twice.
+    The reference is the base, or another objective at the same budget (`("sft", None)`) or at a fixed one (`("sft",
+    400_000)`); then seeds are paired too. A pair has the same item, attack and sample under the same rendered prompt.
+    Exception: if two objectives are used under different prompts (`first`), the item alone defines the pair, and the
+    note reports it. Raises StatsError without a reference, or for duplicate responses.
     """
-    table = observations(rows, conditions)
+    table = analysis_table(rows, conditions)
     declared = first_conditions(table, first)
     reference = _reference(table, against)
     keys = [] if against is None else ["seed", "budget"] if against[1] is None else ["seed"]
-    _once(reference, [*PAIR, *(["seed", "budget"] if keys else [])])
+    _check_unique(reference, [*PAIR, *(["seed", "budget"] if keys else [])])
     tuned = _tuned(table, against)
-    _once(tuned, ["objective", "seed", "budget", *PAIR])
-    tuned, reference = _forms(tuned, reference, declared, against)
+    _check_unique(tuned, ["objective", "seed", "budget", *PAIR])
+    tuned, reference = _with_form(tuned, reference, declared, against)
     columns = [*ITEM, "form", *keys]
-    paired = tuned.merge(
-        reference[[*columns, *VALUES]], on=columns, how="left", suffixes=("", "_base"), indicator="found"
-    )
-    paired = common(paired, KEY, paired=True)
+    paired = tuned.merge(reference[[*columns, *VALUES]], on=columns, how="left", suffixes=("", "_base"), indicator=True)
+    paired = common_prefix(paired, POOLED_CHECKPOINT, paired=True)
     found: list[Contrast] = []
     for measure in measures(table):
         if only is None or measure.name in only:
-            asked = measure.select(reference).groupby(["form", *keys]).size()
-            found += _of_measure(measure, measure.select(paired), asked, declared, against)
+            sizes = measure.select(reference).groupby(["form", *keys]).size()
+            found += _measure_contrasts(measure, measure.select(paired), sizes, declared, against)
     return found, table
 
 
 def first_conditions(table: pd.DataFrame, first: Mapping[str, str] | None) -> dict[str, str]:
-    """The condition each objective is meant to be used under: as declared, else where the rows leave no doubt.
+    """Return the condition each objective is intended for: as declared, or inferred from the rows if unambiguous.
 
-    No doubt: an objective measured under one condition, or under one at its smallest budget (studies measure further
-    conditions at their last budget). An objective that is in doubt is left out: all its conditions count alike.
+    Unambiguous: the objective has one condition, or one at its smallest budget (studies measure further conditions at
+    their last budget). Ambiguous objectives are left out: all their conditions count the same.
     """
     found: dict[str, str] = {}
     for objective, own in table[table["objective"] != BASE].groupby("objective"):
@@ -116,28 +124,28 @@ def first_conditions(table: pd.DataFrame, first: Mapping[str, str] | None) -> di
     return found
 
 
-def _reference(table: pd.DataFrame, against: Against | None) -> pd.DataFrame:
+def _reference(table: pd.DataFrame, against: ContrastReference | None) -> pd.DataFrame:
     if against is None:
         found = table[table["objective"] == BASE]
         if found.empty:
-            raise StatsError("no rows of the base model: there is nothing to contrast with")
+            raise StatsError("no rows of the base model: contrasts need a reference")
         return found
     objective, budget = against
     found = table[table["objective"] == objective]
     if found.empty or objective == BASE:
         known = ", ".join(sorted(set(table["objective"].unique()) - {BASE}))
-        raise StatsError(f"no objective {objective} to contrast with: there are {known or 'none'}")
+        raise StatsError(f"no objective {objective} to contrast with (the rows have {known or 'none'})")
     if budget is None:
         return found
-    at = found[found["budget"] == budget]
-    if at.empty:
+    own = found[found["budget"] == budget]
+    if own.empty:
         known = ", ".join(map(str, sorted(found["budget"].unique())))
-        raise StatsError(f"{objective} was not measured at {budget}: its budgets are {known}")
-    return at
+        raise StatsError(f"{objective} was not measured at {budget} (its budgets: {known})")
+    return own
 
 
-def _tuned(table: pd.DataFrame, against: Against | None) -> pd.DataFrame:
-    """The checkpoints to contrast: all but the base and the reference itself."""
+def _tuned(table: pd.DataFrame, against: ContrastReference | None) -> pd.DataFrame:
+    """Return the checkpoints to contrast: all but the base and the reference itself."""
     tuned = table[table["objective"] != BASE]
     if against is None:
         return tuned
@@ -145,91 +153,91 @@ def _tuned(table: pd.DataFrame, against: Against | None) -> pd.DataFrame:
     return tuned[~(same if against[1] is None else same & (tuned["budget"] == against[1]))]
 
 
-def _once(table: pd.DataFrame, keys: list[str]) -> None:
-    twice = table.duplicated(keys)
-    if twice.any():
-        row = table[twice].iloc[0]
-        who = "the base" if row["objective"] == BASE else f"{row['objective']} at {row['budget']}"
-        raise StatsError(
-            f"{who} answered {row['item_id']} twice under one prompt and sample: rows of two runs were pooled"
-        )
+def _check_unique(table: pd.DataFrame, keys: list[str]) -> None:
+    duplicates = table.duplicated(keys)
+    if duplicates.any():
+        row = table[duplicates].iloc[0]
+        name = "the base" if row["objective"] == BASE else f"{row['objective']} at {row['budget']}"
+        what = f"{name} has two responses to {row['item_id']} with one prompt and sample"
+        raise StatsError(f"{what}: rows of two runs were pooled")
 
 
-def _forms(
-    tuned: pd.DataFrame, reference: pd.DataFrame, first: Mapping[str, str], against: Against | None
+def _with_form(
+    tuned: pd.DataFrame, reference: pd.DataFrame, first: Mapping[str, str], against: ContrastReference | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Add `form`: what else than the item a pair must share, the rendered prompt or being each one's own first."""
+    """Add `form`, which a pair shares beyond the item: the rendered prompt, or OWN for each objective's own prompt."""
     tuned = tuned.assign(form=tuned["template_hash"])
     reference = reference.assign(form=reference["template_hash"])
     if against is None or against[0] not in first:
         return tuned, reference
-    of_reference = first[against[0]]
+    reference_condition = first[against[0]]
     own = tuned["objective"].map(dict(first))
-    differs = (tuned["condition"] == own) & (own != of_reference)
+    differs = (tuned["condition"] == own) & (own != reference_condition)
     tuned["form"] = tuned["form"].where(~differs, OWN)
-    again = reference[reference["condition"] == of_reference].assign(form=OWN)
-    return tuned, pd.concat([reference, again], ignore_index=True)
+    copy = reference[reference["condition"] == reference_condition].assign(form=OWN)
+    return tuned, pd.concat([reference, copy], ignore_index=True)
 
 
-def _of_measure(
-    measure: Measure, chosen: pd.DataFrame, asked: pd.Series, first: Mapping[str, str], against: Against | None
+def _measure_contrasts(
+    measure: Measure,
+    chosen: pd.DataFrame,
+    sizes: pd.Series,
+    first: Mapping[str, str],
+    against: ContrastReference | None,
 ) -> list[Contrast]:
-    names, strata = codes(chosen["stratum"])
+    """Return the contrasts of one measure; `sizes` are the reference's numbers of responses by form (and seed)."""
+    names, strata = factorize(chosen["stratum"])
     value, base = chosen["value"].to_numpy(float), chosen[f"{measure.value}_base"].to_numpy(float)
-    clusters, matched = chosen["cluster"].to_numpy(np.intp), (chosen["found"] == "both").to_numpy()
+    clusters, matched = chosen["cluster"].to_numpy(np.intp), (chosen["_merge"] == "both").to_numpy()
     everything = Pairs(value, base, strata, clusters, chosen["seed"].to_numpy(np.intp), matched)
     forms = chosen["form"].to_numpy(object)
-    expected = asked.rename("asked").reset_index()
+    reference = sizes.rename("size").reset_index()
     found = []
     sequential = is_sequential(chosen).to_numpy()
-    for line, at in groups(chosen, KEY):
-        own = everything.at(at)
+    for line, at in group_indices(chosen, POOLED_CHECKPOINT):
+        own, own_forms, expected = everything.subset(at), set(forms[at]), 0
         if sequential[at].any():
-            own = replace(own, turns=chosen["turn"].to_numpy(np.intp)[at])
-            found.append(_contrast(_apart(line, forms[at]), measure, own, names, 0, first, against))
-            continue
-        told = set(forms[at])
-        hoped = expected[expected["form"].isin(told)]
-        if "budget" in hoped:
-            hoped = hoped[hoped["budget"] == line["budget"]]
-        if "seed" in hoped:
-            hoped = hoped[hoped["seed"].isin(own.seeds)]
-        times = 1 if "seed" in hoped else len(np.unique(own.seeds))
-        found.append(
-            _contrast(_apart(line, forms[at]), measure, own, names, int(hoped["asked"].sum()) * times, first, against)
-        )
+            own = replace(own, positions=chosen["position"].to_numpy(np.intp)[at])
+        else:
+            expected = _expected_pairs(reference[reference["form"].isin(own_forms)], own.seeds, line["budget"])
+        found.append(_contrast(line, measure, own, names, expected, first, against, own_prompts=own_forms == {OWN}))
     return found
 
 
-def _apart(line: dict[str, object], forms: NDArray[np.object_]) -> dict[str, object]:
-    """With whether its pairs share the item alone."""
-    return line | {"unpaired": OWN if set(forms) == {OWN} else ""}
+def _expected_pairs(reference: pd.DataFrame, seeds: Ints, budget: object) -> int:
+    """Return the number of pairs if every response of the reference had a partner in every seed."""
+    if "budget" in reference:
+        reference = reference[reference["budget"] == budget]
+    if "seed" in reference:
+        return int(reference.loc[reference["seed"].isin(seeds), "size"].sum())
+    return int(reference["size"].sum()) * len(np.unique(seeds))
 
 
 def _contrast(
     line: dict[str, object],
     measure: Measure,
-    asked: Pairs,
+    every: Pairs,
     names: list[str],
     expected: int,
     first: Mapping[str, str],
-    against: Against | None,
+    against: ContrastReference | None,
+    *,
+    own_prompts: bool,
 ) -> Contrast:
-    apart, line["prompts"] = line.pop("unpaired"), ""
-    pairs = asked.at(asked.matched)
+    pairs, prompts = every.subset(every.matched), ""
     absent = np.isnan(pairs.value - pairs.base)
-    reason = why_not(absent, pairs.strata, names, measure)
+    reason = withheld_reason(absent, pairs.strata, names, measure)
     if not len(pairs.value):
-        who = "the base" if against is None else against[0]
-        reason = f"no pair: {who} was not measured under the same rendered prompts"
-    elif apart and against is not None:
-        line["prompts"] = f"{apart} test prompt: {line['condition']} against {first[against[0]]}"
-    scored = pairs.at(~absent)
-    own = first.get(str(line["objective"]), line["condition"])
-    declared = own == line["condition"]
+        name = "the base" if against is None else against[0]
+        reason = f"no pair: {name} was not measured under the same rendered prompts"
+    elif own_prompts and against is not None:
+        prompts = f"{OWN} test prompt: {line['condition']} against {first[against[0]]}"
+    scored = pairs.subset(~absent)
+    declared = first.get(str(line["objective"]), line["condition"]) == line["condition"]
     family = f"{measure.axis} @ {line['budget']}, {'primary' if measure.primary else 'secondary'}"
     line |= {
-        "seeds": ", ".join(str(s) for s in np.unique(asked.seeds)),
+        "prompts": prompts,
+        "seeds": ", ".join(str(s) for s in np.unique(every.seeds)),
         "axis": measure.axis,
         "measure": measure.name,
         "label": measure.label,
@@ -238,7 +246,7 @@ def _contrast(
         "family": family if declared else f"{family}, further conditions",
         "n": len(scored.value),
         "n_clusters": len(np.unique(scored.clusters)),
-        "n_unpaired": len(asked.value) - len(pairs.value) + max(expected - len(pairs.value), 0),
+        "n_unpaired": len(every.value) - len(pairs.value) + max(expected - len(pairs.value), 0),
         "n_unscored": int(absent.sum()),
         "note": reason,
     }

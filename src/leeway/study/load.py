@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from leeway.claims import text_of
+from leeway.claims import read_source
 from leeway.errors import LeewayError
 from leeway.study.objective_spec import WRITTEN
 from leeway.study.spec import Spec
@@ -136,7 +136,7 @@ def _written_out(raw: dict[str, Any], places: Iterable[str]) -> list[str]:
 def _read_claims(raw: dict[str, Any], folder: Path | None) -> None:
     """Replace the path or the name of claims by their text."""
     if isinstance(raw.get("claims"), str):
-        raw["claims"] = read(*text_of(raw["claims"], folder))
+        raw["claims"] = read(*read_source(raw["claims"], folder))
 
 
 def _key(override: str) -> str:

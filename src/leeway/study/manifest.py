@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from leeway.claims import stored
+from leeway.claims import to_manifest
 from leeway.data.ledger import Matching
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval
@@ -161,6 +161,6 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
         "inoculations": {"version": ip.inoculations().version},
         "refusals": {"version": sft_refusal.texts().version},
         "texts": _texts(prepared),
-        **({"claims": stored(spec.claims)} if spec.claims else {}),
+        **({"claims": to_manifest(spec.claims)} if spec.claims else {}),
         "environment": {**asked["environment"], "threads": torch.get_num_threads()},
     }

@@ -16,9 +16,9 @@ import pandas as pd
 
 from leeway.evals.eval import Eval, Row, Tick
 from leeway.generation.backend import Backend
-from leeway.stats import judged, sequential
-from leeway.stats.anytime import in_turn
-from leeway.stats.metrics import judged_twice
+from leeway.stats import sequential, split_judges
+from leeway.stats.anytime import cluster_order
+from leeway.stats.metrics import multi_judge_evals
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
 
@@ -51,15 +51,15 @@ def facts(spec: Spec, evals: Iterable[Eval]) -> dict[str, Any]:
     return {"sequential": {**told, "first_look": sequential.FIRST, "growth": sequential.GROWTH}}
 
 
-def rule_of(spec: Spec) -> sequential.Rule:
-    return sequential.Rule(len(spec.objectives), spec.evals.margin)
+def rule_of(spec: Spec) -> sequential.StoppingRule:
+    return sequential.StoppingRule(len(spec.objectives), spec.evals.margin)
 
 
 @dataclass(frozen=True)
 class SequentialEvaluator:
     """One axis: its evals, and the base's rows on it under the checkpoint's test-time prompt."""
 
-    rule: sequential.Rule
+    rule: sequential.StoppingRule
     axis: str
     evals: Seq[Eval]
     base: pd.DataFrame
@@ -72,7 +72,7 @@ class SequentialEvaluator:
 
     def ask(self, backend: Backend, tick: Callable[[Eval], Tick]) -> dict[str, list[Row]]:
         """The rows of every eval, by its key."""
-        order = in_turn(c for e in self.evals for c in e.clusters())
+        order = cluster_order(c for e in self.evals for c in e.clusters())
         rows: dict[str, list[Row]] = {e.key: [] for e in self.evals}
         ticks = {e.key: tick(e) for e in self.evals}
         seen = 0
@@ -92,10 +92,10 @@ class SequentialEvaluator:
     def _of_first_judge(self, rows: pd.DataFrame) -> pd.DataFrame:
         """The axis's rows, once an answer: what the study's rates are made of."""
         of_axis = rows[rows["eval"] == self.axis]
-        if not judged_twice(of_axis):
+        if not multi_judge_evals(of_axis):
             return of_axis
         first = {e.name: judges[0].name for e in self.evals if (judges := e.judged_by())}
-        told = judged(of_axis, first)
+        told = split_judges(of_axis, first)
         return told[told["eval"] == self.axis]
 
 
@@ -103,7 +103,7 @@ def summary(rows: pd.DataFrame, conditions: Mapping[str, str], known: dict[str, 
     """The design with what came of it: answers asked of how many, and the tokens saved, by axis."""
     if not known:
         return {}
-    table = sequential.asked(sequential.marked(rows, known["sequential"]["axes"]), conditions)
+    table = sequential.sample_sizes(sequential.with_design(rows, known["sequential"]["axes"]), conditions)
     totals = table.groupby("eval")[sequential.COUNTS].sum()
     asked = {str(axis): {str(k): int(v) for k, v in line.items()} for axis, line in totals.iterrows()}
     return {"sequential": {**known["sequential"], "asked": asked}}

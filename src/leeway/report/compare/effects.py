@@ -13,12 +13,13 @@ import pandas as pd
 from leeway.errors import LeewayError
 from leeway.report.compare.check import Study, not_poolable
 from leeway.report.results import Results
-from leeway.stats.cluster_tests import MIN_MOVED, wild_cluster
-from leeway.stats.contrasts import correct, standard_error
+from leeway.stats.cluster_tests import MIN_DISCORDANT, wild_cluster
+from leeway.stats.contrasts import holm_by_family, standard_error
 from leeway.stats.intervals import RESAMPLES, Floats, Ints, stratum_shares
 from leeway.stats.meta import combine
-from leeway.stats.metrics import BASE, VALUES, Measure, measures, observations
-from leeway.stats.pairing import ITEM, KEY, PAIR, Pairs
+from leeway.stats.metrics import BASE, VALUES, Measure, analysis_table, measures
+from leeway.stats.metrics import POOLED_CHECKPOINT as KEY
+from leeway.stats.pairing import ITEM, PAIR, Pairs
 
 EFFECTS = ["study", *KEY, "first", "axis", "measure", "label", "difference", "low", "high", "se", "p", "p_holm"]
 EFFECTS += ["n", "n_clusters", "n_discordant", "n_unscored", "note"]
@@ -60,7 +61,7 @@ def deltas(studies: list[Study]) -> dict[tuple[str, str, int, str, str], Deltas]
     found = {}
     for study in studies:
         rows = study.results.judged
-        table = observations(rows, study.results.conditions)
+        table = analysis_table(rows, study.results.conditions)
         table["prompt"] = rows["prompt"].fillna("").to_numpy(object)
         base = table[table["objective"] == BASE][[*PAIR, *VALUES, "prompt"]]
         tuned = table[table["objective"] != BASE].drop(columns="prompt")
@@ -100,7 +101,7 @@ def differences(
             line |= {"effect_b": b["difference"], "family": f"{line['axis']} @ {line['budget']}, between studies"}
             ids = [(s["study"], line["objective"], line["budget"], line["condition"], line["measure"]) for s in (a, b)]
             lines.append(line | _difference(a, b, paired[_id(ids[0])], paired[_id(ids[1])], seed))
-    return correct(pd.DataFrame(lines, columns=[c for c in DIFFERENCES if c not in ("p_holm", "family_size")]))[
+    return holm_by_family(pd.DataFrame(lines, columns=[c for c in DIFFERENCES if c not in ("p_holm", "family_size")]))[
         DIFFERENCES
     ]
 
@@ -122,8 +123,8 @@ def _difference(a: pd.Series, b: pd.Series, one: Deltas, other: Deltas, seed: in
     tested = wild_cluster(halves, weigh, resamples=RESAMPLES, seed=seed)
     none = np.zeros(len(value), dtype=np.intp)
     pairs = Pairs(value, base, strata, clusters, none, np.ones(len(value), dtype=bool))
-    discordant, notes = int(tested.moved[0]), []
-    if discordant < MIN_MOVED:
+    discordant, notes = int(tested.n_discordant[0]), []
+    if discordant < MIN_DISCORDANT:
         notes.append(f"only {discordant} prompts differ: no test can reject, the interval is a bound")
     if unpaired:
         notes.append(f"{unpaired} responses without a pair in the other study are not used")
@@ -165,7 +166,7 @@ def meta(table: pd.DataFrame, paired: dict[tuple[str, str, int, str, str], Delta
             numbers |= {k: float(np.clip(numbers[k], -1, 1)) for k in ends}
             notes.append("interval clipped to [−1, 1]: uninformative")
         lines.append(line | numbers | {"note": "; ".join(notes)})
-    return correct(pd.DataFrame(lines, columns=[c for c in META if c not in ("p_holm", "family_size")]))[META]
+    return holm_by_family(pd.DataFrame(lines, columns=[c for c in META if c not in ("p_holm", "family_size")]))[META]
 
 
 def error(effect: pd.Series) -> float:
@@ -178,7 +179,7 @@ def error(effect: pd.Series) -> float:
     bound = (float(effect["high"]) - float(effect["low"])) / (2 * 1.959964)
     if math.isnan(se):
         return bound
-    return max(se, bound) if effect["n_discordant"] < MIN_MOVED else se
+    return max(se, bound) if effect["n_discordant"] < MIN_DISCORDANT else se
 
 
 def _covariance(errors: list[float], discordant: list[int], of: list[Deltas]) -> Floats:
@@ -186,7 +187,7 @@ def _covariance(errors: list[float], discordant: list[int], of: list[Deltas]) ->
     found = np.diag(np.square(errors))
     residuals = [_residuals(d.table) for d in of]
     for i, j in combinations(range(len(of)), 2):
-        if min(discordant[i], discordant[j]) >= MIN_MOVED:
+        if min(discordant[i], discordant[j]) >= MIN_DISCORDANT:
             shared = residuals[i].index.intersection(residuals[j].index)
             together = float(residuals[i][shared].to_numpy(float) @ residuals[j][shared].to_numpy(float))
             size = math.sqrt(float((residuals[i] ** 2).sum() * (residuals[j] ** 2).sum()))

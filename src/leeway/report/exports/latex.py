@@ -180,7 +180,7 @@ def claims_table(table: pd.DataFrame) -> Table | None:
     columns += [("MDE", "r"), ("Verdict", "l")]
     rows = []
     for c in formatting.to_records(table):
-        row = [escape(str(c["says"])), _number(c["estimate"]), _interval(_number(c["low"]), _number(c["high"]))]
+        row = [escape(str(c["statement"])), _number(c["estimate"]), _interval(_number(c["low"]), _number(c["high"]))]
         row += [escape(str(c.get("unit") or "")), _p(c["p_holm"]), _number(c.get("mde")), escape(str(c["verdict"]))]
         rows.append(row)
     caption = "Claims, their estimates with confidence intervals in brackets, and their verdicts."

@@ -170,7 +170,7 @@ def _onset(table: pd.DataFrame, unit: BudgetUnit) -> tuple[str, list[Column], pd
     columns: list[Column] = [
         OBJECTIVE,
         MEASURE,
-        ("Direction", lambda r: str(r["move"]), True),
+        ("Direction", lambda r: str(r["direction"]), True),
         ("Onset", lambda r: place(r, "estimate"), False),
         ("95% CI", lambda r: _to(place(r, "low"), place(r, "high")), False),
         ("Onset by tests", lambda r: place(r, "tested"), False),
