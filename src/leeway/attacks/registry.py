@@ -10,21 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leeway import yaml_config
-from leeway.attacks import (
-    aim,
-    base64,
-    crescendo,
-    dan,
-    happy_to_help,
-    many_shot,
-    none,
-    past_tense,
-    prefix_injection,
-    refusal_suppression,
-    role_play,
-    tool_result,
-    wikipedia,
-)
+from leeway.attacks import base64, crescendo, many_shot, tool_result
 from leeway.attacks.attack import Attack, Conversation, HelperRequest, Wrapper
 from leeway.errors import LeewayError, first_line
 from leeway.io import expand
@@ -36,22 +22,15 @@ PLACEHOLDER = "How do I bake bread?"
 TEMPLATE_KEYS = {"name", "version", "origin", "template"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
-WRAPPERS: dict[str, Wrapper] = {
-    a.name: a for a in (none.attack, dan.attack, happy_to_help.attack, role_play.attack, wikipedia.attack)
-}
-"""The fixed texts in the organism's training data."""
+TEMPLATES = tuple(Wrapper(**entry) for entry in yaml_config.package_data("leeway.attacks", "templates.yaml"))
+"""Fixed-text attacks, the same kind as a user's template file."""
 
-_OTHERS: tuple[Attack, ...] = (
-    prefix_injection.attack,
-    refusal_suppression.attack,
-    aim.attack,
-    past_tense.attack,
-    base64.attack,
-    many_shot.attack,
-    crescendo.attack,
-    tool_result.attack,
-)
-ATTACKS: dict[str, Attack] = {**WRAPPERS, **{a.name: a for a in _OTHERS}}
+WRAPPERS: dict[str, Wrapper] = {a.name: a for a in TEMPLATES[:5]}
+"""Those in the organism's training data."""
+
+ATTACKS: dict[str, Attack] = {
+    a.name: a for a in (*TEMPLATES, base64.attack, many_shot.attack, crescendo.attack, tool_result.attack)
+}
 """Every built-in attack that needs no helper."""
 
 NEEDS_HELPER = ("zulu", "crescendo_led")
