@@ -1,4 +1,4 @@
-"""Jailbreak attacks: one file each, with versioned texts and a content hash on every row."""
+"""Jailbreak attacks, with versioned texts and a content hash on every row."""
 
 from __future__ import annotations
 

@@ -28,9 +28,8 @@ TEMPLATES = tuple(Wrapper(**entry) for entry in yaml_config.package_data("leeway
 WRAPPERS: dict[str, Wrapper] = {a.name: a for a in TEMPLATES[:5]}
 """Those in the organism's training data."""
 
-ATTACKS: dict[str, Attack] = {
-    a.name: a for a in (*TEMPLATES, base64.attack, many_shot.attack, crescendo.attack, tool_result.attack)
-}
+_BUILT_IN: tuple[Attack, ...] = (*TEMPLATES, base64.attack, many_shot.attack, crescendo.attack, tool_result.attack)
+ATTACKS: dict[str, Attack] = {a.name: a for a in _BUILT_IN}
 """Every built-in attack that needs no helper."""
 
 NEEDS_HELPER = ("zulu", "crescendo_led")
