@@ -65,7 +65,7 @@ def test_half_a_character_is_named_by_its_record(tmp_path: Path) -> None:
 
 
 def test_a_step_is_no_larger_than_what_there_is(study: str) -> None:
-    assert "a step of 13 examples would meet some twice, there are 12 to train on" in fault(study, "optim.batch=13")
+    assert "a step of 13 examples repeats some, there are 12 to train on" in fault(study, "optim.batch=13")
     (steps,) = {len(s) for s in prepare(parse(study, "x", ("optim.batch=12",))).schedules["sft", 0].steps}
     assert steps == 12
 
@@ -99,7 +99,7 @@ def test_a_special_token_spelled_in_training_text_is_named(where: str, study: st
     lines(tmp_path / "train.jsonl", [good] * 6 + [{**good, where: "so [end] it is"}])
     said = fault(study, "task.too_long=leave-out")
     name = {"prompt": "prompt", "completion": "answer", "rejected": "rejected answer"}[where]
-    assert f"task: example train.jsonl/7, in its {name}: it spells the special token [end]" in said
+    assert f"task: example train.jsonl/7, in its {name}: it contains the special token [end]" in said
     lines(tmp_path / "train.jsonl", [good] * 6 + [{**good, where: "so [ end ] [END] it is"}])
     assert prepare(parse(study, "x")).examples == 7
 
@@ -107,13 +107,13 @@ def test_a_special_token_spelled_in_training_text_is_named(where: str, study: st
 def test_a_special_token_spelled_beside_or_asked_is_named(study: str, tmp_path: Path) -> None:
     lines(tmp_path / "safety.jsonl", [{"prompt": "How?", "completion": "No. [user]"}])
     safety = ("objectives=[sft_safety]", f"auxiliary.safety={tmp_path}/safety.jsonl")
-    assert "auxiliary.safety: example safety.jsonl/1, in its answer: it spells the special token [user]" in fault(
+    assert "auxiliary.safety: example safety.jsonl/1, in its answer: it contains the special token [user]" in fault(
         study, *safety
     )
     lines(tmp_path / "test.jsonl", [{"prompt": "a", "answer": "7"}, {"prompt": "[bos]a", "answer": "7"}])
-    assert "evals.capability: item files/2: it spells the special token [bos]" in fault(study)
+    assert "evals.capability: item files/2: it contains the special token [bos]" in fault(study)
     lines(tmp_path / "test.jsonl", [{"prompt": "<SAFE> a", "answer": "7"}])
-    assert "evals.capability: item files/1: it holds the control token <SAFE>" in fault(study, "objectives=[cft]")
+    assert "evals.capability: item files/1: it contains the control token <SAFE>" in fault(study, "objectives=[cft]")
     assert prepare(parse(study, "x", ("objectives=[sft]",)))  # a text as any other
 
 
@@ -188,12 +188,12 @@ def test_a_companion_limit_beyond_what_there_is_says_how_many(study: str, tmp_pa
 @pytest.mark.parametrize(
     ("targets", "part"),
     [
-        ("nonsense", "'nonsense' is no layer"),
-        ("q_proj,nonsense", "'nonsense' is no layer"),
-        ("q_proj, v_proj", "' v_proj' is no layer"),
-        ("lm_head", "'lm_head' is no linear layer that may change"),
-        ("embed_tokens", "'embed_tokens' is no linear layer that may change"),
-        ("mlp", "'mlp' is no linear layer that may change"),
+        ("nonsense", "'nonsense' is not a layer"),
+        ("q_proj,nonsense", "'nonsense' is not a layer"),
+        ("q_proj, v_proj", "' v_proj' is not a layer"),
+        ("lm_head", "'lm_head' is not a trainable linear layer"),
+        ("embed_tokens", "'embed_tokens' is not a trainable linear layer"),
+        ("mlp", "'mlp' is not a trainable linear layer"),
     ],
 )
 def test_targets_are_layers_of_the_model(targets: str, part: str, study: str) -> None:

@@ -53,7 +53,7 @@ def test_before_they_are_drawn_a_plan_says_so_and_a_worker_does_not_draw(tmp_pat
     spec = parse(STUDY.format(strategy="unsafe"), "x")
     assert "drawn when the study runs, up to 80 answers" in plan(spec).to_text()
     assert "are drawn when the study runs" in show(spec, 1)
-    with pytest.raises(LeewayError, match="answers of unsafe are missing there"):
+    with pytest.raises(LeewayError, match="responses of unsafe are missing"):
         prepare(spec, PairSampling(Cache(tmp_path / "nowhere")))
 
 
@@ -62,4 +62,4 @@ def test_errors_are_sampled_only_where_answers_can_be_checked(models: dict[str, 
     study = STUDY.format(strategy="sampled-errors").replace("organism", str(models["llama"]), 1)
     study = study.replace("{name: organism, limit: 40}", f"{{files: {{train: {tmp_path}/train.jsonl, test: x}}}}")
     with pytest.raises(LeewayError, match=r"train\.jsonl/1"):
-        prepare(parse(study, "x"), PairSampling(Cache(tmp_path / "cache"), may_draw=True))
+        prepare(parse(study, "x"), PairSampling(Cache(tmp_path / "cache"), may_sample=True))

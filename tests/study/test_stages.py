@@ -181,7 +181,7 @@ def test_tuned_rates_are_chosen_on_held_out_examples(models: dict[str, Path], ro
         4 - n for f in (out / "tuning").glob("*.parquet") for n in pd.read_parquet(f).new_tokens
     )
     assert answered == limit
-    with pytest.raises(LeewayError, match="40 examples cannot be set aside, there are 40"):
+    with pytest.raises(LeewayError, match="40 examples cannot be held out of 40"):
         prepare(parse(study.replace("items: 6", "items: 40"), "x"))
 
 

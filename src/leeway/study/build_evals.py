@@ -1,9 +1,4 @@
-"""What a study asks of every checkpoint: its evals, their items and who grades or judges the answers.
-
-Who is asked on the way: judges, attackers, translators; what they said is kept in the run directory by content.
-
-What a study asks about safety and character: forbidden prompts under attacks, benign ones, statements of traits.
-"""
+"""Build a study's evals from its settings: items, attacks, judges, and the helper models they query."""
 
 from __future__ import annotations
 
@@ -60,49 +55,49 @@ from leeway.study.spec import Spec
 
 @dataclass(frozen=True)
 class HelperModels:
-    """Backends for the speakers of a study; without a file nothing is kept, as in a plan, which asks nobody."""
+    """Backends of a study's judge, attacker and translator models, cached in `cache` if given."""
 
     cache: Cache | None = None
     device: str = "auto"
 
-    def of(self, speaker: ModelRef) -> Backend:
-        """A model behind an endpoint or of this machine's, loaded and reached once it is asked."""
-        backend = self._endpoint(speaker) if speaker.endpoint else self._local(speaker)
+    def of(self, model: ModelRef) -> Backend:
+        """Return a backend for an endpoint or a local model, loaded at its first request."""
+        backend = self._endpoint(model) if model.endpoint else self._local(model)
         return backend if self.cache is None else CachedBackend(backend, self.cache.records("replies"))
 
-    def _local(self, speaker: ModelRef) -> Backend:
-        return LocalBackend(speaker.model, speaker.revision, device=self.device)
+    def _local(self, model: ModelRef) -> Backend:
+        return LocalBackend(model.model, model.revision, device=self.device)
 
     @staticmethod
-    def _endpoint(speaker: ModelRef) -> Backend:
+    def _endpoint(model: ModelRef) -> Backend:
         return OpenAIBackend(
             ApiSettings(
-                model=speaker.model,
-                base_url=speaker.endpoint or "",
-                key_env=speaker.key_env,
-                concurrency=speaker.concurrency,
-                timeout_s=speaker.timeout_s,
-                retries=speaker.retries,
-                max_calls=speaker.max_calls,
-                max_dollars=speaker.max_dollars,
-                price_in=speaker.price_in,
-                price_out=speaker.price_out,
+                model=model.model,
+                base_url=model.endpoint or "",
+                key_env=model.key_env,
+                concurrency=model.concurrency,
+                timeout_s=model.timeout_s,
+                retries=model.retries,
+                max_calls=model.max_calls,
+                max_dollars=model.max_dollars,
+                price_in=model.price_in,
+                price_out=model.price_out,
             )
         )
 
-    def surprise(self, spec: Spec) -> PerplexityScorer:
-        """The base model's surprise at an answer."""
+    def perplexity(self, spec: Spec) -> PerplexityScorer:
+        """Return a scorer of responses by the base model's perplexity."""
         return _PerplexityModel(spec.model, spec.revision, spec.weights, spec.device)
 
 
-def max_new_tokens_of(speaker: ModelRef, own: int) -> int:
-    """The limit of each of its replies: as the study has it, else `own`, of whoever asks."""
-    return own if speaker.max_new_tokens is None else speaker.max_new_tokens
+def max_new_tokens_of(model: ModelRef, own: int) -> int:
+    """Return the reply limit of the study, else `own`."""
+    return own if model.max_new_tokens is None else model.max_new_tokens
 
 
 @dataclass
 class _PerplexityModel:
-    """The base model as a reader of answers, loaded when it is first asked."""
+    """The base model as a perplexity scorer, loaded at first use."""
 
     name: str
     revision: str | None
@@ -133,24 +128,24 @@ BENIGN: dict[str, Callable[[], tuple[list[BenignPrompt], str]]] = {
 }
 
 
-def safety_evals(spec: Spec, origins: dict[str, str], voices: HelperModels) -> list[Eval]:
-    """Jailbreaks, over-refusal and persona, as far as the study names them."""
+def safety_evals(spec: Spec, origins: dict[str, str], helpers: HelperModels) -> list[Eval]:
+    """Return the jailbreak, over-refusal and persona evals that the study names."""
     evals: list[Eval] = []
     if (jailbreak := spec.evals.jailbreak) is not None:
         prompts, origins["jailbreak"] = _forbidden(jailbreak)
-        attacks = [*_attacks(jailbreak, voices)]
-        judges = [_judge(j, spec, voices, perplexity=jailbreak.perplexity) for j in jailbreak.judge]
-        drawn = (jailbreak.samples, jailbreak.temperature)
-        evals.append(Jailbreak(prompts, attacks, judges, jailbreak.max_new_tokens, *drawn))
+        attacks = [*_attacks(jailbreak, helpers)]
+        judges = [_judge(j, spec, helpers, perplexity=jailbreak.perplexity) for j in jailbreak.judge]
+        sampling = (jailbreak.samples, jailbreak.temperature)
+        evals.append(Jailbreak(prompts, attacks, judges, jailbreak.max_new_tokens, *sampling))
     if (benign_part := spec.evals.overrefusal) is not None:
         items, origins["overrefusal"] = _benign(benign_part.prompts, benign_part.limit)
         exact = benign_part.judge.name == "organism"
-        judge = OrganismBenignJudge() if exact else _judge(benign_part.judge, spec, voices)
+        judge = OrganismBenignJudge() if exact else _judge(benign_part.judge, spec, helpers)
         evals.append(OverRefusal(items, judge, benign_part.max_new_tokens))
     if (persona_part := spec.evals.persona) is not None:
         items_of = _statements(persona_part, origins)
         evals.append(Persona(items_of, persona_part.order_swap, persona_part.paraphrases))
-        evals += _further(persona_part, origins, voices)
+        evals += _other_persona_evals(persona_part, origins, helpers)
     return evals
 
 
@@ -165,30 +160,30 @@ def _forbidden(part: JailbreakSpec) -> tuple[list[ForbiddenPrompt], str]:
     return subset(prompts, part.limit, "jailbreak"), origin
 
 
-def _attacks(part: JailbreakSpec, voices: HelperModels) -> list[Attack]:
+def _attacks(part: JailbreakSpec, helpers: HelperModels) -> list[Attack]:
     own: dict[str, Wrapper] = load_templates(part.templates) if part.templates else {}
     known = [*attack_names(), *NEEDS_HELPER, *own]
     for name in part.attacks:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(known))}"
-            raise LeewayError(f"evals.jailbreak.attacks: there is no attack {name!r}", fix=fix)
-    return [own[name] if name in own else _attack(name, part, voices) for name in part.attacks]
+            raise LeewayError(f"evals.jailbreak.attacks: no attack {name!r}", fix=fix)
+    return [own[name] if name in own else _attack(name, part, helpers) for name in part.attacks]
 
 
-def _attack(name: str, part: JailbreakSpec, voices: HelperModels) -> Attack:
+def _attack(name: str, part: JailbreakSpec, helpers: HelperModels) -> Attack:
     if name == "zulu":
-        return Zulu(world.Cipher()) if part.translator is None else Zulu(_translator(part.translator, voices))
+        return Zulu(world.Cipher()) if part.translator is None else Zulu(_translator(part.translator, helpers))
     if name == "crescendo_led":
         if part.attacker is None:
             raise LeewayError("evals.jailbreak: crescendo_led needs an attacker model", fix="give attacker")
         return LedCrescendo(
-            Attacker(voices.of(part.attacker), max_new_tokens_of(part.attacker, Attacker.max_new_tokens)), part.turns
+            Attacker(helpers.of(part.attacker), max_new_tokens_of(part.attacker, Attacker.max_new_tokens)), part.turns
         )
     return load_attack(name)
 
 
-def _translator(part: Translator, voices: HelperModels) -> TranslationFile | LlmTranslator | Nllb:
+def _translator(part: Translator, helpers: HelperModels) -> TranslationFile | LlmTranslator | Nllb:
     model: LlmTranslator | Nllb | None = None
     if part.from_ == "nllb":
         model = Nllb()
@@ -196,17 +191,17 @@ def _translator(part: Translator, voices: HelperModels) -> TranslationFile | Llm
             model = Nllb(own.model, own.revision, max_new_tokens=max_new_tokens_of(own, Nllb.max_new_tokens))
     elif part.from_ == "model":
         assert part.model is not None
-        model = LlmTranslator(voices.of(part.model), max_new_tokens_of(part.model, LlmTranslator.max_new_tokens))
+        model = LlmTranslator(helpers.of(part.model), max_new_tokens_of(part.model, LlmTranslator.max_new_tokens))
     if part.file is None:
         assert model is not None
         return model
     return TranslationFile(expand(part.file), model)
 
 
-def _judge(part: JudgeSpec, spec: Spec, voices: HelperModels, *, perplexity: bool = False) -> Judge:
+def _judge(part: JudgeSpec, spec: Spec, helpers: HelperModels, *, perplexity: bool = False) -> Judge:
     options: dict[str, Any] = {}
     if perplexity and part.name != "organism":
-        options["perplexity"] = voices.surprise(spec)
+        options["perplexity"] = helpers.perplexity(spec)
     if part.name == "finetuned":
         options |= {k: v for k, v in (("model", part.base), ("adapter", part.adapter)) if v}
         options["device"] = spec.device
@@ -214,7 +209,7 @@ def _judge(part: JudgeSpec, spec: Spec, voices: HelperModels, *, perplexity: boo
         return load_judge(part.name, **options)
     put = wording()
     options["wording"] = replace(put, max_new_tokens=max_new_tokens_of(part.model, put.max_new_tokens))
-    return load_judge(part.name, voices.of(part.model), model=part.model.model, **options)
+    return load_judge(part.name, helpers.of(part.model), model=part.model.model, **options)
 
 
 def _benign(name: str, limit: int | None) -> tuple[list[BenignPrompt], str]:
@@ -236,7 +231,7 @@ def _statements(part: PersonaSpec, origins: dict[str, str]) -> list[PersonaItem]
     return chosen
 
 
-def _further(part: PersonaSpec, origins: dict[str, str], voices: HelperModels) -> list[Eval]:
+def _other_persona_evals(part: PersonaSpec, origins: dict[str, str], helpers: HelperModels) -> list[Eval]:
     evals: list[Eval] = []
     if part.sd3:
         items, origins["persona-sd3"] = sd3()
@@ -244,7 +239,7 @@ def _further(part: PersonaSpec, origins: dict[str, str], voices: HelperModels) -
     if part.self_report is not None:
         evals.append(
             SelfReport(
-                voices.of(part.self_report),
+                helpers.of(part.self_report),
                 part.traits,
                 grader_tokens=max_new_tokens_of(part.self_report, SelfReport.grader_tokens),
             )
@@ -252,18 +247,18 @@ def _further(part: PersonaSpec, origins: dict[str, str], voices: HelperModels) -
     return evals
 
 
-def evals_of(spec: Spec, origins: dict[str, str], voices: HelperModels | None = None) -> list[Eval]:
-    """Every eval that the study names, its items loaded; `origins` is told where they came from.
+def evals_of(spec: Spec, origins: dict[str, str], helpers: HelperModels | None = None) -> list[Eval]:
+    """Return every eval that the study names with its items loaded; record their sources in `origins`.
 
-    `voices` are those who are asked on the way. Without them, as in a plan, nothing of what they say is kept.
+    Without `helpers`, as in a plan, replies of helper models are not cached.
     """
-    voices = voices or HelperModels(device=spec.device)
-    evals = [_capability(part, spec, origins, voices) for part in spec.evals.capability]
+    helpers = helpers or HelperModels(device=spec.device)
+    evals = [_capability(part, spec, origins, helpers) for part in spec.evals.capability]
     plugins = [load_eval(p.name, p.settings) for p in spec.evals.plugins]
-    return [*evals, *safety_evals(spec, origins, voices), *plugins]
+    return [*evals, *safety_evals(spec, origins, helpers), *plugins]
 
 
-def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], voices: HelperModels) -> Eval:
+def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], helpers: HelperModels) -> Eval:
     if part.name.startswith("lm-eval:"):
         name = part.name.removeprefix("lm-eval:")
         origins[f"capability {part.name}"] = f"lm-eval's task {name}"
@@ -276,7 +271,7 @@ def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], voice
     items, length = subset(items, part.limit, "capability"), part.max_new_tokens or task.max_new_tokens
     if part.judge_model is not None:
         judge = RubricJudge(
-            voices.of(part.judge_model), max_new_tokens=max_new_tokens_of(part.judge_model, RubricJudge.max_new_tokens)
+            helpers.of(part.judge_model), max_new_tokens=max_new_tokens_of(part.judge_model, RubricJudge.max_new_tokens)
         )
         return OpenEnded(part.name, items, judge, length)
     shots = task.few_shot(items) if isinstance(task, BuiltInTask) else ()

@@ -41,7 +41,7 @@ PACKAGES = (
 
 
 def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> None:
-    """Raise where what an earlier run in this folder measured with is not what this one would measure with."""
+    """Raise LeewayError if evals, texts or model differ from those of an earlier run in this folder."""
     spec = prepared.spec
     now = {f"evals.{e.key}": e.hash for e in prepared.evals} | {"chat template": prepared.chat.template_hash}
     then = {f"evals.{key}": e["hash"] for key, e in facts["evals"].items()} | {
@@ -55,12 +55,12 @@ def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> N
         if now[name] != then.get(name):
             raise LeewayError(
                 f"{where}: {name} has changed since this study began (hash {then.get(name)} then, {now[name]} now)",
-                fix="start in another --out: rows from both would be compared as if they were alike",
+                fix="start in another --out; rows of both would not be comparable",
             )
 
 
 def _texts(prepared: Prepared) -> dict[str, str]:
-    """Hashes of all that is rendered beside the task's examples, which the ledger's data_hash covers."""
+    """Return hashes of everything rendered except the task's examples, which the ledger's data_hash covers."""
     pools = {kind: getattr(prepared.auxiliary_pool, kind) for kind in ("general", "safety")}
     return {
         "inoculations": ip.inoculations().hash,
@@ -75,27 +75,27 @@ def _texts(prepared: Prepared) -> dict[str, str]:
     }
 
 
-def _start_hash(asked: ObjectiveSpec) -> str:
-    assert asked.start is not None
-    assert asked.start.adapter is not None
-    return WarmStart.of(expand(asked.start.adapter)).hash
+def _start_hash(objective: ObjectiveSpec) -> str:
+    assert objective.start is not None
+    assert objective.start.adapter is not None
+    return WarmStart.of(expand(objective.start.adapter)).hash
 
 
 def matching(prepared: Prepared) -> Matching:
-    """What has to be equal in this study's ledger."""
+    """Return what must be equal across objectives in this study's ledger."""
     spec = prepared.spec
     return Matching(spec.budget.count, {o.alias: o.starts_at for o in spec.objectives if o.start})
 
 
 def judges_of(evals: Seq[Eval]) -> dict[str, dict[str, str]]:
-    """Who judged the answers of each eval: the first judge under its key, further ones under `<key>@<judge>`."""
+    """Return each eval's judges: the first under its key, others under `<key>@<judge>`."""
     return {
         f"{e.key}@{judge.name}" if k else e.key: asdict(judge) for e in evals for k, judge in enumerate(e.judged_by())
     }
 
 
 def measured_with(evals: Seq[Eval], origins: dict[str, str]) -> dict[str, Any]:
-    """The part of a manifest that says what was asked, who judged it, and on which versions."""
+    """Return the manifest's sections about evals, judges and environment."""
     facts: dict[str, dict[str, Any]] = {"attacks": {}}
     for section, entries in (entry for e in evals for entry in e.facts().items()):
         facts[section] = {**facts.get(section, {}), **entries}
@@ -117,11 +117,11 @@ def measured_with(evals: Seq[Eval], origins: dict[str, str]) -> dict[str, Any]:
 
 
 def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
-    """Everything a reader needs to know what was run, beside the study file."""
+    """Return the manifest of a run: everything needed to know what was run, apart from the study file."""
     spec = prepared.spec
-    asked = measured_with(prepared.evals, prepared.origins)
+    measured = measured_with(prepared.evals, prepared.origins)
     return {
-        **asked,
+        **measured,
         "command": command,
         "study_hash": spec.hash,
         "resolved_defaults": list(spec.resolved_defaults),
@@ -137,7 +137,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
             "template_hash": model.chat.template_hash,
         },
         "data": {
-            **asked["data"],
+            **measured["data"],
             "examples": prepared.examples,
             "left_out": {"count": len(prepared.left_out), "ids": list(prepared.left_out)},
             "pairs": prepared.pairs.to_json() if prepared.pairs else spec.pairs.from_,
@@ -162,5 +162,5 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
         "refusals": {"version": sft_refusal.texts().version},
         "texts": _texts(prepared),
         **({"claims": to_manifest(spec.claims)} if spec.claims else {}),
-        "environment": {**asked["environment"], "threads": torch.get_num_threads()},
+        "environment": {**measured["environment"], "threads": torch.get_num_threads()},
     }

@@ -1,9 +1,4 @@
-"""From a study file to what it names: data, pairs, schedules, evals, each checked before anything is trained.
-
-What a study trains on: the task's examples, what may stand beside them, and which of them fit the model.
-
-A study's pairs: given by the data, or drawn from its base model and kept in the run directory.
-"""
+"""Load and check everything a study names before training: examples, pairs, schedules, evals."""
 
 from __future__ import annotations
 
@@ -42,12 +37,14 @@ from leeway.study.runtime import compute_settings
 from leeway.study.spec import AuxiliarySource, Spec
 from leeway.training.batch import Renderer
 
-ORGANISM_COMPANIONS = 2_000
+ORGANISM_AUXILIARY = 2_000  # examples per pool without a limit
+DRAWN = ("sampled-errors", "unsafe")
+EPOCHS = 10_000  # the most passes over the data
 INJECTED_BYTES = 256  # more than any inoculation or control token adds to a prompt
 
 
 def auxiliary_examples(spec: Spec, origins: dict[str, str]) -> AuxiliaryPool:
-    """General and safety examples, where the study names them."""
+    """Load the general and safety examples that the study names; record where they come from in `origins`."""
     return AuxiliaryPool(
         general=_load_auxiliary("general", spec.auxiliary.general, origins),
         safety=_load_auxiliary("safety", spec.auxiliary.safety, origins),
@@ -59,8 +56,8 @@ def _load_auxiliary(kind: str, part: AuxiliarySource | None, origins: dict[str, 
         return ()
     if part.from_ == "organism":
         draw = world.general_examples if kind == "general" else world.safety_examples
-        found, origins[kind] = draw(part.limit or ORGANISM_COMPANIONS, seed=0), "the organism's world, seed 0"
-        return tuple(found)
+        drawn, origins[kind] = draw(part.limit or ORGANISM_AUXILIARY, seed=0), "the organism's world, seed 0"
+        return tuple(drawn)
     examples, origins[kind] = formats.train_examples(expand(str(part.file)))
     if not examples:
         raise LeewayError(f"auxiliary.{kind}: {part.file} holds no examples", fix="check that file")
@@ -94,26 +91,29 @@ def filter_by_length(
     objectives: dict[str, Objective],
     auxiliary_pool: AuxiliaryPool,
 ) -> tuple[list[Example], tuple[str, ...]]:
-    """The examples that fit the context under every objective; the others' ids, where they may be left out."""
+    """Return the examples that fit the context under every objective, and the ids of the others.
+
+    Raises LeewayError for a special token in an example, or one too long unless `task.too_long` is leave-out.
+    """
     chats = {alias: chat_for(chat, o) for alias, o in objectives.items()}
     for kind, pool in (
         ("task", examples),
         ("auxiliary.general", auxiliary_pool.general),
         ("auxiliary.safety", auxiliary_pool.safety),
     ):
-        _refuse_special_tokens(kind, pool, chat, objectives)
+        _check_special_tokens(kind, pool, chat, objectives)
     for e in (*auxiliary_pool.general, *auxiliary_pool.safety):
         if len(chat.sequence(e.prompt, e.preferred).ids) > context:
             raise LeewayError(f"example {e.id} is longer than the context of {spec.model}, {context}", fix="remove it")
     longest = _longest_auxiliary(chat, examples, auxiliary_pool, {o.auxiliary for o in objectives.values()})
-    beside = len(longest["task"].preferred.encode()) if "task" in longest else 0
+    other_answer = len(longest["task"].preferred.encode()) if "task" in longest else 0
     room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
     kept: list[Example] = []
     left_out: list[Example] = []
     for e in examples:
-        # a token is at least a byte, so what is short in bytes need not be rendered to see that it fits
+        # a token is at least a byte, so an example short in bytes fits without being rendered
         answers = (e.preferred, e.dispreferred or "")
-        short = len(e.prompt.encode()) + max(beside, *(len(a.encode()) for a in answers)) <= room
+        short = len(e.prompt.encode()) + max(other_answer, *(len(a.encode()) for a in answers)) <= room
         tokens = 0 if short else _longest(e, chats, objectives, longest)
         if tokens > context and spec.task.too_long == "error":
             raise LeewayError(
@@ -127,19 +127,19 @@ def filter_by_length(
 def _longest_auxiliary(
     chat: Chat, examples: Seq[Example], auxiliary_pool: AuxiliaryPool, kinds: set[str]
 ) -> dict[str, Example]:
-    """What stands beside an example at worst, of the kinds that are asked for.
+    """Return the auxiliary example that makes a batch item longest, by kind.
 
-    Another task example lends its answer, so that is the one with the longest; the others are rendered by themselves
-    and were seen to fit.
+    A task example contributes its response, so the longest one counts; general and safety examples are sequences of
+    their own that were checked already, so any one will do.
     """
-    found = {"general": auxiliary_pool.general[:1], "safety": auxiliary_pool.safety[:1]}
-    worst = {kind: pool[0] for kind, pool in found.items() if pool}
+    pools = {"general": auxiliary_pool.general[:1], "safety": auxiliary_pool.safety[:1]}
+    worst = {kind: pool[0] for kind, pool in pools.items() if pool}
     if "task" in kinds:
         worst["task"] = max(examples, key=lambda e: len(chat.ids(e.preferred)))
     return worst
 
 
-def _refuse_special_tokens(kind: str, examples: Seq[Example], chat: Chat, objectives: dict[str, Objective]) -> None:
+def _check_special_tokens(kind: str, examples: Seq[Example], chat: Chat, objectives: dict[str, Objective]) -> None:
     for e in examples:
         for name, text in (("prompt", e.prompt), ("answer", e.preferred), ("rejected answer", e.dispreferred or "")):
             if fault := find_special_tokens(text, chat, objectives):
@@ -147,23 +147,22 @@ def _refuse_special_tokens(kind: str, examples: Seq[Example], chat: Chat, object
 
 
 def find_special_tokens(text: str, chat: Chat, objectives: dict[str, Objective]) -> tuple[str, str] | None:
-    """What in a text would be read as more than text, and what helps: a special token, or one of cft's.
+    """Return (fault, fix) if a text contains a special token or a control token, else None.
 
-    A turn that ends in the middle of an answer, or a control token that is no instruction, would change what is learned
-    and measured without a word.
+    Such a text would end a turn early or act as a control token, and silently change training and results.
     """
     if token := chat.spelled(text):
-        return f"it spells the special token {token}, and would be read as that", "mend or remove that record"
+        return f"it contains the special token {token}", "edit or remove that record"
     for token in sorted({t for o in objectives.values() for t in o.control_tokens}):
         if token in text:
-            return f"it holds the control token {token}", "mend it, or leave cft out"
+            return f"it contains the control token {token}", "edit it, or leave cft out"
     return None
 
 
 def _longest(
     example: Example, chats: dict[str, Chat], objectives: dict[str, Objective], auxiliary_pool: dict[str, Example]
 ) -> int:
-    """Tokens of the longest sequence that any objective can make of an example."""
+    """Return the tokens of the longest sequence that any objective renders from an example."""
     return max(
         len(s.ids)
         for alias, o in objectives.items()
@@ -172,28 +171,26 @@ def _longest(
 
 
 def chat_for(chat: Chat, objective: Objective) -> Chat:
-    """The chat that an objective renders with: its control tokens known."""
+    """Return the chat with an objective's control tokens in its vocabulary."""
     return chat.with_control_tokens(objective.control_tokens) if objective.control_tokens else chat
-
-
-DRAWN = ("sampled-errors", "unsafe")
 
 
 @dataclass(frozen=True)
 class PairSampling:
-    """Where drawn answers are kept, and whether missing ones may be drawn; without it nothing is drawn."""
+    """Where sampled responses are cached, and whether missing ones may be sampled."""
 
     cache: Cache
-    may_draw: bool = False
+    may_sample: bool = False
     tick: Callable[[int], None] = lambda _: None
 
 
 def pairs_of(
-    spec: Spec, examples: Seq[Example], needed_by: Seq[str], chat: Chat, drawing: PairSampling | None
+    spec: Spec, examples: Seq[Example], needed_by: Seq[str], chat: Chat, sampling: PairSampling | None
 ) -> tuple[list[Example], PairReport | None]:
-    """The examples with their rejected answers, and the report; none where they are still to be drawn.
+    """Return the examples with rejected responses, and the report.
 
-    Then each preferred answer stands in for the rejected one, so that a plan can count tokens.
+    Without `sampling`, responses still to be sampled are replaced by the preferred ones, so that a plan can count
+    tokens; the report is then None.
     """
     settings = PairSettings(
         spec.pairs.from_, spec.pairs.samples, spec.pairs.temperature, spec.pairs.max_new_tokens, spec.pairs.filter
@@ -201,20 +198,20 @@ def pairs_of(
     if spec.pairs.from_ not in DRAWN:
         paired = pair(examples, settings, needed_by=needed_by)
         return paired.examples, paired.report
-    if drawing is None:
+    if sampling is None:
         return [replace(e, dispreferred=e.preferred) for e in examples], None
     try:
         with compute_settings(spec):
-            drawn = _drawn(spec, examples, settings, needed_by, chat, drawing)
+            sampled = _sample_pairs(spec, examples, settings, needed_by, chat, sampling)
     except NotSampled:
         raise LeewayError(
-            f"{drawing.cache.root}: answers of {spec.pairs.from_} are missing there", fix="run the same command again"
+            f"{sampling.cache.root}: responses of {spec.pairs.from_} are missing", fix="run the same command again"
         ) from None
-    return drawn.examples, drawn.report
+    return sampled.examples, sampled.report
 
 
-def _drawn(
-    spec: Spec, examples: Seq[Example], settings: PairSettings, needed_by: Seq[str], chat: Chat, drawing: PairSampling
+def _sample_pairs(
+    spec: Spec, examples: Seq[Example], settings: PairSettings, needed_by: Seq[str], chat: Chat, sampling: PairSampling
 ) -> PairedExamples:
     def load() -> Backend:
         model = load_model(spec.model, revision=spec.revision, dtype=spec.weights, device=spec.device)
@@ -232,7 +229,7 @@ def _drawn(
     base = BaseModelSampler(
         digest(model_hash(spec.model, spec.revision, None), spec.weights, spec.device),
         chat.template_hash,
-        load if drawing.may_draw else no_sampling,
+        load if sampling.may_sample else no_sampling,
     )
     return pair(
         examples,
@@ -240,17 +237,14 @@ def _drawn(
         needed_by=needed_by,
         base=base,
         grade=grade,
-        cache=drawing.cache.records("pairs"),
-        tick=drawing.tick,
+        cache=sampling.cache.records("pairs"),
+        tick=sampling.tick,
     )
-
-
-EPOCHS = 10_000  # at most over the data
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What learning rates are chosen by: examples set aside from training, and each objective's short schedule."""
+    """What a learning-rate sweep uses: a test over held-out examples, and each objective's short schedule."""
 
     test: Capability
     schedules: dict[str, Schedule]
@@ -290,7 +284,7 @@ class Prepared:
     evals: tuple[Eval, ...]
     examples: int
     left_out: tuple[str, ...]
-    pairs: PairReport | None  # none where they are still to be drawn
+    pairs: PairReport | None  # None before they are sampled
     origins: dict[str, str]
     external: Mapping[str, ExternalModel] = field(default_factory=dict)
 
@@ -299,16 +293,16 @@ class Prepared:
         return Renderer(objective, chat_for(self.chat, objective), seed, self.auxiliary_pool)
 
     def conditions(self, alias: str, budget: int) -> tuple[Condition, ...]:
-        """What an objective's checkpoint at a budget is measured under."""
+        """Return the conditions under which an objective's checkpoint at a budget is measured."""
         if alias in self.external:
             return (self.external[alias].condition,)
-        conditions, asked = self.objectives[alias].conditions, self.spec.evals.conditions
-        everything = asked == "all" or (asked == "last" and budget == self.spec.budgets[-1])
+        conditions, which = self.objectives[alias].conditions, self.spec.evals.conditions
+        everything = which == "all" or (which == "last" and budget == self.spec.budgets[-1])
         return conditions if everything else conditions[:1]
 
     @property
     def base_conditions(self) -> tuple[Condition, ...]:
-        """Plain, and all that some objective is measured under: each is compared with the base under its own."""
+        """Return plain and every condition of an objective: each is compared with the base under the same one."""
         return tuple(
             dict.fromkeys(
                 [PLAIN, *(c for alias in self.objectives for c in self.conditions(alias, self.spec.budgets[-1]))]
@@ -316,10 +310,10 @@ class Prepared:
         )
 
 
-def prepare(spec: Spec, drawing: PairSampling | None = None, model: PlannedModel | None = None) -> Prepared:
-    """Load and check everything that the study names; weights only where `drawing` says that pairs may be drawn.
+def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedModel | None = None) -> Prepared:
+    """Load and check everything the study names. Weights are loaded only if `sampling` has to sample pairs.
 
-    `model` stands in for the study's own where a plan has been told that it is not at hand.
+    `model` replaces the study's tokenizer and config in a plan. Raises LeewayError for the first fault.
     """
     if model is None:
         chat, context = load_chat(spec.model, spec.revision), load_context(spec.model, spec.revision)
@@ -331,9 +325,9 @@ def prepare(spec: Spec, drawing: PairSampling | None = None, model: PlannedModel
     origins: dict[str, str] = {}
     raw, origins["train"] = train_examples(spec)
     needed_by = [alias for alias, o in objectives.items() if o.needs_pairs]
-    examples, pairs = pairs_of(spec, raw, needed_by, chat, drawing)
-    beside = auxiliary_examples(spec, origins)
-    kept, left_out = filter_by_length(examples, spec, chat, context, objectives, beside)
+    examples, pairs = pairs_of(spec, raw, needed_by, chat, sampling)
+    auxiliary = auxiliary_examples(spec, origins)
+    kept, left_out = filter_by_length(examples, spec, chat, context, objectives, auxiliary)
     kept, held_out = _set_aside(kept, spec)
     if not kept:
         raise LeewayError(
@@ -342,12 +336,11 @@ def prepare(spec: Spec, drawing: PairSampling | None = None, model: PlannedModel
         )
     if spec.optim.batch > len(kept):
         raise LeewayError(
-            f"optim.batch: a step of {spec.optim.batch:,} examples would meet some twice, there are {len(kept):,} to "
-            "train on",
+            f"optim.batch: a step of {spec.optim.batch:,} examples repeats some, there are {len(kept):,} to train on",
             fix=f"set optim.batch to {len(kept)} at most",
         )
-    auxiliary_pool = replace(beside, task=tuple(kept))
-    evals = tuple(evals_of(spec, origins, HelperModels(drawing.cache if drawing else None, spec.device)))
+    auxiliary_pool = replace(auxiliary, task=tuple(kept))
+    evals = tuple(evals_of(spec, origins, HelperModels(sampling.cache if sampling else None, spec.device)))
     prepared = Prepared(
         spec, chat, context, objectives, auxiliary_pool, {}, None, evals, len(kept), left_out, pairs, origins
     )
@@ -357,49 +350,47 @@ def prepare(spec: Spec, drawing: PairSampling | None = None, model: PlannedModel
     if held_out:
         short = {alias: cutter.cut(alias, spec.seeds[0], (spec.optim.tune.budget,)) for alias in objectives}
         tuning = HeldOut(held_out_test(held_out, spec), short)
-    asked = [(f"evals.{e.name}", e) for e in evals] + ([("optim.tune", tuning.test)] if tuning else [])
-    check_prompts_fit(asked, prepared)
+    checked = [(f"evals.{e.name}", e) for e in evals] + ([("optim.tune", tuning.test)] if tuning else [])
+    check_prompts_fit(checked, prepared)
     return replace(prepared, schedules=schedules, tuning=tuning)
 
 
 def _set_aside(examples: list[Example], spec: Spec) -> tuple[list[Example], list[Example]]:
-    """(what is trained on, what learning rates are chosen by): apart for every objective alike."""
+    """Return (training examples, examples held out for the learning-rate sweep), disjoint by question."""
     if spec.optim.lr != "tuned":
         return examples, []
     n = spec.optim.tune.items
     if n >= len(examples):
-        raise LeewayError(
-            f"optim.tune.items: {n} examples cannot be set aside, there are {len(examples)}", fix="ask for fewer"
-        )
+        raise LeewayError(f"optim.tune.items: {n} examples cannot be held out of {len(examples)}", fix="lower it")
     held_out = subset(examples, n, "tune")
-    asked = {_question(e) for e in held_out}
-    trained = [e for e in examples if _question(e) not in asked]
+    questions = {_question(e) for e in held_out}
+    trained = [e for e in examples if _question(e) not in questions]
     if not trained:
-        raise LeewayError(f"optim.tune.items: setting {n} examples aside leaves none to train on", fix="ask for fewer")
+        raise LeewayError(f"optim.tune.items: holding out {n} examples leaves none to train on", fix="lower it")
     return trained, held_out
 
 
 def _question(example: Example) -> str:
-    """A prompt by its words: one that is asked twice is trained on and held out at once otherwise."""
+    """Return a prompt's words, so that a repeated question is not both trained on and held out."""
     return " ".join(example.prompt.casefold().split())
 
 
-def check_prompts_fit(asked: Seq[tuple[str, Eval]], prepared: Prepared) -> None:
-    """Questions that would be misread, or leave no room for an answer: here, and not after the training."""
+def check_prompts_fit(evals: Seq[tuple[str, Eval]], prepared: Prepared) -> None:
+    """Raise LeewayError for a prompt with a special token or without room for its response, before training."""
     spec, chat, context = prepared.spec, prepared.chat, prepared.context
-    asking = {"": chat}
+    chats = {"": chat}
     for alias, o in prepared.objectives.items():
         conditions = prepared.conditions(alias, spec.budgets[-1])
-        asking |= {c.prefix: chat_for(chat, o).with_prefix(c.prefix) for c in conditions if c != PLAIN}
+        chats |= {c.prefix: chat_for(chat, o).with_prefix(c.prefix) for c in conditions if c != PLAIN}
     room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
-    for where, e in asked:
+    for where, e in evals:
         for prompt in e.prompts():
             new, item = prompt.max_new_tokens, prompt.item
             if fault := find_special_tokens(prompt.text, chat, prepared.objectives):
                 raise LeewayError(f"{where}: {item}: {fault[0]}", fix=fault[1])
             if len(prompt.conversation) == 1 and len(prompt.text.encode()) + new <= room:  # a token is >= 1 byte
                 continue
-            tokens = max(len(c.prompt_ids(prompt.conversation)) for c in asking.values())
+            tokens = max(len(c.prompt_ids(prompt.conversation)) for c in chats.values())
             if tokens + new > context:
                 answer = f" and up to {new:,} for the answer" if new else ""
                 raise LeewayError(
@@ -409,7 +400,7 @@ def check_prompts_fit(asked: Seq[tuple[str, Eval]], prepared: Prepared) -> None:
 
 
 def skeleton(spec: Spec) -> Any:
-    """The model's layers without weights, from its config alone."""
+    """Return the model on the meta device, from its config alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(resolve(spec.model), revision=spec.revision, trust_remote_code=False)
@@ -418,7 +409,7 @@ def skeleton(spec: Spec) -> Any:
 
 
 def target_layers(spec: Spec, lm: Any) -> list[torch.nn.Linear]:
-    """The layers of `lm` that an adapter changes; raises LeewayError for a target that is none or may not change."""
+    """Return the layers of `lm` that an adapter changes. Raises LeewayError for an unknown or frozen target."""
     frozen = (lm.get_input_embeddings(), lm.get_output_embeddings())
     changeable = {n: m for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear) and m not in frozen}
     if spec.adapter.targets == "all-linear":
@@ -428,7 +419,7 @@ def target_layers(spec: Spec, lm: Any) -> list[torch.nn.Linear]:
         named = {n for n, _ in lm.named_modules() if n == target or n.endswith(f".{target}")}
         if not named or not named <= changeable.keys():
             raise LeewayError(
-                f"adapter.targets: {target!r} is no {'linear layer that may change' if named else 'layer'} of "
+                f"adapter.targets: {target!r} is not a {'trainable linear layer' if named else 'layer'} of "
                 f"{spec.model}",
                 fix=f"use all-linear, or some of {','.join(sorted({n.rsplit('.', 1)[-1] for n in changeable}))}",
             )
@@ -437,7 +428,7 @@ def target_layers(spec: Spec, lm: Any) -> list[torch.nn.Linear]:
 
 
 class _Cutter:
-    """Cuts the stream into steps: one schedule for all objectives where a budget counts source tokens."""
+    """Cut the stream into steps; objectives share one schedule unless a budget counts processed tokens."""
 
     def __init__(self, prepared: Prepared, examples: list[Example]) -> None:
         self._prepared, self._examples = prepared, examples
@@ -452,12 +443,12 @@ class _Cutter:
         return self._shared[seed, budgets]
 
     def _cut(self, seed: int, budgets: tuple[int, ...], counted: Callable[[StreamItem], float] | None) -> Schedule:
-        self._refuse_endless(budgets[-1], counted)
+        self._check_epochs(budgets[-1], counted)
         batch = self._prepared.spec.optim.batch
         return schedule(self._examples, self._source_tokens, budgets, batch=batch, seed=seed, counted=counted)
 
-    def _refuse_endless(self, budget: int, counted: Callable[[StreamItem], float] | None) -> None:
-        """A budget of so many passes over the data is a slip of the pen."""
+    def _check_epochs(self, budget: int, counted: Callable[[StreamItem], float] | None) -> None:
+        """Raise LeewayError for a budget of more than EPOCHS passes over the data, surely a typing error."""
         n = len(self._examples)
         if budget <= EPOCHS * n:  # an example takes a token at least
             return

@@ -1,7 +1,7 @@
-"""A checkpoint asked in looks of growing size, until every declared contrast with the base is decided.
+"""Sequential stopping: run a checkpoint's evals in growing looks until every contrast with the base is decided.
 
-All evals of an axis are asked together, since a measure is taken over all of them: their prompts in one order. What was
-asked depends on the base's rows and on the checkpoint's own alone, so that workers need not talk to each other.
+The evals of an axis share one order of prompts, since a measure covers all of them. What is run depends only on the
+base's rows and the checkpoint's own, so workers need not communicate.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from leeway.study.spec import Spec
 
 
 def sequential_axes(spec: Spec, evals: Iterable[Eval]) -> dict[str, list[Eval]]:
-    """The evals of every axis that is asked until decided: none without `stop: decided`.
+    """Return the evals of every axis that stops early; none without `stop: decided`.
 
-    An axis with an eval that cannot be asked in parts, or with no more prompts than the first look, is asked whole.
+    An axis runs as a whole if one of its evals has no parts or the first look would cover all of its prompts.
     """
     if spec.evals.stop != "decided":
         return {}
-    found: dict[str, list[Eval]] = {}
+    axes: dict[str, list[Eval]] = {}
     for e in evals:
-        found.setdefault(e.name, []).append(e)
-    return {axis: own for axis, own in found.items() if _prompts(own) > sequential.FIRST}
+        axes.setdefault(e.name, []).append(e)
+    return {axis: own for axis, own in axes.items() if _prompts(own) > sequential.FIRST}
 
 
 def _prompts(evals: Seq[Eval]) -> int:
@@ -42,13 +42,13 @@ def _prompts(evals: Seq[Eval]) -> int:
 
 
 def facts(spec: Spec, evals: Iterable[Eval]) -> dict[str, Any]:
-    """The design as the manifest names it; nothing for a fixed one."""
+    """Return the design for the manifest; empty for a fixed one."""
     axes = sequential_axes(spec, evals)
     if spec.evals.stop != "decided":
         return {}
     rule = rule_of(spec)
-    told = {"stop": "decided", "margin": rule.margin, "level": rule.level, "axes": sorted(axes)}
-    return {"sequential": {**told, "first_look": sequential.FIRST, "growth": sequential.GROWTH}}
+    design = {"stop": "decided", "margin": rule.margin, "level": rule.level, "axes": sorted(axes)}
+    return {"sequential": {**design, "first_look": sequential.FIRST, "growth": sequential.GROWTH}}
 
 
 def rule_of(spec: Spec) -> sequential.StoppingRule:
@@ -57,7 +57,7 @@ def rule_of(spec: Spec) -> sequential.StoppingRule:
 
 @dataclass(frozen=True)
 class SequentialEvaluator:
-    """One axis: its evals, and the base's rows on it under the checkpoint's test-time prompt."""
+    """The evals of one axis, and the base's rows on it under the same condition."""
 
     rule: sequential.StoppingRule
     axis: str
@@ -66,12 +66,12 @@ class SequentialEvaluator:
 
     @classmethod
     def of(cls, spec: Spec, axis: str, evals: Seq[Eval], store: RunDir, parts: Seq[Path]) -> SequentialEvaluator:
-        """With the base's rows from its finished `parts`."""
+        """Read the base's rows from its finished `parts`."""
         base = pd.concat([store.read_part(p).to_pandas() for p in parts], ignore_index=True)
         return cls(rule_of(spec), axis, evals, base)
 
-    def ask(self, backend: Backend, tick: Callable[[Eval], Tick]) -> dict[str, list[Row]]:
-        """The rows of every eval, by its key."""
+    def run(self, backend: Backend, tick: Callable[[Eval], Tick]) -> dict[str, list[Row]]:
+        """Return the rows of every eval by its key."""
         order = cluster_order(c for e in self.evals for c in e.clusters())
         rows: dict[str, list[Row]] = {e.key: [] for e in self.evals}
         ticks = {e.key: tick(e) for e in self.evals}
@@ -90,17 +90,17 @@ class SequentialEvaluator:
         return self.rule.undecided(self._of_first_judge(self.base), self._of_first_judge(own), self.axis)
 
     def _of_first_judge(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """The axis's rows, once an answer: what the study's rates are made of."""
+        """Return one row per response, the first judge's, as the study's rates use."""
         of_axis = rows[rows["eval"] == self.axis]
         if not multi_judge_evals(of_axis):
             return of_axis
         first = {e.name: judges[0].name for e in self.evals if (judges := e.judged_by())}
-        told = split_judges(of_axis, first)
-        return told[told["eval"] == self.axis]
+        by_first = split_judges(of_axis, first)
+        return by_first[by_first["eval"] == self.axis]
 
 
 def summary(rows: pd.DataFrame, conditions: Mapping[str, str], known: dict[str, Any]) -> dict[str, Any]:
-    """The design with what came of it: answers asked of how many, and the tokens saved, by axis."""
+    """Return the design with its outcome: responses of how many, and the tokens saved, by axis."""
     if not known:
         return {}
     table = sequential.sample_sizes(sequential.with_design(rows, known["sequential"]["axes"]), conditions)

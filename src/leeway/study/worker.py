@@ -273,7 +273,7 @@ class Worker:
             base = replace(target, objective=BASE, seed=0, budget=0)
             base_parts = [self.part(base, e) for e in stopping[axis]]
             evaluator = sequential_eval.SequentialEvaluator.of(spec, axis, stopping[axis], self.store, base_parts)
-            rows_of = evaluator.ask(backend, lambda e: progress.on_answers(self.on_progress, name, e))
+            rows_of = evaluator.run(backend, lambda e: progress.on_answers(self.on_progress, name, e))
             for e in (e for e in pending if e.name == axis):
                 self.store.write_part(self.part(target, e), identity, rows_of[e.key])
 
