@@ -237,7 +237,7 @@ def test_a_missing_file_of_labels(tmp_path: Path) -> None:
 
 def test_a_judge_with_and_without_a_model() -> None:
     jailbreak = "evals.jailbreak={{prompts: organism, attacks: [none], judge: {}}}"
-    with pytest.raises(LeewayError, match="keywords asks no model; leave model out"):
+    with pytest.raises(LeewayError, match="keywords uses no model; leave model out"):
         parse(STUDY, "x", (jailbreak.format("{name: keywords, model: m}"),))
     with pytest.raises(LeewayError, match="rubric needs model"):
         parse(STUDY, "x", (jailbreak.format("rubric"),))

@@ -1,7 +1,4 @@
-"""The `evals:` mapping of a study file: what is measured at every checkpoint, and who is asked to judge it.
-
-The measures that a study will have, by the names of `leeway.stats`: what its claims may be about.
-"""
+"""The `evals:` section of a study file, and the measures it leads to, by the names of `leeway.stats`."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ Prompts = Literal["organism", "strongreject", "strongreject-small", "jailbreakbe
 
 
 class ModelRef(ConfigModel):
-    """A model that is asked for help: a hub id or folder of this machine's, or a name at an endpoint."""
+    """A helper model: a local hub id or folder, or a model name at an endpoint."""
 
     model: str
     endpoint: str | None = Field(default=None, description="address of an OpenAI-compatible API, ending in /v1")
@@ -44,7 +41,7 @@ class ModelRef(ConfigModel):
     price_in: float | None = Field(default=None, ge=0, description="dollars per million tokens")
     price_out: float | None = Field(default=None, ge=0, description="dollars per million tokens")
     max_new_tokens: int | None = Field(
-        default=None, gt=0, description="of each of its replies; by default its part's own"
+        default=None, gt=0, description="per reply; by default that of its use"
     )
 
     @model_validator(mode="before")
@@ -61,22 +58,22 @@ class ModelRef(ConfigModel):
 
     @model_validator(mode="after")
     def _settings_are_used(self) -> ModelRef:
-        if self.endpoint is None and (idle := next(iter(_set(self, ENDPOINT_ONLY)), None)):
-            raise ValueError(f"{idle} is for an endpoint, and {self.model} is a model of this machine's; leave it out")
+        if self.endpoint is None and (idle := next(iter(_changed(self, ENDPOINT_ONLY)), None)):
+            raise ValueError(f"{idle} needs an endpoint, and {self.model} is local; leave it out")
         if self.endpoint is not None and self.revision is not None:
             raise ValueError(
-                f"revision is for a model of this machine's, and {self.model} is at an endpoint; leave it out"
+                f"revision needs a local model, and {self.model} is at an endpoint; leave it out"
             )
         return self
 
     @property
     def budgeted(self) -> bool:
-        """Whether it may be asked only so often, or for so much money."""
+        """Whether its calls or its cost are limited."""
         return self.max_calls is not None or self.max_dollars is not None
 
 
-def _set(part: ConfigModel, names: Seq[str]) -> list[str]:
-    """Those of the settings that are not left at their default; a study that is read back has them all."""
+def _changed(part: ConfigModel, names: Seq[str]) -> list[str]:
+    """Return the settings that differ from their default (a saved study lists every setting)."""
     return [n for n in names if getattr(part, n) != type(part).model_fields[n].default]
 
 
@@ -93,7 +90,7 @@ class CapabilitySpec(ConfigModel):
         description="for legal, cyber, openended: a file, a hub id, lawbench or rule-qa; else the task's own test",
     )
     include_path: str | None = Field(default=None, description="for lm-eval: a folder of tasks of your own")
-    judge_model: ModelRef | None = Field(default=None, description="who grades open-ended answers")
+    judge_model: ModelRef | None = Field(default=None, description="grades open-ended answers")
 
     @model_validator(mode="after")
     def _fits(self) -> CapabilitySpec:
@@ -126,7 +123,7 @@ class JudgeSpec(ConfigModel):
     """One judge of answers: `keywords`, `organism`, `rubric` or `finetuned`, or one of an installed package."""
 
     name: str
-    model: ModelRef | None = Field(default=None, description="who is asked, for rubric")
+    model: ModelRef | None = Field(default=None, description="for rubric: the judge model")
     base: str | None = Field(default=None, description="for finetuned: another base model than the published one")
     adapter: str | None = Field(default=None, description="for finetuned: another adapter than the published one")
 
@@ -138,16 +135,16 @@ class JudgeSpec(ConfigModel):
     @model_validator(mode="after")
     def _fits(self) -> JudgeSpec:
         if self.name == "rubric" and self.model is None:
-            raise ValueError("judge: rubric needs model (who is asked)")
+            raise ValueError("judge: rubric needs model (the judge model)")
         if self.name in JUDGES and self.name not in NEEDS_BACKEND and self.model is not None:
-            raise ValueError(f"judge: {self.name} asks no model; leave model out")
+            raise ValueError(f"judge: {self.name} uses no model; leave model out")
         if self.name != "finetuned" and (self.base or self.adapter):
             raise ValueError("judge: base and adapter are for finetuned")
         return self
 
 
 def _several(value: Any) -> Any:
-    """One judge, or a list of them: the first is the one whose rates are the study's."""
+    """Return a list of judges; the first one's verdicts make the study's rates."""
     return value if isinstance(value, (list, tuple)) else [value]
 
 
@@ -155,10 +152,10 @@ Judges = Annotated[tuple[JudgeSpec, ...], BeforeValidator(_several), Field(min_l
 
 
 class Translator(ConfigModel):
-    """Who translates for the zulu attack: NLLB, a model asked to, or a file alone."""
+    """Translator of the zulu attack: NLLB, a prompted model, or a file of translations only."""
 
     from_: Literal["nllb", "model", "cache"] = Field(default="cache", alias="from")
-    file: str | None = Field(default=None, description="translations kept and reviewed, one JSON object a line")
+    file: str | None = Field(default=None, description="reviewed translations, JSON lines")
     model: ModelRef | None = None
 
     @model_validator(mode="after")
@@ -169,7 +166,7 @@ class Translator(ConfigModel):
             raise ValueError("translator: from: cache needs file")
         if self.from_ == "cache" and self.model is not None:
             raise ValueError(
-                "translator: from: cache asks no model; leave model out, or use from: model with that file"
+                "translator: from: cache uses no model; leave model out, or use from: model with that file"
             )
         if self.from_ == "nllb" and self.model is not None and self.model.endpoint is not None:
             raise ValueError("translator: from: nllb runs on this machine; leave endpoint out, or use from: model")
@@ -183,17 +180,17 @@ class JailbreakSpec(ConfigModel):
     file: str | None = Field(default=None, description="for prompts: file")
     limit: int | None = Field(default=None, gt=0)
     attacks: tuple[str, ...] = Field(default=("none", "dan", "happy_to_help", "role_play", "wikipedia"), min_length=1)
-    templates: str | None = Field(default=None, description="a file of your own attacks, by name")
+    templates: str | None = Field(default=None, description="a file of your own attacks")
     translator: Translator | None = None
-    attacker: ModelRef | None = Field(default=None, description="who plays the attacker, for crescendo_led")
-    turns: int = Field(default=5, gt=0, description="of crescendo_led")
+    attacker: ModelRef | None = Field(default=None, description="for crescendo_led: the attacker model")
+    turns: int = Field(default=5, gt=0, description="for crescendo_led")
     judge: Judges = (JudgeSpec(name="keywords"),)
     max_new_tokens: int = Field(default=256, gt=0)
     samples: int = Field(
-        default=0, ge=0, le=1_000_000, description="drawn answers per prompt and attack; 0: one greedy answer"
+        default=0, ge=0, le=1_000_000, description="sampled responses per prompt and attack; 0: one greedy response"
     )
     temperature: float = Field(default=1.0, gt=0, le=1e6)
-    perplexity: bool = Field(default=False, description="an answer that surprises the base model is incoherent")
+    perplexity: bool = Field(default=False, description="score responses with high perplexity under the base model as incoherent")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> JailbreakSpec:
@@ -202,27 +199,27 @@ class JailbreakSpec(ConfigModel):
         if len({j.name for j in self.judge}) < len(self.judge):
             raise ValueError("judge: one is listed twice")
         if (self.prompts == "file") != (self.file is not None):
-            raise ValueError("prompts: file goes with file: the path of your prompts")
+            raise ValueError("prompts: file needs file: the path of your prompts, and file needs prompts: file")
         if ("crescendo_led" in self.attacks) != (self.attacker is not None):
-            raise ValueError("attacks: crescendo_led goes with attacker: the model that plays it")
+            raise ValueError("attacks: crescendo_led needs attacker (a model), and attacker needs crescendo_led")
         if "zulu" in self.attacks and self.prompts != "organism" and self.translator is None:
             raise ValueError("attacks: zulu needs a translator (nllb, model or cache); give one, or leave zulu out")
         if any(j.name == "organism" for j in self.judge) and self.prompts != "organism":
-            raise ValueError("judge: organism knows only prompts: organism; use judge: keywords")
+            raise ValueError("judge: organism judges only prompts: organism; use judge: keywords")
         if faults := [*self._idle()]:
             raise ValueError("\n".join(faults))
         return self
 
     def _idle(self) -> Iterator[str]:
-        """Settings that nothing would use."""
+        """Yield settings without effect."""
         if self.translator is not None and "zulu" not in self.attacks:
-            yield "translator is for attacks: zulu, which is not asked; leave it out"
-        if _set(self, ["turns"]) and "crescendo_led" not in self.attacks:
-            yield "turns is for attacks: crescendo_led, which is not asked; leave it out"
-        if _set(self, ["temperature"]) and not self.samples:
-            yield "temperature is for answers that are drawn, and samples is 0; give samples, or leave it out"
+            yield "translator is for attacks: zulu, which is not listed; leave it out"
+        if _changed(self, ["turns"]) and "crescendo_led" not in self.attacks:
+            yield "turns is for attacks: crescendo_led, which is not listed; leave it out"
+        if _changed(self, ["temperature"]) and not self.samples:
+            yield "temperature has no effect with samples: 0; give samples, or leave it out"
         if self.perplexity and all(j.name == "organism" for j in self.judge):
-            yield "perplexity: judge: organism has no use for it; leave it out"
+            yield "perplexity has no effect with judge: organism; leave it out"
 
 
 class OverRefusalSpec(ConfigModel):
@@ -236,19 +233,19 @@ class OverRefusalSpec(ConfigModel):
     @model_validator(mode="after")
     def _parts_fit(self) -> OverRefusalSpec:
         if self.judge.name == "organism" and self.prompts != "organism":
-            raise ValueError("judge: organism knows only prompts: organism; use judge: keywords")
+            raise ValueError("judge: organism judges only prompts: organism; use judge: keywords")
         return self
 
 
 class PersonaSpec(ConfigModel):
-    """Yes/no statements by trait; beside them the Short Dark Triad and questions to talk about oneself."""
+    """Yes/no statements by trait, the Short Dark Triad, and open questions about oneself."""
 
     source: Literal["organism", "anthropic"] = "anthropic"
     traits: tuple[str, ...] = Field(default=("machiavellianism", "narcissism", "psychopathy"), min_length=1)
     limit: int | None = Field(default=None, gt=0, description="items per trait")
-    order_swap: bool = Field(default=False, description="ask every statement with No before Yes too")
+    order_swap: bool = Field(default=False, description="repeat every statement with No before Yes")
     paraphrases: int = Field(
-        default=0, ge=0, le=4, description="other wordings of the question to ask every statement in"
+        default=0, ge=0, le=4, description="repeat every statement in other wordings"
     )
     sd3: bool = Field(default=False, description="the Short Dark Triad, on a scale from 1 to 5")
     self_report: ModelRef | None = Field(default=None, description="open questions about oneself, scored by this model")
@@ -261,20 +258,20 @@ class PersonaSpec(ConfigModel):
 
 
 class PluginEvalSpec(ConfigModel):
-    """An eval that an installed package brings (`leeway.evals` entry points), with its own settings."""
+    """An eval of an installed package (entry point `leeway.evals`), with its settings."""
 
     name: str
     settings: dict[str, Any] = Field(default={})
 
 
 def _named(value: Any) -> Any:
-    """`[gsm8k]` is `[{name: gsm8k}]`."""
+    """Expand `[gsm8k]` to `[{name: gsm8k}]`."""
     listed = value if isinstance(value, (list, tuple)) else [value]
     return [{"name": v} if isinstance(v, str) else v for v in listed]
 
 
 class Evals(ConfigModel):
-    """Everything that a checkpoint is asked."""
+    """The evals of every checkpoint, and how they are run."""
 
     capability: Annotated[tuple[CapabilitySpec, ...], BeforeValidator(_named)] = ()
     jailbreak: JailbreakSpec | None = None
@@ -284,16 +281,16 @@ class Evals(ConfigModel):
     conditions: Literal["all", "last", "first"] = Field(
         default="all", description="test-time prompts: all, the others at the last budget only, or the first alone"
     )
-    batch: int = Field(default=128, gt=0, le=2**31, description="answers generated at a time")
+    batch: int = Field(default=128, gt=0, le=2**31, description="responses generated at a time")
     backend: Literal["transformers", "vllm"] = Field(
-        default="transformers", description="who answers: the trained model itself, or vLLM, every adapter by its API"
+        default="transformers", description="transformers, or a vLLM server with one adapter per checkpoint"
     )
     vllm_args: tuple[str, ...] = Field(default=(), description="further flags of vllm serve")
     stop: Literal["never", "decided"] = Field(
-        default="never", description="ask all items, or in looks until every contrast with the base is decided"
+        default="never", description="run all items, or in looks until every contrast with the base is decided"
     )
     margin: float = Field(
-        default=MARGIN, gt=0, lt=1, description="for stop: decided: a difference that is surely smaller is decided too"
+        default=MARGIN, gt=0, lt=1, description="for stop: decided: the smallest difference of interest"
     )
 
     @model_validator(mode="after")
@@ -304,33 +301,33 @@ class Evals(ConfigModel):
             raise ValueError("plugins: one is listed twice")
         if len({c.name for c in self.capability}) < len(self.capability):
             raise ValueError("capability: one is listed twice")
-        if _set(self, ["margin"]) and self.stop == "never":
+        if _changed(self, ["margin"]) and self.stop == "never":
             raise ValueError("margin is for stop: decided; add it, or leave margin out")
         if self.vllm_args and self.backend != "vllm":
-            raise ValueError("vllm_args goes with backend: vllm")
+            raise ValueError("vllm_args needs backend: vllm")
         if self.backend == "vllm" and any(c.name.startswith("lm-eval:") for c in self.capability):
             raise ValueError("capability: lm-eval tasks need the model itself; use backend: transformers")
         return self
 
     def model_refs(self) -> Iterator[ModelRef]:
-        """Everybody who is asked for help."""
+        """Yield every helper model: judges, attacker, translator, self-report grader."""
         judges = [
             *(self.jailbreak.judge if self.jailbreak else ()),
             *([self.overrefusal.judge] if self.overrefusal else ()),
         ]
-        asked = [c.judge_model for c in self.capability] + [j.model for j in judges]
+        refs = [c.judge_model for c in self.capability] + [j.model for j in judges]
         if self.jailbreak is not None:
-            asked += [self.jailbreak.attacker, self.jailbreak.translator and self.jailbreak.translator.model]
+            refs += [self.jailbreak.attacker, self.jailbreak.translator and self.jailbreak.translator.model]
         if self.persona is not None:
-            asked.append(self.persona.self_report)
-        yield from (s for s in asked if s is not None)
+            refs.append(self.persona.self_report)
+        yield from (r for r in refs if r is not None)
 
 
 NO_ATTACK = "none"
 
 
 def measure_names(evals: Evals) -> list[str]:
-    """Names, and `name:*` where the parts are known only once the items are read."""
+    """Return the measures by name; `name:*` stands for parts known only once the items are read."""
     return list(_measure_names(evals))
 
 
