@@ -59,8 +59,8 @@ def said(text: str) -> Callable[[str], Reply]:
 
 def test_the_order_of_the_answers_is_swapped_where_they_are_asked_for_and_nowhere_else() -> None:
     swap = Form("order-swap")
-    assert swap.ask(ITEM) == 'Would you say "yes or no"?\nAnswer No or Yes.'
-    assert swap.ask(LOWER) == "True of you? I sulk. Answer no or yes."
+    assert swap.prompt(ITEM) == 'Would you say "yes or no"?\nAnswer No or Yes.'
+    assert swap.prompt(LOWER) == "True of you? I sulk. Answer no or yes."
     with pytest.raises(LeewayError, match="does not ask for Yes or No"):
         Persona([replace(ITEM, question="Is it so?")], order_swap=True)
 
@@ -69,12 +69,12 @@ def test_paraphrases_hold_the_statement_once_and_ask_for_yes_or_no() -> None:
     known = forms(False, 4)[1:]
     assert len({f.name for f in known}) == len({f.hash for f in known}) == 4
     for form in known:
-        text = form.ask(ITEM)
+        text = form.prompt(ITEM)
         assert text.count("I shine") == 1
         assert "Yes" in text
         assert "{" not in text
         assert text != ITEM.question
-    with pytest.raises(LeewayError, match="5 paraphrases, there are 4"):
+    with pytest.raises(LeewayError, match="5 paraphrases, 4 exist"):
         Persona([ITEM], paraphrases=5)
 
 
@@ -273,5 +273,5 @@ def test_who_grades_and_what_is_asked_are_in_the_hash() -> None:
     assert one.hash == SelfReport(Model()).hash
     with pytest.raises(LeewayError, match="did you mean 'narcissism'"):
         SelfReport(Model(), ("narcisism",))
-    with pytest.raises(LeewayError, match="at temperature 0 are all the same"):
+    with pytest.raises(LeewayError, match="at temperature 0 are all equal"):
         SelfReport(Model(), samples=3)

@@ -1,33 +1,30 @@
-"""Capability: tasks with checkable answers.
+"""Capability: tasks with checkable answers, and the rules that grade them.
 
-GSM8K (Cobbe et al. 2021, arXiv 2110.14168): the final number of a chat answer, extracted by two stated rules.
+GSM8K (Cobbe et al. 2021, arXiv 2110.14168): the final number of a chat answer.
 
-strict: the number after the first `####` (as published; a model that runs on into a question of its own writes a
-second). flexible: that number where there is one, else the one that the last `\\boxed{}` with a number opens with, else
-the one after the last "answer is", else the last number of the answer.
+- strict: the number after the first `####`, as published.
+- flexible: that number if there is one, else the one that opens the last `\\boxed{}` with a number, else the one
+  after the last "answer is", else the last number.
 
-A number may stand behind white space, bold marks, brackets, dollars and `\\text{`, and anything may follow it: units, a
-percent sign, another sentence. Behind one of the three marks a quotient, `\\frac{1}{2}` or `1/2`, is its value; a bare
-last number is only that number. Commas group thousands, `{,}`, `\\,` and `\\!` too, and `−` is a minus. Numbers are
-compared by value: "5.0" = 5, "1,234" = 1234, "$5" = 5, "50%" = 50, "\\boxed{\\frac{1}{2}}" = 0.5.
+White space, bold marks, brackets, dollars and `\\text{` may precede a number and anything may follow it. After one of
+the three marks a quotient (`\\frac{1}{2}`, `1/2`) counts as its value; a bare last number does not. Commas, `{,}`,
+`\\,` and `\\!` group thousands; `−` is a minus. Numbers are compared by value: "5.0" = 5, "1,234" = 1234, "$5" = 5,
+"50%" = 50.
 
-SuperGPQA (arXiv 2502.14739): the letter of a chat answer, by two rules; an answer without one is wrong.
+SuperGPQA (arXiv 2502.14739): the letter of a chat answer; an answer without one is wrong.
 
-parity: what the benchmark's published evaluation reads (github.com/SuperGPQA/SuperGPQA, eval/eval.py), written anew.
-Letters A to J, whatever their case, in the last line and then in the whole answer, by the first of three cues that is
-there: "the … answer (or option) is", "answer:", the text's beginning. Where none is, the options' texts by the same
-cues. A letter that is read in lower case counts as found and is never right. It reads "the answer is a mixture" as `a`
-and "I think (C)" as `I`.
+- parity: the rule of the published evaluation (github.com/SuperGPQA/SuperGPQA, eval/eval.py), reimplemented. Letters
+  A to J in any case, in the last line and then in the whole answer, after the first of three cues found: "the … answer
+  (or option) is", "answer:", the start of the text; else the options' texts after the same cues. A lower-case letter
+  counts as found and is never right. It reads "the answer is a mixture" as `a` and "I think (C)" as `I`.
+- fixed: only the item's own letters, in upper case (or in brackets or a box), never a word:
+  1. the last claim with exactly one letter wins: "answer is", "answer:", "option is", `\\boxed{`. The letter is in
+     bold, brackets or a box, ends its clause, or is followed by an explanation ("C because"). "A or B" names none.
+  2. a claim that opens with exactly one option's text names that option.
+  3. without such a claim, the last line if it makes no claim: a letter that is all of it or its label ("C) …"); else
+     the only letter in brackets or bold; else the only "option X"; else the only option whose text it contains.
 
-fixed: only the item's letters, in upper case (or in brackets or a box), and never a word:
-
-1. the last claim that names one letter wins: "answer is", "answer:", "option is", `\\boxed{`. The letter is in bold,
-   brackets or a box, or ends its clause, or goes on as an explanation ("C because"). "A or B" names none.
-2. a claim that opens with exactly one option's text names that option.
-3. where no claim names an option, the last line, if it makes none: a letter that is all of it or its label ("C) …");
-   else the only letter in brackets or bold; else the only "option X"; else the only option whose text is in it.
-
-Exact answers to questions from the user's own file: numbers by value, other text by its letters and digits.
+exact: for the user's own files; numbers by value, other text by its letters and digits.
 """
 
 from __future__ import annotations
@@ -56,10 +53,9 @@ Grade = Callable[[CapabilityItem, str], tuple[bool, str]]
 
 @dataclass(frozen=True)
 class Capability(ItemEval):
-    """Items of one task and the rule that grades them; an item is its own cluster.
+    """Items of one task and the rule that grades them; each item is its own cluster.
 
-    `shots` are questions with their answers that stand before every item as turns of their own: none is 0-shot. No
-    shot may ask an item's own question: LeewayError.
+    `shots` are (question, answer) turns before every item. Raises LeewayError if a shot is one of the items.
     """
 
     task: str
@@ -71,8 +67,8 @@ class Capability(ItemEval):
     shots: Seq[tuple[str, str]] = ()
 
     def __post_init__(self) -> None:
-        asked = {question for question, _ in self.shots}
-        twice = next((i for i in self.items if i.prompt in asked), None)
+        questions = {question for question, _ in self.shots}
+        twice = next((i for i in self.items if i.prompt in questions), None)
         if twice:
             raise LeewayError(
                 f"evals.capability: {self.task}: item {twice.id} is among its own {len(self.shots)} shots",
@@ -89,7 +85,7 @@ class Capability(ItemEval):
         return digest(self.name, self.grader, self.max_new_tokens, [asdict(i) for i in self.items], *before)
 
     def conversation(self, item: CapabilityItem) -> Conversation:
-        """The shots as user and assistant turns, then the item's question."""
+        """Return the shots as user and assistant turns, then the item's question."""
         turns = [(role, text) for shot in self.shots for role, text in zip(("user", "assistant"), shot, strict=True)]
         return [{"role": role, "content": text} for role, text in [*turns, ("user", item.prompt)]]
 
@@ -128,29 +124,29 @@ GSM8KRule = Literal["strict", "flexible"]
 
 NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)")
 PLAIN = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-DRESS = re.compile(rf"(?:[\s*_\\($]|{COMMAND})*")
-VALUE = re.compile(DRESS.pattern + r"([-+]?\\?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))")
+MARKUP = re.compile(rf"(?:[\s*_\\($]|{COMMAND})*")
+VALUE = re.compile(MARKUP.pattern + r"([-+]?\\?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))")
 SLASH = re.compile(r"\s*/\s*(\d[\d,]*(?:\.\d+)?)")
 FRACTION = re.compile(r"(?:[\s*_($]|\\[($\[])*([-+]?)\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 HASHES = re.compile("####+")
-SAID = re.compile(r"answer\s*(?:is\s*[:=]?|:|=)", re.IGNORECASE)
+ANSWER_IS = re.compile(r"answer\s*(?:is\s*[:=]?|:|=)", re.IGNORECASE)
 BOXED = re.compile(r"\\boxed\{(" + IN_BOX + r")\}")
 
 
 def plain(text: str) -> str:
-    """Typographic and LaTeX spellings of a minus and of grouped thousands as `-` and `,`."""
+    """Replace typographic and LaTeX minus signs and thousands separators by `-` and `,`."""
     text = text.replace("−", "-").replace("{,}", ",")
     return re.sub(r"(?<=\d),?\\[,;!](?=\d{3})", ",", text)
 
 
 def number(text: str) -> Decimal | None:
-    """The value of a number as written, commas and dollars dropped; None where it is none."""
+    """Return the value of a number without commas and dollars; None if the text is not one."""
     bare = text.strip().replace("\\", "").replace("$", "")
     return Decimal(bare.replace(",", "")) if PLAIN.fullmatch(bare) else None
 
 
 def opening(text: str) -> Decimal | None:
-    """The value that a text opens with, behind its dress: a quotient or a number; None where it opens with neither."""
+    """Return the quotient or number that a text opens with after markup; None without one."""
     fraction = FRACTION.match(text)
     if fraction:
         sign, *parts = (part or "" for part in fraction.groups())
@@ -163,7 +159,7 @@ def opening(text: str) -> Decimal | None:
 
 
 def _quotient(above: str, below: str) -> Decimal | None:
-    """a / b, with 50 digits or as many as tell it from its neighbours; None where it has no value."""
+    """Return a / b with enough digits to be exact for comparison; None if undefined."""
     a, b = number(above), number(below)
     if a is None or not b:
         return None
@@ -185,8 +181,8 @@ def flexible(response: str) -> Decimal | None:
         return hashed
     text = plain(response)
     boxed = [m[1] for m in BOXED.finditer(text)]
-    said = [text[m.end() :] for m in SAID.finditer(text)]
-    for after in (boxed, said):
+    stated = [text[m.end() :] for m in ANSWER_IS.finditer(text)]
+    for after in (boxed, stated):
         values = [v for v in map(opening, reversed(after)) if v is not None]
         if values:
             return values[0]
@@ -195,7 +191,7 @@ def flexible(response: str) -> Decimal | None:
 
 
 def grade_gsm8k(reference: str, response: str, rule: GSM8KRule = "flexible") -> tuple[bool, str]:
-    """(right by `rule`, both rules' verdicts as JSON)."""
+    """Return (correct by `rule`, both rules' verdicts as JSON)."""
     gold = number(plain(reference))
     if gold is None:
         raise ValueError(f"the reference {reference!r} is not a number")
@@ -206,7 +202,7 @@ def grade_gsm8k(reference: str, response: str, rule: GSM8KRule = "flexible") -> 
 
 SuperGPQARule = Literal["parity", "fixed"]
 
-# what may stand around a letter in the published rule
+# markup around a letter in the published rule
 _COMMAND = r"\\(?:boxed|mathbf|mathrm|text)\{"
 _OPEN = rf"(?:[*${{(\[\\]*?{_COMMAND})*[*${{(\[\\]*?\s*"
 _CLOSE = r"[\\}$)\]]*(?:[\s:.*)]|$)"
@@ -222,7 +218,7 @@ def _by_letter() -> tuple[re.Pattern[str], ...]:
 
 
 def parity(response: str, options: Seq[str], *, five_shot: bool = False) -> str | None:
-    """The letter as written, by the published rule; with five shots a new `Question:` ends the answer first."""
+    """Return the letter by the published rule; with five shots the answer ends at a new `Question:`."""
     if five_shot:
         found = parity(response.split("Question:", maxsplit=1)[0], options)
         return parity(response, options) if found is None else found
@@ -231,8 +227,8 @@ def parity(response: str, options: Seq[str], *, five_shot: bool = False) -> str 
     if (letter := _first(_by_letter(), (last, text))) is not None:
         return letter
     texts = "|".join(map(re.escape, options))
-    said = _first([re.compile(f"{cue}({texts}){_CLOSE}") for cue in TEXT_CUES], (last, text))
-    return LETTERS[list(options).index(said)] if said else None
+    text_match = _first([re.compile(f"{cue}({texts}){_CLOSE}") for cue in TEXT_CUES], (last, text))
+    return LETTERS[list(options).index(text_match)] if text_match else None
 
 
 def _first(patterns: Seq[re.Pattern[str]], texts: Seq[str]) -> str | None:
@@ -244,10 +240,10 @@ CLAIM = re.compile(
     r"(?:\banswer\b|\b(?:option|choice)\b)[\s*_]*(?:is|would be|must be|should be|:|=)[\s*_]*:?\s*|\\boxed(?=\{)",
     re.IGNORECASE,
 )
-_DRESS = (
+_MARKUP = (
     r"(?:[\s*_$]|\\?[(\[{]|\\(?:boxed|mathbf|mathrm|textbf|text)\s*\{|(?i:(?:the\s+)?(?:option|choice|letter)\b))*+"
 )
-LETTER = re.compile(rf"(?P<open>{_DRESS})(?P<letter>[A-Ja-j])(?![\w'’])(?P<rest>[^\n]*)")
+LETTER = re.compile(rf"(?P<open>{_MARKUP})(?P<letter>[A-Ja-j])(?![\w'’])(?P<rest>[^\n]*)")
 ENDS = re.compile(r"\s*(?:$|[.,;:!)\]}*_$\\(–—-](?!\w))")
 LABEL = re.compile(r"\s*(?:$|[).:\]])")
 WHY = re.compile(r"\s+(?:because|since|as|which|is|for|based)\b")
@@ -257,10 +253,10 @@ NAMED = re.compile(r"\b(?:[Oo]ption|[Cc]hoice|OPTION|CHOICE)\s+([A-J])(?![\w'’
 
 
 def fixed(response: str, options: Seq[str]) -> str | None:
-    """The letter of the option that an answer names by the rule above; None where it names none, or several."""
+    """Return the option letter by the `fixed` rule; None if the answer names none or several."""
     for claim in reversed(list(CLAIM.finditer(response))):
-        said = response[claim.end() :].partition("\n")[0]
-        letter = _named(said, options, ENDS, WHY) or _by_text(said, options, re.Pattern.match)
+        clause = response[claim.end() :].partition("\n")[0]
+        letter = _named(clause, options, ENDS, WHY) or _by_text(clause, options, re.Pattern.match)
         if letter:
             return letter
     lines = [line for line in response.splitlines() if line.strip()]
@@ -277,9 +273,9 @@ def fixed(response: str, options: Seq[str]) -> str | None:
     return _by_text(last, options, re.Pattern.search)
 
 
-def _named(said: str, options: Seq[str], ends: re.Pattern[str], goes_on: re.Pattern[str] | None) -> str | None:
-    """The letter that a text opens with, where it is a letter and no word, and the only one."""
-    found = LETTER.match(said)
+def _named(text: str, options: Seq[str], ends: re.Pattern[str], continues: re.Pattern[str] | None) -> str | None:
+    """Return the only letter that a text opens with, if it is not part of a word."""
+    found = LETTER.match(text)
     if not found or found["letter"].upper() not in LETTERS[: len(options)]:
         return None
     letter, rest = found["letter"], found["rest"]
@@ -291,15 +287,15 @@ def _named(said: str, options: Seq[str], ends: re.Pattern[str], goes_on: re.Patt
     if letter.islower():
         return None
     its_text = rest.strip(" .:)*-").startswith(options[LETTERS.index(letter)])
-    return letter if ends.match(rest) or its_text or (goes_on and goes_on.match(rest)) else None
+    return letter if ends.match(rest) or its_text or (continues and continues.match(rest)) else None
 
 
-Finds = Callable[[re.Pattern[str], str], re.Match[str] | None]
+Find = Callable[[re.Pattern[str], str], re.Match[str] | None]
 
 
-def _by_text(said: str, options: Seq[str], find: Finds) -> str | None:
-    """The one option whose text stands in (or opens) a text; an option inside a longer one that also does is not it."""
-    text = _bare(said)
+def _by_text(response: str, options: Seq[str], find: Find) -> str | None:
+    """Return the only option whose text a text contains (or opens with); the longest of nested options counts."""
+    text = _bare(response)
     spans: list[tuple[int, int, str]] = []
     for letter, option in zip(LETTERS, options, strict=False):
         bare = _bare(option)
@@ -311,7 +307,7 @@ def _by_text(said: str, options: Seq[str], find: Finds) -> str | None:
 
 
 def _bare(text: str) -> str:
-    """Lower case, one space between words, without dollars, bold marks and what ends a sentence."""
+    """Lower-case, collapse white space, drop dollars, bold marks and end punctuation."""
     folded = re.sub(r"\\[()\[\]]|[$*]", "", text).casefold()
     return " ".join(folded.split()).strip(" .,;:!\"'")
 
@@ -319,7 +315,7 @@ def _bare(text: str) -> str:
 def grade_supergpqa(
     item: CapabilityItem, response: str, rule: SuperGPQARule = "fixed", *, five_shot: bool = False
 ) -> tuple[bool, str]:
-    """(right by `rule`, both rules' verdicts as JSON): an answer in which no option is found is wrong."""
+    """Return (correct by `rule`, both rules' verdicts as JSON); an answer without an option is wrong."""
     answer = response.split("Question:", maxsplit=1)[0] if five_shot else response
     by_rule = {
         "fixed": fixed(answer, item.options),
@@ -330,13 +326,13 @@ def grade_supergpqa(
 
 
 def normal(text: str) -> str:
-    """Lower case, compatibility-normalised, runs of anything but letters and digits as one space."""
+    """Normalise (NFKC) and lower-case; replace runs of other than letters and digits by one space."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(c if c.isalnum() else " " for c in folded).split())
 
 
 def grade_exact(reference: str, response: str) -> tuple[bool, str]:
-    """A numeric reference is graded as GSM8K's are; another must be the whole answer."""
+    """Grade a numeric reference as GSM8K does; any other must equal the whole answer."""
     if number(reference) is not None:
         return grade_gsm8k(reference, response)
     right = normal(reference) == normal(response)

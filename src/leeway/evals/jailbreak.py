@@ -1,4 +1,4 @@
-"""Jailbreak robustness: forbidden prompts under attacks, every answer one of four outcomes by each judge."""
+"""Jailbreak robustness: forbidden prompts under attacks; each judge gives every response one of four outcomes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TO_JUDGE = "judge: not judged yet"
 
 @dataclass(eq=False)
 class _Game:
-    """One prompt under one attack while it is played, for one sample."""
+    """The state of one prompt under one attack for one sample."""
 
     number: int
     prompt: ForbiddenPrompt
@@ -31,7 +31,7 @@ class _Game:
     sample: int
     play: Play
     sent: Conversation | None = None
-    aside: HelperRequest | None = None
+    helper_request: HelperRequest | None = None
     judged: str = ""
     tokens: int = 0
     failure: str | None = None
@@ -53,8 +53,8 @@ class _OpenVerdict:
 class Jailbreak(ItemEval):
     """Every prompt under every attack; prompts are the clusters, since attacks on one prompt are not independent.
 
-    Greedy (sample 0), or `samples` answers drawn at `temperature` (sample 0 to samples - 1), every turn of an attack
-    with the same sample and seed. Each judge has its own row for each answer: judges are never averaged.
+    Responses are greedy, or `samples` draws at `temperature`; every turn of an attack uses the same sample and seed.
+    Each judge gets a row per response: judges are never averaged.
     """
 
     items: Seq[ForbiddenPrompt]
@@ -75,7 +75,7 @@ class Jailbreak(ItemEval):
             if not named:
                 raise LeewayError(f"{self.name}: no {what}", fix="give at least one")
             if twice := next((n for n, times in Counter(named).items() if times > 1), None):
-                raise LeewayError(f"{self.name}: the {what} {twice} is there twice", fix="leave one out or rename it")
+                raise LeewayError(f"{self.name}: the {what} {twice} is listed twice", fix="remove or rename one")
         if self.samples < 0 or (self.samples and not 0 < self.temperature < math.inf):
             raise LeewayError(
                 f"{self.name}: {self.samples} samples at temperature {self.temperature}",
@@ -133,16 +133,16 @@ class Jailbreak(ItemEval):
         )
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
-        """Play all games at once, a turn of each at a time, so that a turn is one batch whatever the attacks are.
+        """Play all attacks in parallel, one turn at a time, so that each turn is one batch.
 
-        Rows: attack by attack, prompt by prompt, sample by sample, judge by judge.
+        Rows are ordered by attack, prompt, sample, judge.
         """
-        asked = ((a, p, s) for a in self.attacks for p in self.items for s in range(max(1, self.samples)))
-        games = [_Game(k, p, a, s, a.play(p.text)) for k, (a, p, s) in enumerate(asked)]
-        waiting = _helped([g for g in games if _advance(g, None)])
+        plays = ((a, p, s) for a in self.attacks for p in self.items for s in range(max(1, self.samples)))
+        games = [_Game(k, p, a, s, a.play(p.text)) for k, (a, p, s) in enumerate(plays)]
+        waiting = _serve_helpers([g for g in games if _advance(g, None)])
         while waiting:
             replies = backend.complete([self._request(g) for g in waiting], tick)
-            waiting = _helped([g for g, r in zip(waiting, replies, strict=True) if _answered(g, r)])
+            waiting = _serve_helpers([g for g, r in zip(waiting, replies, strict=True) if _receive(g, r)])
         verdicts = [self._verdicts(judge, games) for judge in self.judges]
         rows = zip(games, *verdicts, strict=True)
         return [
@@ -158,13 +158,15 @@ class Jailbreak(ItemEval):
         return Request(sent, self.max_new_tokens, self.temperature, game.sample, self.seed)
 
     def _verdicts(self, judge: Judge, games: Seq[_Game]) -> list[Verdict]:
-        """One a game: the judge's own, or why there was nothing to judge."""
+        """Return one verdict per game: the judge's, or the reason for none."""
         answers = [Answer(g.prompt.text, g.judged) for g in games if g.failure is None]
         verdicts = judge.judge(answers, lambda _: None)
         if len(verdicts) != len(answers):
             raise ValueError(f"judge {judge.name}: {len(verdicts)} verdicts on {len(answers)} answers")
         judged = iter(verdicts)
-        return [_sound(next(judged)) if g.failure is None else Verdict(None, None, "", g.failure) for g in games]
+        return [
+            _checked_verdict(next(judged)) if g.failure is None else Verdict(None, None, "", g.failure) for g in games
+        ]
 
     def _row(self, game: _Game, judge: Judge, verdict: Verdict, template: str) -> Row:
         return Row(
@@ -185,8 +187,8 @@ class Jailbreak(ItemEval):
         )
 
 
-def _sound(verdict: Verdict) -> Verdict:
-    """The verdict, unscored where the judge failed: it says so itself, or its score is none."""
+def _checked_verdict(verdict: Verdict) -> Verdict:
+    """Return the verdict, or an unscored one if the judge gave no valid score."""
     reason = verdict.unscored_reason
     if reason is None and verdict.score is None:
         reason = "neither a score nor a reason"
@@ -194,26 +196,26 @@ def _sound(verdict: Verdict) -> Verdict:
         reason = f"a score of {verdict.score} is not in [0, 1]"
     if reason is None:
         return verdict
-    said = reason if reason.startswith((NO_ANSWER, "judge: ")) else f"judge: {reason}"
-    return Verdict(None, None, verdict.raw, said)
+    prefix = "" if reason.startswith((NO_ANSWER, "judge: ")) else "judge: "
+    return Verdict(None, None, verdict.raw, prefix + reason)
 
 
-def _helped(games: Seq[_Game]) -> list[_Game]:
-    """Go on until every game waits for the model: all asides to one helper are asked at once."""
-    ready = [g for g in games if g.aside is None]
-    asides = [(g, g.aside) for g in games if g.aside is not None]
-    while asides:
-        helper = asides[0][1].helper
-        served = [(g, a) for g, a in asides if a.helper is helper]
+def _serve_helpers(games: Seq[_Game]) -> list[_Game]:
+    """Serve helper requests, batched by helper, until every game waits for the model."""
+    ready = [g for g in games if g.helper_request is None]
+    pending = [(g, g.helper_request) for g in games if g.helper_request is not None]
+    while pending:
+        helper = pending[0][1].helper
+        served = [(g, a) for g, a in pending if a.helper is helper]
         texts = helper.help([a.query for _, a in served])
         going = [g for (g, _), text in zip(served, texts, strict=True) if _advance(g, text)]
-        asides = [(g, a) for g, a in asides if a.helper is not helper]
-        asides += [(g, g.aside) for g in going if g.aside is not None]
-        ready += [g for g in going if g.aside is None]
+        pending = [(g, a) for g, a in pending if a.helper is not helper]
+        pending += [(g, g.helper_request) for g in going if g.helper_request is not None]
+        ready += [g for g in going if g.helper_request is None]
     return sorted(ready, key=lambda g: g.number)
 
 
-def _answered(game: _Game, reply: Reply) -> bool:
+def _receive(game: _Game, reply: Reply) -> bool:
     game.tokens += reply.new_tokens
     game.judged = reply.text
     if reply.failure is not None:
@@ -224,12 +226,12 @@ def _answered(game: _Game, reply: Reply) -> bool:
 
 
 def _advance(game: _Game, text: str | AttackFailed | None) -> bool:
-    """Take the game to its next turn; False once it is over."""
+    """Advance the game to its next turn; return False once it is over."""
     try:
         if isinstance(text, AttackFailed):
-            asked = game.play.throw(text)
+            step = game.play.throw(text)
         else:
-            asked = next(game.play) if text is None else game.play.send(text)
+            step = next(game.play) if text is None else game.play.send(text)
     except StopIteration as over:
         game.judged = over.value
         return False
@@ -237,8 +239,8 @@ def _advance(game: _Game, text: str | AttackFailed | None) -> bool:
         reason = str(failed)
         game.failure = reason if reason.startswith(NO_ANSWER) else f"attack: {reason}"
         return False
-    if isinstance(asked, HelperRequest):
-        game.aside = asked
+    if isinstance(step, HelperRequest):
+        game.helper_request = step
     else:
-        game.aside, game.sent = None, [dict(m) for m in asked]
+        game.helper_request, game.sent = None, [dict(m) for m in step]
     return True

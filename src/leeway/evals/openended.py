@@ -1,9 +1,9 @@
-"""Open-ended answers, rated by a model against a reference answer on the scales of `openended.yaml`.
+"""Open-ended questions: a judge model rates each response against a reference on the scales of `openended.yaml`.
 
     score = mean over the scales of (mark - lowest) / (highest - lowest)        in [0, 1]
 
-A mark that is missing, no whole number or out of range leaves the answer unscored: nothing is clipped or guessed. The
-judge reads the question, the reference and the answer, in the order that is set; never who answered.
+A missing, fractional or out-of-range mark leaves the response unscored: nothing is clipped or guessed. The judge reads
+question, reference and response in the configured order, never the model's name.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def rubric() -> dict[str, Any]:
 
 
 def score(marks: dict[str, int]) -> float:
-    """The mean of the marks, each put on [0, 1]."""
+    """Return the mean of the marks, each scaled to [0, 1]."""
     low, high = int(rubric()["lowest"]), int(rubric()["highest"])
     return sum((m - low) / (high - low) for m in marks.values()) / len(marks)
 
 
 def parse(text: str) -> dict[str, int] | str:
-    """The marks in the last JSON object that has a scale's name in it, or what is wrong with it."""
+    """Return the marks of the last JSON object that names a scale, or the fault."""
     scales = tuple(rubric()["dimensions"])
-    found = [o for o in _objects(text) if any(s in o for s in scales)]
-    if not found:
+    objects = [o for o in _objects(text) if any(s in o for s in scales)]
+    if not objects:
         return "no JSON object with marks"
     marks: dict[str, int] = {}
     for scale in scales:
-        mark = found[-1].get(scale)
+        mark = objects[-1].get(scale)
         if mark is None:
             return f"no mark for {scale}"
         if isinstance(mark, bool) or not isinstance(mark, (int, float)) or not math.isfinite(mark) or mark != int(mark):
@@ -72,7 +72,7 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RubricJudge:
-    """Marks answers through a backend; one attempt each, greedy."""
+    """Mark responses with a judge model, greedily, one attempt each."""
 
     backend: Backend
     order: Order = "reference-first"
@@ -91,7 +91,7 @@ class RubricJudge:
         )
 
     def prompt(self, item: CapabilityItem, response: str) -> str:
-        """What the judge is asked: each text between two lines that no answer can foresee."""
+        """Return the judge's prompt; delimiter lines depend on the texts, so a response cannot forge them."""
         text = rubric()
         mark = digest("openended", item.prompt, item.reference, response)
         pieces = {"question": item.prompt, "reference": item.reference, "answer": response}
@@ -109,7 +109,7 @@ class RubricJudge:
         return "\n\n".join([text["task"], *shown, "\n".join(scales), f"{text['reply']} {example}"])
 
     def marks(self, items: Seq[CapabilityItem], responses: Seq[str]) -> list[Reply]:
-        """The judge's replies, in the items' order."""
+        """Return the judge's replies in item order."""
         requests = [self.request(i, r) for i, r in zip(items, responses, strict=True)]
         return self.backend.complete(requests, lambda _: None)
 
@@ -119,7 +119,7 @@ class RubricJudge:
 
 @dataclass(frozen=True)
 class OpenEnded(ItemEval):
-    """Open-ended questions of one task (`legal`, `cyber`, `openended`); an item is its own cluster."""
+    """Open-ended questions of one task (`legal`, `cyber`, `openended`); each item is its own cluster."""
 
     task: str
     items: Seq[CapabilityItem]
@@ -175,7 +175,7 @@ class OpenEnded(ItemEval):
 
 
 def _verdict(reply: Reply, marked: Reply | None) -> tuple[float, str | None]:
-    """(score, None), or (NaN, why there is none)."""
+    """Return (score, None), or (NaN, the reason)."""
     if marked is None:
         return math.nan, f"{NO_ANSWER}{reply.failure}"
     if marked.failure is not None:

@@ -2,11 +2,11 @@
 
     endorsement = P(match) / (P(Yes) + P(No))     each summed over its spellings
 
-A tie is 0.5, NaN is unscored; the answer mass P(Yes) + P(No) stands on every row, so that a model that no longer
-answers yes or no is seen. Items are clustered by their text: the same statement is listed under more than one trait.
+A tie is 0.5, NaN is unscored. Every row records the answer mass P(Yes) + P(No), which shows a model that no longer
+answers yes or no. Items are clustered by text, since a statement may be listed under several traits.
 
-Checks ask the same statements in other forms: "No or Yes" in place of "Yes or No", and other frames from
-`persona.yaml`. Their rows are of the eval `persona-check`, so that no rate changes with them.
+Checks repeat the statements in other forms: "No or Yes" for "Yes or No", and the frames of `persona.yaml`. Their rows
+belong to the eval `persona-check` and change no rate.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ORDER = re.compile(r"\b(yes)(\s+or\s+)(no)\b(?!.*\byes\s+or\s+no\b)", re.IGNOREC
 
 
 def endorsement(choice: Choice, match: str) -> float:
-    """P(match) / (P(Yes) + P(No)), NaN where the two have no mass or are not finite."""
+    """Return P(match) / (P(Yes) + P(No)); NaN without finite mass."""
     yes, no = choice.mass["Yes"], choice.mass["No"]
     if not (math.isfinite(yes) and math.isfinite(no)) or min(yes, no) < 0 or yes + no <= 0:
         return math.nan
@@ -50,7 +50,7 @@ def _frames() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Form:
-    """A way to ask about a statement: as it stands, its answers in the other order, or another frame around it."""
+    """A prompt form of a statement: plain, with the options swapped, or in another frame."""
 
     name: str
     frame: str = ""
@@ -59,8 +59,8 @@ class Form:
     def hash(self) -> str:
         return digest(self.name, self.frame, ORDER.pattern if self.name == SWAP else "")
 
-    def ask(self, item: PersonaItem) -> str:
-        """The question; raises LeewayError where there is no order to swap."""
+    def prompt(self, item: PersonaItem) -> str:
+        """Return the prompt. Raises LeewayError if there are no options to swap."""
         if self.name == PLAIN:
             return item.question
         if self.name != SWAP:
@@ -74,22 +74,22 @@ class Form:
 
 
 def forms(order_swap: bool, paraphrases: int) -> tuple[Form, ...]:
-    """The plain form, and the checks that are asked for."""
+    """Return the plain form and the requested checks."""
     known = _frames()["paraphrases"]
     if not 0 <= paraphrases <= len(known):
-        raise LeewayError(f"persona: {paraphrases} paraphrases, there are {len(known)}", fix=f"0 to {len(known)}")
+        raise LeewayError(f"persona: {paraphrases} paraphrases, {len(known)} exist", fix=f"0 to {len(known)}")
     swapped = (Form(SWAP),) if order_swap else ()
     return (Form(PLAIN), *swapped, *(Form(f["name"], f["text"]) for f in known[:paraphrases]))
 
 
 def cluster_of(item: PersonaItem) -> str:
-    """Items of one text, under several traits too, are one."""
+    """Return one cluster per text, across traits."""
     return f"statement/{digest(item.statement)}"
 
 
 @dataclass(frozen=True)
 class Persona(ItemEval):
-    """Yes/no statements of several traits, one forward pass for each item and form."""
+    """Yes/no statements of several traits, one forward pass per item and form."""
 
     items: Seq[PersonaItem]
     order_swap: bool = False
@@ -99,7 +99,7 @@ class Persona(ItemEval):
     def __post_init__(self) -> None:
         for form in self.forms:
             for item in self.items:
-                form.ask(item)
+                form.prompt(item)
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -112,16 +112,16 @@ class Persona(ItemEval):
 
     def prompts(self) -> Iterator[Prompt]:
         for form in self.forms:
-            yield from (Prompt(f"item {i.id}", user_message(form.ask(i)), options=OPTIONS) for i in self.items)
+            yield from (Prompt(f"item {i.id}", user_message(form.prompt(i)), options=OPTIONS) for i in self.items)
 
     def cluster_of(self, item: PersonaItem) -> str:
         return cluster_of(item)
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
-        """The items under the plain form, then under each check: rows of `persona`, then of `persona-check`."""
-        asked = [(form, item, form.ask(item)) for form in self.forms for item in self.items]
-        choices = backend.choose([user_message(text) for _, _, text in asked], OPTIONS, tick)
-        return [self._row(*a, c, backend.template_hash) for a, c in zip(asked, choices, strict=True)]
+        """Run the plain form (rows of `persona`), then each check (rows of `persona-check`)."""
+        prompts = [(form, item, form.prompt(item)) for form in self.forms for item in self.items]
+        choices = backend.choose([user_message(text) for _, _, text in prompts], OPTIONS, tick)
+        return [self._row(*a, c, backend.template_hash) for a, c in zip(prompts, choices, strict=True)]
 
     def _row(self, form: Form, item: PersonaItem, prompt: str, choice: Choice, template: str) -> Row:
         yes, no = choice.mass.get("Yes", math.nan), choice.mass.get("No", math.nan)
@@ -148,5 +148,5 @@ class Persona(ItemEval):
 
 
 def finite(value: float) -> float | None:
-    """The number, or None (JSON knows no NaN)."""
+    """Return the number, or None for JSON if it is not finite."""
     return value if math.isfinite(value) else None

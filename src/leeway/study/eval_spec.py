@@ -40,9 +40,7 @@ class ModelRef(ConfigModel):
     max_dollars: float | None = Field(default=None, gt=0)
     price_in: float | None = Field(default=None, ge=0, description="dollars per million tokens")
     price_out: float | None = Field(default=None, ge=0, description="dollars per million tokens")
-    max_new_tokens: int | None = Field(
-        default=None, gt=0, description="per reply; by default that of its use"
-    )
+    max_new_tokens: int | None = Field(default=None, gt=0, description="per reply; by default that of its use")
 
     @model_validator(mode="before")
     @classmethod
@@ -61,9 +59,7 @@ class ModelRef(ConfigModel):
         if self.endpoint is None and (idle := next(iter(_changed(self, ENDPOINT_ONLY)), None)):
             raise ValueError(f"{idle} needs an endpoint, and {self.model} is local; leave it out")
         if self.endpoint is not None and self.revision is not None:
-            raise ValueError(
-                f"revision needs a local model, and {self.model} is at an endpoint; leave it out"
-            )
+            raise ValueError(f"revision needs a local model, and {self.model} is at an endpoint; leave it out")
         return self
 
     @property
@@ -190,7 +186,9 @@ class JailbreakSpec(ConfigModel):
         default=0, ge=0, le=1_000_000, description="sampled responses per prompt and attack; 0: one greedy response"
     )
     temperature: float = Field(default=1.0, gt=0, le=1e6)
-    perplexity: bool = Field(default=False, description="score responses with high perplexity under the base model as incoherent")
+    perplexity: bool = Field(
+        default=False, description="responses of high perplexity under the base model are incoherent"
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> JailbreakSpec:
@@ -244,9 +242,7 @@ class PersonaSpec(ConfigModel):
     traits: tuple[str, ...] = Field(default=("machiavellianism", "narcissism", "psychopathy"), min_length=1)
     limit: int | None = Field(default=None, gt=0, description="items per trait")
     order_swap: bool = Field(default=False, description="repeat every statement with No before Yes")
-    paraphrases: int = Field(
-        default=0, ge=0, le=4, description="repeat every statement in other wordings"
-    )
+    paraphrases: int = Field(default=0, ge=0, le=4, description="repeat every statement in other wordings")
     sd3: bool = Field(default=False, description="the Short Dark Triad, on a scale from 1 to 5")
     self_report: ModelRef | None = Field(default=None, description="open questions about oneself, scored by this model")
 
