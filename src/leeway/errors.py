@@ -1,10 +1,10 @@
-"""Mistakes a user can mend: one clear line each (what, where, the fix), exit code 2 at the command line."""
+"""Errors that a user can fix: one line each (what, where; fix), exit code 2 at the command line."""
 
 from __future__ import annotations
 
 
 class LeewayError(Exception):
-    """What is wrong and where, then the fix: `LeewayError("budgets: 8k comes after 16k", fix="sort them")`."""
+    """What is wrong and where, and the fix: `LeewayError("budgets: 8k comes after 16k", fix="sort them")`."""
 
     def __init__(self, what: str, *, fix: str = "") -> None:
         self.what = what
@@ -13,9 +13,9 @@ class LeewayError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, on one line."""
+    """Return the first line of another library's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class NotFiniteError(LeewayError):
-    """Training left the numbers: a loss, a gradient or a weight is infinite or no number."""
+    """Training diverged: a loss, a gradient or a weight is infinite or NaN."""

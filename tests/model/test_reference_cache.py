@@ -1,4 +1,4 @@
-"""The store of what references said: asked once, the same bits whoever asks, whole or not there."""
+"""The reference cache: computed once, the same bits for every user, whole or not there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from leeway.data.chat import Sequence
 from leeway.data.stream import schedule
 from leeway.errors import LeewayError
 from leeway.model import reference_cache
-from leeway.model.reference_cache import ReferenceCache, ReferenceStats, Shelf, Wanted, key
+from leeway.model.reference_cache import Needed, ReferenceCache, ReferenceStats, ReferenceStore, key
 from leeway.objectives import dpo, ipo, kl, kto
 from leeway.plan.plan import plan
 from leeway.study.load import parse
@@ -39,54 +39,54 @@ def said(s: Sequence) -> ReferenceStats:
     return ReferenceStats(-ids_M, torch.stack([ids_M, ids_M / 8], 1).to(torch.bfloat16))
 
 
-class Asked:
-    """Who answers with them, and counts what it is asked."""
+class CountingModel:
+    """Computes them, and counts its calls."""
 
     def __init__(self, pause: float = 0.0) -> None:
-        self.pause, self.asked, self.read_off = pause, 0, 0
+        self.pause, self.computed, self.from_states = pause, 0, 0
 
-    def ask(self, sequences: Seq[Sequence], wanted: Wanted) -> Iterator[tuple[Sequence, ReferenceStats]]:
+    def stats(self, sequences: Seq[Sequence], needed: Needed) -> Iterator[tuple[Sequence, ReferenceStats]]:
         for s in sequences:
-            self.asked += 1
+            self.computed += 1
             time.sleep(self.pause)
             found = said(s)
-            yield s, ReferenceStats(found.logp_M if wanted.logps else None, found.hidden_MD if wanted.states else None)
+            yield s, ReferenceStats(found.logp_M if needed.logps else None, found.hidden_MD if needed.states else None)
 
-    def read(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
-        self.read_off += 1
+    def logps(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
+        self.from_states += 1
         assert torch.equal(hidden_MD[:, 0], torch.tensor(sequence.ids[sequence.start :]).to(hidden_MD.dtype))
         return -hidden_MD[:, 0].float()
 
 
-STATES = Wanted(logps=False, states=True)
-LOGPS = Wanted(logps=True, states=False)
-BOTH = Wanted(logps=True, states=True)
+STATES = Needed(logps=False, states=True)
+LOGPS = Needed(logps=True, states=False)
+BOTH = Needed(logps=True, states=True)
 
 
-def fill(shelf: Shelf, sequences: Seq[Sequence], wanted: Wanted, who: Asked | None = None) -> int:
-    return shelf.fill(sequences, lambda _: wanted, who or Asked(), lambda *_: None)
+def fill(store: ReferenceStore, sequences: Seq[Sequence], needed: Needed, model: CountingModel | None = None) -> int:
+    return store.fill(sequences, lambda _: needed, model or CountingModel(), lambda *_: None)
 
 
 def test_what_is_kept_comes_back_in_the_order_asked_for(tmp_path: Path) -> None:
-    assert fill(Shelf(tmp_path), SEQUENCES, BOTH) == sum(len(s.ids) for s in SEQUENCES)
+    assert fill(ReferenceStore(tmp_path), SEQUENCES, BOTH) == sum(len(s.ids) for s in SEQUENCES)
     wanted = [SEQUENCES[k] for k in (7, 0, 39, 7)]
-    shelf, again = Shelf(tmp_path), Asked()
-    assert fill(shelf, SEQUENCES, BOTH, again) == again.asked == again.read_off == 0
-    assert torch.equal(shelf.logps(wanted), torch.cat([said(s).logp_M for s in wanted]))
-    assert shelf.states(wanted).dtype == torch.bfloat16
-    assert torch.equal(shelf.states(wanted), torch.cat([said(s).hidden_MD for s in wanted]))
+    store, again = ReferenceStore(tmp_path), CountingModel()
+    assert fill(store, SEQUENCES, BOTH, again) == again.computed == again.from_states == 0
+    assert torch.equal(store.logps(wanted), torch.cat([said(s).logp_M for s in wanted]))
+    assert store.states(wanted).dtype == torch.bfloat16
+    assert torch.equal(store.states(wanted), torch.cat([said(s).hidden_MD for s in wanted]))
 
 
-def test_log_probabilities_are_read_off_states_and_not_the_other_way(tmp_path: Path) -> None:
+def test_log_probabilities_are_from_states_states_and_not_the_other_way(tmp_path: Path) -> None:
     tokens = sum(len(s.ids) for s in SEQUENCES)
-    fill(Shelf(tmp_path / "a"), SEQUENCES[:30], STATES)
-    after, shelf = Asked(), Shelf(tmp_path / "a")
-    assert fill(shelf, SEQUENCES, LOGPS, after) == sum(len(s.ids) for s in SEQUENCES[30:])
-    assert (after.asked, after.read_off) == (10, 30)
-    assert torch.equal(shelf.logps(SEQUENCES), torch.cat([said(s).logp_M for s in SEQUENCES]))
-    assert shelf.size()[:2] == (40, tokens)
-    fill(Shelf(tmp_path / "b"), SEQUENCES[:10], LOGPS)
-    assert fill(Shelf(tmp_path / "b"), SEQUENCES, STATES) == tokens
+    fill(ReferenceStore(tmp_path / "a"), SEQUENCES[:30], STATES)
+    after, store = CountingModel(), ReferenceStore(tmp_path / "a")
+    assert fill(store, SEQUENCES, LOGPS, after) == sum(len(s.ids) for s in SEQUENCES[30:])
+    assert (after.computed, after.from_states) == (10, 30)
+    assert torch.equal(store.logps(SEQUENCES), torch.cat([said(s).logp_M for s in SEQUENCES]))
+    assert store.size()[:2] == (40, tokens)
+    fill(ReferenceStore(tmp_path / "b"), SEQUENCES[:10], LOGPS)
+    assert fill(ReferenceStore(tmp_path / "b"), SEQUENCES, STATES) == tokens
 
 
 def test_a_sequence_is_its_ids_and_from_where_on_it_is_measured() -> None:
@@ -98,8 +98,8 @@ def test_a_sequence_is_its_ids_and_from_where_on_it_is_measured() -> None:
 
 def test_files_are_of_a_bounded_size_and_say_how_much_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_cache, "SHARD_BYTES", 40)
-    shelf = ReferenceCache(tmp_path).of("who")
-    fill(shelf, SEQUENCES, BOTH)
+    store = ReferenceCache(tmp_path).of("who")
+    fill(store, SEQUENCES, BOTH)
     files = list((tmp_path / "who").glob("*.safetensors"))
     assert len(files) > len(reference_cache.BUCKETS)
     sequences, tokens, size = ReferenceCache(tmp_path).size()
@@ -110,32 +110,32 @@ def test_files_are_of_a_bounded_size_and_say_how_much_is_kept(tmp_path: Path, mo
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
 def test_a_damaged_file_is_computed_again(harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_cache, "PART_TOKENS", 1)  # several files
-    fill(Shelf(tmp_path), SEQUENCES, BOTH)
+    fill(ReferenceStore(tmp_path), SEQUENCES, BOTH)
     path = min(tmp_path.glob("*.safetensors"))
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
     path.write_bytes({"flip": bytes(raw), "cut": bytes(raw[: len(raw) // 2]), "empty": b""}[harm])
-    shelf = Shelf(tmp_path)
-    assert 0 < fill(shelf, SEQUENCES, BOTH) < sum(len(s.ids) for s in SEQUENCES)
-    assert torch.equal(shelf.logps(SEQUENCES), torch.cat([said(s).logp_M for s in SEQUENCES]))
-    assert fill(Shelf(tmp_path), SEQUENCES, BOTH) == 0
+    store = ReferenceStore(tmp_path)
+    assert 0 < fill(store, SEQUENCES, BOTH) < sum(len(s.ids) for s in SEQUENCES)
+    assert torch.equal(store.logps(SEQUENCES), torch.cat([said(s).logp_M for s in SEQUENCES]))
+    assert fill(ReferenceStore(tmp_path), SEQUENCES, BOTH) == 0
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LeewayError, match="LEEWAY_CACHE_DIR"):
-        fill(Shelf(tmp_path / "file" / "who"), SEQUENCES, LOGPS)
+        fill(ReferenceStore(tmp_path / "file" / "who"), SEQUENCES, LOGPS)
 
 
 SLOW = """
 import sys
 from pathlib import Path
 sys.path[:0] = {path!r}
-from test_reference_cache import BOTH, SEQUENCES, Asked, fill
+from test_reference_cache import BOTH, SEQUENCES, CountingModel, fill
 from leeway.model import reference_cache
-from leeway.model.reference_cache import Shelf
+from leeway.model.reference_cache import ReferenceStore
 reference_cache.PART_TOKENS = 1
-print(fill(Shelf(Path({folder!r})), SEQUENCES, BOTH, Asked(pause=0.01)))
+print(fill(ReferenceStore(Path({folder!r})), SEQUENCES, BOTH, CountingModel(pause=0.01)))
 """
 
 
@@ -152,17 +152,17 @@ def test_writers_that_are_killed_leave_nothing_half_done_and_others_share_the_wo
         time.sleep(0.005)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    kept = Shelf(tmp_path)
-    kept.look()
+    kept = ReferenceStore(tmp_path)
+    kept.refresh()
     before = kept.size()[1]
     assert 0 < before < sum(len(s.ids) for s in SEQUENCES)
     (tmp_path / ".partial-f-left").write_bytes(b"half")
     both = [asking(tmp_path) for _ in range(2)]
     spent = [int(p.communicate(timeout=100)[0]) for p in both]
     assert before + sum(spent) == sum(len(s.ids) for s in SEQUENCES)
-    assert fill(Shelf(tmp_path), SEQUENCES, BOTH) == 0
+    assert fill(ReferenceStore(tmp_path), SEQUENCES, BOTH) == 0
     assert not list(tmp_path.glob(".partial-*"))
-    kept.look()
+    kept.refresh()
     assert torch.equal(kept.logps(SEQUENCES), torch.cat([said(s).logp_M for s in SEQUENCES]))
 
 

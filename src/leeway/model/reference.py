@@ -22,7 +22,7 @@ from leeway.model.forward import hidden_at_measured
 from leeway.model.fsdp import exchanged, is_shard
 from leeway.model.load import Model
 from leeway.model.packing import Layout, PackedBatch
-from leeway.model.reference_cache import Shelf
+from leeway.model.reference_cache import ReferenceStore
 from leeway.model.token_stats import Head, token_logps
 
 Frozen = dict[Parameter, Tensor]
@@ -43,7 +43,7 @@ class Reference:
 
     hash: str = ""
     frozen: Frozen | None = None
-    cached: Shelf | None = None
+    cached: ReferenceStore | None = None
     spent: dict[int, int] = field(default_factory=dict)
     released: bool = False
 

@@ -1,9 +1,9 @@
-"""What references said of sequences, on disk: asked once for every objective, seed, weight and rerun.
+"""On-disk cache of reference log-probs and hidden states, shared by objectives, seeds and reruns.
 
-A folder for each reference and each way of computing it holds files that are never changed. A file is named by the
-digest of its bytes, written under another name and renamed when it is whole: a process that is killed leaves nothing
-that is read, two that write the same write one file, and a damaged one is seen. Files are mapped while they are read,
-and nothing of them stays in memory but which sequence lies where.
+A folder per reference and way of computing it holds files that never change. A file is named by the digest of its bytes
+and renamed to that name when it is complete: a killed process leaves no file that is read, two processes that write the
+same content write one file, and a damaged file is detected and computed again. Files are memory-mapped; only the index
+of sequences stays in memory.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from leeway.io import publish, readable, remove_partial, scratch_file
 
 SHARD_BYTES = 64 << 20  # of one file, about
 BUCKETS = "0123456789abcdef"  # first digit of a sequence's key: one process at a time fills a bucket
-PART_TOKENS = 8192  # of the buckets that it takes together, at least: full rows go faster through a model
+PART_TOKENS = 8192  # minimum of the buckets that a process fills together: full rows are faster
 
 
 @dataclass(frozen=True)
 class ReferenceStats:
-    """Statistics of one sequence's M measured tokens, on the CPU: log-probabilities, nats, or final hidden states."""
+    """Statistics of one sequence's M measured tokens, on the CPU: log-probabilities in nats, final hidden states."""
 
     logp_M: Tensor | None
     hidden_MD: Tensor | None
@@ -44,155 +44,154 @@ class ReferenceStats:
         return sum(t.nbytes for t in (self.logp_M, self.hidden_MD) if t is not None)
 
 
-class Wanted(NamedTuple):
-    """What is wanted of a sequence."""
+class Needed(NamedTuple):
+    """Which statistics of a sequence are needed."""
 
     logps: bool
     states: bool
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a sequence's rows are."""
+class Location:
+    """The rows of a sequence in a file."""
 
     path: Path
     rows: slice
     tokens: int
 
 
-Wanting = Callable[[str], Wanted]  # by a sequence's key
+class ReferenceModel(Protocol):
+    """Computes the statistics that are not cached."""
 
+    def stats(self, sequences: Seq[Sequence], needed: Needed) -> Iterator[tuple[Sequence, ReferenceStats]]:
+        """Yield the needed statistics of each sequence, in any order."""
 
-class Answering(Protocol):
-    """Who is asked."""
-
-    def ask(self, sequences: Seq[Sequence], wanted: Wanted) -> Iterator[tuple[Sequence, ReferenceStats]]:
-        """What is wanted of each sequence, in any order."""
-
-    def read(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
-        """A sequence's log-probabilities [M] from the states that are kept of it."""
+    def logps(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
+        """Return a sequence's log-probabilities [M], computed from its cached hidden states."""
 
 
 def key(sequence: Sequence) -> str:
-    """A sequence by its content: all its ids, and from where on they are measured."""
+    """Return the content key of a sequence: all its ids, and the index of the first measured one."""
     return digest(sequence.ids, sequence.start)
 
 
 @dataclass
-class Shelf:
-    """What one reference said. Sequences are found by their keys: log-probabilities, final states, or both."""
+class ReferenceStore:
+    """The cached statistics of one reference. A sequence may have log-probabilities, final states, or both."""
 
     folder: Path
-    _read: set[str] = field(default_factory=set, repr=False)
-    _logps: dict[str, Place] = field(default_factory=dict, repr=False)
-    _states: dict[str, Place] = field(default_factory=dict, repr=False)
+    _indexed: set[str] = field(default_factory=set, repr=False)
+    _logps: dict[str, Location] = field(default_factory=dict, repr=False)
+    _states: dict[str, Location] = field(default_factory=dict, repr=False)
 
     @property
-    def _places(self) -> dict[str, dict[str, Place]]:
-        """By the name of a file's tensor."""
+    def _locations(self) -> dict[str, dict[str, Location]]:
+        """By tensor name."""
         return {"logp": self._logps, "hidden": self._states}
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Index the files that were added since. A damaged file is removed: its sequences are computed again."""
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._read:
+            if path.name in self._indexed:
                 continue
             try:
-                self._take_in(path)
+                self._index(path)
             except (ValueError, SafetensorError):
                 path.unlink(missing_ok=True)
             except OSError as error:
                 raise LeewayError(f"{path}: cannot be read ({error.strerror})", fix=FIX) from error
             else:
-                self._read.add(path.name)
+                self._indexed.add(path.name)
 
-    def _take_in(self, path: Path) -> None:
+    def _index(self, path: Path) -> None:
         if file_digest(path) != path.stem:
             raise ValueError("not the content that was written")
         with safe_open(path, "pt") as f:
             keys, ends, tokens = (f.get_tensor(name).tolist() for name in ("keys", "ends", "tokens"))
-            known = [places for name, places in self._places.items() if name in f.keys()]  # noqa: SIM118 - not a dict
+            indices = [index for name, index in self._locations.items() if name in f.keys()]  # noqa: SIM118 - not a dict
         at = 0
         for raw, end, length in zip(keys, ends, tokens, strict=True):
-            place = Place(path, slice(at, end), length)
+            location = Location(path, slice(at, end), length)
             at = end
-            for places in known:
-                places.setdefault(bytes(raw).hex(), place)
+            for index in indices:
+                index.setdefault(bytes(raw).hex(), location)
 
-    def has(self, name: str, wanted: Wanted) -> bool:
-        return not (wanted.logps and name not in self._logps) and not (wanted.states and name not in self._states)
+    def has(self, name: str, needed: Needed) -> bool:
+        return not (needed.logps and name not in self._logps) and not (needed.states and name not in self._states)
 
     def logps(self, sequences: Seq[Sequence]) -> Tensor:
-        """Log-probabilities of these sequences, one after another: [T]."""
-        return self._recall("logp", sequences)
+        """Return the concatenated log-probabilities of these sequences: [T]."""
+        return self._read("logp", sequences)
 
     def states(self, sequences: Seq[Sequence]) -> Tensor:
-        """Their final hidden states: [T, D]."""
-        return self._recall("hidden", sequences)
+        """Return their concatenated final hidden states: [T, D]."""
+        return self._read("hidden", sequences)
 
-    def _recall(self, name: str, sequences: Seq[Sequence]) -> Tensor:
-        rows: dict[Path, list[tuple[int, slice]]] = {}
+    def _read(self, name: str, sequences: Seq[Sequence]) -> Tensor:
+        by_path: dict[Path, list[tuple[int, slice]]] = {}
         for k, s in enumerate(sequences):
-            place = self._places[name][key(s)]
-            rows.setdefault(place.path, []).append((k, place.rows))
-        found: dict[int, Tensor] = {}
-        for path, wanted in rows.items():
+            location = self._locations[name][key(s)]
+            by_path.setdefault(location.path, []).append((k, location.rows))
+        parts: dict[int, Tensor] = {}
+        for path, rows in by_path.items():
             with readable(path, SafetensorError), safe_open(path, "pt") as f:
-                kept = f.get_slice(name)
-                found |= {k: kept[r].clone() for k, r in wanted}
-        return torch.cat([found[k] for k in range(len(sequences))])
+                tensor = f.get_slice(name)
+                parts |= {k: tensor[r].clone() for k, r in rows}
+        return torch.cat([parts[k] for k in range(len(sequences))])
 
     def fill(
         self,
         sequences: Seq[Sequence],
-        wanted: Wanting,
-        who: Answering,
-        tell: Callable[[int, int], None],
+        needed: Callable[[str], Needed],
+        model: ReferenceModel,
+        on_progress: Callable[[int, int], None],
     ) -> int:
-        """Ask for what is wanted of each and not there yet; how many tokens went through the model for it.
+        """Compute what is needed of each sequence and not cached; return how many tokens went through the model.
 
-        Several processes may fill at once: one that finds another at a part goes on with the next, and comes back.
-        `tell` hears how many of this call's tokens are done, and of how many, at most.
+        `needed` takes a sequence's key; `on_progress` gets (tokens done, tokens to do at most). Several processes may
+        fill at once: each skips the parts that another one holds, and waits for them at the end.
         """
-        self.look()
-        named = sorted({key(s): s for s in sequences}.items())
-        left = {k: s for k, s in named if not self.has(k, wanted(k))}
+        self.refresh()
+        by_key = sorted({key(s): s for s in sequences}.items())
+        left = {k: s for k, s in by_key if not self.has(k, needed(k))}
         total, done, spent = _tokens(left), 0, 0
         todo = _parts(left)
         for wait in (False, True):
             for buckets in list(todo):
-                with ExitStack() as held:  # in one order, so that two who wait never wait for each other
-                    if not all(held.enter_context(self._held(b, wait=wait)) for b in buckets):
+                with ExitStack() as locks:  # taken in one order, so that two waiting processes cannot deadlock
+                    if not all(locks.enter_context(self._locked(b, wait=wait)) for b in buckets):
                         continue
-                    self.look()
+                    self.refresh()
                     part = todo.pop(buckets)
-                    spent += self._complete(buckets[0], part, wanted, who)
+                    spent += self._compute(buckets[0], part, needed, model)
                 done += _tokens(part)
-                tell(done, total)
-        self.look()
+                on_progress(done, total)
+        self.refresh()
         return spent
 
-    def _complete(self, bucket: str, part: dict[str, Sequence], wanted: Wanting, who: Answering) -> int:
-        """What of this part is missing, asked for and written; log-probabilities are read off states that are there."""
-        asked: dict[Wanted, dict[str, Sequence]] = {}
-        read: list[Sequence] = []
+    def _compute(
+        self, bucket: str, part: dict[str, Sequence], needed: Callable[[str], Needed], model: ReferenceModel
+    ) -> int:
+        """Compute and write what this part lacks; log-probabilities come from cached states where there are any."""
+        uncached: dict[Needed, dict[str, Sequence]] = {}
+        from_states: list[Sequence] = []
         for k, s in part.items():
-            want = wanted(k)
-            missing = Wanted(want.logps and k not in self._logps, want.states and k not in self._states)
+            want = needed(k)
+            missing = Needed(want.logps and k not in self._logps, want.states and k not in self._states)
             if missing.logps and k in self._states:
-                read.append(s)
+                from_states.append(s)
             elif any(missing):
-                asked.setdefault(missing, {})[k] = s
-        self._put(bucket, ((s, ReferenceStats(who.read(s, self.states([s])), None)) for s in read))
-        for what, these in sorted(asked.items()):
-            self._put(bucket, who.ask(list(these.values()), what))
-        return sum(map(_tokens, asked.values()))
+                uncached.setdefault(missing, {})[k] = s
+        self._write_all(bucket, ((s, ReferenceStats(model.logps(s, self.states([s])), None)) for s in from_states))
+        for missing, some in sorted(uncached.items()):
+            self._write_all(bucket, model.stats(list(some.values()), missing))
+        return sum(map(_tokens, uncached.values()))
 
-    def _put(self, bucket: str, said: Iterable[tuple[Sequence, ReferenceStats]]) -> None:
-        """Write files of a bounded size, so that no more than one of them is held."""
+    def _write_all(self, bucket: str, stats: Iterable[tuple[Sequence, ReferenceStats]]) -> None:
+        """Write files of a bounded size, so that no more than one of them is in memory."""
         batch: list[tuple[Sequence, ReferenceStats]] = []
         size = 0
-        for one in said:
+        for one in stats:
             batch.append(one)
             size += one[1].bytes
             if size >= SHARD_BYTES:
@@ -207,28 +206,25 @@ class Shelf:
             "ends": torch.tensor([s.measured for s, _ in batch]).cumsum(0),
             "tokens": torch.tensor([len(s.ids) for s, _ in batch]),
         }
-        if logps := [said.logp_M for _, said in batch if said.logp_M is not None]:
+        if logps := [stats.logp_M for _, stats in batch if stats.logp_M is not None]:
             tensors["logp"] = torch.cat(logps)
-        if states := [said.hidden_MD for _, said in batch if said.hidden_MD is not None]:
+        if states := [stats.hidden_MD for _, stats in batch if stats.hidden_MD is not None]:
             tensors["hidden"] = torch.cat(states)
         try:
             with scratch_file(self.folder, f"{bucket}-") as scratch:
                 save_file(tensors, scratch)
                 publish(scratch, self.folder / f"{file_digest(scratch)}.safetensors")
         except (OSError, SafetensorError) as error:
-            raise LeewayError(
-                f"{self.folder}: what the reference says cannot be kept there ({first_line(error)})",
-                fix=FIX,
-            ) from error
+            raise LeewayError(f"{self.folder}: the cache cannot be written ({first_line(error)})", fix=FIX) from error
 
     @contextmanager
-    def _held(self, bucket: str, *, wait: bool) -> Iterator[bool]:
-        """Whether this part is ours to fill for now. What a killed process left of it half written goes."""
+    def _locked(self, bucket: str, *, wait: bool) -> Iterator[bool]:
+        """Yield whether this process holds the bucket's lock; remove what a killed process left half written in it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / f".lock-{bucket}").open("w")
         except OSError as error:
-            raise LeewayError(f"{self.folder}: cannot be written ({error.strerror})", fix=FIX) from error
+            raise LeewayError(f"{self.folder}: the cache cannot be written ({error.strerror})", fix=FIX) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -239,8 +235,8 @@ class Shelf:
             yield True
 
     def size(self) -> tuple[int, int, int]:
-        """(sequences, their tokens, bytes of the files)."""
-        self.look()
+        """Return (sequences, their tokens, bytes of the files)."""
+        self.refresh()
         known = self._logps | self._states
         tokens = sum(p.tokens for p in known.values())
         return len(known), tokens, sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
@@ -248,29 +244,31 @@ class Shelf:
 
 @dataclass
 class ReferenceCache:
-    """All shelves below a folder. `also` are sequences whose states are kept even where log-probabilities are asked
-    for: another objective of the study will ask for them.
+    """The stores of all references in a folder.
+
+    `state_keys` are sequences whose states are cached even if log-probabilities are needed, because another objective
+    of the study needs the states.
     """
 
     folder: Path
-    also: frozenset[str] = frozenset()
-    _shelves: dict[str, Shelf] = field(default_factory=dict, repr=False)
+    state_keys: frozenset[str] = frozenset()
+    _stores: dict[str, ReferenceStore] = field(default_factory=dict, repr=False)
 
-    def of(self, who: str) -> Shelf:
-        return self._shelves.setdefault(who, Shelf(self.folder / who))
+    def of(self, reference: str) -> ReferenceStore:
+        return self._stores.setdefault(reference, ReferenceStore(self.folder / reference))
 
-    def stating(self, also: Iterable[str]) -> ReferenceCache:
-        """The same shelves, with other sequences whose states are kept as well."""
-        return ReferenceCache(self.folder, frozenset(also), self._shelves)
+    def with_states(self, state_keys: Iterable[str]) -> ReferenceCache:
+        """Return the same stores with other `state_keys`."""
+        return ReferenceCache(self.folder, frozenset(state_keys), self._stores)
 
     def size(self) -> tuple[int, int, int]:
-        """(sequences, their tokens, bytes) of all that is kept here."""
-        found = [self.of(f.name).size() for f in sorted(self.folder.glob("*")) if f.is_dir()]
-        return sum(n for n, _, _ in found), sum(t for _, t, _ in found), sum(b for *_, b in found)
+        """Return (sequences, their tokens, bytes) over all references."""
+        sizes = [self.of(f.name).size() for f in sorted(self.folder.glob("*")) if f.is_dir()]
+        return sum(n for n, _, _ in sizes), sum(t for _, t, _ in sizes), sum(b for *_, b in sizes)
 
 
 def _parts(left: dict[str, Sequence]) -> dict[str, dict[str, Sequence]]:
-    """What is to be filled, by the buckets that are taken together."""
+    """Return the sequences to compute, by the buckets that are locked together."""
     parts: dict[str, dict[str, Sequence]] = {}
     buckets, part = "", dict[str, Sequence]()
     for b in BUCKETS:

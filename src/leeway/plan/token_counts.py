@@ -14,7 +14,7 @@ from leeway.objectives.objective import Plain
 from leeway.study.jobs import Job, jobs_of, schedule_of
 from leeway.study.prepare import Prepared
 from leeway.training.batch import Batch, Renderer
-from leeway.training.precompute import first_asked, reference_tokens
+from leeway.training.precompute import reference_sequences, reference_tokens
 
 ReferenceId = tuple[object, ...]
 _Entry = tuple[ReferenceId, tuple[int, ...], int]  # reference, token ids, first target
@@ -107,7 +107,7 @@ def _with_reference(prepared: Prepared) -> Iterator[Job]:
 
 def _sequences(prepared: Prepared, job: Job) -> Iterator[Sequence]:
     renderer, schedule = prepared.renderer(job.alias, job.seed), schedule_of(prepared, job)
-    yield from (s for _, s, new in first_asked(batches_of(prepared, renderer, schedule)) if new)
+    yield from (s for _, s, new in reference_sequences(batches_of(prepared, renderer, schedule)) if new)
 
 
 def batches_of(prepared: Prepared, renderer: Renderer, schedule: Schedule) -> Iterator[Batch]:

@@ -52,7 +52,7 @@ def view(folder: Path) -> LedgerView:
             lines.append(checkpoints.verified_ledger(path.parent))
         except LeewayError as error:
             faults.append(str(error))
-            if (line := checkpoints.doubtful_ledger(path.parent)).keys() >= set(MATCHED):
+            if (line := checkpoints.unverified_ledger(path.parent)).keys() >= set(MATCHED):
                 lines.append(line)
     lines.sort(key=lambda line: (line["seed"], line["budget"]))
     faults += map(str, differences(lines, matching))

@@ -85,7 +85,7 @@ class Worker:
         return all(self.part(target, e).is_file() for target in targets for e in self.prepared.evals)
 
     def has_checkpoint(self, checkpoint: Checkpoint) -> bool:
-        return checkpoints.finished(self.store.checkpoint(*checkpoint))
+        return checkpoints.is_complete(self.store.checkpoint(*checkpoint))
 
     def part(self, target: EvalTarget, e: Eval) -> Path:
         return self.store.part(target.objective, target.seed, target.budget, e.key, target.condition.name)
@@ -130,7 +130,7 @@ class Worker:
         """
         marks = schedule_of(self.prepared, job).marks
         folder = {m.budget: self.store.checkpoint(job.alias, job.seed, m.budget) for m in marks}
-        missing = [k for k, m in enumerate(marks) if not checkpoints.finished(folder[m.budget])]
+        missing = [k for k, m in enumerate(marks) if not checkpoints.is_complete(folder[m.budget])]
         if not missing:
             return
         spec = self.prepared.spec
@@ -154,7 +154,7 @@ class Worker:
             if k in missing:
                 trajectory.save(folder[marks[k].budget], marks[k])
             for earlier in range(k):
-                checkpoints.forget_optimiser(folder[marks[earlier].budget])
+                checkpoints.remove_optimiser(folder[marks[earlier].budget])
 
     def _tune(self, job: Job) -> None:
         """Train with every learning rate of the sweep and keep the best on the held-out examples."""
@@ -369,7 +369,7 @@ class TrajectoryFactory:
         if self.prepared.spec.reference == "live":
             return None
         reference = token_counts.reference_id(self.prepared, job.alias, job.seed)
-        return self._references.stating(self._states.get(reference, ()))
+        return self._references.with_states(self._states.get(reference, ()))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder per budget that peft or transformers loads, with its ledger line, whole or not at all."""
+"""Checkpoints: a folder per budget that peft or transformers loads, with its ledger line, written atomically."""
 
 from __future__ import annotations
 
@@ -23,33 +23,31 @@ OPTIMISER, LEDGER = "optimizer.safetensors", "ledger.json"
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What a trajectory begins with in place of the base model's own weights or of a fresh adapter, by content.
+    """A saved adapter (PEFT) or model (transformers) that a trajectory starts from; `hash` is its adapter_hash.
 
-    `folder` holds an adapter in PEFT format or a transformers model, as a checkpoint does; `hash` is its adapter_hash.
-    Where a ledger line lies beside it, that says which base it belongs to and how many source tokens made it.
+    A ledger line in the folder names the base it belongs to and the source tokens it was trained on.
     """
 
     folder: Path
     hash: str
 
     @property
-    def told(self) -> dict[str, Any]:
-        """Its ledger line; empty where there is none, as for an adapter from elsewhere."""
-        return read_ledger(self.folder) if finished(self.folder) else {}
+    def ledger_line(self) -> dict[str, Any]:
+        """Its ledger line; empty if there is none, as for an external adapter."""
+        return read_ledger(self.folder) if is_complete(self.folder) else {}
 
     @classmethod
     def of(cls, folder: Path) -> WarmStart:
-        """What is saved in `folder`, as it is."""
+        """Hash what is saved in `folder`."""
         return cls(folder, _hash(folder, "give the folder of a saved adapter or model"))
 
 
 def write(
     folder: Path, model: Model, optimiser: torch.optim.Optimizer, ledger: dict[str, Any], ranks: Distributed = ALONE
 ) -> dict[str, Any]:
-    """Save what trains, the optimiser's state and the ledger line; the line comes back with the `adapter_hash`.
+    """Save the trained weights, the optimiser state and the ledger line; return the line with its `adapter_hash`.
 
-    Of several ranks the first one writes, in the same format; the others help it to put what is sharded together, and
-    read the line.
+    Of several ranks the main one writes, in the same format; the others take part in gathering the shards.
     """
     tensors, state = ranks.whole(model), ranks.optimiser_state(optimiser)
     if not ranks.is_main:
@@ -67,7 +65,7 @@ def _write(
     state: dict[str, Tensor],
     ledger: dict[str, Any],
 ) -> dict[str, Any]:
-    with atomic_folder(folder, finished) as scratch:
+    with atomic_folder(folder, is_complete) as scratch:
         adapters.save(model, scratch, tensors)
         save_file(state, scratch / OPTIMISER)
         line = {**ledger, "adapter_hash": adapters.adapter_hash(adapters.saved(scratch))}
@@ -76,7 +74,7 @@ def _write(
 
 
 def read_ledger(folder: Path) -> dict[str, Any]:
-    """The ledger line of a checkpoint, as it was written."""
+    """Return the ledger line of a checkpoint. Raises LeewayError if it was changed."""
     try:
         return verify_checksum(_line(folder))
     except (ValueError, AttributeError) as error:
@@ -90,8 +88,8 @@ def _line(folder: Path) -> dict[str, Any]:
     return line
 
 
-def doubtful_ledger(folder: Path) -> dict[str, Any]:
-    """The ledger line as it stands, to be shown beside what is wrong with it; empty where it cannot be read."""
+def unverified_ledger(folder: Path) -> dict[str, Any]:
+    """Return the ledger line without checking it, to show it next to its fault; empty if it cannot be read."""
     try:
         return _line(folder)
     except ValueError:
@@ -99,7 +97,7 @@ def doubtful_ledger(folder: Path) -> dict[str, Any]:
 
 
 def verified_ledger(folder: Path) -> dict[str, Any]:
-    """The ledger line of a checkpoint, once its adapter is seen to be the one that was written."""
+    """Return the ledger line of a checkpoint. Raises LeewayError if its adapter is not the one the line names."""
     line = read_ledger(folder)
     found = _hash(folder, "delete that folder and run again")
     if found != line["adapter_hash"]:
@@ -119,7 +117,7 @@ def _hash(folder: Path, fix: str) -> str:
 
 
 def restore(folder: Path, model: Model, optimiser: torch.optim.Optimizer | None) -> None:
-    """Bring the adapter, and the optimiser where one is given, back to where this checkpoint left them."""
+    """Load the adapter and, if given, the optimiser state of this checkpoint."""
     adapters.restore(model, folder)
     if optimiser is None:
         return
@@ -131,7 +129,7 @@ def restore(folder: Path, model: Model, optimiser: torch.optim.Optimizer | None)
         }
 
 
-def finished(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     return (folder / LEDGER).is_file()
 
 
@@ -139,6 +137,6 @@ def resumable(folder: Path) -> bool:
     return (folder / OPTIMISER).is_file()
 
 
-def forget_optimiser(folder: Path) -> None:
-    """Only a trajectory's latest checkpoint keeps its optimiser state: the earlier ones are never resumed from."""
+def remove_optimiser(folder: Path) -> None:
+    """Remove the optimiser state, which only a trajectory's latest checkpoint needs."""
     (folder / OPTIMISER).unlink(missing_ok=True)

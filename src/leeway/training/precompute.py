@@ -1,8 +1,7 @@
-"""A reference that is asked before the first step, about each sequence once, and kept on disk.
+"""Compute the reference statistics of every sequence before the first step, into the cache.
 
-What is kept of a sequence depends on that sequence and the reference alone, and never on who asked first, on what else
-was asked or on the order: on a CPU each goes through by itself, or in rows of a fixed shape. On an accelerator nothing
-is promised of the last bits.
+On a CPU a sequence's statistics depend on that sequence and the reference alone, to the bit: each goes through the
+model alone, or in rows of a fixed shape. On an accelerator the last bits may differ.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from leeway.model.forward import APART, hidden_apart, hidden_at_measured
 from leeway.model.load import Model
 from leeway.model.packing import Layout, pack_batch, place
 from leeway.model.reference import Reference, as_reference, computed_as
-from leeway.model.reference_cache import ReferenceCache, ReferenceStats, Wanted
+from leeway.model.reference_cache import Needed, ReferenceCache, ReferenceStats
 from leeway.model.token_stats import token_logps
 from leeway.objectives import Objective
 from leeway.training.batch import Batch, Optim, micro_batches
 
-Tell = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
-def first_asked(batches: Iterable[Batch]) -> Iterator[tuple[int, Sequence, bool]]:
-    """Every distinct sequence of a trajectory in order: the step that needs it first, it, and whether it is new."""
+def reference_sequences(batches: Iterable[Batch]) -> Iterator[tuple[int, Sequence, bool]]:
+    """Yield (step, sequence, whether it occurs for the first time) for all sequences of a trajectory, in order."""
     known: set[tuple[tuple[int, ...], int]] = set()
     for batch in batches:
         for s in (s for part in (batch.baseline, batch.rendered) for example in part for s in example):
@@ -39,8 +38,8 @@ def first_asked(batches: Iterable[Batch]) -> Iterator[tuple[int, Sequence, bool]
 
 
 def reference_tokens(batches: Iterable[Batch]) -> int:
-    """What a trajectory needs of a reference that is asked beforehand, in tokens: each sequence once."""
-    return sum(len(s.ids) for _, s, new in first_asked(batches) if new)
+    """Return the tokens of a trajectory's distinct sequences."""
+    return sum(len(s.ids) for _, s, new in reference_sequences(batches) if new)
 
 
 def precompute_reference(
@@ -52,58 +51,58 @@ def precompute_reference(
     references: ReferenceCache,
     *,
     taken: int = 0,
-    tell: Tell = lambda *_: None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> int:
-    """See to it that all sequences of `batches` after step `taken` are kept, and release the reference's own weights.
+    """Cache the statistics of all sequences of `batches` after step `taken`, and release the reference's own weights.
 
-    Returns how many tokens went through the model: none where somebody else asked before.
+    Return how many tokens went through the model; 0 if all were cached.
     """
     layout: Layout = "fused" if settings.layout == "fused" else "padded"
-    with _threads_by_two():
-        shelf = references.of(computed_as(model, reference, settings.autocast, layout))
-    asked: dict[tuple[tuple[int, ...], int], Sequence] = {}
-    for step, s, new in first_asked(batches):
+    with _power_of_two_threads():
+        store = references.of(computed_as(model, reference, settings.autocast, layout))
+    sequences: dict[tuple[tuple[int, ...], int], Sequence] = {}
+    for step, s, new in reference_sequences(batches):
         if new:
             reference.spent[step] = reference.spent.get(step, 0) + len(s.ids)
         if step > taken:
-            asked[s.ids, s.start] = s
+            sequences[s.ids, s.start] = s
 
-    def wanted(name: str) -> Wanted:
+    def needed(key: str) -> Needed:
         if objective.needs_reference == "distribution":
-            return Wanted(logps=False, states=True)
-        return Wanted(logps=True, states=name in references.also)
+            return Needed(logps=False, states=True)
+        return Needed(logps=True, states=key in references.state_keys)
 
-    with as_reference(model, reference), _threads_by_two():
-        spent = shelf.fill(list(asked.values()), wanted, _Answering(model, settings, layout), tell)
-    reference.cached = shelf
+    with as_reference(model, reference), _power_of_two_threads():
+        spent = store.fill(list(sequences.values()), needed, _ReferenceModel(model, settings, layout), on_progress)
+    reference.cached = store
     reference.release()
     return spent
 
 
 @dataclass(frozen=True)
-class _Answering:
-    """The model as it stands, which is the reference."""
+class _ReferenceModel:
+    """The model in its current state, which is the reference's."""
 
     model: Model
     settings: Optim
     layout: Layout
 
-    def ask(self, sequences: Seq[Sequence], wanted: Wanted) -> Iterator[tuple[Sequence, ReferenceStats]]:
+    def stats(self, sequences: Seq[Sequence], needed: Needed) -> Iterator[tuple[Sequence, ReferenceStats]]:
         for group in self._groups(sequences):
             with self._autocast():
                 states = torch.split(self._hidden(group), [s.measured for s in group])
             for s, hidden_MD in zip(group, states, strict=True):
-                logp_M = self.read(s, hidden_MD) if wanted.logps else None
-                yield s, ReferenceStats(logp_M, hidden_MD.cpu() if wanted.states else None)
+                logp_M = self.logps(s, hidden_MD) if needed.logps else None
+                yield s, ReferenceStats(logp_M, hidden_MD.cpu() if needed.states else None)
 
-    def read(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
+    def logps(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
         device = self.model.device
         measured_M = torch.tensor(sequence.ids[sequence.start :], device=device)
         with self._autocast():
             return token_logps(hidden_MD.to(device), measured_M, self.model.head).cpu()
 
     def _groups(self, sequences: Seq[Sequence]) -> list[list[Sequence]]:
-        """Sequences that go through together."""
+        """Return the sequences that share a forward pass."""
         if self.layout == "fused":
             places, rows = place([len(s.ids) for s in sequences], APART)
             groups: list[list[Sequence]] = [[] for _ in range(rows)]
@@ -124,8 +123,8 @@ class _Answering:
 
 
 @contextmanager
-def _threads_by_two() -> Iterator[None]:
-    """As many threads as the largest power of two that is there: see `hidden_apart`."""
+def _power_of_two_threads() -> Iterator[None]:
+    """Use the largest power of two of threads that is available: see `hidden_apart`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 << (threads.bit_length() - 1))
     try:

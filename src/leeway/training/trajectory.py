@@ -27,7 +27,7 @@ from leeway.training.batch import Batch, Optim, Renderer
 from leeway.training.checkpoints import WarmStart
 from leeway.training.distributed import ALONE, Distributed
 from leeway.training.loop import Decay, Step, after_warmup, optimise
-from leeway.training.precompute import Tell, precompute_reference
+from leeway.training.precompute import OnProgress, precompute_reference
 
 COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
 
@@ -101,7 +101,7 @@ class Trajectory:
                 f"{self.alias}: {self.start.folder} has changed (adapter_hash {found}, not {self.start.hash})",
                 fix="use another --out",
             )
-        if (base_hash := self.start.told.get("base_hash", self.model.hash)) != self.model.hash:
+        if (base_hash := self.start.ledger_line.get("base_hash", self.model.hash)) != self.model.hash:
             raise LeewayError(
                 f"{self.alias}: {self.start.folder} was trained on another base model (hash {base_hash}, "
                 f"this study's is {self.model.hash})",
@@ -113,7 +113,7 @@ class Trajectory:
         return Reference(digest(*parts, self.start.hash), freeze(self.model) if needed else None)
 
     def train_to(
-        self, mark: BudgetStop, log: Path, tick: Callable[[Step], None], on_reference: Tell = lambda *_: None
+        self, mark: BudgetStop, log: Path, tick: Callable[[Step], None], on_reference: OnProgress = lambda *_: None
     ) -> None:
         """Train up to the step of `mark`, appending one line per step to `log`, flushed to disk before returning.
 
@@ -137,7 +137,7 @@ class Trajectory:
             if self.ranks.is_main:
                 os.fsync(lines.fileno())
 
-    def precompute_reference(self, on_reference: Tell = lambda *_: None) -> int:
+    def precompute_reference(self, on_reference: OnProgress = lambda *_: None) -> int:
         """Cache the reference statistics of all steps; return how many tokens that took."""
         references = self.settings.references
         if references is None or self.objective.needs_reference == "nothing" or self.compared.cached is not None:
@@ -145,7 +145,7 @@ class Trajectory:
         batches = (self._batch(k + 1) for k in range(len(self.schedule.steps)))
         loop, taken = self.settings.loop, self.step
         return precompute_reference(
-            self.model, self.objective, batches, loop, self.compared, references, taken=taken, tell=on_reference
+            self.model, self.objective, batches, loop, self.compared, references, taken=taken, on_progress=on_reference
         )
 
     @property
@@ -196,8 +196,8 @@ class Trajectory:
         """Return the source tokens that the start was trained on: 0 for the base, None if unknown."""
         if self.start is None:
             return 0
-        told = self.start.told
-        return int(told["source_tokens"]) + int(told.get("start_tokens") or 0) if told else None
+        line = self.start.ledger_line
+        return int(line["source_tokens"]) + int(line.get("start_tokens") or 0) if line else None
 
     def _batch(self, step: int) -> Batch:
         return self.renderer.batch(step, self.schedule.steps[step - 1])
