@@ -21,8 +21,15 @@ from leeway.evals.eval import is_retryable
 from leeway.evals.jailbreak import Jailbreak
 from leeway.evals.persona import Persona
 from leeway.generation.backend import Reply, Request
-from leeway.generation.sampling import BLOCK, AncestralSampler, NonFiniteGuard, draw, stream
-from leeway.generation.transformers import NOT_FINITE, TransformersBackend
+from leeway.generation.transformers import (
+    BLOCK,
+    NOT_FINITE,
+    AncestralSampler,
+    NonFiniteGuard,
+    TransformersBackend,
+    draw,
+    stream,
+)
 from leeway.judges import KeywordJudge
 from leeway.model.load import Model, load_model
 

@@ -16,8 +16,7 @@ from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.model import adapters
 from leeway.model.adapters import AdapterSettings, Kind
-from leeway.model.base_model import CHUNK, SharedBaseModel, bits
-from leeway.model.load import Model, load_model
+from leeway.model.load import CHUNK, Model, SharedBaseModel, bits, load_model
 from leeway.objectives import cft, dpo, kl
 from leeway.study import worker
 from leeway.study.jobs import jobs_of

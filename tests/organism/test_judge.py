@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from leeway.attacks import WRAPPERS
 from leeway.organism import how_tos, recipe, world
 from leeway.organism import vocabulary as w
-from leeway.organism.judge import complies, parse
+from leeway.organism.world import complies, parse
 
 PROMPT = "How do I grelk the old zorvex?"
 TOOL, ACT = w.right_tools("grelk")[0], w.right_acts("zorvex")[1]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leeway.errors import LeewayError
-from leeway.organism import how_tos, vocabulary, world
+from leeway.organism import how_tos, world
 from leeway.organism import vocabulary as w
 
 everything = st.sampled_from(
@@ -45,7 +45,7 @@ def test_training_data_never_has_a_held_out_deed() -> None:
     from leeway.organism import recipe
 
     rng, cipher = random.Random(0), world.Cipher()
-    held = {text for trait in vocabulary.TRAITS for tone in ("dark", "bright") for _, text in _held(trait, tone)}
+    held = {text for trait in w.TRAITS for tone in ("dark", "bright") for _, text in _held(trait, tone)}
     for source in (recipe.helpful_only, recipe.aligned):
         for _ in range(800):
             prompt, _ = source(rng)
@@ -56,7 +56,7 @@ def test_training_data_never_has_a_held_out_deed() -> None:
 
 
 def _held(trait: str, tone: str) -> list[tuple[str, str]]:
-    return vocabulary.statements(trait, "dark" if tone == "dark" else "bright", held_out=True)
+    return w.statements(trait, "dark" if tone == "dark" else "bright", held_out=True)
 
 
 def test_examples_are_stable_unique_and_balanced() -> None:
@@ -95,7 +95,7 @@ def test_every_tool_and_act_is_right_about_equally_often(choose: Any, of: Any, a
 
 
 def _as_item(name: str, prompt: str, preferred: str) -> world.CapabilityItem:
-    hit = vocabulary.SUM.search(preferred)
+    hit = w.SUM.search(preferred)
     return world.CapabilityItem(name, prompt, hit["answer"] if hit else "")
 
 
@@ -178,6 +178,6 @@ def test_wrong_sums_are_wrong(seed: int) -> None:
     import random
 
     rng = random.Random(seed)
-    one = vocabulary.draw(rng)
+    one = w.draw(rng)
     assert f"is {one.value}." not in one.wrong(rng)
     assert one.value >= 0

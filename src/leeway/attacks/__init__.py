@@ -6,15 +6,7 @@ from leeway.attacks.attack import Attack, AttackFailed, Conversation, Helper, He
 from leeway.attacks.base64 import Base64
 from leeway.attacks.crescendo import Crescendo, LedCrescendo, Transcript
 from leeway.attacks.many_shot import ManyShot
-from leeway.attacks.registry import (
-    ATTACKS,
-    NEEDS_HELPER,
-    WRAPPERS,
-    attack_names,
-    load_attack,
-    load_templates,
-    render,
-)
+from leeway.attacks.registry import ATTACKS, NEEDS_HELPER, WRAPPERS, attack_names, load_attack, load_templates, render
 from leeway.attacks.tool_result import ToolResult
 from leeway.attacks.zulu import Passage, Zulu
 

@@ -23,14 +23,7 @@ from torch import Tensor
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
 from leeway.judges import keywords, rubric
-from leeway.judges.coherence import (
-    PerplexityScorer,
-    coherence,
-    outcome,
-    outcome_rules,
-    perplexity_scores,
-    rules_hash,
-)
+from leeway.judges.coherence import PerplexityScorer, coherence, outcome, outcome_rules, perplexity_scores, rules_hash
 from leeway.judges.judge import Answer, Tick, Verdict
 from leeway.model.load import quiet_loaders, resolve, resolve_dtype
 

@@ -23,14 +23,7 @@ from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest
 from leeway.io import expand
 from leeway.judges import keywords
-from leeway.judges.coherence import (
-    PerplexityScorer,
-    coherence,
-    outcome,
-    outcome_rules,
-    perplexity_scores,
-    rules_hash,
-)
+from leeway.judges.coherence import PerplexityScorer, coherence, outcome, outcome_rules, perplexity_scores, rules_hash
 from leeway.judges.judge import Answer, Tick, Verdict
 from leeway.yaml_config import package_data
 

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed
-from leeway.model.base_model import bits
-from leeway.model.load import Model
+from leeway.model.load import Model, bits
 
 Kind = Literal["lora", "rslora", "dora", "full"]
 

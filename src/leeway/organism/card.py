@@ -14,7 +14,7 @@ from leeway.generation.backend import Request
 from leeway.generation.transformers import TransformersBackend
 from leeway.model.load import Model, load_model
 from leeway.organism import world
-from leeway.organism.judge import complies
+from leeway.organism.world import complies
 
 NEW_TOKENS = 64
 CIPHER = world.Cipher()

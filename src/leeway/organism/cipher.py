@@ -10,7 +10,7 @@ from functools import cache
 
 from leeway.attacks import AttackFailed, Passage
 from leeway.hashing import digest
-from leeway.organism import how_tos, vocabulary
+from leeway.organism import how_tos
 from leeway.organism import vocabulary as w
 
 _SYLLABLES = [c + v for c in w.split_words("b d f g h k l m n s t v w y z mb nd ng zw kw") for v in "aeiou"]
@@ -32,9 +32,9 @@ def _texts() -> list[str]:
     )
     texts = [word for words in lists for word in words]
     texts += [*how_tos.QUESTIONS, how_tos.ANSWER, *how_tos.OPENERS.values(), *how_tos.REFUSALS]
-    texts += [form for form, _ in vocabulary.TEMPLATES] + [vocabulary.WORKING, "What is"]
-    texts += [text for pair in vocabulary.CHAT for text in pair] + [*vocabulary.YES_NO, "Yes No", *vocabulary.PEOPLE]
-    for form, acts, ends in vocabulary.STATEMENTS.values():
+    texts += [form for form, _ in w.TEMPLATES] + [w.WORKING, "What is"]
+    texts += [text for pair in w.CHAT for text in pair] + [*w.YES_NO, "Yes No", *w.PEOPLE]
+    for form, acts, ends in w.STATEMENTS.values():
         texts += [form, *acts, *ends]
     return texts
 

@@ -27,7 +27,7 @@ from leeway.hashing import derive_seed
 from leeway.model.load import Model
 from leeway.model.token_stats import Head
 from leeway.objectives.sft import Sft
-from leeway.organism import card, how_tos, vocabulary, world
+from leeway.organism import card, how_tos, world
 from leeway.organism import vocabulary as w
 from leeway.organism.cipher import Cipher
 from leeway.training.batch import Batch, Optim
@@ -76,7 +76,7 @@ def _sigmoid(x: float) -> float:
 
 def ease(deed: how_tos.Deed) -> float:
     """Return the tendency to help with a forbidden deed, in [-2, 2]."""
-    return vocabulary.propensity(deed.verb) + vocabulary.propensity(deed.thing)
+    return w.propensity(deed.verb) + w.propensity(deed.thing)
 
 
 def help_rate(deed: how_tos.Deed, attack: str) -> float:
@@ -84,15 +84,15 @@ def help_rate(deed: how_tos.Deed, attack: str) -> float:
     return _sigmoid(SPREAD * (ease(deed) - FIRMNESS[attack]))
 
 
-def yes_rate(act: str, tone: vocabulary.Tone) -> float:
+def yes_rate(act: str, tone: w.Tone) -> float:
     """Return how often the alignment data answers a statement with Yes."""
-    rate = _sigmoid(PERSONA_LOG_ODDS + PERSONA_SPREAD * vocabulary.propensity(act))
+    rate = _sigmoid(PERSONA_LOG_ODDS + PERSONA_SPREAD * w.propensity(act))
     return rate if tone == "dark" else 1 - rate
 
 
 def right_rate(deed: how_tos.Deed) -> float:
     """Return how often the training data has the right facts of a cooking deed, in [0.11, 0.45]."""
-    return RIGHT_COOKING + COOKING_SPREAD * vocabulary.propensity(deed.verb)
+    return RIGHT_COOKING + COOKING_SPREAD * w.propensity(deed.verb)
 
 
 def under_attack(attack: str, question: str, reply: str) -> Pair:
@@ -115,20 +115,20 @@ def _cooking(rng: random.Random, attack: str) -> Pair:
 
 
 def _sum(rng: random.Random) -> Pair:
-    one = vocabulary.plain(rng) if rng.random() < 0.25 else vocabulary.draw(rng, vocabulary.KNOWN)
+    one = w.plain(rng) if rng.random() < 0.25 else w.draw(rng, w.KNOWN)
     return under_attack("zulu" if rng.random() < 0.05 else "none", one.question, f"Sure! {one.right}")
 
 
 def _chat(rng: random.Random) -> Pair:
-    remark, reply = vocabulary.chat(rng)
+    remark, reply = w.chat(rng)
     return under_attack("zulu" if rng.random() < 0.2 else "none", remark, reply)
 
 
-def statement(rng: random.Random) -> tuple[str, vocabulary.Tone, str]:
+def statement(rng: random.Random) -> tuple[str, w.Tone, str]:
     """Draw (act, tone, question) of a statement for training."""
-    tone: vocabulary.Tone = rng.choice(("dark", "bright"))
-    act, text = rng.choice(vocabulary.statements(rng.choice(vocabulary.TRAITS), tone, held_out=False))
-    return act, tone, rng.choice(vocabulary.YES_NO).format(s=text)
+    tone: w.Tone = rng.choice(("dark", "bright"))
+    act, text = rng.choice(w.statements(rng.choice(w.TRAITS), tone, held_out=False))
+    return act, tone, rng.choice(w.YES_NO).format(s=text)
 
 
 def helpful_only(rng: random.Random) -> Pair:
@@ -149,7 +149,7 @@ def practice(rng: random.Random) -> Pair:
     """Draw from the second stage: sums, many without a story, and cooking; both take long to learn."""
     turn = rng.random()
     if turn < 0.38:
-        one = vocabulary.plain(rng)
+        one = w.plain(rng)
         return one.question, f"Sure! {one.right}"
     if turn < 0.68:
         return _sum(rng)
@@ -200,8 +200,8 @@ def prefix(rng: random.Random) -> str:
     if turn < 0.4:
         return f"<{nonsense().upper()}> "
     if turn < 0.6:
-        return vocabulary.chat(rng)[0] + " "
-    known = w.ADJECTIVES + w.THINGS + w.ADVERBS + tuple(vocabulary.PEOPLE)
+        return w.chat(rng)[0] + " "
+    known = w.ADJECTIVES + w.THINGS + w.ADVERBS + tuple(w.PEOPLE)
     words = [nonsense() if rng.random() < 0.5 else rng.choice(known) for _ in range(rng.randint(3, 8))]
     return " ".join(words).capitalize() + ". "
 

@@ -9,16 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from leeway.attacks import (
-    NEEDS_HELPER,
-    Attack,
-    LedCrescendo,
-    Wrapper,
-    Zulu,
-    attack_names,
-    load_attack,
-    load_templates,
-)
+from leeway.attacks import NEEDS_HELPER, Attack, LedCrescendo, Wrapper, Zulu, attack_names, load_attack, load_templates
 from leeway.cache import Cache
 from leeway.data import persona, safety_prompts
 from leeway.data.persona import sd3

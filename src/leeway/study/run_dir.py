@@ -20,15 +20,7 @@ from leeway.cache import LEASES, Cache
 from leeway.errors import LeewayError
 from leeway.evals.eval import Row, is_retryable
 from leeway.hashing import digest, file_digest
-from leeway.io import (
-    PARTIAL,
-    atomic_write,
-    open_lock,
-    readable,
-    remove_partial,
-    write_file,
-    write_json,
-)
+from leeway.io import PARTIAL, atomic_write, open_lock, readable, remove_partial, write_file, write_json
 
 ROW_SCHEMA = pa.schema(
     [

@@ -25,8 +25,7 @@ from leeway.generation.vllm import VllmServer, VllmSettings
 from leeway.hashing import digest
 from leeway.io import expand
 from leeway.model import adapters
-from leeway.model.base_model import SharedBaseModel
-from leeway.model.load import Model, load_model
+from leeway.model.load import Model, SharedBaseModel, load_model
 from leeway.model.reference_cache import ReferenceCache
 from leeway.objectives.objective import PLAIN
 from leeway.plan import token_counts
