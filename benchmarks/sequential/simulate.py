@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.statistics.studies import Setting, differences
+from leeway.stats.anytime import Anytime, log_capital
 from leeway.stats.cluster_tests import wild_cluster
 from leeway.stats.contrasts import holm
-from leeway.stats.sequential import MARGIN, STOPPING_LEVEL, Anytime, log_capital, looks
+from leeway.stats.sequential import LEVEL, MARGIN, looks
 
 Floats = NDArray[np.float64]
 RESAMPLES = 999
@@ -69,14 +70,14 @@ def outcome(setting: Setting, studies: int, seed: int, *, family: int = 6) -> Ou
     """`setting.objectives` checkpoints of a family of `family`, whose level is shared out over all of them."""
     ended, fixed, naive, any_wrong, any_holm = [], [], [], [], []
     for moves_CK in moves(setting, studies, seed):
-        own = [until_decided(column, STOPPING_LEVEL / family) for column in moves_CK.T]
+        own = [until_decided(column, LEVEL / family) for column in moves_CK.T]
         ended += own
         any_wrong.append(any(wrong(e.said, setting.difference) for e in own))
-        any_holm.append(bool((holm(np.array([e.of.p for e in own])) <= STOPPING_LEVEL).any()))
-        fixed += list(_p(moves_CK) <= STOPPING_LEVEL / family)
+        any_holm.append(bool((holm(np.array([e.of.p for e in own])) <= LEVEL).any()))
+        fixed += list(_p(moves_CK) <= LEVEL / family)
         if not setting.difference:
-            naive.append(any(_p(moves_CK[:n, :1])[0] <= STOPPING_LEVEL for n in looks(len(moves_CK))))
-    half, true = STOPPING_LEVEL / 2, setting.difference  # the interval holds the truth where neither side rejects it
+            naive.append(any(_p(moves_CK[:n, :1])[0] <= LEVEL for n in looks(len(moves_CK))))
+    half, true = LEVEL / 2, setting.difference  # the interval holds the truth where neither side rejects it
     missed = [min(e.of.p_above(true), e.of.p_below(true)) < half for e in ended]
     return Outcome(
         different=_share([e.said == "different" for e in ended]),

@@ -14,8 +14,8 @@ from benchmarks.statistics.studies import Setting
 from benchmarks.statistics.world import Rates, World, rows
 from leeway import stats
 from leeway.stats import sequential
+from leeway.stats.anytime import BET_FRACTIONS, Anytime, cluster_means, cluster_order
 from leeway.stats.metrics import StatsError
-from leeway.stats.sequential import BET_FRACTIONS, Anytime, cluster_means, cluster_order
 
 CONDITIONS = {"t": "plain"}
 

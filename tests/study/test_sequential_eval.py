@@ -16,7 +16,7 @@ from leeway.generation.transformers import TransformersBackend
 from leeway.plan.plan import plan
 from leeway.report.results import Results
 from leeway.stats import sequential
-from leeway.stats.sequential import cluster_order
+from leeway.stats.anytime import cluster_order
 from leeway.study.load import parse
 from leeway.study.progress import Reporter
 from leeway.study.run import run

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import beta, binomtest, norm, t
 
+from leeway.stats.anytime import FIXED, SEQUENTIAL, Anytime
 from leeway.stats.cluster_tests import MIN_DISCORDANT, wild_cluster
 from leeway.stats.intervals import (
     LEVEL,
@@ -26,7 +27,6 @@ from leeway.stats.intervals import (
 )
 from leeway.stats.metrics import POOLED_CHECKPOINT
 from leeway.stats.pairing import Contrast, ContrastReference, Pairs, paired_contrasts
-from leeway.stats.sequential import FIXED, SEQUENTIAL, Anytime
 
 POWER = 0.80
 SEED_VARIANCE_FLOOR = {2: 0.5}  # smallest share of the variance between seeds that is kept, by number of seeds

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import beta, norm, t
 
+from leeway.stats.anytime import Anytime, common_prefix, is_sequential, rate_test
 from leeway.stats.cluster_tests import ALPHA, BoundDraws, bound_draws
 from leeway.stats.contrasts import (
     ContrastMatrix,
@@ -42,7 +43,6 @@ from leeway.stats.metrics import (
     withheld_reason,
 )
 from leeway.stats.pairing import Contrast, ContrastReference, paired_contrasts
-from leeway.stats.sequential import Anytime, common_prefix, is_sequential, rate_test
 
 WorseDirection = Literal["higher", "lower"]
 DifferenceBound = float | tuple[float, WorseDirection]

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from leeway.stats.anytime import DESIGN, cluster_order, is_sequential
 from leeway.stats.intervals import Ints
-from leeway.stats.sequential import DESIGN, cluster_order, is_sequential
 
 Value = Literal["score", "refused", "coherent"]
 Better = Literal["higher", "lower", ""]

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from leeway.stats.anytime import cluster_means, common_prefix, is_sequential
 from leeway.stats.intervals import Floats, Ints
 from leeway.stats.metrics import (
     BASE,
@@ -22,7 +23,6 @@ from leeway.stats.metrics import (
     measures,
     withheld_reason,
 )
-from leeway.stats.sequential import cluster_means, common_prefix, is_sequential
 
 ContrastReference = tuple[str, int | None]  # objective and budget; no budget: the same budget
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from leeway.stats.anytime import common_prefix, is_sequential, rate_test
 from leeway.stats.intervals import NAN, Floats, Ints, dense_codes, estimate
 from leeway.stats.metrics import (
     AT,
@@ -23,7 +24,6 @@ from leeway.stats.metrics import (
     measures,
     withheld_reason,
 )
-from leeway.stats.sequential import common_prefix, is_sequential, rate_test
 
 RATE_COLUMNS = [*CHECKPOINT, "axis", "measure", "label", "primary", "rate", "low", "high"]
 RATE_COLUMNS += ["n", "n_unscored", "n_clusters", "method", "reason", "rate_if_0", "rate_if_1", "better"]

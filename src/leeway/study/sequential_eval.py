@@ -17,8 +17,8 @@ import pandas as pd
 from leeway.evals.eval import Eval, Row, Tick
 from leeway.generation.backend import Backend
 from leeway.stats import sequential, split_judges
+from leeway.stats.anytime import cluster_order
 from leeway.stats.metrics import multi_judge_evals
-from leeway.stats.sequential import cluster_order
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
 
