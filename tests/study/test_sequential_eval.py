@@ -145,7 +145,7 @@ def test_mistakes_are_one_line(models: dict[str, Path], root: Path) -> None:
     text = study(models, root)
     with pytest.raises(LeewayError, match="margin is for stop: decided"):
         parse(text.replace("stop: decided", "margin: 0.1"), "test")
-    claim = "{id: c, says: they part, kind: diverges, measure: asr, objectives: [sft, cft], margin: 0.02}"
+    claim = "{id: c, statement: slopes differ, kind: diverges, measure: asr, objectives: [sft, cft], margin: 0.02}"
     claims = f"{{name: mine, claims: [{claim}]}}"
     with pytest.raises(LeewayError, match="diverges resamples prompts"):
         parse(study(models, root, claims=claims), "test")
