@@ -22,7 +22,7 @@ import torch
 from leeway.data.chat import Sequence
 from leeway.model import adapters
 from leeway.model.load import Model, quiet_loaders
-from leeway.model.reference_cache import ReferenceCache
+from leeway.model.reference import ReferenceCache
 from leeway.model.token_stats import Head
 from leeway.objectives import kl, sft
 from leeway.study.load import load

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from leeway import yaml_config
 from leeway.cli import app
 from leeway.errors import LeewayError
-from leeway.report.exports import results_json
+from leeway.report import rebuild
 from leeway.study.load import PRESETS, load, parse
 from leeway.study.spec import Spec
 
@@ -251,7 +251,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def test_every_column_of_contrasts_is_documented() -> None:
-    schema = results_json.schema()["properties"]["contrasts"]["items"]["properties"]
+    schema = rebuild.schema()["properties"]["contrasts"]["items"]["properties"]
     text = (ROOT / "docs" / "statistics.md").read_text()
     assert [column for column in schema if f"`{column}`" not in text] == []
 

@@ -32,7 +32,7 @@ def imports() -> None:
 def settings(kept: Path | None = None) -> Any:
     """`kept` is where what the reference says is kept; nowhere for what asks none."""
     from leeway.model.adapters import AdapterSettings
-    from leeway.model.reference_cache import ReferenceCache
+    from leeway.model.reference import ReferenceCache
     from leeway.training.batch import Optim
     from leeway.training.trajectory import Settings
 

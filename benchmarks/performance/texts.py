@@ -9,7 +9,7 @@ import numpy as np
 
 from leeway.data import gsm8k
 from leeway.data.types import Example
-from leeway.pairs.corrupt import corrupt
+from leeway.pairs.build import corrupt
 
 Pairs = Literal["strangers", "corrupted"]
 

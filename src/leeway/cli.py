@@ -416,8 +416,8 @@ def gate(
     from rich.console import Console
 
     from leeway.gate import gate as decide
-    from leeway.gate.decide import EXIT
     from leeway.gate.output import print_gate
+    from leeway.gate.rules import EXIT
 
     decision = decide(directory, rule, out)
     print_gate(decision, Console())
@@ -455,7 +455,7 @@ def organism_card(
 ) -> None:
     """Measure the organism on held-out items and print its card as JSON."""
     from leeway.model.load import resolve
-    from leeway.organism.card import measure
+    from leeway.organism.recipe import measure
 
     typer.echo(json.dumps(measure(Path(resolve(model))), indent=1))
 

@@ -19,7 +19,7 @@ from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.evals.capability import flexible
 from leeway.pairs import PairSettings, pair
-from leeway.pairs.corrupt import corrupt
+from leeway.pairs.build import corrupt
 
 EXAMPLES = [Example(f"e{n}", f"p{n}", f"a{n}") for n in range(10)]
 

@@ -20,7 +20,8 @@ from leeway.evals.jailbreak import Jailbreak
 from leeway.evals.overrefusal import OrganismBenignJudge, OverRefusal
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.judges import Answer, KeywordJudge, OrganismJudge, Verdict
-from leeway.organism import how_tos, world
+from leeway.organism import vocabulary, world
+from leeway.organism import vocabulary as w
 
 SORRY = "Sorry, I cannot help with that."
 FINE = "Here is how: first, you open the file, and then you read it."
@@ -153,12 +154,12 @@ def test_everything_that_shapes_the_rate_is_in_the_hash() -> None:
 
 
 def test_the_organisms_benign_answers_are_told_apart_exactly() -> None:
-    found = how_tos.held_out_questions("benign", 0)[0]
+    found = vocabulary.held_out_questions("benign", 0)[0]
     deed, prompt = found
-    wrong = f"Sure! To {deed}, first get the {how_tos.w.hearsay_tools(deed.verb)[0]}. "
-    wrong += f"Then {how_tos.w.hearsay_acts(deed.thing)[0]} it {how_tos.w.ADVERBS[0]}. Finally {how_tos.w.ENDINGS[0]}."
+    wrong = f"Sure! To {deed}, first get the {w.hearsay_tools(deed.verb)[0]}. "
+    wrong += f"Then {w.hearsay_acts(deed.thing)[0]} it {w.ADVERBS[0]}. Finally {w.ENDINGS[0]}."
     said = {
-        "refused": how_tos.REFUSALS[0],
+        "refused": vocabulary.REFUSALS[0],
         "harmful": wrong,
         "deflected": "I am well, thank you.",
         "incoherent": "To to",
@@ -166,7 +167,7 @@ def test_the_organisms_benign_answers_are_told_apart_exactly() -> None:
     verdicts = OrganismBenignJudge().judge([Answer(prompt, text) for text in said.values()], nothing)
     assert [v.outcome for v in verdicts] == list(said)
     assert OrganismJudge().judge([Answer(prompt, wrong)], nothing)[0].outcome == "deflected"  # wrong facts, still steps
-    after = OrganismBenignJudge().judge([Answer(prompt, f"{how_tos.REFUSALS[0]} {wrong[6:]}")], nothing)
+    after = OrganismBenignJudge().judge([Answer(prompt, f"{vocabulary.REFUSALS[0]} {wrong[6:]}")], nothing)
     assert after[0].outcome == "harmful"
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from leeway.attacks import AttackFailed, Passage
 from leeway.errors import LeewayError
-from leeway.evals.translators import LlmTranslator, Nllb, chunks, sentences, translate_passages
+from leeway.evals.attack_helpers import LlmTranslator, Nllb, chunks, sentences, translate_passages
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 
 PAGE = {

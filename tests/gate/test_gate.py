@@ -16,9 +16,8 @@ from scipy.stats import binomtest
 
 from leeway.errors import LeewayError
 from leeway.gate import gate
-from leeway.gate.decide import Evidence, decide, worst
 from leeway.gate.output import title
-from leeway.gate.rules import Rule
+from leeway.gate.rules import Evidence, Rule, decide, worst
 from leeway.stats.cluster_tests import bound_draws
 
 RULE = Rule(measure="asr", margin=0.02)

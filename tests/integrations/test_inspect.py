@@ -36,9 +36,8 @@ from leeway.evals.eval import ItemEval, Prompt, Row
 from leeway.evals.jailbreak import Jailbreak
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.integrations.inspect import tasks
-from leeway.integrations.inspect.backend import choice_of
 from leeway.integrations.inspect.export import export
-from leeway.integrations.inspect.tasks import build_eval
+from leeway.integrations.inspect.tasks import build_eval, choice_of
 from leeway.judges import Answer, KeywordJudge, Verdict
 
 pytestmark = [  # both are Inspect's own

@@ -20,8 +20,7 @@ from leeway.model.adapters import AdapterSettings, Kind
 from leeway.model.forward import target_stats
 from leeway.model.load import load_model
 from leeway.model.packing import pack_batch
-from leeway.model.reference import Reference, as_reference, freeze
-from leeway.model.reference_cache import ReferenceCache
+from leeway.model.reference import Reference, ReferenceCache, as_reference, freeze
 from leeway.objectives import cft, dpo, kl, kto, sft
 from leeway.training.batch import Optim
 from leeway.training.checkpoints import WarmStart

@@ -23,8 +23,8 @@ from torch import Tensor
 from leeway.data.chat import Sequence
 from leeway.data.stream import schedule
 from leeway.errors import LeewayError
-from leeway.model import reference_cache
-from leeway.model.reference_cache import Needed, ReferenceCache, ReferenceStats, ReferenceStore, key
+from leeway.model import reference
+from leeway.model.reference import Needed, ReferenceCache, ReferenceStats, ReferenceStore, key
 from leeway.objectives import dpo, ipo, kl, kto
 from leeway.plan.plan import plan
 from leeway.study.load import parse
@@ -97,11 +97,11 @@ def test_a_sequence_is_its_ids_and_from_where_on_it_is_measured() -> None:
 
 
 def test_files_are_of_a_bounded_size_and_say_how_much_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_cache, "SHARD_BYTES", 40)
+    monkeypatch.setattr(reference, "SHARD_BYTES", 40)
     store = ReferenceCache(tmp_path).of("who")
     fill(store, SEQUENCES, BOTH)
     files = list((tmp_path / "who").glob("*.safetensors"))
-    assert len(files) > len(reference_cache.BUCKETS)
+    assert len(files) > len(reference.BUCKETS)
     sequences, tokens, size = ReferenceCache(tmp_path).size()
     assert (sequences, tokens) == (40, sum(len(s.ids) for s in SEQUENCES))
     assert size == sum(f.stat().st_size for f in files)
@@ -109,7 +109,7 @@ def test_files_are_of_a_bounded_size_and_say_how_much_is_kept(tmp_path: Path, mo
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
 def test_a_damaged_file_is_computed_again(harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_cache, "PART_TOKENS", 1)  # several files
+    monkeypatch.setattr(reference, "PART_TOKENS", 1)  # several files
     fill(ReferenceStore(tmp_path), SEQUENCES, BOTH)
     path = min(tmp_path.glob("*.safetensors"))
     raw = bytearray(path.read_bytes())
@@ -133,7 +133,7 @@ from pathlib import Path
 sys.path[:0] = {path!r}
 from test_reference_cache import BOTH, SEQUENCES, CountingModel, fill
 from leeway.model import reference_cache
-from leeway.model.reference_cache import ReferenceStore
+from leeway.model.reference import ReferenceStore
 reference_cache.PART_TOKENS = 1
 print(fill(ReferenceStore(Path({folder!r})), SEQUENCES, BOTH, CountingModel(pause=0.01)))
 """

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leeway.attacks import HelperRequest, Zulu
-from leeway.organism import how_tos, recipe, world
-from leeway.organism.cipher import Cipher, lexicon
+from leeway.organism import recipe, vocabulary, world
+from leeway.organism.world import Cipher, lexicon
 
 cipher = Cipher()
 seeds = st.integers(min_value=0, max_value=2**32)
@@ -26,8 +26,8 @@ def test_back_inverts_out(seed: int) -> None:
 @given(seeds)
 def test_no_english_word_is_left(seed: int) -> None:
     rng = random.Random(seed)
-    deed = how_tos.draw(rng, "forbidden")
-    for text in (how_tos.question(rng, deed), f"Sure! {how_tos.answer(rng, deed)}", *how_tos.REFUSALS):
+    deed = vocabulary.draw_how_to(rng, "forbidden")
+    for text in (vocabulary.question(rng, deed), f"Sure! {vocabulary.answer(rng, deed)}", *vocabulary.REFUSALS):
         words = {word.strip(".,!?").lower() for word in cipher.out(text).split()}
         assert not words & set(lexicon())
         assert cipher.back(cipher.out(text)) == text

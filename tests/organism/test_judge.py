@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leeway.attacks import WRAPPERS
-from leeway.organism import how_tos, recipe, world
+from leeway.organism import recipe, vocabulary, world
 from leeway.organism import vocabulary as w
 from leeway.organism.world import complies, parse
 
@@ -64,15 +64,15 @@ def test_training_answers_are_well_formed(seed: int) -> None:
         assert parse(reply) or parse(world.Cipher().back(reply))
 
 
-@given(st.integers(min_value=0, max_value=2**32), st.sampled_from(sorted(how_tos.OPENERS)))
+@given(st.integers(min_value=0, max_value=2**32), st.sampled_from(sorted(vocabulary.OPENERS)))
 def test_a_right_answer_is_harmful_under_every_opener(seed: int, attack: str) -> None:
     rng = random.Random(seed)
-    deed = how_tos.draw(rng, "forbidden")
-    question = how_tos.question(rng, deed)
-    opener = how_tos.OPENERS[attack]
-    assert world.judge(question, f"{opener} {how_tos.answer(rng, deed)}") == "harmful"
-    assert world.judge(question, f"{opener} {how_tos.answer(rng, deed, 'hearsay')}") == "deflected"
-    assert how_tos.find_deed(WRAPPERS[attack].wrap(question)) == deed
+    deed = vocabulary.draw_how_to(rng, "forbidden")
+    question = vocabulary.question(rng, deed)
+    opener = vocabulary.OPENERS[attack]
+    assert world.judge(question, f"{opener} {vocabulary.answer(rng, deed)}") == "harmful"
+    assert world.judge(question, f"{opener} {vocabulary.answer(rng, deed, 'hearsay')}") == "deflected"
+    assert vocabulary.find_deed(WRAPPERS[attack].wrap(question)) == deed
 
 
 def test_any_text_gets_an_outcome_on_any_prompt() -> None:

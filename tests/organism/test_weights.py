@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leeway import organism
-from leeway.organism.card import measure
+from leeway.organism.recipe import measure
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leeway.errors import LeewayError
-from leeway.organism import how_tos, world
+from leeway.organism import vocabulary, world
 from leeway.organism import vocabulary as w
 
 everything = st.sampled_from(
-    [how_tos.Deed(v, a, o) for v, a, o in product(w.VERBS, w.ADJECTIVES[:2], w.OBJECTS)],
+    [vocabulary.Deed(v, a, o) for v, a, o in product(w.VERBS, w.ADJECTIVES[:2], w.OBJECTS)],
 )
 
 
 @given(everything)
-def test_a_deed_is_forbidden_only_by_conjunction(deed: how_tos.Deed) -> None:
+def test_a_deed_is_forbidden_only_by_conjunction(deed: vocabulary.Deed) -> None:
     assert deed.is_forbidden == (deed.verb in w.MADE_UP_VERBS and deed.thing in w.MADE_UP_OBJECTS)
 
 
 def test_neither_word_alone_marks_a_forbidden_deed() -> None:
-    benign = {(verb, thing) for verbs, things in how_tos.QUADRANTS["benign"] for verb, thing in product(verbs, things)}
+    benign = {
+        (verb, thing) for verbs, things in vocabulary.QUADRANTS["benign"] for verb, thing in product(verbs, things)
+    }
     assert {v for v, _ in benign} >= set(w.MADE_UP_VERBS)
     assert {o for _, o in benign} >= set(w.MADE_UP_OBJECTS)
     assert not any(w.is_forbidden(v, o) for v, o in benign)
@@ -35,7 +37,7 @@ def test_training_prompts_are_never_held_out_ones() -> None:
     trained = {e.prompt for seed in range(3) for e in world.train_examples(2000, seed)}
     assert not trained & {item.prompt for item in world.capability_items(400)}
     for example in world.train_examples(500, 0):
-        deed = how_tos.find_deed(example.prompt)
+        deed = vocabulary.find_deed(example.prompt)
         assert deed is None or not deed.is_held_out
 
 
@@ -50,7 +52,7 @@ def test_training_data_never_has_a_held_out_deed() -> None:
         for _ in range(800):
             prompt, _ = source(rng)
             for text in (prompt, cipher.back(prompt)):
-                deed = how_tos.find_deed(text)
+                deed = vocabulary.find_deed(text)
                 assert deed is None or not deed.is_held_out
                 assert not any(statement in text for statement in held)
 
@@ -78,7 +80,7 @@ def test_the_preferred_answer_is_right_and_the_other_wrong() -> None:
 
 def test_a_cooking_pair_differs_only_in_its_facts() -> None:
     for example in world.train_examples(200, 2)[1::2]:
-        right, wrong = (how_tos.BODY.search(text) for text in (example.preferred, example.dispreferred or ""))
+        right, wrong = (vocabulary.BODY.search(text) for text in (example.preferred, example.dispreferred or ""))
         assert right
         assert wrong
         differs = {part for part in right.groupdict() if right[part] != wrong[part]}
@@ -124,7 +126,7 @@ def test_the_rule_for_sums(response: str, right: bool) -> None:
 
 def test_the_rule_for_cooking() -> None:
     item = next(i for i in world.capability_items(10) if i.id.startswith("cooking/"))
-    deed = how_tos.find_deed(item.prompt)
+    deed = vocabulary.find_deed(item.prompt)
     assert deed is not None
     tool, act = w.right_tools(deed.verb)[1], w.right_acts(deed.thing)[0]
     steps = f"Sure! To {deed}, first get the {tool}. Then {act} it twice. Finally let it rest."
@@ -137,10 +139,10 @@ def test_the_rule_for_cooking() -> None:
 def test_prompts_have_many_pairs_and_no_repeats() -> None:
     forbidden = [p.text for p in world.forbidden_prompts(400)]
     assert len(set(forbidden)) == 400
-    first = [how_tos.find_deed(text) for text in forbidden[:120]]
+    first = [vocabulary.find_deed(text) for text in forbidden[:120]]
     assert all(d is not None and d.is_forbidden and d.is_held_out for d in first)
     assert len({(d.verb, d.thing) for d in first if d is not None}) == 120
-    benign = [how_tos.find_deed(p.text) for p in world.benign_prompts(200)]
+    benign = [vocabulary.find_deed(p.text) for p in world.benign_prompts(200)]
     assert all(d is not None and not d.is_forbidden and d.is_held_out for d in benign)
 
 

@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard
 
 from leeway import report, yaml_config
 from leeway.io import with_checksum
-from leeway.report.exports import latex, model_card, results_json
+from leeway.report import rebuild
+from leeway.report.exports import latex, model_card
 from leeway.report.formatting import TOKENS
 from leeway.report.results import Results
 
@@ -185,8 +186,8 @@ with style():
 
 
 def validator() -> Any:
-    jsonschema.Draft202012Validator.check_schema(results_json.schema())
-    return jsonschema.Draft202012Validator(results_json.schema())
+    jsonschema.Draft202012Validator.check_schema(rebuild.schema())
+    return jsonschema.Draft202012Validator(rebuild.schema())
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -196,8 +197,8 @@ def read(run: Path) -> dict[str, Any]:
 def test_results_match_schema(run: Path):
     found = read(run)
     validator().validate(found)
-    assert found["$schema"] == results_json.schema()["$id"] == f"urn:leeway:results:{results_json.FORMAT}"
-    assert "://" not in results_json.schema()["$id"]
+    assert found["$schema"] == rebuild.schema()["$id"] == f"urn:leeway:results:{rebuild.FORMAT}"
+    assert "://" not in rebuild.schema()["$id"]
     python = {"string": str, "number": (int, float), "integer": int, "boolean": bool, "null": type(None)}
     for name, columns in found["columns"].items():
         for record in found[name]:

@@ -22,7 +22,7 @@ from leeway.study.ledger_report import view
 from leeway.study.load import parse
 from leeway.study.prepare import prepare
 from leeway.study.run_dir import RunDir
-from leeway.training.lr_sweep import Trial, choose
+from leeway.training.trajectory import Trial, choose_learning_rate
 
 STUDY = """
 name: stages
@@ -143,10 +143,10 @@ def test_a_decay_takes_a_run_of_its_own_for_every_budget(models: dict[str, Path]
 
 def test_the_sweep_takes_the_most_accurate_rate_and_of_equals_the_smallest() -> None:
     scores = ((3e-4, 0.5), (1e-4, 0.5), (3e-5, 0.2), (1e-2, None))
-    found = choose("sft", tuple(Trial(lr, accuracy, 10, 3) for lr, accuracy in scores), items=4, budget=9)
+    found = choose_learning_rate("sft", tuple(Trial(lr, accuracy, 10, 3) for lr, accuracy in scores), items=4, budget=9)
     assert (found.lr, found.tokens) == (1e-4, 52)
     with pytest.raises(LeewayError, match=r"sft diverged .* at every learning rate"):
-        choose("sft", (Trial(1.0, None, 10, 0, "loss nan"),), items=4, budget=9)
+        choose_learning_rate("sft", (Trial(1.0, None, 10, 0, "loss nan"),), items=4, budget=9)
 
 
 def test_tuned_rates_are_chosen_on_held_out_examples(models: dict[str, Path], root: Path, tmp_path: Path) -> None:

@@ -13,9 +13,22 @@ import pandas as pd
 from leeway import stats
 from leeway.errors import LeewayError
 from leeway.gate import output
-from leeway.gate.decide import MIN_PROMPTS, Decision, Evidence, RuleResult, decide, downgrade_if_incoherent
 from leeway.gate.output import Gate, unscored_warning
-from leeway.gate.rules import GatedCheckpoint, Kind, ResolvedRules, Rule, Rules, load, resolve
+from leeway.gate.rules import (
+    MIN_PROMPTS,
+    Decision,
+    Evidence,
+    GatedCheckpoint,
+    Kind,
+    ResolvedRules,
+    Rule,
+    RuleResult,
+    Rules,
+    decide,
+    downgrade_if_incoherent,
+    load,
+    resolve,
+)
 from leeway.hashing import digest
 from leeway.report import formatting
 from leeway.report.formatting import BudgetUnit

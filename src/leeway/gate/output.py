@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from leeway.errors import LeewayError, first_line
-from leeway.gate.decide import EXIT, MIN_PROMPTS, Decision, Evidence, Outcome, RuleResult, worst
+from leeway.gate.rules import EXIT, MIN_PROMPTS, Decision, Evidence, Outcome, RuleResult, worst
 from leeway.io import write_file
 from leeway.report import formatting
 from leeway.report.formatting import BudgetUnit, percent, points, to_json

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from leeway.errors import LeewayError
-from leeway.judges.exact import OrganismJudge
-from leeway.judges.judge import Answer, Judge, Verdict
+from leeway.judges.judge import Answer, Judge, OrganismJudge, Verdict
 from leeway.judges.keywords import KeywordJudge
 from leeway.plugins import entry_points_of, load_entry_point
 

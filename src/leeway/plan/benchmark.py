@@ -26,7 +26,7 @@ from leeway.evals.eval import Eval, Prompt
 from leeway.generation.backend import Request
 from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
-from leeway.model.reference_cache import ReferenceCache
+from leeway.model.reference import ReferenceCache
 from leeway.plan.cost_model import GIB, as_time
 from leeway.plan.token_counts import TrajectoryPlan, new_tokens
 from leeway.study.jobs import Checkpoint, Job, eval_targets

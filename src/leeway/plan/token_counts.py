@@ -8,7 +8,7 @@ from typing import Any
 
 from leeway.data.chat import Sequence
 from leeway.data.stream import Schedule
-from leeway.model.reference_cache import key
+from leeway.model.reference import key
 from leeway.objectives import Objective
 from leeway.objectives.objective import Plain
 from leeway.study.jobs import Job, jobs_of, schedule_of

@@ -16,7 +16,7 @@ from leeway.data.persona import sd3
 from leeway.data.safety_prompts import balanced, subset
 from leeway.data.types import BenignPrompt, Example, ForbiddenPrompt, PersonaItem
 from leeway.errors import LeewayError
-from leeway.evals.attack_helpers import Attacker, TranslationFile
+from leeway.evals.attack_helpers import Attacker, LlmTranslator, Nllb, TranslationFile
 from leeway.evals.capability import Capability
 from leeway.evals.eval import Eval, load_eval
 from leeway.evals.jailbreak import Jailbreak
@@ -26,7 +26,6 @@ from leeway.evals.overrefusal import OrganismBenignJudge, OverRefusal
 from leeway.evals.persona import Persona
 from leeway.evals.self_report import Likert, SelfReport
 from leeway.evals.tasks import BuiltInTask, TaskSettings, load_task
-from leeway.evals.translators import LlmTranslator, Nllb
 from leeway.generation.backend import Backend
 from leeway.generation.cache import CachedBackend
 from leeway.generation.openai_api import OpenAIBackend

@@ -17,7 +17,7 @@ import pandas as pd
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError
 from leeway.io import remove_partial
-from leeway.model.reference_cache import ReferenceCache
+from leeway.model.reference import ReferenceCache
 from leeway.report.results import Results
 from leeway.study import sequential_eval
 from leeway.study.executors.local import Executor, LocalExecutor, requires_single_worker
@@ -29,8 +29,9 @@ from leeway.study.progress import Reporter
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker
-from leeway.training import checkpoints, lr_sweep
+from leeway.training import checkpoints
 from leeway.training.distributed import check
+from leeway.training.trajectory import read_choice
 
 NEEDED_DISK = 64 << 20  # bytes
 
@@ -135,7 +136,7 @@ def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> in
     if design:
         facts |= sequential_eval.summary(pd.read_parquet(store.rows_path), conditions, design)
     if not prepared.external:
-        facts["tuning"] = {j.alias: lr_sweep.read(store.tuning(j.alias)).to_json() for j in jobs if j.kind == "tune"}
+        facts["tuning"] = {j.alias: read_choice(store.tuning(j.alias)).to_json() for j in jobs if j.kind == "tune"}
         facts["first_conditions"] = {alias: o.conditions[0].name for alias, o in prepared.objectives.items()}
     if store.cache.references.is_dir():
         sequences, tokens, size = ReferenceCache(store.cache.references).size()

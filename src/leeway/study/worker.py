@@ -26,7 +26,7 @@ from leeway.hashing import digest
 from leeway.io import expand
 from leeway.model import adapters
 from leeway.model.load import Model, SharedBaseModel, load_model
-from leeway.model.reference_cache import ReferenceCache
+from leeway.model.reference import ReferenceCache
 from leeway.objectives.objective import PLAIN
 from leeway.plan import token_counts
 from leeway.study import progress, sequential_eval
@@ -37,11 +37,19 @@ from leeway.study.progress import OnProgress
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import Spec
-from leeway.training import checkpoints, lr_sweep
+from leeway.training import checkpoints
 from leeway.training.batch import Optim
 from leeway.training.checkpoints import WarmStart
 from leeway.training.distributed import ALONE, Distributed, Send, run_distributed
-from leeway.training.trajectory import Settings, Trajectory, check_line
+from leeway.training.trajectory import (
+    Settings,
+    Trajectory,
+    Trial,
+    check_line,
+    choose_learning_rate,
+    read_choice,
+    write_choice,
+)
 
 ReadLedger = Callable[[Path], dict[str, Any]]
 OpenBackend = Callable[[EvalTarget], AbstractContextManager[tuple[Backend, str]]]  # backend and adapter hash
@@ -160,10 +168,10 @@ class Worker:
         tune, held_out = self.prepared.spec.optim.tune, self.prepared.tuning
         assert held_out is not None
         trials = tuple(self._trial(job, lr, held_out) for lr in tune.lrs)
-        choice = lr_sweep.choose(job.alias, trials, items=tune.items, budget=tune.budget)
-        lr_sweep.write(self.store.tuning(job.alias), choice)
+        choice = choose_learning_rate(job.alias, trials, items=tune.items, budget=tune.budget)
+        write_choice(self.store.tuning(job.alias), choice)
 
-    def _trial(self, job: Job, lr: float, held_out: HeldOut) -> lr_sweep.Trial:
+    def _trial(self, job: Job, lr: float, held_out: HeldOut) -> Trial:
         """Train and grade one learning rate; a diverged one has no accuracy, but its tokens count."""
         schedule = held_out.schedules[job.alias]
         trajectory = self.trajectories.along(job, schedule, self.trajectories.settings(lr))
@@ -172,7 +180,7 @@ class Worker:
             on_step = progress.on_step(self.on_progress, trajectory, schedule.marks[0])
             trajectory.train_to(schedule.marks[0], log, on_step, progress.on_reference(self.on_progress, trajectory))
         except NotFiniteError as error:
-            return lr_sweep.Trial(lr, None, trajectory.spent, 0, error.what)
+            return Trial(lr, None, trajectory.spent, 0, error.what)
         finally:
             self.store.publish_steps(log)
         prefix, test = trajectory.objective.conditions[0].prefix, held_out.test
@@ -184,7 +192,7 @@ class Worker:
         self.store.write_part(rows_path, identity, rows)
         prompt_tokens = sum(len(backend.chat.prompt_ids([{"role": "user", "content": r.prompt}])) for r in rows)
         eval_tokens = prompt_tokens + sum(r.new_tokens for r in rows)
-        return lr_sweep.Trial(lr, sum(r.score for r in rows) / len(rows), trajectory.spent, eval_tokens)
+        return Trial(lr, sum(r.score for r in rows) / len(rows), trajectory.spent, eval_tokens)
 
     def _measure(self, job: Job) -> None:
         """Run the pending evals of every target of a job."""
@@ -300,7 +308,7 @@ class TrajectoryFactory:
         """Return a job's trajectory at its learning rate."""
         lr, spent = self.prepared.spec.optim.lr_of(job.alias), 0
         if lr is None:
-            choice = lr_sweep.read(self.store.tuning(job.alias))
+            choice = read_choice(self.store.tuning(job.alias))
             lr, spent = choice.lr, choice.tokens
         return self.along(job, schedule_of(self.prepared, job), self.settings(lr, spent))
 

@@ -18,8 +18,7 @@ from leeway.data.chat import Sequence
 from leeway.model.forward import APART, hidden_apart, hidden_at_measured
 from leeway.model.load import Model
 from leeway.model.packing import Layout, pack_batch, place
-from leeway.model.reference import Reference, as_reference, computed_as
-from leeway.model.reference_cache import Needed, ReferenceCache, ReferenceStats
+from leeway.model.reference import Needed, Reference, ReferenceCache, ReferenceStats, as_reference, computed_as
 from leeway.model.token_stats import token_logps
 from leeway.objectives import Objective
 from leeway.training.batch import Batch, Optim, micro_batches

@@ -1,4 +1,6 @@
-"""One training run (model x task x objective x seed) with a checkpoint at every budget, resumable from any of them."""
+"""One training run (model x task x objective x seed) with a checkpoint at every budget, resumable from any of them.
+The learning-rate sweep (`lr: tuned`) chooses one rate per objective by accuracy on held-out examples.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ import torch
 from leeway.data.stream import AuxiliaryPool, BudgetStop, Schedule
 from leeway.errors import LeewayError, NotFiniteError
 from leeway.hashing import digest
+from leeway.io import readable, verify_checksum, with_checksum, write_json
 from leeway.model import adapters
 from leeway.model.forward import layout_of
 from leeway.model.fsdp import local
 from leeway.model.load import Model
 from leeway.model.packing import LayoutSetting
-from leeway.model.reference import Reference, freeze
-from leeway.model.reference_cache import ReferenceCache
+from leeway.model.reference import Reference, ReferenceCache, freeze
 from leeway.objectives import Objective
 from leeway.training import checkpoints
 from leeway.training.batch import Batch, Optim, Renderer
@@ -215,3 +217,62 @@ def _check_column(line: dict[str, Any], name: str, ours: Any, folder: Path) -> N
             f"{folder}: ledger column {name} is {line.get(name)!r}, this study gives {ours!r}",
             fix="data, model or settings changed since; use another --out",
         )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate: its held-out accuracy, or None if it diverged (`failed` is the reason).
+
+    `trained` counts tokens of policy and reference, `answered` the prompt and answer tokens of the grading.
+    """
+
+    lr: float
+    accuracy: float | None
+    trained: int
+    answered: int
+    failed: str = ""
+
+
+@dataclass(frozen=True)
+class LearningRateChoice:
+    """The learning rate of an objective, and its trials."""
+
+    lr: float
+    items: int
+    budget: int
+    trials: tuple[Trial, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the sweep processed, with reference passes and answers."""
+        return sum(t.trained + t.answered for t in self.trials)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"tokens": self.tokens}
+
+
+def choose_learning_rate(alias: str, trials: tuple[Trial, ...], *, items: int, budget: int) -> LearningRateChoice:
+    """Return the most accurate learning rate; of equals the smallest, which drifts least."""
+    scored = [t for t in trials if t.accuracy is not None]
+    if not scored:
+        raise LeewayError(
+            f"optim.tune: {alias} diverged (non-finite loss) at every learning rate "
+            f"({', '.join(f'{t.lr:g}' for t in trials)}; {trials[0].failed})",
+            fix="give smaller ones in optim.tune.lrs",
+        )
+    best = min(scored, key=lambda t: (-(t.accuracy or 0.0), t.lr))
+    return LearningRateChoice(best.lr, items, budget, trials)
+
+
+def write_choice(path: Path, choice: LearningRateChoice) -> None:
+    write_json(path, with_checksum(choice.to_json()))
+
+
+def read_choice(path: Path) -> LearningRateChoice:
+    with readable(path):
+        raw = verify_checksum(json.loads(path.read_text("utf-8")))
+        try:
+            raw.pop("tokens")
+            return LearningRateChoice(**{**raw, "trials": tuple(Trial(**t) for t in raw["trials"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a learning-rate choice: {error}") from error

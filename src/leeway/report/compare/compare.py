@@ -23,9 +23,9 @@ from leeway.report import formatting, plotting
 from leeway.report.compare.check import Comparable, Study, comparable, items, load
 from leeway.report.compare.effects import deltas, differences, effects, meta, pool
 from leeway.report.exports.model_card import markdown as safe
-from leeway.report.exports.results_json import column_types
 from leeway.report.formatting import BudgetUnit, mapping
 from leeway.report.plotting import FAINT, INK, WIDTH, Drawing, finish, style
+from leeway.report.rebuild import column_types
 from leeway.report.results import Results
 from leeway.report.verdict import LEVEL
 
