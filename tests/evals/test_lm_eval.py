@@ -17,7 +17,7 @@ import torch
 from leeway.errors import LeewayError
 from leeway.evals import lm_eval as ours
 from leeway.evals.eval import is_retryable
-from leeway.evals.lm_eval import LmEval, kept_apart
+from leeway.evals.lm_eval import LmEval, isolated
 from leeway.generation.transformers import TransformersBackend
 from leeway.model.load import load_model
 
@@ -82,7 +82,7 @@ def theirs(backend: TransformersBackend, task: str, include: str, **other: Any) 
     from lm_eval.tasks import TaskManager
 
     lm = HFLM(pretrained=backend.model.lm, tokenizer=backend.model.chat.tokenizer, batch_size=4)
-    with kept_apart():
+    with isolated():
         found: dict[str, Any] = lm_eval.simple_evaluate(
             model=lm,
             tasks=[task],
@@ -161,7 +161,7 @@ def test_shots_prefix_and_limit(backend: TransformersBackend, tasks: str) -> Non
     ]
     assert len({e.hash for e in [shots, *others]}) == 5
     assert LmEval("own_choice", shots=2, include_path=tasks, limit=3).hash == shots.hash
-    with pytest.raises(LeewayError, match="where no prefix can stand"):
+    with pytest.raises(LeewayError, match="which a prefix needs"):
         others[3].run(marked, lambda _: None)
 
 
@@ -183,7 +183,7 @@ def test_what_cannot_be_scored_says_why(backend: TransformersBackend, tasks: str
     rows = LmEval("own_say", metric="f1", include_path=tasks).run(backend, lambda _: None)
     assert all(math.isnan(r.score) for r in rows)
     assert {r.unscored_reason for r in rows} == {"lm-eval: own_say computes no f1 per item (it has: exact_match)"}
-    monkeypatch.setattr(ours.Answers, "loglikelihood", lambda _self, pairs: [(math.nan, False)] * len(pairs))
+    monkeypatch.setattr(ours.HarnessBackend, "loglikelihood", lambda _self, pairs: [(math.nan, False)] * len(pairs))
     rows = LmEval("own_choice", include_path=tasks).run(backend, lambda _: None)
     assert {r.unscored_reason for r in rows} == {"no answer: the model's logits are not finite"}
     assert not any(is_retryable(r.unscored_reason) for r in rows)

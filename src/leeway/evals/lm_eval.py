@@ -1,17 +1,13 @@
-"""Any task of the lm-evaluation-harness (EleutherAI, `pip install 'leeway[lm-eval]'`) on the checkpoint as it stands.
+"""Any task of the lm-evaluation-harness (EleutherAI, `pip install 'leeway[lm-eval]'`), run on a checkpoint.
 
-lm-eval makes the requests and computes the metrics; the model answers them here, so that prefix, control tokens and
-template are those of every other eval. In chat (the default) an answer's ids are joined to the rendered prompt's;
-without it contexts are plain text, tokenised and split as lm-eval's own Hugging Face model does. Nothing is truncated:
-what does not fit into the context is an error. Answers are greedy.
+lm-eval creates the requests and computes the metrics; the model answers here, under the same prefix, control tokens and
+template as every other eval. In chat (the default) an answer's ids follow the rendered prompt's; otherwise contexts are
+plain text, tokenised and split as in lm-eval's own Hugging Face model. Nothing is truncated: a request longer than the
+context is an error. Answers are greedy.
 
-An item's score is its own value of one metric, in [0, 1]: the one that is set, else the first of acc, acc_norm and
-exact_match that the task computes, under its first filter. A task without one, and a model whose log-likelihoods are no
-numbers, leave items unscored.
-
-A checkpoint as lm-eval's requests want it: log-likelihoods of continuations, and greedy answers to a stop string.
-
-lm-eval as a library: found or missed in one line, its random numbers, log and bars apart, its model protocol.
+An item's score is its value of one metric in [0, 1]: the `metric` setting, else the first of acc, acc_norm and
+exact_match that the task computes, under its first filter. Items without such a metric, or with non-finite
+log-likelihoods, are unscored.
 """
 
 from __future__ import annotations
@@ -44,29 +40,29 @@ from leeway.hashing import digest
 from leeway.model.load import decoder
 
 
-class Answers:
-    """Answers lm-eval's requests with the transformers backend; batches depend on the requests alone.
+class HarnessBackend:
+    """Answer lm-eval's requests with the transformers backend; batches depend only on the requests.
 
-    `failed` holds the contexts to which the model had no answer, with the reason: lm-eval itself is told an empty one.
+    `failed` maps contexts without an answer to the reason; lm-eval receives an empty answer for them.
     """
 
-    def __init__(self, backend: TransformersBackend, in_chat: bool, told: Callable[[int], None]) -> None:
-        self.backend, self.in_chat, self.told = backend, in_chat, told
+    def __init__(self, backend: TransformersBackend, in_chat: bool, on_answered: Callable[[int], None]) -> None:
+        self.backend, self.in_chat, self.on_answered = backend, in_chat, on_answered
         self.model, self.chat, self.batch = backend.model, backend.chat, backend.batch
         self.rendered: dict[str, tuple[int, ...]] = {}
         self.failed: dict[str, str] = {}
 
     def render(self, history: Conversation, generate: bool) -> str:
-        """The prompt as text, its ids kept; an opening that the task puts into the answer's mouth is joined to it."""
-        asked, opening = (history, "") if generate else (history[:-1], history[-1]["content"])
+        """Return the prompt as text and record its ids, including an answer prefix that the task sets."""
+        turns, opening = (history, "") if generate else (history[:-1], history[-1]["content"])
         try:
-            ids = self.chat.prompt_ids(asked)
+            ids = self.chat.prompt_ids(turns)
         except Exception as error:
             raise LeewayError(
                 f"model {self.model.name}: its chat template cannot render a task's turns ({error})",
                 fix="use another task, or chat: false",
             ) from error
-        text = self.chat.prompt_text(asked) + opening
+        text = self.chat.prompt_text(turns) + opening
         self.rendered[text] = ids + (self.chat.ids(opening) if opening else ())
         return text
 
@@ -76,7 +72,7 @@ class Answers:
         return self._plain(text)
 
     def _plain(self, text: str) -> tuple[int, ...]:
-        """Text as it is, with what the tokenizer itself puts before any (a BOS, say), once."""
+        """Tokenise plain text with the tokenizer's own special tokens (such as BOS) once."""
         bos = self.chat.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
         return tuple(self.chat.tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -98,7 +94,7 @@ class Answers:
 
     @torch.no_grad()
     def loglikelihood(self, pairs: Seq[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Of each pair the sum of the continuation's log-probabilities, and whether every token is the likeliest."""
+        """Return each continuation's summed log-probability, and whether every token is the most likely."""
         encoded = [self._pair(*p) for p in pairs]
         for context, continuation in encoded:
             self._check_room(len(context) + len(continuation))
@@ -114,7 +110,7 @@ class Answers:
                 target_T = torch.tensor(continuation, device=logp_TV.device)
                 total = logp_TV.gather(1, target_T[:, None]).sum()
                 out[i] = (float(total), bool((logp_TV.argmax(-1) == target_T).all()))
-            self.told(len(chosen))
+            self.on_answered(len(chosen))
         return out
 
     def _hidden(self, sequences: Seq[tuple[int, ...]]) -> Tensor:
@@ -127,32 +123,32 @@ class Answers:
 
     @torch.no_grad()
     def generate(self, pairs: Seq[tuple[str, dict[str, Any]]]) -> list[str]:
-        """Greedy answers, each cut before the first of its task's stop strings."""
-        asked = [(self._context(context), _settings(settings)) for context, settings in pairs]
-        for ids, (limit, _) in asked:
+        """Return greedy answers, each cut before its first stop string."""
+        encoded = [(self._context(context), _settings(settings)) for context, settings in pairs]
+        for ids, (limit, _) in encoded:
             self._check_room(len(ids) + limit)
-        order = sorted(range(len(asked)), key=lambda i: (asked[i][1], len(asked[i][0]), i))
-        out = [""] * len(asked)
+        order = sorted(range(len(encoded)), key=lambda i: (encoded[i][1], len(encoded[i][0]), i))
+        out = [""] * len(encoded)
         while order:
-            settings = asked[order[0]][1]
-            chosen = [i for i in order[: self.batch] if asked[i][1] == settings]
+            settings = encoded[order[0]][1]
+            chosen = [i for i in order[: self.batch] if encoded[i][1] == settings]
             order = order[len(chosen) :]
             limit, until = settings
-            said = _Said(self.chat, max(len(asked[i][0]) for i in chosen), until)
-            answers = self.backend.greedy([asked[i][0] for i in chosen], limit, [said] if until else [])
+            stopper = _StopOnString(self.chat, max(len(encoded[i][0]) for i in chosen), until)
+            answers = self.backend.greedy([encoded[i][0] for i in chosen], limit, [stopper] if until else [])
             for i, (new, failure) in zip(chosen, answers, strict=True):
                 if failure:
                     self.failed[pairs[i][0]] = failure
                 else:
                     out[i] = _before(until, self.chat.decode(new))
-            self.told(len(chosen))
+            self.on_answered(len(chosen))
         return out
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.model.context:
             raise LeewayError(
                 f"model {self.model.name}: a request of {tokens} tokens exceeds its context of {self.model.context}",
-                fix="ask with fewer shots, or leave the task out",
+                fix="use fewer shots, or remove the task",
             )
 
 
@@ -160,8 +156,8 @@ def _before(until: Seq[str], text: str) -> str:
     return text[: min([at for u in until if (at := text.find(u)) >= 0], default=len(text))]
 
 
-class _Said:
-    """Ends an answer once one of the stop strings stands in it."""
+class _StopOnString:
+    """Stop a sequence once it contains one of the stop strings."""
 
     def __init__(self, chat: Chat, start: int, until: tuple[str, ...]) -> None:
         self.chat, self.start, self.until = chat, start, until
@@ -169,20 +165,20 @@ class _Said:
 
     def __call__(self, ids_BL: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002 - the library's protocol
         new = ids_BL[:, max(self.start, ids_BL.shape[1] - self.window) :].tolist()
-        said = [any(u in self.chat.decode(row) for u in self.until) for row in new]
-        return torch.tensor(said, device=ids_BL.device)
+        done = [any(u in self.chat.decode(row) for u in self.until) for row in new]
+        return torch.tensor(done, device=ids_BL.device)
 
 
 def _settings(settings: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """(most new tokens, stop strings) of a generation request; lm-eval's default is 256 tokens."""
+    """Return (maximum new tokens, stop strings) of a generation request; lm-eval's default is 256 tokens."""
     if settings.get("do_sample") and float(settings.get("temperature", 1.0)) > 0:
-        raise LeewayError("evals.capability: an lm-eval task draws its answers", fix="use a task with greedy answers")
+        raise LeewayError("evals.capability: an lm-eval task samples its answers", fix="use a task with greedy answers")
     until = settings.get("until") or ()
     limit = settings.get("max_gen_toks") or settings.get("max_new_tokens") or settings.get("max_tokens") or 256
     return int(limit), (until,) if isinstance(until, str) else tuple(u for u in until if u)
 
 
-SEED = 1234  # of lm-eval's own draws: which examples are shots, say
+SEED = 1234  # of lm-eval's own sampling, such as few-shot examples
 
 
 def harness() -> Any:
@@ -195,7 +191,7 @@ def harness() -> Any:
 
 
 def manager(task: str, include_path: str | None) -> Any:
-    """The index of tasks: a folder of one's own where the task is there, else lm-eval's too (a minute to read)."""
+    """Return the task index: the user's folder if it has the task, else lm-eval's too (takes a minute)."""
     if include_path and task in (own := _index(include_path, False)).all_tasks:
         return own
     return _index(include_path, True)
@@ -213,8 +209,8 @@ def version() -> str:
 
 
 @contextlib.contextmanager
-def kept_apart() -> Iterator[None]:
-    """Leave the random numbers of others as they were, and keep lm-eval's log and bars from between our lines."""
+def isolated() -> Iterator[None]:
+    """Restore the global random states afterwards, and suppress lm-eval's log and progress bars."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     disabled = logging.root.manager.disable
@@ -235,25 +231,25 @@ def kept_apart() -> Iterator[None]:
 
 
 class Recorder:
-    """Stands in for a model: keeps what it is asked and says nothing."""
+    """A model stand-in that records requests and returns empty answers."""
 
     def __init__(self) -> None:
-        self.asked: list[list[Any]] = []
+        self.requests: list[list[Any]] = []
 
     def render(self, history: Conversation, generate: bool) -> str:
         return json.dumps([history, generate], ensure_ascii=False)
 
     def loglikelihood(self, pairs: Seq[tuple[str, str]]) -> list[tuple[float, bool]]:
-        self.asked += [list(p) for p in pairs]
+        self.requests += [list(p) for p in pairs]
         return [(0.0, False)] * len(pairs)
 
     def generate(self, pairs: Seq[tuple[str, dict[str, Any]]]) -> list[str]:
-        self.asked += [[context, json.dumps(settings, sort_keys=True, default=str)] for context, settings in pairs]
+        self.requests += [[context, json.dumps(settings, sort_keys=True, default=str)] for context, settings in pairs]
         return [""] * len(pairs)
 
 
-def as_lm(answers: Recorder | Answers) -> Any:
-    """lm-eval's model protocol over one of ours; its class exists only where the extra is installed."""
+def as_lm(answers: Recorder | HarnessBackend) -> Any:
+    """Return an lm-eval model that forwards to ours; its class exists only if the extra is installed."""
     harness()
     base = importlib.import_module("lm_eval.api.model").LM
 
@@ -268,7 +264,7 @@ def as_lm(answers: Recorder | Answers) -> Any:
 
         def loglikelihood_rolling(self, requests: Any) -> list[float]:
             raise LeewayError(
-                f"evals.capability: lm-eval:{requests[0].task_name} measures perplexity, which is no score in [0, 1]",
+                f"evals.capability: lm-eval:{requests[0].task_name} measures perplexity, not a score in [0, 1]",
                 fix="use a task with acc, acc_norm or exact_match",
             )
 
@@ -284,10 +280,10 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class LmEval(Eval):
-    """One task, or one group of tasks; `limit` takes a fixed random subset of each, `shots` are drawn by lm-eval.
+    """One task or group; `limit` takes a fixed random subset of each task, `shots` are sampled by lm-eval.
 
-    `prepared` runs once over all items with a stand-in for the model, so that items, prompts and faults are known
-    before anything is trained. Raises LeewayError where the extra, the task or its data are missing.
+    `prepared` runs once over all items with a stand-in model, so that items, prompts and errors are known before
+    training. Raises LeewayError if the extra, the task or its data are missing.
     """
 
     task: str
@@ -322,47 +318,47 @@ class LmEval(Eval):
 
     @cached_property
     def prepared(self) -> Prepared:
-        stand_in = Recorder()
-        samples = self._evaluate(as_lm(stand_in), None)
-        items = tuple(dict.fromkeys((task, s["doc_id"]) for task, found in samples.items() for s in found))
+        recorder = Recorder()
+        samples = self._evaluate(as_lm(recorder), None)
+        items = tuple(dict.fromkeys((task, s["doc_id"]) for task, own in samples.items() for s in own))
         if not items:
             raise LeewayError(f"evals.capability: lm-eval:{self.task} has no items", fix="check the task")
-        targets = [[task, s["doc_id"], str(s["target"])] for task, found in samples.items() for s in found]
-        taken = {task: sorted({int(s["doc_id"]) for s in found}) for task, found in samples.items()}
+        targets = [[task, s["doc_id"], str(s["target"])] for task, own in samples.items() for s in own]
+        taken = {task: sorted({int(s["doc_id"]) for s in own}) for task, own in samples.items()}
         chosen = {t: subset(ids, self.limit, f"lm-eval/{t}") for t, ids in taken.items()}
         kept = tuple(i for i in items if i[1] in set(chosen[i[0]]))
-        content = digest(stand_in.asked, targets, [list(i) for i in kept])
-        requests = round(len(stand_in.asked) * len(kept) / len(items))
+        content = digest(recorder.requests, targets, [list(i) for i in kept])
+        requests = round(len(recorder.requests) * len(kept) / len(items))
         return Prepared(kept, content, chosen if self.limit is not None else None, max(1, requests))
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         if not isinstance(backend, TransformersBackend):
             raise LeewayError(
                 f"evals.capability: lm-eval:{self.task} needs the model itself, and {type(backend).__name__} has none",
-                fix="use the transformers backend for it, or leave it out",
+                fix="use the transformers backend, or remove it",
             )
         if backend.prefix and not self.chat:
             raise LeewayError(
-                f"evals.capability: lm-eval:{self.task} asks without a chat template, where no prefix can stand",
-                fix="set chat: true for it, or leave out what is measured under a prefix",
+                f"evals.capability: lm-eval:{self.task} runs without a chat template, which a prefix needs",
+                fix="set chat: true, or remove the conditions with a prefix",
             )
-        told = _Told(tick, len(self), self.prepared.requests)
-        answers = Answers(backend, self.chat, told)
+        progress = _ItemProgress(tick, len(self), self.prepared.requests)
+        answers = HarnessBackend(backend, self.chat, progress)
         samples = self._evaluate(as_lm(answers), self.prepared.chosen)
-        told.finish()
+        progress.finish()
         template = digest(backend.template_hash, self.name, self.judge, self.chat, self.shots)
         return [
             self._row(task, sample, template, answers)
-            for task, found in samples.items()
-            for sample in sorted(_first_filter(found), key=lambda s: int(s["doc_id"]))
+            for task, own in samples.items()
+            for sample in sorted(_first_filter(own), key=lambda s: int(s["doc_id"]))
         ]
 
     def _evaluate(self, lm: Any, chosen: dict[str, list[int]] | None) -> dict[str, list[Sample]]:
-        """lm-eval's samples by task. Its seeds, log and bars stay inside."""
+        """Return lm-eval's samples by task, with its seeds, log and progress bars isolated."""
         harness()
         try:
-            with kept_apart():
-                found = importlib.import_module("lm_eval.evaluator").evaluate(
+            with isolated():
+                result = importlib.import_module("lm_eval.evaluator").evaluate(
                     lm=lm,
                     task_dict=self._loaded(),
                     samples=chosen,
@@ -377,17 +373,17 @@ class LmEval(Eval):
                 f"evals.capability: lm-eval:{self.task} cannot be run ({type(error).__name__}: {first_line(error)})",
                 fix="check the task's name (lm_eval --tasks list), include_path, and the network or its data files",
             ) from error
-        samples: dict[str, list[Sample]] = found["samples"]
+        samples: dict[str, list[Sample]] = result["samples"]
         return samples
 
     def _loaded(self) -> dict[str, Any]:
-        """The tasks with their shots set and their draws at the beginning."""
+        """Return the tasks with their number of shots and sampling seed set."""
         loaded: dict[str, Any] = self._tasks
         for name, task in loaded["tasks"].items():
             given = task.get_config("num_fewshot")
             if given == 0 and self.shots:
                 raise LeewayError(
-                    f"evals.capability: lm-eval:{name} has its own prompt and takes no shots", fix="leave shots out"
+                    f"evals.capability: lm-eval:{name} has its own prompt and takes no shots", fix="remove shots"
                 )
             task.set_config(key="num_fewshot", value=(given or 0) if self.shots is None else self.shots)
             task.set_fewshot_seed(seed=SEED)
@@ -398,14 +394,13 @@ class LmEval(Eval):
         loaded: dict[str, Any] = manager(self.task, self.include_path).load([self.task])
         return loaded
 
-    def _row(self, task: str, sample: Sample, template: str, answers: Answers) -> Row:
+    def _row(self, task: str, sample: Sample, template: str, answers: HarnessBackend) -> Row:
         score, metric, reason = self._scored(task, sample, answers.failed)
-        said = sample["filtered_resps"]
         arguments = [list(a) for a in sample["arguments"]]
         generated = [r for resps in sample["resps"] for r in resps if isinstance(r, str)]
         response = generated[0] if generated else _likeliest(sample)
         raw = {
-            "filtered": said,
+            "filtered": sample["filtered_resps"],
             "filter": sample["filter"],
             "metric": metric,
             "metrics": {m: _plain(sample.get(m)) for m in sample["metrics"]},
@@ -429,7 +424,7 @@ class LmEval(Eval):
         )
 
     def _scored(self, task: str, sample: Sample, failed: Mapping[str, str]) -> tuple[float, str | None, str | None]:
-        """(score, its metric, None), or (NaN, the metric where there is one, why it is not scored)."""
+        """Return (score, its metric, None), or (NaN, the metric if any, the reason)."""
         wanted = (self.metric,) if self.metric else PRIMARY
         metric = next((m for m in sample["metrics"] if m in wanted), None)
         if metric is None:
@@ -448,7 +443,7 @@ class LmEval(Eval):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a task asks: (task, doc_id) of each item, a hash over all of it, what `limit` chose, how many requests."""
+    """Items as (task, doc_id), their content hash, the subset that `limit` chose, and the number of requests."""
 
     items: tuple[tuple[str, int], ...]
     content: str
@@ -461,7 +456,7 @@ def _first_filter(samples: Seq[Sample]) -> list[Sample]:
 
 
 def _likeliest(sample: Sample) -> str:
-    """The continuation with the largest log-likelihood; where there is one alone, whether it is the greedy one."""
+    """Return the most likely continuation; for a single one, whether it is greedy."""
     numbers = [r[0] for r in sample["resps"]]
     if len(numbers) == 1:
         return f"greedy: {numbers[0][1]}"
@@ -473,8 +468,8 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.number) else value
 
 
-class _Told:
-    """Turns answered requests into answered items, which there are fewer of."""
+class _ItemProgress:
+    """Convert answered requests into answered items, of which there are fewer."""
 
     def __init__(self, tick: Tick, items: int, requests: int) -> None:
         self.tick, self.items, self.requests, self.done, self.given = tick, items, requests, 0, 0

@@ -1,1 +1,1 @@
-"""Who answers prompts: one protocol, one file per backend."""
+"""Backends that answer prompts: one protocol, one file per backend."""
