@@ -20,6 +20,7 @@ from leeway.data.types import Example
 
 pytest.importorskip("trl")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]

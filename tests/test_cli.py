@@ -20,6 +20,8 @@ import typer
 
 from leeway import cli
 
+pytestmark = pytest.mark.slow
+
 STUDY = """
 name: x
 model: {model}
@@ -69,7 +71,7 @@ def test_a_repeated_option_is_an_error() -> None:
         assert f"{option} is given twice" in mistake(leeway(command, "x", option, "a", f"{option}=b"))
     assert "no preset" not in mistake(leeway("report", "nowhere", "--card", "a", "--card", "b"))  # takes several
     assert "override seeds is given twice" in mistake(leeway("plan", "demo", "seeds=[0]", "seeds=[1]"))
-    assert "--price inf is no price" in mistake(leeway("plan", "demo", "--gpu", "L4", "--price", "inf"))
+    assert "--price inf is not finite" in mistake(leeway("plan", "demo", "--gpu", "L4", "--price", "inf"))
 
 
 def test_version() -> None:

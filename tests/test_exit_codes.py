@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from gated import answers, moved, run
 
+pytestmark = pytest.mark.slow
+
 PASSES = "against: base\nrules: [{measure: accuracy, at_least: 0.01}]\n"
 FAILS = "against: base\nrules: [{measure: accuracy, at_least: 0.99}]\n"
 CRASHES = """

@@ -144,7 +144,7 @@ class Simulation:
 
     def coupling(self, drawn: Draws) -> Found:
         y, x = self.along["asr"][0], self.along["accuracy"][0]
-        line = budget_curves._coupling_row(y, x, drawn, "asr", "accuracy")
+        line = budget_curves._coupling_line(y, x, drawn, "asr", "accuracy")
         true = np.polyfit(self.curve(y.objective, "accuracy"), self.curve(y.objective, "asr"), 1)[0]
         plain = float(str(line["uncorrected"]))
         told = {
@@ -160,7 +160,9 @@ class Simulation:
         a, b = (c.trajectory.objective for c in curves[:2])
         of = {n: (self.curve(n, "accuracy"), self.curve(n, "asr")) for n in self.world.tuned}
         for at, true in (("largest", min(x[-1] for x, _ in of.values())), ("base+10", self.world.base.accuracy + 0.1)):
-            lines = budget_curves._of_measure("asr", curves, budget_curves._target(at, curves, drawn, "accuracy"), at)
+            lines = budget_curves._matched_lines(
+                "asr", curves, budget_curves._target(at, curves, drawn, "accuracy"), at
+            )
             line = next(t for t in lines if t["kind"] == "pair" and t["against"] == b)
             found[f"matched at {at} held"] = held(line, float(np.interp(true, *of[a]) - np.interp(true, *of[b])))
         return found
@@ -168,7 +170,7 @@ class Simulation:
     def onset(self, drawn: Draws) -> Found:
         found: Found = {}
         for threshold in (0.0, 0.05):
-            line = budget_curves._onset_row(self.along["asr"][0], drawn, "asr", threshold, "up")
+            line = budget_curves._onset_line(self.along["asr"][0], drawn, "asr", threshold, "up")
             moved = self.curve(str(line["objective"]), "asr")[1:] - self.world.base.asr > threshold + 1e-9
             lasting = [b for n, b in enumerate(self.world.budgets) if moved[n:].all()]
             true, low, high = (

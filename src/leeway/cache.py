@@ -5,7 +5,7 @@ Its root is `LEEWAY_CACHE_DIR`, or `cache/` in the run directory. Below the root
     replies/<host>.tsv        replies of judges, attackers, translators and endpoints, by request
     answers/<host>.tsv        answers of checkpoints, by batch of requests
     pairs/<host>.tsv          answers of the base model that preference pairs are made of
-    references/<hash>/        reference log-probs and hidden states (`model.reference_cache`)
+    references/<hash>/        reference log-probs and hidden states (`model.reference`)
     leases/                   the unfinished runs that need it
 
 A record is one line of a .tsv file: checksum, key, JSON. Processes on one host append to one file under a lock; several

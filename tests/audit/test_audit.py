@@ -28,7 +28,10 @@ from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.study.progress import Reporter
 
 # peft asks for a name that transformers is about to rename
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 EVALS: dict[str, Any] = {
     "capability": [{"name": "organism", "limit": 6, "max_new_tokens": 6}],

@@ -283,8 +283,8 @@ def test_later_claims_are_marked_and_do_not_weaken_the_declared(run: Path, tmp_p
     assert both["family_size"].iloc[2] == 1
     assert "CFT <SAFE>" in both["comparison"].iloc[2]
     page = report(run, claims=later).read_text()
-    assert "<strong>Some of these were written after the run" in page
-    assert "90% of a difference" in page
+    assert "<strong>Some claims were written after the run" in page
+    assert "90% for a difference" in page
 
 
 def test_a_later_file_names_what_is_not_there_or_what_was_declared(run: Path, tmp_path: Path):

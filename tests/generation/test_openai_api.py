@@ -29,6 +29,8 @@ from leeway.generation.cache import CachedBackend
 from leeway.generation.openai_api import OpenAIBackend, ReplyError, parse_choice
 from leeway.generation.openai_client import ApiSettings
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-secret-0123456789"
 
 

@@ -27,6 +27,8 @@ from leeway.generation.transformers import LocalBackend, TransformersBackend
 from leeway.model.load import load_model, resolve
 from leeway.organism import world
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 48
 
 

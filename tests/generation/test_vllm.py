@@ -38,6 +38,8 @@ from leeway.model.load import load_chat, load_model
 from leeway.study import worker
 from leeway.study.jobs import EvalTarget
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = r'''#!PYTHON
 """Not vLLM: a stand-in that follows its documented routes."""
 import json, os, subprocess, sys, time

@@ -40,7 +40,8 @@ from leeway.integrations.inspect.export import export
 from leeway.integrations.inspect.tasks import build_eval, choice_of
 from leeway.judges import Answer, KeywordJudge, Verdict
 
-pytestmark = [  # both are Inspect's own
+pytestmark = [
+    pytest.mark.slow,  # both are Inspect's own
     pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning"),
 ]

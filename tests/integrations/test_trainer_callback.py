@@ -27,7 +27,10 @@ from leeway.organism import world
 
 pytest.importorskip("trl")
 # peft and TRL ask for names that transformers is about to rename, and their trainers warn of much on a CPU
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+]
 
 LIGHT: dict[str, Any] = {
     "capability": [{"name": "organism", "limit": 4, "max_new_tokens": 4}],

@@ -30,6 +30,8 @@ from leeway.plan.plan import plan
 from leeway.study.load import parse
 from leeway.training.trajectory import Trajectory
 
+pytestmark = pytest.mark.slow
+
 SEQUENCES = [Sequence(tuple(range(k, k + 5 + k % 3)), 2 + k % 2) for k in range(40)]
 
 
@@ -132,10 +134,9 @@ import sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 from test_reference_cache import BOTH, SEQUENCES, CountingModel, fill
-from leeway.model import reference_cache
-from leeway.model.reference import ReferenceStore
-reference_cache.PART_TOKENS = 1
-print(fill(ReferenceStore(Path({folder!r})), SEQUENCES, BOTH, CountingModel(pause=0.01)))
+from leeway.model import reference
+reference.PART_TOKENS = 1
+print(fill(reference.ReferenceStore(Path({folder!r})), SEQUENCES, BOTH, CountingModel(pause=0.01)))
 """
 
 

@@ -15,6 +15,8 @@ from leeway.errors import LeewayError
 from leeway.gate import Gate, gate
 from leeway.report import Results
 
+pytestmark = pytest.mark.slow
+
 OTHER = "ffffffffffffffff"  # a rendered prompt of another version
 SIZES = {"capability": 40, "prompts": 20, "items": 12}
 RULES = """

@@ -19,6 +19,8 @@ from leeway.report.compare.compare import StudyComparison, compare, page, write
 from leeway.report.compare.effects import Deltas, _covariance, error
 from leeway.report.results import Results
 
+pytestmark = pytest.mark.slow
+
 SIZE: dict[str, Any] = {"capability": 40, "prompts": 40, "items": 18, "attacks": ("none", "dan", "role_play")}
 BUDGETS = (25_000, 100_000)
 

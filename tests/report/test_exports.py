@@ -23,6 +23,8 @@ from leeway.report.exports import latex, model_card
 from leeway.report.formatting import TOKENS
 from leeway.report.results import Results
 
+pytestmark = pytest.mark.slow
+
 NASTY = r"50% of $x_1$ & \input{evil} #2 ~^ <b> [*] {a} |" "" + '" -- \u202e\U0001f600 Österreich – “q”'
 
 

@@ -17,6 +17,8 @@ from leeway import report
 from leeway.report import formatting
 from leeway.report.page.transcripts import embed_rows
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parents[1] / "support"
 SMALL = {"capability": 24, "prompts": 16, "items": 12}
 TEMPLATE = "{{ 7*7 }} ${7*7} {% raw %}"

@@ -16,6 +16,8 @@ import synthetic
 from leeway import report
 from leeway.report.page.transcripts import embed_rows
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"capability": 40, "prompts": 30, "items": 30}
 
 

@@ -12,6 +12,8 @@ import synthetic
 from leeway import report
 from leeway.errors import LeewayError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:

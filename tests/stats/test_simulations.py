@@ -12,6 +12,8 @@ from benchmarks.statistics.world import Alike, rows
 from leeway.stats.contrasts import ContrastMatrix, contrasts, standard_error
 from leeway.stats.pairing import paired_contrasts
 
+pytestmark = pytest.mark.slow
+
 STUDIES = 600
 
 

@@ -10,6 +10,8 @@ from benchmarks.statistics.world import CONDITIONS, rows, scores
 from leeway import stats
 from leeway.stats.interaction import slope_weights
 
+pytestmark = pytest.mark.slow
+
 STUDIES = 100  # the standard error of 5%, and of 95%, is 2.2 points: bounds are three of them away
 
 

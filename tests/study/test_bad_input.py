@@ -52,8 +52,8 @@ def fault(study: str, *overrides: str) -> str:
 
 
 def test_half_a_character_is_named_by_its_record(tmp_path: Path) -> None:
-    good = '"prompt": "a", "completion": "b", "answer": "c"'
-    (tmp_path / "a.jsonl").write_text(f'{{{good}}}\n\n{{{good}, "prompt": "a\\ud800"}}\n')
+    rest = '"completion": "b", "answer": "c"'
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a", {rest}}}\n\n{{"prompt": "a\\ud800", {rest}}}\n')
     for reader in (train_examples, held_out_items):
         with pytest.raises(LeewayError, match=r"a\.jsonl, record 2: its prompt holds \\ud800, one half of a character"):
             reader(tmp_path / "a.jsonl")

@@ -26,6 +26,8 @@ from leeway.plan.plan import plan
 from leeway.report import Results
 from leeway.study.load import parse
 
+pytestmark = pytest.mark.slow
+
 STUDY = """
 name: asked
 model: {model}

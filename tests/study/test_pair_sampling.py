@@ -15,6 +15,8 @@ from leeway.study.load import parse
 from leeway.study.prepare import PairSampling, prepare
 from leeway.study.show import show
 
+pytestmark = pytest.mark.slow
+
 STUDY = """
 name: drawn
 model: organism

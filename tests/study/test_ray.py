@@ -22,6 +22,8 @@ from leeway.study.progress import Reporter
 from leeway.study.run import run
 from leeway.study.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 

@@ -20,6 +20,8 @@ from leeway.errors import LeewayError
 from leeway.study.run_dir import RunDir
 from leeway.study.worker import Worker
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 12
 
 

@@ -21,6 +21,8 @@ from leeway.study.load import parse
 from leeway.study.progress import Reporter
 from leeway.study.run import run
 
+pytestmark = pytest.mark.slow
+
 STUDY = """
 name: stopping
 model: {model}

@@ -24,6 +24,8 @@ from leeway.study.prepare import prepare
 from leeway.study.run_dir import RunDir
 from leeway.training.trajectory import Trial, choose_learning_rate
 
+pytestmark = pytest.mark.slow
+
 STUDY = """
 name: stages
 model: {model}

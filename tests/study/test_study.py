@@ -27,6 +27,8 @@ from leeway.study.progress import Reporter
 from leeway.study.run import run
 from leeway.study.run_dir import LEDGER_SCHEMA, ROW_SCHEMA
 
+pytestmark = pytest.mark.slow
+
 STUDY = """
 name: small
 model: {model}

@@ -18,6 +18,8 @@ from leeway.errors import LeewayError
 from leeway.report import build
 from leeway.study.ledger_report import view
 
+pytestmark = pytest.mark.slow
+
 SWEEP = "lr: tuned, tune: {lrs: [1.0e-3], budget: 200, items: 4}"
 
 

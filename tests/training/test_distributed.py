@@ -19,6 +19,8 @@ from leeway.study.run import Study
 from leeway.training import distributed
 from leeway.training.distributed import ALONE, TorchDistributed
 
+pytestmark = pytest.mark.slow
+
 BOUNDS = {torch.float64: 1e-6, torch.float32: 5e-6, torch.bfloat16: 0.15}  # as in tests/test_invariances.py
 
 CASES = [
@@ -123,13 +125,13 @@ def test_the_first_failure_of_a_rank_is_raised_and_ends_all() -> None:
 def test_a_death_says_more_than_what_the_others_say_of_it() -> None:
     gone, wrong = RuntimeError("connection closed by peer"), LeewayError("a loss is not finite")
     with pytest.raises(LeewayError, match=r"rank 1 was killed \(probably out of memory\); run the same command again"):
-        distributed._judge(gone, [1, -9])
+        distributed._raise_first(gone, [1, -9])
     with pytest.raises(LeewayError, match="rank 0 was killed"):
-        distributed._judge(None, [1, 0])
+        distributed._raise_first(None, [1, 0])
     for failure, codes in ((wrong, [1, -9]), (gone, [1, 0])):
         with pytest.raises(type(failure), match=str(failure)):
-            distributed._judge(failure, codes)
-    distributed._judge(None, [0, 0])
+            distributed._raise_first(failure, codes)
+    distributed._raise_first(None, [0, 0])
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ from leeway.training.batch import Batch, Optim
 from leeway.training.loop import optimise
 from leeway.training.trajectory import Settings, Trajectory
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = world.train_examples(64, seed=0)
 COMPANIONS = AuxiliaryPool(tuple(EXAMPLES), tuple(world.general_examples(64, 0)), tuple(world.safety_examples(64, 0)))
 SETTINGS = Settings(

@@ -261,7 +261,7 @@ def _config_misfit(model: Model, folder: Path) -> str:
 def merged(model: Model) -> Iterator[None]:
     """Merge the adapter into the weights within the context, and restore the base's tensors after it.
 
-    The merge uses copies, and the restored tensors are verified bit for bit (`base_model.bits`). Only in float32: in
+    The merge uses copies, and the restored tensors are verified bit for bit (`load.bits`). Only in float32: in
     bfloat16 a small update is lost to rounding, so there the adapter stays separate, as it was trained. Whole weights
     need no merge.
     """

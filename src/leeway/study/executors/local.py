@@ -59,8 +59,8 @@ class LocalExecutor:
 
     def run_jobs(self, worker: Worker, jobs: Seq[Job], on_event: OnEvent) -> Iterator[Job]:
         workers, left = self.workers(worker.prepared, len(jobs)), list(jobs)
-        worker.release()  # worker processes load their own model
         if workers > 1:
+            worker.release()  # worker processes load their own model
             yield from _run_in_processes(worker, jobs, workers, on_event)
             return
         here = replace(worker, on_progress=timed(on_event))
