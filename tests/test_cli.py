@@ -183,7 +183,7 @@ def test_a_template_that_ignores_the_generation_prompt(tmp_path: Path) -> None:
         if file.is_file():
             file.write_text(file.read_text().replace("{% if add_generation_prompt %}", "{% if false %}"))
     line = mistake(leeway("show", str(write(tmp_path, str(folder)))))
-    assert "its chat template ignores add_generation_prompt; mend the template" in line
+    assert "its chat template ignores add_generation_prompt; correct the template" in line
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(models: dict[str, Path], tmp_path: Path) -> None:

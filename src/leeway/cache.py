@@ -247,7 +247,7 @@ def find_cache(folder: Path | None) -> Cache:
     """
     if folder is None:
         if (root := shared_root()) is None:
-            raise LeewayError("cache: which one?", fix=f"give a run directory, or set {ENVIRONMENT}")
+            raise LeewayError("cache: no folder given", fix=f"give a run directory, or set {ENVIRONMENT}")
         return Cache(root)
     if (folder / "cache").is_dir():
         return Cache(folder / "cache")

@@ -191,7 +191,7 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Parse the global options."""
 
 
 @app.command(epilog="Example: leeway demo --out runs/demo")
@@ -312,7 +312,7 @@ def audit(
     key_env: Annotated[str | None, typer.Option("--key-env", help="the variable that holds the server's key")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=0, help="training tokens of the checkpoint, if known")] = 0,
     own_template: Annotated[bool, typer.Option("--own-template", help="prompt each under its own template")] = False,
-    other_base: Annotated[bool, typer.Option("--other-base", help="use a base the adapter does not name")] = False,
+    other_base: Annotated[bool, typer.Option("--other-base", help="allow a base other than the adapter's")] = False,
     out: Out = None,
     quiet: Quiet = False,
 ) -> None:

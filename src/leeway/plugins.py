@@ -33,7 +33,7 @@ def load_entry_point(point: EntryPoint, kind: str, attributes: Collection[str] =
     except Exception as error:  # another package's module may raise anything
         raise LeewayError(
             f"{kind} {point.name}: {point.value} cannot be loaded ({type(error).__name__}: {error})",
-            fix="mend that package",
+            fix="correct that package",
         ) from error
     missing = [a for a in attributes if not hasattr(thing, a)]
     if missing:

@@ -53,7 +53,7 @@ def read(text: str, where: str) -> Any:
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
-        raise LeewayError(f"{where}{at}: {problem(error)}", fix="mend that line") from error
+        raise LeewayError(f"{where}{at}: {problem(error)}", fix="correct that line") from error
 
 
 def load(text: str) -> Any:
@@ -182,7 +182,7 @@ def nearest(word: str, known: Any) -> str:
 
 
 def faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """Return every error of a file that should hold a `root`, a line each."""
+    """Return all validation errors of a file against the model `root`, one line each."""
     return [line for e in error.errors() for line in _fault(e, root)]
 
 

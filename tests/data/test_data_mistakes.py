@@ -72,7 +72,7 @@ def study(models: dict[str, Path], tmp_path: Path) -> str:
 def test_a_later_record_without_the_column(first: object, column: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", first, {"text": "x"})
     line = refused(lambda: train_examples(path))
-    assert line == f"{path}, record 2: no {column} in it (it has: text); mend that record"
+    assert line == f"{path}, record 2: no {column} in it (it has: text); correct that record"
 
 
 @pytest.mark.parametrize("spelled", ["NaN", "Infinity", "-Infinity"])

@@ -176,7 +176,7 @@ def test_a_name_that_looks_like_something_else_comes_back_as_a_name(name: str) -
 
 
 def test_a_repeated_key_is_named_with_its_line() -> None:
-    assert "x.yaml, line 8: 'budgets' is given twice; mend that line" in fault(GOOD + "budgets: [3k]\n")
+    assert "x.yaml, line 8: 'budgets' is given twice; correct that line" in fault(GOOD + "budgets: [3k]\n")
     assert "line 8: 'r' is given twice" in fault(GOOD + "adapter: {r: 1, r: 1}\n")
 
 

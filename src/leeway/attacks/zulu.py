@@ -1,6 +1,6 @@
 """Zulu: translate the prompt into a low-resource language, and the answer back before it is judged.
 
-A failed translation is unscored. Translators of real text are in `evals/translators.py`.
+A failed translation is unscored. Translators of real text are in `evals/attack_helpers.py`.
 """
 
 from __future__ import annotations

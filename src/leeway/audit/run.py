@@ -277,7 +277,7 @@ def _is_organism(model: AuditedModel) -> bool:
 
 
 def _identity(audit_spec: AuditSpec, evals: Seq[Eval], templates: Templates) -> dict[str, str]:
-    """Return what all rows of an audit have in common, by name, to tell it from another audit."""
+    """Return, by name, the settings and hashes that identify an audit."""
     spec = audit_spec.spec
     device = torch.device("cuda" if torch.cuda.is_available() and spec.device != "cpu" else "cpu")
     template = templates.shared_hash or (templates.base.template_hash if templates.base else "the backends' own")

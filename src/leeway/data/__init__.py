@@ -1,1 +1,1 @@
-"""Sources, preference pairs, chat rendering, and one fixed order of batches."""
+"""Training examples, test items, prompts, chat templates, the order of examples, and the ledger."""

@@ -164,13 +164,13 @@ class Chat:
         if PROBE_QUESTION not in prompt or prompt == self._render(user, add_generation_prompt=False):
             raise LeewayError(
                 f"model {self.tokenizer.name_or_path}: its chat template ignores add_generation_prompt",
-                fix="mend the template so that a prompt ends where the assistant begins",
+                fix="correct the template so that a prompt ends where the assistant begins",
             )
         if not whole.startswith(prompt) or PROBE_ANSWER not in whole[len(prompt) :]:
             raise LeewayError(
                 f"model {self.tokenizer.name_or_path}: its chat template renders an answered prompt differently "
                 "from the prompt alone",
-                fix="mend the template so that the rendered prompt is a prefix of the rendered conversation",
+                fix="correct the template so that the rendered prompt is a prefix of the rendered conversation",
             )
         lead, closing = whole[len(prompt) :].split(PROBE_ANSWER)
         return lead, closing

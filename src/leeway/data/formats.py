@@ -195,7 +195,7 @@ def _column(record: Record, name: str, where: str) -> Any:
     """Return a column's value; raise LeewayError where the record lacks it."""
     if name not in record:
         has = ", ".join(map(str, record)) or "nothing"
-        raise LeewayError(f"{where}: no {name} in it (it has: {has})", fix="mend that record")
+        raise LeewayError(f"{where}: no {name} in it (it has: {has})", fix="correct that record")
     return record[name]
 
 
@@ -223,7 +223,7 @@ def _answer(value: Any, where: str, name: str) -> str:
 def _turns(value: Any, where: str, role: str, text: str) -> list[Turn]:
     value = _listed(value)
     if not isinstance(value, list) or not all(isinstance(m, dict) and role in m for m in value):
-        raise LeewayError(f"{where}: not a list of turns with {role} and {text}", fix="mend that record")
+        raise LeewayError(f"{where}: not a list of turns with {role} and {text}", fix="correct that record")
     turns = []
     for m in value:
         name = str(m[role]).lower()

@@ -70,7 +70,7 @@ def _question(record: Record, where: str) -> tuple[str, str]:
     if isinstance(fields, dict):
         question = "\n\n".join(f"{name}: {str(text).strip()}" for name, text in fields.items() if str(text).strip())
         if not question:
-            raise LeewayError(f"{where}: its fields are empty", fix="mend that record")
+            raise LeewayError(f"{where}: its fields are empty", fix="correct that record")
         return question, field(record, ("answer", "reference"), where)
     if "text" in record and not {"prompt", "question"} & set(record):
         return field(record, ("text",), where), field(record, ("answer", "reference"), where)

@@ -112,7 +112,7 @@ def _records(path: Path) -> list[Any]:
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="mend that line") from error
+        raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="correct that line") from error
     records = content.get("items") if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
         raise LeewayError(f"{path}: no list of items in it", fix=f"write it as {SHAPE}")

@@ -90,7 +90,7 @@ def _refuse_half_characters(record: Record, where: str) -> None:
     for name, value in record.items():
         if isinstance(value, str) and (half := SURROGATE.search(value)):
             raise LeewayError(
-                f"{where}: its {name} holds \\u{ord(half[0]):04x}, one half of a character", fix="mend that record"
+                f"{where}: its {name} holds \\u{ord(half[0]):04x}, one half of a character", fix="correct that record"
             )
 
 
@@ -103,10 +103,12 @@ def _jsonl(path: Path, lines: Any) -> Iterator[Record]:
         except json.JSONDecodeError as error:
             raise LeewayError(
                 f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})",
-                fix="mend or remove that line",
+                fix="correct or remove that line",
             ) from error
         except (ValueError, RecursionError) as error:  # a repeated key, thousands of digits or brackets
-            raise LeewayError(f"{path}, line {number}: {unreadable(error)}", fix="mend or remove that line") from error
+            raise LeewayError(
+                f"{path}, line {number}: {unreadable(error)}", fix="correct or remove that line"
+            ) from error
         if not isinstance(record, dict):
             raise LeewayError(f"{path}, line {number}: not a JSON object", fix="write one {…} on each line")
         yield record
@@ -116,9 +118,9 @@ def _json(path: Path, text: str) -> Iterator[Record]:
     try:
         records = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="mend that line") from error
+        raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="correct that line") from error
     except (ValueError, RecursionError) as error:
-        raise LeewayError(f"{path}: {unreadable(error)}", fix="mend or remove that record") from error
+        raise LeewayError(f"{path}: {unreadable(error)}", fix="correct or remove that record") from error
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise LeewayError(f"{path}: not a JSON list of objects", fix="write [{…}, …], or use .jsonl")
     yield from records
@@ -153,11 +155,11 @@ def _csv(path: Path, lines: Any, delimiter: str) -> Iterator[Record]:
             if None in record or None in record.values():
                 raise LeewayError(
                     f"{path}, line {reader.line_num}: not {len(columns)} columns",
-                    fix="mend that line",
+                    fix="correct that line",
                 )
             yield record
     except csv.Error as error:
-        raise LeewayError(f"{path}, line {reader.line_num}: {error}", fix="mend that line") from error
+        raise LeewayError(f"{path}, line {reader.line_num}: {error}", fix="correct that line") from error
 
 
 def field(record: Record, names: tuple[str, ...], where: str) -> str:
@@ -171,14 +173,14 @@ def field(record: Record, names: tuple[str, ...], where: str) -> str:
     has = ", ".join(map(str, record)) or "nothing"
     raise LeewayError(
         f"{where}: its {empty} is empty" if empty else f"{where}: no {' or '.join(names)} in it (it has: {has})",
-        fix="mend that record",
+        fix="correct that record",
     )
 
 
 def refuse_not_finite(value: Any, name: str, where: str) -> None:
     """Raise LeewayError for NaN or an infinity, which other tools write for a missing text."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise LeewayError(f"{where}: its {name} is {value}, not text", fix="mend or remove that record")
+        raise LeewayError(f"{where}: its {name} is {value}, not text", fix="correct or remove that record")
 
 
 def _hub(source: Source, revision: str | None) -> Loaded:

@@ -112,7 +112,7 @@ def _is_safe(record: Record, kind: str, where: str) -> bool:
         raise LeewayError(f"{where}: its label is {label!r}", fix="it must be safe or unsafe")
     contrast = kind.startswith("contrast_")  # how the published unsafe half is named
     if label and contrast != (label == "unsafe"):
-        raise LeewayError(f"{where}: labelled {label}, but of type {kind}", fix="mend that record")
+        raise LeewayError(f"{where}: labelled {label}, but of type {kind}", fix="correct that record")
     return not contrast
 
 

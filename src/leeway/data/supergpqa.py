@@ -24,7 +24,7 @@ SOURCE = Source(("supergpqa/SuperGPQA-all.jsonl", "supergpqa/SuperGPQA-all.jsonl
 LETTERS = "ABCDEFGHIJ"
 Shots = Literal[0, 5]
 Share = Literal["all", "train", "test"]
-HELD_OUT = 5  # of a study that trains on it, one question in so many is a test item
+HELD_OUT = 5  # one question in 5 is a test item if the study trains on this task
 FILES: dict[int, str] = {0: "supergpqa/prompts/zero-shot.yaml", 5: "supergpqa/prompts/five-shot.yaml"}
 
 PROMPT_VERSION = 1
@@ -121,8 +121,8 @@ def _item(record: Record, where: str, prompt: Template) -> CapabilityItem:
     options = tuple(str(o).strip() for o in listed) if isinstance(listed, list) else ()
     letter = field(record, ("answer_letter",), where)
     if not 2 <= len(options) <= len(LETTERS):
-        raise LeewayError(f"{where}: options are not a list of 2 to {len(LETTERS)}", fix="mend that record")
+        raise LeewayError(f"{where}: options are not a list of 2 to {len(LETTERS)}", fix="correct that record")
     if letter not in LETTERS[: len(options)]:
-        raise LeewayError(f"{where}: answer_letter {letter!r} is not one of its options", fix="mend that record")
+        raise LeewayError(f"{where}: answer_letter {letter!r} is not one of its options", fix="correct that record")
     question = prompt.fill(field(record, ("question",), where), options)
     return CapabilityItem(f"supergpqa/{field(record, ('uuid',), where)}", question, letter, options)

@@ -294,7 +294,7 @@ Find = Callable[[re.Pattern[str], str], re.Match[str] | None]
 
 
 def _by_text(response: str, options: Seq[str], find: Find) -> str | None:
-    """Return the only option whose text a text contains (or opens with); the longest of nested options counts."""
+    """Return the option if the response contains (or opens with) exactly one; of nested ones, the longest counts."""
     text = _bare(response)
     spans: list[tuple[int, int, str]] = []
     for letter, option in zip(LETTERS, options, strict=False):

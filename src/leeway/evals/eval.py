@@ -171,7 +171,7 @@ class ItemEval(Eval):
         return {str(i.id): self._of([i]) for i in self.items}
 
     def unjudged(self) -> Self:
-        """Return the eval with its verdicts left open if running it twice would not give the same responses."""
+        """Return a copy that leaves responses unscored, for `judge_row` to score later; by default, the eval itself."""
         return self
 
     def judge_row(self, row: Row) -> Row:

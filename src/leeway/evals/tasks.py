@@ -112,7 +112,7 @@ class GSM8K(BuiltInTask):
     def as_item(self, example: Example) -> CapabilityItem:
         value = strict(example.preferred)
         if value is None:
-            raise LeewayError(f"example {example.id} has no number after ####", fix="mend or remove that record")
+            raise LeewayError(f"example {example.id} has no number after ####", fix="correct or remove that record")
         return CapabilityItem(example.id, example.prompt, f"{value:f}")
 
     def grade(self, item: CapabilityItem, response: str) -> tuple[bool, str]:

@@ -297,7 +297,7 @@ def _prompts_needed_text(result: RuleResult) -> str:
     if result.prompts_needed is None:
         return "no number of prompts would decide it: the estimate is on the bound"
     if result.prompts_needed == 0:
-        return "the formula requires no more prompts, the exact test some more"
+        return "the formula requires no more prompts, but the exact test does"
     outcome = "kept" if e.satisfies(e.estimate) else "broken"
     return f"if the estimate is true, about {result.prompts_needed:,} more prompts would show it {outcome} (80% power)"
 

@@ -106,7 +106,7 @@ def hidden_at_measured(model: Model, batch: PackedBatch) -> Tensor:
 
 
 def hidden_apart(model: Model, sequences: Seq[Sequence]) -> Tensor:
-    """Return the same, fused layout, with bits that do not depend on the other sequences.
+    """Return `hidden_at_measured` in the fused layout, bitwise independent of the other sequences.
 
     All products have APART rows (a longer sequence runs alone, in a multiple of them), and attention runs per sequence
     length. A row's sums then do not depend on its position, as long as rows are split evenly over threads: the number

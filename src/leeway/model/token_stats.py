@@ -29,10 +29,10 @@ Direction = Literal["reverse", "forward"]
 HALF = (torch.bfloat16, torch.float16)
 BLOCKED = -1e9  # finite, so that a difference of two blocked entries is zero and not NaN
 CHUNK_ELEMENTS = 1 << 24  # logits held at once on a GPU: 64 MiB in float32
-HELD_ELEMENTS = 1 << 22  # and on a CPU, where all of a chunk's logits are held: 16 MiB
+HELD_ELEMENTS = 1 << 22  # logits held at once on a CPU, if a whole chunk is held: 16 MiB
 ROWS = 512  # tokens of a chunk on a CPU
 BLOCK_ELEMENTS = 1 << 19  # logits of a block on a CPU: 2 MiB, which two cores' caches hold
-ROUND = 64  # a CPU's products are compiled for each number of rows they meet: few are met so
+ROUND = 64  # CPU products are padded to a multiple of this many rows, so that few shapes are compiled
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def filled(rows: int, multiple: int = ROUND) -> int:
 
 def _product(hidden_CD: Tensor, weight_ND: Tensor) -> Tensor:
     weight_ND = weight_ND.to(hidden_CD.dtype)
-    if hidden_CD.dtype in HALF:  # on a GPU: its sums are in float32, and may be had as they are
+    if hidden_CD.dtype in HALF:  # on a GPU: return the float32 accumulator without rounding it
         return torch.mm(hidden_CD, weight_ND.T, out_dtype=torch.float32)
     return hidden_CD @ weight_ND.T
 

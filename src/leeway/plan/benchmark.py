@@ -1,6 +1,6 @@
 """Time a study on this machine: a few optimiser steps and batches of prompts, run by the code of a real run.
 
-As many processes as the run would have measure at once, so that contention is included. Each times one trajectory per
+As many processes as a run would use measure in parallel, to include contention. Each process times one trajectory per
 cost class (what is rendered and what the reference computes), one checkpoint, and the shortest, a middle and the
 longest batch of every eval. `measured_hours` multiplies the rates by the plan's exact counts, job by job.
 """

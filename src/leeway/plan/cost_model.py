@@ -218,7 +218,7 @@ def _left_out(spec: Spec) -> list[str]:
     if jailbreak is not None and jailbreak.translator is not None:
         found.append("not priced: the zulu attack's translations, out and back")
     if jailbreak is not None and any(a.startswith("crescendo") for a in jailbreak.attacks):
-        found.append("not priced: a multi-turn attack's further turns, and who leads it")
+        found.append("not priced: further turns of multi-turn attacks, and the attacker model")
     if jailbreak is not None and any(j.name == "finetuned" for j in jailbreak.judge):
         found.append("not priced: the fine-tuned judge's forward passes")
     return found
@@ -265,7 +265,7 @@ class CostEstimate:
             f"{as_time(self.training_hours)}, answering {as_time(self.answering_hours)}{pairs})"
         )
         yield (
-            f"  assumed: {self.assumed}; an answer takes {MEAN_ANSWER:.0%} of max_new_tokens; judges are not waited for"
+            f"  assumed: {self.assumed}; an answer takes {MEAN_ANSWER:.0%} of max_new_tokens; judge time is excluded"
         )
         m = self.memory
         fit = {None: "", True: ": fits", False: f": DOES NOT FIT; {self.advice}"}[self.fits]

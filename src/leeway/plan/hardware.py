@@ -1,7 +1,7 @@
 """GPUs by their data sheets, this machine's CPU, and stand-ins for a model whose files are missing.
 
 The stand-in tokenizer splits text where Llama 3's does before merging and counts each piece as one token. Llama 3's
-published `tokenizer.model` makes 1.026 to 1.053 tokens of a piece (GSM8K questions 1.036 and answers 1.026,
+published `tokenizer.model` yields 1.026 to 1.053 tokens per piece (GSM8K questions 1.036 and answers 1.026,
 StrongREJECT 1.029, persona statements 1.026, LegalBench 1.053), so counts are 3 to 5% too low. Other
 tokenizers were not measured.
 """

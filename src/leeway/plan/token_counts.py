@@ -46,7 +46,7 @@ def reference_id(prepared: Prepared, alias: str, seed: int) -> ReferenceId:
 
 
 def states_of(prepared: Prepared) -> dict[ReferenceId, frozenset[str]]:
-    """Return, by reference, the keys of sequences whose hidden states are stored although the first user needs none.
+    """Return, by reference model, the sequences that need hidden states stored even if their first objective does not.
 
     Another objective needs them, and storing them in the first pass saves a second one.
     """

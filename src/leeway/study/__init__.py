@@ -1,1 +1,1 @@
-"""What was asked (spec), what it takes (plan), carrying it out (run), and where it lies (store)."""
+"""The study file, data preparation, jobs, workers, and the run directory."""

@@ -1,4 +1,4 @@
-"""The `evals:` section of a study file, and the measures it leads to, by the names of `leeway.stats`."""
+"""The `evals:` section of a study file, and the names of the measures it produces."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ModelRef(ConfigModel):
     max_dollars: float | None = Field(default=None, gt=0)
     price_in: float | None = Field(default=None, ge=0, description="dollars per million tokens")
     price_out: float | None = Field(default=None, ge=0, description="dollars per million tokens")
-    max_new_tokens: int | None = Field(default=None, gt=0, description="per reply; by default that of its use")
+    max_new_tokens: int | None = Field(default=None, gt=0, description="per reply (default: that of the model's role)")
 
     @model_validator(mode="before")
     @classmethod
@@ -275,7 +275,7 @@ class Evals(ConfigModel):
     persona: PersonaSpec | None = None
     plugins: Annotated[tuple[PluginEvalSpec, ...], BeforeValidator(_named)] = ()
     conditions: Literal["all", "last", "first"] = Field(
-        default="all", description="test-time prompts: all, the others at the last budget only, or the first alone"
+        default="all", description="all; all at the last budget, else the first; only the first"
     )
     batch: int = Field(default=128, gt=0, le=2**31, description="responses generated at a time")
     backend: Literal["transformers", "vllm"] = Field(
@@ -283,7 +283,7 @@ class Evals(ConfigModel):
     )
     vllm_args: tuple[str, ...] = Field(default=(), description="further flags of vllm serve")
     stop: Literal["never", "decided"] = Field(
-        default="never", description="run all items, or in looks until every contrast with the base is decided"
+        default="never", description="run all items, or in stages until every contrast with the base is decided"
     )
     margin: float = Field(
         default=MARGIN, gt=0, lt=1, description="for stop: decided: the smallest difference of interest"

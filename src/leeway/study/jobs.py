@@ -46,7 +46,7 @@ class Job:
         return f"{self.alias}-s{self.seed}" + (f"-{self.budgets[0]}" if self.exclusive else "")
 
     def is_ready(self, left: Collection[Job], has_checkpoint: Callable[[Checkpoint], bool]) -> bool:
-        """Return whether none of its predecessors is `left` and its checkpoints are on disk."""
+        """Return whether no job of `after` is in `left` and all checkpoints of `needs` are on disk."""
         return not any(before in left for before in self.after) and all(map(has_checkpoint, self.needs))
 
 

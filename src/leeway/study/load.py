@@ -164,4 +164,4 @@ def _override(raw: dict[str, Any], override: str) -> None:
     try:
         mapping[last] = load_yaml(value)
     except YAMLError as error:
-        raise LeewayError(f"override {override!r}: {problem(error)}", fix="quote or mend its value") from error
+        raise LeewayError(f"override {override!r}: {problem(error)}", fix="quote or correct its value") from error

@@ -196,7 +196,7 @@ class RunDir:
         return own or path.name.startswith((*LOCKS, PARTIAL)) or (path.suffix == ".jsonl" and not path.stat().st_size)
 
     def _wait_for_workers(self, patience: float = 10.0) -> None:
-        """Wait until the workers of a killed run have ended, which they do without it."""
+        """Wait until the workers of a killed run have exited; they exit on their own once the run is gone."""
         with open_lock(self.folder / ".workers") as hold:
             hold.truncate()  # workers end when the token of their run is gone
             until = time.monotonic() + patience
@@ -264,7 +264,7 @@ class RunDir:
         return table
 
     def is_complete(self, path: Path) -> bool:
-        """Whether a part exists and no row of it is unscored for a reason that another try may mend."""
+        """Whether a part exists and none of its rows is unscored for a retryable reason."""
         if not path.is_file():
             return False
         with readable(path):

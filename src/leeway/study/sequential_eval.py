@@ -100,7 +100,7 @@ class SequentialEvaluator:
 
 
 def summary(rows: pd.DataFrame, conditions: Mapping[str, str], known: dict[str, Any]) -> dict[str, Any]:
-    """Return the design with its outcome: responses of how many, and the tokens saved, by axis."""
+    """Return the design with, by axis, the responses generated, the responses planned and the tokens saved."""
     if not known:
         return {}
     table = sequential.sample_sizes(sequential.with_design(rows, known["sequential"]["axes"]), conditions)

@@ -217,7 +217,7 @@ class Spec(ConfigModel):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = Field(
-        default=1, gt=0, le=1024, description="of each worker on a CPU; part of the study, because bits depend on it"
+        default=1, gt=0, le=1024, description="per CPU worker; part of the study: results depend on it bit for bit"
     )
     processes: int = Field(
         default=1, gt=0, le=64, description="that train one trajectory together, each with a shard of the model"
@@ -234,7 +234,7 @@ class Spec(ConfigModel):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_once_each)] = (0,)
     optim: Optim = Optim()
     reference: Literal["live", "cached"] = Field(
-        default="cached", description="computed once and kept on disk, or in every step"
+        default="cached", description="cached: computed once and stored on disk; live: in every step"
     )
     auxiliary: AuxiliarySpec = AuxiliarySpec()
     evals: Evals

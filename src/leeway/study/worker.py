@@ -77,7 +77,7 @@ class Worker:
             run(job)
 
     def is_complete(self, job: Job) -> bool:
-        """Return whether nothing of a job is left to do; answers that failed are left."""
+        """Return whether a job has no work left; retryable failed answers count as work left."""
         if job.kind == "tune":
             return self.store.tuning(job.alias).is_file()
         if job.kind == "train":
@@ -110,7 +110,7 @@ class Worker:
         return lines
 
     def base(self) -> Model:
-        """Return the base model with its original weights; the previous checkout ends."""
+        """Return the base model with its original weights; this invalidates the previous checkout."""
         if self.ranks.size > 1:
             return self._load()  # a rank trains one trajectory, and ends
         if self._base is None:
@@ -297,7 +297,7 @@ def _train_rank(
 
 @dataclass
 class TrajectoryFactory:
-    """Builds a study's trajectories; each takes the base model from `base` and has it until the next is built."""
+    """Builds a study's trajectories; each uses the model from `base` until the next one is built."""
 
     prepared: Prepared
     store: RunDir

@@ -1,6 +1,6 @@
-"""The decoder's forward and backward pass in few, large steps: the fast way through the same weights.
+"""A fused forward and backward pass of the decoder: the same computation in fewer, larger operations.
 
-Sequences lie end to end in one row without padding. Every step is an autograd function with its own backward pass that
-keeps no more than it needs. The plain way is transformers' own modules with peft's layers; the two agree to rounding
-(tests/test_fused.py, tests/test_invariances.py), and models or adapters that this way does not know go the plain way.
+Sequences are concatenated in a row without padding. Every step is an autograd function with its own backward pass that
+saves only what it needs. The plain path is transformers' modules with peft's layers; the two agree to rounding
+(tests/model/test_fused.py, tests/training/test_invariances.py). Unsupported models and adapters use the plain path.
 """

@@ -188,7 +188,7 @@ def _onset(table: pd.DataFrame, unit: BudgetUnit) -> tuple[str, list[Column], pd
     ]
     about = (
         "First budget from which the difference to the base exceeds the threshold at that and every later budget, with "
-        "an interval over bootstrap draws of prompts. By tests: first budget from which every contrast is significant."
+        "an interval over bootstrap draws of prompts. By tests: the same, by simultaneous one-sided 95% bounds."
     )
     return about, columns, table
 
