@@ -186,9 +186,8 @@ class Cache:
 
     def acquire(self, run: Path) -> None:
         """Write a lease that keeps `clear` from removing what the run in `run` needs to resume."""
-        folder = ".." if self.root == run / "cache" else str(run.absolute())  # a moved run keeps its own lease
         with self._exclusive(), _as_leeway_error(self.root):
-            write_file(self._lease(run), folder + "\n")
+            write_file(self._lease(run), self._run_path(run) + "\n")
 
     def release(self, run: Path) -> None:
         """Remove the lease of a finished run."""
@@ -220,8 +219,12 @@ class Cache:
             for kind in (*KINDS, LEASES):
                 self.remove(kind)
 
+    def _run_path(self, run: Path) -> str:
+        """The run's path as its lease names it; relative if the cache is the run's own, so that both can be moved."""
+        return ".." if self.root.resolve() == (run / "cache").resolve() else str(run.resolve())
+
     def _lease(self, run: Path) -> Path:
-        return self.root / LEASES / digest("run", str(run.resolve()))
+        return self.root / LEASES / digest("run", self._run_path(run))
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

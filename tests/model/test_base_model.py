@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from leeway.model.adapters import AdapterSettings, Kind
 from leeway.model.load import CHUNK, Model, SharedBaseModel, bits, load_model
 from leeway.objectives import cft, dpo, kl
 from leeway.study import worker
+from leeway.study.executors.local import LocalExecutor
 from leeway.study.jobs import jobs_of
 from leeway.study.load import parse
 from leeway.study.progress import Reporter
@@ -148,6 +150,25 @@ def test_a_study_loads_its_model_once(
     text = study(models["llama"], root, budgets="[200]", objectives="[sft, cft]")
     run(parse(text, "test"), tmp_path / "run", Reporter(quiet=True), "leeway run test", workers=1)
     assert len(loads) == 1
+
+
+def test_while_jobs_run_only_the_running_worker_holds_the_model(
+    models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it can free the model for a server or for ranks."""
+    held: list[bool] = []
+    real = LocalExecutor.run_jobs
+
+    def watched(self: LocalExecutor, worker: Any, jobs: Any, on_event: Any) -> Iterator[Any]:
+        for job in real(self, worker, jobs, on_event):
+            held.append(worker._base is not None)
+            yield job
+
+    monkeypatch.setattr(LocalExecutor, "run_jobs", watched)
+    text = study(models["llama"], root, budgets="[200]", objectives="[sft]")
+    run(parse(text, "test"), tmp_path / "run", Reporter(quiet=True), "leeway run test", workers=1)
+    assert held
+    assert not any(held)
 
 
 def test_what_is_measured_waits_for_its_checkpoint_alone(models: dict[str, Path], root: Path) -> None:

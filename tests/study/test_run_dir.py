@@ -165,6 +165,23 @@ def test_of_two_studies_that_begin_at_once_one_holds_the_folder(tmp_path: Path) 
         assert sorted(what for r, what in told if r == k) == ["held", "refused"], k
 
 
+def test_a_symbolic_link_to_nothing_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "purged")
+    with (
+        pytest.raises(LeewayError, match="run: cannot be created"),
+        RunDir(tmp_path / "run").claimed("abc", "name: x\n"),
+    ):
+        pass
+
+
+def test_a_cache_by_itself_is_reused(tmp_path: Path) -> None:
+    reply = tmp_path / "run" / "cache" / "replies" / "host.tsv"
+    reply.parent.mkdir(parents=True)
+    reply.write_text("paid")
+    with RunDir(tmp_path / "run").claimed("abc", "name: x\n"):
+        assert reply.read_text() == "paid"
+
+
 def test_a_lock_is_never_followed_or_emptied(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")

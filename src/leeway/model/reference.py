@@ -109,6 +109,8 @@ class ReferenceStore:
                 self._index(path)
             except (ValueError, SafetensorError):
                 path.unlink(missing_ok=True)
+            except FileNotFoundError:
+                continue  # damaged, and removed by another process
             except OSError as error:
                 raise LeewayError(f"{path}: cannot be read ({error.strerror})", fix=FIX) from error
             else:

@@ -138,9 +138,9 @@ def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> in
     if not prepared.external:
         facts["tuning"] = {j.alias: read_choice(store.tuning(j.alias)).to_json() for j in jobs if j.kind == "tune"}
         facts["first_conditions"] = {alias: o.conditions[0].name for alias, o in prepared.objectives.items()}
-    if store.cache.references.is_dir():
-        sequences, tokens, size = ReferenceCache(store.cache.references).size()
-        facts["references"] = {"sequences": sequences, "tokens": tokens, "bytes": size}
+        if store.cache.references.is_dir():
+            sequences, tokens, size = ReferenceCache(store.cache.references).size()
+            facts["references"] = {"sequences": sequences, "tokens": tokens, "bytes": size}
     store.write_manifest({**manifest, **facts})
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -141,6 +142,8 @@ class RunDir:
                 with suppress(FileExistsError):
                     self.folder.mkdir()
                     created = True
+                if self.folder.is_symlink() and not self.folder.exists():
+                    raise FileNotFoundError(errno.ENOENT, "a symbolic link to a folder that does not exist")
             except OSError as error:
                 what = f"{self.folder}: cannot be created ({error.strerror})"
                 raise LeewayError(what, fix="give another --out") from error
@@ -165,9 +168,9 @@ class RunDir:
         return "cache" in left and left <= {"study.yaml", "cache", *LOCKS}
 
     def _holds_other_files(self) -> bool:
-        """Whether a folder without a study holds more than the locks and partial files of a run that has just begun."""
+        """Whether a folder without a study holds more than a cache, and locks and partial files of a new run."""
         names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
-        return any(name not in LOCKS and not name.startswith(PARTIAL) for name in names)
+        return any(name not in ("cache", *LOCKS) and not name.startswith(PARTIAL) for name in names)
 
     def _vacate(self, created: bool) -> None:
         """Remove what this run wrote if nothing in the folder is finished work; otherwise leave everything.

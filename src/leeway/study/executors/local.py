@@ -64,6 +64,7 @@ class LocalExecutor:
             yield from _run_in_processes(worker, jobs, workers, on_event)
             return
         here = replace(worker, on_progress=timed(on_event))
+        worker.release()  # `here` alone holds the base model, so it can free it for a server or ranks
         while left:
             job = next(job for job in left if job.is_ready(left, here.has_checkpoint))
             here.run_job(job)
