@@ -144,9 +144,9 @@ class Eval(ABC):
         """Return each item's cluster, as its rows name it; empty if the eval only runs as a whole."""
         return []
 
-    def part(self, clusters: Collection[str]) -> Eval:
+    def part(self, clusters: Collection[str]) -> Eval:  # noqa: ARG002
         """Return the same eval restricted to the items of these clusters."""
-        raise NotImplementedError(f"{self.key}: clusters() without part()")
+        raise LeewayError(f"eval {self.key}: clusters() without part()", fix="implement part()")
 
     def split(self) -> Mapping[str, ItemEval]:
         """Return one eval per item (and attack) by its id, in row order; empty if the eval only runs as a whole."""
