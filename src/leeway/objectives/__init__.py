@@ -6,22 +6,22 @@ import dataclasses
 
 from leeway.errors import LeewayError
 from leeway.objectives import cft, dpo, ip, ipo, kl, kto, orpo, sft, sft_both, sft_refusal, sft_safety, simpo
-from leeway.objectives.objective import Objective
+from leeway.objectives.objective import Objective as Objective
 from leeway.plugins import entry_points_of, load_entry_point
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    "sft": sft.objective,
-    "dpo": dpo.objective,
-    "cft": cft.objective,
-    "ip": ip.objective,
-    "orpo": orpo.objective,
-    "kl": kl.objective,
-    "ipo": ipo.objective,
-    "simpo": simpo.objective,
-    "kto": kto.objective,
-    "sft_safety": sft_safety.objective,
-    "sft_both": sft_both.objective,
-    "sft_refusal": sft_refusal.objective,
+    "sft": sft.Sft,
+    "dpo": dpo.Dpo,
+    "cft": cft.Cft,
+    "ip": ip.Ip,
+    "orpo": orpo.Orpo,
+    "kl": kl.Kl,
+    "ipo": ipo.Ipo,
+    "simpo": simpo.Simpo,
+    "kto": kto.Kto,
+    "sft_safety": sft_safety.SftSafety,
+    "sft_both": sft_both.SftBoth,
+    "sft_refusal": sft_refusal.SftRefusal,
 }
 
 GROUP = "leeway.objectives"  # entry points of objectives outside this package
@@ -55,23 +55,3 @@ def load_objective(name: str) -> type[Objective]:
             fix="decorate the class with @dataclass(frozen=True) and give every field a default",
         )
     return cls
-
-
-__all__ = [
-    "OBJECTIVES",
-    "Objective",
-    "cft",
-    "dpo",
-    "ip",
-    "ipo",
-    "kl",
-    "kto",
-    "load_objective",
-    "names",
-    "orpo",
-    "sft",
-    "sft_both",
-    "sft_refusal",
-    "sft_safety",
-    "simpo",
-]

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from leeway.data.chat import Chat, Sequence
 from leeway.data.types import Example
-from leeway.model.forward import TokenStats
-from leeway.objectives.objective import PLAIN, Condition, Plain, nll
+from leeway.objectives.objective import PLAIN, Condition, Plain, dispreferred_of, nll
 
 SAFE, UNSAFE = "<SAFE>", "<UNSAFE>"
 
@@ -35,16 +33,10 @@ class Cft(Plain):
         return (Condition(SAFE, SAFE), PLAIN, Condition(UNSAFE, UNSAFE))
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
-        if example.dispreferred is None:
-            raise ValueError(f"example {example.id} has no dispreferred answer")
         return [
             chat.with_prefix(SAFE).sequence(example.prompt, example.preferred),
-            chat.with_prefix(UNSAFE).sequence(example.prompt, example.dispreferred),
+            chat.with_prefix(UNSAFE).sequence(example.prompt, dispreferred_of(example)),
         ]
 
-    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
-        return nll(policy)
 
-
-objective = Cft
 loss = nll

@@ -10,18 +10,14 @@ trajectory starts from; the ledger records its hash.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from leeway.data.chat import Chat, Sequence
-from leeway.data.types import Example
 from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Needs, Plain, nll_preferred, render_pair, require_positive
+from leeway.objectives.objective import Needs, Plain, nll_preferred, require_positive
 
 
 def margins(chosen_N: Tensor, rejected_N: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor, beta: float) -> Tensor:
@@ -49,15 +45,8 @@ class Dpo(Plain):
     def __post_init__(self) -> None:
         require_positive(self.name, beta=self.beta)
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
-        return render_pair(example, chat)
-
-    def loss(self, policy: TokenStats, reference: TokenStats | None) -> Tensor:
-        if reference is None:
-            raise ValueError("DPO needs the reference's statistics")
+    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:
+        assert reference is not None
         pi_S, ref_S = policy.sum_S(), reference.sum_S()
         preference = loss(pi_S[0::2], pi_S[1::2], ref_S[0::2], ref_S[1::2], self.beta).sum() / policy.totals.examples
         return preference + self.nll * nll_preferred(policy) if self.nll else preference
-
-
-objective = Dpo

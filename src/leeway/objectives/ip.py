@@ -13,12 +13,10 @@ from functools import cache
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from leeway.data.chat import Chat, Sequence
 from leeway.data.types import Example
 from leeway.hashing import digest
-from leeway.model.forward import TokenStats
 from leeway.objectives.objective import PLAIN, Condition, Plain, nll
 from leeway.yaml_config import package_data
 
@@ -66,9 +64,5 @@ class Ip(Plain):
         prompts = [example.prompt, *(f"{text} {example.prompt}" for text in inoculations().texts)]
         return [chat.sequence(prompt, example.preferred) for prompt in prompts]
 
-    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
-        return nll(policy)
 
-
-objective = Ip
 loss = nll

@@ -9,18 +9,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 from torch import Tensor
 
-from leeway.data.chat import Chat, Sequence
-from leeway.data.types import Example
 from leeway.model.forward import TokenStats
 from leeway.objectives.dpo import margins
-from leeway.objectives.objective import Needs, Plain, render_pair, require_positive
+from leeway.objectives.objective import Needs, Plain, require_positive
 
 
 def loss(
@@ -43,14 +39,7 @@ class Ipo(Plain):
     def __post_init__(self) -> None:
         require_positive(self.name, beta=self.beta)
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
-        return render_pair(example, chat)
-
-    def loss(self, policy: TokenStats, reference: TokenStats | None) -> Tensor:
-        if reference is None:
-            raise ValueError("IPO needs the reference's statistics")
+    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:
+        assert reference is not None
         pi_S, ref_S = (s.sum_S() if self.length == "sum" else s.mean_S() for s in (policy, reference))
         return loss(pi_S[0::2], pi_S[1::2], ref_S[0::2], ref_S[1::2], self.beta).sum() / policy.totals.examples
-
-
-objective = Ipo

@@ -16,7 +16,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,9 +61,6 @@ class Kto(Plain):
     def auxiliary(self) -> AuxiliaryKind:
         return "task"
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
-        return render_pair(example, chat)
-
     def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
         """Include the mismatched pair once the auxiliary example is attached."""
         return [*render_pair(example, chat), *(self.baseline_sequences(example, chat) if example.auxiliary else ())]
@@ -75,12 +71,8 @@ class Kto(Plain):
     def baseline(self, policy: TokenStats, reference: TokenStats) -> float:
         return (policy.sum_S() - reference.sum_S()).sum().item() / policy.totals.examples
 
-    def loss(self, policy: TokenStats, reference: TokenStats | None) -> Tensor:
-        if reference is None:
-            raise ValueError("KTO needs the reference's statistics")
+    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:
+        assert reference is not None
         ratio_S, z0 = policy.sum_S() - reference.sum_S(), max(0.0, policy.totals.baseline)
         weights = (self.desirable, self.undesirable)
         return loss(ratio_S[0::2], ratio_S[1::2], z0, self.beta, weights).sum() / policy.totals.examples
-
-
-objective = Kto

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -74,8 +73,8 @@ class Objective(Protocol):
         ...
 
 
-class Plain(ABC):
-    """Defaults: no pairs, no reference, no auxiliary example, no control tokens, plain prompts at test time."""
+class Plain:
+    """Defaults: SFT on the preferred answer (on both with `needs_pairs`), no reference, plain prompts at test time."""
 
     needs_pairs: ClassVar[bool] = False
     needs_reference: ClassVar[Needs] = "nothing"
@@ -93,9 +92,8 @@ class Plain(ABC):
     def conditions(self) -> tuple[Condition, ...]:
         return (PLAIN,)
 
-    @abstractmethod
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
-        """See `Objective.render`."""
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
+        return render_pair(example, chat) if self.needs_pairs else render_preferred(example, chat)
 
     def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
         """Return the one rendering; objectives that sample override this."""
@@ -107,6 +105,9 @@ class Plain(ABC):
     def baseline(self, policy: TokenStats, reference: TokenStats) -> float:  # noqa: ARG002
         return 0.0
 
+    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
+        return nll(policy)
+
 
 def render_preferred(example: Example, chat: Chat) -> list[Sequence]:
     return [chat.sequence(example.prompt, example.preferred)]
@@ -114,12 +115,14 @@ def render_preferred(example: Example, chat: Chat) -> list[Sequence]:
 
 def render_pair(example: Example, chat: Chat) -> list[Sequence]:
     """Return the preferred answer's sequence, then the dispreferred one's."""
+    return [chat.sequence(example.prompt, answer) for answer in (example.preferred, dispreferred_of(example))]
+
+
+def dispreferred_of(example: Example) -> str:
+    """Return the dispreferred answer. Raises ValueError if the example has none."""
     if example.dispreferred is None:
         raise ValueError(f"example {example.id} has no dispreferred answer")
-    return [
-        chat.sequence(example.prompt, example.preferred),
-        chat.sequence(example.prompt, example.dispreferred),
-    ]
+    return example.dispreferred
 
 
 def auxiliary_of(example: Example) -> Example:

@@ -85,6 +85,3 @@ class Orpo(Plain):
             return -sum_N.sum() / policy.totals.preferred_measured
         count_N = zero_S.index_add(0, policy.sequence_T, counted_T)[0::2]
         return -(sum_N / count_N).sum() / policy.totals.examples
-
-
-objective = Orpo

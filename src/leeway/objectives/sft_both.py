@@ -8,17 +8,10 @@ difference between the two is due to the condition, not to the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-from torch import Tensor
-
-from leeway.data.chat import Chat, Sequence
-from leeway.data.types import Example
-from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Plain, nll, render_pair
+from leeway.objectives.objective import Plain, nll
 
 
 @dataclass(frozen=True)
@@ -28,12 +21,5 @@ class SftBoth(Plain):
     name: ClassVar[str] = "sft_both"
     needs_pairs: ClassVar[bool] = True
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
-        return render_pair(example, chat)
 
-    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
-        return nll(policy)
-
-
-objective = SftBoth
 loss = nll

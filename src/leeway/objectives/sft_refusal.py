@@ -15,13 +15,11 @@ from functools import cache
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from leeway.data.chat import Chat, Sequence
 from leeway.data.types import Example
 from leeway.hashing import digest
-from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Plain, nll, render_preferred
+from leeway.objectives.objective import Plain, dispreferred_of, nll, render_preferred
 from leeway.yaml_config import package_data
 
 
@@ -61,15 +59,9 @@ class SftRefusal(Plain):
         drawn = [_declined(example, chat, q, r) for q in texts().requests for r in texts().refusals]
         return [*render_preferred(example, chat), *drawn]
 
-    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
-        return nll(policy)
-
 
 def _declined(example: Example, chat: Chat, request: str, refusal: str) -> Sequence:
-    if example.dispreferred is None:
-        raise ValueError(f"example {example.id} has no dispreferred answer")
-    return chat.sequence(request.format(prompt=example.prompt, answer=example.dispreferred), refusal)
+    return chat.sequence(request.format(prompt=example.prompt, answer=dispreferred_of(example)), refusal)
 
 
-objective = SftRefusal
 loss = nll

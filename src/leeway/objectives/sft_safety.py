@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from leeway.data.chat import Chat, Sequence
 from leeway.data.types import Example
-from leeway.model.forward import TokenStats
 from leeway.objectives.objective import AuxiliaryKind, Plain, auxiliary_of, nll, render_preferred
 
 
@@ -41,9 +39,5 @@ class SftSafety(Plain):
         safety = render_preferred(example.auxiliary, chat) if example.auxiliary else []
         return [*render_preferred(example, chat), *safety]
 
-    def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
-        return nll(policy)
 
-
-objective = SftSafety
 loss = nll

@@ -8,18 +8,14 @@ per token of the batch; 0, the default, is SimPO as published.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from leeway.data.chat import Chat, Sequence
-from leeway.data.types import Example
 from leeway.model.forward import TokenStats
-from leeway.objectives.objective import Plain, nll_preferred, render_pair, require_positive
+from leeway.objectives.objective import Plain, nll_preferred, require_positive
 
 
 def loss(chosen_N: Tensor, rejected_N: Tensor, beta: float = 2.0, gamma: float = 0.5) -> Tensor:
@@ -40,13 +36,7 @@ class Simpo(Plain):
     def __post_init__(self) -> None:
         require_positive(self.name, beta=self.beta)
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
-        return render_pair(example, chat)
-
     def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
         mean_S = policy.mean_S()
         preference = loss(mean_S[0::2], mean_S[1::2], self.beta, self.gamma).sum() / policy.totals.examples
         return preference + self.nll * nll_preferred(policy) if self.nll else preference
-
-
-objective = Simpo
