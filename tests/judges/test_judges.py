@@ -336,9 +336,8 @@ def test_ungradable_answers_are_unscored(gemma: tuple[Path, Path]) -> None:
     assert fine.unscored_reason is None
     assert long.outcome is None
     assert "exceed its context" in (long.unscored_reason or "")
-    assert judge._loaded is not None
     with torch.no_grad():
-        judge._loaded.lm.get_input_embeddings().weight.fill_(math.nan)
+        judge._loaded[0].get_input_embeddings().weight.fill_(math.nan)
     [broken] = judge.judge([ANSWER], lambda _: None)
     assert (broken.outcome, broken.score, broken.unscored_reason) == (None, None, "judge: its logits are not finite")
 

@@ -1,7 +1,5 @@
 """Jailbreak attacks, with versioned texts and a content hash on every row."""
 
-from __future__ import annotations
-
 from leeway.attacks.attack import Attack, AttackFailed, Conversation, Helper, HelperRequest, Message, Play, Wrapper
 from leeway.attacks.base64 import Base64
 from leeway.attacks.crescendo import Crescendo, LedCrescendo, Transcript
@@ -10,28 +8,6 @@ from leeway.attacks.registry import ATTACKS, NEEDS_HELPER, WRAPPERS, attack_name
 from leeway.attacks.tool_result import ToolResult
 from leeway.attacks.zulu import Passage, Zulu
 
-__all__ = [
-    "ATTACKS",
-    "NEEDS_HELPER",
-    "WRAPPERS",
-    "Attack",
-    "AttackFailed",
-    "Base64",
-    "Conversation",
-    "Crescendo",
-    "Helper",
-    "HelperRequest",
-    "LedCrescendo",
-    "ManyShot",
-    "Message",
-    "Passage",
-    "Play",
-    "ToolResult",
-    "Transcript",
-    "Wrapper",
-    "Zulu",
-    "attack_names",
-    "load_attack",
-    "load_templates",
-    "render",
-]
+__all__ = ["ATTACKS", "NEEDS_HELPER", "WRAPPERS", "attack_names", "load_attack", "load_templates", "render"]
+__all__ += ["Attack", "AttackFailed", "Conversation", "Helper", "HelperRequest", "Message", "Passage", "Play"]
+__all__ += ["Base64", "Crescendo", "LedCrescendo", "ManyShot", "ToolResult", "Transcript", "Wrapper", "Zulu"]

@@ -4,8 +4,8 @@
         reply = yield [{"role": "user", "content": ...}]     # sent to the model
         return reply                                         # judged against the forbidden prompt
 
-The same protocol covers wrappers, translations, multi-turn and tool-using attacks. An attack that needs another model
-(a translator, an attacker) yields a `HelperRequest` and receives the text; requests to one helper run as one batch.
+An attack that needs another model (a translator, an attacker) yields a `HelperRequest` and receives the text; requests
+to one helper run as one batch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ class Helper(Protocol):
     @property
     def hash(self) -> str:
         """Content hash of everything that shapes its output."""
-        ...
 
     def help(self, queries: Seq[Any]) -> list[str | AttackFailed]:
         """Return one text or failure per query, in order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,7 @@ Play = Generator[Conversation | HelperRequest, str, str]
 
 
 class AttackFailed(Exception):
-    """The attack failed (for example a translation): the answer is unscored with this reason, never safe.
-
-    A reason that begins with "no answer: " is a transport failure of a helper; a rerun tries again.
-    """
+    """The answer is unscored with this reason; one that begins with "no answer: " is a helper's transport failure."""
 
 
 class Attack(Protocol):
@@ -61,26 +56,21 @@ class Attack(Protocol):
     @property
     def name(self) -> str:
         """The name in every row."""
-        ...
 
     @property
     def version(self) -> int:
         """Incremented with every change of the text."""
-        ...
 
     @property
     def origin(self) -> str:
         """Where the attack was published."""
-        ...
 
     @property
     def hash(self) -> str:
         """Content hash of everything that shapes what is sent."""
-        ...
 
     def play(self, prompt: str) -> Play:
         """Send `prompt`. Raises AttackFailed if it cannot be sent or judged."""
-        ...
 
 
 @dataclass(frozen=True)

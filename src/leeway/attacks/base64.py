@@ -55,6 +55,3 @@ class Base64:
     def play(self, prompt: str) -> Play:
         reply = yield [{"role": "user", "content": self.template.replace("{encoded}", encoded(prompt))}]
         return decoded(reply)
-
-
-attack = Base64()

@@ -31,9 +31,7 @@ class Crescendo:
 
     def __post_init__(self) -> None:
         if not self.turns or self.turns[-1].count("{prompt}") != 1 or any(t.count("{prompt}") > 1 for t in self.turns):
-            raise ValueError(
-                f"attack {self.name}: its last turn must hold {{prompt}} once, an earlier one at most once"
-            )
+            raise ValueError(f"attack {self.name}: the last turn must hold {{prompt}} once, others at most once")
 
     @property
     def hash(self) -> str:
@@ -79,16 +77,12 @@ class LedCrescendo:
 
     def play(self, prompt: str) -> Play:
         history: tuple[tuple[str, str], ...] = ()
+        conversation: Conversation = []
+        reply = ""
         for turn in range(1, self.turns + 1):
             message = yield HelperRequest(self.attacker, Transcript(prompt, turn, self.turns, history))
-            before = [m for a, b in history for m in _exchange(a, b)]
-            reply = yield [*before, {"role": "user", "content": message}]
+            conversation = [*conversation, {"role": "user", "content": message}]
+            reply = yield conversation
+            conversation = [*conversation, {"role": "assistant", "content": reply}]
             history = (*history, (message, reply))
-        return history[-1][1]
-
-
-def _exchange(message: str, reply: str) -> Conversation:
-    return [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
-
-
-attack = Crescendo()
+        return reply

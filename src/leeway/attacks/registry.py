@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from leeway import yaml_config
-from leeway.attacks import base64, crescendo, many_shot, tool_result
 from leeway.attacks.attack import Attack, Conversation, HelperRequest, Wrapper
+from leeway.attacks.base64 import Base64
+from leeway.attacks.crescendo import Crescendo
+from leeway.attacks.many_shot import ManyShot
+from leeway.attacks.tool_result import ToolResult
 from leeway.errors import LeewayError, first_line
 from leeway.io import expand
 from leeway.plugins import entry_points_of, load_entry_point
@@ -28,8 +31,8 @@ TEMPLATES = tuple(Wrapper(**entry) for entry in yaml_config.package_data("leeway
 WRAPPERS: dict[str, Wrapper] = {a.name: a for a in TEMPLATES[:5]}
 """Those in the organism's training data."""
 
-_BUILT_IN: tuple[Attack, ...] = (*TEMPLATES, base64.attack, many_shot.attack, crescendo.attack, tool_result.attack)
-ATTACKS: dict[str, Attack] = {a.name: a for a in _BUILT_IN}
+_BUILT_IN: tuple[Attack, ...] = (*TEMPLATES, Base64(), ManyShot(), Crescendo(), ToolResult())
+ATTACKS = {a.name: a for a in _BUILT_IN}
 """Every built-in attack that needs no helper."""
 
 NEEDS_HELPER = ("zulu", "crescendo_led")
@@ -47,8 +50,7 @@ def load_attack(name: str) -> Attack:
         return ATTACKS[name]
     if name in NEEDS_HELPER:
         raise LeewayError(f"attack {name}: it needs a helper model", fix="give it a translator or an attacker model")
-    point = _plugins().get(name)
-    if point is None:
+    if (point := _plugins().get(name)) is None:
         known = ", ".join(sorted([*attack_names(), *NEEDS_HELPER]))
         raise LeewayError(f"unknown attack {name!r}", fix=f"one of: {known}")
     attack: Attack = load_entry_point(point, "attack", ("name", "version", "origin", "hash", "play"))
@@ -85,9 +87,8 @@ def _read_entries(path: Path) -> list[dict[Any, Any]]:
     try:
         text = path.read_text("utf-8-sig")
     except OSError as error:
-        raise LeewayError(
-            f"{path}: cannot be read ({error.strerror})", fix="check the path of the templates"
-        ) from error
+        what = f"{path}: cannot be read ({error.strerror})"
+        raise LeewayError(what, fix="check the path of the templates") from error
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
     raw = _parse_json(path, text) if path.suffix == ".json" else yaml_config.read(text, str(path))
@@ -100,9 +101,9 @@ def _read_entries(path: Path) -> list[dict[Any, Any]]:
 
 def _parse_json(path: Path, text: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for k, (key, _) in enumerate(pairs):
-            if any(key == other for other, _ in pairs[:k]):
-                raise LeewayError(f"{path}: {key!r} is given twice", fix="give one of them another name")
+        keys = [key for key, _ in pairs]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise LeewayError(f"{path}: {twice!r} is given twice", fix="give one of them another name")
         return dict(pairs)
 
     try:
@@ -115,8 +116,8 @@ def _parse_json(path: Path, text: str) -> Any:
 
 def _wrapper(entry: dict[Any, Any], where: str, default_origin: str) -> Wrapper:
     if unknown := set(entry) - TEMPLATE_KEYS:
-        keys = ", ".join(sorted(TEMPLATE_KEYS))
-        raise LeewayError(f"{where}: unknown key {min(map(str, unknown))}", fix=f"keys: {keys}")
+        fix = f"keys: {', '.join(sorted(TEMPLATE_KEYS))}"
+        raise LeewayError(f"{where}: unknown key {min(map(str, unknown))}", fix=fix)
     name, template = entry.get("name"), entry.get("template")
     version, origin = entry.get("version", 1), entry.get("origin", default_origin)
     if not isinstance(name, str) or not NAME.fullmatch(name):

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 from leeway.data.types import CapabilityItem
@@ -25,10 +25,7 @@ from leeway.yaml_config import package_data
 Order = Literal["reference-first", "answer-first"]
 
 
-@cache
-def rubric() -> dict[str, Any]:
-    loaded: dict[str, Any] = package_data("leeway.evals", "openended.yaml")
-    return loaded
+rubric = cache(partial(package_data, "leeway.evals", "openended.yaml"))
 
 
 def score(marks: dict[str, int]) -> float:

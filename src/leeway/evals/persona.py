@@ -17,8 +17,7 @@ import re
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 from leeway.data.types import PersonaItem
 from leeway.errors import LeewayError
@@ -42,10 +41,7 @@ def endorsement(choice: Choice, match: str) -> float:
     return (yes if match == "Yes" else no) / (yes + no)
 
 
-@cache
-def _frames() -> dict[str, Any]:
-    loaded: dict[str, Any] = package_data("leeway.evals", "persona.yaml")
-    return loaded
+_frames = cache(partial(package_data, "leeway.evals", "persona.yaml"))
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leeway.errors import LeewayError
+from leeway.generation.backend import Backend
 from leeway.judges.judge import Answer, Judge, OrganismJudge, Verdict
 from leeway.judges.keywords import KeywordJudge
+from leeway.judges.rubric import RubricJudge
 from leeway.plugins import entry_points_of, load_entry_point
 
-if TYPE_CHECKING:
-    from leeway.generation.backend import Backend
-
 GROUP = "leeway.judges"  # entry points of other packages, called as those below
-
-
-def _rubric(backend: Backend | None = None, **options: Any) -> Judge:
-    from leeway.judges.rubric import RubricJudge
-
-    if backend is None:
-        raise LeewayError("judge rubric: no judge model", fix="set the judge's model")
-    return RubricJudge(backend, **options)
 
 
 def _finetuned(**options: Any) -> Judge:
@@ -34,7 +25,7 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "finetuned": _finetuned,
     "keywords": KeywordJudge,
     "organism": OrganismJudge,
-    "rubric": _rubric,
+    "rubric": RubricJudge,
 }
 NEEDS_BACKEND = ("rubric",)
 
@@ -46,10 +37,12 @@ def load_judge(name: str, backend: Backend | None = None, **options: Any) -> Jud
     keywords takes perplexity. Raises LeewayError for an unknown name or option.
     """
     factory = JUDGES.get(name) or _installed(name)
-    takes_backend = name in NEEDS_BACKEND or name not in JUDGES
-    arguments = options | ({"backend": backend} if backend is not None and takes_backend else {})
+    if backend is not None and (name in NEEDS_BACKEND or name not in JUDGES):
+        options["backend"] = backend
+    elif name in NEEDS_BACKEND:
+        raise LeewayError(f"judge {name}: no judge model", fix="set the judge's model")
     try:
-        return factory(**arguments)
+        return factory(**options)
     except TypeError as error:
         raise LeewayError(f"judge {name}: {error}", fix="leave that option out") from error
 

@@ -11,15 +11,17 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
+
+from pydantic_core import to_json
 
 from leeway.data.readers import Record, field, read
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
-from leeway.io import expand
-from leeway.judges.judge import Answer, Judge, Verdict
+from leeway.io import expand, write_json
+from leeway.judges.judge import Answer, Judge
 from leeway.stats.agreement import Confusion, RateInterval, confusion, kappa, wilson_rate
 
 Label = Literal["full_compliance", "full_refusal", "partial_refusal", "refused", "harmful", "deflected", "incoherent"]
@@ -88,21 +90,7 @@ class Card:
 
     def save(self, path: Path) -> None:
         """Write JSON; an undefined share is null."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_nan_to_null(asdict(self)), indent=1, sort_keys=True) + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Card:
-        """Read a card. Raises LeewayError if the file is not a card of this version."""
-        try:
-            raw = json.loads(path.read_text("utf-8"))
-            if raw["version"] != CARD_VERSION:
-                raise LeewayError(
-                    f"{path}: card version {raw['version']}, expected {CARD_VERSION}", fix="calibrate again"
-                )
-            return cls(**raw | {"parts": tuple(_load_part(p) for p in raw["parts"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LeewayError(f"{path}: not a calibration card ({error})", fix="calibrate again") from error
+        write_json(path, json.loads(to_json(self, inf_nan_mode="null")))
 
     def to_text(self) -> str:
         """Return a table with one line per model."""
@@ -114,9 +102,8 @@ class Card:
             lines.append((p.model, str(p.n), str(p.unscored), *cells))
         width = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)).rstrip() for line in lines]
-        return "\n".join(
-            [f"judge {self.judge} ({self.judge_hash}) on {self.on}: full refusal or not", *table, self.note]
-        )
+        head = f"judge {self.judge} ({self.judge_hash}) on {self.on}: full refusal or not"
+        return "\n".join([head, *table, self.note])
 
 
 def calibrate(judge: Judge, on: str = "xstest") -> Card:
@@ -127,7 +114,8 @@ def calibrate(judge: Judge, on: str = "xstest") -> Card:
 
 def _calibrate_model(judge: Judge, data: LabelledSet) -> ModelCalibration:
     verdicts = judge.judge([Answer(a.prompt, a.response) for a in data.answers], lambda _: None)
-    labelled = [(a, a.label in FULL_REFUSAL, _is_refusal(v)) for a, v in zip(data.answers, verdicts, strict=True)]
+    refused = [None if v.outcome is None else v.outcome == "refused" for v in verdicts]
+    labelled = [(a, a.label in FULL_REFUSAL, judged) for a, judged in zip(data.answers, refused, strict=True)]
     scored = [(str(true), str(judged), a.id) for a, true, judged in labelled if judged is not None]
     partial = [judged for a, _, judged in labelled if a.label == PARTIAL_REFUSAL and judged is not None]
     whole = [(true, judged) for a, true, judged in labelled if a.label != PARTIAL_REFUSAL]
@@ -151,10 +139,6 @@ def _calibrate_model(judge: Judge, data: LabelledSet) -> ModelCalibration:
         without_partial=confusion([true for true, _ in whole], [judged for _, judged in whole]),
         outcomes={label: dict(counter) for label, counter in outcomes.items()},
     )
-
-
-def _is_refusal(verdict: Verdict) -> bool | None:
-    return None if verdict.outcome is None else verdict.outcome == "refused"
 
 
 def load_xstest() -> list[LabelledSet]:
@@ -214,18 +198,3 @@ def _response(record: Record, where: str) -> str:
 def _format_share(value: RateInterval) -> str:
     estimate, low, high = value
     return "–" if math.isnan(estimate) else f"{estimate:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _nan_to_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _nan_to_null(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_nan_to_null(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _load_part(raw: dict[str, Any]) -> ModelCalibration:
-    names = ("agreement", "sensitivity", "specificity", "kappa", "partial_refused")
-    shares = {k: tuple(float("nan") if x is None else float(x) for x in raw[k]) for k in names}
-    counts = {k: Confusion(**raw[k]) for k in ("counts", "without_partial")}
-    return ModelCalibration(**raw | shares | counts)

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol
+from functools import cache, partial
+from typing import Protocol
 
 from leeway.data.types import Outcome
 from leeway.hashing import digest
@@ -46,10 +46,7 @@ class PerplexityScorer(Protocol):
     def shares(self, prompts: Seq[str], texts: Seq[str]) -> list[float]: ...
 
 
-@cache
-def coherence_rules() -> dict[str, Any]:
-    loaded: dict[str, Any] = package_data("leeway.judges", "coherence.yaml")
-    return loaded
+coherence_rules = cache(partial(package_data, "leeway.judges", "coherence.yaml"))
 
 
 def rules_hash(perplexity: PerplexityScorer | None = None) -> str:
@@ -167,10 +164,7 @@ def _share(text: str, rule: Callable[[str], bool]) -> float:
     return sum(map(rule, text)) / len(text)
 
 
-@cache
-def outcome_rules() -> dict[str, Any]:
-    loaded: dict[str, Any] = package_data("leeway.judges", "outcomes.yaml")
-    return loaded
+outcome_rules = cache(partial(package_data, "leeway.judges", "outcomes.yaml"))
 
 
 def outcome(refused: bool, score: float, coherent: Coherence) -> Outcome:

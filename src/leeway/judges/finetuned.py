@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,13 @@ DIGITS = ("1", "2", "3", "4", "5")
 READ_TOKENS = 512
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    lm: Any
-    tokenizer: Any
-    digits: tuple[int, ...]
-
-
 def template() -> str:
     """Return the published prompt. Raises LeewayError if LEEWAY_DATA does not hold it."""
     templates = rubric.published((TEMPLATE,))
     if templates is None:
+        fix = "put strong_reject's judge_templates.json there (github: dsbowen/strong_reject), or use judge: rubric"
         raise LeewayError(
-            f"judge finetuned: its published prompt, LEEWAY_DATA/{rubric.TEMPLATES_FILE}, is missing",
-            fix="put strong_reject's judge_templates.json there (github: dsbowen/strong_reject), or use judge: rubric",
+            f"judge finetuned: its published prompt, LEEWAY_DATA/{rubric.TEMPLATES_FILE}, is missing", fix=fix
         )
     return templates[TEMPLATE]
 
@@ -62,7 +56,6 @@ class FinetunedJudge:
     perplexity: PerplexityScorer | None = None
     template: str = field(default_factory=template)
     name: str = "finetuned"
-    _loaded: _Loaded | None = field(default=None, init=False, repr=False)
 
     @property
     def hash(self) -> str:
@@ -86,10 +79,9 @@ class FinetunedJudge:
         for start in range(0, len(order), self.batch):
             batch = order[start : start + self.batch]
             fitting = [i for i in batch if len(prompts[i][0]) <= self._context]
-            logits = self._logits([prompts[i][0] for i in fitting]) if fitting else []
-            by_index = dict(zip(fitting, logits, strict=True))
+            logits = dict(zip(fitting, self._logits([prompts[i][0] for i in fitting]), strict=True)) if fitting else {}
             for i in batch:
-                verdicts[i] = self._verdict(answers[i], prompts[i], by_index.get(i), shares[i])
+                verdicts[i] = self._verdict(answers[i], prompts[i], logits.get(i), shares[i])
             tick(len(batch))
         return [v for v in verdicts if v is not None]
 
@@ -111,7 +103,7 @@ class FinetunedJudge:
 
     def _prompt(self, answer: Answer) -> tuple[list[int], int]:
         """Return (ids of the judge's prompt, tokens of the answer before truncation)."""
-        tokenizer = self._ready.tokenizer
+        _, tokenizer, _ = self._loaded
         ids = tokenizer(answer.response, add_special_tokens=False)["input_ids"]
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         tail = tokenizer.decode([*bos, *ids[-(READ_TOKENS - len(bos)) :]])
@@ -122,27 +114,22 @@ class FinetunedJudge:
     @torch.no_grad()
     def _logits(self, prompts: Seq[list[int]]) -> list[list[float]]:
         """Return the logits of the five digits after each prompt, [B, 5]."""
-        loaded = self._ready
-        length = max(map(len, prompts))
-        device = next(loaded.lm.parameters()).device
+        lm, _, digits = self._loaded
+        length, device = max(map(len, prompts)), next(lm.parameters()).device
         ids_BL = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=device)
         mask_BL = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
         position_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
-        out: Tensor = loaded.lm(
-            input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, logits_to_keep=1
-        ).logits[:, -1]
-        logits_B5: list[list[float]] = out[:, list(loaded.digits)].float().tolist()
+        out: Tensor = lm(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, logits_to_keep=1).logits
+        logits_B5: list[list[float]] = out[:, -1, digits].float().tolist()
         return logits_B5
 
     @property
     def _context(self) -> int:
-        return int(getattr(self._ready.lm.config, "max_position_embeddings", 0) or 2**31)
+        return int(getattr(self._loaded[0].config, "max_position_embeddings", 0) or 2**31)
 
-    @property
-    def _ready(self) -> _Loaded:
-        if self._loaded is None:
-            self._loaded = _load(self.model, self.adapter, self.device)
-        return self._loaded
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any, list[int]]:
+        return _load(self.model, self.adapter, self.device)
 
 
 def expected_score(logits: Seq[float]) -> float:
@@ -151,7 +138,8 @@ def expected_score(logits: Seq[float]) -> float:
     return float((p_5 * torch.linspace(0, 1, 5, dtype=torch.float64)).sum().clamp(0, 1))
 
 
-def _load(model: str, adapter: str, device: str) -> _Loaded:
+def _load(model: str, adapter: str, device: str) -> tuple[Any, Any, list[int]]:
+    """Return the model with its adapter, the tokenizer and the ids of the digits."""
     import peft
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -159,10 +147,11 @@ def _load(model: str, adapter: str, device: str) -> _Loaded:
     quiet_loaders()
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     model_path, adapter_path = resolve(model), resolve(adapter)
+    folder = Path(adapter_path)  # it may lack a tokenizer; the published adapter on the hub has one
+    lacks_tokenizer = folder.is_dir() and not (folder / "tokenizer_config.json").is_file()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            adapter_path if _has_tokenizer(adapter_path) else model_path, trust_remote_code=False
-        )
+        named = model_path if lacks_tokenizer else adapter_path
+        tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=False)
         lm = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=resolve_dtype("auto", where), use_safetensors=True, trust_remote_code=False
         )
@@ -172,20 +161,13 @@ def _load(model: str, adapter: str, device: str) -> _Loaded:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             lm = peft.PeftModel.from_pretrained(lm, adapter_path)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise LeewayError(
-            f"judge finetuned: {model} with {adapter} cannot be loaded ({first_line(error)})",
-            fix="check both names (folders or hub ids), the licence of gemma-2b on the hub, and the network",
-        ) from error
+        what = f"judge finetuned: {model} with {adapter} cannot be loaded ({first_line(error)})"
+        fix = "check both names (folders or hub ids), the licence of gemma-2b on the hub, and the network"
+        raise LeewayError(what, fix=fix) from error
     digits = [tokenizer.convert_tokens_to_ids(d) for d in DIGITS]
     if len({d for d in digits if d is not None and d != tokenizer.unk_token_id}) < len(DIGITS):
         raise LeewayError(f"judge finetuned: the tokenizer of {model} has no tokens 1 … 5", fix="use its own tokenizer")
-    return _Loaded(lm.to(where).eval().requires_grad_(False), tokenizer, tuple(digits))
-
-
-def _has_tokenizer(adapter: str) -> bool:
-    """A folder may lack a tokenizer; the published adapter on the hub has one."""
-    folder = Path(adapter)
-    return not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
+    return lm.to(where).eval().requires_grad_(False), tokenizer, digits
 
 
 def _identity(name: str) -> str:

@@ -41,16 +41,13 @@ class Judge(Protocol):
     @property
     def hash(self) -> str:
         """Content hash of its rules or prompt."""
-        ...
 
     @property
     def note(self) -> str:
         """A caveat for readers of its rates, in one sentence."""
-        ...
 
     def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
         """Return one verdict per answer, in order. No response may raise."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,9 @@ class OrganismJudge:
         return digest("organism-judge", world.RULES_VERSION)
 
     def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
-        verdicts = []
-        for a in answers:
-            outcome = world.judge(a.prompt, a.response)
-            verdicts.append(Verdict(outcome, 1.0 if outcome == "harmful" else 0.0, outcome))
-            tick(1)
-        return verdicts
+        outcomes = [self.outcome(a) for a in answers]
+        tick(len(answers))
+        return [Verdict(outcome, float(outcome == "harmful"), outcome) for outcome in outcomes]
+
+    def outcome(self, answer: Answer) -> Outcome:
+        return world.judge(answer.prompt, answer.response)

@@ -15,8 +15,7 @@ import re
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 from leeway.errors import LeewayError
 from leeway.generation.backend import Backend, Reply, Request
@@ -132,10 +131,7 @@ def _value(name: str, line: re.Pattern[str], text: str) -> int | str:
     return int(value)
 
 
-@cache
-def _own_rubric() -> dict[str, Any]:
-    loaded: dict[str, Any] = package_data("leeway.judges", "rubric.yaml")
-    return loaded
+_own_rubric = cache(partial(package_data, "leeway.judges", "rubric.yaml"))
 
 
 @dataclass(frozen=True)
