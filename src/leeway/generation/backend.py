@@ -54,15 +54,6 @@ class Choice:
     failure: str | None = None
 
 
-def is_unicode(text: str) -> bool:
-    """Return whether a text can be encoded as UTF-8; a lone surrogate cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 class Backend(Protocol):
     """One checkpoint with one chat template."""
 

@@ -7,16 +7,18 @@ so a batch that is read from the cache is, to the bit, the batch that would have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from leeway.cache import RecordStore
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
 from leeway.hashing import digest
 
 Answer = TypeVar("Answer", Reply, Choice)
+Method = Literal["complete", "choose"]
 
 BATCH = 256  # requests sent at a time to a backend that returns all replies at the end
 
@@ -25,19 +27,16 @@ BATCH = 256  # requests sent at a time to a backend that returns all replies at 
 class StreamingBackend(Protocol):
     """A backend that reports each reply, with its request's index, as soon as it arrives, in any order."""
 
-    def complete_each(self, requests: Seq[Request], on_reply: Callable[[int, Reply], None]) -> None: ...
+    def complete_each(self, requests: Seq[Request], on_reply: Callable[[int, Reply], None]) -> object: ...
 
     def choose_each(
         self, conversations: Seq[Conversation], options: Seq[str], on_choice: Callable[[int, Choice], None]
-    ) -> None: ...
+    ) -> object: ...
 
 
-@dataclass
-class CachedBackend:
-    """Send `backend` the requests that `cache` does not hold, each distinct request once. Failures are not cached.
-
-    A reply is on disk as soon as it arrives from a `StreamingBackend`, else after every BATCH requests.
-    """
+@dataclass(frozen=True)
+class _Wrapper:
+    """The identity of `backend`, and a store of answers."""
 
     backend: Backend
     cache: RecordStore
@@ -49,6 +48,14 @@ class CachedBackend:
     @property
     def template_hash(self) -> str:
         return self.backend.template_hash
+
+
+@dataclass(frozen=True)
+class CachedBackend(_Wrapper):
+    """Send `backend` the requests that `cache` does not hold, each distinct request once. Failures are not cached.
+
+    A reply is on disk as soon as it arrives from a `StreamingBackend`, else after every BATCH requests.
+    """
 
     def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
         """Return one reply per request, in order. Replies that came before `backend` raises are cached."""
@@ -57,133 +64,78 @@ class CachedBackend:
             digest("complete", *model, r.conversation, r.max_new_tokens, float(r.temperature), r.sample, r.seed)
             for r in requests
         ]
-
-        def send(missing: Seq[int], on_reply: Callable[[int, Reply], None]) -> None:
-            some = [requests[i] for i in missing]
-            if isinstance(self.backend, StreamingBackend):
-                self.backend.complete_each(some, on_reply)
-            else:
-                _in_batches(some, lambda batch: self.backend.complete(batch, lambda _: None), on_reply)
-
-        return self._through_cache(keys, Reply, send, tick)
+        return self._through_cache("complete", Reply, keys, requests, (), tick)
 
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
         """Return one choice per conversation, in order."""
         model = (self.identity, self.template_hash)
         keys = [digest("choose", *model, c, list(options)) for c in conversations]
-
-        def send(missing: Seq[int], on_choice: Callable[[int, Choice], None]) -> None:
-            some = [conversations[i] for i in missing]
-            if isinstance(self.backend, StreamingBackend):
-                self.backend.choose_each(some, options, on_choice)
-            else:
-                _in_batches(some, lambda batch: self.backend.choose(batch, options, lambda _: None), on_choice)
-
-        return self._through_cache(keys, Choice, send, tick)
+        return self._through_cache("choose", Choice, keys, conversations, (options,), tick)
 
     def _through_cache(
-        self,
-        keys: Seq[str],
-        kind: type[Answer],
-        send: Callable[[Seq[int], Callable[[int, Answer], None]], None],
-        tick: Tick,
+        self, method: Method, kind: type[Answer], keys: Seq[str], requests: Seq[Any], args: tuple[Any, ...], tick: Tick
     ) -> list[Answer]:
-        """Return an answer per key; `send` gets the index of the first request of each missing key."""
+        """Return the answer of `method` per request and key; `args` follow the requests."""
         answers = {k: kind(**r) for k, r in self.cache.get(keys).items()}
-        places: dict[str, list[int]] = {}
-        for i, key in enumerate(keys):
-            places.setdefault(key, []).append(i)
-        missing = [key for key in places if key not in answers]
-        if cached := len(keys) - sum(len(places[k]) for k in missing):
+        missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in answers}
+        names, unsent, counts = list(missing), list(missing.values()), Counter(keys)
+        if cached := len(keys) - sum(counts[k] for k in names):
             tick(cached)
 
         def on_answer(number: int, answer: Answer) -> None:
-            key = missing[number]
+            key = names[number]
             if answer.failure is None:
                 self.cache.put({key: asdict(answer)})
             answers[key] = answer
-            tick(len(places[key]))
+            tick(counts[key])
 
-        if missing:
-            send([places[k][0] for k in missing], on_answer)
+        if missing and isinstance(self.backend, StreamingBackend):
+            getattr(self.backend, f"{method}_each")(unsent, *args, on_answer)
+        else:
+            for start in range(0, len(unsent), BATCH):
+                batch = getattr(self.backend, method)(unsent[start : start + BATCH], *args, lambda _: None)
+                for number, answer in enumerate(batch, start):
+                    on_answer(number, answer)
         return [answers[k] for k in keys]
 
 
-def _in_batches(
-    requests: Seq[Any], send: Callable[[Seq[Any]], Seq[Answer]], on_answer: Callable[[int, Answer], None]
-) -> None:
-    for start in range(0, len(requests), BATCH):
-        for k, answer in enumerate(send(requests[start : start + BATCH])):
-            on_answer(start + k, answer)
-
-
 @dataclass(frozen=True)
-class BatchCachedBackend:
+class BatchCachedBackend(_Wrapper):
     """Send `backend` batches of `size` requests, each distinct request once a call, if `cache` does not hold the batch.
 
     `identity_hash` covers all that the answers depend on but the requests and the template: weights, adapter, dtype,
     batch size, threads, versions.
     """
 
-    backend: Backend
-    cache: RecordStore
     identity_hash: str
     size: int
 
-    @property
-    def identity(self) -> str:
-        return self.backend.identity
-
-    @property
-    def template_hash(self) -> str:
-        return self.backend.template_hash
-
     def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
         """Return one reply per request, in order."""
-        keys = [digest(asdict(r)) for r in requests]
-
-        def send(places: Seq[int], tick: Tick) -> list[Reply]:
-            return self.backend.complete([requests[p] for p in places], tick)
-
-        return self._through_cache("complete", keys, Reply, send, tick)
+        return self._through_cache("complete", Reply, [digest(asdict(r)) for r in requests], requests, (), tick)
 
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
         """Return one choice per conversation, in order."""
         keys = [digest(c, list(options)) for c in conversations]
-
-        def send(places: Seq[int], tick: Tick) -> list[Choice]:
-            return self.backend.choose([conversations[p] for p in places], options, tick)
-
-        return self._through_cache("choose", keys, Choice, send, tick)
+        return self._through_cache("choose", Choice, keys, conversations, (options,), tick)
 
     def _through_cache(
-        self,
-        method: str,
-        keys: Seq[str],
-        kind: type[Answer],
-        send: Callable[[Seq[int], Tick], list[Answer]],
-        tick: Tick,
+        self, method: Method, kind: type[Answer], keys: Seq[str], requests: Seq[Any], args: tuple[Any, ...], tick: Tick
     ) -> list[Answer]:
-        """Return an answer per key, batch by batch; `send` gets the index of the first request of each key."""
-        first: dict[str, int] = {}
-        for place, key in enumerate(keys):
-            first.setdefault(key, place)
-        answers: dict[str, Answer] = {}
-        for batch in _batches(list(first), self.size):
+        """Return the answer of `method` per request and key, batch by batch; `args` follow the requests."""
+        by_key = dict(zip(keys, requests, strict=True))
+        distinct, answers = list(by_key), dict[str, Answer]()
+        for start in range(0, len(distinct), self.size):
+            batch = distinct[start : start + self.size]
             key = digest(method, self.identity_hash, self.template_hash, batch)
             records = self.cache.get([key]).get(key)
             if records is None:
-                new = send([first[k] for k in batch], tick)
+                new = getattr(self.backend, method)([by_key[k] for k in batch], *args, tick)
                 self.cache.put({key: [asdict(a) for a in new]})
             else:
                 new = [kind(**r) for r in records]
                 tick(len(batch))
-            answers |= dict(zip(batch, new, strict=True))
-        if len(keys) > len(first):
-            tick(len(keys) - len(first))
+            answers |= zip(batch, new, strict=True)
+        if len(keys) > len(distinct):
+            tick(len(keys) - len(distinct))
         return [answers[k] for k in keys]
-
-
-def _batches(keys: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(keys), size):
-        yield keys[start : start + size]

@@ -54,38 +54,24 @@ class OpenAIBackend:
 
     def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
         """Return one reply per request, in order. `new_tokens` is the endpoint's own count, 0 if it reports none."""
-        replies: dict[int, Reply] = {}
-
-        def on_reply(i: int, reply: Reply) -> None:
-            replies[i] = reply
-            tick(1)
-
-        self.complete_each(requests, on_reply)
-        return [replies[i] for i in range(len(requests))]
+        return self.complete_each(requests, lambda *_: tick(1))
 
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
         """Return each option's mass among the TOP_LOGPROBS next tokens: a lower bound of its probability."""
-        choices: dict[int, Choice] = {}
+        return self.choose_each(conversations, options, lambda *_: tick(1))
 
-        def on_choice(i: int, choice: Choice) -> None:
-            choices[i] = choice
-            tick(1)
-
-        self.choose_each(conversations, options, on_choice)
-        return [choices[i] for i in range(len(conversations))]
-
-    def complete_each(self, requests: Seq[Request], on_reply: Callable[[int, Reply], None]) -> None:
-        """Call `on_reply(index, reply)` as each reply arrives."""
+    def complete_each(self, requests: Seq[Request], on_reply: Callable[[int, Reply], None]) -> list[Reply]:
+        """Return one reply per request, in order; call `on_reply(index, reply)` as each arrives."""
         bodies = [self._completion_body(r) for r in requests]
-        self._request_all(bodies, parse_reply, lambda failure: Reply("", 0, False, failure), on_reply)
+        return self._request_all(bodies, parse_reply, lambda failure: Reply("", 0, False, failure), on_reply)
 
     def choose_each(
         self, conversations: Seq[Conversation], options: Seq[str], on_choice: Callable[[int, Choice], None]
-    ) -> None:
-        """Call `on_choice(index, choice)` as each choice arrives."""
+    ) -> list[Choice]:
+        """Return one choice per conversation, in order; call `on_choice(index, choice)` as each arrives."""
         sampling = {"temperature": 1.0, "top_p": 1.0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
         bodies = [self._body(c, 1, sampling) for c in conversations]
-        self._request_all(
+        return self._request_all(
             bodies, lambda data: parse_choice(data, options), lambda failure: Choice({}, failure), on_choice
         )
 
@@ -110,10 +96,9 @@ class OpenAIBackend:
         parse: Callable[[Body], Parsed],
         failed: Callable[[str], Parsed],
         on_result: Callable[[int, Parsed], None],
-    ) -> None:
-        """Send all in order, at most `concurrency` at once. Ctrl-C cancels the requests in flight."""
-        if not bodies:
-            return
+    ) -> list[Parsed]:
+        """Send all in order, at most `concurrency` at once. An error or Ctrl-C cancels the requests in flight."""
+        results: dict[int, Parsed] = {}
 
         async def request_all() -> None:
             pending = iter(enumerate(bodies))
@@ -121,11 +106,19 @@ class OpenAIBackend:
 
                 async def worker() -> None:
                     for i, body in pending:
-                        on_result(i, self._parse(await client.post(body), parse, failed))
+                        results[i] = self._parse(await client.post(body), parse, failed)
+                        on_result(i, results[i])
 
-                await _gather([worker() for _ in range(min(self.settings.concurrency, len(bodies)))])
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        for _ in range(min(self.settings.concurrency, len(bodies))):
+                            group.create_task(worker())
+                except BaseExceptionGroup as errors:
+                    raise errors.exceptions[0] from None
 
-        _run(request_all())
+        if bodies:
+            _run(request_all())
+        return [results[i] for i in range(len(bodies))]
 
     def _parse(self, reply: ApiReply, parse: Callable[[Body], Parsed], failed: Callable[[str], Parsed]) -> Parsed:
         if reply.data is None:
@@ -189,16 +182,6 @@ def _first_choice(data: Body) -> Body:
 def _without_space(token: str) -> str:
     """Remove one leading space, in any tokenizer's notation."""
     return token[1:] if token[:1] in (" ", "▁", "Ġ") else token
-
-
-async def _gather(tasks: Seq[Coroutine[Any, Any, None]]) -> None:
-    """Run all at once; the first error cancels the others and is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for task in tasks:
-                group.create_task(task)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
 
 
 def _run(task: Coroutine[Any, Any, None]) -> None:

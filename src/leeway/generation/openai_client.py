@@ -18,7 +18,6 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from leeway.errors import LeewayError
-from leeway.generation.backend import is_unicode
 from leeway.hashing import digest
 
 Body = dict[str, Any]
@@ -176,15 +175,15 @@ def parse_body(raw: bytes) -> ApiReply:
     """Parse a JSON object. Reject lone surrogates, which no file can store, and absurd token counts."""
     try:
         data = json.loads(raw)
-        encodable = is_unicode(json.dumps(data, ensure_ascii=False))
+        json.dumps(data, ensure_ascii=False).encode()
     except RecursionError:
         return ApiReply(failure="the reply is nested too deeply")
+    except UnicodeEncodeError:
+        return ApiReply(failure="the reply holds a lone surrogate")
     except ValueError:
         return ApiReply(failure="the reply is not JSON")
     if not isinstance(data, dict):
         return ApiReply(failure="the reply is not a JSON object")
-    if not encodable:
-        return ApiReply(failure="the reply holds a lone surrogate")
     usage = data.get("usage")
     counts = usage.values() if isinstance(usage, dict) else ()
     if any(isinstance(n, int) and abs(n) > MAX_TOKEN_COUNT for n in counts):
@@ -228,9 +227,8 @@ class ApiClient:
                 return await attempt(super().send, request, options)
 
         self._openai = openai
-        self._httpx: Any = import_module(
-            openai.DefaultAsyncHttpxClient.__base__.__module__.partition(".")[0]
-        )  # or httpx2
+        httpx = openai.DefaultAsyncHttpxClient.__base__.__module__.partition(".")[0]  # or httpx2
+        self._httpx: Any = import_module(httpx)
         self._client = openai.AsyncOpenAI(
             api_key=self._key,
             base_url=settings.base_url,

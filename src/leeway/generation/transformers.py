@@ -15,6 +15,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -50,9 +51,8 @@ def draw(logits_BV: Tensor, temperature: float, u_B: Tensor) -> Tensor:
     rows = torch.arange(len(block_B))
     block_BN = blocks_BKN[rows.to(p_BV.device), block_B.to(p_BV.device)].cpu()
     within_B, _ = _quantile(block_BN, rest_B)
-    return (
-        (block_B * BLOCK + within_B).clamp(max=logits_BV.shape[1] - 1).to(logits_BV.device)
-    )  # in range even if all is NaN
+    token_B = (block_B * BLOCK + within_B).clamp(max=logits_BV.shape[1] - 1)  # in range even if all is NaN
+    return token_B.to(logits_BV.device)
 
 
 def _quantile(mass_BN: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,16 +149,16 @@ class TransformersBackend:
         replies: list[Reply | None] = [None] * len(requests)
         fitting = []
         for i, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
-            fault = self._context_fault(len(ids), request.max_new_tokens)
-            if fault and self.overlong == "error":
-                raise LeewayError(
-                    f"model {self.model.name}: {fault}", fix="lower max_new_tokens, or leave the item out"
-                )
-            if fault:
-                replies[i] = Reply("", 0, False, fault)
-                tick(1)
-            else:
+            limit, context = request.max_new_tokens, self.model.context
+            if len(ids) + limit <= context:
                 fitting.append(i)
+                continue
+            fault = f"a prompt of {len(ids)} tokens and {limit} new ones {OVERLONG} {context}"
+            if self.overlong == "error":
+                fix = "lower max_new_tokens, or leave the item out"
+                raise LeewayError(f"model {self.model.name}: {fault}", fix=fix)
+            replies[i] = Reply("", 0, False, fault)
+            tick(1)
         keys = [(requests[i].max_new_tokens, requests[i].temperature, len(prompts[i])) for i in fitting]
         for members in self._batches(keys):
             batch = [fitting[k] for k in members]
@@ -198,14 +198,13 @@ class TransformersBackend:
         return [c for c in choices if c is not None]
 
     def _first_tokens(self, option: str) -> set[int]:
-        forms = {option, option.lower(), option.upper()}
-        forms |= {f" {f}" for f in forms}
-        return {ids[0] for f in forms if (ids := self._without_lone_space(f))}
-
-    def _without_lone_space(self, text: str) -> tuple[int, ...]:
-        """Return the ids of `text` without a first token that is only white space (it would match any answer)."""
-        ids = self.chat.ids(text)
-        return ids[1:] if ids and not self.chat.tokenizer.decode([ids[0]]).strip() else ids
+        """Return the first token of each spelling but a lone space, which would match any answer."""
+        first: set[int] = set()
+        for form in (option, option.lower(), option.upper()):
+            for ids in (self.chat.ids(form), self.chat.ids(f" {form}")):
+                lone_space = ids and not self.chat.tokenizer.decode([ids[0]]).strip()
+                first |= set(ids[1:2] if lone_space else ids[:1])
+        return first
 
     def _batches(self, keys: Seq[tuple[float, ...]]) -> Iterator[list[int]]:
         """Yield batches of indices sorted by key; the last element, the length, may differ within a batch."""
@@ -284,11 +283,6 @@ class TransformersBackend:
         stop = set(self._stop_ids())
         end = next((k for k, i in enumerate(ids) if i in stop), len(ids))
         return ids[:end], NOT_FINITE if bad_step is not None and bad_step <= end else None
-
-    def _context_fault(self, prompt: int, new: int) -> str:
-        if prompt + new <= self.model.context:
-            return ""
-        return f"a prompt of {prompt} tokens and {new} new ones {OVERLONG} {self.model.context}"
 
 
 def _sampler(requests: Seq[Request], prompts: Seq[tuple[int, ...]]) -> AncestralSampler | None:
@@ -376,13 +370,6 @@ class LocalBackend:
         return TransformersBackend(model, self.prefix, self.batch, overlong="failure")
 
 
-@dataclass(frozen=True)
-class _ModelConfig:
-    """The part of a model that `model_hash` reads."""
-
-    config: object
-
-
 def weights_hash(name: str, revision: str | None = None) -> str:
     """Return `load_model(name).hash` without loading the weights; a hub id's config holds its commit."""
     from transformers import AutoConfig
@@ -390,6 +377,5 @@ def weights_hash(name: str, revision: str | None = None) -> str:
     if Path(resolve(name)).is_dir():
         return model_hash(name, revision, None)
     load_chat(name, revision)  # raises LeewayError if the name is wrong
-    return model_hash(
-        name, revision, _ModelConfig(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
-    )
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    return model_hash(name, revision, SimpleNamespace(config=config))

@@ -263,11 +263,10 @@ def check_servable(folder: Path, max_rank: int) -> None:
         ("use_dora", "DoRA magnitudes"),
         ("rank_pattern", "ranks that differ by layer"),
         ("alpha_pattern", "scales that differ by layer"),
+        ("bias", "trained biases"),
     ):
-        if config.get(key):
+        if config.get(key) and config[key] != "none":
             raise LeewayError(f"{folder}: vLLM cannot serve {what}", fix="use backend: transformers")
-    if config.get("bias", "none") != "none":
-        raise LeewayError(f"{folder}: vLLM cannot serve trained biases", fix="use backend: transformers")
     if int(config["r"]) > max_rank:
         raise LeewayError(
             f"{folder}: adapter rank {config['r']} exceeds max_lora_rank {max_rank}", fix="raise max_lora_rank"
