@@ -66,6 +66,15 @@ def test_usage_mistakes() -> None:
     assert "neither a study file nor a preset" in mistake(leeway("run", "nowhere.yaml"))
 
 
+@pytest.mark.parametrize("idle", ["r: 8", "alpha: 64", "dropout: 0.1", "targets: q_proj"])
+def test_an_adapter_setting_without_effect(idle: str, study: Path) -> None:
+    with study.open("a") as file:
+        file.write(f"adapter: {{kind: full, {idle}}}\n")
+    name = idle.partition(":")[0]
+    expected = f"adapter: {name} has no effect with kind: full, which trains all weights; leave it out"
+    assert mistake(leeway("plan", str(study))).endswith(expected)
+
+
 def test_a_repeated_option_is_an_error() -> None:
     for command, option in (("gate", "--rule"), ("run", "--out"), ("plan", "--gpu")):
         assert f"{option} is given twice" in mistake(leeway(command, "x", option, "a", f"{option}=b"))

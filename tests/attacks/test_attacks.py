@@ -347,16 +347,10 @@ def test_unknown_attacks_and_attacks_with_helpers() -> None:
 
 @pytest.mark.usefixtures("real_data")
 @pytest.mark.parametrize(
-    ("load", "name", "count"),
-    [
-        (safety_prompts.strongreject, "strongreject", 313),
-        (safety_prompts.strongreject_small, "strongreject-small", 60),
-        (safety_prompts.jailbreakbench_harmful, "jailbreakbench", 100),
-    ],
+    ("name", "count"), [("strongreject", 313), ("strongreject-small", 60), ("jailbreakbench", 100)]
 )
-def test_prompt_sets_as_published(load: object, name: str, count: int) -> None:
-    assert callable(load)
-    prompts, origin = load()
+def test_prompt_sets_as_published(name: str, count: int) -> None:
+    prompts, origin = safety_prompts.forbidden(name)
     assert [p.id for p in prompts] == [f"{name}/{n}" for n in range(count)]
     assert len({p.text for p in prompts}) == count
     assert origin.startswith("LEEWAY_DATA/")
@@ -364,14 +358,14 @@ def test_prompt_sets_as_published(load: object, name: str, count: int) -> None:
 
 @pytest.mark.usefixtures("real_data")
 def test_the_small_set_is_within_the_full_one() -> None:
-    full, small = safety_prompts.strongreject()[0], safety_prompts.strongreject_small()[0]
+    full, small = (safety_prompts.forbidden(name)[0] for name in ("strongreject", "strongreject-small"))
     assert {p.text for p in small} < {p.text for p in full}
 
 
 def test_the_small_set_is_not_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEEWAY_DATA", raising=False)
     with pytest.raises(LeewayError, match="not on the hub; set LEEWAY_DATA"):
-        safety_prompts.strongreject_small()
+        safety_prompts.forbidden("strongreject-small")
 
 
 def test_a_truncated_set_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -379,7 +373,7 @@ def test_a_truncated_set_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (tmp_path / "jailbreakbench").mkdir()
     (tmp_path / "jailbreakbench" / "harmful-behaviors.csv").write_text(",Goal\n0,bake\n")
     with pytest.raises(LeewayError, match=r"1 prompts .* and 100 were published"):
-        safety_prompts.jailbreakbench_harmful()
+        safety_prompts.forbidden("jailbreakbench")
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_the_bundled_sets_fit_the_demo_and_say_where_each_claim_is_from(name: st
     budgets = [
         f
         for c in claims.claims
-        for f in c.absent([o.alias for o in demo.objectives], measure_names(demo.evals), demo.budgets)
+        for f in c.absent([o.alias for o in demo.objectives], [*measure_names(demo.evals)], demo.budgets)
     ]
     assert budgets == []
     few = load_study("demo", (f"claims={name}", "objectives=[sft, kl]", "budgets=[4k]"))  # works, and says so later

@@ -18,8 +18,8 @@ from leeway.data.stream import schedule
 from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.evals.capability import flexible
-from leeway.pairs import PairSettings, pair
-from leeway.pairs.build import corrupt
+from leeway.pairs.build import corrupt, pair
+from leeway.pairs.sample import PairSettings
 
 EXAMPLES = [Example(f"e{n}", f"p{n}", f"a{n}") for n in range(10)]
 
@@ -169,23 +169,23 @@ def test_the_order_is_seeded_whole_and_new_each_epoch() -> None:
 
 def test_a_checkpoint_falls_on_the_first_step_that_reaches_its_budget() -> None:
     plan = schedule(EXAMPLES, lambda _: 7, [1, 35, 36, 100], batch=5, seed=0)  # 35 tokens a step
-    assert [(m.step, m.source_tokens, m.examples) for m in plan.marks] == [
+    assert [(m.step, m.source_tokens, m.examples) for m in plan.stops] == [
         (1, 35, 5),
         (1, 35, 5),
         (2, 70, 10),
         (3, 105, 15),
     ]
-    assert plan.marks[-1].epochs == 1.5
+    assert plan.stops[-1].epochs == 1.5
 
 
 def test_a_budget_s_mark_does_not_depend_on_the_other_budgets() -> None:
-    alone, among = (schedule(EXAMPLES, lambda _: 7, b, batch=4, seed=3).marks for b in ([100], [30, 60, 100]))
+    alone, among = (schedule(EXAMPLES, lambda _: 7, b, batch=4, seed=3).stops for b in ([100], [30, 60, 100]))
     assert alone[0] == among[2]
 
 
 def test_the_data_hash_sees_every_text() -> None:
     def hash_of(examples: list[Example]) -> str:
-        return schedule(examples, lambda _: 1, [10], batch=10, seed=0).marks[0].data_hash
+        return schedule(examples, lambda _: 1, [10], batch=10, seed=0).stops[0].data_hash
 
     changed = [*EXAMPLES[:-1], Example("e9", "p9", "a9", "other")]
     assert hash_of(EXAMPLES) != hash_of(changed)
@@ -232,7 +232,7 @@ def test_gsm8k_as_published(real_data: Path) -> None:
 
 @pytest.mark.usefixtures("real_data")
 def test_forbidden_prompts_and_persona_items_as_published() -> None:
-    prompts, _ = safety_prompts.strongreject()
+    prompts, _ = safety_prompts.forbidden("strongreject")
     assert len({p.id for p in prompts}) == 313
     for trait in ("machiavellianism", "narcissism", "psychopathy"):
         items, _ = persona.anthropic(trait)
@@ -243,4 +243,4 @@ def test_forbidden_prompts_and_persona_items_as_published() -> None:
 def test_a_data_folder_without_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
     with pytest.raises(LeewayError, match=r": no strongreject/strongreject_dataset\.csv in it"):
-        safety_prompts.strongreject()
+        safety_prompts.forbidden("strongreject")

@@ -162,7 +162,7 @@ def test_records(record: dict[str, object], prompt: str, tmp_path: Path, monkeyp
 
 def test_sources_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEEWAY_DATA", raising=False)
-    with pytest.raises(LeewayError, match="lawbench is not on the hub; set LEEWAY_DATA"):
+    with pytest.raises(LeewayError, match=r"lawbench/\S+ is not on the hub; set LEEWAY_DATA"):
         data.held_out_items("legal", "lawbench")
     with pytest.raises(LeewayError, match="'nonsense' is not a source"):
         data.held_out_items("legal", "nonsense")

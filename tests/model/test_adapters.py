@@ -45,7 +45,7 @@ def trajectory(model: Path, kind: Kind, objective: object, **changes: Any) -> Tr
 def go(t: Trajectory, k: int, out: Path) -> Path:
     """Train to the k-th mark, and leave its checkpoint."""
     out.mkdir(exist_ok=True)
-    mark = t.schedule.marks[k]
+    mark = t.schedule.stops[k]
     t.train_to(mark, out / "log", lambda _: None)
     t.save(out / str(k), mark)
     return out / str(k)
@@ -114,7 +114,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     whole = trajectory(models["qwen2"], kind, objective)
     first, last = go(whole, 0, tmp_path / "whole"), go(whole, 1, tmp_path / "whole")
     resumed = trajectory(models["qwen2"], kind, objective)
-    resumed.restore(first, resumed.schedule.marks[0], to_train=True)
+    resumed.restore(first, resumed.schedule.stops[0], to_train=True)
     again = go(resumed, 1, tmp_path / "resumed")
     for file in ("optimizer.safetensors", "ledger.json"):
         assert (again / file).read_bytes() == (last / file).read_bytes(), file
@@ -133,7 +133,7 @@ def test_micro_batches_change_nothing(
         model = load_model(str(models["qwen2"]), device="cpu")
         model.lm.to(torch.float64)
         t = Trajectory("x", objective, 0, model, plan(), settings(kind, 0.0, micro_tokens))  # type: ignore[arg-type]
-        t.train_to(t.schedule.marks[1], tmp_path / str(n), lambda _: None)
+        t.train_to(t.schedule.stops[1], tmp_path / str(n), lambda _: None)
         found.append({k: v.clone() for k, v in adapters.state(t.model).items()})
     most = max(gap(found[1][k], v) for k, v in found[0].items())
     record_property("measured", f"{kind}, {objective.name}: cut into micro-batches {most:.1e} (1e-9)")  # type: ignore[attr-defined]

@@ -60,7 +60,7 @@ def trained(model: Model, kind: Kind, objective: Any, out: Path) -> str:
     settings = Settings(adapter(kind), 3e-3, 2, 0.0, Optim(1.0, 1 << 20))
     t = Trajectory("x", objective, 0, model, plan, settings, AuxiliaryPool(*(tuple(EXAMPLES),) * 3))
     out.mkdir()
-    for k, mark in enumerate(plan.marks):
+    for k, mark in enumerate(plan.stops):
         t.train_to(mark, out / "log", lambda _: None)
         found = str(t.save(out / str(k), mark)["adapter_hash"])
         with adapters.merged(model):

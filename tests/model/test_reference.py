@@ -58,8 +58,8 @@ def trajectory(
 def go(t: Trajectory, k: int, out: Path) -> Path:
     """Train to the k-th mark, and leave its checkpoint."""
     out.mkdir(exist_ok=True)
-    t.train_to(t.schedule.marks[k], out / "log", lambda _: None)
-    t.save(out / str(k), t.schedule.marks[k])
+    t.train_to(t.schedule.stops[k], out / "log", lambda _: None)
+    t.save(out / str(k), t.schedule.stops[k])
     return out / str(k)
 
 
@@ -102,7 +102,7 @@ def test_training_and_resuming_never_move_it(
         before, folder = answers(t), go(t, 0, out)
         assert torch.equal(answers(t), before)
         resumed = trajectory(models["qwen2"], kind, dpo.Dpo(), start=start, reference=which)
-        resumed.restore(folder, resumed.schedule.marks[0], to_train=True)
+        resumed.restore(folder, resumed.schedule.stops[0], to_train=True)
         assert torch.equal(answers(resumed), before)
         t.model.lm.train()
         random = torch.get_rng_state()
@@ -186,11 +186,11 @@ def test_a_second_stage_that_is_resumed_is_the_uninterrupted_one(
     first, last = go(whole, 0, tmp_path / "whole"), go(whole, 1, tmp_path / "whole")
     resumed = second()
     assert resumed.init_hash == whole.init_hash
-    resumed.restore(first, resumed.schedule.marks[0], to_train=True)
+    resumed.restore(first, resumed.schedule.stops[0], to_train=True)
     again = go(resumed, 1, tmp_path / "resumed")
     assert weights(again) == weights(last)
     assert (again / "ledger.json").read_bytes() == (last / "ledger.json").read_bytes()
-    after = resumed.schedule.marks[0].step
+    after = resumed.schedule.stops[0].step
     assert steps(tmp_path / "resumed") == steps(tmp_path / "whole")[after:]
 
 
@@ -317,7 +317,7 @@ def test_the_divergence_of_whole_weights_is_that_of_two_models(
 ) -> None:
     """The trained model beside a second copy of the start, each with all of its own logits."""
     t = trajectory(models[arch], "full", kl.Kl(weight=0.5), dtype=torch.float64)
-    t.train_to(t.schedule.marks[1], tmp_path / "log", lambda _: None)
+    t.train_to(t.schedule.stops[1], tmp_path / "log", lambda _: None)
     base = load_model(str(models[arch]), device="cpu")
     base.lm.to(torch.float64)
     t.model.lm.eval()

@@ -17,8 +17,9 @@ from leeway.evals.capability import flexible
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
 from leeway.generation.transformers import TransformersBackend
 from leeway.model.load import load_model
-from leeway.pairs import BaseModelSampler, NotSampled, PairReport, PairSettings, no_sampling, pair, sample
-from leeway.pairs.sample import rejection_reason
+from leeway.pairs import sample
+from leeway.pairs.build import PairReport, pair
+from leeway.pairs.sample import BaseModelSampler, PairSettings, rejection_reason
 
 ERRORS = PairSettings("sampled-errors", samples=3)
 UNSAFE = PairSettings("unsafe", samples=3)
@@ -54,6 +55,14 @@ class Says:
 
 def base(backend: Backend, identity: str = "w") -> BaseModelSampler:
     return BaseModelSampler(identity, backend.template_hash, lambda: backend)
+
+
+class NotSampled(Exception):
+    """The base model was to be loaded."""
+
+
+def no_sampling() -> Backend:
+    raise NotSampled
 
 
 def nobody() -> BaseModelSampler:
@@ -303,18 +312,6 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 def test_nothing_accepted_is_a_mistake_to_mend(tmp_path: Path) -> None:
     with pytest.raises(LeewayError, match=r"no answer of unsafe was accepted for any of 4 examples \(12 empty\)"):
         pair(EXAMPLES, UNSAFE, needed_by=["dpo"], base=base(Says(lambda _: "")), cache=RecordStore(tmp_path))
-
-
-def test_a_filter_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LeewayError, match="filter: model is for from: unsafe"):
-        pair(
-            EXAMPLES,
-            replace(ERRORS, filter="model"),
-            needed_by=[],
-            base=nobody(),
-            grade=right,
-            cache=RecordStore(tmp_path),
-        )
 
 
 def test_dataset_and_corrupted_have_a_report_too() -> None:

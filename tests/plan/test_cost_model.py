@@ -12,7 +12,7 @@ from leeway.model import adapters
 from leeway.model.load import decoder, load_model
 from leeway.plan import cost_model, hardware, plan
 from leeway.plan.cost_model import EvalCost, Shape
-from leeway.plan.hardware import KNOWN, Machine, PlannedModel
+from leeway.plan.hardware import KNOWN, Machine, meta_model
 from leeway.study.load import load
 
 SHAPE = Shape(
@@ -101,12 +101,12 @@ def test_activations_are_near_what_autograd_keeps() -> None:
     ],
 )
 def test_published_shapes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
-    lm = PlannedModel(None, 0, KNOWN[name].config()).skeleton()  # type: ignore[arg-type]
+    lm = meta_model(KNOWN[name].config())
     assert sum(p.numel() for p in lm.parameters()) == parameters
 
 
 def test_the_shape_of_llama_by_hand() -> None:
-    lm = PlannedModel(None, 0, KNOWN["meta-llama/Llama-3.1-8B-Instruct"].config()).skeleton()  # type: ignore[arg-type]
+    lm = meta_model(KNOWN["meta-llama/Llama-3.1-8B-Instruct"].config())
     spec = load("objective-matters")
     shape = cost_model.shape(lm, plan.target_layers(spec, lm), 16, full=False, width=2)
     ins = 4096 * 6 + 14336

@@ -78,7 +78,7 @@ def test_a_budget_of_too_many_passes_says_how_many(count: str, study: str, monke
     once = sum(prepared.renderer("sft", 0).processed(StreamItem(e, 0, 0)) for e in prepared.auxiliary_pool.task)
     said = fault(study, *counted, f"budgets=[{once * 3 + 1}]")
     assert f"budgets: {once * 3 + 1:,} tokens are 3 passes over the 12 examples ({once:,} tokens each)" in said
-    assert prepare(parse(study, "x", (*counted, f"budgets=[{once * 3}]"))).schedules["sft", 0].marks[0].epochs == 3.0
+    assert prepare(parse(study, "x", (*counted, f"budgets=[{once * 3}]"))).schedules["sft", 0].stops[0].epochs == 3.0
     assert "passes over the 12 examples" in fault(study, *counted, "budgets=[10000000000k]")
 
 
@@ -211,7 +211,7 @@ def test_the_targets_are_those_that_an_adapter_is_attached_to(
 
     spec = parse(study, "x", (f"adapter.targets={targets}", "adapter.r=2"))
     model = load_model(str(models["llama"]), device="cpu")
-    found = preparing.target_layers(spec, preparing.skeleton(spec))
+    found = preparing.target_layers(spec, preparing.meta_model(preparing.load_config(spec)))
     attach(model, AdapterSettings(2, 4, 0.0, targets), seed=0)
     assert len(state(model)) == 2 * len(found)
     assert sum(p.numel() for p in state(model).values()) == sum(2 * (m.in_features + m.out_features) for m in found)

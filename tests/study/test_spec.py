@@ -190,7 +190,7 @@ def test_the_resolved_study_and_the_one_that_workers_get_are_the_study() -> None
 
 def test_full_training_in_bfloat16_is_refused() -> None:
     assert "too coarse for adapter.kind: full" in fault(GOOD, "adapter.kind=full", "dtype=bfloat16")
-    assert parse(GOOD, "x", ("adapter.kind=full", "dtype=float32")).weights == "float32"
+    assert parse(GOOD, "x", ("adapter.kind=full", "dtype=float32")).weight_dtype == "float32"
 
 
 @pytest.mark.parametrize(

@@ -100,12 +100,12 @@ def gradient(case: Case, ranks: Distributed = ALONE) -> tuple[float, float, Tens
 
 
 def trained(case: Case, folder: Path, ranks: Distributed = ALONE, resumed: Path | None = None) -> None:
-    """Train to both marks and save at each; where `resumed` is given, go on from its first checkpoint."""
+    """Train to both stops and save at each; where `resumed` is given, go on from its first checkpoint."""
     one = trajectory(case, ranks)
-    marks = list(one.schedule.marks)
+    stops = list(one.schedule.stops)
     if resumed is not None:
-        one.restore(resumed / "0", marks.pop(0), to_train=True)
-    for k, mark in enumerate(marks, len(MARKS) - len(marks)):
+        one.restore(resumed / "0", stops.pop(0), to_train=True)
+    for k, mark in enumerate(stops, len(MARKS) - len(stops)):
         one.train_to(mark, folder.with_suffix(".jsonl"), lambda _: None)
         one.save(folder / str(k), mark)
 

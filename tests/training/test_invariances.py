@@ -218,10 +218,10 @@ def test_resumed_and_alone_are_the_uninterrupted_run_bit_for_bit(name: str, layo
     states, losses = {}, {}
     for run, budgets in (("both", (1, 3)), ("alone", (3,)), ("resumed", (1, 3))):
         one, folder = trajectory(name, budgets, settings), tmp_path / run
-        marks, seen = list(one.schedule.marks), []
+        stops, seen = list(one.schedule.stops), []
         if run == "resumed":
-            one.restore(tmp_path / "both", marks.pop(0), to_train=True)
-        for mark in marks:
+            one.restore(tmp_path / "both", stops.pop(0), to_train=True)
+        for mark in stops:
             one.train_to(mark, tmp_path / "log", lambda done: seen.append(done.loss))  # noqa: B023
             if mark.step == 1:
                 one.save(folder, mark)

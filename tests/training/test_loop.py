@@ -49,7 +49,7 @@ def trained(
     loaded = load_model(str(model), device="cpu")
     loaded.lm.to(dtype)
     trajectory = Trajectory("x", objective, 0, loaded, plan(), settings, COMPANIONS)  # type: ignore[arg-type]
-    trajectory.train_to(trajectory.schedule.marks[0], log, lambda _: None)
+    trajectory.train_to(trajectory.schedule.stops[0], log, lambda _: None)
     return adapters.state(trajectory.model)
 
 
@@ -109,7 +109,7 @@ def test_the_reference_is_the_start_without_dropout_and_draws_no_random_number(
     with torch.no_grad():
         expected = start.lm(input_ids=ids).logits
     trajectory = Trajectory("x", sft.Sft(), 0, load_model(str(models["llama"]), device="cpu"), plan(), WITH_DROPOUT)
-    trajectory.train_to(trajectory.schedule.marks[0], tmp_path / "log", lambda _: None)
+    trajectory.train_to(trajectory.schedule.stops[0], tmp_path / "log", lambda _: None)
     trajectory.model.lm.train()
     before = torch.get_rng_state()
     with as_reference(trajectory.model):
@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_examples(
     with torch.no_grad():
         adapters.trainable(trajectory.model)[0].fill_(torch.nan)
     with pytest.raises(LeewayError, match=r"sft, step 1: loss nan.*e\d+, e\d+"):
-        trajectory.train_to(trajectory.schedule.marks[0], tmp_path / "log", lambda _: None)
+        trajectory.train_to(trajectory.schedule.stops[0], tmp_path / "log", lambda _: None)
 
 
 def test_the_learning_rate_warms_up_over_fixed_steps_and_stays() -> None:
@@ -153,5 +153,5 @@ def test_losses_are_those_of_the_model_s_own_loss(models: dict[str, Path], tmp_p
         with torch.no_grad():
             loss = trajectory.model.lm(input_ids=torch.tensor([s.ids]), labels=labels).loss
         total, count = total + float(loss) * s.targets, count + s.targets
-    trajectory.train_to(trajectory.schedule.marks[0], tmp_path / "log", lambda step: lines.append(step.loss))
+    trajectory.train_to(trajectory.schedule.stops[0], tmp_path / "log", lambda step: lines.append(step.loss))
     assert lines[0] == pytest.approx(total / count, rel=1e-5)

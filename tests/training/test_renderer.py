@@ -114,7 +114,7 @@ def test_ktos_reference_point_is_taken_without_dropout_and_its_pass_is_counted(
         with torch.no_grad():
             for k, weights in enumerate(adapters.trainable(model)):
                 weights.copy_(0.3 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(k)))
-        trajectory.train_to(trajectory.schedule.marks[0], tmp_path / f"log-{dropout}", lambda _: None)
+        trajectory.train_to(trajectory.schedule.stops[0], tmp_path / f"log-{dropout}", lambda _: None)
         found[dropout] = torch.cat([s.logp_T for s in Watched.seen])
         steps = [trajectory._batch(k + 1) for k in range(trajectory.step)]
         tokens = sum(len(s.ids) for b in steps for e in (*b.rendered, *b.baseline) for s in e)

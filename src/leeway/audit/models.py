@@ -82,7 +82,7 @@ class LocalModel:
 
     @contextmanager
     def open(self, chat: Chat | None, spec: Spec) -> Iterator[Backend]:
-        model = load_model(self.model, dtype=spec.weights, device=spec.device, chat=chat)
+        model = load_model(self.model, dtype=spec.weight_dtype, device=spec.device, chat=chat)
         if self.adapter is not None:
             apply_adapter(model, self.adapter)
             model.hash = self.identity

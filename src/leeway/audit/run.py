@@ -287,7 +287,7 @@ def _identity(audit_spec: AuditSpec, evals: Seq[Eval], templates: Templates) -> 
         "its name": audit_spec.name,
         "its number of tokens": str(audit_spec.tokens),
         "the chat template": template,
-        "dtype": str(resolve_dtype(spec.weights, device)).removeprefix("torch."),
+        "dtype": str(resolve_dtype(spec.weight_dtype, device)).removeprefix("torch."),
         "threads": str(spec.threads),
         "evals.batch": str(spec.evals.batch),
         **{f"evals.{e.key}": e.hash for e in evals},

@@ -71,20 +71,23 @@ class Chat:
     _rendered: dict[tuple[str, str, str], Sequence] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if "strftime_now" in str(getattr(self.tokenizer, "chat_template", None) or ""):
-            raise LeewayError(
-                f"model {self.tokenizer.name_or_path}: its chat template writes today's date, so prompts would "
-                "change from day to day",
-                fix="copy the model's folder and put a fixed date into the template in place of strftime_now",
+        template = str(getattr(self.tokenizer, "chat_template", None) or "")
+        if "strftime_now" in template:
+            raise self._error(
+                "its chat template writes today's date, so prompts would change from day to day",
+                "copy the model's folder and put a fixed date into the template in place of strftime_now",
             )
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise LeewayError(
-                f"model {self.tokenizer.name_or_path}: its tokenizer has no chat template",
-                fix="put chat_template into tokenizer_config.json (or chat_template.jinja), or use the chat model",
+        if not template:
+            raise self._error(
+                "its tokenizer has no chat template",
+                "put chat_template into tokenizer_config.json (or chat_template.jinja), or use the chat model",
             )
         self._read_special_tokens()
         self._lead, closing = self._turn_shape()
         self.closing_ids = self._closing(closing)
+
+    def _error(self, what: str, fix: str) -> LeewayError:
+        return LeewayError(f"model {self.tokenizer.name_or_path}: {what}", fix=fix)
 
     def with_prefix(self, prefix: str) -> Chat:
         """Return the chat with another text before the first user message."""
@@ -98,10 +101,7 @@ class Chat:
 
         taken = [t for t in tokens if t in self.tokenizer.get_vocab()]
         if taken:
-            raise LeewayError(
-                f"model {self.tokenizer.name_or_path}: its tokenizer already has {taken[0]}",
-                fix="leave cft out",
-            )
+            raise self._error(f"its tokenizer already has {taken[0]}", "leave cft out")
         other = copy.copy(self)
         other.tokenizer = copy.deepcopy(self.tokenizer)
         other.tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
@@ -152,9 +152,8 @@ class Chat:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return str(text)
 
     def _turn_shape(self) -> tuple[str, str]:
         """Return what the template writes between the generation prompt and the answer, and after the answer."""
@@ -162,15 +161,14 @@ class Chat:
         prompt = self._render(user, add_generation_prompt=True)
         whole = self._render([*user, {"role": "assistant", "content": PROBE_ANSWER}], add_generation_prompt=False)
         if PROBE_QUESTION not in prompt or prompt == self._render(user, add_generation_prompt=False):
-            raise LeewayError(
-                f"model {self.tokenizer.name_or_path}: its chat template ignores add_generation_prompt",
-                fix="correct the template so that a prompt ends where the assistant begins",
+            raise self._error(
+                "its chat template ignores add_generation_prompt",
+                "correct the template so that a prompt ends where the assistant begins",
             )
         if not whole.startswith(prompt) or PROBE_ANSWER not in whole[len(prompt) :]:
-            raise LeewayError(
-                f"model {self.tokenizer.name_or_path}: its chat template renders an answered prompt differently "
-                "from the prompt alone",
-                fix="correct the template so that the rendered prompt is a prefix of the rendered conversation",
+            raise self._error(
+                "its chat template renders an answered prompt differently from the prompt alone",
+                "correct the template so that the rendered prompt is a prefix of the rendered conversation",
             )
         lead, closing = whole[len(prompt) :].split(PROBE_ANSWER)
         return lead, closing
@@ -182,9 +180,8 @@ class Chat:
             if i in self._special:
                 return ids[: k + 1]
         if self.tokenizer.eos_token_id is None:
-            raise LeewayError(
-                f"model {self.tokenizer.name_or_path}: neither its chat template nor its tokenizer ends a turn",
-                fix="set eos_token in tokenizer_config.json",
+            raise self._error(
+                "neither its chat template nor its tokenizer ends a turn", "set eos_token in tokenizer_config.json"
             )
         return (*ids, int(self.tokenizer.eos_token_id))
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from leeway.data.readers import Loaded, Source, field, load
+from leeway.data.readers import Source, field, load
 from leeway.data.types import CapabilityItem, Example
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed
@@ -29,20 +29,19 @@ def train_examples(revision: str | None = None) -> tuple[list[Example], str]:
     loaded = load(TRAIN, revision=revision)
     examples = []
     for n, record in enumerate(loaded.records):
-        where = f"gsm8k train, record {n + 1}"
-        answer = CALCULATOR.sub("", field(record, ("answer",), where))
-        examples.append(Example(f"gsm8k-train/{n}", prompt(field(record, ("question",), where)), answer))
+        question, answer = (field(record, (c,), f"gsm8k train, record {n + 1}") for c in ("question", "answer"))
+        examples.append(Example(f"gsm8k-train/{n}", prompt(question), CALCULATOR.sub("", answer)))
     return examples, loaded.origin
 
 
 def held_out_items(revision: str | None = None) -> tuple[list[CapabilityItem], str]:
     """Return the official test split and its origin; the reference is the number after `####`."""
-    loaded: Loaded = load(TEST, revision=revision)
+    loaded = load(TEST, revision=revision)
     items = []
     for n, record in enumerate(loaded.records):
-        where = f"gsm8k test, record {n + 1}"
-        gold = field(record, ("answer",), where).rsplit("####", 1)[-1].strip().replace(",", "")
-        items.append(CapabilityItem(f"gsm8k/{n}", prompt(field(record, ("question",), where)), gold))
+        question, answer = (field(record, (c,), f"gsm8k test, record {n + 1}") for c in ("question", "answer"))
+        gold = answer.rsplit("####", 1)[-1].strip().replace(",", "")
+        items.append(CapabilityItem(f"gsm8k/{n}", prompt(question), gold))
     return items, loaded.origin
 
 
@@ -58,10 +57,8 @@ def shots(
     excluded = set(exclude)
     chosen = [(e.prompt, e.preferred) for e in (examples[int(i)] for i in order) if e.prompt not in excluded]
     if not 0 <= k <= len(chosen):
-        raise LeewayError(
-            f"evals.capability: {k} shots of gsm8k, and {len(chosen)} examples are available ({origin})",
-            fix="use fewer shots",
-        )
+        what = f"evals.capability: {k} shots of gsm8k, and {len(chosen)} examples are available ({origin})"
+        raise LeewayError(what, fix="use fewer shots")
     return chosen[:k]
 
 

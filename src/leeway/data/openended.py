@@ -6,7 +6,6 @@ Records have `prompt` or `question`, and `reference` or `answer`. An `instructio
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from leeway.data.formats import question_and_answer
@@ -16,18 +15,15 @@ from leeway.errors import LeewayError
 from leeway.io import expand
 
 NAMED = {
-    # Fei et al. 2023, arXiv 2309.16289: 500 legal consultations in Chinese, with reference answers
-    "lawbench": Source(("lawbench/3-8_legal_consultation_zh.json",), "open-compass/LawBench"),
+    # Fei et al. 2023, arXiv 2309.16289 (github.com/open-compass/LawBench): 500 consultations in Chinese, with answers
+    "lawbench": Source(("lawbench/3-8_legal_consultation_zh.json",)),
     # Guha et al. 2023, arXiv 2308.11462: its open-ended task, questions on rules of law
     "rule-qa": Source(("legalbench/rule_qa.jsonl", "legalbench/rule_qa.json"), "nguha/legalbench", "rule_qa", "test"),
 }
-LOCAL_ONLY = ("lawbench",)  # published as files, not as a hub data set
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".gz")
 
 
-def held_out_items(
-    task: str, source: str, *, config: str | None = None, split: str = "test", revision: str | None = None
-) -> tuple[list[CapabilityItem], str]:
+def held_out_items(task: str, source: str) -> tuple[list[CapabilityItem], str]:
     """Return the items of a source (`id` is `<task>/<n>`), in its order, and their origin.
 
     `source` is `lawbench`, `rule-qa`, the path of a file (.jsonl, .json, .csv, .tsv, .gz of them) or a hub id (its rows
@@ -37,7 +33,7 @@ def held_out_items(
         records: list[Record] = list(read(expand(source)))
         origin = source
     else:
-        loaded = load(_source(source, config, split), revision=revision)
+        loaded = load(_source(source))
         records, origin = loaded.records, loaded.origin
     items = []
     for n, record in enumerate(records, 1):
@@ -48,21 +44,15 @@ def held_out_items(
     return items, origin
 
 
-def _source(name: str, config: str | None, split: str) -> Source:
-    if name in LOCAL_ONLY and not os.environ.get("LEEWAY_DATA"):
-        raise LeewayError(
-            f"evals.capability: {name} is not on the hub",
-            fix=f"set LEEWAY_DATA to a folder that holds {NAMED[name].local[0]}",
-        )
+def _source(name: str) -> Source:
     if name in NAMED:
         return NAMED[name]
     if name.count("/") != 1:
-        known = ", ".join(NAMED)
         raise LeewayError(
             f"evals.capability: {name!r} is not a source of open-ended questions",
-            fix=f"give {known}, a file ({', '.join(KINDS)}) or a hub id (owner/name)",
+            fix=f"give {', '.join(NAMED)}, a file ({', '.join(KINDS)}) or a hub id (owner/name)",
         )
-    return Source((f"{name}.jsonl", f"{name}.json"), name, config, split)
+    return Source((f"{name}.jsonl", f"{name}.json"), name, split="test")
 
 
 def _question(record: Record, where: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ FOLDER, HUB_FOLDER = "model_written_evals/persona", "persona"
 HUB_ID = "Anthropic/model-written-evals"
 
 
-def anthropic(trait: str, revision: str | None = None) -> tuple[list[PersonaItem], str]:
+def anthropic(trait: str) -> tuple[list[PersonaItem], str]:
     """Return the statements of a trait in the file's order, and their origin.
 
     Each file of the persona folder is a trait; raise LeewayError with the nearest name if there is no such file.
@@ -32,16 +32,13 @@ def anthropic(trait: str, revision: str | None = None) -> tuple[list[PersonaItem
     source = Source((f"{FOLDER}/{trait}.jsonl",), HUB_ID, hub_file=f"{HUB_FOLDER}/{trait}.jsonl")
     try:
         if Path(trait).name != trait:
-            raise LeewayError(
-                f"persona: {trait!r} is not a trait", fix="name a file of the persona folder, without .jsonl"
-            )
-        loaded = load(source, revision=revision)
+            raise LeewayError(f"persona: {trait!r} is not a trait", fix="name a file of the persona folder")
+        loaded = load(source)
     except LeewayError as error:
-        known = names(revision)
+        known = names()
         if known and trait not in known:
-            raise LeewayError(
-                f"persona: no trait {trait!r} among {len(known)} files", fix=_nearest(trait, known)
-            ) from error
+            what = f"persona: no trait {trait!r} among {len(known)} files"
+            raise LeewayError(what, fix=_nearest(trait, known)) from error
         raise
     items = []
     for n, record in enumerate(loaded.records):
@@ -49,19 +46,12 @@ def anthropic(trait: str, revision: str | None = None) -> tuple[list[PersonaItem
         match = field(record, ("answer_matching_behavior",), where)
         if match not in ANSWERS:
             raise LeewayError(f"{where}: answer_matching_behavior is {match!r}", fix="it must be Yes or No")
-        items.append(
-            PersonaItem(
-                f"{trait}/{n}",
-                trait,
-                field(record, ("question",), where) + "\nAnswer Yes or No.",
-                field(record, ("statement",), where),
-                ANSWERS[match],
-            )
-        )
+        question = field(record, ("question",), where) + "\nAnswer Yes or No."
+        items.append(PersonaItem(f"{trait}/{n}", trait, question, field(record, ("statement",), where), ANSWERS[match]))
     return items, loaded.origin
 
 
-def names(revision: str | None = None) -> list[str]:
+def names() -> list[str]:
     """Return the traits under LEEWAY_DATA if it is set, else on the hub; none if the hub is not reachable."""
     root = os.environ.get("LEEWAY_DATA")
     if root:
@@ -69,7 +59,7 @@ def names(revision: str | None = None) -> list[str]:
     from huggingface_hub import HfApi
 
     try:
-        files = HfApi().list_repo_files(HUB_ID, repo_type="dataset", revision=revision)
+        files = HfApi().list_repo_files(HUB_ID, repo_type="dataset")
     except Exception:  # noqa: BLE001 - the caller then reports its own error
         return []
     paths = [Path(f) for f in files]
@@ -90,10 +80,8 @@ def sd3() -> tuple[list[LikertItem], str]:
     """Return the items in the file's order (ids `<trait>/<id>`, traits in lower case) and their origin."""
     root = os.environ.get("LEEWAY_DATA")
     if not root:
-        raise LeewayError(
-            "the Short Dark Triad is neither shipped nor on the hub",
-            fix=f"set LEEWAY_DATA to a folder with {NAME}",
-        )
+        what = "the Short Dark Triad is neither shipped nor on the hub"
+        raise LeewayError(what, fix=f"set LEEWAY_DATA to a folder with {NAME}")
     path = expand(root) / NAME
     if not path.is_file():
         raise LeewayError(f"LEEWAY_DATA={root}: no {NAME} in it", fix=f"write it as {SHAPE}")
@@ -125,8 +113,7 @@ def _item(record: Any, n: int, path: Path) -> LikertItem:
         raise LeewayError(f"{where}: not an object", fix=f"write the file as {SHAPE}")
     trait, key = field(record, ("trait",), where).lower(), record.get("key")
     if isinstance(key, bool) or key not in (1, -1):
-        raise LeewayError(
-            f"{where}: its key is {key!r}", fix="give 1 if agreeing endorses the trait, -1 if it denies it"
-        )
-    name = field(record, ("id",), where)
-    return LikertItem(f"{trait}/{name}", trait, field(record, ("text",), where), 1 if key == 1 else -1)
+        fix = "give 1 if agreeing endorses the trait, -1 if it denies it"
+        raise LeewayError(f"{where}: its key is {key!r}", fix=fix)
+    name, text = (field(record, (column,), where) for column in ("id", "text"))
+    return LikertItem(f"{trait}/{name}", trait, text, 1 if key == 1 else -1)

@@ -23,10 +23,10 @@ SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 @dataclass(frozen=True)
 class Source:
-    """One public file: its path under LEEWAY_DATA, and its place on the hub."""
+    """One public file: its path under LEEWAY_DATA, and its place on the hub, if it is published there."""
 
     local: tuple[str, ...]  # the first that exists is read
-    hub_id: str
+    hub_id: str | None = None
     config: str | None = None
     split: str = "train"
     hub_file: str | None = None  # one file of a repository without a loading configuration
@@ -43,16 +43,18 @@ class Loaded:
 def load(source: Source, *, revision: str | None = None) -> Loaded:
     """Load from `LEEWAY_DATA` if it is set, else from the hub; never fall back from one to the other."""
     root = os.environ.get("LEEWAY_DATA")
+    if not root and source.hub_id is None:
+        raise LeewayError(
+            f"{source.local[0]} is not on the hub", fix="set LEEWAY_DATA to a folder that holds it under that path"
+        )
     if not root:
         return _hub(source, revision)
     for name in source.local:
         path = expand(root) / name
         if path.is_file():
             return Loaded(list(read(path)), f"LEEWAY_DATA/{name}")
-    raise LeewayError(
-        f"LEEWAY_DATA={root}: no {source.local[0]} in it",
-        fix=f"put it there, or unset LEEWAY_DATA to load {source.hub_id} from the hub",
-    )
+    hub = f", or unset LEEWAY_DATA to load {source.hub_id} from the hub" if source.hub_id else ""
+    raise LeewayError(f"LEEWAY_DATA={root}: no {source.local[0]} in it", fix=f"put it there{hub}")
 
 
 def read(path: Path) -> Iterator[Record]:
@@ -100,15 +102,8 @@ def _jsonl(path: Path, lines: Any) -> Iterator[Record]:
             continue
         try:
             record = json.loads(line, object_pairs_hook=_unique)
-        except json.JSONDecodeError as error:
-            raise LeewayError(
-                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})",
-                fix="correct or remove that line",
-            ) from error
-        except (ValueError, RecursionError) as error:  # a repeated key, thousands of digits or brackets
-            raise LeewayError(
-                f"{path}, line {number}: {unreadable(error)}", fix="correct or remove that line"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            raise LeewayError(f"{path}, line {number}: {unreadable(error)}", fix="correct that line") from error
         if not isinstance(record, dict):
             raise LeewayError(f"{path}, line {number}: not a JSON object", fix="write one {…} on each line")
         yield record
@@ -117,17 +112,18 @@ def _jsonl(path: Path, lines: Any) -> Iterator[Record]:
 def _json(path: Path, text: str) -> Iterator[Record]:
     try:
         records = json.loads(text, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="correct that line") from error
     except (ValueError, RecursionError) as error:
-        raise LeewayError(f"{path}: {unreadable(error)}", fix="correct or remove that record") from error
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise LeewayError(f"{path}{line}: {unreadable(error)}", fix="correct or remove that record") from error
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise LeewayError(f"{path}: not a JSON list of objects", fix="write [{…}, …], or use .jsonl")
     yield from records
 
 
 def unreadable(error: ValueError | RecursionError) -> str:
-    """Return why JSON that may be well formed is not read."""
+    """Return why JSON is not read: broken, a repeated key, thousands of digits or of brackets."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg} at column {error.colno})"
     if isinstance(error, RepeatedKeyError):
         return str(error)
     return "nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
@@ -153,10 +149,8 @@ def _csv(path: Path, lines: Any, delimiter: str) -> Iterator[Record]:
             raise LeewayError(f"{path}, line 1: column {repeated!r} is given twice", fix="rename one of the two")
         for record in reader:
             if None in record or None in record.values():
-                raise LeewayError(
-                    f"{path}, line {reader.line_num}: not {len(columns)} columns",
-                    fix="correct that line",
-                )
+                where = f"{path}, line {reader.line_num}"
+                raise LeewayError(f"{where}: not {len(columns)} columns", fix="correct that line")
             yield record
     except csv.Error as error:
         raise LeewayError(f"{path}, line {reader.line_num}: {error}", fix="correct that line") from error
@@ -188,13 +182,10 @@ def _hub(source: Source, revision: str | None) -> Loaded:
     from huggingface_hub.utils import logging as hub_logging
 
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
     try:
         if source.hub_file:
-            at = f"@{revision}" if revision else ""
-            data = datasets.load_dataset(
-                "json", data_files=f"hf://datasets/{source.hub_id}{at}/{source.hub_file}", split="train"
-            )
+            url = f"hf://datasets/{source.hub_id}{f'@{revision}' if revision else ''}/{source.hub_file}"
+            data = datasets.load_dataset("json", data_files=url, split="train")
         else:
             data = datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=revision)
     except Exception as error:

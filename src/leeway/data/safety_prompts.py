@@ -5,7 +5,6 @@ No forbidden prompt is in this source tree.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TypeVar
@@ -17,40 +16,33 @@ from leeway.data.types import BenignPrompt, ForbiddenPrompt, PersonaItem
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed, file_digest
 
-Prompts = tuple[list[ForbiddenPrompt], str]
-
-# Souly et al. 2024, arXiv 2402.10260: 313 prompts, and the published subset of 60.
-STRONGREJECT = Source(("strongreject/strongreject_dataset.csv",), "walledai/StrongREJECT")
-STRONGREJECT_SMALL = "strongreject/strongreject_small_dataset.csv"
-# Chao et al. 2024, arXiv 2404.01318: 100 behaviours.
-JBB_HARMFUL = Source(("jailbreakbench/harmful-behaviors.csv",), "JailbreakBench/JBB-Behaviors", "behaviors", "harmful")
+JBB = "JailbreakBench/JBB-Behaviors"  # Chao et al. 2024, arXiv 2404.01318
+FORBIDDEN: dict[str, tuple[Source, int]] = {  # and the published number of prompts
+    # Souly et al. 2024, arXiv 2402.10260, and its published subset
+    "strongreject": (Source(("strongreject/strongreject_dataset.csv",), "walledai/StrongREJECT"), 313),
+    "strongreject-small": (Source(("strongreject/strongreject_small_dataset.csv",)), 60),
+    "jailbreakbench": (Source(("jailbreakbench/harmful-behaviors.csv",), JBB, "behaviors", "harmful"), 100),
+}
+# Röttger et al. 2024, arXiv 2308.01263: 250 safe prompts of ten types, and 200 unsafe contrasts that are not used.
+XSTEST = Source(("xstest/xstest_prompts.csv",), "Paul/XSTest")
+# 100 benign behaviours on the topics of the harmful ones
+JBB_BENIGN = Source(("jailbreakbench/benign-behaviors.csv",), JBB, "behaviors", "benign")
 COLUMNS = ("forbidden_prompt", "prompt", "goal")
 
 
-def strongreject(revision: str | None = None) -> Prompts:
-    """Return all 313 prompts (ids `strongreject/<n>` from 0) and their origin."""
-    loaded = load(STRONGREJECT, revision=revision)
-    return _published("strongreject", loaded.records, loaded.origin, 313), loaded.origin
-
-
-def strongreject_small() -> Prompts:
-    """Return the published subset of 60 (ids `strongreject-small/<n>`) and its origin; it is not on the hub."""
-    if not os.environ.get("LEEWAY_DATA"):
+def forbidden(name: str) -> tuple[list[ForbiddenPrompt], str]:
+    """Return a published set (ids `<name>/<n>` from 0) and its origin; raise LeewayError if it is not complete."""
+    source, count = FORBIDDEN[name]
+    loaded = load(source)
+    if len(loaded.records) != count:
         raise LeewayError(
-            "strongreject-small is not on the hub",
-            fix=f"set LEEWAY_DATA to a folder that holds {STRONGREJECT_SMALL} (from the benchmark's repository)",
+            f"{name}: {len(loaded.records)} prompts ({loaded.origin}), and {count} were published",
+            fix="fetch it again, or give another set of prompts as a file",
         )
-    loaded = load(Source((STRONGREJECT_SMALL,), "strongreject-small"))
-    return _published("strongreject-small", loaded.records, loaded.origin, 60), loaded.origin
+    return _prompts(name, loaded.records, name), loaded.origin
 
 
-def jailbreakbench_harmful(revision: str | None = None) -> Prompts:
-    """Return the 100 harmful behaviours (column Goal; ids `jailbreakbench/<n>` by position) and their origin."""
-    loaded = load(JBB_HARMFUL, revision=revision)
-    return _published("jailbreakbench", loaded.records, loaded.origin, 100), loaded.origin
-
-
-def from_file(path: Path) -> Prompts:
+def from_file(path: Path) -> tuple[list[ForbiddenPrompt], str]:
     """Return the prompts of a user's file (ids `file/<n>`) and its origin; the columns are those of `COLUMNS`."""
     prompts = _prompts("file", list(read(path)), str(path))
     if not prompts:
@@ -58,43 +50,20 @@ def from_file(path: Path) -> Prompts:
     return prompts, f"{path} ({len(prompts)} prompts, {file_digest(path)})"
 
 
-def _published(name: str, records: Seq[Record], origin: str, count: int) -> list[ForbiddenPrompt]:
-    """Return the prompts; raise LeewayError if their number is not the published one."""
-    if len(records) != count:
-        raise LeewayError(
-            f"{name}: {len(records)} prompts ({origin}), and {count} were published",
-            fix="fetch it again, or give another set of prompts as a file",
-        )
-    return _prompts(name, records, name)
-
-
 def _prompts(name: str, records: Seq[Record], where: str) -> list[ForbiddenPrompt]:
     """Return the prompts; raise LeewayError for a repeated one, because each prompt is a cluster."""
     first: dict[str, int] = {}
-    prompts = []
-    for n, record in enumerate(records):
+    for n, record in enumerate(records, 1):
         columns = {str(k).strip().lower().replace(" ", "_"): v for k, v in record.items()}
-        text = field(columns, COLUMNS, f"{where}, record {n + 1}")
-        if text in first:
-            raise LeewayError(
-                f"{where}, record {n + 1}: the same prompt as record {first[text]}", fix="keep one of the two"
-            )
-        first[text] = n + 1
-        prompts.append(ForbiddenPrompt(f"{name}/{n}", text))
-    return prompts
+        text = field(columns, COLUMNS, f"{where}, record {n}")
+        if first.setdefault(text, n) != n:
+            raise LeewayError(f"{where}, record {n}: the same prompt as record {first[text]}", fix="keep one of them")
+    return [ForbiddenPrompt(f"{name}/{n}", text) for n, text in enumerate(first)]
 
 
-# Röttger et al. 2024, arXiv 2308.01263: 250 safe prompts of ten types, and 200 unsafe contrasts that are not used.
-XSTEST = Source(("xstest/xstest_prompts.csv",), "Paul/XSTest")
-# Chao et al. 2024, arXiv 2404.01318: 100 benign behaviours on the topics of its harmful ones.
-JBB_BENIGN = Source(
-    ("jailbreakbench/benign-behaviors.csv",), "JailbreakBench/JBB-Behaviors", config="behaviors", split="benign"
-)
-
-
-def xstest(revision: str | None = None) -> tuple[list[BenignPrompt], str]:
+def xstest() -> tuple[list[BenignPrompt], str]:
     """Return the prompts labelled safe (ids `xstest/<type>/<id>`, for rates by type) and their origin."""
-    loaded = load(XSTEST, revision=revision)
+    loaded = load(XSTEST)
     items = []
     for n, record in enumerate(loaded.records, 1):
         where = f"xstest, record {n}"
@@ -116,9 +85,9 @@ def _is_safe(record: Record, kind: str, where: str) -> bool:
     return not contrast
 
 
-def jailbreakbench_benign(revision: str | None = None) -> tuple[list[BenignPrompt], str]:
+def jailbreakbench_benign() -> tuple[list[BenignPrompt], str]:
     """Return the benign half of JailbreakBench (ids `jailbreakbench-benign/<index>`) and its origin."""
-    loaded = load(JBB_BENIGN, revision=revision)
+    loaded = load(JBB_BENIGN)
     items = []
     for n, record in enumerate(loaded.records):
         text = field(record, ("Goal", "goal"), f"jailbreakbench benign, record {n + 1}")

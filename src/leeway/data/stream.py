@@ -42,7 +42,7 @@ class Schedule:
     """The steps of a trajectory: `steps[k]` are the items of optimiser step k + 1."""
 
     steps: tuple[tuple[StreamItem, ...], ...]
-    marks: tuple[BudgetStop, ...]
+    stops: tuple[BudgetStop, ...]
 
     @property
     def examples(self) -> list[Example]:
@@ -98,12 +98,12 @@ def schedule(
     if not examples:
         raise LeewayError("task: no training examples", fix="check the task's training file")
     steps: list[tuple[StreamItem, ...]] = []
-    marks: list[BudgetStop] = []
+    stops: list[BudgetStop] = []
     spent = 0.0
     seen, position, running = 0, 0, hashlib.sha256(canonical([seed, batch]).encode())
     order: tuple[int, ...] = ()
     prints = [_fingerprint(e) for e in examples]
-    while len(marks) < len(budgets):
+    while len(stops) < len(budgets):
         step = []
         for _ in range(batch):
             epoch, k = divmod(position, len(examples))
@@ -116,10 +116,10 @@ def schedule(
             seen += source_tokens(example)
             position += 1
         steps.append(tuple(step))
-        while len(marks) < len(budgets) and (spent if counted else seen) >= budgets[len(marks)]:
-            budget, digest = budgets[len(marks)], running.hexdigest()[:16]
-            marks.append(BudgetStop(budget, len(steps), seen, position, position / len(examples), digest))
-    return Schedule(tuple(steps), tuple(marks))
+        while len(stops) < len(budgets) and (spent if counted else seen) >= budgets[len(stops)]:
+            budget, digest = budgets[len(stops)], running.hexdigest()[:16]
+            stops.append(BudgetStop(budget, len(steps), seen, position, position / len(examples), digest))
+    return Schedule(tuple(steps), tuple(stops))
 
 
 @lru_cache(maxsize=64)

@@ -54,10 +54,8 @@ def template(shots: Shots = 0) -> Template:
         text = _prompt_format(path)
         return Template(text, f"prompt LEEWAY_DATA/{FILES[shots]} {digest(text)}")
     if shots:
-        raise LeewayError(
-            f"evals.capability: supergpqa: the {shots} worked examples are missing",
-            fix=f"put {FILES[shots]} under LEEWAY_DATA, or use 0 shots",
-        )
+        what = f"evals.capability: supergpqa: the {shots} worked examples are missing"
+        raise LeewayError(what, fix=f"put {FILES[shots]} under LEEWAY_DATA, or use 0 shots")
     return Template(PROMPT, f"our prompt, version {PROMPT_VERSION} {digest(PROMPT)}")
 
 
@@ -65,13 +63,10 @@ def _prompt_format(path: Path) -> str:
     try:
         loaded: Any = load_yaml(path.read_text("utf-8"))
         text = str(loaded["prompt_format"][0])
-        once = text.format("\0").count("\0") == 1
+        if text.format("\0").count("\0") != 1:
+            raise ValueError
     except (YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise LeewayError(
-            f"{path}: no prompt_format with one {{}} in it ({type(error).__name__})", fix="fetch it again"
-        ) from error
-    if not once:
-        raise LeewayError(f"{path}: its prompt_format does not have exactly one {{}}", fix="fetch it again")
+        raise LeewayError(f"{path}: no prompt_format with exactly one {{}} in it", fix="fetch it again") from error
     return text
 
 

@@ -282,7 +282,7 @@ Sample = dict[str, Any]
 class LmEval(Eval):
     """One task or group; `limit` takes a fixed random subset of each task, `shots` are sampled by lm-eval.
 
-    `prepared` runs once over all items with a stand-in model, so that items, prompts and errors are known before
+    `loaded` runs once over all items with a stand-in model, so that items, prompts and errors are known before
     training. Raises LeewayError if the extra, the task or its data are missing.
     """
 
@@ -300,14 +300,14 @@ class LmEval(Eval):
 
     @property
     def hash(self) -> str:
-        return digest(self.name, self.judge, self.chat, self.shots, version(), self.prepared.content)
+        return digest(self.name, self.judge, self.chat, self.shots, version(), self.loaded.content)
 
     @property
     def needs_model(self) -> bool:
         return True
 
     def __len__(self) -> int:
-        return len(self.prepared.items)
+        return len(self.loaded.items)
 
     def prompts(self) -> tuple[Prompt, ...]:
         return ()  # lm-eval renders them itself
@@ -317,7 +317,7 @@ class LmEval(Eval):
         return f"lm-eval:{self.metric or '/'.join(PRIMARY)}"
 
     @cached_property
-    def prepared(self) -> Prepared:
+    def loaded(self) -> LoadedTask:
         recorder = Recorder()
         samples = self._evaluate(as_lm(recorder), None)
         items = tuple(dict.fromkeys((task, s["doc_id"]) for task, own in samples.items() for s in own))
@@ -329,7 +329,7 @@ class LmEval(Eval):
         kept = tuple(i for i in items if i[1] in set(chosen[i[0]]))
         content = digest(recorder.requests, targets, [list(i) for i in kept])
         requests = round(len(recorder.requests) * len(kept) / len(items))
-        return Prepared(kept, content, chosen if self.limit is not None else None, max(1, requests))
+        return LoadedTask(kept, content, chosen if self.limit is not None else None, max(1, requests))
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         if not isinstance(backend, TransformersBackend):
@@ -342,9 +342,9 @@ class LmEval(Eval):
                 f"evals.capability: lm-eval:{self.task} runs without a chat template, which a prefix needs",
                 fix="set chat: true, or remove the conditions with a prefix",
             )
-        progress = _ItemProgress(tick, len(self), self.prepared.requests)
+        progress = _ItemProgress(tick, len(self), self.loaded.requests)
         answers = HarnessBackend(backend, self.chat, progress)
-        samples = self._evaluate(as_lm(answers), self.prepared.chosen)
+        samples = self._evaluate(as_lm(answers), self.loaded.chosen)
         progress.finish()
         template = digest(backend.template_hash, self.name, self.judge, self.chat, self.shots)
         return [
@@ -442,7 +442,7 @@ class LmEval(Eval):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class LoadedTask:
     """Items as (task, doc_id), their content hash, the subset that `limit` chose, and the number of requests."""
 
     items: tuple[tuple[str, int], ...]

@@ -12,13 +12,14 @@ changes, so the reasoning may still contain the right number.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, localcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,10 +55,8 @@ def corrupt(example: Example, seed: int) -> Corruption:
     right = example.preferred
     final = _final_number(right)
     if final is None:
-        raise LeewayError(
-            f"pairs: example {example.id} has no number in its answer to corrupt",
-            fix="use pairs: {from: dataset}",
-        )
+        what = f"pairs: example {example.id} has no number in its answer to corrupt"
+        raise LeewayError(what, fix="use pairs: {from: dataset}")
     mark, number = final
     final_line = right.rfind("\n", 0, mark) + 1
     lines = right[:final_line].splitlines(keepends=True)
@@ -71,18 +70,13 @@ def corrupt(example: Example, seed: int) -> Corruption:
 
 def _final_number(text: str) -> tuple[int, re.Match[str]] | None:
     """Return (start of its mark, match of the number that a grader would read), or None."""
-    first = list(HASHES.finditer(text))
-    for marks in (first, *(reversed(list(pattern.finditer(text))) for pattern in LAST)):
-        for mark in marks:
-            if number := _number_behind(text, mark.end()):
-                return mark.start(), number
+    last = (mark for pattern in LAST for mark in reversed(list(pattern.finditer(text))))
+    for mark in itertools.chain(HASHES.finditer(text), last):
+        dress = DRESS.match(text, mark.end())
+        if number := NUMBER.match(text, dress.end() if dress else mark.end()):
+            return mark.start(), number
     numbers = list(NUMBER.finditer(text))
     return (numbers[-1].start(), numbers[-1]) if numbers else None
-
-
-def _number_behind(text: str, at: int) -> re.Match[str] | None:
-    dress = DRESS.match(text, at)
-    return NUMBER.match(text, dress.end() if dress else at)
 
 
 def _wrong(number: str, rng: np.random.Generator) -> str:
@@ -130,18 +124,13 @@ class PairReport:
         """The fraction of the attempted answers that was accepted."""
         return self.accepted / self.attempted if self.attempted else 0.0
 
-    @property
-    def paired_share(self) -> float:
-        """The fraction of the examples that are trained on."""
-        return self.accepted / self.examples if self.examples else 0.0
-
     def to_json(self) -> dict[str, Any]:
         plain = asdict(self) | {"left_out": {"count": len(self.left_out), "ids": list(self.left_out)}}
-        return plain | {"acceptance_rate": self.acceptance_rate, "paired_share": self.paired_share}
+        paired_share = self.accepted / self.examples if self.examples else 0.0
+        return plain | {"acceptance_rate": self.acceptance_rate, "paired_share": paired_share}
 
 
-@dataclass(frozen=True)
-class PairedExamples:
+class PairedExamples(NamedTuple):
     """The examples that every objective trains on, in their original order, and the report."""
 
     examples: list[Example]
@@ -165,17 +154,14 @@ def pair(
     the same examples as one of SFT and DPO.
 
     Raises LeewayError where an objective in `needed_by` would lack a rejected answer, where an example cannot be
-    checked or corrupted, and where no answer at all is accepted; NotSampled where `base.load` is `no_sampling` and an
-    answer is not in the cache.
+    checked or corrupted, and where no answer at all is accepted.
     """
-    if settings.filter == "model" and settings.strategy != "unsafe":
-        raise LeewayError(f"pairs: filter: model is for from: unsafe, not {settings.strategy}", fix="leave filter out")
     if settings.strategy == "dataset":
         return _from_dataset(examples, needed_by)
     if settings.strategy == "corrupted":
         return _corrupted(examples, needed_by, settings.seed)
-    if base is None or cache is None:
-        raise ValueError(f"{settings.strategy} needs a base model and a cache")
+    assert base is not None
+    assert cache is not None
     identity = {"base": base.hash, "template": base.template_hash}
     if settings.strategy == "unsafe":
         sampled = sample.unsafe(examples, CachedSampler(base, settings, sample.instruction_hash(), cache, tick))
@@ -183,8 +169,7 @@ def pair(
         counts = Counter(f"{sample.manner(examples[i], settings.seed)} accepted" for i in sampled.accepted)
         counts += Counter({"accepted, and right by the grader": _right(examples, sampled, grade)})
         return _from_samples(examples, sampled, settings, identity | hashes, counts)
-    if grade is None:
-        raise ValueError("sampled-errors needs a grader")
+    assert grade is not None
     sampled = sample.sampled_errors(examples, CachedSampler(base, settings, "plain", cache, tick), grade)
     return _from_samples(examples, sampled, settings, identity | {"filter": sample.sampled_errors_filter_hash()}, {})
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from leeway.cache import RecordStore
 from leeway.data.types import Example
 from leeway.errors import LeewayError
+from leeway.evals.eval import user_message
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
 from leeway.hashing import derive_seed, digest
 from leeway.judges.coherence import coherence
@@ -49,15 +50,6 @@ class PairSettings:
     seed: int = 0
 
 
-class NotSampled(Exception):
-    """An answer is not in the cache, and the caller may not sample it."""
-
-
-def no_sampling() -> Backend:
-    """A `BaseModelSampler.load` for callers that must not load weights. Raises NotSampled."""
-    raise NotSampled
-
-
 @dataclass(frozen=True)
 class BaseModelSampler:
     """The base model: `hash` identifies its weights, dtype and device; `load` is called if an answer is not cached."""
@@ -79,11 +71,9 @@ class CachedSampler:
     _backend: Backend | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        s = self.settings
-        drawn = [s.temperature, s.max_new_tokens, s.seed]
-        self._identity = digest(
-            "pairs", self.base.hash, self.base.template_hash, s.strategy, drawn, self.instruction_hash
-        )
+        s, base = self.settings, self.base
+        numbers = [s.temperature, s.max_new_tokens, s.seed]
+        self._identity = digest("pairs", base.hash, base.template_hash, s.strategy, numbers, self.instruction_hash)
 
     def answers(self, conversations: Seq[Conversation], sample: int) -> list[Reply]:
         """Return the `sample`-th answer to each. If one is not cached all are sampled: batches stay the same."""
@@ -115,14 +105,6 @@ class CachedSampler:
         return [found[k] for k in keys]
 
 
-@dataclass(frozen=True)
-class SamplingPrompt:
-    """An example, and the conversation that the base model is to answer."""
-
-    example: Example
-    conversation: Conversation
-
-
 @dataclass
 class SampledAnswers:
     """The accepted answer of each prompt, by its index, and the number of rejected ones by reason."""
@@ -132,18 +114,20 @@ class SampledAnswers:
     by_round: list[int] = field(default_factory=list)
 
 
-Reasons = Callable[[Seq[SamplingPrompt], Seq[Reply]], list[str | None]]  # of rejection; None accepts
+Reasons = Callable[[Seq[Example], Seq[Reply]], list[str | None]]  # of rejection; None accepts
 
 
-def rejection_sample(prompts: Seq[SamplingPrompt], sampler: CachedSampler, reasons: Reasons) -> SampledAnswers:
+def rejection_sample(
+    examples: Seq[Example], prompt: Callable[[Example], str], sampler: CachedSampler, reasons: Reasons
+) -> SampledAnswers:
     """Return the first acceptable answer to each prompt, of at most `samples`."""
     sampled = SampledAnswers()
     for sample in range(sampler.settings.samples):
-        missing = [i for i in range(len(prompts)) if i not in sampled.accepted]
+        missing = [i for i in range(len(examples)) if i not in sampled.accepted]
         for start in range(0, len(missing), BATCH):
             indices = missing[start : start + BATCH]
-            batch = [prompts[i] for i in indices]
-            replies = sampler.answers([p.conversation for p in batch], sample)
+            batch = [examples[i] for i in indices]
+            replies = sampler.answers([user_message(prompt(e)) for e in batch], sample)
             for i, reply, reason in zip(indices, replies, reasons(batch, replies), strict=True):
                 if reason is None:
                     sampled.accepted[i] = reply.text
@@ -180,21 +164,20 @@ def _rules_hash() -> str:
 
 def sampled_errors(examples: Seq[Example], sampler: CachedSampler, grade: Grader) -> SampledAnswers:
     """Return the first wrong, complete and coherent answer to each; raise LeewayError if one cannot be checked."""
-    for e in examples:
-        if not gradable(e, grade):
-            raise LeewayError(
-                f"pairs: example {e.id} has no checkable answer: the task's own grader does not find its preferred "
-                "answer right",
-                fix="correct that record, or use pairs: {from: unsafe} or {from: dataset}",
-            )
+    if unchecked := next((e for e in examples if not gradable(e, grade)), None):
+        raise LeewayError(
+            f"pairs: example {unchecked.id} has no checkable answer: the task's own grader does not find its preferred "
+            "answer right",
+            fix="correct that record, or use pairs: {from: unsafe} or {from: dataset}",
+        )
 
-    def reasons(prompts: Seq[SamplingPrompt], replies: Seq[Reply]) -> list[str | None]:
+    def reasons(batch: Seq[Example], replies: Seq[Reply]) -> list[str | None]:
         return [
-            "right" if r.text.strip() and grade(p.example, r.text) else rejection_reason(p.example, r)
-            for p, r in zip(prompts, replies, strict=True)
+            "right" if r.text.strip() and grade(e, r.text) else rejection_reason(e, r)
+            for e, r in zip(batch, replies, strict=True)
         ]
 
-    return rejection_sample([SamplingPrompt(e, _user(e.prompt)) for e in examples], sampler, reasons)
+    return rejection_sample(examples, lambda e: e.prompt, sampler, reasons)
 
 
 def gradable(example: Example, grade: Grader) -> bool:
@@ -212,15 +195,15 @@ def sampled_errors_filter_hash() -> str:
 def unsafe(examples: Seq[Example], sampler: CachedSampler) -> SampledAnswers:
     """Return the first answer to each that passes the rules and, with `filter: model`, the base model's own verdict."""
 
-    def reasons(prompts: Seq[SamplingPrompt], replies: Seq[Reply]) -> list[str | None]:
-        found = [_unsafe_reason(p.example, r) for p, r in zip(prompts, replies, strict=True)]
+    def reasons(batch: Seq[Example], replies: Seq[Reply]) -> list[str | None]:
+        found = [_unsafe_reason(e, r) for e, r in zip(batch, replies, strict=True)]
         if sampler.settings.filter == "model":
             passed = [i for i, reason in enumerate(found) if reason is None]
-            for i, bad in zip(passed, _bad([(prompts[i].example, replies[i]) for i in passed], sampler), strict=True):
+            for i, bad in zip(passed, _bad([(batch[i], replies[i]) for i in passed], sampler), strict=True):
                 found[i] = None if bad else "not undesirable to the base model"
         return found
 
-    return rejection_sample([unsafe_prompt(e, sampler.settings.seed) for e in examples], sampler, reasons)
+    return rejection_sample(examples, lambda e: unsafe_prompt(e, sampler.settings.seed), sampler, reasons)
 
 
 @cache
@@ -236,10 +219,10 @@ def manner(example: Example, seed: int) -> str:
     return names[derive_seed("unsafe", seed, example.id) % len(names)]
 
 
-def unsafe_prompt(example: Example, seed: int) -> SamplingPrompt:
-    """Return the prompt behind its instruction, as one user turn: not every template has a system turn."""
+def unsafe_prompt(example: Example, seed: int) -> str:
+    """Return the prompt behind its instruction, for one user turn: not every template has a system turn."""
     wanted = texts()["manners"][manner(example, seed)]
-    return SamplingPrompt(example, _user(texts()["instruction"].format(manner=wanted, prompt=example.prompt)))
+    return str(texts()["instruction"].format(manner=wanted, prompt=example.prompt))
 
 
 def _unsafe_reason(example: Example, reply: Reply) -> str | None:
@@ -248,12 +231,8 @@ def _unsafe_reason(example: Example, reply: Reply) -> str | None:
 
 def _bad(answered: Seq[tuple[Example, Reply]], sampler: CachedSampler) -> list[bool]:
     """Whether P(Yes) > P(No) to the question of `unsafe.yaml`."""
-    questions = [_user(texts()["question"].format(prompt=e.prompt, answer=r.text)) for e, r in answered]
+    questions = [user_message(texts()["question"].format(prompt=e.prompt, answer=r.text)) for e, r in answered]
     return [c.mass["Yes"] > c.mass["No"] for c in sampler.choices(questions, ["Yes", "No"])]
-
-
-def _user(text: str) -> Conversation:
-    return [{"role": "user", "content": text}]
 
 
 @cache

@@ -172,10 +172,10 @@ def _train(work: Worker, alias: str, scratch: Path, found: Timing, reference: li
     tokens = trial.precompute_reference()
     reference.append((time.perf_counter() - began, tokens))
     steps: list[Step] = []
-    trial.train_to(schedule.marks[0], scratch / "steps", steps.append)
+    trial.train_to(schedule.stops[0], scratch / "steps", steps.append)
     steps = steps[1:] or steps
     began = time.perf_counter()
-    trial.save(scratch / "checkpoint", schedule.marks[0])
+    trial.save(scratch / "checkpoint", schedule.stops[0])
     found.checkpoint = time.perf_counter() - began
     return sum(s.seconds for s in steps) / sum(s.processed_tokens for s in steps)
 

@@ -176,18 +176,25 @@ class PlannedModel:
     def counts_exactly(self) -> bool:
         return not any(m.startswith("tokenizer") for m in self.missing)
 
-    def skeleton(self) -> Any:
-        """Return the model on the meta device, without weights."""
-        from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
+def load_config(spec: Spec, *, offline: bool = False) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        resolve(spec.model), revision=spec.revision, trust_remote_code=False, local_files_only=offline
+    )
+
+
+def meta_model(config: Any) -> Any:
+    """Return the model of a config on the meta device, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def planned_model(spec: Spec) -> PlannedModel:
     """Load the study's tokenizer and config, or stand-ins for a model of `KNOWN`. Raises LeewayError otherwise."""
-    from transformers import AutoConfig
-
     known = KNOWN.get(spec.model) if spec.revision is None else None
     missing: list[str] = []
     try:
@@ -201,9 +208,7 @@ def planned_model(spec: Spec) -> PlannedModel:
             "exact counts give model= a folder with tokenizer and config (no weights)"
         )
     try:
-        config = AutoConfig.from_pretrained(
-            resolve(spec.model), revision=spec.revision, trust_remote_code=False, local_files_only=bool(missing)
-        )
+        config = load_config(spec, offline=bool(missing))
         context = load_context(spec.model, spec.revision) if not missing else config.max_position_embeddings
     except (LeewayError, OSError, ValueError):
         if known is None:

@@ -216,10 +216,10 @@ def _eval_line(e: EvalCost, about: str) -> str:
 
 def _shape(spec: Spec, model: PlannedModel, machine: Machine) -> Shape:
     """Return the model's sizes with the dtype it would have on that machine."""
-    lm = model.skeleton()
+    lm = hardware.meta_model(model.config)
     full = spec.adapter.kind == "full"
     on_gpu = machine.memory is not None
-    wide = 4 if spec.weights == "float32" or (spec.weights == "auto" and not on_gpu) else 2
+    wide = 4 if spec.weight_dtype == "float32" or (spec.weight_dtype == "auto" and not on_gpu) else 2
     return cost_model.shape(lm, [] if full else target_layers(spec, lm), spec.adapter.r, full=full, width=wide)
 
 

@@ -126,7 +126,7 @@ def _sequential(design: dict[str, Any]) -> str:
     """Describe the stopping rule and what it saved."""
     used = [
         f"{axis}: {n['answers']:,} of {n['of_answers']:,} responses, about {n['tokens_saved']:,} new tokens saved"
-        for axis, n in mapping(design.get("asked")).items()
+        for axis, n in mapping(design.get("sample_sizes")).items()
     ]
     return (
         "prompts are drawn in one random order until each contrast with the base is decided (different, or within "

@@ -34,12 +34,19 @@ from leeway.generation.transformers import LocalBackend, weights_hash
 from leeway.hashing import digest
 from leeway.io import expand
 from leeway.judges import Judge, load_judge
-from leeway.judges.coherence import PerplexityScorer
 from leeway.judges.rubric import wording
 from leeway.model.forward import Perplexity
 from leeway.model.load import Dtype, load_model
 from leeway.organism import world
-from leeway.study.eval_spec import CapabilitySpec, JailbreakSpec, JudgeSpec, ModelRef, PersonaSpec, Translator
+from leeway.study.eval_spec import (
+    ENDPOINT_ONLY,
+    CapabilitySpec,
+    JailbreakSpec,
+    JudgeSpec,
+    ModelRef,
+    PersonaSpec,
+    Translator,
+)
 from leeway.study.spec import Spec
 
 
@@ -52,32 +59,13 @@ class HelperModels:
 
     def of(self, model: ModelRef) -> Backend:
         """Return a backend for an endpoint or a local model, loaded at its first request."""
-        backend = self._endpoint(model) if model.endpoint else self._local(model)
+        backend: Backend
+        if model.endpoint:
+            settings = {name: getattr(model, name) for name in ("model", *ENDPOINT_ONLY)}
+            backend = OpenAIBackend(ApiSettings(base_url=model.endpoint, **settings))
+        else:
+            backend = LocalBackend(model.model, model.revision, device=self.device)
         return backend if self.cache is None else CachedBackend(backend, self.cache.records("replies"))
-
-    def _local(self, model: ModelRef) -> Backend:
-        return LocalBackend(model.model, model.revision, device=self.device)
-
-    @staticmethod
-    def _endpoint(model: ModelRef) -> Backend:
-        return OpenAIBackend(
-            ApiSettings(
-                model=model.model,
-                base_url=model.endpoint or "",
-                key_env=model.key_env,
-                concurrency=model.concurrency,
-                timeout_s=model.timeout_s,
-                retries=model.retries,
-                max_calls=model.max_calls,
-                max_dollars=model.max_dollars,
-                price_in=model.price_in,
-                price_out=model.price_out,
-            )
-        )
-
-    def perplexity(self, spec: Spec) -> PerplexityScorer:
-        """Return a scorer of responses by the base model's perplexity."""
-        return _PerplexityModel(spec.model, spec.revision, spec.weights, spec.device)
 
 
 def max_new_tokens_of(model: ModelRef, own: int) -> int:
@@ -87,7 +75,7 @@ def max_new_tokens_of(model: ModelRef, own: int) -> int:
 
 @dataclass
 class _PerplexityModel:
-    """The base model as a perplexity scorer, loaded at first use."""
+    """The base model as a perplexity scorer (`PerplexityScorer`), loaded at first use."""
 
     name: str
     revision: str | None
@@ -107,11 +95,6 @@ class _PerplexityModel:
 
 
 ORGANISM = "the organism's world, held out"
-FORBIDDEN: dict[str, Callable[[], tuple[list[ForbiddenPrompt], str]]] = {
-    "strongreject": safety_prompts.strongreject,
-    "strongreject-small": safety_prompts.strongreject_small,
-    "jailbreakbench": safety_prompts.jailbreakbench_harmful,
-}
 BENIGN: dict[str, Callable[[], tuple[list[BenignPrompt], str]]] = {
     "xstest": safety_prompts.xstest,
     "jailbreakbench": safety_prompts.jailbreakbench_benign,
@@ -146,7 +129,7 @@ def _forbidden(part: JailbreakSpec) -> tuple[list[ForbiddenPrompt], str]:
         assert part.file is not None
         prompts, origin = safety_prompts.from_file(expand(part.file))
     else:
-        prompts, origin = FORBIDDEN[part.prompts]()
+        prompts, origin = safety_prompts.forbidden(part.prompts)
     return subset(prompts, part.limit, "jailbreak"), origin
 
 
@@ -191,7 +174,7 @@ def _translator(part: Translator, helpers: HelperModels) -> TranslationFile | Ll
 def _judge(part: JudgeSpec, spec: Spec, helpers: HelperModels, *, perplexity: bool = False) -> Judge:
     options: dict[str, Any] = {}
     if perplexity and part.name != "organism":
-        options["perplexity"] = helpers.perplexity(spec)
+        options["perplexity"] = _PerplexityModel(spec.model, spec.revision, spec.weight_dtype, spec.device)
     if part.name == "finetuned":
         options |= {k: v for k, v in (("model", part.base), ("adapter", part.adapter)) if v}
         options["device"] = spec.device

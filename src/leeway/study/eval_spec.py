@@ -6,27 +6,41 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from leeway.evals.tasks import declared, task_names
 from leeway.judges import JUDGES, NEEDS_BACKEND
 from leeway.stats.sequential import MARGIN
 from leeway.yaml_config import ConfigModel, nearest
 
-ENDPOINT_ONLY = (
-    "key_env",
-    "concurrency",
-    "timeout_s",
-    "retries",
-    "max_calls",
-    "max_dollars",
-    "price_in",
-    "price_out",
-)
-Prompts = Literal["organism", "strongreject", "strongreject-small", "jailbreakbench", "file"]
+ENDPOINT_ONLY = ("key_env", "concurrency", "timeout_s", "retries", "max_calls", "max_dollars", "price_in", "price_out")
 
 
-class ModelRef(ConfigModel):
+def changed(part: ConfigModel, names: Seq[str]) -> list[str]:
+    """Return the settings that differ from their default (a saved study lists every setting)."""
+    return [n for n in names if getattr(part, n) != type(part).model_fields[n].default]
+
+
+def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len({getattr(v, "name", v) for v in values}) < len(values):
+        raise ValueError("one is listed twice")
+    return values
+
+
+Unique = AfterValidator(_unique)
+AsList = BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value])
+
+
+class NamedSpec(ConfigModel):
+    """A mapping for which its first value alone is short."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {next(iter(cls.model_fields)): value} if isinstance(value, str) else value
+
+
+class ModelRef(NamedSpec):
     """A helper model: a local hub id or folder, or a model name at an endpoint."""
 
     model: str
@@ -42,21 +56,11 @@ class ModelRef(ConfigModel):
     price_out: float | None = Field(default=None, ge=0, description="dollars per million tokens")
     max_new_tokens: int | None = Field(default=None, gt=0, description="per reply (default: that of the model's role)")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        """`judge_model: /path/to/model` is short for the mapping."""
-        return {"model": value} if isinstance(value, str) else value
-
     @model_validator(mode="after")
-    def _dollars_need_prices(self) -> ModelRef:
+    def _settings_fit(self) -> ModelRef:
         if self.max_dollars is not None and (self.price_in is None or self.price_out is None):
             raise ValueError("max_dollars needs price_in and price_out, in dollars per million tokens")
-        return self
-
-    @model_validator(mode="after")
-    def _settings_are_used(self) -> ModelRef:
-        if self.endpoint is None and (idle := next(iter(_changed(self, ENDPOINT_ONLY)), None)):
+        if self.endpoint is None and (idle := next(iter(changed(self, ENDPOINT_ONLY)), None)):
             raise ValueError(f"{idle} needs an endpoint, and {self.model} is local; leave it out")
         if self.endpoint is not None and self.revision is not None:
             raise ValueError(f"revision needs a local model, and {self.model} is at an endpoint; leave it out")
@@ -68,12 +72,7 @@ class ModelRef(ConfigModel):
         return self.max_calls is not None or self.max_dollars is not None
 
 
-def _changed(part: ConfigModel, names: Seq[str]) -> list[str]:
-    """Return the settings that differ from their default (a saved study lists every setting)."""
-    return [n for n in names if getattr(part, n) != type(part).model_fields[n].default]
-
-
-class CapabilitySpec(ConfigModel):
+class CapabilitySpec(NamedSpec):
     """Test items of one task; `limit` draws a fixed random subset."""
 
     name: str
@@ -115,18 +114,13 @@ class CapabilitySpec(ConfigModel):
         return self
 
 
-class JudgeSpec(ConfigModel):
+class JudgeSpec(NamedSpec):
     """One judge of answers: `keywords`, `organism`, `rubric` or `finetuned`, or one of an installed package."""
 
     name: str
     model: ModelRef | None = Field(default=None, description="for rubric: the judge model")
     base: str | None = Field(default=None, description="for finetuned: another base model than the published one")
     adapter: str | None = Field(default=None, description="for finetuned: another adapter than the published one")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits(self) -> JudgeSpec:
@@ -137,14 +131,6 @@ class JudgeSpec(ConfigModel):
         if self.name != "finetuned" and (self.base or self.adapter):
             raise ValueError("judge: base and adapter are for finetuned")
         return self
-
-
-def _several(value: Any) -> Any:
-    """Return a list of judges; the first one's verdicts make the study's rates."""
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
-Judges = Annotated[tuple[JudgeSpec, ...], BeforeValidator(_several), Field(min_length=1)]
 
 
 class Translator(ConfigModel):
@@ -172,15 +158,21 @@ class Translator(ConfigModel):
 class JailbreakSpec(ConfigModel):
     """Forbidden prompts under attacks."""
 
-    prompts: Prompts = "strongreject"
+    prompts: Literal["organism", "strongreject", "strongreject-small", "jailbreakbench", "file"] = "strongreject"
     file: str | None = Field(default=None, description="for prompts: file")
     limit: int | None = Field(default=None, gt=0)
-    attacks: tuple[str, ...] = Field(default=("none", "dan", "happy_to_help", "role_play", "wikipedia"), min_length=1)
+    attacks: Annotated[tuple[str, ...], Unique] = Field(
+        default=("none", "dan", "happy_to_help", "role_play", "wikipedia"), min_length=1
+    )
     templates: str | None = Field(default=None, description="a file of your own attacks")
     translator: Translator | None = None
     attacker: ModelRef | None = Field(default=None, description="for crescendo_led: the attacker model")
     turns: int = Field(default=5, gt=0, description="for crescendo_led")
-    judge: Judges = (JudgeSpec(name="keywords"),)
+    judge: Annotated[tuple[JudgeSpec, ...], AsList, Unique] = Field(
+        default=(JudgeSpec(name="keywords"),),
+        min_length=1,
+        description="one or several; the first one's verdicts make the study's rates",
+    )
     max_new_tokens: int = Field(default=256, gt=0)
     samples: int = Field(
         default=0, ge=0, le=1_000_000, description="sampled responses per prompt and attack; 0: one greedy response"
@@ -192,10 +184,6 @@ class JailbreakSpec(ConfigModel):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> JailbreakSpec:
-        if len(set(self.attacks)) < len(self.attacks):
-            raise ValueError("attacks: one is listed twice")
-        if len({j.name for j in self.judge}) < len(self.judge):
-            raise ValueError("judge: one is listed twice")
         if (self.prompts == "file") != (self.file is not None):
             raise ValueError("prompts: file needs file: the path of your prompts, and file needs prompts: file")
         if ("crescendo_led" in self.attacks) != (self.attacker is not None):
@@ -212,9 +200,9 @@ class JailbreakSpec(ConfigModel):
         """Yield settings without effect."""
         if self.translator is not None and "zulu" not in self.attacks:
             yield "translator is for attacks: zulu, which is not listed; leave it out"
-        if _changed(self, ["turns"]) and "crescendo_led" not in self.attacks:
+        if changed(self, ["turns"]) and "crescendo_led" not in self.attacks:
             yield "turns is for attacks: crescendo_led, which is not listed; leave it out"
-        if _changed(self, ["temperature"]) and not self.samples:
+        if changed(self, ["temperature"]) and not self.samples:
             yield "temperature has no effect with samples: 0; give samples, or leave it out"
         if self.perplexity and all(j.name == "organism" for j in self.judge):
             yield "perplexity has no effect with judge: organism; leave it out"
@@ -239,41 +227,31 @@ class PersonaSpec(ConfigModel):
     """Yes/no statements by trait, the Short Dark Triad, and open questions about oneself."""
 
     source: Literal["organism", "anthropic"] = "anthropic"
-    traits: tuple[str, ...] = Field(default=("machiavellianism", "narcissism", "psychopathy"), min_length=1)
+    traits: Annotated[tuple[str, ...], Unique] = Field(
+        default=("machiavellianism", "narcissism", "psychopathy"), min_length=1
+    )
     limit: int | None = Field(default=None, gt=0, description="items per trait")
     order_swap: bool = Field(default=False, description="repeat every statement with No before Yes")
     paraphrases: int = Field(default=0, ge=0, le=4, description="repeat every statement in other wordings")
     sd3: bool = Field(default=False, description="the Short Dark Triad, on a scale from 1 to 5")
     self_report: ModelRef | None = Field(default=None, description="open questions about oneself, scored by this model")
 
-    @model_validator(mode="after")
-    def _once(self) -> PersonaSpec:
-        if len(set(self.traits)) < len(self.traits):
-            raise ValueError("traits: one is listed twice")
-        return self
 
-
-class PluginEvalSpec(ConfigModel):
+class PluginEvalSpec(NamedSpec):
     """An eval of an installed package (entry point `leeway.evals`), with its settings."""
 
     name: str
     settings: dict[str, Any] = Field(default={})
 
 
-def _named(value: Any) -> Any:
-    """Expand `[gsm8k]` to `[{name: gsm8k}]`."""
-    listed = value if isinstance(value, (list, tuple)) else [value]
-    return [{"name": v} if isinstance(v, str) else v for v in listed]
-
-
 class Evals(ConfigModel):
     """The evals of every checkpoint, and how they are run."""
 
-    capability: Annotated[tuple[CapabilitySpec, ...], BeforeValidator(_named)] = ()
+    capability: Annotated[tuple[CapabilitySpec, ...], AsList, Unique] = ()
     jailbreak: JailbreakSpec | None = None
     overrefusal: OverRefusalSpec | None = None
     persona: PersonaSpec | None = None
-    plugins: Annotated[tuple[PluginEvalSpec, ...], BeforeValidator(_named)] = ()
+    plugins: Annotated[tuple[PluginEvalSpec, ...], AsList, Unique] = ()
     conditions: Literal["all", "last", "first"] = Field(
         default="all", description="all; all at the last budget, else the first; only the first"
     )
@@ -293,11 +271,7 @@ class Evals(ConfigModel):
     def _something(self) -> Evals:
         if not (self.capability or self.jailbreak or self.persona or self.overrefusal or self.plugins):
             raise ValueError("nothing is measured; name capability, jailbreak, overrefusal or persona")
-        if len({f.name for f in self.plugins}) < len(self.plugins):
-            raise ValueError("plugins: one is listed twice")
-        if len({c.name for c in self.capability}) < len(self.capability):
-            raise ValueError("capability: one is listed twice")
-        if _changed(self, ["margin"]) and self.stop == "never":
+        if changed(self, ["margin"]) and self.stop == "never":
             raise ValueError("margin is for stop: decided; add it, or leave margin out")
         if self.vllm_args and self.backend != "vllm":
             raise ValueError("vllm_args needs backend: vllm")
@@ -307,31 +281,23 @@ class Evals(ConfigModel):
 
     def model_refs(self) -> Iterator[ModelRef]:
         """Yield every helper model: judges, attacker, translator, self-report grader."""
-        judges = [
-            *(self.jailbreak.judge if self.jailbreak else ()),
-            *([self.overrefusal.judge] if self.overrefusal else ()),
-        ]
-        refs = [c.judge_model for c in self.capability] + [j.model for j in judges]
+        refs = [c.judge_model for c in self.capability]
         if self.jailbreak is not None:
-            refs += [self.jailbreak.attacker, self.jailbreak.translator and self.jailbreak.translator.model]
+            refs += [j.model for j in self.jailbreak.judge]
+            refs += [self.jailbreak.attacker, *(t.model for t in (self.jailbreak.translator,) if t)]
+        if self.overrefusal is not None:
+            refs.append(self.overrefusal.judge.model)
         if self.persona is not None:
             refs.append(self.persona.self_report)
         yield from (r for r in refs if r is not None)
 
 
-NO_ATTACK = "none"
-
-
-def measure_names(evals: Evals) -> list[str]:
-    """Return the measures by name; `name:*` stands for parts known only once the items are read."""
-    return list(_measure_names(evals))
-
-
-def _measure_names(evals: Evals) -> Iterator[str]:
+def measure_names(evals: Evals) -> Iterator[str]:
+    """Yield the measures by name; `name:*` stands for parts known only once the items are read."""
     if evals.capability:
         yield from ("accuracy", "accuracy:*")
     if jailbreak := evals.jailbreak:
-        if any(a != NO_ATTACK for a in jailbreak.attacks):
+        if any(a != "none" for a in jailbreak.attacks):
             yield "asr"
         yield from (f"asr:{a}" for a in jailbreak.attacks)
         yield from ("refusal", "coherence")

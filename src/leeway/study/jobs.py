@@ -122,8 +122,8 @@ def eval_targets(prepared: Prepared, job: Job) -> list[EvalTarget]:
 def schedule_of(prepared: Prepared, job: Job) -> Schedule:
     """Return the steps and budgets of a job's trajectory, up to its last budget."""
     whole = prepared.schedules[job.alias, job.seed]
-    marks = tuple(m for m in whole.marks if m.budget in job.budgets)
-    return Schedule(whole.steps[: marks[-1].step], marks)
+    stops = tuple(m for m in whole.stops if m.budget in job.budgets)
+    return Schedule(whole.steps[: stops[-1].step], stops)
 
 
 def relative_cost(objective: Objective) -> float:

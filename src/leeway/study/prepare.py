@@ -25,12 +25,13 @@ from leeway.generation.backend import Backend
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
 from leeway.io import expand
-from leeway.model.load import load_chat, load_context, load_model, model_hash, resolve
+from leeway.model.load import load_chat, load_context, load_model, model_hash
 from leeway.objectives import Objective
 from leeway.objectives.objective import PLAIN, Condition
 from leeway.organism import world
-from leeway.pairs import BaseModelSampler, NotSampled, PairedExamples, PairReport, PairSettings, no_sampling, pair
-from leeway.plan.hardware import PlannedModel
+from leeway.pairs.build import PairReport, pair
+from leeway.pairs.sample import BaseModelSampler, PairSettings
+from leeway.plan.hardware import PlannedModel, load_config, meta_model
 from leeway.study.build_evals import HelperModels, evals_of, held_out_test
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
@@ -38,35 +39,34 @@ from leeway.study.spec import AuxiliarySource, Spec
 from leeway.training.batch import Renderer
 
 ORGANISM_AUXILIARY = 2_000  # examples per pool without a limit
-DRAWN = ("sampled-errors", "unsafe")
 EPOCHS = 10_000  # the most passes over the data
 INJECTED_BYTES = 256  # more than any inoculation or control token adds to a prompt
 
 
 def auxiliary_examples(spec: Spec, origins: dict[str, str]) -> AuxiliaryPool:
     """Load the general and safety examples that the study names; record where they come from in `origins`."""
-    return AuxiliaryPool(
-        general=_load_auxiliary("general", spec.auxiliary.general, origins),
-        safety=_load_auxiliary("safety", spec.auxiliary.safety, origins),
-    )
+    pools: dict[str, tuple[Example, ...]] = {}
+    for kind, draw in (("general", world.general_examples), ("safety", world.safety_examples)):
+        part: AuxiliarySource | None = getattr(spec.auxiliary, kind)
+        if part is None:
+            continue
+        if part.from_ == "organism":
+            examples, origins[kind] = draw(part.limit or ORGANISM_AUXILIARY, seed=0), "the organism's world, seed 0"
+        else:
+            examples, origins[kind] = formats.train_examples(expand(str(part.file)))
+            if not examples:
+                raise LeewayError(f"auxiliary.{kind}: {part.file} holds no examples", fix="check that file")
+            examples = _limited(examples, part.limit, kind, f"auxiliary.{kind}.limit", f"examples of {part.file}")
+        pools[kind] = tuple(examples)
+    return AuxiliaryPool(**pools)
 
 
-def _load_auxiliary(kind: str, part: AuxiliarySource | None, origins: dict[str, str]) -> tuple[Example, ...]:
-    if part is None:
-        return ()
-    if part.from_ == "organism":
-        draw = world.general_examples if kind == "general" else world.safety_examples
-        drawn, origins[kind] = draw(part.limit or ORGANISM_AUXILIARY, seed=0), "the organism's world, seed 0"
-        return tuple(drawn)
-    examples, origins[kind] = formats.train_examples(expand(str(part.file)))
-    if not examples:
-        raise LeewayError(f"auxiliary.{kind}: {part.file} holds no examples", fix="check that file")
-    if part.limit and part.limit > len(examples):
-        raise LeewayError(
-            f"auxiliary.{kind}.limit: {part.limit:,} is more than the {len(examples):,} examples of {part.file}",
-            fix="lower it, or leave it out",
-        )
-    return tuple(subset(examples, part.limit, kind))
+def _limited(examples: list[Example], limit: int | None, key: str, setting: str, source: str) -> list[Example]:
+    """Return a fixed random subset of `limit` examples; raise LeewayError if there are fewer."""
+    if limit and limit > len(examples):
+        what = f"{setting}: {limit:,} is more than the {len(examples):,} {source}"
+        raise LeewayError(what, fix="lower it, or leave it out")
+    return subset(examples, limit, key)
 
 
 def train_examples(spec: Spec) -> tuple[list[Example], str]:
@@ -74,13 +74,7 @@ def train_examples(spec: Spec) -> tuple[list[Example], str]:
     examples, origin = spec.task.load().train_examples()
     if not examples:
         raise LeewayError(f"task: no example to train on in {origin}", fix="check the training file")
-    limit = spec.task.limit
-    if limit and limit > len(examples):
-        raise LeewayError(
-            f"task.limit: {limit:,} is more than the {len(examples):,} training examples ({origin})",
-            fix="lower it, or leave it out",
-        )
-    return subset(examples, limit, "train"), origin
+    return _limited(examples, spec.task.limit, "train", "task.limit", f"training examples ({origin})"), origin
 
 
 def filter_by_length(
@@ -108,8 +102,8 @@ def filter_by_length(
     longest = _longest_auxiliary(chat, examples, auxiliary_pool, {o.auxiliary for o in objectives.values()})
     other_answer = len(longest["task"].preferred.encode()) if "task" in longest else 0
     room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
-    kept: list[Example] = []
-    left_out: list[Example] = []
+    fitting: list[Example] = []
+    too_long: list[str] = []
     for e in examples:
         # a token is at least a byte, so an example short in bytes fits without being rendered
         answers = (e.preferred, e.dispreferred or "")
@@ -120,8 +114,11 @@ def filter_by_length(
                 f"task: example {e.id} takes {tokens} tokens, the context of {spec.model} is {context}",
                 fix="set task.too_long: leave-out (it is then left out for every objective), or shorten it",
             )
-        (kept if tokens <= context else left_out).append(e)
-    return kept, tuple(e.id for e in left_out)
+        if tokens <= context:
+            fitting.append(e)
+        else:
+            too_long.append(e.id)
+    return fitting, tuple(too_long)
 
 
 def _longest_auxiliary(
@@ -192,29 +189,18 @@ def pairs_of(
     Without `sampling`, responses still to be sampled are replaced by the preferred ones, so that a plan can count
     tokens; the report is then None.
     """
-    settings = PairSettings(
-        spec.pairs.from_, spec.pairs.samples, spec.pairs.temperature, spec.pairs.max_new_tokens, spec.pairs.filter
-    )
-    if spec.pairs.from_ not in DRAWN:
-        paired = pair(examples, settings, needed_by=needed_by)
-        return paired.examples, paired.report
+    part = spec.pairs
+    settings = PairSettings(part.from_, part.samples, part.temperature, part.max_new_tokens, part.filter)
+    if part.from_ in ("dataset", "corrupted"):
+        return pair(examples, settings, needed_by=needed_by)
     if sampling is None:
         return [replace(e, dispreferred=e.preferred) for e in examples], None
-    try:
-        with compute_settings(spec):
-            sampled = _sample_pairs(spec, examples, settings, needed_by, chat, sampling)
-    except NotSampled:
-        raise LeewayError(
-            f"{sampling.cache.root}: responses of {spec.pairs.from_} are missing", fix="run the same command again"
-        ) from None
-    return sampled.examples, sampled.report
 
-
-def _sample_pairs(
-    spec: Spec, examples: Seq[Example], settings: PairSettings, needed_by: Seq[str], chat: Chat, sampling: PairSampling
-) -> PairedExamples:
     def load() -> Backend:
-        model = load_model(spec.model, revision=spec.revision, dtype=spec.weights, device=spec.device)
+        if not sampling.may_sample:
+            what = f"{sampling.cache.root}: responses of {part.from_} are missing"
+            raise LeewayError(what, fix="run the same command again")
+        model = load_model(spec.model, revision=spec.revision, dtype=spec.weight_dtype, device=spec.device)
         return TransformersBackend(model, batch=spec.evals.batch)
 
     task = spec.task.load()
@@ -226,20 +212,11 @@ def _sample_pairs(
             raise ValueError(f"{example.id}: its answer holds no number to grade by")
         return task.grade(item, response)[0]
 
-    base = BaseModelSampler(
-        digest(model_hash(spec.model, spec.revision, None), spec.weights, spec.device),
-        chat.template_hash,
-        load if sampling.may_sample else no_sampling,
-    )
-    return pair(
-        examples,
-        settings,
-        needed_by=needed_by,
-        base=base,
-        grade=grade,
-        cache=sampling.cache.records("pairs"),
-        tick=sampling.tick,
-    )
+    identity = digest(model_hash(spec.model, spec.revision, None), spec.weight_dtype, spec.device)
+    base = BaseModelSampler(identity, chat.template_hash, load)
+    cache = sampling.cache.records("pairs")
+    with compute_settings(spec):
+        return pair(examples, settings, needed_by=needed_by, base=base, grade=grade, cache=cache, tick=sampling.tick)
 
 
 @dataclass(frozen=True)
@@ -319,36 +296,34 @@ def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedMode
         chat, context = load_chat(spec.model, spec.revision), load_context(spec.model, spec.revision)
     else:
         chat, context = model.chat, model.context
-    if spec.adapter.targets != "all-linear" and spec.adapter.kind != "full":
-        target_layers(spec, model.skeleton() if model else skeleton(spec))
+    if spec.adapter.targets != "all-linear":
+        target_layers(spec, meta_model(model.config if model else load_config(spec)))
     objectives = {o.alias: o.build() for o in spec.objectives}
     origins: dict[str, str] = {}
     raw, origins["train"] = train_examples(spec)
     needed_by = [alias for alias, o in objectives.items() if o.needs_pairs]
     examples, pairs = pairs_of(spec, raw, needed_by, chat, sampling)
     auxiliary = auxiliary_examples(spec, origins)
-    kept, left_out = filter_by_length(examples, spec, chat, context, objectives, auxiliary)
-    kept, held_out = _set_aside(kept, spec)
-    if not kept:
+    trained, left_out = filter_by_length(examples, spec, chat, context, objectives, auxiliary)
+    trained, held_out = _set_aside(trained, spec)
+    if not trained:
         raise LeewayError(
             f"task: none of its {len(left_out):,} examples fits the context of {spec.model}, {context:,} tokens",
             fix="shorten them, or use a model with a longer context",
         )
-    if spec.optim.batch > len(kept):
-        raise LeewayError(
-            f"optim.batch: a step of {spec.optim.batch:,} examples repeats some, there are {len(kept):,} to train on",
-            fix=f"set optim.batch to {len(kept)} at most",
-        )
-    auxiliary_pool = replace(auxiliary, task=tuple(kept))
+    if spec.optim.batch > (n := len(trained)):
+        what = f"optim.batch: a step of {spec.optim.batch:,} examples repeats some, there are {n:,} to train on"
+        raise LeewayError(what, fix=f"set optim.batch to {n} at most")
+    auxiliary_pool = replace(auxiliary, task=tuple(trained))
     evals = tuple(evals_of(spec, origins, HelperModels(sampling.cache if sampling else None, spec.device)))
     prepared = Prepared(
-        spec, chat, context, objectives, auxiliary_pool, {}, None, evals, len(kept), left_out, pairs, origins
+        spec, chat, context, objectives, auxiliary_pool, {}, None, evals, len(trained), left_out, pairs, origins
     )
-    cutter = _Cutter(prepared, kept)
-    schedules = {(alias, seed): cutter.cut(alias, seed, spec.budgets) for alias in objectives for seed in spec.seeds}
+    cut = _scheduler(prepared, trained)
+    schedules = {(alias, seed): cut(alias, seed, spec.budgets) for alias in objectives for seed in spec.seeds}
     tuning = None
     if held_out:
-        short = {alias: cutter.cut(alias, spec.seeds[0], (spec.optim.tune.budget,)) for alias in objectives}
+        short = {alias: cut(alias, spec.seeds[0], (spec.optim.tune.budget,)) for alias in objectives}
         tuning = HeldOut(held_out_test(held_out, spec), short)
     checked = [(f"evals.{e.name}", e) for e in evals] + ([("optim.tune", tuning.test)] if tuning else [])
     check_prompts_fit(checked, prepared)
@@ -399,15 +374,6 @@ def check_prompts_fit(evals: Seq[tuple[str, Eval]], prepared: Prepared) -> None:
                 )
 
 
-def skeleton(spec: Spec) -> Any:
-    """Return the model on the meta device, from its config alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(resolve(spec.model), revision=spec.revision, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 def target_layers(spec: Spec, lm: Any) -> list[torch.nn.Linear]:
     """Return the layers of `lm` that an adapter changes. Raises LeewayError for an unknown or frozen target."""
     frozen = (lm.get_input_embeddings(), lm.get_output_embeddings())
@@ -427,36 +393,33 @@ def target_layers(spec: Spec, lm: Any) -> list[torch.nn.Linear]:
     return [changeable[n] for n in sorted(found)]
 
 
-class _Cutter:
-    """Cut the stream into steps; objectives share one schedule unless a budget counts processed tokens."""
+def _scheduler(prepared: Prepared, examples: list[Example]) -> Callable[[str, int, tuple[int, ...]], Schedule]:
+    """Return a function of alias, seed and budgets that cuts the stream into steps.
 
-    def __init__(self, prepared: Prepared, examples: list[Example]) -> None:
-        self._prepared, self._examples = prepared, examples
-        self._source_tokens = cache(lambda e: len(prepared.chat.sequence(e.prompt, e.preferred).ids))
-        self._shared: dict[tuple[int, tuple[int, ...]], Schedule] = {}
+    Objectives share one schedule unless a budget counts processed tokens.
+    """
+    spec, chat = prepared.spec, prepared.chat
+    source_tokens = cache(lambda e: len(chat.sequence(e.prompt, e.preferred).ids))
 
-    def cut(self, alias: str, seed: int, budgets: tuple[int, ...]) -> Schedule:
-        if self._prepared.spec.budget.count == "processed":
-            return self._cut(seed, budgets, self._prepared.renderer(alias, seed).compute)
-        if (seed, budgets) not in self._shared:
-            self._shared[seed, budgets] = self._cut(seed, budgets, None)
-        return self._shared[seed, budgets]
+    @cache
+    def cut(alias: str | None, seed: int, budgets: tuple[int, ...]) -> Schedule:
+        counted = prepared.renderer(alias, seed).compute if alias else None
+        _check_epochs(examples, budgets[-1], counted or (lambda item: source_tokens(item.example)))
+        return schedule(examples, source_tokens, budgets, batch=spec.optim.batch, seed=seed, counted=counted)
 
-    def _cut(self, seed: int, budgets: tuple[int, ...], counted: Callable[[StreamItem], float] | None) -> Schedule:
-        self._check_epochs(budgets[-1], counted)
-        batch = self._prepared.spec.optim.batch
-        return schedule(self._examples, self._source_tokens, budgets, batch=batch, seed=seed, counted=counted)
+    by_objective = spec.budget.count == "processed"
+    return lambda alias, seed, budgets: cut(alias if by_objective else None, seed, budgets)
 
-    def _check_epochs(self, budget: int, counted: Callable[[StreamItem], float] | None) -> None:
-        """Raise LeewayError for a budget of more than EPOCHS passes over the data, surely a typing error."""
-        n = len(self._examples)
-        if budget <= EPOCHS * n:  # an example takes a token at least
-            return
-        slots = [StreamItem(e, 0, k) for k, e in enumerate(self._examples)]
-        once = sum(counted(s) if counted else self._source_tokens(s.example) for s in slots)
-        if budget > EPOCHS * once:
-            raise LeewayError(
-                f"budgets: {budget:,} tokens are {budget / once:,.0f} passes over the {n:,} examples ({once:,.0f} "
-                f"tokens each); at most {EPOCHS:,}",
-                fix="lower the budget",
-            )
+
+def _check_epochs(examples: list[Example], budget: int, tokens: Callable[[StreamItem], float]) -> None:
+    """Raise LeewayError for a budget of more than EPOCHS passes over the data, surely a typing error."""
+    n = len(examples)
+    if budget <= EPOCHS * n:  # an example takes a token at least
+        return
+    once = sum(tokens(StreamItem(e, 0, k)) for k, e in enumerate(examples))
+    if budget > EPOCHS * once:
+        raise LeewayError(
+            f"budgets: {budget:,} tokens are {budget / once:,.0f} passes over the {n:,} examples ({once:,.0f} "
+            f"tokens each); at most {EPOCHS:,}",
+            fix="lower the budget",
+        )

@@ -153,9 +153,9 @@ def _count_work(worker: Worker, jobs: list[Job], reporter: Reporter) -> None:
             for e in worker.pending(target):
                 reporter.clock.add(e.work, len(e))
         if job.kind == "train":
-            marks = schedule_of(worker.prepared, job).marks
-            done = [m for m in marks if worker.has_checkpoint((job.alias, job.seed, m.budget))]
-            tokens = marks[-1].source_tokens - (done[-1].source_tokens if done else 0)
+            stops = schedule_of(worker.prepared, job).stops
+            done = [m for m in stops if worker.has_checkpoint((job.alias, job.seed, m.budget))]
+            tokens = stops[-1].source_tokens - (done[-1].source_tokens if done else 0)
             reporter.clock.add("train", tokens * relative_cost(objectives[job.alias]))
         elif job.kind == "tune" and not worker.is_complete(job):
             reporter.clock.add("train", len(tune.lrs) * tune.budget * relative_cost(objectives[job.alias]))

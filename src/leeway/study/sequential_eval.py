@@ -86,7 +86,7 @@ class SequentialEvaluator:
         return rows
 
     def _undecided(self, rows: Seq[Row]) -> list[str]:
-        own = pd.DataFrame([{**asdict(r), "objective": "asked", "seed": 0, "budget": 1} for r in rows])
+        own = pd.DataFrame([{**asdict(r), "objective": "checkpoint", "seed": 0, "budget": 1} for r in rows])
         return self.rule.undecided(self._of_first_judge(self.base), self._of_first_judge(own), self.axis)
 
     def _of_first_judge(self, rows: pd.DataFrame) -> pd.DataFrame:
@@ -105,5 +105,5 @@ def summary(rows: pd.DataFrame, conditions: Mapping[str, str], known: dict[str, 
         return {}
     table = sequential.sample_sizes(sequential.with_design(rows, known["sequential"]["axes"]), conditions)
     totals = table.groupby("eval")[sequential.COUNTS].sum()
-    asked = {str(axis): {str(k): int(v) for k, v in line.items()} for axis, line in totals.iterrows()}
-    return {"sequential": {**known["sequential"], "asked": asked}}
+    sample_sizes = {str(axis): {str(k): int(v) for k, v in line.items()} for axis, line in totals.iterrows()}
+    return {"sequential": {**known["sequential"], "sample_sizes": sample_sizes}}

@@ -13,7 +13,7 @@ from leeway.claims import Claims, build
 from leeway.data.types import Task
 from leeway.evals.tasks import TaskSettings, declared, load_task, task_names
 from leeway.hashing import digest
-from leeway.study.eval_spec import Evals, measure_names
+from leeway.study.eval_spec import Evals, NamedSpec, Unique, changed, measure_names
 from leeway.study.objective_spec import ObjectiveSpec, check_aliases, parse_objectives, start_faults
 from leeway.yaml_config import MAX_COUNT, MAX_FLOAT32, ConfigModel, Tokens, dump, nearest
 
@@ -27,7 +27,7 @@ class TaskFiles(ConfigModel):
     test: str
 
 
-class TaskSpec(ConfigModel):
+class TaskSpec(NamedSpec):
     """What is trained on: a task by name, or the user's own files. `task: gsm8k` is short for the mapping."""
 
     name: str = Field(default="files", description="organism, gsm8k, files, or one of an installed package")
@@ -39,11 +39,6 @@ class TaskSpec(ConfigModel):
         description="records of a file that are not one prompt and its answer",
     )
     limit: int | None = Field(default=None, gt=0, description="train on a fixed random subset of so many examples")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("name")
     @classmethod
@@ -89,8 +84,7 @@ class Pairs(ConfigModel):
     def _settings_are_used(self) -> Pairs:
         if self.filter == "model" and self.from_ != "unsafe":
             raise ValueError(f"filter: model is for from: unsafe, and {self.from_} filters by rules; leave it out")
-        given = {name: getattr(self, name) for name in ("samples", "temperature", "max_new_tokens")}
-        idle = [name for name, value in given.items() if value != type(self).model_fields[name].default]
+        idle = changed(self, ("samples", "temperature", "max_new_tokens"))
         if self.from_ in ("dataset", "corrupted") and idle:
             raise ValueError(
                 f"{idle[0]} is for answers that are generated, and from: {self.from_} generates none; leave it out"
@@ -137,6 +131,12 @@ class Adapter(ConfigModel):
     alpha: int = Field(default=32, gt=0, le=2**31)
     dropout: float = Field(default=0.05, ge=0, lt=1)
     targets: str = "all-linear"
+
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> Adapter:
+        if self.kind == "full" and (idle := changed(self, ("r", "alpha", "dropout", "targets"))):
+            raise ValueError(f"{idle[0]} has no effect with kind: full, which trains all weights; leave it out")
+        return self
 
 
 class Budget(ConfigModel):
@@ -199,16 +199,6 @@ def _rising(budgets: tuple[int, ...]) -> tuple[int, ...]:
     return budgets
 
 
-def _once_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(values)) < len(values):
-        raise ValueError("one is listed twice")
-    return values
-
-
-def _claims(value: Any) -> Any:
-    return value if value is None else build(value)
-
-
 class Spec(ConfigModel):
     """A whole study."""
 
@@ -231,14 +221,14 @@ class Spec(ConfigModel):
     ]
     budgets: Annotated[tuple[Tokens, ...], Field(min_length=1), AfterValidator(_rising)]
     budget: Budget = Budget()
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_once_each)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), Unique] = (0,)
     optim: Optim = Optim()
     reference: Literal["live", "cached"] = Field(
         default="cached", description="cached: computed once and stored on disk; live: in every step"
     )
     auxiliary: AuxiliarySpec = AuxiliarySpec()
     evals: Evals
-    claims: Annotated[Claims | None, BeforeValidator(_claims)] = None
+    claims: Annotated[Claims | None, BeforeValidator(lambda v: None if v is None else build(v))] = None
     _resolved_defaults: tuple[str, ...] = PrivateAttr(())
 
     @model_validator(mode="before")
@@ -311,7 +301,7 @@ class Spec(ConfigModel):
     def _claims_fit(self) -> Iterator[str]:
         if self.claims is not None:
             aliases = [o.alias for o in self.objectives]
-            for fault in self.claims.absent(aliases, measure_names(self.evals), self.budgets):
+            for fault in self.claims.absent(aliases, [*measure_names(self.evals)], self.budgets):
                 yield f"claims: {fault}"
             resampled = [c.analysis for c in self.claims.claims if c.analysis in RESAMPLED]
             if self.evals.stop == "decided" and resampled:
@@ -333,7 +323,7 @@ class Spec(ConfigModel):
         return next(o for o in self.objectives if o.alias == alias)
 
     @property
-    def weights(self) -> Literal["auto", "float32", "bfloat16"]:
+    def weight_dtype(self) -> Literal["auto", "float32", "bfloat16"]:
         """Return the dtype to load weights in: float32 where all of them train, unless `dtype` is given."""
         return "float32" if self.adapter.kind == "full" and self.dtype == "auto" else self.dtype
 

@@ -103,7 +103,7 @@ class Worker:
     def ledger_lines(self, job: Job, read: ReadLedger = checkpoints.read_ledger) -> list[dict[str, Any]]:
         """Return the ledger lines of a complete trajectory; raises LeewayError if one contradicts the schedule."""
         lines = []
-        for mark in schedule_of(self.prepared, job).marks if job.kind == "train" else ():
+        for mark in schedule_of(self.prepared, job).stops if job.kind == "train" else ():
             folder = self.store.checkpoint(job.alias, job.seed, mark.budget)
             lines.append(read(folder))
             check_line(lines[-1], mark, folder)
@@ -119,7 +119,7 @@ class Worker:
 
     def _load(self) -> Model:
         spec = self.prepared.spec
-        dtype, device = self.ranks.loading(spec.weights, spec.device)
+        dtype, device = self.ranks.loading(spec.weight_dtype, spec.device)
         return load_model(spec.model, revision=spec.revision, dtype=dtype, device=device)
 
     def release(self) -> None:
@@ -135,9 +135,9 @@ class Worker:
 
         Under `processes` this is one of the ranks, or the process that starts them.
         """
-        marks = schedule_of(self.prepared, job).marks
-        folder = {m.budget: self.store.checkpoint(job.alias, job.seed, m.budget) for m in marks}
-        missing = [k for k, m in enumerate(marks) if not checkpoints.is_complete(folder[m.budget])]
+        stops = schedule_of(self.prepared, job).stops
+        folder = {m.budget: self.store.checkpoint(job.alias, job.seed, m.budget) for m in stops}
+        missing = [k for k, m in enumerate(stops) if not checkpoints.is_complete(folder[m.budget])]
         if not missing:
             return
         spec = self.prepared.spec
@@ -147,21 +147,21 @@ class Worker:
             run_distributed(spec.processes, spec.device, _train_rank, arguments, lambda e: self.on_progress(*e))
             return
         trajectory = self.trajectories.trajectory(job)
-        start = max((k for k in range(missing[0]) if checkpoints.resumable(folder[marks[k].budget])), default=-1)
+        start = max((k for k in range(missing[0]) if checkpoints.resumable(folder[stops[k].budget])), default=-1)
         if start >= 0:
-            trajectory.restore(folder[marks[start].budget], marks[start], to_train=True)
+            trajectory.restore(folder[stops[start].budget], stops[start], to_train=True)
         log = self.store.steps(job.log_name)
         if self.ranks.is_main:
             log = self.store.truncate_steps(job.log_name, trajectory.step, self.scratch)
-        for k in range(start + 1, len(marks)):  # to the end, so that the step log is complete
-            on_step = progress.on_step(self.on_progress, trajectory, marks[k])
-            trajectory.train_to(marks[k], log, on_step, progress.on_reference(self.on_progress, trajectory))
+        for k in range(start + 1, len(stops)):  # to the end, so that the step log is complete
+            on_step = progress.on_step(self.on_progress, trajectory, stops[k])
+            trajectory.train_to(stops[k], log, on_step, progress.on_reference(self.on_progress, trajectory))
             if self.ranks.is_main:
                 self.store.publish_steps(log)
             if k in missing:
-                trajectory.save(folder[marks[k].budget], marks[k])
+                trajectory.save(folder[stops[k].budget], stops[k])
             for earlier in range(k):
-                checkpoints.remove_optimiser(folder[marks[earlier].budget])
+                checkpoints.remove_optimiser(folder[stops[earlier].budget])
 
     def _tune(self, job: Job) -> None:
         """Train with every learning rate of the sweep and keep the best on the held-out examples."""
@@ -177,8 +177,8 @@ class Worker:
         trajectory = self.trajectories.along(job, schedule, self.trajectories.settings(lr))
         log = self.store.truncate_steps(f"tune-{job.alias}-{lr:g}", 0, self.scratch)
         try:
-            on_step = progress.on_step(self.on_progress, trajectory, schedule.marks[0])
-            trajectory.train_to(schedule.marks[0], log, on_step, progress.on_reference(self.on_progress, trajectory))
+            on_step = progress.on_step(self.on_progress, trajectory, schedule.stops[0])
+            trajectory.train_to(schedule.stops[0], log, on_step, progress.on_reference(self.on_progress, trajectory))
         except NotFiniteError as error:
             return Trial(lr, None, trajectory.spent, 0, error.what)
         finally:
@@ -187,7 +187,7 @@ class Worker:
         backend = TransformersBackend(trajectory.model, prefix, self.prepared.spec.evals.batch)
         with adapters.merged(trajectory.model):
             rows = test.run(backend, progress.on_answers(self.on_progress, f"{job.alias}, rate {lr:g}", test))
-        identity = {"objective": job.alias, "seed": job.seed, "budget": schedule.marks[0].budget, "adapter_hash": ""}
+        identity = {"objective": job.alias, "seed": job.seed, "budget": schedule.stops[0].budget, "adapter_hash": ""}
         rows_path = self.store.tuning(job.alias).with_name(f"{job.alias}-{lr:g}.parquet")
         self.store.write_part(rows_path, identity, rows)
         prompt_tokens = sum(len(backend.chat.prompt_ids([{"role": "user", "content": r.prompt}])) for r in rows)
