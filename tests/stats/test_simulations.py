@@ -21,9 +21,8 @@ def test_pulls_are_those_of_the_rows():
     setting = Setting(40, 0.1, 0.2, samples=2, seeds=2)
     table = rows(replace(setting.world, axes=("jailbreak",)), np.random.default_rng(5))
     found, observed = paired_contrasts(table, {"t": "plain"}, only=["asr"])
-    columns = ContrastMatrix(np.unique(observed["cluster"].to_numpy(np.intp)))
-    columns.add(found[0])
-    pulled, weights = columns.matrices()
+    columns = ContrastMatrix(np.unique(observed["cluster"].to_numpy(np.intp)), found)
+    pulled, weights = columns.sums_CM, columns.weights_CM
     simulated = next(iter(differences(setting, 1, 5))).mean(axis=(0, 2, 3))[:, 0] / 40
     assert np.sort(pulled[:, 0]) == pytest.approx(np.sort(simulated), abs=1e-12)
     assert weights[:, 0] == pytest.approx(np.full(40, 1 / 40))

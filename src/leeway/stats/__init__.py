@@ -14,34 +14,7 @@ from leeway.stats.pairing import ContrastReference
 from leeway.stats.pareto import frontier, frontier_of, recommend
 from leeway.stats.rates import checks, likert, outcomes, persona, rates
 
-__all__ = [
-    "Confusion",
-    "ContrastReference",
-    "DifferenceBound",
-    "Draws",
-    "StatsError",
-    "WorseDirection",
-    "checks",
-    "confusion",
-    "contrasts",
-    "coupling",
-    "divergence",
-    "draws",
-    "equivalence",
-    "frontier",
-    "frontier_of",
-    "items_needed",
-    "judge_agreement",
-    "kappa",
-    "likert",
-    "matched",
-    "one_sided",
-    "onset",
-    "outcomes",
-    "persona",
-    "rate_bounds",
-    "rates",
-    "recommend",
-    "rogan_gladen",
-    "split_judges",
-]
+__all__ = ["Confusion", "ContrastReference", "DifferenceBound", "Draws", "StatsError", "WorseDirection"]
+__all__ += ["checks", "confusion", "contrasts", "coupling", "divergence", "draws", "equivalence", "frontier"]
+__all__ += ["frontier_of", "items_needed", "judge_agreement", "kappa", "likert", "matched", "one_sided", "onset"]
+__all__ += ["outcomes", "persona", "rate_bounds", "rates", "recommend", "rogan_gladen", "split_judges"]

@@ -47,11 +47,11 @@ class Anytime:
 
     def p_above(self, bound: float) -> float:
         """Return the p-value of H0: mean ≤ bound; 1 without values."""
-        return _p(_final_log_capital(self._y_T, (bound + 1) / 2))
+        return float(np.exp(-_final_log_capital(self._y_T, (bound + 1) / 2)))
 
     def p_below(self, bound: float) -> float:
         """Return the p-value of H0: mean ≥ bound."""
-        return _p(_final_log_capital(1 - self._y_T, 1 - (bound + 1) / 2))
+        return float(np.exp(-_final_log_capital(1 - self._y_T, 1 - (bound + 1) / 2)))
 
     @cached_property
     def p(self) -> float:
@@ -125,10 +125,6 @@ def log_capital(y_T: Floats, m: float) -> Floats:
 
 def _final_log_capital(y_T: Floats, m: float) -> float:
     return float(log_capital(y_T, m)[-1]) if len(y_T) else 0.0
-
-
-def _p(log_capital: float) -> float:
-    return float(np.exp(-log_capital))
 
 
 def _lower_bound(y_T: Floats, alpha: float) -> float:

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
 from scipy.stats import beta, binomtest, norm, t
 
+from leeway.stats import intervals
 from leeway.stats.anytime import FIXED, SEQUENTIAL, Anytime
 from leeway.stats.cluster_tests import MIN_DISCORDANT, wild_cluster
-from leeway.stats.intervals import (
-    LEVEL,
-    NAN,
-    NO_VARIANCE,
-    RESAMPLES,
-    TIE,
-    Floats,
-    Ints,
-    cluster_variance,
-    dense_codes,
-    is_binary,
-    residuals,
-    stratum_shares,
-)
+from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, TIE, Floats, Ints, stratum_shares
 from leeway.stats.metrics import POOLED_CHECKPOINT
 from leeway.stats.pairing import Contrast, ContrastReference, Pairs, paired_contrasts
 
@@ -36,7 +24,6 @@ COLUMNS = [*POOLED_CHECKPOINT, "seeds", "axis", "measure", "label", "primary", "
 COLUMNS += ["low", "high", "se", "mde", "p", "p_holm", "p_mcnemar", "family", "family_size", "if_best", "if_worst"]
 COLUMNS += ["seed_ci_low", "seed_ci_high", "n", "n_clusters", "n_discordant", "n_unpaired", "n_unscored"]
 COLUMNS += ["design", "note"]
-NUMBERS = ("base", "rate", "difference", "low", "high", "se", "mde", "p", "p_mcnemar", "seed_ci_low", "seed_ci_high")
 
 
 def contrasts(
@@ -59,24 +46,21 @@ def contrasts(
     Formulas and sources: docs/statistics.md.
     """
     found, table = paired_contrasts(rows, conditions, against=against, first=first)
-    for axis in dict.fromkeys(c.measure.axis for c in found):
-        matrix = ContrastMatrix(np.unique(table.loc[table["eval"] == axis, "cluster"].to_numpy(np.intp)))
-        for contrast in (c for c in found if c.measure.axis == axis):
-            _describe(contrast)
-            if contrast.scored is not None and contrast.sequential:
-                _test_anytime(contrast)
-            elif contrast.scored is not None:
-                matrix.add(contrast)
+    for contrast in found:
+        _describe(contrast)
+    for sequential, matrix in by_axis(found, table):
+        for contrast in sequential:
+            _test_anytime(contrast)
         matrix.test(resamples, seed)
     uncorrected = [c for c in COLUMNS if c not in ("p_holm", "family_size")]
     return holm_by_family(pd.DataFrame([c.line for c in found], columns=uncorrected))[COLUMNS]
 
 
 def _describe(contrast: Contrast) -> None:
-    line = contrast.line
-    line |= dict.fromkeys(NUMBERS, NAN) | {"n_discordant": 0, "design": SEQUENTIAL if contrast.sequential else FIXED}
     best, worst = unscored_extremes(contrast.pairs, contrast.strata, contrast.measure.better)
-    line |= {"if_best": best, "if_worst": worst}
+    design = SEQUENTIAL if contrast.sequential else FIXED
+    line = contrast.line
+    line |= {"n_discordant": 0, "design": design, "if_best": best, "if_worst": worst}
     if contrast.scored is not None:
         line |= pair_rates(contrast.scored)
 
@@ -99,33 +83,23 @@ def pair_rates(scored: Pairs) -> dict[str, float]:
 
 
 class ContrastMatrix:
-    """The contrasts of one axis as columns over its clusters: weighted sums of differences, and weights."""
+    """Scored contrasts of one axis as columns over its clusters: weighted sums of differences, and weights."""
 
-    def __init__(self, clusters: Ints) -> None:
-        self._clusters = clusters
-        self.contrasts: list[Contrast] = []
-        self._sums: list[Floats] = []
-        self._weights: list[Floats] = []
-
-    def add(self, contrast: Contrast) -> None:
-        scored = contrast.scored
-        assert scored is not None
-        share = stratum_shares(scored.strata)
-        where, size = np.searchsorted(self._clusters, scored.clusters), len(self._clusters)
-        difference = share * (scored.value - scored.base)
-        self._sums.append(np.bincount(where, weights=difference, minlength=size).astype(np.float64))
-        self._weights.append(np.bincount(where, weights=share, minlength=size).astype(np.float64))
-        self.contrasts.append(contrast)
-
-    def matrices(self) -> tuple[Floats, Floats]:
-        """Return sums and weights, (clusters, contrasts)."""
-        return np.column_stack(self._sums), np.column_stack(self._weights)
+    def __init__(self, clusters: Ints, contrasts: list[Contrast]) -> None:
+        self.contrasts = contrasts
+        self.sums_CM, self.weights_CM = np.empty((2, len(clusters), len(contrasts)))
+        for m, scored in enumerate(c.scored for c in contrasts):
+            assert scored is not None
+            share, where = stratum_shares(scored.strata), np.searchsorted(clusters, scored.clusters)
+            difference = share * (scored.value - scored.base)
+            self.sums_CM[:, m] = np.bincount(where, weights=difference, minlength=len(clusters))
+            self.weights_CM[:, m] = np.bincount(where, weights=share, minlength=len(clusters))
 
     def test(self, resamples: int, seed: int) -> None:
         """Fill in difference, intervals, errors, p and note of every line, all with one set of flips."""
         if not self.contrasts:
             return
-        tested = wild_cluster(*self.matrices(), resamples=resamples, seed=seed)
+        tested = wild_cluster(self.sums_CM, self.weights_CM, resamples=resamples, seed=seed)
         for m, contrast in enumerate(self.contrasts):
             scored, line = contrast.scored, contrast.line
             assert scored is not None
@@ -139,6 +113,15 @@ class ContrastMatrix:
             line |= {"seed_ci_low": round(low, 10), "seed_ci_high": round(high, 10)}
             line |= {"p_mcnemar": round(mcnemar(scored), 10)}
             line["note"] = contrast_note(line, clusters, discordant, se)
+
+
+def by_axis(contrasts: list[Contrast], table: pd.DataFrame) -> Iterator[tuple[list[Contrast], ContrastMatrix]]:
+    """Yield the scored contrasts of each axis: those of a sequential design, and the others."""
+    for axis in dict.fromkeys(c.measure.axis for c in contrasts):
+        clusters = np.unique(table.loc[table["eval"] == axis, "cluster"].to_numpy(np.intp))
+        scored = [c for c in contrasts if c.measure.axis == axis and c.scored is not None]
+        fixed = ContrastMatrix(clusters, [c for c in scored if not c.sequential])
+        yield [c for c in scored if c.sequential], fixed
 
 
 def contrast_note(
@@ -167,9 +150,9 @@ def standard_error(pairs: Pairs) -> float:
 
     The square root of `intervals.cluster_variance` of the differences (Miller 2024, arXiv 2411.00640, §2.2 and 4.2).
     """
-    clusters = dense_codes(pairs.clusters)
-    variance = cluster_variance(pairs.value - pairs.base, pairs.strata, clusters)
-    return math.sqrt(variance) if clusters.max(initial=0) > 0 and variance > NO_VARIANCE else NAN
+    clusters = intervals.dense_codes(pairs.clusters)
+    variance = intervals.cluster_variance(pairs.value - pairs.base, pairs.strata, clusters)
+    return math.sqrt(variance) if clusters.max(initial=0) > 0 and variance > intervals.NO_VARIANCE else NAN
 
 
 def minimal_detectable_effect(se: float, clusters: int, discordant: int) -> float:
@@ -212,7 +195,7 @@ def items_needed(
 
 def mcnemar(pairs: Pairs) -> float:
     """Return the exact p of McNemar's test (1947); NaN unless every prompt has one pair of binary scores."""
-    if not (is_binary(pairs.value) and is_binary(pairs.base)):
+    if not (intervals.is_binary(pairs.value) and intervals.is_binary(pairs.base)):
         return NAN
     if len(np.unique(pairs.clusters)) != len(pairs.clusters):
         return NAN
@@ -236,14 +219,15 @@ def seed_interval(difference: float, se: float, pairs: Pairs) -> tuple[float, fl
     S = len(seeds)
     if S < 2 or math.isnan(se):
         return NAN, NAN
-    where = dense_codes(pairs.clusters)
+    where = intervals.dense_codes(pairs.clusters)
     C = int(where.max()) + 1
     difference_S, residual_CS = np.empty(S), np.empty((C, S))
     for s, seed in enumerate(seeds):
         at = pairs.seeds == seed
         own = pairs.subset(at)
         difference_S[s] = stratum_shares(own.strata) @ (own.value - own.base)
-        residual_CS[:, s] = np.bincount(where[at], weights=residuals(own.value - own.base, own.strata), minlength=C)
+        residuals = intervals.residuals(own.value - own.base, own.strata)
+        residual_CS[:, s] = np.bincount(where[at], weights=residuals, minlength=C)
     variance = float(difference_S.var(ddof=1)) / S
     crossed = residual_CS - residual_CS.mean(axis=1, keepdims=True)
     both = float((crossed**2).sum()) * C / ((C - 1) * (S - 1) * S)

@@ -10,38 +10,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import beta, norm, t
 
+from leeway.stats import intervals, metrics
 from leeway.stats.anytime import Anytime, common_prefix, is_sequential, rate_test
 from leeway.stats.cluster_tests import ALPHA, BoundDraws, bound_draws
-from leeway.stats.contrasts import (
-    ContrastMatrix,
-    contrast_note,
-    holm_by_family,
-    items_needed,
-    pair_rates,
-    standard_error,
-)
-from leeway.stats.intervals import (
-    NAN,
-    RESAMPLES,
-    TIE,
-    Floats,
-    Ints,
-    cluster_variance,
-    dense_codes,
-    effective_n,
-    is_binary,
-    stratum_shares,
-)
-from leeway.stats.metrics import (
-    POOLED_CHECKPOINT,
-    Measure,
-    StatsError,
-    analysis_table,
-    factorize,
-    group_indices,
-    measures,
-    withheld_reason,
-)
+from leeway.stats.contrasts import by_axis, contrast_note, holm_by_family, items_needed, pair_rates, standard_error
+from leeway.stats.intervals import RESAMPLES, TIE, Floats, Ints, dense_codes, stratum_shares
+from leeway.stats.metrics import POOLED_CHECKPOINT, Measure, StatsError, analysis_table, measures
 from leeway.stats.pairing import Contrast, ContrastReference, paired_contrasts
 
 WorseDirection = Literal["higher", "lower"]
@@ -78,10 +52,9 @@ def equivalence(
     if wrong:
         raise StatsError(f"the margin of {wrong[0]} is {margins[wrong[0]]}: give a difference between 0 and 1, as 0.05")
     lines: list[dict[str, object]] = []
-    blank = dict.fromkeys(("low90", "high90", "se", "p_lower", "p_upper", "p"), NAN)
     for tested, bounds in _bounded_contrasts(rows, conditions, margins, against, first, resamples, seed):
         margin_M = np.array([margins[c.measure.name] for c in tested])
-        own = [c.line | blank | {"margin": margin} for c, margin in zip(tested, margin_M.tolist(), strict=True)]
+        own = [c.line | {"margin": margin} for c, margin in zip(tested, margin_M.tolist(), strict=True)]
         if bounds is not None:
             p_lower, p_upper = bounds.p_above(-margin_M), bounds.p_below(margin_M)
             found = {"low90": bounds.low(), "high90": bounds.high(), "p_lower": p_lower, "p_upper": p_upper}
@@ -118,10 +91,9 @@ def one_sided(
     must hold.
     """
     lines: list[dict[str, object]] = []
-    blank = dict.fromkeys(("limit", "se", "p", "p_worse", "items_needed"), NAN)
     for tested, drawn in _bounded_contrasts(rows, conditions, bounds, against, first, resamples, seed):
         directed = [_directed_bound(bounds[c.measure.name], c.measure) for c in tested]
-        own = [c.line | blank | {"bound": b, "worse": w} for c, (b, w) in zip(tested, directed, strict=True)]
+        own = [c.line | {"bound": b, "worse": w} for c, (b, w) in zip(tested, directed, strict=True)]
         if drawn is not None:
             bound_M, higher_M = np.array([b for b, _ in directed]), np.array([w == "higher" for _, w in directed])
             below, above = drawn.p_below(bound_M), drawn.p_above(bound_M)
@@ -151,23 +123,17 @@ def _bounded_contrasts(
     if unknown := [name for name in wanted if name not in known]:
         raise StatsError(f"no measure {unknown[0]}: these rows have {', '.join(known)}")
     for contrast in found:
-        contrast.line.update(base=NAN, rate=NAN, difference=NAN, n_discordant=0)
-    for axis in dict.fromkeys(c.measure.axis for c in found):
-        matrix = ContrastMatrix(np.unique(table.loc[table["eval"] == axis, "cluster"].to_numpy(np.intp)))
-        scored = [c for c in found if c.measure.axis == axis and c.scored is not None]
-        for contrast in (c for c in scored if not c.sequential):
-            matrix.add(contrast)
-        if sequential := [c for c in scored if c.sequential]:
-            for contrast in sequential:
-                differences = contrast.cluster_differences
-                _fill(contrast, float(differences.mean()), int((np.abs(differences) > TIE).sum()))
+        contrast.line["n_discordant"] = 0
+    for sequential, matrix in by_axis(found, table):
+        for contrast in sequential:
+            differences = contrast.cluster_differences
+            _fill(contrast, float(differences.mean()), int((np.abs(differences) > TIE).sum()))
+        if sequential:
             yield sequential, AnytimeBounds([Anytime(c.cluster_differences) for c in sequential])
+        for contrast, sums_C in zip(matrix.contrasts, matrix.sums_CM.T, strict=True):
+            _fill(contrast, float(sums_C.sum()), int((np.abs(sums_C) > 0).sum()))
         if matrix.contrasts:
-            sums_CM, weights_CM = matrix.matrices()
-            discordant_M = (np.abs(sums_CM) > 0).sum(axis=0)
-            for m, contrast in enumerate(matrix.contrasts):
-                _fill(contrast, float(sums_CM[:, m].sum()), int(discordant_M[m]))
-            yield matrix.contrasts, bound_draws(sums_CM, weights_CM, resamples=resamples, seed=seed)
+            yield matrix.contrasts, bound_draws(matrix.sums_CM, matrix.weights_CM, resamples=resamples, seed=seed)
     yield [c for c in found if c.scored is None], None
 
 
@@ -243,25 +209,24 @@ def rate_bounds(
     lines: list[dict[str, object]] = []
     for measure in (m for m in measures(table) if m.name in bounds):
         chosen = measure.select(table)
-        names, strata = factorize(chosen["stratum"])
+        names, strata = metrics.factorize(chosen["stratum"])
         values, clusters = chosen["value"].to_numpy(float), chosen["cluster"].to_numpy(np.intp)
         bound, sequential = bounds[measure.name], is_sequential(chosen).to_numpy()
-        for key, at in group_indices(chosen, POOLED_CHECKPOINT):
+        for key, at in metrics.group_indices(chosen, POOLED_CHECKPOINT):
             absent = np.isnan(values[at])
             scored = at[~absent]
             own_clusters = dense_codes(clusters[scored])
             count = int(own_clusters.max(initial=-1)) + 1
-            reason = withheld_reason(absent, strata[at], names, measure)
+            reason = metrics.withheld_reason(absent, strata[at], names, measure)
             if not reason and count < 2:
                 reason = "a single prompt: its error cannot be estimated"
             line = key | {"measure": measure.name, "bound": bound, "worse": worse}
             line |= {"n": len(scored), "n_clusters": count, "n_unscored": int(absent.sum()), "note": reason}
-            if reason:
-                test: Tested = dict.fromkeys(("rate", "limit", "se", "p", "p_worse"), NAN)
-            elif sequential[at].any():
+            test: Tested = {}
+            if not reason and sequential[at].any():
                 positions = chosen["position"].to_numpy(np.intp)[scored]
                 test = _test_anytime(rate_test(values[scored], strata[scored], positions), bound, worse, level)
-            else:
+            elif not reason:
                 test = _test_rate(values[scored], strata[scored], own_clusters, bound, worse, level)
             lines.append(line | {name: round(value, 10) for name, value in test.items()})
     return pd.DataFrame(lines, columns=RATE_BOUNDS)
@@ -270,15 +235,15 @@ def rate_bounds(
 def _test_rate(x: Floats, strata: Ints, clusters: Ints, bound: float, worse: WorseDirection, level: float) -> Tested:
     count, share = int(clusters.max()) + 1, stratum_shares(strata)
     rate = float(share @ x)
-    if is_binary(x):
-        trials = effective_n(x, strata, clusters)
+    if intervals.is_binary(x):
+        trials = intervals.effective_n(x, strata, clusters)
         if len(x) != count:
             trials = max(1.0, trials * (norm.ppf(1 - level) / t.ppf(1 - level, count - 1)) ** 2)
         below, above = _binomial_tails(rate * trials, trials, bound)
         low, high = _clopper_pearson(rate * trials, trials, level)
         se = float(np.sqrt(max(rate * (1 - rate), 0.0) / trials))
     else:
-        se = float(np.sqrt(cluster_variance(x, strata, clusters)))
+        se = float(np.sqrt(intervals.cluster_variance(x, strata, clusters)))
         scaled = share * (2 * x - 1)  # from [0, 1] to [−1, 1]
         sums_C1, weights_C1 = (np.bincount(clusters, weights=w)[:, None].astype(np.float64) for w in (scaled, share))
         drawn = bound_draws(sums_C1, weights_C1, resamples=RESAMPLES, seed=0)
