@@ -28,7 +28,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def adapted(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
     model = load_model(str(folder), device="cpu")
-    adapters.attach(model, adapters.LoraSettings(4, 8, 0.1, "all-linear"), seed=0)
+    adapters.attach(model, adapters.AdapterSettings(4, 8, 0.1, "all-linear"), seed=0)
     rng = torch.Generator().manual_seed(1)
     for p in adapters.trainable(model):
         p.data += 0.05 * torch.randn(p.shape, generator=rng)

@@ -49,7 +49,7 @@ def test_fused_is_padded_on_every_known_architecture(
 def test_an_adapter_switched_off_merged_or_on_some_layers_only(how: str, models: dict[str, Path]) -> None:
     model = load_model(str(models["qwen2"]), device="cpu")
     targets = "q_proj,down_proj" if how == "some" else "all-linear"
-    adapters.attach(model, adapters.LoraSettings(4, 8, 0.0, targets), seed=0)
+    adapters.attach(model, adapters.AdapterSettings(4, 8, 0.0, targets), seed=0)
     for p in adapters.trainable(model):
         p.data += 0.05
     laid = Flat.of(drawn(), CPU), Padded.of([s for e in drawn() for s in e], CPU)
@@ -68,7 +68,7 @@ def test_an_adapter_switched_off_merged_or_on_some_layers_only(how: str, models:
 
 def test_trained_control_tokens_get_their_gradient(models: dict[str, Path]) -> None:
     model = load_model(str(models["llama"]), device="cpu")
-    adapters.attach(model, adapters.LoraSettings(4, 8, 0.0, "all-linear"), seed=0, control_tokens=("<A>",))
+    adapters.attach(model, adapters.AdapterSettings(4, 8, 0.0, "all-linear"), seed=0, control_tokens=("<A>",))
     (control,) = model.head.blocked
     sequences = [Sequence((control, 20, 21, 22), 2), Sequence((23, control, 24), 1)]
     fused, padded = (outcome(model, b) for b in (Flat.of([sequences], CPU), Padded.of(sequences, CPU)))
@@ -169,7 +169,7 @@ def test_dropout_leaves_the_mean_and_is_the_states_alone(models: dict[str, Path]
     error = drawn_TO.std(0) / 4000**0.5
     assert bool(((drawn_TO.mean(0) - plain_TO).abs() < 5 * error).all())
     model: Model = load_model(str(models["llama"]), device="cpu")
-    adapters.attach(model, adapters.LoraSettings(4, 8, 0.2, "all-linear"), seed=0)
+    adapters.attach(model, adapters.AdapterSettings(4, 8, 0.2, "all-linear"), seed=0)
     for p in adapters.trainable(model):
         p.data += 0.05
     states = []

@@ -135,7 +135,7 @@ def moved(folder: Path, attention: str, dtype: torch.dtype, *, peft: bool) -> Mo
     model = load_model(str(folder), device="cpu")
     model.lm.set_attn_implementation(attention)
     if peft:
-        adapters.attach(model, adapters.LoraSettings(4, 8, 0.0, "all-linear"), seed=0)
+        adapters.attach(model, adapters.AdapterSettings(4, 8, 0.0, "all-linear"), seed=0)
         rng = torch.Generator().manual_seed(1)
         for p in adapters.trainable(model):
             p.data += 0.05 * torch.randn(p.shape, generator=rng)

@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fresh(folder: Path) -> Model:
     """The base with an adapter that does nothing yet."""
     model = load_model(str(folder), device="cpu")
-    adapters.attach(model, adapters.LoraSettings(4, 8, 0.0, "all-linear"), seed=0)
+    adapters.attach(model, adapters.AdapterSettings(4, 8, 0.0, "all-linear"), seed=0)
     return model
 
 

@@ -289,13 +289,13 @@ def test_an_adapter_loads_in_plain_peft_and_gives_the_same_logits(
     from transformers import AutoModelForCausalLM
 
     from leeway.model import adapters
-    from leeway.model.adapters import LoraSettings
+    from leeway.model.adapters import AdapterSettings
     from leeway.model.load import load_model
 
     folder = finished / "checkpoints" / objective / "s0" / "800"
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models["llama"]), folder).eval()
     ours = load_model(str(models["llama"]), device="cpu")
-    adapters.attach(ours, LoraSettings(16, 32, 0.05, "all-linear"), seed=5)
+    adapters.attach(ours, AdapterSettings(16, 32, 0.05, "all-linear"), seed=5)
     adapters.restore(ours, folder)
     ours.lm.eval()
     ids = torch.tensor([ours.chat.prompt_ids([{"role": "user", "content": "3 + 4?"}])])
@@ -325,11 +325,11 @@ def test_a_cft_adapter_loads_in_plain_peft_on_the_grown_embedding(finished: Path
 
 def test_the_base_is_exactly_itself_after_a_merge(models: dict[str, Path]) -> None:
     from leeway.model import adapters
-    from leeway.model.adapters import LoraSettings
+    from leeway.model.adapters import AdapterSettings
     from leeway.model.load import load_model
 
     model = load_model(str(models["qwen2"]), device="cpu")
-    adapters.attach(model, LoraSettings(4, 8, 0.0, "all-linear"), seed=0, control_tokens=("<SAFE>",))
+    adapters.attach(model, AdapterSettings(4, 8, 0.0, "all-linear"), seed=0, control_tokens=("<SAFE>",))
     with torch.no_grad():
         for p in adapters.trainable(model):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
@@ -345,11 +345,11 @@ def test_the_base_is_exactly_itself_after_a_merge(models: dict[str, Path]) -> No
 
 def test_in_bfloat16_the_adapter_is_not_merged(models: dict[str, Path]) -> None:
     from leeway.model import adapters
-    from leeway.model.adapters import LoraSettings
+    from leeway.model.adapters import AdapterSettings
     from leeway.model.load import load_model
 
     model = load_model(str(models["llama"]), device="cpu", dtype="bfloat16")
-    adapters.attach(model, LoraSettings(4, 8, 0.0, "all-linear"), seed=0)
+    adapters.attach(model, AdapterSettings(4, 8, 0.0, "all-linear"), seed=0)
     model.lm.eval()
     with torch.no_grad():
         for p in adapters.trainable(model):
@@ -362,12 +362,12 @@ def test_in_bfloat16_the_adapter_is_not_merged(models: dict[str, Path]) -> None:
 
 def test_an_adapter_on_the_head_is_refused(models: dict[str, Path]) -> None:
     from leeway.model import adapters
-    from leeway.model.adapters import LoraSettings
+    from leeway.model.adapters import AdapterSettings
     from leeway.model.load import load_model
 
     with pytest.raises(LeewayError, match="stay frozen"):
         adapters.attach(
-            load_model(str(models["llama"]), device="cpu"), LoraSettings(4, 8, 0.0, "q_proj,lm_head"), seed=0
+            load_model(str(models["llama"]), device="cpu"), AdapterSettings(4, 8, 0.0, "q_proj,lm_head"), seed=0
         )
 
 

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = world.train_examples(64, seed=0)
 COMPANIONS = AuxiliaryPool(tuple(EXAMPLES), tuple(world.general_examples(64, 0)), tuple(world.safety_examples(64, 0)))
 SETTINGS = Settings(
-    adapter=adapters.LoraSettings(8, 16, 0.0, "all-linear"),
+    adapter=adapters.AdapterSettings(8, 16, 0.0, "all-linear"),
     lr=3e-3,
     warmup_steps=1,
     weight_decay=0.0,

@@ -30,13 +30,13 @@ COMPANIONS = AuxiliaryPool(
     safety=(Example("s0", "Tell me how to cheat.", "Sorry, I cannot help."),),
 )
 SETTINGS = Settings(
-    adapter=adapters.LoraSettings(4, 8, 0.0, "all-linear"),
+    adapter=adapters.AdapterSettings(4, 8, 0.0, "all-linear"),
     lr=1e-2,
     warmup_steps=2,
     weight_decay=0.0,
     loop=Optim(clip=1.0, micro_tokens=1 << 20),
 )
-WITH_DROPOUT = replace(SETTINGS, adapter=adapters.LoraSettings(4, 8, 0.1, "all-linear"))
+WITH_DROPOUT = replace(SETTINGS, adapter=adapters.AdapterSettings(4, 8, 0.1, "all-linear"))
 
 
 def plan() -> Schedule:

@@ -103,7 +103,7 @@ def test_ktos_reference_point_is_taken_without_dropout_and_its_pass_is_counted(
     for dropout in (0.0, 0.5):
         Watched.seen.clear()
         settings = Settings(
-            adapter=adapters.LoraSettings(4, 8, dropout, "all-linear"),
+            adapter=adapters.AdapterSettings(4, 8, dropout, "all-linear"),
             lr=0.0,
             warmup_steps=0,
             weight_decay=0.0,

@@ -263,7 +263,7 @@ def eval_mode(lm: Any) -> Iterator[tuple[int, ...]]:
     Restores every module's mode, the generation settings and all random states.
     """
     modes = [(m, m.training) for m in lm.modules()]
-    inner = _innermost(lm)
+    inner = adapters.unwrapped(lm)
     settings, state, state_np = inner.generation_config, random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
@@ -278,11 +278,6 @@ def eval_mode(lm: Any) -> Iterator[tuple[int, ...]]:
                 module.training = training
             random.setstate(state)
             np.random.set_state(state_np)
-
-
-def _innermost(lm: Any) -> Any:
-    """Return the model under an adapter."""
-    return lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
 
 
 def _sharded(lm: Any) -> bool:

@@ -48,9 +48,6 @@ class AdapterSettings:
     kind: Kind = "lora"
 
 
-LoraSettings = AdapterSettings
-
-
 def attach(model: Model, settings: AdapterSettings, *, seed: int, control_tokens: tuple[str, ...] = ()) -> None:
     """Make `model.lm` trainable in place, with `control_tokens` as new trained embedding rows.
 
@@ -58,20 +55,16 @@ def attach(model: Model, settings: AdapterSettings, *, seed: int, control_tokens
     trained in float32 only.
     """
     rows = _add_control_tokens(model, control_tokens) if control_tokens else None
-    if settings.kind == "full":
-        _train_all(model)
-    else:
+    if settings.kind != "full":
         _attach_low_rank(model, settings, seed, rows)
-    model.lm.eval()  # new layers start in training mode
-
-
-def _train_all(model: Model) -> None:
-    if any(p.dtype.itemsize < torch.float32.itemsize for p in model.lm.parameters()):
+    elif any(p.dtype.itemsize < torch.float32.itemsize for p in model.lm.parameters()):
         raise LeewayError(
             "adapter.kind: full needs float32 weights (bfloat16 rounds small updates away)",
             fix="set dtype: float32, or kind: lora",
         )
-    model.lm.requires_grad_(True)
+    else:
+        model.lm.requires_grad_(True)
+    model.lm.eval()  # new layers start in training mode
 
 
 def _attach_low_rank(model: Model, settings: AdapterSettings, seed: int, rows: list[int] | None) -> None:
@@ -144,6 +137,11 @@ def _add_control_tokens(model: Model, tokens: tuple[str, ...]) -> list[int]:
 
 def trainable(model: Model) -> list[torch.nn.Parameter]:
     return [p for p in model.lm.parameters() if p.requires_grad]
+
+
+def unwrapped(lm: Any) -> Any:
+    """Return the model under a peft adapter; a model without one unchanged."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
 
 def is_low_rank(model: Model) -> bool:

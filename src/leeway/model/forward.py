@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
 from leeway.hashing import digest
-from leeway.model.adapters import is_low_rank
+from leeway.model.adapters import is_low_rank, unwrapped
 from leeway.model.fused.decoder import hidden, why_not
 from leeway.model.load import Model, decoder
 from leeway.model.packing import Flat, Layout, LayoutSetting, PackedBatch, Padded
@@ -99,7 +98,7 @@ def hidden_at_measured(model: Model, batch: PackedBatch) -> Tensor:
     """Return the final hidden states that predict the measured tokens, [T, D]."""
     if isinstance(batch, Flat):
         return hidden(model.lm, batch.ids_BL[0], batch.position_T, batch.blocks, batch.before_T)
-    lm: Any = model.lm.get_base_model() if hasattr(model.lm, "get_base_model") else model.lm
+    lm = unwrapped(model.lm)
     hidden_BLD = decoder(lm)(**batch.inputs(lm), use_cache=False).last_hidden_state
     hidden_TD: Tensor = hidden_BLD[batch.row_T, batch.before_T]
     return hidden_TD
@@ -146,7 +145,8 @@ def mean_nll(model: Model, prompts: Seq[str], texts: Seq[str], *, batch: int = 3
     after full fine-tuning pass the base as a Model of its own.
     """
     closing = len(model.chat.closing_ids)
-    sequences = [_without_closing(model.chat.sequence(p, t), closing) for p, t in zip(prompts, texts, strict=True)]
+    closed = [model.chat.sequence(p, t) for p, t in zip(prompts, texts, strict=True)]
+    sequences = [Sequence(s.ids[: len(s.ids) - closing], s.target_start) for s in closed]
     found = [math.nan] * len(sequences)
     fits = [i for i, s in enumerate(sequences) if s.targets and len(s.ids) <= model.context]
     order = sorted(fits, key=lambda i: (len(sequences[i].ids), i))
@@ -157,10 +157,6 @@ def mean_nll(model: Model, prompts: Seq[str], texts: Seq[str], *, batch: int = 3
             for i, mean in zip(chosen, stats.mean_S().float().tolist(), strict=True):
                 found[i] = -mean
     return found
-
-
-def _without_closing(sequence: Sequence, closing: int) -> Sequence:
-    return Sequence(sequence.ids[: len(sequence.ids) - closing], sequence.target_start)
 
 
 @dataclass(frozen=True)

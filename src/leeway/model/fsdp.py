@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from leeway.errors import LeewayError
+from leeway.model.adapters import unwrapped
 from leeway.model.load import Model, decoder
 
 
@@ -28,7 +29,7 @@ def shard(model: Model, processes: int, device: torch.device) -> dict[Parameter,
     from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
     from torch.distributed.device_mesh import init_device_mesh
 
-    body = decoder(model.lm.get_base_model() if hasattr(model.lm, "get_base_model") else model.lm)
+    body = decoder(unwrapped(model.lm))
     if not getattr(body, "_no_split_modules", None):
         raise LeewayError(
             f"processes: {model.name} does not name its layer classes (_no_split_modules), so it cannot be sharded",

@@ -9,7 +9,6 @@ Shape legend: B rows (or trees of one block), L positions, T tokens, D width.
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -49,6 +48,10 @@ class PrefixTree:
             positions += range(len(trunk), len(s.ids))
             ids += tail
         return cls(sequences, ids, positions, paths)
+
+    def before(self) -> list[int]:
+        """Return the node whose hidden state predicts each measured token, sequence by sequence."""
+        return [n for s, path in zip(self.sequences, self.paths, strict=True) for n in path[s.start - 1 : -1]]
 
     def visible(self) -> Tensor:
         """Return which nodes (columns) each node (row) attends to: itself and its ancestors."""
@@ -112,21 +115,18 @@ class Blocks:
 
         `waste`: maximum positions per token of a block; 1 groups trees of equal length (up to STRIDE).
         """
-        starts = [0]
-        for tree in trees:
-            starts.append(starts[-1] + len(tree.ids))
-        order = sorted(range(len(trees)), key=lambda n: (len(trees[n].ids), n))
+        sizes = [len(tree.ids) for tree in trees]
+        starts = list(itertools.accumulate(sizes, initial=0))
+        order = sorted(range(len(trees)), key=sizes.__getitem__)
         blocks, place_T, offset = [], torch.zeros(filled(starts[-1], rows), dtype=torch.long), 0
-        for group in _length_groups([filled(len(trees[n].ids), STRIDE) for n in order], waste):
+        for group in _length_groups([filled(sizes[n], STRIDE) for n in order], waste):
             members = [order[k] for k in group]
-            length = filled(max(len(trees[n].ids) for n in members), STRIDE)
+            length = filled(sizes[members[-1]], STRIDE)
             tokens_BL = torch.zeros(len(members), length, dtype=torch.long)
             for b, n in enumerate(members):
-                size = len(trees[n].ids)
-                tokens_BL[b, :size] = torch.arange(starts[n], starts[n] + size)
-                place_T[starts[n] : starts[n] + size] = torch.arange(size) + offset + b * length
-            sizes = [len(trees[n].ids) for n in members]
-            padded = [b * length + at for b, size in enumerate(sizes) for at in range(size, length)]
+                tokens_BL[b, : sizes[n]] = torch.arange(starts[n], starts[n + 1])
+                place_T[starts[n] : starts[n + 1]] = torch.arange(sizes[n]) + offset + b * length
+            padded = [b * length + at for b, n in enumerate(members) for at in range(sizes[n], length)]
             padded_N = torch.tensor(padded, device=device) if padded else None
             seen_BLL = _seen([trees[n] for n in members], length, device)
             blocks.append(Block(tokens_BL.to(device), seen_BLL, padded_N))
@@ -161,7 +161,7 @@ Examples = Seq[Seq[Sequence]]  # sequences per example, in rendering order
 
 
 @dataclass(frozen=True)
-class PackedBatch(ABC):
+class PackedBatch:
     """S sequences as B rows of length L, with the positions of their T measured tokens."""
 
     ids_BL: Tensor
@@ -172,9 +172,9 @@ class PackedBatch(ABC):
     target_T: Tensor | None  # target mask; None if all are targets
     sequences: int
 
-    @abstractmethod
     def inputs(self, lm: Any) -> dict[str, Any]:
-        """Return the keyword arguments for the decoder of `lm`."""
+        """Return the keyword arguments for the decoder of `lm`; the fused decoder takes a `Flat` itself."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -185,16 +185,12 @@ class Padded(PackedBatch):
 
     @classmethod
     def of(cls, sequences: Seq[Sequence], device: torch.device) -> Padded:
-        length = max(len(s.ids) for s in sequences)
+        length = longest(sequences)
         ids = [list(s.ids) + [0] * (length - len(s.ids)) for s in sequences]
         mask = [[1] * len(s.ids) + [0] * (length - len(s.ids)) for s in sequences]
-        rows = [b for b, s in enumerate(sequences) for _ in range(s.measured)]
         before = [k - 1 for s in sequences for k in range(s.start, len(s.ids))]
-        measured = [i for s in sequences for i in s.ids[s.start :]]
-        ids_BL, mask_BL, row_T, before_T, measured_T = (
-            torch.tensor(x, device=device) for x in (ids, mask, rows, before, measured)
-        )
-        target_T = targets(sequences, device)
+        ids_BL, mask_BL, before_T = (torch.tensor(x, device=device) for x in (ids, mask, before))
+        row_T, measured_T, target_T = _measured(sequences, device)
         return cls(ids_BL, row_T, before_T, row_T, measured_T, target_T, len(sequences), mask_BL)
 
     def inputs(self, lm: Any) -> dict[str, Any]:  # noqa: ARG002
@@ -216,24 +212,14 @@ class Flat(PackedBatch):
         """See `Blocks.of` for `rows` and `waste`."""
         trees = [PrefixTree.of(e) for e in examples if e]
         starts = list(itertools.accumulate((len(t.ids) for t in trees), initial=0))
-        paths = [
-            (s, p, at) for t, at in zip(trees, starts, strict=False) for s, p in zip(t.sequences, t.paths, strict=True)
-        ]
-        before = [at + n for s, p, at in paths for n in p[s.start - 1 : -1]]
-        sequences = [s for s, _, _ in paths]
-        number = [n for n, s in enumerate(sequences) for _ in range(s.measured)]
-        measured = [i for s in sequences for i in s.ids[s.start :]]
+        before = [at + n for t, at in zip(trees, starts, strict=False) for n in t.before()]
+        sequences = [s for t in trees for s in t.sequences]
         fill = [0] * (filled(starts[-1], rows) - starts[-1])
         ids, position = [i for t in trees for i in t.ids] + fill, [i for t in trees for i in t.positions] + fill
-        ids_T, position_T, before_T, sequence_T, measured_T = (
-            torch.tensor(x, device=device) for x in (ids, position, before, number, measured)
-        )
-        row_T, target_T = torch.zeros_like(before_T), targets(sequences, device)
+        ids_T, position_T, before_T = (torch.tensor(x, device=device) for x in (ids, position, before))
+        row_T, measured = torch.zeros_like(before_T), _measured(sequences, device)
         blocks = Blocks.of(trees, device, rows=rows, waste=waste)
-        return cls(ids_T[None], row_T, before_T, sequence_T, measured_T, target_T, len(sequences), position_T, blocks)
-
-    def inputs(self, lm: Any) -> dict[str, Any]:  # noqa: ARG002
-        raise LeewayError("optim.layout: fused is for the fused decoder", fix="use layout: padded")
+        return cls(ids_T[None], row_T, before_T, *measured, len(sequences), position_T, blocks)
 
 
 @dataclass(frozen=True)
@@ -259,34 +245,19 @@ class Packed(PackedBatch):
         length = max(len(t.ids) for t in trees)
         places, rows = place([len(t.ids) for t in trees], length)
         ids_BL, position_BL = (torch.zeros(rows, length, dtype=torch.long) for _ in range(2))
-        visible_BLL = torch.eye(length, dtype=torch.bool).repeat(
-            rows, 1, 1
-        )  # padding attends to itself, so no softmax is empty
+        # padding attends to itself, so no softmax is empty
+        visible_BLL = torch.eye(length, dtype=torch.bool).repeat(rows, 1, 1)
         row, before = [], []
         for tree, (b, at) in zip(trees, places, strict=True):
             span = slice(at, at + len(tree.ids))
             ids_BL[b, span], position_BL[b, span] = torch.tensor(tree.ids), torch.tensor(tree.positions)
             visible_BLL[b, span, span] = tree.visible()
             row += [b] * sum(s.measured for s in tree.sequences)
-            before += [at + n for s, p in zip(tree.sequences, tree.paths, strict=True) for n in p[s.start - 1 : -1]]
+            before += [at + n for n in tree.before()]
         sequences = [s for t in trees for s in t.sequences]
-        number = [n for n, s in enumerate(sequences) for _ in range(s.measured)]
-        measured = [i for s in sequences for i in s.ids[s.start :]]
-        row_T, before_T, sequence_T, measured_T = (
-            torch.tensor(x, device=device) for x in (row, before, number, measured)
-        )
-        return cls(
-            ids_BL.to(device),
-            row_T,
-            before_T,
-            sequence_T,
-            measured_T,
-            targets(sequences, device),
-            len(sequences),
-            position_BL.to(device),
-            visible_BLL.to(device),
-            max(len(s.ids) for s in sequences),
-        )
+        row_T, before_T = torch.tensor(row, device=device), torch.tensor(before, device=device)
+        masks = position_BL.to(device), visible_BLL.to(device), longest(sequences)
+        return cls(ids_BL.to(device), row_T, before_T, *_measured(sequences, device), len(sequences), *masks)
 
     def inputs(self, lm: Any) -> dict[str, Any]:
         return {"input_ids": self.ids_BL, "position_ids": self.position_BL, "attention_mask": self._masks(lm)}
@@ -332,12 +303,15 @@ def stored(example: Seq[Sequence]) -> int:
     return len(PrefixTree.of(example).ids)
 
 
-def targets(sequences: Seq[Sequence], device: torch.device) -> Tensor | None:
-    """Return the target mask of the measured tokens, [T]; None if all are targets."""
+def _measured(sequences: Seq[Sequence], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return sequence index, id and target mask (None if all are targets) of the measured tokens, each [T]."""
+    index = [n for n, s in enumerate(sequences) for _ in range(s.measured)]
+    ids = [i for s in sequences for i in s.ids[s.start :]]
+    sequence_T, measured_T = torch.tensor(index, device=device), torch.tensor(ids, device=device)
     if all(s.start == s.target_start for s in sequences):
-        return None
+        return sequence_T, measured_T, None
     flags = [k >= s.target_start for s in sequences for k in range(s.start, len(s.ids))]
-    return torch.tensor(flags, device=device)
+    return sequence_T, measured_T, torch.tensor(flags, device=device)
 
 
 def place(lengths: Seq[int], capacity: int) -> tuple[list[tuple[int, int]], int]:

@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from leeway.model.adapters import unwrapped
 from leeway.model.fused.kernels import AddNorm, Attention, Linears, SwiGlu
+from leeway.model.load import decoder
 from leeway.model.packing import Blocks
 from leeway.model.token_stats import filled
 
@@ -76,24 +79,20 @@ def hidden(lm: Any, ids_T: Tensor, position_T: Tensor, blocks: Blocks, wanted_T:
         found: Tensor = Attention.apply(q_TD, k_TD, v_TD, cos_TE, sin_TE, blocks, biases, attention.scaling)
         return found
 
-    def linears(y_TD: Tensor, modules: Seq[Any]) -> tuple[Tensor, ...]:
-        return _apply(y_TD, modules, rng)
-
-    return through(lm, x_TD, mix, linears, wanted_T)
+    return through(lm, x_TD, mix, partial(_apply, rng=rng), wanted_T)
 
 
-Mix = Callable[
-    [int, Any, Tensor, Tensor, Tensor], Tensor
-]  # (layer index, attention module, q, k, v) -> attention output
+# (layer index, attention module, q, k, v) -> attention output
+Mix = Callable[[int, Any, Tensor, Tensor, Tensor], Tensor]
 Apply = Callable[[Tensor, Seq[Any]], tuple[Tensor, ...]]  # (input, linear layers) -> one output per layer
 
 
 def embedded(lm: Any, ids_T: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (embeddings [T, D], cosines and sines of the positions [T, E])."""
-    base = _base(lm)
-    decoder = _decoder(base)
-    x_TD = base.get_input_embeddings()(ids_T[None])[0].to(decoder.norm.weight.dtype)
-    cos, sin = decoder.rotary_emb(x_TD[None], position_ids=position_T[None])
+    base = unwrapped(lm)
+    body = decoder(base)
+    x_TD = base.get_input_embeddings()(ids_T[None])[0].to(body.norm.weight.dtype)
+    cos, sin = body.rotary_emb(x_TD[None], position_ids=position_T[None])
     return x_TD, cos[0], sin[0]
 
 
@@ -102,11 +101,11 @@ def through(lm: Any, x_TD: Tensor, mix: Mix, linears: Apply, wanted_T: Tensor) -
 
     After the last attention only the wanted tokens are computed.
     """
-    decoder = _decoder(_base(lm))
+    body = decoder(unwrapped(lm))
     delta_TD: Tensor | None = None
     fill = torch.zeros(filled(len(wanted_T)) - len(wanted_T), dtype=torch.long, device=wanted_T.device)
-    rows_N, last = torch.cat([wanted_T, fill]), len(decoder.layers) - 1
-    for n, layer in enumerate(decoder.layers):
+    rows_N, last = torch.cat([wanted_T, fill]), len(body.layers) - 1
+    for n, layer in enumerate(body.layers):
         attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
         x_TD, y_TD = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)
         q, k, v = linears(y_TD, [attention.q_proj, attention.k_proj, attention.v_proj])
@@ -120,7 +119,7 @@ def through(lm: Any, x_TD: Tensor, mix: Mix, linears: Apply, wanted_T: Tensor) -
         x_TD, y_TD = AddNorm.apply(x_TD, out_TD, norm.weight, norm.variance_epsilon)
         (delta_TD,) = linears(SwiGlu.apply(*linears(y_TD, [mlp.gate_proj, mlp.up_proj])), [mlp.down_proj])
     assert delta_TD is not None
-    x_TD, delta_TD, norm = x_TD.index_select(0, wanted_T), delta_TD.index_select(0, wanted_T), decoder.norm
+    x_TD, delta_TD, norm = x_TD.index_select(0, wanted_T), delta_TD.index_select(0, wanted_T), body.norm
     found_TD: Tensor = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)[1]
     return found_TD
 
@@ -141,7 +140,7 @@ def _apply(x_TD: Tensor, modules: Seq[Any], rng: np.random.Generator | None) -> 
         return tuple(torch.nn.functional.linear(x_TD, *frozen(m)) for m in modules)
     if not all(low):  # only some have an adapter
         return tuple(y for m in modules for y in _apply(x_TD, [m], rng))
-    rate = _rate(modules[0])
+    rate = float(getattr(modules[0].lora_dropout["default"], "p", 0.0))
     places = dropped(x_TD.numel(), rate, rng).to(x_TD.device) if rng is not None and rate else None
     keep = 1.0 - rate if places is not None else 1.0
     pairs = [t for m in modules for t in (m.lora_A["default"].weight, m.lora_B["default"].weight)]
@@ -161,20 +160,8 @@ def adapted(module: Any) -> bool:
     return hasattr(module, "lora_A") and not module.disable_adapters and not module.merged
 
 
-def _rate(module: Any) -> float:
-    return float(getattr(module.lora_dropout["default"], "p", 0.0))
-
-
 def _dropout_rng(lm: Any) -> np.random.Generator | None:
     """Return this pass's random generator; None in evaluation mode."""
     if not lm.training:
         return None
     return np.random.Generator(np.random.SFC64(int(torch.randint(2**62, (1,)))))
-
-
-def _base(lm: Any) -> Any:
-    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-
-
-def _decoder(base: Any) -> Any:
-    return getattr(base, base.base_model_prefix)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from leeway.data.chat import Sequence
 from leeway.model.fused.decoder import adapted, embedded, frozen, through
@@ -90,7 +91,7 @@ class Decoding:
         ids_T = torch.tensor([i for t in trees for i in t.ids] + fill, device=self._device)
         position_T = torch.tensor([offset + i for t in trees for i in t.positions] + fill, device=self._device)
         x_TD, cos_TE, sin_TE = embedded(self._lm, ids_T, position_T)
-        biases = [_after(bias, offset) for bias in blocks.biases(x_TD.dtype)]
+        biases = [pad(bias, (offset, 0)) for bias in blocks.biases(x_TD.dtype)]  # the past is visible to all
         cache: KeysValues = []
 
         def mix(n: int, attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -119,7 +120,8 @@ class Decoding:
         """Build the cache from keys and values, prompts right-aligned."""
         longest, count = max(map(len, rests)), len(rests)
         at_BS = torch.zeros(count, longest, dtype=torch.long)
-        self._hidden_BL = torch.full((count, _capacity(self._used)), HIDDEN, device=self._device)
+        capacity = filled(self._used + 1, GROWTH)
+        self._hidden_BL = torch.full((count, capacity), HIDDEN, device=self._device)
         self._hidden_BL[:, : self._used] = 0
         start = 0
         for b, ids in enumerate(rests):
@@ -131,7 +133,7 @@ class Decoding:
             whole = []
             for k, t in enumerate(pair):
                 new = t.index_select(0, at).view(count, longest, -1, self._width).transpose(1, 2)
-                cache = t.new_zeros(count, new.shape[1], _capacity(self._used), self._width)
+                cache = t.new_zeros(count, new.shape[1], capacity, self._width)
                 if past:
                     cache[:, :, :shared] = past[n][k]
                 cache[:, :, shared : self._used] = new
@@ -139,45 +141,32 @@ class Decoding:
             self._cache.append((whole[0], whole[1]))
 
     def _grow(self) -> None:
-        self._hidden_BL = torch.nn.functional.pad(self._hidden_BL, (0, GROWTH), value=HIDDEN)
+        self._hidden_BL = pad(self._hidden_BL, (0, GROWTH), value=HIDDEN)
         for n, pair in enumerate(self._cache):
-            keys, values = (torch.nn.functional.pad(t, (0, 0, 0, GROWTH)) for t in pair)
+            keys, values = (pad(t, (0, 0, 0, GROWTH)) for t in pair)
             self._cache[n] = keys, values
 
     def _linears(self, x_TD: Tensor, modules: Seq[Any]) -> tuple[Tensor, ...]:
         """Apply linear layers with their low-rank updates, cast to the states' dtype once per batch."""
         found = []
         for module in modules:
-            y_TO = torch.nn.functional.linear(x_TD, *frozen(module))
+            y_TO = linear(x_TD, *frozen(module))
             if adapted(module):
-                A_RD, B_OR = self._update(module, x_TD.dtype)
+                if id(module) not in self._low:
+                    A_RD, B_OR = (m["default"].weight.detach() for m in (module.lora_A, module.lora_B))
+                    self._low[id(module)] = A_RD.to(x_TD.dtype), (B_OR * module.scaling["default"]).to(x_TD.dtype)
+                A_RD, B_OR = self._low[id(module)]
                 y_TO.addmm_(x_TD @ A_RD.T, B_OR.T)
             found.append(y_TO)
         return tuple(found)
-
-    def _update(self, module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if id(module) not in self._low:
-            A_RD, B_OR = (m["default"].weight.detach() for m in (module.lora_A, module.lora_B))
-            self._low[id(module)] = A_RD.to(dtype), (B_OR * module.scaling["default"]).to(dtype)
-        return self._low[id(module)]
 
 
 def _shared(prompts: Seq[tuple[int, ...]]) -> int:
     """Return the length of the prompts' common prefix if it is at least SHARED; each keeps one token of its own."""
     if len(prompts) < 2:
         return 0
-    alike, shortest = min(common_prefix(prompts[0], p) for p in prompts), min(map(len, prompts))
-    found = min(alike, shortest - 1)
-    return found if found >= SHARED else 0
-
-
-def _capacity(used: int) -> int:
-    return -(-(used + 1) // GROWTH) * GROWTH
-
-
-def _after(bias: Tensor, offset: int) -> Tensor:
-    """Extend the bias so that the first `offset` keys are visible to all."""
-    return torch.nn.functional.pad(bias, (offset, 0))
+    shared = min(min(common_prefix(prompts[0], p), len(p) - 1) for p in prompts)
+    return shared if shared >= SHARED else 0
 
 
 def _joined(past_KPE: Tensor, new: Tensor) -> Tensor:

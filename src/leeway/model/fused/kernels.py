@@ -182,16 +182,8 @@ class Attention(torch.autograd.Function):
             g_k, g_v = _scaled(g_s.mT, q, scale), torch.bmm(p.mT, g)
             parts.append((positions(g_q, block, groups), positions(g_k, block, 1), positions(g_v, block, 1)))
         g_q_TD, g_k_TD, g_v_TD = (to_row(list(p), ctx.blocks) for p in zip(*parts, strict=True))
-        return (
-            _rotate_backward(g_q_TD, cos_TE, sin_TE),
-            _rotate_backward(g_k_TD, cos_TE, sin_TE),
-            g_v_TD,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        g_q_TD, g_k_TD = (_rotate_backward(g, cos_TE, sin_TE) for g in (g_q_TD, g_k_TD))
+        return g_q_TD, g_k_TD, g_v_TD, *[None] * 5
 
 
 def rotate(x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
