@@ -201,6 +201,7 @@ def test_size_by_kind(tmp_path: Path) -> None:
         "answers": 0,
         "pairs": 1,
         "references": 1,
+        "models": 0,
     }
     assert sizes["references"][1] == 5000
     assert sizes["replies"][1] == the_file(cache.records("replies")).stat().st_size > 3000
@@ -210,6 +211,7 @@ def test_size_by_kind(tmp_path: Path) -> None:
         ["answers", "0", "records"],
         ["pairs", "1", "records"],
         ["references", "1", "files"],
+        ["models", "0", "files"],
     ]
 
 
@@ -290,5 +292,6 @@ def test_command_mistakes(tmp_path: Path) -> None:
         assert result.returncode == 2, result.stdout
         assert "not a cache" in result.stderr
     assert "clear" in leeway("cache", str(tmp_path), "clear").stderr
-    assert "give a run directory" in leeway("cache", LEEWAY_CACHE_DIR="").stderr
+    users = leeway("cache", LEEWAY_CACHE_DIR="", XDG_CACHE_HOME=str(tmp_path / "xdg"))
+    assert users.stdout.startswith(f"{tmp_path}/xdg/leeway: 0.0 MB")
     assert "leeway cache clear runs/" in leeway("cache", "--help").stdout

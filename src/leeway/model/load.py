@@ -19,7 +19,7 @@ from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
 from leeway.io import expand
 from leeway.model import gguf, packaged
-from leeway.model.gguf import quiet_loaders as quiet_loaders
+from leeway.model.gguf import quiet_loaders
 from leeway.model.token_stats import Head
 
 Dtype = Literal["auto", "float32", "bfloat16"]
