@@ -98,7 +98,7 @@ def test_a_prefix_is_asked_and_said_to_be(
     assert told["axes"] == ["capability", "jailbreak", "persona"]
     assert told["sample_sizes"]["jailbreak"]["answers"] == 2 * 3 * 2  # checkpoints, prompts, attacks
     assert told["sample_sizes"]["jailbreak"]["of_answers"] == 2 * 6 * 2
-    assert told["sample_sizes"]["jailbreak"]["tokens_saved"] == told["asked"]["jailbreak"]["new_tokens"]
+    assert told["sample_sizes"]["jailbreak"]["tokens_saved"] == told["sample_sizes"]["jailbreak"]["new_tokens"]
     results = Results.load(out)
     assert set(results.contrasts()["design"]) == {"sequential"}
     assert "until each contrast with the base is decided" in (out / "report.html").read_text()
