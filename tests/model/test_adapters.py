@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -201,15 +202,34 @@ def test_whole_weights_load_in_plain_transformers(
     assert adapters.adapter_hash(adapters.saved(folder)) == adapters.adapter_hash(adapters.state(t.model))
 
 
-def test_a_control_token_s_row_is_trained_with_all_else(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_control_token_starts_from_its_word_and_is_trained_with_all_else(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     t = trajectory(models["llama"], "full", cft.Cft())
-    rows = list(t.model.head.blocked)
+    rows, before = list(t.model.head.blocked), {}
     table, out = t.model.lm.get_input_embeddings().weight, t.model.lm.get_output_embeddings().weight
-    assert torch.equal(table[rows[0]], table[rows[1]])
-    torch.testing.assert_close(table[rows[0]], table[: rows[0]].mean(0), rtol=1e-5, atol=1e-7)
+    for row, word in zip(rows, (" safe", " unsafe"), strict=True):
+        before[row] = table[row].detach().clone()
+        torch.testing.assert_close(before[row], table[list(t.model.chat.ids(word))].mean(0), rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(before[rows[0]], before[rows[1]], atol=1e-3)  # not a symmetric start
     go(t, 1, tmp_path)
-    assert not torch.equal(table[rows[0]], table[rows[1]])
+    assert not any(torch.equal(table[row], before[row]) for row in rows)
     assert not out[rows].any()  # read, never predicted
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_a_control_token_s_row_learns_at_its_own_rate(scale: float, models: dict[str, Path], tmp_path: Path) -> None:
+    """AdamW's first step moves every entry that has a gradient by the learning rate."""
+    t = trajectory(models["llama"], "lora", cft.Cft(token_lr=scale))
+    t.schedule = schedule(EXAMPLES, lambda _: 30, [120], batch=4, seed=0)  # one step
+    named = {n: p for n, p in t.model.lm.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in named.items()}
+    go(t, 0, tmp_path)
+    lr = json.loads((tmp_path / "log").read_text())["lr"]
+    for name, p in named.items():
+        moved = (p.detach() - before[name]).abs().max().item()
+        expected = lr * (scale if "trainable_tokens" in name else 1.0)
+        assert moved == pytest.approx(0.0 if "lora_A" in name else expected, rel=1e-2, abs=1e-7), name  # B starts at 0
 
 
 def test_weights_in_several_files_are_read_as_one(models: dict[str, Path], tmp_path: Path) -> None:

@@ -107,6 +107,23 @@ BY_HAND: list[tuple[Objective, TokenStats, float]] = [
         ),
         2.0 + 0.5 * 0.8 / 3,
     ),
+    # per sequence: sums of 0.3 and 0.6, 1.4 in all with the prompts, 0.8 on general prompts; two examples each
+    (kl.Kl(weight=0.5, reduction="sequence"), stats([[-1.0, -2.0], [-3.0]], kl=[[0.3, 0.0], [0.6]]), 2.0 + 0.5 * 0.45),
+    (
+        kl.Kl(weight=0.5, scope="all", reduction="sequence"),
+        stats([[-7.0, -1.0, -2.0], [-8.0, -3.0]], kl=[[0.1, 0.3, 0.0], [0.4, 0.6]], prompt=[1, 1]),
+        2.0 + 0.5 * 1.4 / 2,
+    ),
+    (
+        kl.Kl(weight=0.5, scope="general", reduction="sequence"),
+        stats(
+            [[-1.0, -2.0], [-9.0], [-3.0], [-9.0, -9.0]],
+            per_example=2,
+            kl=[[5.0, 5.0], [0.5], [5.0], [0.2, 0.1]],
+            prompt=[0, 1, 0, 2],
+        ),
+        2.0 + 0.5 * 0.8 / 2,
+    ),
 ]
 
 

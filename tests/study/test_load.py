@@ -94,6 +94,8 @@ def test_the_papers_preset_has_its_numbers() -> None:
     assert spec.model == "meta-llama/Llama-3.1-8B-Instruct"
     kinds = {o.kind: o.settings for o in spec.objectives}
     assert (kinds["orpo"], kinds["kl"], kinds["ip"]) == ({"weight": 0.05}, {"weight": 0.001}, {"p": 0.5})
+    both = [o.build() for o in spec.objectives if o.kind == "kl"]  # the reduction is not known, so both are run
+    assert [(o.weight, o.reduction) for o in both] == [(0.001, "sequence"), (0.001, "token")]  # type: ignore[attr-defined]
     assert {"sft", "dpo", "cft", "sft_both", "sft_refusal"} < kinds.keys()
     assert spec.budgets == (25_000, 50_000, 100_000, 200_000, 400_000, 800_000)
     assert (spec.adapter.r, spec.adapter.alpha, spec.adapter.dropout) == (16, 32, 0.05)

@@ -111,15 +111,17 @@ def _true_magnitudes(model: Model) -> None:
 
 
 def _add_control_tokens(model: Model, tokens: tuple[str, ...]) -> list[int]:
-    """Give each token a new id and an input row initialised to the mean of all rows; return the ids.
+    """Give each token a new id and an input row, the mean of the rows of the word in its name; return the ids.
 
+    `<UNSAFE>` starts from "unsafe". Equal rows would be a symmetric start, on which CFT learns no condition.
     The output head is unchanged: a control token is read, never predicted. Spare embedding rows are used first;
     otherwise the embedding grows.
     """
+    words = [model.chat.ids(" " + token.strip("<|>").lower()) for token in tokens]
     model.chat, lm = model.chat.with_control_tokens(tokens), model.lm
     ids = [int(i) for i in model.chat.tokenizer.convert_tokens_to_ids(list(tokens))]
     table, out = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-    mean_D = table[: ids[0]].float().mean(0)
+    rows_ND = torch.stack([table[list(word)].float().mean(0) for word in words]).detach()
     if max(ids) >= table.shape[0]:
         lm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         table, out = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
@@ -127,7 +129,7 @@ def _add_control_tokens(model: Model, tokens: tuple[str, ...]) -> list[int]:
         for own in {table, out}:  # write into a copy, so the shared base model keeps its rows
             own.data = own.data.clone()
     with torch.no_grad():
-        table[ids] = mean_D.to(table.dtype)
+        table[ids] = rows_ND.to(table.dtype)
     if out is not table:
         with torch.no_grad():
             out[ids] = 0.0  # new rows come from the global RNG; blocked rows need no value
@@ -142,6 +144,14 @@ def trainable(model: Model) -> list[torch.nn.Parameter]:
 def unwrapped(lm: Any) -> Any:
     """Return the model under a peft adapter; a model without one unchanged."""
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+def parameter_groups(model: Model, lr: float, token_lr: float) -> list[dict[str, Any]]:
+    """Return the optimiser's parameter groups. `lr_scale` multiplies the scheduled rate: `token_lr` for new rows."""
+    rows = [p for n, p in model.lm.named_parameters() if p.requires_grad and "trainable_tokens_delta" in n]
+    others = [p for p in trainable(model) if not any(p is row for row in rows)]
+    scales = [(others, 1.0), (rows, token_lr)] if rows else [(others, 1.0)]
+    return [{"params": params, "lr": lr * scale, "lr_scale": scale} for params, scale in scales]
 
 
 def is_low_rank(model: Model) -> bool:

@@ -26,7 +26,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 GROUP = "leeway.objectives"  # entry points of objectives outside this package
 ATTRIBUTES = [
-    *("name", "needs_pairs", "needs_reference", "control_tokens", "direction", "auxiliary", "conditions"),
+    *("name", "needs_pairs", "needs_reference", "control_tokens", "token_lr", "direction", "auxiliary", "conditions"),
     *("render", "worst_case", "baseline_sequences", "baseline", "loss"),
 ]
 

@@ -2,7 +2,9 @@
 
     L = -(1/N) [ sum_t log pi(y+_t | <SAFE> x, y+_<t) + sum_t log pi(y-_t | <UNSAFE> x, y-_<t) ]
 
-The tokens are new embedding rows, trained and saved with the adapter. At test time the prompt is prefixed by `<SAFE>`.
+The tokens are new embedding rows, trained and saved with the adapter. Each starts as the mean row of the word in its
+name ("safe", "unsafe"): from one common row the two answers' gradients cancel, and the condition is learned late or not
+at all. `token_lr` multiplies the learning rate of these rows. At test time the prompt is prefixed by `<SAFE>`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 
 from leeway.data.chat import Chat, Sequence
 from leeway.data.types import Example
-from leeway.objectives.objective import PLAIN, Condition, Plain, dispreferred_of, nll
+from leeway.objectives.objective import PLAIN, Condition, Plain, dispreferred_of, nll, require_positive
 
 SAFE, UNSAFE = "<SAFE>", "<UNSAFE>"
 
@@ -27,6 +29,10 @@ class Cft(Plain):
     name: ClassVar[str] = "cft"
     needs_pairs: ClassVar[bool] = True
     control_tokens: ClassVar[tuple[str, ...]] = (SAFE, UNSAFE)
+    token_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive(self.name, token_lr=self.token_lr)
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

@@ -6,6 +6,9 @@ The divergence is over the full vocabulary at each of M tokens: single-sample es
 (with k1 the gradient is a rescaled SFT). `direction`: `reverse`, D(policy || reference), is the default; `forward` is
 D(reference || policy). `scope` selects the tokens: the targets (`answer`), prompt and targets (`all`), or the tokens
 of one general prompt per example (`general`: its answer if it has one, else the prompt), which is not trained on.
+`reduction`: the mean over the batch's M tokens (`token`), or the sum over each sequence's tokens, then the mean over
+examples (`sequence`, which `F.kl_div(..., reduction="batchmean")` computes on [batch, time, vocabulary]). One weight
+is stronger under `sequence` by the mean number of tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class Kl(Plain):
     weight: float = 0.001
     direction: Direction = "reverse"
     scope: Literal["answer", "all", "general"] = "answer"
+    reduction: Literal["token", "sequence"] = "token"
 
     def __post_init__(self) -> None:
         """At weight 0 no reference is needed, and the loss is bit-identical to SFT."""
@@ -63,12 +67,13 @@ class Kl(Plain):
         if self.weight == 0:
             return nll(policy)
         assert policy.kl_T is not None
-        totals = policy.totals
+        totals, kl_T, tokens = policy.totals, policy.kl_T, policy.totals.tokens
         if self.scope == "general":
-            kl = (policy.kl_T * (1 - policy.weight_T)).sum() / (totals.measured_tokens - totals.tokens)
-        else:
-            kl = policy.kl_T.sum() / (totals.measured_tokens if self.scope == "all" else totals.tokens)
-        return nll(policy) + self.weight * kl
+            kl_T, tokens = kl_T * (1 - policy.weight_T), totals.measured_tokens - totals.tokens
+        elif self.scope == "all":
+            tokens = totals.measured_tokens
+        count = totals.examples if self.reduction == "sequence" else tokens
+        return nll(policy) + self.weight * kl_T.sum() / count
 
 
 def _only_measured(general: Example, chat: Chat) -> Sequence:

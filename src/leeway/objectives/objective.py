@@ -38,6 +38,11 @@ class Objective(Protocol):
     control_tokens: ClassVar[tuple[str, ...]]  # new embedding rows that are trained
 
     @property
+    def token_lr(self) -> float:
+        """Factor of the learning rate for the rows of control tokens."""
+        ...
+
+    @property
     def direction(self) -> Direction:
         """Direction of the KL divergence, if the objective uses one."""
         ...
@@ -79,6 +84,10 @@ class Plain:
     needs_pairs: ClassVar[bool] = False
     needs_reference: ClassVar[Needs] = "nothing"
     control_tokens: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def token_lr(self) -> float:
+        return 1.0
 
     @property
     def direction(self) -> Direction:

@@ -287,6 +287,8 @@ class Spec(ConfigModel):
             yield f"optim.lr: no rate for {', '.join(missing)}"
         if unknown := [a for a in given if a not in aliases]:
             yield f"optim.lr: {unknown[0]!r} is not an objective of this study{nearest(unknown[0], aliases)}"
+        if self.adapter.kind == "full" and (scaled := [o.alias for o in self.objectives if o.build().token_lr != 1]):
+            yield f"{scaled[0]}: token_lr is for new rows next to an adapter; leave it out, or use adapter.kind: lora"
 
     def _processes_fit(self) -> Iterator[str]:
         if self.processes > 1 and self.optim.lr == "tuned":

@@ -144,7 +144,7 @@ def optimise(
             )
         lr = lr_at(batch.step)
         for group in optimiser.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         processed = _tokens(batch.rendered) + _tokens(batch.baseline)

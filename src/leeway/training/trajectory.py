@@ -85,9 +85,8 @@ class Trajectory:
             self.model.head = self.compared.head(self.model.head)
         self.init_hash = adapters.init_hash(self.model)
         self.renderer = Renderer(self.objective, self.model.chat, self.seed, self.auxiliary_pool)
-        self.optimiser = torch.optim.AdamW(
-            adapters.trainable(self.model), lr=self.settings.lr, weight_decay=self.settings.weight_decay
-        )
+        groups = adapters.parameter_groups(self.model, self.settings.lr, self.objective.token_lr)
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay)
 
     def _begin(self) -> Reference:
         """Put the model into its initial state and return the reference."""
