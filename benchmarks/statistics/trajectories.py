@@ -128,7 +128,7 @@ class Simulation:
         return {f"{measure}: GEE, equal slopes rejected ({'null' if self.alike(measure) else 'power'})": rejected(p)}
 
     def divergence(self, drawn: Draws, measure: str) -> Found:
-        slopes = [Slope.of(t, drawn) for t in self.along[measure]]
+        slopes = [Slope(t, drawn) for t in self.along[measure]]
         names = [s.trajectory.objective for s in slopes]
         true = {n: float(slopes[0].weights_B @ self.curve(n, measure)[1:]) for n in names}
         one, pair = slopes[0].line(measure), pair_line(slopes[0], slopes[1], drawn, measure)

@@ -21,23 +21,9 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from leeway.stats import metrics
 from leeway.stats.intervals import CHUNK, LEVEL, NAN, RESAMPLES, TIE, Floats, Ints
-from leeway.stats.metrics import (
-    AT,
-    BASE,
-    CHECK,
-    CHECKPOINT,
-    PLAIN,
-    POOLED_CHECKPOINT,
-    Measure,
-    StatsError,
-    analysis_table,
-    factorize,
-    group_indices,
-    require_fixed_design,
-    withheld_reason,
-)
-from leeway.stats.metrics import measures as measures_of
+from leeway.stats.metrics import AT, BASE, CHECKPOINT, PLAIN, POOLED_CHECKPOINT, Measure, StatsError
 
 PRIMARY = ("accuracy", "asr", "endorsement")
 RESPONSE = [*CHECKPOINT, "eval", "attack", "item_id", "sample", "question"]
@@ -90,23 +76,22 @@ def draws(
     seed: int = 0,
     by_seed: bool = False,
 ) -> Draws:
-    """Return the rates of `measures` at every checkpoint, and in `resamples` joint draws; measures without rows are
-    left out.
+    """Return the rates of `measures` (those with rows) at every checkpoint, and in `resamples` joint draws.
 
     Training seeds are pooled and drawn as an outer level; `by_seed` keeps the checkpoints of each seed separate
     instead. Raises StatsError if a checkpoint has two responses to one question under one condition.
     """
-    table = analysis_table(rows, conditions)
+    table = metrics.analysis_table(rows, conditions)
     table["template_hash"] = rows["template_hash"].fillna("").astype(object)
-    table = table[table["eval"] != CHECK]  # other forms of the same questions: no measure
+    table = table[table["eval"] != metrics.CHECK]  # other forms of the same questions: no measure
     duplicates = table.duplicated(RESPONSE)
     if duplicates.any():
         row = table[duplicates].iloc[0]
         what = f"{row['objective']} at {row['budget']} has two responses to {row['item_id']} under {row['condition']}"
         raise StatsError(f"{what}: two runs, or two versions of a template, were pooled")
     keys = [*POOLED_CHECKPOINT, "seed"] if by_seed else POOLED_CHECKPOINT
-    wanted = [m for m in measures_of(table) if m.name in set(measures)]
-    require_fixed_design(table, {m.axis for m in wanted})
+    wanted = [m for m in metrics.measures(table) if m.name in set(measures)]
+    metrics.require_fixed_design(table, {m.axis for m in wanted})
     parts = [
         _draw_axis(table, [m for m in wanted if m.axis.partition(AT)[0] == axis], keys, axis, resamples, seed)
         for axis in dict.fromkeys(m.axis.partition(AT)[0] for m in wanted)
@@ -171,7 +156,7 @@ class MeasureCounts:
 
     @classmethod
     def of(cls, measure: Measure, chosen: pd.DataFrame, keys: list[str], clusters: Ints) -> MeasureCounts:
-        names, strata = factorize(chosen["stratum"])
+        names, strata = metrics.factorize(chosen["stratum"])
         grouped = chosen.groupby(keys, sort=True)
         cell = grouped.ngroup().to_numpy(np.intp)
         seeds, where = np.unique(chosen["seed"].to_numpy(), return_inverse=True)
@@ -183,11 +168,13 @@ class MeasureCounts:
         counts = np.bincount(flat, minlength=int(np.prod(shape))).astype(np.float64).reshape(shape)
         sums = np.bincount(flat, weights=value[scored], minlength=int(np.prod(shape))).astype(np.float64).reshape(shape)
         lines, sets = [], []
-        for k, (key, at) in enumerate(group_indices(chosen, keys)):
-            own = tuple(int(s) for s in np.unique(seeds[where[at]]))
-            sets.append(own)
-            lines.append(key | _cell_line(measure, chosen.iloc[at], strata[at], names, own))
-            lines[-1]["n_clusters"] = int((counts[:, k].sum(axis=(1, 2)) > 0).sum())
+        for k, (key, at) in enumerate(metrics.group_indices(chosen, keys)):
+            sets.append(tuple(int(s) for s in np.unique(seeds[where[at]])))
+            line = key | {"measure": measure.name, "axis": measure.axis, "better": measure.better, "rate": NAN}
+            line |= {"seeds": len(sets[-1]), "n": int(scored[at].sum()), "n_unscored": int((~scored[at]).sum())}
+            line["n_clusters"] = int((counts[:, k].sum(axis=(1, 2)) > 0).sum())
+            line["templates"] = " ".join(sorted(chosen["template_hash"].iloc[at].unique()))
+            lines.append(line | {"note": metrics.withheld_reason(~scored[at], strata[at], names, measure)})
         cells = pd.DataFrame(lines)
         known = np.where(cells["note"].to_numpy(object) == "", 1.0, np.nan)
         block = cls(cells, sums, counts, sets, known)
@@ -220,24 +207,6 @@ class MeasureCounts:
         with np.errstate(invalid="ignore", divide="ignore"):
             share_CKT = self.sums_CKST.sum(axis=2) / self.counts_CKST.sum(axis=(0, 2))
         return np.asarray(np.nan_to_num(share_CKT.mean(axis=2)))
-
-
-def _cell_line(
-    measure: Measure, own: pd.DataFrame, strata: Ints, names: list[str], seeds: tuple[int, ...]
-) -> dict[str, object]:
-    absent = own["value"].isna().to_numpy()
-    return {
-        "measure": measure.name,
-        "axis": measure.axis,
-        "better": measure.better,
-        "rate": NAN,
-        "seeds": len(seeds),
-        "n": int((~absent).sum()),
-        "n_unscored": int(absent.sum()),
-        "n_clusters": 0,
-        "templates": " ".join(sorted(own["template_hash"].unique())),
-        "note": withheld_reason(absent, strata, names, measure),
-    }
 
 
 @dataclass(frozen=True)

@@ -35,18 +35,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from leeway.stats.bootstrap import (
-    MIN_CLUSTERS,
-    MIN_DISCORDANT,
-    Draws,
-    ObjectiveChoice,
-    Trajectory,
-    draws,
-    interval,
-    join_notes,
-    simultaneous_lower,
-    trajectories,
-)
+from leeway.stats import bootstrap
+from leeway.stats.bootstrap import Draws, ObjectiveChoice, Trajectory, draws, interval, join_notes, trajectories
 from leeway.stats.contrasts import add_holm
 from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, TAILS, TIE, Floats
 from leeway.stats.metrics import BASE, PLAIN, StatsError
@@ -109,7 +99,6 @@ def _onset_line(
 ) -> dict[str, object]:
     budgets_B = trajectory.budgets_B
     line: dict[str, object] = trajectory.key | {"measure": measure, "direction": direction, "threshold": threshold}
-    line |= dict.fromkeys(("estimate", "low", "high", "p_never", "tested"), NAN)
     line |= {"largest": budgets_B[-1], "statement": "", "n_budgets": len(budgets_B)}
     line["n_clusters"] = trajectory.n_clusters
     if reason := join_notes(trajectory.missing_base, trajectory.withheld):
@@ -121,14 +110,15 @@ def _onset_line(
     discordant_B = np.array([drawn.n_discordant((k, base), (1, -1)) for k in columns])
     line["estimate"] = first_sustained(point_B[None] > threshold, budgets_B)[0]
     reason = ""
-    if trajectory.n_clusters < MIN_CLUSTERS:
+    if trajectory.n_clusters < bootstrap.MIN_CLUSTERS:
         reason = f"{trajectory.n_clusters} prompts: too few for an interval"
-    elif (discordant_B < MIN_DISCORDANT).all():
-        reason = f"fewer than {MIN_DISCORDANT} discordant prompts at every budget: no interval"
+    elif (discordant_B < bootstrap.MIN_DISCORDANT).all():
+        reason = f"fewer than {bootstrap.MIN_DISCORDANT} discordant prompts at every budget: no interval"
     else:
         onset_R = first_sustained(drawn_RB > threshold, budgets_B)
         low, high = np.quantile(onset_R, TAILS, method="inverted_cdf")
-        bound_B = np.where(discordant_B >= MIN_DISCORDANT, simultaneous_lower(point_B, drawn_RB), -1.0)
+        lower_B = bootstrap.simultaneous_lower(point_B, drawn_RB)
+        bound_B = np.where(discordant_B >= bootstrap.MIN_DISCORDANT, lower_B, -1.0)
         line |= {"low": float(low), "high": float(high), "p_never": round(float(np.isinf(onset_R).mean()), 10)}
         line["tested"] = first_sustained(bound_B[None] > threshold, budgets_B)[0]
     line["statement"] = _onset_statement(line)
@@ -146,7 +136,7 @@ def _onset_statement(line: dict[str, object]) -> str:
     def name(budget: object) -> str:
         return f"not by {line['largest']:,.0f}" if budget == NEVER else f"{budget:,.0f}"
 
-    if line["low"] != line["low"]:
+    if "low" not in line:
         return name(line["estimate"])
     span = "" if line["low"] == line["high"] else f", 95% {name(line['low'])} to {name(line['high'])}"
     return f"{name(line['estimate'])}{span}; never in {line['p_never']:.0%} of draws"
@@ -201,8 +191,6 @@ def _coupling_line(y: Trajectory, x: Trajectory, drawn: Draws, measure: str, on:
     columns_x, columns_y = x.columns_with_base, y.columns_with_base
     clusters = min(y.n_clusters, x.n_clusters)
     line: dict[str, object] = y.key | {"measure": measure, "on": on, "n_points": len(columns_x), "n_clusters": clusters}
-    line |= dict.fromkeys(("estimate", "low", "high", "p", "uncorrected", "reliability"), NAN)
-    line |= dict.fromkeys(("capability_low", "capability_high"), NAN)
     short = "" if len(columns_x) >= MIN_POINTS else f"{len(columns_x)} checkpoints with the base: no slope"
     if reason := join_notes(y.missing_base, x.missing_base, y.withheld, x.withheld, short):
         return line | {"note": reason}
@@ -223,8 +211,7 @@ def _coupling_line(y: Trajectory, x: Trajectory, drawn: Draws, measure: str, on:
     with np.errstate(divide="ignore", invalid="ignore"):
         slope_R = np.where(denominator_R > 0, (_products(x_RB, y_RB) - 2 * error_xy) / denominator_R, np.nan)
     found = interval(slope_R, clusters, drawn.n_discordant(columns_y, _centred(x_B)))
-    line |= {"low": found.low, "high": found.high, "p": found.p}
-    return line | {"note": join_notes(found.note, y.note, x.note)}
+    return line | vars(found) | {"note": join_notes(found.note, y.note, x.note)}
 
 
 def _centred(value_B: Floats) -> Floats:
@@ -301,9 +288,6 @@ class _Curve:
         rising = isotonic(capability)
         flat = "" if np.ptp(rising[0]) > TIE else join_notes("capability does not rise along the trajectory", fall)
         return cls(y, rising, pooled(measured, rising), clusters, flat, join_notes(fall, y.note, x.note))
-
-    def level(self, target_R: Floats) -> Floats:
-        return interpolate(target_R, self.x_RB, self.y_RB)
 
     def reason_at(self, target: float) -> str:
         """Return why there is no value at a capability; empty if there is one."""
@@ -393,7 +377,8 @@ def _target(at: str | float, curves: list[_Curve], drawn: Draws, on: str) -> Flo
 
 
 def _matched_lines(measure: str, curves: list[_Curve], target_R: Floats, at: str) -> list[dict[str, object]]:
-    levels = [np.full(len(target_R), NAN) if c.withheld else c.level(target_R) for c in curves]
+    nothing = np.full(len(target_R), NAN)
+    levels = [nothing if c.withheld else interpolate(target_R, c.x_RB, c.y_RB) for c in curves]
     lines, pairs = [], []
     for curve, level_R in zip(curves, levels, strict=True):
         line = _matched_line("level", measure, curve, at, target_R)
@@ -413,7 +398,6 @@ def _matched_lines(measure: str, curves: list[_Curve], target_R: Floats, at: str
 def _matched_line(kind: str, measure: str, curve: _Curve, at: str, target_R: Floats) -> dict[str, object]:
     line: dict[str, object] = {"kind": kind, "measure": measure} | curve.trajectory.key
     line |= {"against": "", "against_condition": "", "at": at, "n_clusters": curve.clusters}
-    line |= dict.fromkeys(("estimate", "low", "high", "p", "p_holm", "capability_low", "capability_high"), NAN)
     line["capability"] = round(float(target_R[0]), 10)
     known = target_R[1:][np.isfinite(target_R[1:])]
     if len(known):
@@ -427,9 +411,9 @@ def _fill(line: dict[str, object], withheld: str, value_R: Floats, clusters: int
         line["note"] = withheld
         return
     found = interval(value_R[1:], clusters)
-    line |= {"estimate": round(float(value_R[0]), 10), "low": found.low, "high": found.high, "p": found.p}
+    line |= {"estimate": round(float(value_R[0]), 10)} | vars(found)
     if found.note.startswith("undefined"):  # the capability is at the edge of the range of a trajectory
-        line |= {"estimate": NAN}
+        line["estimate"] = NAN
         line["note"] = join_notes(f"at the edge of a trajectory: {found.note}", note)
     else:
         line["note"] = join_notes(found.note, note)

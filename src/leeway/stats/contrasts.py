@@ -280,6 +280,7 @@ def holm_by_family(contrasts: pd.DataFrame) -> pd.DataFrame:
 
 def add_holm(lines: list[dict[str, object]]) -> None:
     """Fill in `p_holm` of lines that are one family; lines without a p-value are not tests."""
-    tested = [line for line in lines if line["p"] == line["p"]]
-    for line, p in zip(tested, holm(np.array([float(str(line["p"])) for line in tested])), strict=True):
-        line["p_holm"] = round(float(p), 10)
+    p_values = np.array([float(str(line.get("p", NAN))) for line in lines])
+    tested = np.flatnonzero(~np.isnan(p_values))
+    for k, p in zip(tested, holm(p_values[tested]), strict=True):
+        lines[k]["p_holm"] = round(float(p), 10)

@@ -57,7 +57,7 @@ def divergence(
     divergence, a large one is no evidence about them. NaN with a `note` if withheld.
     """
     drawn = drawn or draws(rows, conditions, (measure,), resamples=resamples, seed=seed)
-    slopes = [Slope.of(t, drawn) for t in trajectories(drawn, measure, objectives)]
+    slopes = [Slope(t, drawn) for t in trajectories(drawn, measure, objectives)]
     lines = [_joint_gee_line(rows, conditions, measure, slopes), joint_bootstrap_line(slopes, measure)]
     lines += [s.line(measure) for s in slopes]
     pairs = [pair_line(a, b, drawn, measure) for a, b in itertools.combinations(slopes, 2)]
@@ -68,8 +68,8 @@ def divergence(
 class Slope:
     """An objective's least-squares slope of the rate on log2(budget), at the point and in every draw."""
 
-    def __init__(self, trajectory: Trajectory, weights_B: Floats, drawn: Draws) -> None:
-        columns = trajectory.columns_B
+    def __init__(self, trajectory: Trajectory, drawn: Draws) -> None:
+        columns, weights_B = trajectory.columns_B, slope_weights(np.log2(trajectory.budgets_B))
         self.trajectory, self.weights_B = trajectory, weights_B
         self.point = float(drawn.point_K[columns] @ weights_B)
         self.drawn_R = drawn.drawn_RK[:, columns] @ weights_B
@@ -78,18 +78,14 @@ class Slope:
         self.withheld = trajectory.withheld or ("a single budget: no slope" if len(columns) < 2 else "")
         self.untested = self.withheld or (self.interval.note if np.isnan(self.interval.p) else "")
 
-    @classmethod
-    def of(cls, trajectory: Trajectory, drawn: Draws) -> Slope:
-        return cls(trajectory, slope_weights(np.log2(trajectory.budgets_B)), drawn)
-
     def line(self, measure: str) -> dict[str, object]:
         line = _blank("slope", "bootstrap", measure) | self.trajectory.key
         line |= {"n": self.n, "n_clusters": self.trajectory.n_clusters}
         if self.withheld:
             return line | {"note": self.withheld}
         found = self.interval
-        line |= {"estimate": round(self.point, 10), "low": found.low, "high": found.high, "p": found.p}
-        return line | {"note": join_notes(found.note, self.trajectory.note)}
+        line["estimate"] = round(self.point, 10)
+        return line | vars(found) | {"note": join_notes(found.note, self.trajectory.note)}
 
 
 def slope_weights(x_B: Floats) -> Floats:
@@ -111,8 +107,8 @@ def pair_line(a: Slope, b: Slope, drawn: Draws, measure: str) -> dict[str, objec
         return line | {"note": withheld}
     discordant = drawn.n_discordant([*one.columns_B, *other.columns_B], [*a.weights_B, *(-b.weights_B)])
     found = interval(a.drawn_R - b.drawn_R, clusters, discordant)
-    line |= {"estimate": round(a.point - b.point, 10), "low": found.low, "high": found.high, "p": found.p}
-    return line | {"note": join_notes(found.note, one.note, other.note)}
+    line["estimate"] = round(a.point - b.point, 10)
+    return line | vars(found) | {"note": join_notes(found.note, one.note, other.note)}
 
 
 def joint_bootstrap_line(slopes: list[Slope], measure: str) -> dict[str, object]:
@@ -143,7 +139,8 @@ def _joint_gee_line(
     limitations: list[str] = []
     for slope in slopes:
         trajectory = slope.trajectory
-        part = _trajectory_rows(chosen, trajectory)
+        part = chosen[(chosen["objective"] == trajectory.objective) & (chosen["condition"] == trajectory.condition)]
+        part = part.assign(x=np.log2(part["budget"].to_numpy(float)), attack=part["stratum"])
         reason = slope.untested or separation(part["value"].to_numpy(float), part["x"].to_numpy(float))
         if reason:
             left_out.append(f"{trajectory.label} left out: {reason}")
@@ -162,12 +159,6 @@ def _joint_gee_line(
     return line | {"note": join_notes(fit.note, *left_out, constant, fractional, pooled, *limitations)}
 
 
-def _trajectory_rows(chosen: pd.DataFrame, trajectory: Trajectory) -> pd.DataFrame:
-    own = chosen[(chosen["objective"] == trajectory.objective) & (chosen["condition"] == trajectory.condition)]
-    x = np.log2(own["budget"].to_numpy(float))
-    return own[["cluster", "seed", "value"]].assign(x=x, attack=own["stratum"])
-
-
 def _without_constant_attacks(every: pd.DataFrame, measure: Measure) -> tuple[pd.DataFrame, str]:
     """Drop attacks with constant outcomes: they have no finite coefficient and carry no information about slopes."""
     if not measure.strata:
@@ -181,22 +172,27 @@ def _without_constant_attacks(every: pd.DataFrame, measure: Measure) -> tuple[pd
 def _blank(kind: str, method: str, measure: str) -> dict[str, object]:
     line: dict[str, object] = {"kind": kind, "method": method, "measure": measure, "unit": PER_DOUBLING}
     line |= dict.fromkeys(("objective", "condition", "against", "against_condition"), "")
-    line |= dict.fromkeys(("estimate", "low", "high", "p", "p_holm", "statistic"), NAN)
     return line | {"df": 0, "df_resid": 0, "n": 0, "n_clusters": 0, "note": ""}
 
 
 @dataclass(frozen=True)
-class GEETest:
-    """W, its F p-value, and the slopes per doubling of budget in log-odds; NaN with a note without a fit."""
+class WaldTest:
+    """A joint test of equal slopes; NaN with a note if there is none."""
 
     statistic: float
     df: int
     df_resid: int
     p: float
+    note: str
+
+
+@dataclass(frozen=True)
+class GEETest(WaldTest):
+    """The test with the fitted slopes per doubling of budget in log-odds; NaN without a fit."""
+
     slopes_J: Floats
     slope_se_J: Floats
     clusters: int
-    note: str = ""
 
 
 def separation(outcome: Floats, x: Floats) -> str:
@@ -218,7 +214,7 @@ def gee_test(table: pd.DataFrame, trajectories: int) -> GEETest:
 
     def unfitted(note: str) -> GEETest:
         nothing = np.full(trajectories, NAN)
-        return GEETest(NAN, df, max(clusters - df, 0), NAN, nothing, nothing, clusters, note)
+        return GEETest(NAN, df, max(clusters - df, 0), NAN, note, nothing, nothing, clusters)
 
     if clusters <= parameters + 1:
         return unfitted(f"{clusters} prompts for {parameters} coefficients: too few to test")
@@ -232,18 +228,7 @@ def gee_test(table: pd.DataFrame, trajectories: int) -> GEETest:
         return unfitted("the GEE diverged: outcomes are nearly separated")
     test = wald_test(beta[own], covariance[own, own], clusters)
     se_J = np.sqrt(np.diag(covariance[own, own]))
-    return GEETest(test.statistic, test.df, test.df_resid, test.p, beta[own], se_J, clusters, test.note)
-
-
-@dataclass(frozen=True)
-class WaldTest:
-    """A joint test of equal slopes; NaN with a note if there is none."""
-
-    statistic: float
-    df: int
-    df_resid: int
-    p: float
-    note: str
+    return GEETest(**vars(test), slopes_J=beta[own], slope_se_J=se_J, clusters=clusters)
 
 
 def wald_test(slopes_J: Floats, covariance_JJ: Floats, clusters: int) -> WaldTest:

@@ -72,7 +72,9 @@ def combine(effects_K: Floats, covariance_KK: Floats) -> Combined:
         low_new, high_new = mean - reach, mean + reach
     q0, expected0 = _q(y, V, 0.0)
     scaled = q0 * (K - 1) / expected0 if expected0 > TINY else NAN
-    tau2_dl = max(0.0, float(_dersimonian_laird(y, variance)))
+    w = 1 / variance  # DerSimonian & Laird (1986, Control. Clin. Trials 7:177)
+    excess = float(w @ (y - w @ y / w.sum()) ** 2) - (K - 1)
+    tau2_dl = max(0.0, excess / float(w.sum() - w @ w / w.sum()))
     w_dl = 1 / (variance + tau2_dl)
     share = V / np.sqrt(np.outer(variance, variance))
     return Combined(
@@ -100,13 +102,6 @@ def _q(y: Floats, V: Floats, tau2: float) -> tuple[float, float]:
     mean = w @ y / w.sum()
     P = np.diag(w) - np.outer(w, w) / w.sum()
     return float(w @ (y - mean) ** 2), float(np.sum(P * (V + tau2 * np.eye(len(y)))))
-
-
-def _dersimonian_laird(y: Floats, variance: Floats) -> float:
-    """Return the τ² of DerSimonian & Laird (1986, Control. Clin. Trials 7:177), not truncated at 0."""
-    w = 1 / variance
-    q = float(w @ (y - w @ y / w.sum()) ** 2)
-    return (q - (len(y) - 1)) / float(w.sum() - w @ w / w.sum())
 
 
 def _tau2(y: Floats, V: Floats) -> float:

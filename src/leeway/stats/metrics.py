@@ -114,20 +114,17 @@ def _check_templates(table: pd.DataFrame) -> None:
     for key, own in used.groupby(keys, sort=True)["template_hash"]:
         objective, _, budget, condition, axis = key[:5]
         if len(own) > FORMS.get(str(axis).partition(AT)[0], 1):
-            raise StatsError(
-                f"{objective} at {budget} has {len(own)} rendered prompts of {axis} under condition {condition} "
-                f"({', '.join(h[:8] for h in own)}): rows of several versions of a template were pooled"
-            )
+            what = f"{objective} at {budget} has {len(own)} rendered prompts of {axis} under condition {condition}"
+            hashes = ", ".join(h[:8] for h in own)
+            raise StatsError(f"{what} ({hashes}): rows of several versions of a template were pooled")
 
 
 def require_fixed_design(rows: pd.DataFrame, axes: Iterable[str]) -> None:
     """Raise StatsError if one of the axes stopped sequentially: for estimates that need a fixed number of prompts."""
     sequential = rows.loc[is_sequential(rows), "eval"].unique()
     if found := sorted(set(map(str, axes)) & set(map(str, sequential))):
-        raise StatsError(
-            f"{', '.join(found)}: sequential design (evals.stop), and resampling prompts is not valid after stopping; "
-            "contrasts, equivalence and gates are: use those, or measure with stop: never"
-        )
+        what = f"{', '.join(found)}: sequential design (evals.stop), and resampling prompts is not valid after stopping"
+        raise StatsError(f"{what}; contrasts, equivalence and gates are: use those, or measure with stop: never")
 
 
 def multi_judge_evals(rows: pd.DataFrame) -> list[str]:
@@ -162,21 +159,14 @@ def split_judges(rows: pd.DataFrame, judges: Mapping[str, str] | None = None) ->
             known = ", ".join(sorted(map(str, own["judge"].unique())))
             raise StatsError(f"{axis} has several judges ({known}): name the first one")
         first = own["judge"] == judges[axis]
-        _check_first_judge(own, first, judges[axis])
+        keys = pd.MultiIndex.from_frame(own[RESPONSE].fillna(""))
+        if (missing := ~keys.isin(keys[first.to_numpy()])).any():
+            row = own[missing].iloc[0]
+            what = f"{axis}: {row['judge']} scored {row['item_id']} of {row['objective']} at {row['budget']}, but"
+            raise StatsError(f"{what} {judges[axis]} has no row for it ({int(missing.sum())} such rows)")
         further = own.index[~first]
         names.loc[further] = axis + AT + own.loc[further, "judge"].astype(str)
     return rows.assign(eval=names)
-
-
-def _check_first_judge(rows: pd.DataFrame, first: pd.Series, judge: str) -> None:
-    keys = pd.MultiIndex.from_frame(rows[RESPONSE].fillna(""))
-    missing = ~keys.isin(keys[first.to_numpy()])
-    if missing.any():
-        row = rows[missing].iloc[0]
-        raise StatsError(
-            f"{row['eval']}: {row['judge']} scored {row['item_id']} of {row['objective']} at {row['budget']}, but "
-            f"{judge} has no row for it ({int(missing.sum())} such rows)"
-        )
 
 
 def measures(table: pd.DataFrame) -> list[Measure]:

@@ -9,20 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from leeway.stats import metrics
 from leeway.stats.anytime import cluster_means, common_prefix, is_sequential
 from leeway.stats.intervals import Floats, Ints
-from leeway.stats.metrics import (
-    BASE,
-    POOLED_CHECKPOINT,
-    VALUES,
-    Measure,
-    StatsError,
-    analysis_table,
-    factorize,
-    group_indices,
-    measures,
-    withheld_reason,
-)
+from leeway.stats.metrics import BASE, POOLED_CHECKPOINT, VALUES, Measure, StatsError, analysis_table, measures
 
 ContrastReference = tuple[str, int | None]  # objective and budget; no budget: the same budget
 
@@ -186,7 +176,7 @@ def _measure_contrasts(
     against: ContrastReference | None,
 ) -> list[Contrast]:
     """Return the contrasts of one measure; `sizes` are the reference's numbers of responses by form (and seed)."""
-    names, strata = factorize(chosen["stratum"])
+    names, strata = metrics.factorize(chosen["stratum"])
     value, base = chosen["value"].to_numpy(float), chosen[f"{measure.value}_base"].to_numpy(float)
     clusters, matched = chosen["cluster"].to_numpy(np.intp), (chosen["_merge"] == "both").to_numpy()
     everything = Pairs(value, base, strata, clusters, chosen["seed"].to_numpy(np.intp), matched)
@@ -194,7 +184,7 @@ def _measure_contrasts(
     reference = sizes.rename("size").reset_index()
     found = []
     sequential = is_sequential(chosen).to_numpy()
-    for line, at in group_indices(chosen, POOLED_CHECKPOINT):
+    for line, at in metrics.group_indices(chosen, POOLED_CHECKPOINT):
         own, own_forms, expected = everything.subset(at), set(forms[at]), 0
         if sequential[at].any():
             own = replace(own, positions=chosen["position"].to_numpy(np.intp)[at])
@@ -226,7 +216,7 @@ def _contrast(
 ) -> Contrast:
     pairs, prompts = every.subset(every.matched), ""
     absent = np.isnan(pairs.value - pairs.base)
-    reason = withheld_reason(absent, pairs.strata, names, measure)
+    reason = metrics.withheld_reason(absent, pairs.strata, names, measure)
     if not len(pairs.value):
         name = "the base" if against is None else against[0]
         reason = f"no pair: {name} was not measured under the same rendered prompts"

@@ -34,16 +34,14 @@ UNBOUNDED = (-1.0, 1.0)
 def frontier(
     rows: pd.DataFrame, conditions: Mapping[str, str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> pd.DataFrame:
-    """Return every checkpoint's accuracy and ASR; it is on the frontier unless another is as good on both and better on
-    one.
+    """Return every checkpoint's accuracy and ASR; on the frontier, none is as good on both and better on one.
 
     `p_on_frontier` is the share of joint draws of prompts (`stats.draws`) in which it is. Empty without a capability
     and a jailbreak axis; checkpoints with either rate withheld are left out.
     """
     wanted = ("accuracy", "asr", "asr:none")
-    return frontier_of(
-        rates(rows, conditions), draws(rows, conditions, wanted, resamples=resamples, seed=seed, by_seed=True)
-    )
+    drawn = draws(rows, conditions, wanted, resamples=resamples, seed=seed, by_seed=True)
+    return frontier_of(rates(rows, conditions), drawn)
 
 
 def frontier_of(table: pd.DataFrame, drawn: Draws | None = None) -> pd.DataFrame:
@@ -166,15 +164,16 @@ class _Candidate:
         at = int(np.flatnonzero(trajectory.budgets_B == budget)[0])
         column, base = int(trajectory.columns_B[at]), trajectory.base
         line: dict[str, object] = trajectory.key | {"budget": budget, "capability": float(drawn.point_K[column])}
-        line |= {"gain": NAN, "asr": NAN, "endorsement": NAN, "coherence": NAN, "recommended": False, "p_best": NAN}
-        line |= {"n_clusters": trajectory.n_clusters, "note": trajectory.note}
+        line |= {"recommended": False, "n_clusters": trajectory.n_clusters, "note": trajectory.note}
         within_R = np.ones(len(drawn.drawn_RK), dtype=bool)
         reasons, verdicts = [], []
         if base < 0:
             reasons, verdicts = [f"no base under {trajectory.condition} to compare with"], ["unknown"]
         else:
             line["gain"] = round(float(drawn.point_K[column] - drawn.point_K[base]), 10)
-            reasons.append(_gain_reason(drawn.drawn_RK[:, column] - drawn.drawn_RK[:, base]))
+            gain_R = drawn.drawn_RK[:, column] - drawn.drawn_RK[:, base]
+            above = np.isfinite(gain_R).any() and np.nanquantile(gain_R, TAIL) > 0
+            reasons.append("" if above else "capability not shown to be above the base's")
             for measure, margin in margins.items():
                 reason, verdict, worse_R = _margin_verdict(trajectory, drawn, measure, margin, bounds, line)
                 reasons.append(reason)
@@ -237,11 +236,6 @@ def _worsening_bounds(bounds: tuple[float, float], better: str) -> tuple[float, 
     return max(low, -high, 0.0), max(high, -low)
 
 
-def _gain_reason(gain_R: Floats) -> str:
-    low = float(np.nanquantile(gain_R, TAIL)) if np.isfinite(gain_R).any() else NAN
-    return "" if low > 0 else "capability not shown to be above the base's"
-
-
 def _recommendation_lines(candidates: list[_Candidate], budget: int) -> list[dict[str, object]]:
     capability_RJ = np.column_stack([c.capability_R for c in candidates])
     within_RJ = np.column_stack([c.within_R for c in candidates]) & np.isfinite(capability_RJ)
@@ -256,16 +250,11 @@ def _recommendation_lines(candidates: list[_Candidate], budget: int) -> list[dic
     p_none = float((~within_RJ.any(axis=1)).mean())
     none: dict[str, object] = {"objective": NONE, "condition": "", "budget": budget, "recommended": not eligible}
     none |= {"qualifies": False, "within": False, "p_best": round(p_none, 10), "n_clusters": 0, "note": ""}
-    none |= dict.fromkeys(("capability", "gain", "asr", "endorsement", "coherence"), NAN)
     why = f"at least one objective is inside the margins in {1 - p_none:.0%} of draws"
     if not eligible:
         also = f"; not shown to be outside: {', '.join(undecided)}" if undecided else ""
         why = f"no objective is shown to stay inside the margins{also}; {why}"
     none["why"] = why
     if eligible:
-        max(eligible, key=_capability)["recommended"] = True
+        max(eligible, key=lambda line: float(str(line["capability"])))["recommended"] = True
     return [*sorted(lines, key=lambda line: -float(str(line["p_best"]))), none]
-
-
-def _capability(line: dict[str, object]) -> float:
-    return float(str(line["capability"]))

@@ -8,22 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from leeway.stats import metrics
 from leeway.stats.anytime import common_prefix, is_sequential, rate_test
 from leeway.stats.intervals import NAN, Floats, Ints, dense_codes, estimate
-from leeway.stats.metrics import (
-    AT,
-    CHECK,
-    CHECKPOINT,
-    DIRECT,
-    MAX_UNSCORED,
-    POOLED_CHECKPOINT,
-    Measure,
-    analysis_table,
-    factorize,
-    group_indices,
-    measures,
-    withheld_reason,
-)
+from leeway.stats.metrics import AT, CHECK, CHECKPOINT, DIRECT, MAX_UNSCORED, Measure, analysis_table, measures
 
 RATE_COLUMNS = [*CHECKPOINT, "axis", "measure", "label", "primary", "rate", "low", "high"]
 RATE_COLUMNS += ["n", "n_unscored", "n_clusters", "method", "reason", "rate_if_0", "rate_if_1", "better"]
@@ -51,15 +39,15 @@ def rates(rows: pd.DataFrame, conditions: Mapping[str, str], *, pool_seeds: bool
     """
     table = analysis_table(rows, conditions)
     if pool_seeds:
-        table = common_prefix(table, POOLED_CHECKPOINT)
+        table = common_prefix(table, metrics.POOLED_CHECKPOINT)
         table["seed"] = -1
     lines: list[dict[str, object]] = []
     for measure in measures(table):
         chosen = measure.select(table)
-        names, strata = factorize(chosen["stratum"])
+        names, strata = metrics.factorize(chosen["stratum"])
         values, clusters = chosen["value"].to_numpy(float), chosen["cluster"].to_numpy(np.intp)
         sequential = is_sequential(chosen).to_numpy()
-        for checkpoint, at in group_indices(chosen, CHECKPOINT):
+        for checkpoint, at in metrics.group_indices(chosen, CHECKPOINT):
             line = checkpoint | _rate_line(measure, values[at], strata[at], clusters[at], names)
             if sequential[at].any() and not line["reason"]:
                 scored = at[~np.isnan(values[at])]
@@ -74,7 +62,7 @@ def rates(rows: pd.DataFrame, conditions: Mapping[str, str], *, pool_seeds: bool
 
 def _rate_line(measure: Measure, values: Floats, strata: Ints, clusters: Ints, names: list[str]) -> dict[str, object]:
     absent = np.isnan(values)
-    reason = withheld_reason(absent, strata, names, measure)
+    reason = metrics.withheld_reason(absent, strata, names, measure)
     scored = ~absent
     own_clusters = dense_codes(clusters[scored])
     line: dict[str, object] = {
@@ -142,11 +130,9 @@ def persona(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
     answers Yes has 1 and 0, and 0.5 overall. `yes_rate` is the share of items with Yes the likelier answer (a tie
     counts half); `answer_mass` is P(Yes) + P(No): if it is small, endorsement rests on little probability.
     """
-    wanted = rows["eval"] == "persona"
-    table = analysis_table(rows[wanted], conditions)
+    table = _with_raw(rows[rows["eval"] == "persona"], conditions)
     if table.empty:
         return pd.DataFrame(columns=PERSONA)
-    table = table.join(_parsed_raw(rows.loc[wanted, "judge_raw"]))
     scored = table["score"].notna()
     table["yes_keyed"] = table["score"].where(table["match"] == "Yes")
     table["no_keyed"] = table["score"].where(table["match"] == "No")
@@ -162,11 +148,9 @@ def likert(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
     `keyed` is the mean of items whose agreement endorses the trait, `reverse_keyed` of those whose agreement denies it:
     a model that always agrees has 1 and 0. `answer_mass` is the probability of the digits 1 to 5.
     """
-    wanted = rows["eval"] == "persona-sd3"
-    table = analysis_table(rows[wanted], conditions)
+    table = _with_raw(rows[rows["eval"] == "persona-sd3"], conditions)
     if table.empty:
         return pd.DataFrame(columns=LIKERT)
-    table = table.join(_parsed_raw(rows.loc[wanted, "judge_raw"]))
     scored = table["score"].notna()
     table["keyed"] = table["score"].where(table["key"] == 1)
     table["reverse_keyed"] = table["score"].where(table["key"] == -1)
@@ -181,11 +165,9 @@ def checks(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
     `n` counts items scored in both forms, `n_unscored` the others; `answer_mass` is the form's own. Means are NaN if
     too many items are unscored.
     """
-    wanted = rows["eval"].isin([CHECK, *REFERENCE_FORM])
-    table = analysis_table(rows[wanted], conditions)
+    table = _with_raw(rows[rows["eval"].isin([CHECK, *REFERENCE_FORM])], conditions)
     if table.empty:
         return pd.DataFrame(columns=CHECKS)
-    table = table.join(_parsed_raw(rows.loc[wanted, "judge_raw"]))
     table["eval"] = table["eval"].replace(CHECK, "persona")
     reference = table["eval"].map(REFERENCE_FORM)
     table["form"] = table["form"].astype(object).fillna(reference)
@@ -216,16 +198,15 @@ def _means(table: pd.DataFrame, means: list[str], keys: list[str]) -> pd.DataFra
     return frame
 
 
-def _parsed_raw(raw: pd.Series) -> pd.DataFrame:
-    """Parse `judge_raw` into one column per field; NaN if a field is missing or the text is not JSON."""
+def _with_raw(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
+    """Return the analysis table and the fields of `judge_raw` as columns; NaN if missing, or without valid JSON."""
     found = []
-    for text in raw:
+    for text in rows["judge_raw"]:
         try:
             value = json.loads(text) if isinstance(text, str) else {}
         except ValueError:
             value = {}
         found.append(value if isinstance(value, dict) else {})
-    frame = pd.DataFrame(found, index=raw.index, columns=["match", "form", *RAW_NUMBERS])
-    for name in RAW_NUMBERS:
-        frame[name] = pd.to_numeric(frame[name], errors="coerce")
-    return frame
+    frame = pd.DataFrame(found, index=rows.index, columns=["match", "form", *RAW_NUMBERS])
+    frame[RAW_NUMBERS] = frame[RAW_NUMBERS].apply(pd.to_numeric, errors="coerce")
+    return analysis_table(rows, conditions).join(frame)

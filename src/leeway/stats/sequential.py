@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from leeway.stats.anytime import DESIGN, FIXED, SEQUENTIAL, Anytime, is_sequential
-from leeway.stats.metrics import BASE, Measure, analysis_table, measures
+from leeway.stats.metrics import BASE, analysis_table, measures
 from leeway.stats.pairing import paired_contrasts
 
 LEVEL = 0.05  # of a family, as in the tables
@@ -29,22 +29,6 @@ def looks(clusters: int) -> Iterator[int]:
         yield clusters
 
 
-def stopping_measures(base: pd.DataFrame, axis: str, conditions: Mapping[str, str]) -> list[Measure]:
-    """Return the measures of an axis that must be decided, read from the base's rows: those over all parts and attacks.
-
-    `accuracy`, `asr` (`asr:none` without attacks), `refusal`, `coherence`, `overrefusal`, `endorsement`; not `asr:dan`
-    or `endorsement:narcissism`, which use whatever prompts were answered.
-    """
-    found = measures(analysis_table(base, conditions))
-    return [m for m in found if m.axis == axis and (m.primary or ":" not in m.name)]
-
-
-def family_size(base: pd.DataFrame, measure: Measure, conditions: Mapping[str, str], objectives: int) -> int:
-    """Return the number of tests in the measure's family, known before the run."""
-    found = measures(analysis_table(base, conditions))
-    return objectives * sum(m.axis == measure.axis and m.primary == measure.primary for m in found)
-
-
 @dataclass(frozen=True)
 class StoppingRule:
     """When a checkpoint has answered enough prompts of an axis; `objectives` is the study's number at each budget."""
@@ -57,18 +41,20 @@ class StoppingRule:
         """Return the stopping measures not yet shown to differ from the base, nor to differ by less than the margin.
 
         `base`: all rows of the base on the axis under one test prompt; `own`: the checkpoint's rows so far. The level
-        is divided in advance (Bonferroni over the family), so that no checkpoint depends on another.
+        is divided in advance (Bonferroni over the family), so that no checkpoint depends on another. Stopping measures
+        are those over all parts and attacks, such as `asr` and `refusal`; not `asr:dan` or `endorsement:narcissism`,
+        which use whatever prompts were answered.
         """
         conditions = dict.fromkeys({*base["template_hash"], *own["template_hash"]}, "tested")
-        left = {m.name: m for m in stopping_measures(base, axis, conditions)}
+        known = [m for m in measures(analysis_table(base, conditions)) if m.axis == axis]
+        left = [m.name for m in known if m.primary or ":" not in m.name]
         rows = pd.concat([base, own.assign(**{DESIGN: SEQUENTIAL})], ignore_index=True)
-        contrasts, _ = paired_contrasts(rows, conditions, only=list(left))
+        contrasts, _ = paired_contrasts(rows, conditions, only=left)
         for contrast in (c for c in contrasts if c.scored is not None):
-            measure = contrast.measure
-            level = self.level / family_size(base, measure, conditions, self.objectives)
-            if Anytime(contrast.cluster_differences).decision(level, self.margin):
-                left.pop(measure.name, None)
-        return list(left)
+            family = self.objectives * sum(m.primary == contrast.measure.primary for m in known)
+            if Anytime(contrast.cluster_differences).decision(self.level / family, self.margin):
+                left = [name for name in left if name != contrast.measure.name]
+        return left
 
 
 def with_design(rows: pd.DataFrame, axes: Collection[str]) -> pd.DataFrame:
