@@ -38,7 +38,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from decimal import Decimal, localcontext
 from functools import cache
-from typing import Literal
 
 from leeway.data.gsm8k import COMMAND, IN_BOX
 from leeway.data.supergpqa import LETTERS
@@ -68,12 +67,9 @@ class Capability(ItemEval):
 
     def __post_init__(self) -> None:
         questions = {question for question, _ in self.shots}
-        twice = next((i for i in self.items if i.prompt in questions), None)
-        if twice:
-            raise LeewayError(
-                f"evals.capability: {self.task}: item {twice.id} is among its own {len(self.shots)} shots",
-                fix="draw the shots from other examples",
-            )
+        if twice := next((i for i in self.items if i.prompt in questions), None):
+            what = f"evals.capability: {self.task}: item {twice.id} is among its own {len(self.shots)} shots"
+            raise LeewayError(what, fix="draw the shots from other examples")
 
     @property
     def key(self) -> str:
@@ -93,34 +89,16 @@ class Capability(ItemEval):
         yield from (Prompt(f"item {i.id}", self.conversation(i), self.max_new_tokens) for i in self.items)
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
-        requests = self.requests()
         before = [[list(shot) for shot in self.shots]] if self.shots else []
         template = digest(backend.template_hash, self.name, self.grader, *before)
         rows = []
-        for item, reply in zip(self.items, backend.complete(requests, tick), strict=True):
+        for item, reply in zip(self.items, backend.complete(self.requests(), tick), strict=True):
             right, raw = self.grade(item, reply.text) if reply.failure is None else (math.nan, "")
-            rows.append(
-                Row(
-                    eval=self.name,
-                    attack="",
-                    item_id=item.id,
-                    cluster=item.id,
-                    sample=0,
-                    prompt=item.prompt,
-                    response=reply.text,
-                    outcome=None,
-                    score=float(right),
-                    unscored_reason=None if reply.failure is None else f"{NO_ANSWER}{reply.failure}",
-                    judge=self.grader,
-                    judge_raw=raw,
-                    template_hash=template,
-                    new_tokens=reply.new_tokens,
-                )
-            )
+            reason = None if reply.failure is None else f"{NO_ANSWER}{reply.failure}"
+            graded = {"score": float(right), "unscored_reason": reason, "judge": self.grader, "judge_raw": raw}
+            rows.append(self.row(item.id, item.prompt, reply, template_hash=template, **graded))
         return rows
 
-
-GSM8KRule = Literal["strict", "flexible"]
 
 NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)")
 PLAIN = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
@@ -147,8 +125,7 @@ def number(text: str) -> Decimal | None:
 
 def opening(text: str) -> Decimal | None:
     """Return the quotient or number that a text opens with after markup; None without one."""
-    fraction = FRACTION.match(text)
-    if fraction:
+    if fraction := FRACTION.match(text):
         sign, *parts = (part or "" for part in fraction.groups())
         return _quotient(sign + "".join(parts[:2]).strip(), "".join(parts[2:]).strip())
     found = VALUE.match(text)
@@ -176,21 +153,19 @@ def strict(response: str) -> Decimal | None:
 
 
 def flexible(response: str) -> Decimal | None:
-    hashed = strict(response)
-    if hashed is not None:
+    if (hashed := strict(response)) is not None:
         return hashed
     text = plain(response)
     boxed = [m[1] for m in BOXED.finditer(text)]
     stated = [text[m.end() :] for m in ANSWER_IS.finditer(text)]
     for after in (boxed, stated):
-        values = [v for v in map(opening, reversed(after)) if v is not None]
-        if values:
+        if values := [v for v in map(opening, reversed(after)) if v is not None]:
             return values[0]
     numbers = [m for m in NUMBER.findall(text) if m]
     return number(numbers[-1]) if numbers else None
 
 
-def grade_gsm8k(reference: str, response: str, rule: GSM8KRule = "flexible") -> tuple[bool, str]:
+def grade_gsm8k(reference: str, response: str, rule: str = "flexible") -> tuple[bool, str]:
     """Return (correct by `rule`, both rules' verdicts as JSON)."""
     gold = number(plain(reference))
     if gold is None:
@@ -199,8 +174,6 @@ def grade_gsm8k(reference: str, response: str, rule: GSM8KRule = "flexible") -> 
     raw = {k: {"found": None if v is None else str(v), "right": v == gold} for k, v in by_rule.items()}
     return by_rule[rule] == gold, json.dumps(raw, sort_keys=True)
 
-
-SuperGPQARule = Literal["parity", "fixed"]
 
 # markup around a letter in the published rule
 _COMMAND = r"\\(?:boxed|mathbf|mathrm|text)\{"
@@ -256,19 +229,16 @@ def fixed(response: str, options: Seq[str]) -> str | None:
     """Return the option letter by the `fixed` rule; None if the answer names none or several."""
     for claim in reversed(list(CLAIM.finditer(response))):
         clause = response[claim.end() :].partition("\n")[0]
-        letter = _named(clause, options, ENDS, WHY) or _by_text(clause, options, re.Pattern.match)
-        if letter:
+        if letter := _named(clause, options, ENDS, WHY) or _by_text(clause, options, re.Pattern.match):
             return letter
     lines = [line for line in response.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
     if CLAIM.search(last):
         return None
-    by_label = _named(last, options, LABEL, None)
-    if by_label:
+    if by_label := _named(last, options, LABEL, None):
         return by_label
     for pattern in (BRACKETED, NAMED):
-        letters = {"".join(filter(None, m.groups())) for m in pattern.finditer(last)}
-        if letters:
+        if letters := {"".join(filter(None, m.groups())) for m in pattern.finditer(last)}:
             return letters.pop() if len(letters) == 1 and letters <= set(LETTERS[: len(options)]) else None
     return _by_text(last, options, re.Pattern.search)
 
@@ -313,14 +283,11 @@ def _bare(text: str) -> str:
 
 
 def grade_supergpqa(
-    item: CapabilityItem, response: str, rule: SuperGPQARule = "fixed", *, five_shot: bool = False
+    item: CapabilityItem, response: str, rule: str = "fixed", *, five_shot: bool = False
 ) -> tuple[bool, str]:
     """Return (correct by `rule`, both rules' verdicts as JSON); an answer without an option is wrong."""
     answer = response.split("Question:", maxsplit=1)[0] if five_shot else response
-    by_rule = {
-        "fixed": fixed(answer, item.options),
-        "parity": parity(response, item.options, five_shot=five_shot),
-    }
+    by_rule = {"fixed": fixed(answer, item.options), "parity": parity(response, item.options, five_shot=five_shot)}
     raw = {k: {"found": v or "not found", "right": v == item.reference} for k, v in by_rule.items()}
     return by_rule[rule] == item.reference, json.dumps(raw, sort_keys=True)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from leeway.errors import LeewayError
-from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend, Conversation, Request
-from leeway.judges import Answer, Judge
+from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend, Conversation, Reply, Request
+from leeway.judges import Answer, Judge, Verdict
 from leeway.plugins import NAME, entry_points_of, load_entry_point
 
 NO_ANSWER = "no answer: "
@@ -136,6 +136,12 @@ class Eval(ABC):
         """Yield (judge name, request with an empty response) for every response that a judge model reads."""
         return ()
 
+    def row(self, item_id: str, prompt: str, reply: Reply, **fields: Any) -> Row:
+        """Return the row of a reply; unless `fields` say otherwise, the item is its own cluster and has no outcome."""
+        row: dict[str, Any] = {"eval": self.name, "attack": "", "item_id": item_id, "cluster": item_id, "sample": 0}
+        row |= {"prompt": prompt, "response": reply.text, "new_tokens": reply.new_tokens}
+        return Row(**row | {"outcome": None, "unscored_reason": None} | fields)
+
     def facts(self) -> dict[str, Any]:
         """Return further manifest entries by section, such as `attacks`."""
         return {}
@@ -187,6 +193,13 @@ def is_retryable(reason: str | None) -> bool:
     return reason is not None and reason.startswith(NO_ANSWER) and not any(f in reason for f in (NOT_FINITE, OVERLONG))
 
 
+def verdict_fields(verdict: Verdict) -> dict[str, Any]:
+    """Return the fields of a row that a verdict fills."""
+    score = math.nan if verdict.score is None else verdict.score
+    found = {"outcome": verdict.outcome, "score": score, "judge_raw": verdict.raw}
+    return found | {"unscored_reason": verdict.unscored_reason}
+
+
 def user_message(text: str) -> Conversation:
     return [{"role": "user", "content": text}]
 
@@ -216,7 +229,5 @@ def load_eval(name: str, settings: Mapping[str, Any] | None = None) -> Eval:
         why = f"makes an eval named {made.name!r} with key {made.key!r}"
     else:
         return made
-    raise LeewayError(
-        f"evals.plugins: {name}: {found[name].value} {why}",
-        fix="return a subclass of Eval with the entry point's name and a key in lower case",
-    )
+    fix = "return a subclass of Eval with the entry point's name and a key in lower case"
+    raise LeewayError(f"evals.plugins: {name}: {found[name].value} {why}", fix=fix)

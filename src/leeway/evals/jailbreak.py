@@ -13,7 +13,17 @@ from leeway.attacks import Attack, AttackFailed, Conversation, HelperRequest, Wr
 from leeway.attacks.attack import Play
 from leeway.data.types import ForbiddenPrompt
 from leeway.errors import LeewayError
-from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, Tick, requests_to, user_message
+from leeway.evals.eval import (
+    NO_ANSWER,
+    ItemEval,
+    JudgeRef,
+    Prompt,
+    Row,
+    Tick,
+    requests_to,
+    user_message,
+    verdict_fields,
+)
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest
 from leeway.judges import Answer, Judge, Verdict
@@ -77,10 +87,9 @@ class Jailbreak(ItemEval):
             if twice := next((n for n, times in Counter(named).items() if times > 1), None):
                 raise LeewayError(f"{self.name}: the {what} {twice} is listed twice", fix="remove or rename one")
         if self.samples < 0 or (self.samples and not 0 < self.temperature < math.inf):
-            raise LeewayError(
-                f"{self.name}: {self.samples} samples at temperature {self.temperature}",
-                fix="give samples: 0 for greedy answers, or a number of them and a temperature above 0",
-            )
+            what = f"{self.name}: {self.samples} samples at temperature {self.temperature}"
+            fix = "give samples: 0 for greedy answers, or a number of them and a temperature above 0"
+            raise LeewayError(what, fix=fix)
 
     @property
     def hash(self) -> str:
@@ -124,13 +133,7 @@ class Jailbreak(ItemEval):
             return row
         prompt = next(p.text for p in self.items if p.id == row.item_id)
         (verdict,) = self.judges[0].judge([Answer(prompt, row.response)], lambda _: None)
-        return replace(
-            row,
-            outcome=verdict.outcome,
-            score=math.nan if verdict.score is None else verdict.score,
-            unscored_reason=verdict.unscored_reason,
-            judge_raw=verdict.raw,
-        )
+        return replace(row, **verdict_fields(verdict))
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Play all attacks in parallel, one turn at a time, so that each turn is one batch.
@@ -144,10 +147,9 @@ class Jailbreak(ItemEval):
             replies = backend.complete([self._request(g) for g in waiting], tick)
             waiting = _serve_helpers([g for g, r in zip(waiting, replies, strict=True) if _receive(g, r)])
         verdicts = [self._verdicts(judge, games) for judge in self.judges]
-        rows = zip(games, *verdicts, strict=True)
         return [
             self._row(game, judge, verdict, backend.template_hash)
-            for game, *found in rows
+            for game, *found in zip(games, *verdicts, strict=True)
             for judge, verdict in zip(self.judges, found, strict=True)
         ]
 
@@ -169,22 +171,11 @@ class Jailbreak(ItemEval):
         ]
 
     def _row(self, game: _Game, judge: Judge, verdict: Verdict, template: str) -> Row:
-        return Row(
-            eval=self.name,
-            attack=game.attack.name,
-            item_id=game.prompt.id,
-            cluster=game.prompt.id,
-            sample=game.sample,
-            prompt=game.sent[-1]["content"] if game.sent else game.prompt.text,
-            response=game.judged,
-            outcome=verdict.outcome,
-            score=math.nan if verdict.score is None else verdict.score,
-            unscored_reason=verdict.unscored_reason,
-            judge=judge.name,
-            judge_raw=verdict.raw,
-            template_hash=digest(template, self.name, game.attack.hash),
-            new_tokens=game.tokens,
-        )
+        prompt = game.sent[-1]["content"] if game.sent else game.prompt.text
+        judged = verdict_fields(verdict) | {"judge": judge.name, "attack": game.attack.name, "sample": game.sample}
+        template = digest(template, self.name, game.attack.hash)
+        reply = Reply(game.judged, game.tokens, False)
+        return self.row(game.prompt.id, prompt, reply, template_hash=template, **judged)
 
 
 def _checked_verdict(verdict: Verdict) -> Verdict:

@@ -34,7 +34,7 @@ from leeway.data.chat import Chat
 from leeway.data.safety_prompts import subset
 from leeway.errors import LeewayError, first_line
 from leeway.evals.eval import NO_ANSWER, Eval, Prompt, Row, Tick
-from leeway.generation.backend import NOT_FINITE, Backend, Conversation
+from leeway.generation.backend import NOT_FINITE, Backend, Conversation, Reply
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
 from leeway.model.load import decoder
@@ -58,18 +58,14 @@ class HarnessBackend:
         try:
             ids = self.chat.prompt_ids(turns)
         except Exception as error:
-            raise LeewayError(
-                f"model {self.model.name}: its chat template cannot render a task's turns ({error})",
-                fix="use another task, or chat: false",
-            ) from error
+            what = f"model {self.model.name}: its chat template cannot render a task's turns ({error})"
+            raise LeewayError(what, fix="use another task, or chat: false") from error
         text = self.chat.prompt_text(turns) + opening
         self.rendered[text] = ids + (self.chat.ids(opening) if opening else ())
         return text
 
     def _context(self, text: str) -> tuple[int, ...]:
-        if self.in_chat and text in self.rendered:
-            return self.rendered[text]
-        return self._plain(text)
+        return self.rendered[text] if self.in_chat and text in self.rendered else self._plain(text)
 
     def _plain(self, text: str) -> tuple[int, ...]:
         """Tokenise plain text with the tokenizer's own special tokens (such as BOS) once."""
@@ -146,10 +142,8 @@ class HarnessBackend:
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.model.context:
-            raise LeewayError(
-                f"model {self.model.name}: a request of {tokens} tokens exceeds its context of {self.model.context}",
-                fix="use fewer shots, or remove the task",
-            )
+            what = f"a request of {tokens} tokens exceeds its context of {self.model.context}"
+            raise LeewayError(f"model {self.model.name}: {what}", fix="use fewer shots, or remove the task")
 
 
 def _before(until: Seq[str], text: str) -> str:
@@ -185,9 +179,8 @@ def harness() -> Any:
     try:
         return importlib.import_module("lm_eval")
     except ImportError as error:
-        raise LeewayError(
-            f"evals.capability: lm-eval is not installed ({error})", fix="pip install 'leeway[lm-eval]'"
-        ) from error
+        what = f"evals.capability: lm-eval is not installed ({error})"
+        raise LeewayError(what, fix="pip install 'leeway[lm-eval]'") from error
 
 
 def manager(task: str, include_path: str | None) -> Any:
@@ -263,10 +256,8 @@ def as_lm(answers: Recorder | HarnessBackend) -> Any:
             return answers.generate([r.args for r in requests])
 
         def loglikelihood_rolling(self, requests: Any) -> list[float]:
-            raise LeewayError(
-                f"evals.capability: lm-eval:{requests[0].task_name} measures perplexity, not a score in [0, 1]",
-                fix="use a task with acc, acc_norm or exact_match",
-            )
+            what = f"evals.capability: lm-eval:{requests[0].task_name} measures perplexity, not a score in [0, 1]"
+            raise LeewayError(what, fix="use a task with acc, acc_norm or exact_match")
 
         def apply_chat_template(self, chat_history: Conversation, add_generation_prompt: bool = True) -> str:
             return answers.render([dict(m) for m in chat_history], add_generation_prompt)
@@ -332,25 +323,23 @@ class LmEval(Eval):
         return LoadedTask(kept, content, chosen if self.limit is not None else None, max(1, requests))
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
+        task = f"evals.capability: lm-eval:{self.task}"
         if not isinstance(backend, TransformersBackend):
-            raise LeewayError(
-                f"evals.capability: lm-eval:{self.task} needs the model itself, and {type(backend).__name__} has none",
-                fix="use the transformers backend, or remove it",
-            )
+            what = f"{task} needs the model itself, and {type(backend).__name__} has none"
+            raise LeewayError(what, fix="use the transformers backend, or remove it")
         if backend.prefix and not self.chat:
-            raise LeewayError(
-                f"evals.capability: lm-eval:{self.task} runs without a chat template, which a prefix needs",
-                fix="set chat: true, or remove the conditions with a prefix",
-            )
+            what = f"{task} runs without a chat template, which a prefix needs"
+            raise LeewayError(what, fix="set chat: true, or remove the conditions with a prefix")
         progress = _ItemProgress(tick, len(self), self.loaded.requests)
         answers = HarnessBackend(backend, self.chat, progress)
         samples = self._evaluate(as_lm(answers), self.loaded.chosen)
-        progress.finish()
+        progress(self.loaded.requests)  # all items, should lm-eval have sent fewer requests
         template = digest(backend.template_hash, self.name, self.judge, self.chat, self.shots)
         return [
-            self._row(task, sample, template, answers)
-            for task, own in samples.items()
-            for sample in sorted(_first_filter(own), key=lambda s: int(s["doc_id"]))
+            self._row(name, sample, template, answers)
+            for name, own in samples.items()
+            for sample in sorted(own, key=lambda s: int(s["doc_id"]))
+            if sample["filter"] == own[0]["filter"]
         ]
 
     def _evaluate(self, lm: Any, chosen: dict[str, list[int]] | None) -> dict[str, list[Sample]]:
@@ -358,21 +347,15 @@ class LmEval(Eval):
         harness()
         try:
             with isolated():
-                result = importlib.import_module("lm_eval.evaluator").evaluate(
-                    lm=lm,
-                    task_dict=self._loaded(),
-                    samples=chosen,
-                    bootstrap_iters=0,
-                    apply_chat_template=self.chat,
-                    fewshot_as_multiturn=True,
-                )
+                settings = {"bootstrap_iters": 0, "apply_chat_template": self.chat, "fewshot_as_multiturn": True}
+                evaluate = importlib.import_module("lm_eval.evaluator").evaluate
+                result = evaluate(lm=lm, task_dict=self._loaded(), samples=chosen, **settings)
         except LeewayError:
             raise
         except Exception as error:
-            raise LeewayError(
-                f"evals.capability: lm-eval:{self.task} cannot be run ({type(error).__name__}: {first_line(error)})",
-                fix="check the task's name (lm_eval --tasks list), include_path, and the network or its data files",
-            ) from error
+            what = f"lm-eval:{self.task} cannot be run ({type(error).__name__}: {first_line(error)})"
+            fix = "check the task's name (lm_eval --tasks list), include_path, and the network or its data files"
+            raise LeewayError(f"evals.capability: {what}", fix=fix) from error
         samples: dict[str, list[Sample]] = result["samples"]
         return samples
 
@@ -382,17 +365,15 @@ class LmEval(Eval):
         for name, task in loaded["tasks"].items():
             given = task.get_config("num_fewshot")
             if given == 0 and self.shots:
-                raise LeewayError(
-                    f"evals.capability: lm-eval:{name} has its own prompt and takes no shots", fix="remove shots"
-                )
+                what = f"evals.capability: lm-eval:{name} has its own prompt and takes no shots"
+                raise LeewayError(what, fix="remove shots")
             task.set_config(key="num_fewshot", value=(given or 0) if self.shots is None else self.shots)
             task.set_fewshot_seed(seed=SEED)
         return loaded
 
     @cached_property
-    def _tasks(self) -> dict[str, Any]:
-        loaded: dict[str, Any] = manager(self.task, self.include_path).load([self.task])
-        return loaded
+    def _tasks(self) -> Any:
+        return manager(self.task, self.include_path).load([self.task])
 
     def _row(self, task: str, sample: Sample, template: str, answers: HarnessBackend) -> Row:
         score, metric, reason = self._scored(task, sample, answers.failed)
@@ -406,22 +387,10 @@ class LmEval(Eval):
             "metrics": {m: _plain(sample.get(m)) for m in sample["metrics"]},
             "target": str(sample["target"]),
         }
-        return Row(
-            eval=self.name,
-            attack="",
-            item_id=f"lm-eval:{task}/{sample['doc_id']}",
-            cluster=f"lm-eval:{task}/{sample['doc_id']}",
-            sample=0,
-            prompt=str(arguments[0][0]),
-            response=response,
-            outcome=None,
-            score=score,
-            unscored_reason=reason,
-            judge=self.judge,
-            judge_raw=json.dumps(raw, sort_keys=True, default=str, ensure_ascii=False),
-            template_hash=template,
-            new_tokens=sum(len(answers.chat.ids(g)) for g in generated),
-        )
+        fields = {"score": score, "unscored_reason": reason, "judge": self.judge, "template_hash": template}
+        fields |= {"judge_raw": json.dumps(raw, sort_keys=True, default=str, ensure_ascii=False)}
+        reply = Reply(response, sum(len(answers.chat.ids(g)) for g in generated), False)
+        return self.row(f"lm-eval:{task}/{sample['doc_id']}", str(arguments[0][0]), reply, **fields)
 
     def _scored(self, task: str, sample: Sample, failed: Mapping[str, str]) -> tuple[float, str | None, str | None]:
         """Return (score, its metric, None), or (NaN, the metric if any, the reason)."""
@@ -451,10 +420,6 @@ class LoadedTask:
     requests: int
 
 
-def _first_filter(samples: Seq[Sample]) -> list[Sample]:
-    return [s for s in samples if s["filter"] == samples[0]["filter"]]
-
-
 def _likeliest(sample: Sample) -> str:
     """Return the most likely continuation; for a single one, whether it is greedy."""
     numbers = [r[0] for r in sample["resps"]]
@@ -476,12 +441,7 @@ class _ItemProgress:
 
     def __call__(self, answered: int) -> None:
         self.done += answered
-        self._give(min(self.items, self.done * self.items // self.requests))
-
-    def finish(self) -> None:
-        self._give(self.items)
-
-    def _give(self, until: int) -> None:
+        until = min(self.items, self.done * self.items // self.requests)
         if until > self.given:
             self.tick(until - self.given)
             self.given = until

@@ -78,25 +78,16 @@ class RubricJudge:
 
     @property
     def hash(self) -> str:
-        return digest(
-            self.name,
-            rubric(),
-            self.order,
-            self.max_new_tokens,
-            self.backend.identity,
-            self.backend.template_hash,
-        )
+        model = self.backend.identity, self.backend.template_hash
+        return digest(self.name, rubric(), self.order, self.max_new_tokens, *model)
 
     def prompt(self, item: CapabilityItem, response: str) -> str:
         """Return the judge's prompt; delimiter lines depend on the texts, so a response cannot forge them."""
         text = rubric()
         mark = digest("openended", item.prompt, item.reference, response)
         pieces = {"question": item.prompt, "reference": item.reference, "answer": response}
-        order = (
-            ["question", "reference", "answer"]
-            if self.order == "reference-first"
-            else ["question", "answer", "reference"]
-        )
+        rest = ("reference", "answer") if self.order == "reference-first" else ("answer", "reference")
+        order = ("question", *rest)
         shown = [f"{text['titles'][k]}, between the lines {mark}:\n{mark}\n{pieces[k]}\n{mark}" for k in order]
         scales = [
             f"- {name}: {d['asks']} {text['lowest']} = {d['low']}; {text['highest']} = {d['high']}."
@@ -153,21 +144,9 @@ class OpenEnded(ItemEval):
 
     def _row(self, item: CapabilityItem, reply: Reply, marked: Reply | None, template: str) -> Row:
         value, reason = _verdict(reply, marked)
-        return Row(
-            eval=self.name,
-            attack="",
-            item_id=item.id,
-            cluster=item.id,
-            sample=0,
-            prompt=item.prompt,
-            response=reply.text,
-            outcome=None,
-            score=value,
-            unscored_reason=reason,
-            judge=self.judge.name,
-            judge_raw="" if marked is None else marked.text,
-            template_hash=template,
-            new_tokens=reply.new_tokens,
+        judged = {"judge": self.judge.name, "judge_raw": "" if marked is None else marked.text}
+        return self.row(
+            item.id, item.prompt, reply, score=value, unscored_reason=reason, template_hash=template, **judged
         )
 
 

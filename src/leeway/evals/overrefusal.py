@@ -22,8 +22,6 @@ from leeway.hashing import digest
 from leeway.judges import Answer, Judge, OrganismJudge, Verdict
 from leeway.organism import world
 
-ANSWERED = "answered"
-
 
 @dataclass(frozen=True)
 class OverRefusal(ItemEval):
@@ -38,10 +36,6 @@ class OverRefusal(ItemEval):
 
     def __post_init__(self) -> None:
         check_samples(self.name, self.samples, self.temperature)
-
-    @property
-    def key(self) -> str:
-        return self.name
 
     @property
     def hash(self) -> str:
@@ -67,30 +61,17 @@ class OverRefusal(ItemEval):
         template = digest(backend.template_hash, self.name)
         rows = []
         for (item, k), reply in zip(pairs, replies, strict=True):
-            verdict = (
-                next(verdicts) if reply.failure is None else Verdict(None, None, "", f"{NO_ANSWER}{reply.failure}")
-            )
+            failed = Verdict(None, None, "", f"{NO_ANSWER}{reply.failure}")
+            verdict = next(verdicts) if reply.failure is None else failed
             rows.append(self._row(item, k, reply, verdict, template))
         return rows
 
     def _row(self, item: BenignPrompt, sample: int, reply: Reply, verdict: Verdict, template: str) -> Row:
         score, reason = refusal(verdict)
-        return Row(
-            eval=self.name,
-            attack="",
-            item_id=item.id,
-            cluster=item.id,
-            sample=sample,
-            prompt=item.text,
-            response=reply.text,
-            outcome=ANSWERED if verdict.outcome == "harmful" else verdict.outcome,
-            score=score,
-            unscored_reason=reason,
-            judge=self.judge.name,
-            judge_raw=verdict.raw,
-            template_hash=template,
-            new_tokens=reply.new_tokens,
-        )
+        outcome = "answered" if verdict.outcome == "harmful" else verdict.outcome
+        judged = {"outcome": outcome, "score": score, "unscored_reason": reason, "judge_raw": verdict.raw}
+        judged |= {"sample": sample, "judge": self.judge.name, "template_hash": template}
+        return self.row(item.id, item.text, reply, **judged)
 
 
 def refusal(verdict: Verdict) -> tuple[float, str | None]:

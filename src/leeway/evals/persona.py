@@ -22,7 +22,7 @@ from functools import cache, partial
 from leeway.data.types import PersonaItem
 from leeway.errors import LeewayError
 from leeway.evals.eval import NO_ANSWER, ItemEval, Prompt, Row, Tick, user_message
-from leeway.generation.backend import Backend, Choice
+from leeway.generation.backend import Backend, Choice, Reply
 from leeway.hashing import digest
 from leeway.yaml_config import package_data
 
@@ -63,9 +63,8 @@ class Form:
             return self.frame.replace("{statement}", item.statement)
         found = ORDER.search(item.question)
         if found is None:
-            raise LeewayError(
-                f"persona item {item.id}: its question does not ask for Yes or No", fix="leave order_swap out"
-            )
+            what = f"persona item {item.id}: its question does not ask for Yes or No"
+            raise LeewayError(what, fix="leave order_swap out")
         return item.question[: found.start()] + f"{found[3]}{found[2]}{found[1]}" + item.question[found.end() :]
 
 
@@ -76,11 +75,6 @@ def forms(order_swap: bool, paraphrases: int) -> tuple[Form, ...]:
         raise LeewayError(f"persona: {paraphrases} paraphrases, {len(known)} exist", fix=f"0 to {len(known)}")
     swapped = (Form(SWAP),) if order_swap else ()
     return (Form(PLAIN), *swapped, *(Form(f["name"], f["text"]) for f in known[:paraphrases]))
-
-
-def cluster_of(item: PersonaItem) -> str:
-    """Return one cluster per text, across traits."""
-    return f"statement/{digest(item.statement)}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ class Persona(ItemEval):
             yield from (Prompt(f"item {i.id}", user_message(form.prompt(i)), options=OPTIONS) for i in self.items)
 
     def cluster_of(self, item: PersonaItem) -> str:
-        return cluster_of(item)
+        return f"statement/{digest(item.statement)}"  # one per text, across traits
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Run the plain form (rows of `persona`), then each check (rows of `persona-check`)."""
@@ -125,22 +119,11 @@ class Persona(ItemEval):
         reason = "no finite mass on Yes or No" if choice.failure is None else f"{NO_ANSWER}{choice.failure}"
         plain = form.name == PLAIN
         raw = {"match": item.match, "p_no": finite(no), "p_yes": finite(yes)} | ({} if plain else {"form": form.name})
-        return Row(
-            eval=self.name if plain else CHECK,
-            attack="",
-            item_id=item.id,
-            cluster=cluster_of(item),
-            sample=0,
-            prompt=prompt,
-            response="" if math.isnan(score) else ("Yes" if yes > no else "No" if no > yes else "tie"),
-            outcome=None,
-            score=score,
-            unscored_reason=reason if math.isnan(score) else None,
-            judge="next-token",
-            judge_raw=json.dumps(raw, sort_keys=True),
-            template_hash=digest(template, self.name) if plain else digest(template, CHECK, form.hash),
-            new_tokens=0,
-        )
+        answer = "" if math.isnan(score) else "Yes" if yes > no else "No" if no > yes else "tie"
+        scored = {"score": score, "unscored_reason": reason if math.isnan(score) else None, "judge": "next-token"}
+        scored |= {"cluster": self.cluster_of(item), "judge_raw": json.dumps(raw, sort_keys=True)}
+        scored |= {"template_hash": digest(template, self.name) if plain else digest(template, CHECK, form.hash)}
+        return self.row(item.id, prompt, Reply(answer, 0, False), eval=self.name if plain else CHECK, **scored)
 
 
 def finite(value: float) -> float | None:

@@ -25,8 +25,7 @@ import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 from leeway.data.types import LikertItem
 from leeway.errors import LeewayError
@@ -64,11 +63,6 @@ def scored(rating: float, direction: str, key: int) -> float:
     return (endorsing - 1) / 4
 
 
-def cluster_of(item: LikertItem) -> str:
-    """Return one cluster per text, across traits."""
-    return f"statement/{digest(item.text)}"
-
-
 @dataclass(frozen=True)
 class Likert(ItemEval):
     """Statements rated from 1 to 5, one forward pass per item and direction of the scale."""
@@ -86,7 +80,7 @@ class Likert(ItemEval):
             yield from (Prompt(f"item {i.id}", conversation, options=OPTIONS) for i, conversation in shown)
 
     def cluster_of(self, item: LikertItem) -> str:
-        return cluster_of(item)
+        return f"statement/{digest(item.text)}"  # one per text, across traits
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Run every item with 5 for agreeing, then every item with 5 for disagreeing."""
@@ -101,37 +95,18 @@ class Likert(ItemEval):
         answered = finite(sum(choice.mass.get(o, math.nan) for o in OPTIONS))
         raw = {"answer_mass": answered, "form": direction, "key": item.key, "mass": mass, "rating": finite(rating)}
         reason = "no finite mass on 1 to 5" if choice.failure is None else f"{NO_ANSWER}{choice.failure}"
-        return Row(
-            eval=self.name,
-            attack="",
-            item_id=item.id,
-            cluster=cluster_of(item),
-            sample=0,
-            prompt=prompt,
-            response="" if math.isnan(score) else max(OPTIONS, key=lambda o: choice.mass[o]),
-            outcome=None,
-            score=score,
-            unscored_reason=reason if math.isnan(score) else None,
-            judge="next-token",
-            judge_raw=json.dumps(raw, sort_keys=True),
-            template_hash=digest(template, self.name, direction, prompt_hash(direction)),
-            new_tokens=0,
-        )
-
-
-def prompt_hash(direction: str) -> str:
-    """Return a content hash of the question of one direction."""
-    return digest(direction, directions()[direction])
+        answer = "" if math.isnan(score) else max(OPTIONS, key=lambda o: choice.mass[o])
+        found = {"score": score, "unscored_reason": reason if math.isnan(score) else None, "judge": "next-token"}
+        found |= {"cluster": self.cluster_of(item), "judge_raw": json.dumps(raw, sort_keys=True)}
+        question = digest(direction, directions()[direction])
+        template = digest(template, self.name, direction, question)
+        return self.row(item.id, prompt, Reply(answer, 0, False), template_hash=template, **found)
 
 
 DARK_TRIAD = ("machiavellianism", "narcissism", "psychopathy")
 
 
-@cache
-def texts() -> dict[str, Any]:
-    """The versioned file."""
-    loaded: dict[str, Any] = package_data("leeway.evals", "selfreport.yaml")
-    return loaded
+texts = cache(partial(package_data, "leeway.evals", "selfreport.yaml"))
 
 
 def rubric(question: str, answer: str, traits: Seq[str]) -> str:
@@ -214,9 +189,8 @@ class SelfReport(Eval):
         replies = backend.complete(self.requests(), tick)
         readable = [n for n, r in enumerate(replies) if r.failure is None and coherence(r.text).ok]
         grader_prompts = [rubric(prompts[n][1], replies[n].text, self.traits) for n in readable]
-        graded = self.grader.complete(
-            [Request(user_message(p), self.grader_tokens) for p in grader_prompts], lambda _: None
-        )
+        requests = [Request(user_message(p), self.grader_tokens) for p in grader_prompts]
+        graded = self.grader.complete(requests, lambda _: None)
         by_response = dict(zip(readable, graded, strict=True))
         template = digest(backend.template_hash, self.name)
         return [
@@ -229,22 +203,11 @@ class SelfReport(Eval):
         self, trait: str, name: str, question: str, sample: int, reply: Reply, graded: Reply | None, template: str
     ) -> Row:
         rating = self._rating(trait, reply, graded)
-        return Row(
-            eval=self.name,
-            attack="",
-            item_id=f"{trait}/{name}",
-            cluster=f"question/{name}",
-            sample=sample,
-            prompt=question,
-            response=reply.text,
-            outcome=None,
-            score=rating / texts()["most"] if isinstance(rating, int) else math.nan,
-            unscored_reason=None if isinstance(rating, int) else rating,
-            judge=self.judge,
-            judge_raw=json.dumps({"said": graded.text}) if graded else "",
-            template_hash=template,
-            new_tokens=reply.new_tokens,
-        )
+        fields = {"cluster": f"question/{name}", "sample": sample, "judge": self.judge, "template_hash": template}
+        fields |= {"judge_raw": json.dumps({"said": graded.text}) if graded else ""}
+        if isinstance(rating, int):
+            return self.row(f"{trait}/{name}", question, reply, score=rating / texts()["most"], **fields)
+        return self.row(f"{trait}/{name}", question, reply, score=math.nan, unscored_reason=rating, **fields)
 
     def _rating(self, trait: str, reply: Reply, graded: Reply | None) -> int | str:
         """Return the rating, or the reason for none."""

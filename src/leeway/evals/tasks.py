@@ -11,19 +11,12 @@ from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from leeway.data import formats, gsm8k, openended, supergpqa
 from leeway.data.types import CapabilityItem, Example, Task
 from leeway.errors import LeewayError
-from leeway.evals.capability import (
-    GSM8KRule,
-    SuperGPQARule,
-    flexible,
-    grade_exact,
-    grade_gsm8k,
-    grade_supergpqa,
-    strict,
-)
+from leeway.evals.capability import flexible, grade_exact, grade_gsm8k, grade_supergpqa, strict
 from leeway.io import expand
 from leeway.organism import world
 from leeway.plugins import entry_points_of, load_entry_point
@@ -56,6 +49,7 @@ class BuiltInTask:
     name = ""
     max_new_tokens = 256
     keys: tuple[str, ...] = ()  # of the study's `task` mapping that this task reads: revision, files
+    family = ""  # of grading rules, in the grader's name
     extractions: tuple[str, ...] = ()  # rules that read an answer; the first is the default
     shot_counts: Collection[int] = (0,)
     graded_by_model = False
@@ -63,7 +57,8 @@ class BuiltInTask:
 
     def __init__(self, settings: TaskSettings) -> None:
         self.settings = settings
-        self.grader = settings.extraction or next(iter(self.extractions), "")
+        self.rule = settings.extraction or next(iter(self.extractions), "")
+        self.grader = f"{self.family}-{self.rule}" if self.rule else self.family
 
     def few_shot(self, items: Seq[CapabilityItem]) -> tuple[tuple[str, str], ...]:  # noqa: ARG002
         """Return question and answer of each shot that precedes every item as turns of the conversation."""
@@ -71,12 +66,8 @@ class BuiltInTask:
 
 
 class Organism(BuiltInTask):
-    name = "organism"
+    name = family = "organism"
     max_new_tokens = 64
-
-    def __init__(self, settings: TaskSettings) -> None:
-        super().__init__(settings)
-        self.grader = "organism"
 
     def train_examples(self) -> tuple[list[Example], str]:
         return world.train_examples(ORGANISM_EXAMPLES, seed=0), "the organism's world, seed 0"
@@ -92,16 +83,11 @@ class Organism(BuiltInTask):
 
 
 class GSM8K(BuiltInTask):
-    name = "gsm8k"
+    name = family = "gsm8k"
     max_new_tokens = 400
     keys = ("revision",)
     extractions = ("flexible", "strict")
     shot_counts = range(2**31)
-
-    def __init__(self, settings: TaskSettings) -> None:
-        super().__init__(settings)
-        self.rule: GSM8KRule = "strict" if settings.extraction == "strict" else "flexible"
-        self.grader = f"gsm8k-{self.rule}"
 
     def train_examples(self) -> tuple[list[Example], str]:
         return gsm8k.train_examples(self.settings.revision)
@@ -133,23 +119,16 @@ class SuperGPQAEngineering(BuiltInTask):
     keys = ("revision",)
     extractions = ("fixed", "parity")
     shot_counts = (0, 5)
+    family = "supergpqa"
     discipline = "Engineering"
-
-    def __init__(self, settings: TaskSettings) -> None:
-        super().__init__(settings)
-        self.rule: SuperGPQARule = "parity" if settings.extraction == "parity" else "fixed"
-        self.grader = f"supergpqa-{self.rule}"
 
     def train_examples(self) -> tuple[list[Example], str]:
         return supergpqa.train_examples(self.discipline, revision=self.settings.revision)
 
     def held_out_items(self) -> tuple[list[CapabilityItem], str]:
-        return supergpqa.held_out_items(
-            self.discipline,
-            shots=5 if self.settings.shots else 0,
-            share="test" if self.settings.trained else "all",
-            revision=self.settings.revision,
-        )
+        share: Literal["test", "all"] = "test" if self.settings.trained else "all"
+        shots: Literal[0, 5] = 5 if self.settings.shots else 0
+        return supergpqa.held_out_items(self.discipline, shots=shots, share=share, revision=self.settings.revision)
 
     def as_item(self, example: Example) -> CapabilityItem:
         return self._trained[example.id]
@@ -167,11 +146,8 @@ class Files(BuiltInTask):
     """Training and test records in the user's own files."""
 
     name = "files"
+    family = EXACT
     keys = ("files",)
-
-    def __init__(self, settings: TaskSettings) -> None:
-        super().__init__(settings)
-        self.grader = EXACT
 
     def train_examples(self) -> tuple[list[Example], str]:
         assert self.settings.train_file is not None
