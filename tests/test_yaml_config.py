@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from leeway.attacks import load_templates
-from leeway.claims import load as load_claims
+from leeway.claims.schema import load as load_claims
 from leeway.errors import LeewayError
 from leeway.gate.rules import load as load_rules
 from leeway.study.load import load as load_study

@@ -77,7 +77,9 @@ class RecordStore:
                 self._scan()
                 new = b"".join(line for key, line in lines.items() if key not in self._offsets)
                 if new:
-                    file.write((b"" if _ends_with_newline(file) else b"\n") + new)
+                    file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+                    ends_whole = file.read(1) in (b"", b"\n")  # the last line may have been torn by a kill
+                    file.write((b"" if ends_whole else b"\n") + new)
                     file.flush()
                     os.fsync(file.fileno())
                     self._scan()
@@ -141,14 +143,6 @@ def _parse(line: bytes) -> tuple[str, bytes] | None:
     checksum, _, rest = line.removesuffix(b"\n").partition(b"\t")
     name, _, text = rest.partition(b"\t")
     return (name.decode("utf-8"), text) if digest(name, text).encode() == checksum else None
-
-
-def _ends_with_newline(file: Any) -> bool:
-    """Whether an open file is empty or ends with a whole line."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return True
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")
 
 
 def _host() -> str:

@@ -197,7 +197,7 @@ def root(
 @app.command(epilog="Example: leeway demo --out runs/demo")
 def demo(out: Out = None, workers: Workers = None, quiet: Quiet = False) -> None:
     """Run the embedded study on a CPU, without any download."""
-    _run("demo", None, out or Path("leeway-demo"), workers, "local", quiet)
+    run("demo", None, out or Path("leeway-demo"), workers, "local", quiet)
 
 
 @app.command(epilog="Example: leeway studies real-data > study.yaml")
@@ -273,28 +273,14 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a study; the same command resumes it."""
-    _run(study, overrides, out, workers, executor, quiet)
-
-
-def _run(
-    study: str,
-    overrides: list[str] | None,
-    out: Path | None,
-    workers: int | None,
-    executor: Literal["local", "ray"],
-    quiet: bool,
-) -> None:
     from leeway.study.load import load
     from leeway.study.progress import Reporter
     from leeway.study.run import run as run_study
 
     spec = load(study, tuple(overrides or ()))
-    page = run_study(spec, out or Path("runs") / spec.name, Reporter(quiet=quiet), _command(), workers, executor)
+    command = shlex.join(["leeway", *sys.argv[1:]])
+    page = run_study(spec, out or Path("runs") / spec.name, Reporter(quiet=quiet), command, workers, executor)
     typer.echo(str(page.resolve()))
-
-
-def _command() -> str:
-    return "leeway " + shlex.join(sys.argv[1:])
 
 
 @app.command(epilog="Example: leeway audit --adapter my-lora --study demo --out runs/audit")
@@ -330,7 +316,8 @@ def audit(
     else:
         models = resolve_models(model, base, adapter, other_base=other_base)
     spec = check_audit(*models, study, settings, name=name, tokens=tokens, own_template=own_template)
-    page = run_audit(spec, out or Path("runs") / f"audit-{spec.name}", Reporter(quiet=quiet), _command())
+    command = shlex.join(["leeway", *sys.argv[1:]])
+    page = run_audit(spec, out or Path("runs") / f"audit-{spec.name}", Reporter(quiet=quiet), command)
     typer.echo(str(page.resolve()))
 
 

@@ -119,9 +119,8 @@ def readable(path: Path, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        raise LeewayError(
-            f"{path}: damaged ({first_line(error)})", fix="delete it and run the same command again"
-        ) from error
+        what = f"{path}: damaged ({first_line(error)})"
+        raise LeewayError(what, fix="delete it and run the same command again") from error
 
 
 def with_checksum(record: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,8 @@ def entry_points_of(group: str, kind: str, taken: Collection[str]) -> dict[str, 
     points: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
         if point.name in taken or point.name in points:
-            raise LeewayError(
-                f"{kind} {point.name}: the name of {point.value} is taken", fix="rename it in its package"
-            )
+            what = f"{kind} {point.name}: the name of {point.value} is taken"
+            raise LeewayError(what, fix="rename it in its package")
         points[point.name] = point
     return points
 
@@ -31,21 +30,15 @@ def load_entry_point(point: EntryPoint, kind: str, attributes: Collection[str] =
     try:
         thing = point.load()
     except Exception as error:  # another package's module may raise anything
-        raise LeewayError(
-            f"{kind} {point.name}: {point.value} cannot be loaded ({type(error).__name__}: {error})",
-            fix="correct that package",
-        ) from error
+        what = f"{kind} {point.name}: {point.value} cannot be loaded ({type(error).__name__}: {error})"
+        raise LeewayError(what, fix="correct that package") from error
     missing = [a for a in attributes if not hasattr(thing, a)]
     if missing:
-        raise LeewayError(
-            f"{kind} {point.name}: {point.value} does not implement {kind} (no {', '.join(missing)})",
-            fix=f"implement {', '.join(attributes)}",
-        )
+        what = f"{kind} {point.name}: {point.value} does not implement {kind} (no {', '.join(missing)})"
+        raise LeewayError(what, fix=f"implement {', '.join(attributes)}")
     if attributes and thing.name != point.name:
-        raise LeewayError(
-            f"{kind} {point.name}: {point.value} has another name, {thing.name!r}",
-            fix="give the entry point that name",
-        )
+        what = f"{kind} {point.name}: {point.value} has another name, {thing.name!r}"
+        raise LeewayError(what, fix="give the entry point that name")
     return thing
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -21,22 +22,6 @@ from ruamel.yaml.nodes import MappingNode, SequenceNode
 from ruamel.yaml.scanner import Scanner
 
 from leeway.errors import LeewayError
-
-__all__ = [
-    "MAX_COUNT",
-    "MAX_FLOAT32",
-    "ConfigModel",
-    "Tokens",
-    "YAMLError",
-    "dump",
-    "faults",
-    "load",
-    "nearest",
-    "package_data",
-    "problem",
-    "read",
-    "tokens",
-]
 
 MAX_COUNT = 2**53  # the largest count that a float, and so JSON and tables, holds exactly
 MAX_FLOAT32 = 3.4e38
@@ -129,19 +114,15 @@ def _refuse_oversized(root: Any) -> None:
             raise SizeError(f"nested deeper than {MAX_DEPTH} levels", node.start_mark)
         if id(node) not in sizes:
             above.add(id(node))
-            sizes[id(node)] = 1 + sum(size(child) for child in _children(node))
+            children = node.value if isinstance(node, MappingNode | SequenceNode) else []
+            children = itertools.chain(*children) if isinstance(node, MappingNode) else children  # keys and values
+            sizes[id(node)] = 1 + sum(map(size, children))
             above.remove(id(node))
         if sizes[id(node)] > MAX_NODES:
             raise SizeError(f"more than {MAX_NODES:,} values, aliases included", node.start_mark)
         return sizes[id(node)]
 
     size(root)
-
-
-def _children(node: Any) -> list[Any]:
-    if isinstance(node, MappingNode):
-        return [child for pair in node.value for child in pair]
-    return list(node.value) if isinstance(node, SequenceNode) else []
 
 
 class ConfigModel(BaseModel):

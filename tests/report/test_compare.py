@@ -16,7 +16,7 @@ from leeway import yaml_config
 from leeway.cli import main
 from leeway.errors import LeewayError
 from leeway.report.compare.compare import StudyComparison, compare, page, write
-from leeway.report.compare.effects import Deltas, _covariance, error
+from leeway.report.compare.effects import _covariance, error
 from leeway.report.results import Results
 
 pytestmark = pytest.mark.slow
@@ -192,10 +192,10 @@ def test_covariance_by_hand():
     # pulls beyond the mean: (+½, −½)/2 and the same for the shared prompts p, q; the other study's r is its own
     one = pd.DataFrame({"cluster": ["p", "q"], "stratum": "all", "delta": [1.0, 0.0]})
     other = pd.DataFrame({"cluster": ["p", "r"], "stratum": "all", "delta": [1.0, 0.0]})
-    found = _covariance([0.2, 0.1], [9, 9], [Deltas(one, 0), Deltas(other, 0)])
+    found = _covariance([0.2, 0.1], [9, 9], [one, other])
     assert found[0, 0] == pytest.approx(0.04)
     assert found[0, 1] == pytest.approx(0.5 * 0.2 * 0.1)  # ¼·¼ over √(⅛·⅛)
-    assert _covariance([0.2, 0.1], [9, 3], [Deltas(one, 0), Deltas(other, 0)])[0, 1] == 0
+    assert _covariance([0.2, 0.1], [9, 3], [one, other])[0, 1] == 0
 
 
 def test_error_of_few_discordant_prompts_is_the_bound():

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 
 from leeway import report, yaml_config
 from leeway.io import with_checksum
-from leeway.report import rebuild
+from leeway.report import narrative, rebuild
 from leeway.report.exports import latex, model_card
 from leeway.report.formatting import TOKENS
 from leeway.report.results import Results
@@ -299,15 +299,16 @@ def test_every_checkpoint_has_a_valid_model_card(run: Path):
 
 def test_card_names_hub_models_but_not_local_paths(run: Path):
     results = Results.load(run)
-    context = model_card.CardContext.of(results, {"rates": results.rates(), "contrasts": results.contrasts()})
+    measured = model_card.measured_rates(results, {"rates": results.rates(), "contrasts": results.contrasts()})
+    description = narrative.study_description(results)
     line = results.ledger.iloc[0].to_dict()
     results.manifest["organism"] = False
     results.manifest["model"]["name"] = "meta-llama/Llama-3.1-8B-Instruct"
-    card = ModelCard(model_card.model_card(results, context, line, False))
+    card = ModelCard(model_card.model_card(results, measured, description, line, False))
     assert card.data.base_model == "meta-llama/Llama-3.1-8B-Instruct"
     assert "No evidence about real" not in card.text
     results.manifest["model"]["name"] = "/home/me/secret/my-model"
-    text = model_card.model_card(results, context, line, False)
+    text = model_card.model_card(results, measured, description, line, False)
     assert "/home/me" not in text
     assert "my-model" in text
 

@@ -7,12 +7,12 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,24 +33,6 @@ from leeway.study.spec import Spec
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
 ADAPTER_FILES = (adapters.CONFIG, adapters.WEIGHTS, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-
-class AuditedModel(Protocol):
-    """One of the two models of an audit."""
-
-    @property
-    def description(self) -> str:
-        """Its name for a reader."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """A hash that needs no loading: of files, adapter and hub commit, or of address and name."""
-        ...
-
-    def open(self, chat: Chat | None, spec: Spec) -> AbstractContextManager[Backend]:
-        """Return a context with its backend, which renders with `chat`, or with its own template without one."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +56,7 @@ class LocalModel:
 
     @cached_property
     def identity(self) -> str:
+        """The hash of the files, the adapter's, and the hub commit."""
         if self.adapter is None:
             return self.model_hash
         adapter_config(self.adapter)
@@ -136,6 +119,7 @@ class GivenBackend:
         yield self.backend
 
 
+AuditedModel = LocalModel | ServedModel | GivenBackend  # `identity` needs no loading; `open` renders with `chat`
 Comparison = tuple[AuditedModel, AuditedModel, tuple[str, ...]]  # base, checkpoint, notes
 
 
@@ -201,10 +185,8 @@ def base_of(folder: Path, given: str | None, *, other_base: bool) -> tuple[str, 
     if given_is_local and named_is_local and LocalModel(given).model_hash == LocalModel(named).model_hash:
         return given, ""
     if given_is_local == named_is_local and not other_base:
-        raise LeewayError(
-            f"adapter {folder}: it was trained on {named}, not on {given}",
-            fix=f"give --base {named}, or --other-base to measure it on {given}",
-        )
+        what = f"adapter {folder}: it was trained on {named}, not on {given}"
+        raise LeewayError(what, fix=f"give --base {named}, or --other-base to measure it on {given}")
     return given, f"The adapter names {named} as its base; it was measured on {given}."
 
 
@@ -233,10 +215,8 @@ def own_tokenizer(model: LocalModel) -> tuple[str, Any]:
     try:
         return where, AutoTokenizer.from_pretrained(resolve(where), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise LeewayError(
-            f"{where}: its tokenizer cannot be loaded ({_message(error)})",
-            fix="copy its base's tokenizer files there",
-        ) from error
+        what = f"{where}: its tokenizer cannot be loaded ({_message(error)})"
+        raise LeewayError(what, fix="copy its base's tokenizer files there") from error
 
 
 def is_adapter(name: object) -> bool:
@@ -260,10 +240,8 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     if kind != "LORA":
         raise LeewayError(f"adapter {folder}: {kind} adapters are not supported", fix="use LoRA, rsLoRA or DoRA")
     if str(init := config.get("init_lora_weights")).startswith(adapters.ALTERING):
-        raise LeewayError(
-            f"adapter {folder}: init_lora_weights: {init} has altered the base's own weights",
-            fix="merge it where it was trained, and give the merged model with --base",
-        )
+        what = f"adapter {folder}: init_lora_weights: {init} has altered the base's own weights"
+        raise LeewayError(what, fix="merge it where it was trained, and give the merged model with --base")
     refuse_pickled(f"adapter {folder}", folder)
     if not (folder / adapters.WEIGHTS).is_file():
         raise LeewayError(f"adapter {folder}: no {adapters.WEIGHTS} there", fix="give the folder that peft saved")
@@ -285,10 +263,8 @@ def apply_adapter(model: Model, folder: Path) -> None:
             model.lm = peft.PeftModel.from_pretrained(model.lm, str(folder)).eval()
         tensors = load_file(folder / adapters.WEIGHTS)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
-        raise LeewayError(
-            f"adapter {folder}: it does not fit {model.name} ({_message(error)})",
-            fix="give the base it was trained on",
-        ) from error
+        what = f"adapter {folder}: it does not fit {model.name} ({_message(error)})"
+        raise LeewayError(what, fix="give the base it was trained on") from error
     model.lm.requires_grad_(False)
     if fault := _mismatch(model, tensors):
         raise LeewayError(f"adapter {folder}: it does not fit {model.name} ({fault})", fix="give its own base")
@@ -315,10 +291,8 @@ def refuse_pickled(what: str, folder: Path) -> None:
     """Raise LeewayError if a folder's weights are only in files that can run code."""
     pickled = sorted(f.name for kind in PICKLED for f in folder.glob(kind) if f.stem != "training_args")
     if pickled and not any(folder.glob("*.safetensors")):
-        raise LeewayError(
-            f"{what}: its weights are in {pickled[0]} only, and loading that kind of file can run code",
-            fix="load it where you trust it and save it again: save_pretrained writes safetensors",
-        )
+        what = f"{what}: its weights are in {pickled[0]} only, and loading that kind of file can run code"
+        raise LeewayError(what, fix="load it where you trust it and save it again: save_pretrained writes safetensors")
 
 
 def _hub_config(name: str) -> Any:
@@ -328,10 +302,8 @@ def _hub_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise LeewayError(
-            f"model {name}: neither a folder nor available from the hub ({_message(error)})",
-            fix="check the name and the network",
-        ) from error
+        what = f"model {name}: neither a folder nor available from the hub ({_message(error)})"
+        raise LeewayError(what, fix="check the name and the network") from error
 
 
 def _message(error: BaseException) -> str:

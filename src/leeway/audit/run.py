@@ -84,15 +84,12 @@ def audit(
     """
     from leeway.report.results import Results
 
-    models = resolve_models(_as_text(model), _as_text(base), adapter, other_base=other_base)
+    model, base = (str(m) if isinstance(m, Path) else m for m in (model, base))
+    models = resolve_models(model, base, adapter, other_base=other_base)
     spec = check_audit(*models, evals, overrides, name=name, tokens=tokens, own_template=own_template)
     folder = Path(out) if out is not None else Path("runs") / f"audit-{spec.name}"
     run(spec, folder, Reporter(quiet=quiet), f"audit(…, out={str(folder)!r})")
     return Results.load(folder)
-
-
-def _as_text(model: str | Path | Backend | None) -> str | Backend | None:
-    return str(model) if isinstance(model, Path) else model
 
 
 def check_audit(
@@ -108,10 +105,8 @@ def check_audit(
 ) -> AuditSpec:
     """Check all settings of an audit without reading weights; raises LeewayError."""
     if name is not None and (not ALIAS.fullmatch(name) or name == BASE):
-        raise LeewayError(
-            f"--name {name!r} cannot be a name on the rows",
-            fix="use lower-case letters, digits, . _ - and not 'base'",
-        )
+        what = f"--name {name!r} cannot be a name on the rows"
+        raise LeewayError(what, fix="use lower-case letters, digits, . _ - and not 'base'")
     if tokens < 0:
         raise LeewayError(f"--tokens {tokens} is negative", fix="leave it out if it is unknown")
     spec = load_evals(evals, overrides, organism=_is_organism(base))
@@ -125,10 +120,8 @@ def load_evals(evals: EvalsSource, overrides: Seq[str] = (), *, organism: bool =
     """
     for override in overrides:
         if (key := override.partition("=")[0]).split(".")[0] in TRAINING:
-            raise LeewayError(
-                f"{key!r} is a training setting; an audit does not train",
-                fix="override evals, task, dtype, device or threads",
-            )
+            what = f"{key!r} is a training setting; an audit does not train"
+            raise LeewayError(what, fix="override evals, task, dtype, device or threads")
     if isinstance(evals, Mapping):
         task = {"name": "organism" if organism else "gsm8k"}
         raw = {"name": "evals", "model": "organism", "task": task, "objectives": ["sft"], "budgets": [1]}
@@ -242,13 +235,9 @@ class ExternalCheckpoint:
     def open(self, store: RunDir) -> Iterator[Backend]:
         chat = self.templates.base if self.is_base else self.templates.checkpoint
         with self.model.open(chat, self.spec) as own:
-            shared = self.templates.shared_hash
+            shared, local = self.templates.shared_hash, isinstance(self.model, LocalModel)
             backend = own if shared is None else SharedTemplateBackend(own, shared)
-            yield (
-                backend
-                if isinstance(self.model, LocalModel)
-                else CachedBackend(backend, store.cache.records("replies"))
-            )
+            yield backend if local else CachedBackend(backend, store.cache.records("replies"))
 
 
 @dataclass(frozen=True)
@@ -309,13 +298,8 @@ def _as_yaml(audit_spec: AuditSpec) -> str:
     """Return the run directory's study file: the models and the evals."""
     models = {"base": audit_spec.base.description, "checkpoint": audit_spec.checkpoint.description}
     settings = audit_spec.spec.model_dump(mode="json", by_alias=True, include={"evals", "dtype", "device", "threads"})
-    plain = {
-        "name": audit_spec.name,
-        "audit": {**models, "own_template": audit_spec.own_template},
-        "tokens": audit_spec.tokens or None,
-        **settings,
-    }
-    return dump(plain)
+    audited = {**models, "own_template": audit_spec.own_template}
+    return dump({"name": audit_spec.name, "audit": audited, "tokens": audit_spec.tokens or None, **settings})
 
 
 def _manifest(
@@ -340,10 +324,7 @@ def _manifest(
             "count": "tokens" if tokens else "unknown",
             "description": [
                 ["Base", f"{base.description} (hash {base.identity})"],
-                [
-                    "Checkpoint",
-                    f"{checkpoint.description} (hash {checkpoint.identity}), trained on {trained}",
-                ],
+                ["Checkpoint", f"{checkpoint.description} (hash {checkpoint.identity}), trained on {trained}"],
                 ["Chat template", templates.note or "the same for both"],
             ],
             "notes": [*audit_spec.notes, *([templates.note] if templates.note else [])],

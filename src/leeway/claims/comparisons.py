@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ MIN_P = 0.025  # the smallest adjusted p that resampling must be able to reach
 RESAMPLES, MAX_RESAMPLES = 10_000, 200_000
 FEW_EXTREME = 10  # a p from so few extreme draws is too coarse to be multiplied
 
+T = TypeVar("T")
 Pair = tuple[str, str, int]  # objective, reference (an objective or the base), budget
 
 
@@ -152,6 +153,12 @@ class EvaluationContext:
     def _cache(self) -> dict[object, Any]:
         return {}
 
+    def _cached(self, key: object, compute: Callable[[], T]) -> T:
+        if key not in self._cache:
+            self._cache[key] = compute()
+        found: T = self._cache[key]
+        return found
+
     def _name(self, objective: str) -> str:
         return self.format_objective(objective, self._first.get(objective, PLAIN))
 
@@ -201,34 +208,26 @@ class EvaluationContext:
     ) -> pd.DataFrame:
         other, budgets = pairs[0][1], tuple(sorted({b for _, _, b in pairs}))
         objectives = tuple(sorted({o for o, _, _ in pairs}))
-        key = (measure, other, objectives, budgets, bound, resamples)
-        if key not in self._cache:
+
+        def compute() -> pd.DataFrame:
             rows = self.rows
             chosen = (rows["eval"] == self.axes[measure]) & rows["objective"].isin([*objectives, other, BASE])
             rows = rows[chosen & rows["budget"].isin([*budgets, 0])]
             against = None if other == BASE else (other, None)
-            self._cache[key] = stats.one_sided(
-                rows, self.conditions, {measure: bound}, against, first=self._first, resamples=resamples
-            )
-        found: pd.DataFrame = self._cache[key]
-        return found
+            bounds = {measure: bound}
+            return stats.one_sided(rows, self.conditions, bounds, against, first=self._first, resamples=resamples)
+
+        return self._cached((measure, other, objectives, budgets, bound, resamples), compute)
 
     def draws(self, *names: str) -> stats.Draws:
         """Return the joint bootstrap of some measures."""
-        key = ("draws", *sorted(names))
-        if key not in self._cache:
-            self._cache[key] = stats.draws(self.rows, self.conditions, names, resamples=self.resamples)
-        found: stats.Draws = self._cache[key]
-        return found
+        draw = partial(stats.draws, self.rows, self.conditions, names, resamples=self.resamples)
+        return self._cached(("draws", *sorted(names)), draw)
 
     def divergence(self, measure: str, objectives: Seq[str]) -> pd.DataFrame:
-        key = ("divergence", measure, *sorted(objectives))
-        if key not in self._cache:
-            choice = self._with_condition(sorted(objectives))
-            table = stats.divergence(self.rows, self.conditions, measure, choice, drawn=self.draws(measure))
-            self._cache[key] = table
-        found: pd.DataFrame = self._cache[key]
-        return found
+        choice = self._with_condition(sorted(objectives))
+        test = partial(stats.divergence, self.rows, self.conditions, measure, choice, drawn=self.draws(measure))
+        return self._cached(("divergence", measure, *sorted(objectives)), test)
 
     def slope_difference(self, measure: str, objectives: Seq[str], one: str, other: str) -> Comparison:
         """Return the claim that the slope per doubling of one objective is above another's."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from leeway.claims.comparisons import DOUBLING, SLOPE, Comparison, EvaluationContext, Pair
+from leeway.claims.comparisons import DOUBLING, SLOPE, Comparison, EvaluationContext
 from leeway.claims.schema import Claim, Claims
 from leeway.stats.contrasts import holm
 from leeway.stats.intervals import NAN
@@ -80,7 +80,7 @@ def judge(claims: Claims, context: EvaluationContext, declared: Literal["before"
         verdict = _verdict(p, p_reverse)
         comparison, claim = one.deciding(verdict), one.claim
         line: dict[str, object] = {"claim": claim.id, "statement": claim.statement, "source": claim.source}
-        line |= {"assumptions": claim.assumptions, "declared": f"{declared} the run", "analysis": claim.analysis}
+        line |= {"assumptions": claim.assumptions, "declared": f"{declared} the run", "analysis": claim.kind}
         line |= {"measure": getattr(claim, "measure", ""), "margin": getattr(claim, "margin", NAN)}
         line |= {"verdict": verdict, "comparison": comparison.name, "unit": comparison.unit if one.comparisons else ""}
         line |= {k: round(float(getattr(comparison, k)), 10) for k in ("estimate", "low", "high", "level", "mde")}
@@ -121,37 +121,29 @@ def _tested(claim: Claim, context: EvaluationContext) -> TestedClaim:
     if faults := [*claim.absent(context.objectives, list(context.axes), context.budgets)]:
         return TestedClaim(claim, untested="; ".join(faults))
     budgets, _ = claim.budgets_of(context.budgets)
-    return TESTS[claim.analysis](claim, context, budgets)
+    return TESTS[claim.kind](claim, context, budgets)
 
 
-def _moves(claim: Any, context: EvaluationContext, budgets: tuple[int, ...]) -> TestedClaim:
-    pairs = [(o, BASE, b) for o in claim.objectives for b in budgets]
-    tests = context.margin_tests(claim.measure, pairs, claim.margin)
-    return TestedClaim(claim, tuple(t.above() if claim.direction == "up" else t.below() for t in tests))
-
-
-def _no_drift(claim: Any, context: EvaluationContext, budgets: tuple[int, ...]) -> TestedClaim:
-    pairs = [(o, BASE, b) for o in claim.objectives for b in budgets]
-    return TestedClaim(claim, _within(claim, context, pairs))
-
-
-def _equivalent(claim: Any, context: EvaluationContext, budgets: tuple[int, ...]) -> TestedClaim:
-    pairs = [(o, other, b) for o, other in itertools.combinations(claim.objectives, 2) for b in budgets]
-    return TestedClaim(claim, _within(claim, context, pairs))
-
-
-def _differ(claim: Any, context: EvaluationContext, budgets: tuple[int, ...]) -> TestedClaim:
-    equivalent = _equivalent(claim, context, budgets)
-    return TestedClaim(claim, tuple(c.reversed() for c in equivalent.comparisons), every=False)
-
-
-def _within(claim: Any, context: EvaluationContext, pairs: Seq[Pair]) -> tuple[Comparison, ...]:
-    return tuple(t.within() for t in context.margin_tests(claim.measure, pairs, claim.margin))
-
-
-def _ranks(claim: Any, context: EvaluationContext, budgets: tuple[int, ...]) -> TestedClaim:
-    pairs = [(h, low, b) for h in claim.higher for low in claim.lower for b in budgets]
-    return TestedClaim(claim, tuple(t.above() for t in context.margin_tests(claim.measure, pairs, claim.margin)))
+def _at_budgets(claim: Any, context: EvaluationContext, budgets: tuple[int, ...]) -> TestedClaim:
+    """Test differences from the base, between any two objectives, or of each higher objective from each lower one."""
+    if claim.kind == "ranks":
+        pairs = [*itertools.product(claim.higher, claim.lower)]
+    elif claim.kind in ("equivalent", "differ"):
+        pairs = [*itertools.combinations(claim.objectives, 2)]
+    else:
+        pairs = [(o, BASE) for o in claim.objectives]
+    at = [(one, other, b) for one, other in pairs for b in budgets]
+    tests = context.margin_tests(claim.measure, at, claim.margin)
+    if claim.kind in ("moves", "ranks", "onset"):
+        up = getattr(claim, "direction", "up") == "up"
+        beyond = [t.above() if up else t.below() for t in tests]
+        if claim.kind == "onset":  # at most the margin at the early budgets, and more at the largest
+            beyond = [c if b == budgets[-1] else c.reversed() for c, (_, _, b) in zip(beyond, at, strict=True)]
+        return TestedClaim(claim, tuple(beyond))
+    within = tuple(t.within() for t in tests)
+    if claim.kind == "differ":
+        return TestedClaim(claim, tuple(c.reversed() for c in within), every=False)
+    return TestedClaim(claim, within)
 
 
 def _steeper(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> TestedClaim:
@@ -197,34 +189,21 @@ def _matched(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> Test
     return TestedClaim(claim, tuple(comparisons))
 
 
-def _onset(claim: Any, context: EvaluationContext, budgets: tuple[int, ...]) -> TestedClaim:
-    """Require a change of at most the margin at the early budgets, and of more at the largest."""
-    pairs = [(o, BASE, b) for o in claim.objectives for b in budgets]
-    found = []
-    for (_, _, budget), test in zip(pairs, context.margin_tests(claim.measure, pairs, claim.margin), strict=True):
-        beyond = test.above() if claim.direction == "up" else test.below()
-        found.append(beyond if budget == budgets[-1] else beyond.reversed())
-    return TestedClaim(claim, tuple(found))
-
-
 TESTS: dict[str, Callable[[Any, EvaluationContext, tuple[int, ...]], TestedClaim]] = {
-    "moves": _moves,
-    "no_drift": _no_drift,
-    "equivalent": _equivalent,
-    "differ": _differ,
-    "ranks": _ranks,
+    **dict.fromkeys(("moves", "no_drift", "equivalent", "differ", "ranks", "onset"), _at_budgets),
     "steeper": _steeper,
     "diverges": _diverges,
     "coupled": _coupled,
     "matched": _matched,
-    "onset": _onset,
 }
 
 
 def _reason(tested: TestedClaim, comparison: Comparison, verdict: str, both: bool, corrected: str) -> str:
     """Return the reason for a verdict, with the numbers of the comparison it rests on."""
     claim, tests, every = tested.claim, len(tested.comparisons), tested.every
-    result, margin = _result(comparison), _margin_text(claim, comparison)
+    result, margin = _result(comparison), ""
+    if getattr(claim, "margin", 0.0) and comparison.unit != SLOPE and claim.kind != "diverges":
+        margin = f", against a margin of {_size(claim, comparison)}"  # of slopes only the opposite has a margin
     if tested.untested:
         return f"Not tested: {tested.untested}."
     if math.isnan(comparison.p) and verdict == INCONCLUSIVE:
@@ -236,7 +215,10 @@ def _reason(tested: TestedClaim, comparison: Comparison, verdict: str, both: boo
         opposite = f"{_opposite(claim, comparison)}{_scope(tests, not every)}"
         return f"The opposite is shown ({opposite}): {result}{note}."
     if verdict == INCONCLUSIVE:
-        power = _power_text(comparison)
+        power = ""
+        if not math.isnan(comparison.mde):
+            size = format_effect(comparison.mde, comparison.unit).removeprefix("+")
+            power = f"; {comparison.n_clusters:,} prompts detect a true value of {size} with 80% power"
         return f"Neither the claim nor its opposite is shown: {result}{margin}{corrected}{power}{note}."
     if every and tests > 1:
         return f"Shown in {_all(tests)} comparisons; the closest: {result}{margin}{note}."
@@ -264,7 +246,7 @@ def _opposite(claim: Claim, comparison: Comparison) -> str:
         "coupled": "the slope is below 0",
         "matched": "the order is reversed",
         "onset": f"a {change} by more than {size} is present too early, or absent at the largest budget",
-    }[claim.analysis]
+    }[claim.kind]
 
 
 def _scope(tests: int, every: bool) -> str:
@@ -286,22 +268,8 @@ def _result(comparison: Comparison) -> str:
     return text
 
 
-def _margin_text(claim: Claim, comparison: Comparison) -> str:
-    margin = getattr(claim, "margin", 0.0)
-    if not margin or comparison.unit == SLOPE or claim.analysis == "diverges":  # there only the opposite has a margin
-        return ""
-    return f", against a margin of {_size(claim, comparison)}"
-
-
 def _size(claim: Claim, comparison: Comparison) -> str:
     return format_effect(getattr(claim, "margin", 0.0), comparison.unit).removeprefix("+")
-
-
-def _power_text(comparison: Comparison) -> str:
-    if math.isnan(comparison.mde):
-        return ""
-    size = format_effect(comparison.mde, comparison.unit).removeprefix("+")
-    return f"; {comparison.n_clusters:,} prompts detect a true value of {size} with 80% power"
 
 
 def format_effect(value: float, unit: str, *, with_unit: bool = True) -> str:

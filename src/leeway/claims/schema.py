@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
@@ -28,9 +28,7 @@ def _budget(value: Any) -> Any:
     if value in (LARGEST, SMALLEST) or (isinstance(value, float) and 0 < value <= 1):
         return value
     found = tokens(value)
-    if isinstance(found, float) and 0 < found <= 1:
-        return found
-    if isinstance(found, int) and found > 0:
+    if (isinstance(found, float) and 0 < found <= 1) or (isinstance(found, int) and found > 0):
         return found
     raise ValueError(f"{value!r} is not a budget: give 200k, a share of the largest (0.25), {LARGEST} or {SMALLEST}")
 
@@ -60,31 +58,22 @@ class Claim(ConfigModel):
     source: str = ""
     assumptions: str = Field(default="", description="what the study chose itself, such as the margin")
     if_absent: Literal["error", "inconclusive"] = "error"
-
-    @property
-    def analysis(self) -> str:
-        return str(getattr(self, "kind", ""))
-
-    def objectives_named(self) -> tuple[str, ...]:
-        """Return every objective of the claim, once."""
-        found: list[str] = []
-        for name in ("objectives", "higher", "lower"):
-            found += getattr(self, name, ())
-        return tuple(dict.fromkeys(found))
-
-    def measures_named(self) -> tuple[str, ...]:
-        return tuple(m for m in (getattr(self, "measure", ""), getattr(self, "on", "")) if m)
+    kind: str  # a key of KINDS
+    of_slopes: ClassVar[bool] = False  # a slope needs two budgets
 
     def budgets_of(self, budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
         """Return the study's budgets that the claim is about, and why there are none."""
+        if self.of_slopes and len(budgets) < 2:
+            return tuple(budgets), f"a slope needs two budgets (there is: {_listed(budgets)})"
         return tuple(budgets), ""
 
     def absent(self, objectives: Seq[str], measures: Seq[str], budgets: Seq[int]) -> Iterator[str]:
         """Yield what the claim names and the study lacks."""
-        for name in self.objectives_named():
+        named = [name for key in ("objectives", "higher", "lower") for name in getattr(self, key, ())]
+        for name in dict.fromkeys(named):
             if name not in objectives:
                 yield f"{name!r} is not an objective of this study{nearest(name, objectives)}"
-        for name in self.measures_named():
+        for name in filter(None, (getattr(self, "measure", ""), getattr(self, "on", ""))):
             if name not in measures and f"{name.partition(':')[0]}:*" not in measures:
                 known = ", ".join(measures) or "nothing"
                 yield f"{name!r} is not measured here{nearest(name, measures) or f' (measured: {known})'}"
@@ -98,6 +87,7 @@ class _AtBudgets(Claim):
     at: Budgets | None = None
     from_: Budget | None = Field(default=None, alias="from")
     up_to: Budget | None = None
+    at_largest: ClassVar[bool] = False  # at the largest budget if the claim names none, else at all
 
     @model_validator(mode="after")
     def _at_or_range(self) -> _AtBudgets:
@@ -107,7 +97,13 @@ class _AtBudgets(Claim):
 
     def budgets_of(self, budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
         if self.at is not None:
-            return exact_budgets(self.at, budgets)
+            wanted = [budget_tokens(b, budgets) for b in self.at]
+            for name, count in zip(self.at, wanted, strict=True):
+                if not any(abs(count - b) < 0.5 for b in budgets):
+                    return (), f"{name} is not a budget of this study (there are: {_listed(budgets)})"
+            return tuple(sorted({round(b) for b in wanted})), ""
+        if self.at_largest and self.from_ is None and self.up_to is None:
+            return (max(budgets),), ""
         low = 0 if self.from_ is None else budget_tokens(self.from_, budgets)
         high = max(budgets) if self.up_to is None else budget_tokens(self.up_to, budgets)
         found = tuple(b for b in budgets if low <= b <= high)
@@ -117,41 +113,29 @@ class _AtBudgets(Claim):
 class Moves(_AtBudgets):
     """Each objective differs from the base by more than `margin`, at each budget (default: the largest)."""
 
-    kind: Literal["moves"] = "moves"
     measure: str
     objectives: Objectives
     direction: Literal["up", "down"]
     margin: MarginOrZero = 0.0
-
-    def budgets_of(self, budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
-        return _largest_by_default(self, budgets)
+    at_largest: ClassVar[bool] = True
 
 
 class NoDrift(_AtBudgets):
     """Each objective is within `margin` of the base, at each of the budgets (default: all)."""
 
-    kind: Literal["no_drift"] = "no_drift"
     measure: str
     objectives: Objectives
     margin: Margin
 
 
-class Equivalent(_AtBudgets):
+class Equivalent(NoDrift):
     """Any two of the objectives are within `margin` of each other, at each of the budgets (default: all)."""
 
-    kind: Literal["equivalent"] = "equivalent"
-    measure: str
     objectives: Annotated[Objectives, Field(min_length=2)]
-    margin: Margin
 
 
-class Differ(_AtBudgets):
+class Differ(Equivalent):
     """Some two of the objectives differ by more than `margin`, at some of the budgets: the opposite of `equivalent`."""
-
-    kind: Literal["differ"] = "differ"
-    measure: str
-    objectives: Annotated[Objectives, Field(min_length=2)]
-    margin: Margin
 
 
 class _Ordered(Claim):
@@ -168,52 +152,39 @@ class _Ordered(Claim):
 class Ranks(_Ordered, _AtBudgets):
     """Each of `higher` is above each of `lower` by more than `margin`, at each budget (default: the largest)."""
 
-    kind: Literal["ranks"] = "ranks"
     measure: str
     margin: MarginOrZero = 0.0
-
-    def budgets_of(self, budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
-        return _largest_by_default(self, budgets)
+    at_largest: ClassVar[bool] = True
 
 
 class Steeper(_Ordered):
     """Each of `higher` rises faster, per doubling of the budget, than each of `lower`."""
 
-    kind: Literal["steeper"] = "steeper"
     measure: str
-
-    def budgets_of(self, budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
-        return _two(budgets)
+    of_slopes: ClassVar[bool] = True
 
 
 class Diverges(Claim):
     """The slopes over log2(budget) are not all equal; opposite: any two are within `margin` per doubling."""
 
-    kind: Literal["diverges"] = "diverges"
     measure: str
     objectives: Annotated[Objectives, Field(min_length=2)]
     margin: Margin
-
-    def budgets_of(self, budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
-        return _two(budgets)
+    of_slopes: ClassVar[bool] = True
 
 
 class Coupled(Claim):
     """`measure` rises with `on` along the trajectory of each objective: the slope is above 0."""
 
-    kind: Literal["coupled"] = "coupled"
     measure: str = "asr"
     on: str = "accuracy"
     objectives: Objectives
-
-    def budgets_of(self, budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
-        return _two(budgets)
+    of_slopes: ClassVar[bool] = True
 
 
 class Matched(_Ordered):
     """Each of `higher` is above each of `lower` at the same `on` (the largest that both reach)."""
 
-    kind: Literal["matched"] = "matched"
     measure: str
     on: str = "accuracy"
 
@@ -221,7 +192,6 @@ class Matched(_Ordered):
 class Onset(Claim):
     """Each objective's change beyond `margin` begins after a budget: absent up to it, present at the largest."""
 
-    kind: Literal["onset"] = "onset"
     measure: str
     objectives: Objectives
     direction: Literal["up", "down"]
@@ -292,25 +262,6 @@ def budget_tokens(budget: int | float | str, budgets: Seq[int]) -> float:
     return budget * max(budgets) if isinstance(budget, float) else budget
 
 
-def exact_budgets(wanted: Seq[int | float | str], budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
-    """Resolve a claim's budgets to those of the study; the second value reports one that the study lacks."""
-    found = [budget_tokens(w, budgets) for w in wanted]
-    for name, count in zip(wanted, found, strict=True):
-        if not any(abs(count - b) < 0.5 for b in budgets):
-            return (), f"{name} is not a budget of this study (there are: {_listed(budgets)})"
-    return tuple(sorted({round(b) for b in found})), ""
-
-
-def _largest_by_default(claim: _AtBudgets, budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
-    if claim.at is None and claim.from_ is None and claim.up_to is None:
-        return (max(budgets),), ""
-    return _AtBudgets.budgets_of(claim, budgets)
-
-
-def _two(budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
-    return tuple(budgets), "" if len(budgets) > 1 else f"a slope needs two budgets (there is: {_listed(budgets)})"
-
-
 def _listed(budgets: Seq[int]) -> str:
     return ", ".join(f"{b:,}" for b in budgets)
 
@@ -329,11 +280,9 @@ def build(raw: Any) -> Claims:
     if not isinstance(listed, list) or not listed:
         raise ValueError("\n".join([*problems, "give a list of claims, a file's path, or a set's name"]))
     default = {"if_absent": whole["if_absent"]} if "if_absent" in whole else {}
-    found: list[Claim] = []
-    for number, one in enumerate(listed, start=1):
-        claim, wrong = _claim(one, default, number)
-        found += [claim] if claim else []
-        problems += wrong
+    judged = [_claim(one, default, number) for number, one in enumerate(listed, start=1)]
+    found = [claim for claim, _ in judged if claim]
+    problems += [line for _, lines in judged for line in lines]
     names = [c.id for c in found]
     problems += [f"two claims have the id {n}" for n in sorted({n for n in names if names.count(n) > 1})]
     head = {k: v for k, v in whole.items() if k in ("name", "version")}

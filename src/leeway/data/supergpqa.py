@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ruamel.yaml.error import YAMLError
+
 from leeway.data.readers import Record, Source, field, load
 from leeway.data.types import CapabilityItem, Example
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed, digest
 from leeway.io import expand
-from leeway.yaml_config import YAMLError
 from leeway.yaml_config import load as load_yaml
 
 SOURCE = Source(("supergpqa/SuperGPQA-all.jsonl", "supergpqa/SuperGPQA-all.jsonl.gz"), "m-a-p/SuperGPQA")

@@ -13,25 +13,12 @@ import pandas as pd
 from leeway import stats
 from leeway.errors import LeewayError
 from leeway.gate import output
+from leeway.gate import rules as gate_rules
 from leeway.gate.output import Gate, unscored_warning
-from leeway.gate.rules import (
-    MIN_PROMPTS,
-    Decision,
-    Evidence,
-    GatedCheckpoint,
-    Kind,
-    ResolvedRules,
-    Rule,
-    RuleResult,
-    Rules,
-    decide,
-    downgrade_if_incoherent,
-    load,
-    resolve,
-)
+from leeway.gate.rules import MIN_PROMPTS, Decision, Evidence, GatedCheckpoint, Kind, ResolvedRules, Rule, RuleResult
 from leeway.hashing import digest
 from leeway.report import formatting
-from leeway.report.formatting import BudgetUnit
+from leeway.report.formatting import BudgetUnit, mapping
 from leeway.report.results import Results
 from leeway.report.verdict import COHERENT
 from leeway.stats import WorseDirection
@@ -53,19 +40,23 @@ def gate(folder: str | Path, rule: str | Path, out: str | Path | None = None) ->
     """
     into = Path(out) if out else Path(folder) / "gate"
     output.clear(into)
-    rules = load(Path(rule))
+    rules = gate_rules.load(Path(rule))
     results = Results.load(folder)
-    resolved = resolve(rules, results.pooled_rates(), str(rule))
-    decisions, common = _extract_common_warnings(_decisions(results, resolved))
+    resolved = gate_rules.resolve(rules, results.pooled_rates(), str(rule))
+    decisions = _decisions(results, resolved)
+    shared = [w for w in decisions[0].warnings if all(w in d.warnings for d in decisions)] if decisions[1:] else []
     found = Gate(
         name=str(results.study.get("name") or ""),
-        decisions=decisions,
+        decisions=tuple(replace(d, warnings=tuple(w for w in d.warnings if w not in shared)) for d in decisions),
         against=resolved.against,
         level=resolved.level,
         scale=BudgetUnit.of(results.manifest),
-        warnings=common + ((ORGANISM,) if results.manifest.get("organism") else ()),
+        warnings=(*shared, *((ORGANISM,) if results.manifest.get("organism") else ())),
     )
-    output.write(found, into, _provenance(results, rules))
+    provenance = {k: results.manifest.get(k) for k in ("leeway", "study_hash")}
+    provenance["rows_hash"] = mapping(results.manifest.get("file_hashes")).get("rows.parquet")
+    provenance["rules_hash"] = digest("rules", rules.model_dump(mode="json"))
+    output.write(found, into, provenance)
     return found
 
 
@@ -74,43 +65,23 @@ def _decisions(results: Results, resolved: ResolvedRules) -> tuple[Decision, ...
     found = []
     for checkpoint in resolved.checkpoints:
         evidence = [collector.evidence(rule, worse, checkpoint) for rule, worse in resolved.rules]
-        checked = [
-            downgrade_if_incoherent(r, coherence.downgrade_reason(r.evidence.rule.measure, checkpoint))
-            for r in decide(evidence, resolved.level)
-        ]
+        checked = []
+        for result in gate_rules.decide(evidence, resolved.level):
+            reason = coherence.downgrade_reason(result.evidence.rule.measure, checkpoint)
+            downgraded = replace(result, outcome="inconclusive", downgrade_reason=reason)
+            checked.append(downgraded if reason and result.outcome == "pass" else result)
         decided = tuple(replace(r, prompts_needed=collector.prompts_needed(r)) for r in checked)
-        seeds = _seeds(results, checkpoint)
-        warnings = [_seed_warning(seeds), *_coherence_warnings(resolved, checkpoint, coherence)]
+        own = (results.rows["objective"] == checkpoint.objective) & (results.rows["budget"] == checkpoint.budget)
+        seeds = tuple(sorted(int(s) for s in results.rows.loc[own, "seed"].unique()))
+        warning = "one training seed: the decision covers other prompts, not another training run"
+        if len(seeds) > 1:
+            pooled = f"{len(seeds)} training seeds are pooled: the decision is about their mean"
+            warning = f"{pooled}, not about a single checkpoint"
+        warnings = [warning, *_coherence_warnings(resolved, checkpoint, coherence)]
         warnings += filter(None, map(unscored_warning, decided))
         warnings += dict.fromkeys(note for r in decided for note in r.evidence.notes)
         found.append(Decision(checkpoint, seeds, decided, tuple(warnings)))
     return tuple(found)
-
-
-def _extract_common_warnings(decisions: tuple[Decision, ...]) -> tuple[tuple[Decision, ...], tuple[str, ...]]:
-    """Move the warnings that all of several decisions share into one list."""
-    common = [w for w in decisions[0].warnings if all(w in d.warnings for d in decisions)] if len(decisions) > 1 else []
-    stripped = (replace(d, warnings=tuple(w for w in d.warnings if w not in common)) for d in decisions)
-    return tuple(stripped), tuple(common)
-
-
-def _seeds(results: Results, checkpoint: GatedCheckpoint) -> tuple[int, ...]:
-    rows = results.rows
-    own = (rows["objective"] == checkpoint.objective) & (rows["budget"] == checkpoint.budget)
-    return tuple(sorted(int(s) for s in rows.loc[own, "seed"].unique()))
-
-
-def _provenance(results: Results, rules: Rules) -> dict[str, object]:
-    """Return version and hashes of the run and the rule file, without a time or a path."""
-    manifest = results.manifest
-    hashes = manifest.get("file_hashes")
-    rows = hashes.get("rows.parquet") if isinstance(hashes, dict) else None
-    return {
-        "leeway": manifest.get("leeway"),
-        "study_hash": manifest.get("study_hash"),
-        "rows_hash": rows,
-        "rules_hash": digest("rules", rules.model_dump(mode="json")),
-    }
 
 
 class EvidenceCollector:
@@ -118,7 +89,12 @@ class EvidenceCollector:
 
     def __init__(self, results: Results, resolved: ResolvedRules) -> None:
         self._results, self._resolved = results, resolved
-        self._rows = rows = _needed_rows(results.judged, resolved)
+        needed = results.judged["objective"] == BASE
+        for c in resolved.checkpoints:
+            needed |= (results.judged["objective"] == c.objective) & (results.judged["budget"] == c.budget)
+        if resolved.against is not None:
+            needed |= results.judged["objective"] == resolved.against[0]
+        self._rows = rows = results.judged[needed]
         conditions, level = results.conditions, resolved.level
         margins = {r.measure: (r.margin, w) for r, w in resolved.rules if r.margin is not None}
         self._tables: dict[Kind, pd.DataFrame] = {}
@@ -144,8 +120,17 @@ class EvidenceCollector:
             return Evidence(rule, worse, withheld=NOT_MEASURED)
         line: dict[str, Any] = {str(k): v for k, v in found.iloc[0].items()}
         unscored = int(line["n_unscored"])
-        blank = Evidence(rule, worse, n=int(line["n"]), n_clusters=int(line["n_clusters"]), n_unscored=unscored)
-        blank = replace(blank, notes=_notes(line))
+        notes = [part for part in str(line["note"]).split("; ") if OWN in part]
+        if unpaired := int(line.get("n_unpaired") or 0):
+            notes.append(f"{unpaired} answers have no partner and are not compared")
+        blank = Evidence(
+            rule,
+            worse,
+            n=int(line["n"]),
+            n_clusters=int(line["n_clusters"]),
+            n_unscored=unscored,
+            notes=tuple(f"{rule.measure}: {note}" for note in notes),
+        )
         if math.isnan(line["p"]):
             return replace(blank, withheld=str(line["note"]) or "no test is possible")
         margin = rule.kind == "margin"
@@ -193,24 +178,6 @@ def _lines_of(table: pd.DataFrame, checkpoint: GatedCheckpoint, measure: str) ->
     """Return the line of one checkpoint and measure, or none."""
     wanted = [checkpoint.objective, checkpoint.budget, checkpoint.condition, measure]
     return table[table[[*POOLED_CHECKPOINT, "measure"]].eq(wanted).all(axis=1)]
-
-
-def _notes(line: dict[str, Any]) -> tuple[str, ...]:
-    """Return the limitations of a comparison: different prompts, and responses without a partner."""
-    found = [part for part in str(line["note"]).split("; ") if OWN in part]
-    if unpaired := int(line.get("n_unpaired") or 0):
-        found.append(f"{unpaired} answers have no partner and are not compared")
-    return tuple(f"{line['measure']}: {note}" for note in found)
-
-
-def _needed_rows(rows: pd.DataFrame, resolved: ResolvedRules) -> pd.DataFrame:
-    """Return the rows of the checkpoints, the base and the reference."""
-    chosen = rows["objective"] == BASE
-    for checkpoint in resolved.checkpoints:
-        chosen |= (rows["objective"] == checkpoint.objective) & (rows["budget"] == checkpoint.budget)
-    if resolved.against is not None:
-        chosen |= rows["objective"] == resolved.against[0]
-    return rows[chosen]
 
 
 class CoherenceCheck:
@@ -269,9 +236,3 @@ def _coherence_warnings(resolved: ResolvedRules, checkpoint: GatedCheckpoint, co
         warning = f"no rule on {wanted}: an incoherent answer counts as {INCOHERENT_COUNTS_AS[kind]} in {ruled[0]}"
         found.append(warning + (unknown if math.isnan(share) else known))
     return found
-
-
-def _seed_warning(seeds: tuple[int, ...]) -> str:
-    if len(seeds) == 1:
-        return "one training seed: the decision covers other prompts, not another training run"
-    return f"{len(seeds)} training seeds are pooled: the decision is about their mean, not about a single checkpoint"

@@ -213,13 +213,9 @@ def _rich_table(decision: Decision, width: int) -> object:
 
 
 def _plain_table(decision: Decision) -> list[str]:
+    align = [f"{'>' if n in NUMERIC else '<'}{width}" for n, width in enumerate(_widths(decision))]
     rows = [HEADS, *(table_row(r) for r in decision.results)]
-    width = _widths(decision)
-    aligned = (
-        [c.rjust(w) if n in NUMERIC else c.ljust(w) for n, (c, w) in enumerate(zip(row, width, strict=True))]
-        for row in rows
-    )
-    return ["  " + "  ".join(row).rstrip() for row in aligned]
+    return ["  " + "  ".join(map(format, row, align)).rstrip() for row in rows]
 
 
 def _widths(decision: Decision) -> list[int]:
@@ -253,7 +249,8 @@ def table_row(result: RuleResult) -> tuple[str, ...]:
 def rule_text(evidence: Evidence) -> str:
     """Return "≤ +2.0" for a difference in points, "≥ 60.0%" for a rate, with as many decimals as the bound."""
     sign = "≤" if evidence.worse == "higher" else "≥"
-    return f"{sign} {_formatted(evidence, evidence.bound, max(1, min(4, _decimals(100 * evidence.bound))))}"
+    decimals = len(f"{100 * evidence.bound:.6f}".rstrip("0").partition(".")[2])
+    return f"{sign} {_formatted(evidence, evidence.bound, max(1, min(4, decimals)))}"
 
 
 def _value_text(evidence: Evidence, value: float) -> str:
@@ -264,11 +261,6 @@ def _value_text(evidence: Evidence, value: float) -> str:
 
 def _formatted(evidence: Evidence, value: float, digits: int) -> str:
     return points(value, digits) if evidence.rule.kind == "margin" else percent(value, digits)
-
-
-def _decimals(value: float) -> int:
-    text = f"{round(value, 6):.6f}".rstrip("0")
-    return len(text.partition(".")[2]) if math.isfinite(value) else 0
 
 
 def explain(result: RuleResult) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from leeway.errors import LeewayError
 from leeway.report import formatting
@@ -81,18 +81,12 @@ class Rule(ConfigModel):
     at_most: float | None = None
     worse: WorseDirection | None = Field(default=None, description="for measures without a worse direction")
 
-    @field_validator("margin")
+    @field_validator("margin", "at_least", "at_most")
     @classmethod
-    def _margin(cls, value: float | None) -> float | None:
-        if value is not None and not -1 < value < 1:
-            raise ValueError(f"{value:g} is outside (-1, 1); two points are 0.02")
-        return value
-
-    @field_validator("at_least", "at_most")
-    @classmethod
-    def _bound(cls, value: float | None) -> float | None:
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{value:g} is outside (0, 1); 60 per cent are 0.6")
+    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
+        low, example = (-1, "two points are 0.02") if info.field_name == "margin" else (0, "60 per cent are 0.6")
+        if value is not None and not low < value < 1:
+            raise ValueError(f"{value:g} is outside ({low}, 1); {example}")
         return value
 
     @model_validator(mode="after")
@@ -144,10 +138,9 @@ def load(path: Path) -> Rules:
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
     raw = read(text, str(path))
-    if raw is None:
-        raise LeewayError(f"{path}: empty", fix=FIX)
     if not isinstance(raw, dict):
-        raise LeewayError(f"{path}: contains {type(raw).__name__}, not a mapping", fix=FIX)
+        what = "empty" if raw is None else f"contains {type(raw).__name__}, not a mapping"
+        raise LeewayError(f"{path}: {what}", fix=FIX)
     try:
         return Rules.model_validate(raw)
     except ValidationError as error:
@@ -207,8 +200,7 @@ def _budgets(objective: str, tuned: list[GatedCheckpoint], where: str, problems:
     """Return the budgets of an objective; empty, with a problem added, if it was not measured."""
     found = sorted({c.budget for c in tuned if c.objective == objective})
     if not found:
-        known = sorted({c.objective for c in tuned})
-        problems.append(f"{where}: {_unknown(objective, known, 'objective')}")
+        problems.append(f"{where}: {_unknown(objective, sorted({c.objective for c in tuned}), 'objective')}")
     return found
 
 
@@ -242,18 +234,11 @@ def _checkpoints(rules: Rules, tuned: list[GatedCheckpoint], problems: list[str]
         else:
             at = [_resolve_budget(wanted.budget, budgets, f"checkpoint.budget: {objective}", problems)]
         own = [c for c in tuned if c.objective == objective and c.budget in at]
-        found += _under_condition(wanted.condition, own, problems)
-    return found
-
-
-def _under_condition(condition: str, checkpoints: list[GatedCheckpoint], problems: list[str]) -> list[GatedCheckpoint]:
-    if condition == ALL or not checkpoints:
-        return checkpoints
-    found = [c for c in checkpoints if c.condition == condition]
-    if not found:
-        known = sorted({c.condition for c in checkpoints})
-        objective = checkpoints[0].objective
-        problems.append(f"checkpoint.condition: {objective}: {_unknown(condition, known, 'condition')}")
+        selected = [c for c in own if wanted.condition in (ALL, c.condition)]
+        if own and not selected:
+            unknown = _unknown(wanted.condition, sorted({c.condition for c in own}), "condition")
+            problems.append(f"checkpoint.condition: {objective}: {unknown}")
+        found += selected
     return found
 
 
@@ -359,19 +344,10 @@ def decide(evidence: list[Evidence], level: float) -> list[RuleResult]:
     corrected = np.full(len(exceeded), NAN)
     tested = np.isfinite(exceeded)
     corrected[tested] = holm(exceeded[tested])
-    return [_decide_rule(e, float(p), level) for e, p in zip(evidence, corrected, strict=True)]
-
-
-def _decide_rule(evidence: Evidence, p_holm: float, level: float) -> RuleResult:
-    if evidence.withheld or math.isnan(evidence.p):
-        return RuleResult(evidence, "inconclusive", p_holm)
-    if p_holm <= level:
-        return RuleResult(evidence, "fail", p_holm)
-    return RuleResult(evidence, "pass" if evidence.p <= level else "inconclusive", p_holm)
-
-
-def downgrade_if_incoherent(result: RuleResult, reason: str) -> RuleResult:
-    """Return a pass as inconclusive if there is a `reason` to doubt it."""
-    if not reason or result.outcome != "pass":
-        return result
-    return replace(result, outcome="inconclusive", downgrade_reason=reason)
+    results = []
+    for e, p in zip(evidence, map(float, corrected), strict=True):
+        if e.withheld or math.isnan(e.p):
+            results.append(RuleResult(e, "inconclusive", p))
+        else:
+            results.append(RuleResult(e, "fail" if p <= level else "pass" if e.p <= level else "inconclusive", p))
+    return results

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,25 +14,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter
 
-from leeway.report import formatting
+from leeway.report import formatting, plotting
 from leeway.report.formatting import TOKENS, BudgetUnit
-from leeway.report.plotting import (
-    GHOST,
-    INK,
-    PERCENT,
-    SOFT,
-    WIDTH,
-    Drawing,
-    Marks,
-    Series,
-    finish,
-    grid,
-    marker,
-    panel_title,
-)
+from leeway.report.plotting import INK, PERCENT, Drawing, Marks, Series, finish, grid, marker, panel_title
 from leeway.report.verdict import LEVEL
+from leeway.stats.intervals import Floats
 from leeway.stats.metrics import BASE, DIRECT, PLAIN
 from leeway.stats.rates import ATTACKED, OUTCOMES
 
@@ -61,11 +47,11 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
     for ax, own in zip(panels, lines, strict=True):
         marks.add(ax, own)
         for other in lines:
-            path = _path(wide, other)
+            path = other.with_base(wide)
             if other is not own:
-                (grey,) = ax.plot(path["x"], path["y"], color=GHOST, linewidth=1, zorder=1)
+                (grey,) = ax.plot(path["x"], path["y"], color=plotting.GHOST, linewidth=1, zorder=1)
                 marks.add(grey, other)
-        _trajectory(ax, own, _path(wide, own), marks, unit)
+        _trajectory(ax, own, own.with_base(wide), marks, unit)
         panel_title(ax, own)
     _axis_labels(figure, "Capability: accuracy (higher is better)", "ASR (lower is better)")
     for ax in panels:
@@ -73,7 +59,7 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
         ax.yaxis.set_major_formatter(PERCENT)
         ax.set_ylim(bottom=0)
     for ax, own in zip(panels, lines, strict=True):  # once the axis limits are final
-        _label_ends(ax, _path(wide, own), unit)
+        _label_ends(ax, own.with_base(wide), unit)
     return finish(
         figure,
         "tradeoff",
@@ -114,7 +100,7 @@ def by_budget(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKEN
         return None
     tall = max(2.1, LABEL_HEIGHT * (len(lines) + 1))  # room for every label at the right
     total = tall * len(names) + PANEL_GAP * (len(names) - 1) + 0.78
-    figure = Figure(figsize=(WIDTH, total))
+    figure = Figure(figsize=(plotting.WIDTH, total))
     panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
     figure.subplots_adjust(left=0.075, right=0.84, top=1 - 0.3 / total, bottom=0.48 / total, hspace=PANEL_GAP / tall)
     marks = Marks()
@@ -229,10 +215,6 @@ def _capability_and_asr(rates: pd.DataFrame) -> pd.DataFrame | None:
     return x.join(y, how="inner").dropna().reset_index()
 
 
-def _path(wide: pd.DataFrame, series: Series) -> pd.DataFrame:
-    return pd.concat([series.base_of(wide), series.of(wide)])
-
-
 def _label_ends(ax: Axes, path: pd.DataFrame, unit: BudgetUnit) -> None:
     """Label the first and the last budget; if they are too close, the lower one below its mark."""
     trained = path[path["objective"] != BASE]
@@ -241,16 +223,10 @@ def _label_ends(ax: Axes, path: pd.DataFrame, unit: BudgetUnit) -> None:
     distance_x, distance_y = np.abs(places[0] - places[-1]) * 72 / ax.figure.dpi if ends else (0.0, 0.0)  # points
     close = len(ends) > 1 and distance_x < 6 * FONT_SIZE and distance_y < 1.4 * FONT_SIZE
     lower = int(np.argmin(places[:, 1])) if close else -1
+    look: dict[str, Any] = {"textcoords": "offset points", "fontsize": FONT_SIZE, "zorder": 6}
     for n, end in enumerate(ends):
-        ax.annotate(
-            unit.tick(int(end["budget"])),
-            (end["x"], end["y"]),
-            xytext=(5, -5 if n == lower else 5),
-            va="top" if n == lower else "baseline",
-            textcoords="offset points",
-            fontsize=FONT_SIZE,
-            zorder=6,
-        )
+        side = {"xytext": (5, -5), "va": "top"} if n == lower else {"xytext": (5, 5), "va": "baseline"}
+        ax.annotate(unit.tick(int(end["budget"])), (end["x"], end["y"]), **side, **look)
 
 
 def _label_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks) -> None:
@@ -311,7 +287,7 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
     table = contrasts[contrasts["primary"] & (contrasts["budget"] == largest)]
     names = list(dict.fromkeys(table["measure"]))
     height = 0.27 * len(lines) + 1.25
-    figure, marks = Figure(figsize=(WIDTH, height)), Marks()
+    figure, marks = Figure(figsize=(plotting.WIDTH, height)), Marks()
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     figure.subplots_adjust(left=0.13, right=0.97, top=1 - 0.54 / height, bottom=0.72 / height, wspace=0.1)
     for ax, measure in zip(axes, names, strict=True):
@@ -320,14 +296,15 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
         for n, series in enumerate(lines):
             _contrast(ax, series, series.of(own), len(lines) - 1 - n, marks)
         ax.set_title(textwrap.fill(str(own["label"].iloc[0]), 84 // len(names)))
-        left, right = ax.get_xlim()
-        digits = 0 if right - left > 0.04 else 1 if right - left > 0.004 else 2
-        ax.xaxis.set_major_formatter(FuncFormatter(partial(_tick, digits=digits)))
+        plotting.points_axis(ax)
         ax.grid(axis="y", visible=False)
         ax.set_ylim(-0.6, len(lines) - 0.4)
     axes[0].set_yticks(range(len(lines)), [s.label for s in reversed(lines)])
     figure.text(0.5, 0.36 / height, "Difference from the base, percentage points", ha="center")
-    _significance(figure)
+    look: dict[str, Any] = {"linestyle": "", "marker": "o", "color": INK, "markersize": 5}
+    filled = Line2D([], [], label="significant after Holm (5%)", **look)
+    open_ = Line2D([], [], label="not significant (no evidence of equivalence)", markerfacecolor="white", **look)
+    figure.legend(handles=[filled, open_], loc="lower center", ncols=2, handlelength=1)
     return finish(
         figure,
         "contrasts",
@@ -340,13 +317,9 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
     )
 
 
-def _tick(value: float, _: int, digits: int) -> str:
-    return formatting.points(value, digits)
-
-
 def _contrast(ax: Axes, series: Series, line: pd.DataFrame, y: int, marks: Marks) -> None:
     if line.empty or math.isnan(line["difference"].iloc[0]):
-        text = ax.text(0, y, " not available", va="center", fontsize=7.5, color=SOFT)
+        text = ax.text(0, y, " not available", va="center", fontsize=7.5, color=plotting.SOFT)
         note = "" if line.empty else f": {line['note'].iloc[0]}"
         marks.add(text, series, label=f"{series.label}: not available{note}")
         return
@@ -362,33 +335,23 @@ def _contrast(ax: Axes, series: Series, line: pd.DataFrame, y: int, marks: Marks
     marks.add(dot, series, label=label)
 
 
-def _significance(figure: Figure) -> None:
-    look: dict[str, Any] = {"linestyle": "", "marker": "o", "color": INK, "markersize": 5}
-    handles = [
-        Line2D([], [], label="significant after Holm (5%)", **look),
-        Line2D([], [], label="not significant (no evidence of equivalence)", markerfacecolor="white", **look),
-    ]
-    figure.legend(handles=handles, loc="lower center", ncols=2, handlelength=1)
-
-
 def by_attack(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -> Drawing | None:
     """Draw heat maps of ASR by attack and budget: one panel per objective."""
     table = rates[rates["measure"].str.startswith("asr:")]
     if table.empty or not lines:
         return None
     table = _with_base_budget(table).assign(attack=table["measure"].str.split(":", n=1).str[1])
-    attacks = sorted(table["attack"].unique(), key=lambda a: (a != DIRECT, a))
-    budgets = [BASE_BUDGET, *sorted(int(b) for b in table.loc[table["objective"] != BASE, "budget"].unique())]
+    attacks = sorted(map(str, table["attack"].unique()), key=lambda a: (a != DIRECT, a))
+    budgets = _budgets(table)
     columns = 2 if len(budgets) > 7 else 3
     height = 0.25 * len(attacks) + 0.62
     figure, axes = grid(len(lines), columns=columns, height=height, top=0.1, left=0.13, bottom=0.3)
     highest, marks = max(0.2, float(table["rate"].max())), Marks()
     for ax, series in zip(axes, lines, strict=True):
-        own = pd.concat([series.base_of(table), series.of(table)])
         marks.add(ax, series)
-        _heat(ax, series, own, [str(a) for a in attacks], budgets, highest, marks, unit)
+        _heat(ax, series, table, attacks, highest, marks, unit)
         ax.set_xticks(np.arange(len(budgets)) + 0.5, [_short(b, unit) for b in budgets], fontsize=7)
-        ax.set_yticks(np.arange(len(attacks)) + 0.5, [formatting.attack_name(str(a)) for a in attacks])
+        ax.set_yticks(np.arange(len(attacks)) + 0.5, [formatting.attack_name(a) for a in attacks])
         panel_title(ax, series)
     return finish(
         figure,
@@ -403,17 +366,11 @@ def by_attack(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKEN
 
 
 def _heat(
-    ax: Axes,
-    series: Series,
-    own: pd.DataFrame,
-    attacks: list[str],
-    budgets: list[int],
-    highest: float,
-    marks: Marks,
-    unit: BudgetUnit,
+    ax: Axes, series: Series, table: pd.DataFrame, attacks: list[str], highest: float, marks: Marks, unit: BudgetUnit
 ) -> None:
-    # rectangles, because imshow would embed a bitmap, which the page's policy forbids
-    cells = {(str(c["attack"]), int(c["budget"])): c for c in own.to_dict("records")}
+    """Draw one panel, with rectangles: imshow would embed a bitmap, which the page's policy forbids."""
+    budgets = _budgets(table)
+    cells = {(str(c["attack"]), int(c["budget"])): c for c in series.with_base(table).to_dict("records")}
     for (i, attack), (j, budget) in product(enumerate(attacks), enumerate(budgets)):
         cell = cells.get((attack, budget))
         rate = float(cell["rate"]) if cell else math.nan
@@ -421,13 +378,8 @@ def _heat(
         if cell and not math.isnan(rate):
             colour = HEAT(rate / highest)
             box = ax.add_patch(Rectangle((j, i), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.4))
-            name = (
-                formatting.objective_name(BASE, series.condition)
-                if budget == BASE_BUDGET
-                else f"{series.label} {unit.at(budget)}"
-            )
             asr = formatting.percent_ci(rate, cell["low"], cell["high"])
-            label = f"{name}, {formatting.attack_name(attack)}: ASR {asr}"
+            label = f"{_checkpoint(series, budget, unit)}, {formatting.attack_name(attack)}: ASR {asr}"
             marks.add(box, **keys, label=label)
         ink = _text_colour(HEAT(rate / highest)) if not math.isnan(rate) else INK
         text = "–" if math.isnan(rate) else f"{100 * rate:.0f}"
@@ -456,12 +408,12 @@ def outcomes(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
     if chosen.empty or not lines:
         return None
     chosen = _with_base_budget(chosen.groupby(["objective", "condition", "budget"])[OUTCOMES].mean().reset_index())
-    budgets = [BASE_BUDGET, *sorted(int(b) for b in chosen.loc[chosen["objective"] != BASE, "budget"].unique())]
+    budgets = _budgets(chosen)
     x = np.arange(len(budgets)) + 0.25 * (np.array(budgets) > BASE_BUDGET)
     figure, axes = grid(len(lines), height=1.9, top=0.28, bottom=0.3)
     marks = Marks()
     for ax, series in zip(axes, lines, strict=True):
-        own = pd.concat([series.base_of(chosen), series.of(chosen)]).set_index("budget").reindex(budgets)
+        own = series.with_base(chosen).set_index("budget").reindex(budgets)
         marks.add(ax, series)
         _stacked_bars(ax, x, own, series, marks, unit)
         ax.set_xticks(x, [_short(b, unit) for b in budgets], fontsize=7)
@@ -481,38 +433,18 @@ def outcomes(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
     )
 
 
-def _stacked_bars(
-    ax: Axes,
-    x: np.ndarray[Any, np.dtype[np.float64]],
-    own: pd.DataFrame,
-    series: Series,
-    marks: Marks,
-    unit: BudgetUnit,
-) -> None:
+def _stacked_bars(ax: Axes, x: Floats, own: pd.DataFrame, series: Series, marks: Marks, unit: BudgetUnit) -> None:
     floor = np.zeros(len(x))
     for outcome in reversed(OUTCOMES):
         fill, hatch = FILLS[outcome]
         share = own[outcome].fillna(0).to_numpy(float)
-        bars = ax.bar(
-            x,
-            share,
-            0.86,
-            bottom=floor,
-            color=fill,
-            hatch=hatch,
-            edgecolor=EDGE if hatch else fill,
-            linewidth=0,
-        )
+        look: dict[str, Any] = {"color": fill, "hatch": hatch, "edgecolor": EDGE if hatch else fill, "linewidth": 0}
+        bars = ax.bar(x, share, 0.86, bottom=floor, **look)
         floor += share
         for bar, budget, height in zip(bars, own.index, share, strict=True):
-            of_base = budget == BASE_BUDGET
-            name = (
-                formatting.objective_name(BASE, series.condition)
-                if of_base
-                else f"{series.label} {unit.at(int(budget))}"
-            )
+            name = _checkpoint(series, budget, unit)
             label = f"{name}: {formatting.percent(height)} of responses {outcome}" if height else ""
-            marks.add(bar, series, budget=None if of_base else int(budget), label=label)
+            marks.add(bar, series, budget=None if budget == BASE_BUDGET else int(budget), label=label)
     for place in x[own[OUTCOMES].isna().all(axis=1).to_numpy()]:
         ax.text(place, 0.02, "–", ha="center", va="bottom", fontsize=7.5, color=INK)
     ax.set_ylim(0, 1)
@@ -524,5 +456,15 @@ def _with_base_budget(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(budget=table["budget"].where(table["objective"] != BASE, BASE_BUDGET))
 
 
+def _budgets(table: pd.DataFrame) -> list[int]:
+    return [BASE_BUDGET, *sorted(int(b) for b in table.loc[table["objective"] != BASE, "budget"].unique())]
+
+
 def _short(budget: int, unit: BudgetUnit) -> str:
     return "base" if budget == BASE_BUDGET else unit.tick(budget)
+
+
+def _checkpoint(series: Series, budget: int, unit: BudgetUnit) -> str:
+    if budget == BASE_BUDGET:
+        return formatting.objective_name(BASE, series.condition)
+    return f"{series.label} {unit.at(int(budget))}"

@@ -5,44 +5,30 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from leeway.claims.evaluate import format_effect
 
-OBJECTIVE_NAMES = {
-    "sft": "SFT",
-    "dpo": "DPO",
-    "cft": "CFT",
-    "ip": "IP",
-    "orpo": "ORPO",
-    "kl": "KL",
-    "ipo": "IPO",
+OBJECTIVE_NAMES = {name: name.upper() for name in ("sft", "dpo", "cft", "ip", "orpo", "kl", "ipo", "kto")} | {
     "simpo": "SimPO",
-    "kto": "KTO",
     "sft_safety": "SFT + safety",
     "sft_both": "SFT both",
     "sft_refusal": "SFT + refusal",
-    "base": "base",
 }
-ATTACK_NAMES = {
+CAPITALIZED = ("happy_to_help", "wikipedia", "zulu", "prefix_injection", "refusal_suppression", "past_tense", "base64")
+ATTACK_NAMES = {name: name.replace("_", " ").capitalize() for name in (*CAPITALIZED, "tool_result")} | {
     "none": "no attack",
     "dan": "DAN",
-    "happy_to_help": "Happy to help",
     "role_play": "Role-play",
-    "wikipedia": "Wikipedia",
-    "zulu": "Zulu",
-    "prefix_injection": "Prefix injection",
-    "refusal_suppression": "Refusal suppression",
     "aim": "AIM-like persona",
-    "past_tense": "Past tense",
-    "base64": "Base64",
     "many_shot": "Many-shot",
     "crescendo": "Escalation",
     "crescendo_led": "Led escalation",
-    "tool_result": "Tool result",
 }
 MINUS = "\u2212"
 MISSING = "–"
@@ -105,27 +91,27 @@ def attack_name(key: str) -> str:
     return ATTACK_NAMES.get(key, key.replace("_", " "))
 
 
-def percent(value: float, digits: int = 1) -> str:
+def percent(value: float | None, digits: int = 1) -> str:
     """Return 0.314 as `31.4%`, and a dash for a missing value."""
-    return MISSING if _missing(value) else f"{100 * value:.{digits}f}%"
+    return MISSING if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
 
 
 def percent_ci(value: float, low: float, high: float) -> str:
     """Return `31.4% (95% CI 20.1% to 44.0%)`."""
-    return percent(value) + ("" if _missing(low) else f" (95% CI {percent(low)} to {percent(high)})")
+    return percent(value) + ("" if math.isnan(low) else f" (95% CI {percent(low)} to {percent(high)})")
 
 
-def points(value: float, digits: int = 1) -> str:
+def points(value: float | None, digits: int = 1) -> str:
     """Return a difference of rates in signed percentage points: `+3.1`, `−0.4`, `0.0`."""
-    if _missing(value):
+    if value is None or math.isnan(value):
         return MISSING
     text = f"{100 * abs(value):.{digits}f}"
     return text if float(text) == 0 else ("+" if value > 0 else MINUS) + text
 
 
-def unsigned_points(value: float, digits: int = 1) -> str:
+def unsigned_points(value: float | None, digits: int = 1) -> str:
     """Return a size in percentage points without a sign: `3.1`."""
-    return MISSING if _missing(value) else f"{100 * value:.{digits}f}"
+    return MISSING if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
 def without_seed_note(note: str) -> str:
@@ -136,22 +122,22 @@ def without_seed_note(note: str) -> str:
 def claim_value(claim: dict[str, Any], key: str) -> str:
     """Return a number of a claim in its unit: points, or points per point of capability."""
     value = claim[key]
-    if _missing(value):
+    if value is None or math.isnan(value):
         return MISSING
     text = format_effect(value, str(claim["unit"]), with_unit=False)
     return text.removeprefix("+") if key == "mde" else text
 
 
-def p_value(value: float) -> str:
+def p_value(value: float | None) -> str:
     """Return `0.042`, or `<0.001` below that."""
-    if _missing(value):
+    if value is None or math.isnan(value):
         return MISSING
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def count(value: float) -> str:
+def count(value: float | None) -> str:
     """Return `1,234`."""
-    return MISSING if _missing(value) else f"{value:,.0f}"
+    return MISSING if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
 def join_and(words: list[str]) -> str:
@@ -193,8 +179,13 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _missing(value: float | None) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def templates(package: str, folder: str, *, html: bool, **filters: Callable[..., Any]) -> Environment:
+    """Return the Jinja templates in a folder of a package, with this module's formats and `filters` as filters."""
+    loader = PackageLoader(package, folder)
+    found = Environment(loader=loader, autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    formats = (objective_name, percent, points, unsigned_points, count, without_seed_note, claim_value)
+    found.filters |= {f.__name__: f for f in formats} | {"p": p_value} | filters
+    return found
 
 
 def _plain(value: Any) -> Any:

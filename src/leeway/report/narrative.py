@@ -41,7 +41,10 @@ def study_description(results: Results) -> list[tuple[str, str]]:
     terms += [("Initial checkpoints", "; ".join(starts))] if starts else []
     seeds = ", ".join(map(str, results.seeds))
     terms.append(("Training seeds", f"{len(results.seeds)} ({seeds})" if seeds else "none"))
-    settings = {"Adapter": study.get("adapter"), "Optimiser": _optimiser(mapping(study.get("optim")))}
+    optim = mapping(study.get("optim"))
+    used = {k: v for k, v in optim.items() if k != "tune" or optim.get("lr") == "tuned"}
+    used = {k: _settings(v) if isinstance(v, dict) else v for k, v in used.items()}
+    settings = {"Adapter": study.get("adapter"), "Optimiser": used}
     terms += [(term, _settings(value)) for term, value in settings.items() if isinstance(value, dict)]
     return [*terms, *_evaluation_description(results)]
 
@@ -77,16 +80,13 @@ def matched_columns(ledger: pd.DataFrame, rule: Matching) -> tuple[list[str], li
     starts = ledger["objective"].map(lambda o: rule.starts.get(str(o), BASE))
     for (seed, budget), group in ledger.groupby(["seed", "budget"], sort=True):
         for start, same_start in group.groupby(starts[group.index], sort=False):
-            shared: dict[str, Any] = {c: _shared(group[c] if c in DATA else same_start[c]) for c in columns}
+            values = {c: (group if c in DATA else same_start)[c] for c in columns}
+            shared = {c: v.iloc[0] if v.nunique(dropna=False) == 1 else None for c, v in values.items()}
             if rule.count == "processed":
                 shared |= {c: PER_OBJECTIVE for c in columns if c in DATA and shared[c] is None}
             line = {"seed": seed, "budget": budget, "start": start, "objectives": len(same_start)}
             lines.append(line | {"shared": shared})
     return columns, lines
-
-
-def _shared(values: pd.Series[Any]) -> Any:
-    return values.iloc[0] if values.nunique(dropna=False) == 1 else None
 
 
 def training_cost(ledger: pd.DataFrame, order: list[str]) -> pd.DataFrame:
@@ -117,36 +117,29 @@ def _evaluation_description(results: Results) -> list[tuple[str, str]]:
     terms = [(axis.capitalize(), _items(rows[rows["eval"] == axis])) for axis in rows["eval"].unique()]
     terms += [(f"Judge, {axis}", _judge(judge)) for axis, judge in mapping(manifest.get("judges")).items()]
     if design := results.sequential:
-        terms.append(("Sequential stopping", _sequential(design)))
+        used = [
+            f"{axis}: {n['answers']:,} of {n['of_answers']:,} responses, about {n['tokens_saved']:,} new tokens saved"
+            for axis, n in mapping(design.get("sample_sizes")).items()
+        ]
+        margin = f"±{100 * float(design.get('margin', 0)):g} points"
+        rule = "prompts are drawn in one random order until each contrast with the base is decided (different, or "
+        rule += f"within {margin}). Responses used: {'; '.join(used)}. Intervals and p-values are valid at any "
+        rule += "stopping time; bootstrap analyses are not available"
+        terms.append(("Sequential stopping", rule))
     conditions = formatting.join_and(sorted(set(results.conditions.values()))) or "plain"
     return [*terms, ("Test-time prompts", conditions)]
-
-
-def _sequential(design: dict[str, Any]) -> str:
-    """Describe the stopping rule and what it saved."""
-    used = [
-        f"{axis}: {n['answers']:,} of {n['of_answers']:,} responses, about {n['tokens_saved']:,} new tokens saved"
-        for axis, n in mapping(design.get("sample_sizes")).items()
-    ]
-    return (
-        "prompts are drawn in one random order until each contrast with the base is decided (different, or within "
-        f"±{100 * float(design.get('margin', 0)):g} points). Responses used: {'; '.join(used)}. Intervals and p-values "
-        "are valid at any stopping time; bootstrap analyses are not available"
-    )
 
 
 def _model(model: object, name: object) -> str:
     info = mapping(model)
     text = str(info.get("name") or name or "not recorded")
     size = info.get("parameters")
-    details = [_parameters(size) if isinstance(size, int) else "", str(info.get("dtype") or "")]
+    details = [str(info.get("dtype") or "")]
+    if isinstance(size, int):
+        details.insert(0, f"{size / 1e6:,.1f}M parameters" if size >= 1_000_000 else f"{size:,} parameters")
     details.append(f"hash {info['hash']}" if info.get("hash") else "")
     joined = ", ".join(filter(None, details))
     return f"{text} ({joined})" if joined else text
-
-
-def _parameters(size: int) -> str:
-    return f"{size / 1e6:,.1f}M parameters" if size >= 1_000_000 else f"{size:,} parameters"
 
 
 def _task(task: object, data: object) -> str:
@@ -173,12 +166,6 @@ def _pairs(pairs: object) -> str:
     return text
 
 
-def _optimiser(optim: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings in use; those of the sweep only if learning rates were tuned."""
-    used = {k: v for k, v in optim.items() if k != "tune" or optim.get("lr") == "tuned"}
-    return {k: _settings(v) if isinstance(v, dict) else v for k, v in used.items()}
-
-
 def _items(rows: pd.DataFrame) -> str:
     sources = rows["item_id"].str.rsplit("/", n=1).str[0].value_counts().index
     text = f"{rows['item_id'].nunique():,} items ({', '.join(sorted(map(str, sources)))})"
@@ -203,28 +190,15 @@ def _settings(value: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items())
 
 
-def judge_agreement(results: Results) -> pd.DataFrame:
-    """Return agreement and kappa on outcomes for each pair of judges, by eval, with intervals."""
-    tables = [
-        stats.judge_agreement(rows)[0].assign(eval=axis)
-        for axis, rows in results.rows.groupby("eval")
-        if _several_judges(rows)
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def confusion_tables(results: Results) -> list[dict[str, Any]]:
-    """Return the counts of each pair of judges' outcomes, by eval."""
-    return [
-        {"eval": axis, "rows": a, "columns": b, "table": table}
-        for axis, rows in results.rows.groupby("eval")
-        if _several_judges(rows)
-        for (a, b), table in stats.judge_agreement(rows)[1].items()
-    ]
-
-
-def _several_judges(rows: pd.DataFrame) -> bool:
-    return rows["judge"].nunique() > 1 and bool(rows["outcome"].notna().any())
+def judge_agreement(results: Results) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Return, by eval and pair of judges, agreement and kappa on outcomes with intervals, and the joint counts."""
+    tables, confusions = [], []
+    for axis, rows in results.rows.groupby("eval"):
+        if rows["judge"].nunique() > 1 and rows["outcome"].notna().any():
+            table, counts = stats.judge_agreement(rows)
+            tables.append(table.assign(eval=axis))
+            confusions += [{"eval": axis, "rows": a, "columns": b, "table": t} for (a, b), t in counts.items()]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), confusions
 
 
 def corrected_rates(results: Results, cards: list[Path]) -> pd.DataFrame:
@@ -240,7 +214,7 @@ def corrected_rates(results: Results, cards: list[Path]) -> pd.DataFrame:
         if not axes:
             what = f"{path} is the card of {card['judge']} {card['judge_hash']}, which scored nothing in"
             raise ReportError(f"{what} {results.folder}", fix="calibrate the judge of this study")
-        counts = _card_counts(card)
+        counts = _counts([part["counts"] for part in card["parts"]])
         rates = results.rates()
         own = rates[rates["measure"].isin(REFUSAL) & rates["axis"].isin(axes)]
         lines += [_correct({str(k): v for k, v in r.items()}, *counts) for r in own.to_dict("records")]
@@ -248,33 +222,22 @@ def corrected_rates(results: Results, cards: list[Path]) -> pd.DataFrame:
 
 
 def judge_summaries(results: Results, cards: list[Path]) -> list[dict[str, Any]]:
-    """Return each eval's judge, and sensitivity and specificity from its card if one was given."""
+    """Return each eval's judge, and from its card, if one was given, sensitivity, specificity and n by part."""
     read = [_read_card(path) for path in cards]
     summaries = []
     for axis, judge in (results.manifest.get("judges") or {}).items():
         info = judge if isinstance(judge, dict) else {"name": str(judge)}
-        own = [c for c in read if c["judge_hash"] == info.get("hash")]
+        parts = [_accuracy(p, c) for c in read if c["judge_hash"] == info.get("hash") for p in c["parts"]]
         facts = [(str(k), str(v)) for k, v in info.items() if k != "name" and v not in (None, "", [], {})]
-        name = str(info.get("name", "unnamed"))
-        summaries.append({"axis": str(axis), "name": name, "facts": facts, "parts": _accuracy(own)})
+        summaries.append({"axis": str(axis), "name": str(info.get("name", "unnamed")), "facts": facts, "parts": parts})
     return summaries
 
 
-def _accuracy(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return per part of each card: the source of its responses, sensitivity, specificity and n."""
-    lines = []
-    for card in cards:
-        for part in card["parts"]:
-            hits, positives, right, negatives = _counts([part["counts"]])
-            lines.append(
-                {
-                    "on": str(part.get("model") or card.get("on") or "its responses"),
-                    "sensitivity": hits / positives if positives else None,
-                    "specificity": right / negatives if negatives else None,
-                    "n": positives + negatives,
-                }
-            )
-    return lines
+def _accuracy(part: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:
+    hits, positives, right, negatives = _counts([part["counts"]])
+    sensitivity, specificity = (k / n if n else None for k, n in ((hits, positives), (right, negatives)))
+    rates = {"sensitivity": sensitivity, "specificity": specificity, "n": positives + negatives}
+    return {"on": str(part.get("model") or card.get("on") or "its responses"), **rates}
 
 
 def _correct(rate: dict[str, Any], hits: int, positives: int, right: int, negatives: int) -> dict[str, object]:
@@ -299,10 +262,6 @@ def _read_card(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise ReportError(f"{path} is not a judge card", fix="make one with `leeway judge calibrate`") from error
     return dict(card)
-
-
-def _card_counts(card: dict[str, Any]) -> tuple[int, int, int, int]:
-    return _counts([part["counts"] for part in card["parts"]])
 
 
 def _counts(counts: list[dict[str, Any]]) -> tuple[int, int, int, int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -26,17 +26,16 @@ mpl.use("Agg")
 
 
 # Okabe & Ito (2008), distinguishable with any colour vision; without yellow, which is too pale on white
-COLOURS = {
-    "sft": "#D55E00",
-    "dpo": "#E69F00",
-    "cft": "#56B4E9",
-    "ip": "#CC79A7",
-    "orpo": "#009E73",
-    "kl": "#0072B2",
+LOOKS = {
+    "sft": ("#D55E00", "o"),
+    "dpo": ("#E69F00", "s"),
+    "cft": ("#56B4E9", "D"),
+    "ip": ("#CC79A7", "^"),
+    "orpo": ("#009E73", "v"),
+    "kl": ("#0072B2", "P"),
 }
-SPARE = ["#8C6D1F", "#6A3D9A", "#666666", "#B2182B", "#1B7837", "#35978F", "#D55E00", "#0072B2"]
-MARKERS = {"sft": "o", "dpo": "s", "cft": "D", "ip": "^", "orpo": "v", "kl": "P"}
-SPARE_MARKERS = ["X", "h", "<", ">", "p", "*", "d", "H"]
+SPARE = [("#8C6D1F", "X"), ("#6A3D9A", "h"), ("#666666", "<"), ("#B2182B", ">")]
+SPARE += [("#1B7837", "p"), ("#35978F", "*"), ("#D55E00", "d"), ("#0072B2", "H")]
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,10 @@ class Series:
         chosen = (table["objective"] == self.objective) & (table["condition"] == self.condition)
         return table[chosen].sort_values("budget")
 
-    def base_of(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Return the base's rows under this line's condition."""
-        chosen = (table["objective"] == BASE) & (table["condition"] == self.condition)
-        return table[chosen]
+    def with_base(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Return the base's rows under this line's condition, then this line's."""
+        base = (table["objective"] == BASE) & (table["condition"] == self.condition)
+        return pd.concat([table[base], self.of(table)])
 
 
 def series_of(table: pd.DataFrame, order: list[str]) -> list[Series]:
@@ -69,53 +68,28 @@ def series_of(table: pd.DataFrame, order: list[str]) -> list[Series]:
     pairs = table.loc[table["objective"] != BASE, ["objective", "condition"]].drop_duplicates()
     present = [str(o) for o in pairs["objective"].unique()]
     objectives = [o for o in order if o in present] + sorted(set(present) - set(order))
-    uncoloured = [o for o in objectives if o not in COLOURS]
+    others = [o for o in objectives if o not in LOOKS]
     lines = []
     for objective in objectives:
-        spare = uncoloured.index(objective) % len(SPARE) if objective in uncoloured else 0
+        colour, marker = LOOKS.get(objective) or SPARE[others.index(objective) % len(SPARE)]
         conditions = sorted(pairs.loc[pairs["objective"] == objective, "condition"], key=lambda c: (c != PLAIN, c))
         for n, condition in enumerate(conditions):
-            colour = COLOURS.get(objective, SPARE[spare])
-            marker = MARKERS.get(objective, SPARE_MARKERS[spare])
             lines.append(Series(objective, str(condition), colour, marker, filled=n == 0))
     return lines
 
 
-@dataclass(frozen=True)
-class Mark:
-    """What a drawn element shows: its line, budget and attack for the filter, and its tooltip."""
-
-    line: str = ""  # `key_of` the objective and condition; empty for the base or all
-    budget: int | None = None
-    attack: str = ""
-    label: str = ""  # the tooltip; empty without one
-
-    def attributes(self) -> dict[str, str]:
-        """Return the data attributes of the SVG element."""
-        data = {"data-line": self.line, "data-attack": self.attack, "data-label": self.label}
-        data["data-budget"] = "" if self.budget is None else str(self.budget)
-        return {k: v for k, v in sorted(data.items()) if v}
-
-
-class Marks:
-    """The marks of one figure, by their id in its SVG."""
-
-    def __init__(self) -> None:
-        self.by_id: dict[str, Mark] = {}
+class Marks(dict[str, dict[str, str]]):
+    """What the elements of a figure show, as data attributes by their id in its SVG."""
 
     def add(
-        self,
-        artist: Artist,
-        line: Series | None = None,
-        *,
-        budget: int | None = None,
-        attack: str = "",
-        label: str = "",
+        self, artist: Artist, line: Series | None = None, budget: int | None = None, attack: str = "", label: str = ""
     ) -> None:
-        """Record what an artist shows."""
-        key = f"mark{len(self.by_id)}"
+        """Record an artist's line, budget and attack, for the page's filter, and its tooltip `label`."""
+        key = f"mark{len(self)}"
         artist.set_gid(key)
-        self.by_id[key] = Mark(key_of(line.objective, line.condition) if line else "", budget, attack, label)
+        shown = {"attack": attack, "budget": "" if budget is None else str(budget), "label": label}
+        shown["line"] = key_of(line.objective, line.condition) if line else ""
+        self[key] = {f"data-{name}": value for name, value in shown.items() if value}
 
 
 def key_of(objective: str, condition: str) -> str:
@@ -147,7 +121,7 @@ STYLE_ATTRIBUTE = re.compile(r' style="([^"]*)"')
 PAINT = re.compile(r'(?<= )(fill|stroke)="(#[0-9a-f]{6})"')
 
 
-def inline(svg: str, name: str, alt: str, marks: Mapping[str, Mark]) -> str:
+def inline(svg: str, name: str, alt: str, marks: Marks) -> str:
     """Convert matplotlib's SVG for embedding in a page with a strict Content Security Policy.
 
     Style declarations become attributes, colours become theme variables, marks get their data attributes, and the
@@ -180,19 +154,16 @@ def with_line_colours(css: str) -> str:
 
 
 def _attributes(declarations: str) -> str:
-    attributes = []
-    for declaration in declarations.split(";"):
-        key, _, value = declaration.partition(":")
-        if key.strip() not in ("", "font-family"):  # the page sets its fonts
-            attributes.append(f'{key.strip()}="{value.strip()}"')
-    return "".join(f" {attribute}" for attribute in attributes)
+    """Return style declarations as attributes, without the font, which the page sets."""
+    pairs = [[part.strip() for part in declaration.split(":", 1)] for declaration in declarations.split(";")]
+    return "".join(f' {pair[0]}="{pair[-1]}"' for pair in pairs if pair[0] not in ("", "font-family"))
 
 
-def _with_data(key: str, attribute: str, marks: Mapping[str, Mark]) -> str:
+def _with_data(key: str, attribute: str, marks: Marks) -> str:
     if key not in marks:
         return attribute
-    data = "".join(f' {k}="{html.escape(v)}"' for k, v in marks[key].attributes().items())
-    return attribute + (' class="mark"' if marks[key].label else "") + data
+    data = "".join(f' {k}="{html.escape(v)}"' for k, v in marks[key].items())
+    return attribute + (' class="mark"' if "data-label" in marks[key] else "") + data
 
 
 WIDTH = 8.0  # inches, drawn 960 CSS pixels wide: 8.5 pt text is 14 pixels
@@ -243,7 +214,7 @@ class Drawing:
     svg: str
     png: bytes
     pdf: bytes
-    marks: dict[str, Mark] = field(default_factory=dict)
+    marks: Marks
 
     @property
     def inline(self) -> str:
@@ -268,7 +239,14 @@ def finish(figure: Figure, name: str, title: str, caption: str, alt: str, marks:
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
     figure.savefig(pdf, format="pdf", metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
     drawn = _unique_ids(svg.getvalue().decode("utf-8"), name)
-    return Drawing(name, title, caption, alt, drawn, png.getvalue(), pdf.getvalue(), marks.by_id if marks else {})
+    return Drawing(name, title, caption, alt, drawn, png.getvalue(), pdf.getvalue(), marks or Marks())
+
+
+def points_axis(ax: Axes) -> None:
+    """Label the x axis in signed percentage points, with as many digits as its range needs."""
+    left, right = ax.get_xlim()
+    digits = sum(right - left <= width for width in (0.04, 0.004, 0.0004))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formatting.points(value, digits)))
 
 
 def marker(line: Series, *, small: bool = False) -> dict[str, Any]:
@@ -288,26 +266,12 @@ def panel_title(ax: Axes, line: Series) -> None:
     figure = ax.figure
     where = ax.transAxes + ScaledTranslation(4 / 72, 9.5 / 72, figure.dpi_scale_trans)
     ax.add_artist(Line2D([0], [1], linestyle="", transform=where, clip_on=False, **marker(line)))
-    ax.annotate(
-        line.label,
-        (0, 1),
-        xytext=(12, 6),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=9.5,
-        weight="bold",
-        annotation_clip=False,
-    )
+    look: dict[str, Any] = {"fontsize": 9.5, "weight": "bold", "annotation_clip": False}
+    ax.annotate(line.label, (0, 1), xytext=(12, 6), xycoords="axes fraction", textcoords="offset points", **look)
 
 
 def grid(
-    panels: int,
-    *,
-    columns: int = 3,
-    height: float = 2.3,
-    top: float = 0.5,
-    left: float = 0.085,
-    bottom: float = 0.5,
+    panels: int, columns: int = 3, height: float = 2.3, top: float = 0.5, left: float = 0.085, bottom: float = 0.5
 ) -> tuple[Figure, list[Axes]]:
     """Create `panels` axes of equal size; `top` and `bottom` are inches for the legend and axis names."""
     columns = min(columns, max(panels, 1))
@@ -318,9 +282,8 @@ def grid(
     inside = total - top - 0.25 - bottom
     gap = 0.52  # inches between rows of panels, for a title and tick labels
     hspace = gap * rows / max(inside - gap * (rows - 1), 0.1) if rows > 1 else 0.0
-    figure.subplots_adjust(
-        left=left, right=0.985, top=1 - (top + 0.25) / total, bottom=bottom / total, wspace=0.1, hspace=hspace
-    )
+    upper, lower = 1 - (top + 0.25) / total, bottom / total
+    figure.subplots_adjust(left=left, right=0.985, top=upper, bottom=lower, wspace=0.1, hspace=hspace)
     flat = [ax for row in axes for ax in row]
     for n, ax in enumerate(flat):
         ax.set_visible(n < panels)

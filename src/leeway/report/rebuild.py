@@ -39,6 +39,7 @@ JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """Return the study in brief, every table as a list of records, and the type of each column."""
     records = {name: formatting.to_records(table) for name, table in made.items()}
+    unit, external = BudgetUnit.of(results.manifest), bool(narrative.external(results.manifest))
     content: dict[str, Any] = {
         "$schema": SCHEMA,
         "format": FORMAT,
@@ -50,13 +51,7 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
         "conditions": results.conditions,
         "level": LEVEL,
         "resamples": intervals.RESAMPLES,
-        "verdict": verdict(
-            made["contrasts"],
-            results.seeds,
-            BudgetUnit.of(results.manifest),
-            external=bool(narrative.external(results.manifest)),
-            equivalent=made.get("equivalence"),
-        ),
+        "verdict": verdict(made["contrasts"], results.seeds, unit, made.get("equivalence"), external=external),
         "columns": {name: column_types(lines, [str(c) for c in made[name].columns]) for name, lines in records.items()},
     }
     if claims_hash := declared_set(results).get("hash"):
@@ -83,14 +78,6 @@ def schema() -> dict[str, Any]:
     return loaded
 
 
-def export_files(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> dict[str, str]:
-    """Return `tables/*.tex`, `citation.bib` and model cards as text by path relative to the run directory."""
-    texts = {f"tables/{name}.tex": text for name, text in latex.paper_tables(results, made, lines).items()}
-    texts["citation.bib"] = run_bibliography(results)
-    cards = model_cards(results, made)
-    return texts | {str(path.relative_to(results.folder)): text for path, text in cards.items()}
-
-
 RECORD = ".report-files.json"
 REMOVABLE = ("tables/*.csv", "tables/*.tex", "figures/*.svg", "figures/*.png", "figures/*.pdf")
 MOVE = "move it away, and run the report again"
@@ -108,7 +95,9 @@ def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = Non
     objectives = [str(o) for o in results.rows["objective"].unique()]
     lines = series_of(made["rates"], narrative.order_objectives(objectives, results.study))
     drawings = draw(results, made, lines)
-    files: dict[str, str | bytes] = {**export_files(results, made, lines)}
+    files: dict[str, str | bytes] = {f"tables/{n}.tex": t for n, t in latex.paper_tables(results, made, lines).items()}
+    files["citation.bib"] = run_bibliography(results)
+    files |= {str(path.relative_to(folder)): text for path, text in model_cards(results, made).items()}
     files |= {f"tables/{name}.csv": formatting.to_csv(table) for name, table in made.items()}
     for d in drawings:
         files |= {f"figures/{d.name}.{end}": getattr(d, end) for end in ("svg", "png", "pdf")}
@@ -149,7 +138,7 @@ def _tables(
         "checks": results.checks(),
         "sd3": results.likert(),
         "benign": results.outcomes("overrefusal"),
-        "judges": narrative.judge_agreement(results),
+        "judges": narrative.judge_agreement(results)[0],
         "corrected": narrative.corrected_rates(results, cards),
         "claims": results.claims(claims),
         "sequential": results.stopping(),
@@ -183,16 +172,12 @@ def replace_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
         _check_target(folder, name, {*before.get(name, []), digests.get(name, "")})
     # until all files are written both contents are the report's own: it may be killed in between
     either = {n: sorted({*before.get(n, []), *([digests[n]] if n in digests else [])}) for n in {*before, *digests}}
-    _write_record(folder, either)
+    write_json(folder / RECORD, either)
     for name in sorted(before.keys() - contents.keys()):
         _remove_stale(folder, name, before[name])
     for name, content in contents.items():
         write_file(folder / name, content)
-    _write_record(folder, {name: [digest] for name, digest in digests.items()})
-
-
-def _write_record(folder: Path, digests: Mapping[str, list[str]]) -> None:
-    write_json(folder / RECORD, digests)
+    write_json(folder / RECORD, {name: [digest] for name, digest in digests.items()})
 
 
 def _read_record(folder: Path) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from leeway import stats
-from leeway.claims import Claims, from_manifest, hash_claims, load
 from leeway.claims.comparisons import EvaluationContext
 from leeway.claims.evaluate import COLUMNS, judge
+from leeway.claims.schema import Claims, from_manifest, hash_claims, load
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import changed
 from leeway.report import formatting
@@ -23,7 +23,6 @@ from leeway.stats import sequential
 from leeway.stats.bootstrap import ObjectiveChoice
 from leeway.stats.budget_curves import Direction
 from leeway.stats.metrics import BASE
-from leeway.yaml_config import YAMLError
 from leeway.yaml_config import load as load_yaml
 
 ROW_COLUMNS = ["objective", "seed", "budget", "eval", "attack", "item_id", "cluster", "sample", "prompt"]
@@ -59,9 +58,12 @@ class Results:
         folder = Path(folder)
         if not folder.is_dir():
             raise ReportError(f"{folder} is not a directory", fix="give the --out directory of a `leeway run`")
-        path = folder / "rows.parquet"
-        _require(path)
-        manifest = _read_manifest(folder / "manifest.json")
+        path, record = folder / "rows.parquet", folder / "manifest.json"
+        if not path.is_file():
+            raise ReportError(f"{folder} has no {path.name}: not a finished run", fix="run the study into it")
+        manifest = _read(record, lambda p: json.loads(p.read_text("utf-8")), "is not valid JSON")
+        if not isinstance(manifest, dict):
+            raise ReportError(f"{record} holds {type(manifest).__name__}, not an object", fix="run the study again")
         if edited := changed(folder, manifest.get("file_hashes") or {}):
             what = f"{folder / edited[0]} is not the file that the run wrote"
             raise ReportError(what, fix="run the study again: it reuses finished work and rewrites the file")
@@ -73,7 +75,9 @@ class Results:
         if axes := mapping(manifest.get("sequential")).get("axes"):
             rows = sequential.with_design(rows, axes)
         ledger = _read_table(folder / "ledger.parquet", LEDGER_COLUMNS)
-        results = cls(folder, rows, ledger, manifest, _read_study(folder / "study.yaml"))
+        fix = "restore it, or run the study again"
+        study = _read(folder / "study.yaml", lambda p: load_yaml(p.read_text("utf-8")), "is not readable YAML", fix)
+        results = cls(folder, rows, ledger, manifest, mapping(study))
         results._check_templates()
         return results
 
@@ -161,19 +165,15 @@ class Results:
 
     def divergence(self, measure: str = "asr", objectives: ObjectiveChoice | None = None) -> pd.DataFrame:
         """Test whether slopes over log2(budget) differ between objectives (`leeway.stats.interaction`)."""
-        objectives = self._with_conditions(objectives)
-        return self._estimate(stats.divergence, measure=measure, objectives=objectives, drawn=self._draws_for(measure))
+        return self._over_budgets(stats.divergence, measure, objectives)
 
     def onset(self, measure: str = "asr", threshold: float = 0.0, direction: Direction | None = None) -> pd.DataFrame:
         """Estimate the first budget from which a difference to the base persists (`leeway.stats.budget_curves`)."""
-        settings = {"measure": measure, "threshold": threshold, "direction": direction}
-        objectives = self._with_conditions(None)
-        return self._estimate(stats.onset, **settings, objectives=objectives, drawn=self._draws_for(measure))
+        return self._over_budgets(stats.onset, measure, threshold=threshold, direction=direction)
 
     def coupling(self, measure: str | None = None) -> pd.DataFrame:
         """Estimate points of ASR per point of capability along each trajectory (`leeway.stats.budget_curves`)."""
-        objectives = self._with_conditions(None)
-        return self._estimate(stats.coupling, measure=measure, objectives=objectives, drawn=self._draws_for(measure))
+        return self._over_budgets(stats.coupling, measure)
 
     def matched(self, at: str | float = "largest", objectives: ObjectiveChoice | None = None) -> pd.DataFrame:
         """Compare objectives at equal capability (`leeway.stats.budget_curves`)."""
@@ -210,16 +210,21 @@ class Results:
         `later` is a file of claims, or the name of a set, written after the run; it is a family of its own.
         """
         declared = declared_claims(self)
-        tables = [] if declared is None else [_evaluate(declared, self, later=False)]
+        tables = [] if declared is None else [self._locate_errors(lambda: judge(declared, self._context()))]
         if later is not None:
-            claims, context = load(str(later)), _context(self)
+            claims, context = load(str(later)), self._context()
             if faults := [*claims.absent(context.objectives, list(context.axes), context.budgets)]:
                 fix = "correct them, or give a claim `if_absent: inconclusive`"
                 raise LeewayError(f"{later}: " + "; ".join(faults), fix=fix)
             if declared is not None and claims.hash == declared.hash:
                 raise LeewayError(f"{later}: the study already declares these claims", fix="leave out --claims")
-            tables.append(_evaluate(claims, self, later=True))
+            tables.append(self._locate_errors(lambda: judge(claims, context, "after")))
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+
+    def _context(self) -> EvaluationContext:
+        context = EvaluationContext(self.judged, self.conditions, self.first_conditions)
+        at = BudgetUnit.of(self.manifest).at
+        return replace(context, format_objective=formatting.objective_name, format_budget=at)
 
     @cached_property
     def _rates(self) -> pd.DataFrame:
@@ -235,8 +240,12 @@ class Results:
         rows = self.judged
         return self._locate_errors(lambda: stats.draws(rows, self.conditions, MAIN_MEASURES))
 
-    def _draws_for(self, measure: str | None) -> stats.Draws | None:
-        return self._draws if measure is None or measure in MAIN_MEASURES else None
+    def _over_budgets(
+        self, estimate: Any, measure: str | None, objectives: ObjectiveChoice | None = None, **settings: Any
+    ) -> pd.DataFrame:
+        drawn = self._draws if measure is None or measure in MAIN_MEASURES else None
+        objectives = self._with_conditions(objectives)
+        return self._estimate(estimate, measure=measure, objectives=objectives, drawn=drawn, **settings)
 
     def _with_conditions(self, objectives: ObjectiveChoice | None) -> ObjectiveChoice | None:
         """Pair each objective with its first condition, if the manifest records it."""
@@ -288,27 +297,8 @@ def declared_set(results: Results) -> dict[str, Any]:
     return {k: recorded.get(k) for k in ("name", "version", "hash")} if isinstance(recorded, dict) else {}
 
 
-def _evaluate(claims: Claims, results: Results, *, later: bool) -> pd.DataFrame:
-    return results._locate_errors(lambda: judge(claims, _context(results), "after" if later else "before"))
-
-
-def _context(results: Results) -> EvaluationContext:
-    return EvaluationContext(
-        results.judged,
-        results.conditions,
-        results.first_conditions,
-        format_objective=formatting.objective_name,
-        format_budget=BudgetUnit.of(results.manifest).at,
-    )
-
-
 def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
-    _require(path)
-    try:
-        table = pd.read_parquet(path)
-    except Exception as error:  # pyarrow raises many types
-        what = f"{path} cannot be read as Parquet ({_short(error)})"
-        raise ReportError(what, fix="run the study again") from error
+    table: pd.DataFrame = _read(path, pd.read_parquet, "cannot be read as Parquet")
     missing = [c for c in columns if c not in table.columns]
     if missing:
         what = f"{path} lacks the columns {', '.join(missing)}: not written by `leeway run`"
@@ -316,31 +306,10 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     return table[columns + [c for c in OPTIONAL_COLUMNS if c in table.columns]]
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    _require(path)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        what = f"{path} is not valid JSON ({_short(error)})"
-        raise ReportError(what, fix="run the study again") from error
-    if not isinstance(manifest, dict):
-        raise ReportError(f"{path} holds {type(manifest).__name__}, not an object", fix="run the study again")
-    return manifest
-
-
-def _read_study(path: Path) -> dict[str, Any]:
-    _require(path)
-    try:
-        return mapping(load_yaml(path.read_text(encoding="utf-8")))
-    except (YAMLError, UnicodeDecodeError) as error:
-        what = f"{path} is not readable YAML ({_short(error)})"
-        raise ReportError(what, fix="restore it, or run the study again") from error
-
-
-def _require(path: Path) -> None:
+def _read(path: Path, read: Callable[[Path], Any], fault: str, fix: str = "run the study again") -> Any:
     if not path.is_file():
         raise ReportError(f"{path.parent} has no {path.name}: not a finished run", fix="run the study into it")
-
-
-def _short(error: Exception) -> str:
-    return first_line(error)[:160]
+    try:
+        return read(path)
+    except Exception as error:  # pyarrow raises many types
+        raise ReportError(f"{path} {fault} ({first_line(error)[:160]})", fix=fix) from error

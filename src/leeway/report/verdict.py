@@ -30,9 +30,9 @@ def verdict(
     contrasts: pd.DataFrame,
     seeds: list[int],
     unit: BudgetUnit = TOKENS,
+    equivalent: pd.DataFrame | None = None,
     *,
     external: bool = False,
-    equivalent: pd.DataFrame | None = None,
 ) -> list[str]:
     """Return three texts: capability at the largest budget, the other axes, and how far both can be trusted."""
     if contrasts.empty:
@@ -47,11 +47,10 @@ def verdict(
     first = f"{capitalize_first(unit.at(largest))}, {_axis(table, 'capability', 'capability (accuracy)', single)}"
     second = [_axis(table, "jailbreak", asr, single), _axis(table, "persona", "persona endorsement", single)]
     second += [_axis(table, axis, AXIS_NAMES.get(str(axis), str(axis)), single) for axis in others]
-    return [
-        f"{first}.",
-        f"{capitalize_first('; '.join(second))}{_coherence(at_largest)}.",
-        " ".join(_trust(table, seeds, external, equivalent)),
-    ]
+    trust = [*_equivalence(table, equivalent), coverage(seeds, external=external)]
+    if untested := int(table["p"].isna().sum()):
+        trust.append(f"{untested} of {len(table)} contrasts have too few scored pairs and are not reported.")
+    return [f"{first}.", f"{capitalize_first('; '.join(second))}{_coherence(at_largest)}.", " ".join(trust)]
 
 
 def _axis(table: pd.DataFrame, axis: str, name: str, single: str) -> str:
@@ -94,14 +93,6 @@ def _named(changed: pd.DataFrame) -> str:
     return ", ".join(names[: MAX_NAMED - 1]) + f" and {others} others, the smallest {names[-1]}"
 
 
-def _trust(table: pd.DataFrame, seeds: list[int], external: bool, equivalent: pd.DataFrame | None) -> list[str]:
-    sentences = [*_equivalence(table, equivalent), coverage(seeds, external=external)]
-    untested = int(table["p"].isna().sum())
-    if untested:
-        sentences.append(f"{untested} of {len(table)} contrasts have too few scored pairs and are not reported.")
-    return sentences
-
-
 def _equivalence(table: pd.DataFrame, equivalent: pd.DataFrame | None) -> list[str]:
     """State which non-significant differences are shown to be small, by equivalence tests."""
     open_ = table[~(table["p_holm"] < LEVEL) & table["p"].notna()]
@@ -140,26 +131,27 @@ def recommendations(
     `equivalent` (within the margin), or `inconclusive`.
     """
     better = {} if rates.empty else dict(zip(rates["measure"], rates["better"], strict=True))
-    small = _small(equivalent)
-    table = contrasts[contrasts["primary"]] if len(contrasts) else contrasts
+    small = set[tuple[Any, ...]]()
+    if equivalent is not None and len(equivalent):
+        small = set(equivalent.loc[equivalent["equivalent"].astype(bool), KEYS].itertuples(index=False, name=None))
     entries = []
-    for budget in sorted(int(b) for b in table["budget"].unique()) if len(table) else []:
-        own = table[table["budget"] == budget]
+    primary = contrasts[contrasts["primary"]] if len(contrasts) else contrasts
+    for budget in sorted(int(b) for b in primary["budget"].unique()) if len(primary) else []:
+        own = primary[primary["budget"] == budget]
+        labels = dict(zip(own["measure"][::-1], own["label"][::-1], strict=True))  # the first label of each measure
         names = list(dict.fromkeys(own["measure"]))
         cells = {(c["objective"], c["condition"], c["measure"]): c for c in own.to_dict("records")}
+        table = [(s.label, [cells.get((s.objective, s.condition, m)) for m in names]) for s in lines]
         entries.append(
             {
                 "budget": budget,
                 "at": capitalize_first(unit.at(budget)),
                 "advice": _advice(advice, budget, unit),
-                "columns": [str(own.loc[own["measure"] == m, "label"].iloc[0]) for m in names],
+                "columns": [str(labels[m]) for m in names],
                 "lines": [
-                    {
-                        "label": s.label,
-                        "cells": [_change(cells.get((s.objective, s.condition, m)), better, small) for m in names],
-                    }
-                    for s in lines
-                    if any((s.objective, s.condition, m) in cells for m in names)
+                    {"label": label, "cells": [_change(c, better, small) for c in changes]}
+                    for label, changes in table
+                    if any(changes)
                 ],
             }
         )
@@ -184,12 +176,6 @@ def _change(
     }
 
 
-def _small(equivalent: pd.DataFrame | None) -> set[tuple[Any, ...]]:
-    if equivalent is None or equivalent.empty:
-        return set()
-    return set(equivalent.loc[equivalent["equivalent"].astype(bool), KEYS].itertuples(index=False, name=None))
-
-
 def _advice(advice: pd.DataFrame, budget: int, unit: BudgetUnit) -> dict[str, Any] | None:
     """Return the recommendation at a budget as a title, sentences, and the reasons for each objective."""
     own = advice[advice["budget"] == budget] if len(advice) else advice
@@ -210,14 +196,12 @@ def _advice(advice: pd.DataFrame, budget: int, unit: BudgetUnit) -> dict[str, An
     if "capability not shown" in str(best["why"]):
         lines.append("It is not shown to be more capable than the base at this budget.")
     rivals = own[(own["objective"] != best["objective"]) | (own["condition"] != best["condition"])]
-    others = [
-        f"{'no objective' if o['objective'] == NONE else formatting.objective_name(o['objective'], o['condition'])} "
-        f"in {formatting.percent(o['p_best'], 0)}"
-        for o in rivals.sort_values("p_best", ascending=False, kind="stable").to_dict("records")
-        if o["p_best"] >= LEVEL
-    ]
-    share = formatting.percent(best["p_best"], 0)
-    lines.append(f"Selected in {share} of bootstrap draws over prompts{''.join('; ' + o for o in others[:3])}.")
+    rivals = rivals[rivals["p_best"] >= LEVEL].sort_values("p_best", ascending=False, kind="stable").head(3)
+    text = f"Selected in {formatting.percent(best['p_best'], 0)} of bootstrap draws over prompts"
+    for o, condition, share in rivals[["objective", "condition", "p_best"]].itertuples(index=False, name=None):
+        other = "no objective" if o == NONE else formatting.objective_name(o, condition)
+        text += f"; {other} in {formatting.percent(share, 0)}"
+    lines.append(f"{text}.")
     if best["p_best"] < STABLE_CHOICE:
         lines.append("The choice is sensitive to the prompt sample.")
     return {"title": f"{at}: {name}", "lines": lines, "reasons": reasons}
@@ -229,10 +213,8 @@ def _margins(own: pd.DataFrame) -> str:
     for measure, margin in TOLERANCE.items():
         if own[measure].notna().any():
             by_size.setdefault(margin, []).append("ASR" if measure == "asr" else measure)
-    return " or ".join(
-        f"{100 * m:g} points of {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"
-        for m, names in by_size.items()
-    )
+    named = {m: " or ".join(filter(None, (", ".join(names[:-1]), names[-1]))) for m, names in by_size.items()}
+    return " or ".join(f"{100 * m:g} points of {names}" for m, names in named.items())
 
 
 def _reason(line: dict[Any, Any]) -> dict[str, Any]:
@@ -246,15 +228,16 @@ def _reason(line: dict[Any, Any]) -> dict[str, Any]:
 
 
 def limitations(
-    contrasts: pd.DataFrame,
-    unscored: pd.DataFrame,
-    seeds: list[int],
-    unit: BudgetUnit = TOKENS,
-    *,
-    external: bool = False,
+    contrasts: pd.DataFrame, unscored: pd.DataFrame, seeds: list[int], unit: BudgetUnit = TOKENS, external: bool = False
 ) -> list[str]:
     """Return the limitations that apply to this run."""
-    found = _one_run(seeds, external)
+    found = []
+    if external or len(seeds) == 1:
+        run = "One external checkpoint" if external else f"One training seed ({seeds[0]})"
+        found.append(f"{run}: another training run may give different results, which the intervals do not cover.")
+    elif seeds:
+        run = f"{len(seeds)} training seeds are pooled"
+        found.append(f"{run}: only intervals marked “with seeds” cover their variance.")
     if len(contrasts):
         last = contrasts[contrasts["budget"] == contrasts["budget"].max()]
         found += _power(last[last["primary"]], unit)
@@ -266,20 +249,9 @@ def limitations(
     lost = unscored[unscored["unscored"] > 0]
     if len(lost):
         parts = lost.groupby("eval").agg(unscored=("unscored", "sum"), answers=("answers", "first"))
-        counts = [
-            f"{formatting.count(p.unscored)} of {formatting.count(p.answers)} in {axis}" for axis, p in parts.iterrows()
-        ]
+        counts = [f"{p.unscored:,.0f} of {p.answers:,.0f} in {axis}" for axis, p in parts.iterrows()]
         found.append(f"Unscored responses, excluded from every rate: {formatting.join_and(counts)}.")
     return found
-
-
-def _one_run(seeds: list[int], external: bool) -> list[str]:
-    if external or len(seeds) == 1:
-        run = "One external checkpoint" if external else f"One training seed ({seeds[0]})"
-        return [f"{run}: another training run may give different results, which the intervals do not cover."]
-    if len(seeds) > 1:
-        return [f"{len(seeds)} training seeds are pooled: only intervals marked “with seeds” cover their variance."]
-    return []
 
 
 def _power(last: pd.DataFrame, unit: BudgetUnit) -> list[str]:
@@ -289,13 +261,10 @@ def _power(last: pd.DataFrame, unit: BudgetUnit) -> list[str]:
         worst = last.groupby("label", sort=False)["mde"].max().dropna()
         sizes = [f"{100 * size:.1f} points ({label})" for label, size in worst.items()]
         found.append(f"Minimal detectable effect at 80% power: {formatting.join_and(sizes)}.")
-    few = last[(last["n_clusters"] < FEW_PROMPTS) & last["difference"].notna()]
-    if len(few):
-        found.append(
-            f"Small samples: some estimates rest on {int(few['n_clusters'].min())} prompts. Read the interval."
-        )
-    missing = int(last["difference"].isna().sum())
-    if missing:
+    fewest = last.loc[last["difference"].notna(), "n_clusters"].min()
+    if fewest < FEW_PROMPTS:
+        found.append(f"Small samples: some estimates rest on {int(fewest)} prompts. Read the interval.")
+    if missing := int(last["difference"].isna().sum()):
         where = unit.at(int(last["budget"].max()))
         found.append(f"{missing} of {len(last)} differences {where} are not reported: too few scored pairs.")
     return found

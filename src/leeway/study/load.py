@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from ruamel.yaml.error import YAMLError
 
-from leeway.claims import read_source
+from leeway.claims.schema import read_source
 from leeway.errors import LeewayError
 from leeway.study.objective_spec import WRITTEN
 from leeway.study.spec import Spec
-from leeway.yaml_config import YAMLError, dump, faults, nearest, package_data, problem, read
+from leeway.yaml_config import dump, faults, nearest, package_data, problem, read
 from leeway.yaml_config import load as load_yaml
 
 PRESETS: dict[str, str] = {

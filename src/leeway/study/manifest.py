@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from leeway.claims import to_manifest
+from leeway.claims.schema import to_manifest
 from leeway.data.ledger import Matching
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval

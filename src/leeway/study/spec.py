@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, StrictInt, field_validator, model_validator
 
-from leeway.claims import Claims, build
+from leeway.claims.schema import Claims, build
 from leeway.data.types import Task
 from leeway.evals.tasks import TaskSettings, declared, load_task, task_names
 from leeway.hashing import digest
@@ -305,7 +305,7 @@ class Spec(ConfigModel):
             aliases = [o.alias for o in self.objectives]
             for fault in self.claims.absent(aliases, [*measure_names(self.evals)], self.budgets):
                 yield f"claims: {fault}"
-            resampled = [c.analysis for c in self.claims.claims if c.analysis in RESAMPLED]
+            resampled = [c.kind for c in self.claims.claims if c.kind in RESAMPLED]
             if self.evals.stop == "decided" and resampled:
                 yield (
                     f"claims: {resampled[0]} resamples prompts, which is not valid under sequential stopping; "

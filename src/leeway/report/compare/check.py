@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,8 @@ from leeway.report.formatting import BudgetUnit, mapping
 from leeway.report.results import Results
 from leeway.stats.metrics import AT, BASE
 
-STUDY_KEYS = (
-    "adapter",
-    "budget",
-    "budgets",
-    "evals",
-    "model",
-    "objectives",
-    "optim",
-    "pairs",
-    "reference",
-    "seeds",
-    "task",
-)
+STUDY_KEYS = ["adapter", "budget", "budgets", "evals", "model", "objectives", "optim", "pairs"]
+STUDY_KEYS += ["reference", "seeds", "task"]
 MANIFEST_KEYS = ("attacks", "data", "evals", "judges", "leeway", "matching", "model", "objectives", "texts")
 IGNORED_KEYS = ("origin", "note", "device", "context", "started", "ids")  # comments, or where it ran
 LISTED, LEFT_OUT = "listed", "left out"
@@ -56,12 +47,23 @@ class Comparable:
     studies: list[Study]
     differences: list[dict[str, str]] = field(default_factory=list)  # keys: what, effect, and each study's name
 
-    def leave_out(self, what: str, reason: str, values: dict[str, str]) -> None:
-        self.differences.append({"what": what, "effect": f"{LEFT_OUT}: {reason}", **values})
+    def leave_out(self, what: str, reason: str, values: dict[str, str], **only: str) -> None:
+        """Drop the rows with these column values from every study, and list why; `values` differ, by study name."""
+        listed = {s.name: values.get(s.name, "–") for s in self.studies}
+        self.differences.append({"what": what, "effect": f"{LEFT_OUT}: {reason}", **listed})
+        for n, study in enumerate(self.studies):
+            rows = study.results.rows
+            dropped = (rows[[*only]].astype(object).fillna("") == [*only.values()]).all(axis=1)
+            self.studies[n] = replace(study, results=replace(study.results, rows=rows[~dropped]))
 
     @property
     def left_out(self) -> list[dict[str, str]]:
         return [d for d in self.differences if d["effect"].startswith(LEFT_OUT)]
+
+    def reasons(self) -> str:
+        """Return what was left out and why, in brackets after a space; empty if nothing was."""
+        listed = "; ".join(f"{d['what']} {d['effect']}" for d in self.left_out)
+        return f" ({listed})" if listed else ""
 
 
 def load(folders: Seq[Path]) -> list[Study]:
@@ -74,10 +76,8 @@ def load(folders: Seq[Path]) -> list[Study]:
         results = Results.load(folder)
         for key in (str(folder.resolve()), file_digest(folder / "rows.parquet")):
             if key in seen:
-                what = (
-                    f"{folder} is given twice" if seen[key] == folder else f"{folder} and {seen[key]} hold the same run"
-                )
-                raise LeewayError(f"compare: {what}: it would count double", fix="give each run once")
+                same = "is given twice" if seen[key] == folder else f"and {seen[key]} hold the same run"
+                raise LeewayError(f"compare: {folder} {same}: it would count double", fix="give each run once")
         seen |= {str(folder.resolve()): folder, file_digest(folder / "rows.parquet"): folder}
         loaded.append(results)
     return [Study(name, results) for name, results in zip(_names(loaded), loaded, strict=True)]
@@ -88,7 +88,10 @@ def comparable(studies: list[Study]) -> Comparable:
 
     Raises LeewayError if budgets have different units, a study stops sequentially, or no objective is shared.
     """
-    units = {s.name: _budget_unit(s.results) for s in studies}
+    units = {}
+    for study in studies:
+        count, manifest = BudgetUnit.of(study.results.manifest).count, study.results.manifest
+        units[study.name] = f"{narrative.matching_rule(manifest).count} tokens" if count == "tokens" else count
     if len(set(units.values())) > 1:
         listed = "; ".join(f"{n}: {unit}" for n, unit in units.items())
         what = f"compare: budgets count different things ({listed})"
@@ -96,27 +99,23 @@ def comparable(studies: list[Study]) -> Comparable:
     if stopped := next((s.name for s in studies if s.results.sequential), None):
         what = f"compare: {stopped} uses sequential stopping, and cannot be compared with other studies"
         raise LeewayError(what, fix="measure with evals.stop: never")
-    reduced = Comparable(studies)
+    reduced = Comparable([*studies])
     _objectives(reduced)
     _attacks(reduced)
     _judges(reduced)
     known = {d["what"] for d in reduced.differences}
     reduced.differences += [d for d in differing(studies) if d["what"] not in known]
     if not _shared([s.results.rows for s in reduced.studies]):
-        left_out = "; ".join(f"{d['what']} {d['effect']}" for d in reduced.left_out)
         what = "compare: no objective was measured at the same budget in two of these studies"
-        raise LeewayError(
-            f"{what} ({left_out})" if left_out else what, fix="compare runs of one objective at one budget"
-        )
+        raise LeewayError(what + reduced.reasons(), fix="compare runs of one objective at one budget")
     return reduced
 
 
 def differing(studies: list[Study]) -> list[dict[str, str]]:
     """Return every setting and hash that is not the same in all studies."""
     settings = {s.name: s.settings for s in studies}
-    keys = sorted({k for own in settings.values() for k in own})
     lines = []
-    for key in keys:
+    for key in sorted({k for own in settings.values() for k in own}):
         values = {name: own.get(key, "–") for name, own in settings.items()}
         if len(set(values.values())) > 1:
             lines.append({"what": key, "effect": LISTED, **values})
@@ -133,12 +132,11 @@ def items(studies: list[Study]) -> pd.DataFrame:
     """Count, per axis and pair of studies, the items of each and those with the same id and text in both."""
     by_axis = {s.name: _items(s.results.first_judged) for s in studies}
     lines = []
-    for n, a in enumerate(studies):
-        for b in studies[n + 1 :]:
-            for axis in sorted(by_axis[a.name].keys() & by_axis[b.name].keys()):
-                one, other = by_axis[a.name][axis], by_axis[b.name][axis]
-                line = {"axis": axis, "study_a": a.name, "study_b": b.name, "items_a": len(one)}
-                lines.append(line | {"items_b": len(other), "shared": len(one & other)})
+    for a, b in combinations(by_axis, 2):
+        for axis in sorted(by_axis[a].keys() & by_axis[b].keys()):
+            one, other = by_axis[a][axis], by_axis[b][axis]
+            line = {"axis": axis, "study_a": a, "study_b": b, "items_a": len(one)}
+            lines.append(line | {"items_b": len(other), "shared": len(one & other)})
     return pd.DataFrame(lines, columns=["axis", "study_a", "study_b", "items_a", "items_b", "shared"])
 
 
@@ -150,82 +148,49 @@ def _items(rows: pd.DataFrame) -> dict[str, set[tuple[str, str, str]]]:
 
 def _objectives(reduced: Comparable) -> None:
     """Leave out objectives with the same name and different settings."""
-    names = [s.name for s in reduced.studies]
-    objectives = [mapping(s.results.manifest.get("objectives")) for s in reduced.studies]
-    for alias in sorted({a for own in objectives for a in own}):
-        values = {n: str(own[alias]) for n, own in zip(names, objectives, strict=True) if alias in own}
+    objectives = {s.name: mapping(s.results.manifest.get("objectives")) for s in reduced.studies}
+    for alias in sorted({a for own in objectives.values() for a in own}):
+        values = {n: str(own[alias]) for n, own in objectives.items() if alias in own}
         if len(set(values.values())) > 1:
-            reduced.leave_out(f"objective {alias}", "same name, different settings", _filled(values, names))
-            _drop(reduced, lambda rows, a=alias: rows["objective"] == a)
+            reduced.leave_out(f"objective {alias}", "same name, different settings", values, objective=alias)
 
 
 def _attacks(reduced: Comparable) -> None:
     """Leave out attacks that are not in every study with the same text, so that averages are over the same attacks."""
-    names = [s.name for s in reduced.studies]
-    attacks = [mapping(s.results.manifest.get("attacks")) for s in reduced.studies]
-    used = [set(_jailbreak(s.results.rows)["attack"].fillna("").unique()) for s in reduced.studies]
-    with_attacks = [n for n, own in enumerate(used) if own]
-    for attack in sorted(set().union(*used)):
-        hashes = {
-            names[n]: str(mapping(attacks[n].get(attack)).get("hash", "not recorded"))
-            for n in with_attacks
-            if attack in used[n]
-        }
+    attacks = {s.name: mapping(s.results.manifest.get("attacks")) for s in reduced.studies}
+    jailbreak = {s.name: s.results.rows[s.results.rows["eval"] == "jailbreak"] for s in reduced.studies}
+    used = {n: set(rows["attack"].fillna("").unique()) for n, rows in jailbreak.items() if len(rows)}
+    for attack in sorted(set().union(*used.values())):
+        infos = {n: mapping(attacks[n].get(attack)) for n, own in used.items() if attack in own}
+        hashes = {n: str(info.get("hash", "not recorded")) for n, info in infos.items()}
         if len(set(hashes.values())) > 1:
             reason = "same name, different texts"
-        elif len(hashes) < len(with_attacks):
+        elif len(hashes) < len(used):
             reason = "not used in every study"
         else:
             continue
-        reduced.leave_out(f"attack {attack}", reason, _filled(hashes, names))
-        _drop(reduced, lambda rows, a=attack: (rows["eval"] == "jailbreak") & (rows["attack"].fillna("") == a))
+        reduced.leave_out(f"attack {attack}", reason, hashes, eval="jailbreak", attack=attack)
 
 
 def _judges(reduced: Comparable) -> None:
     """Leave out axes that were scored by different judges."""
-    names = [s.name for s in reduced.studies]
     for axis in sorted({str(e) for s in reduced.studies for e in s.results.rows["eval"].unique()}):
         values = {}
         for study in reduced.studies:
             judges = mapping(study.results.manifest.get("judges"))
-            own = {
-                k: mapping(j)
-                for k, j in judges.items()
-                if k.partition(AT)[0].partition("-")[0] == axis.partition("-")[0]
-            }
-            first = {k: f"{j.get('name')} {j.get('hash')}" for k, j in own.items() if AT not in k}
+            own = {k: mapping(j) for k, j in judges.items() if AT not in k and k.split("-")[0] == axis.split("-")[0]}
+            first = {k: f"{j.get('name')} {j.get('hash')}" for k, j in own.items()}
             if (study.results.rows["eval"] == axis).any() and first:
                 values[study.name] = "; ".join(v if k == axis else f"{k}: {v}" for k, v in sorted(first.items()))
         if len(set(values.values())) > 1:
-            reduced.leave_out(f"axis {axis}", "scored by different judges", _filled(values, names))
-            _drop(reduced, lambda rows, a=axis: rows["eval"] == a)
-
-
-def _drop(reduced: Comparable, which: Any) -> None:
-    reduced.studies = [
-        replace(s, results=replace(s.results, rows=s.results.rows[~which(s.results.rows)])) for s in reduced.studies
-    ]
+            reduced.leave_out(f"axis {axis}", "scored by different judges", values, eval=axis)
 
 
 def _shared(tables: list[pd.DataFrame]) -> set[tuple[str, int]]:
     """Return the (objective, budget) pairs with rows in two or more studies."""
-    seen: set[tuple[str, int]] = set()
-    twice: set[tuple[str, int]] = set()
-    for rows in tables:
-        tuned = rows[rows["objective"] != BASE]
-        own = set(tuned[["objective", "budget"]].drop_duplicates().itertuples(index=False, name=None))
-        twice |= own & seen
-        seen |= own
-    return twice
-
-
-def _jailbreak(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["eval"] == "jailbreak"]
-
-
-def _budget_unit(results: Results) -> str:
-    count = BudgetUnit.of(results.manifest).count
-    return f"{narrative.matching_rule(results.manifest).count} tokens" if count == "tokens" else count
+    pairs = (rows.loc[rows["objective"] != BASE, ["objective", "budget"]].drop_duplicates() for rows in tables)
+    counts = Counter(pair for table in pairs for pair in table.itertuples(index=False, name=None))
+    return {pair for pair, n in counts.items() if n > 1}
 
 
 def _names(loaded: list[Results]) -> list[str]:
@@ -245,7 +210,3 @@ def _flatten(value: Any, at: str) -> dict[str, str]:
         if key not in IGNORED_KEYS:
             flat |= _flatten(inner, f"{at}.{key}")
     return flat
-
-
-def _filled(values: dict[str, str], names: list[str]) -> dict[str, str]:
-    return {n: values.get(n, "–") for n in names}

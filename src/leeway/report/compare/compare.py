@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from leeway.errors import LeewayError
 from leeway.io import write_file
@@ -24,7 +22,7 @@ from leeway.report.compare.check import Comparable, Study, comparable, items, lo
 from leeway.report.compare.effects import deltas, differences, effects, meta, pool
 from leeway.report.exports.model_card import markdown as safe
 from leeway.report.formatting import BudgetUnit, mapping
-from leeway.report.plotting import FAINT, INK, WIDTH, Drawing, finish, style
+from leeway.report.plotting import FAINT, INK, WIDTH, Drawing, finish, points_axis, style
 from leeway.report.rebuild import column_types
 from leeway.report.results import Results
 from leeway.report.verdict import LEVEL
@@ -62,10 +60,7 @@ def compare(folders: Seq[Path], *, pooling: bool = False) -> StudyComparison:
     checked = comparable(studies)
     own = effects(checked.studies)
     if own.empty:
-        left_out = "; ".join(f"{d['what']} {d['effect']}" for d in checked.left_out)
-        raise LeewayError(
-            "compare: no effect is left to compare" + (f" ({left_out})" if left_out else ""), fix="see docs/results.md"
-        )
+        raise LeewayError(f"compare: no effect is left to compare{checked.reasons()}", fix="see docs/results.md")
     paired = deltas(checked.studies)
     made = {
         "effects": own,
@@ -74,9 +69,8 @@ def compare(folders: Seq[Path], *, pooling: bool = False) -> StudyComparison:
         "items": items(checked.studies),
         "settings": pd.DataFrame(checked.differences, columns=["what", "effect", *(s.name for s in studies)]),
     }
-    return StudyComparison(
-        "contrasted", studies, checked, made, _sentences(made, BudgetUnit.of(studies[0].results.manifest))
-    )
+    sentences = _sentences(made, BudgetUnit.of(studies[0].results.manifest))
+    return StudyComparison("contrasted", studies, checked, made, sentences)
 
 
 def _pooled(studies: list[Study]) -> StudyComparison:
@@ -113,14 +107,8 @@ def write(comparison: StudyComparison, out: Path) -> Path:
 
 def _json(comparison: StudyComparison) -> dict[str, Any]:
     records = {name: formatting.to_records(table) for name, table in comparison.tables.items()}
-    studies = [_study(s) for s in comparison.studies]
-    head = {
-        "format": FORMAT,
-        "kind": comparison.kind,
-        "level": LEVEL,
-        "studies": studies,
-        "sentences": comparison.sentences,
-    }
+    head = {"format": FORMAT, "kind": comparison.kind, "level": LEVEL}
+    head |= {"studies": [_study(s) for s in comparison.studies], "sentences": comparison.sentences}
     types = {name: column_types(lines, [str(c) for c in comparison.tables[name]]) for name, lines in records.items()}
     return {**head, "columns": types, **records}
 
@@ -158,8 +146,7 @@ def _sentences(made: dict[str, pd.DataFrame], unit: BudgetUnit) -> list[str]:
         text = f"{label}, {unit.at(largest)}: the mean over studies differs significantly from the base for {of}"
         text += f" ({named} points)" if named else ""
         sentences.append(f"{text}; significant differences between two studies: {differ} of {tested}.")
-    few = int(over["studies"].max())
-    if few == 2:
+    if over["studies"].max() == 2:
         sentences.append(
             "With two studies, between-study variance rests on one difference, and the t interval of the mean has one "
             "degree of freedom: 12.7 standard errors to each side."
@@ -176,7 +163,11 @@ MEAN = "mean over studies"
 def draw(comparison: StudyComparison) -> list[Drawing]:
     """Draw one forest plot per primary measure, at the largest shared budget of each objective."""
     own = comparison.tables["effects"]
-    over = comparison.tables["meta"] if "meta" in comparison.tables else _primary_contrasts(comparison)
+    if "meta" in comparison.tables:
+        over = comparison.tables["meta"]
+    else:
+        pooled = comparison.tables["contrasts"]
+        over = pooled[pooled["primary"]].rename(columns={"difference": "estimate"})
     with style():
         return [
             _forest(comparison, str(m), own[own["measure"] == m], over[over["measure"] == m])
@@ -184,24 +175,13 @@ def draw(comparison: StudyComparison) -> list[Drawing]:
         ]
 
 
-def _primary_contrasts(comparison: StudyComparison) -> pd.DataFrame:
-    table = comparison.tables["contrasts"]
-    return table[table["primary"]].rename(columns={"difference": "estimate"})
-
-
 def _forest(comparison: StudyComparison, measure: str, own: pd.DataFrame, over: pd.DataFrame) -> Drawing:
-    keys = ["objective", "condition"]
     groups = []
-    for (objective, condition), lines in own.groupby(keys, sort=False):
+    for (objective, condition), lines in own.groupby(["objective", "condition"], sort=False):
         at = int(lines["budget"].max())
         mean = over[(over["objective"] == objective) & (over["condition"] == condition) & (over["budget"] == at)]
-        groups.append(
-            (
-                f"{formatting.objective_name(str(objective), str(condition))}, {comparison.unit.tick(at)}",
-                lines[lines["budget"] == at],
-                mean,
-            )
-        )
+        title = f"{formatting.objective_name(str(objective), str(condition))}, {comparison.unit.tick(at)}"
+        groups.append((title, lines[lines["budget"] == at], mean))
     names = [s.name for s in comparison.studies]
     total = sum(len(lines) + len(mean) + 1 for _, lines, mean in groups)
     height = 0.2 * total + 0.95
@@ -225,9 +205,7 @@ def _forest(comparison: StudyComparison, measure: str, own: pd.DataFrame, over: 
     ax.set_yticks([t for t, _ in ticks], [label for _, label in ticks])
     ax.set_ylim(0.2, total + 0.8)
     ax.grid(axis="y", visible=False)
-    left, right = ax.get_xlim()
-    digits = 0 if right - left > 0.04 else 1 if right - left > 0.004 else 2 if right - left > 0.0004 else 3
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: formatting.points(v, digits)))
+    points_axis(ax)
     ax.set_xlabel("Difference from the base, percentage points")
     label = str(own["label"].iloc[0])
     return finish(
@@ -256,32 +234,18 @@ def _short(name: str) -> str:
 
 def page(comparison: StudyComparison, drawings: list[Drawing]) -> str:
     """Render the page, self-contained and in the report's style."""
-    environment = Environment(
-        loader=PackageLoader("leeway.report.compare", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for filter_ in (formatting.objective_name, formatting.percent, formatting.points, formatting.count):
-        environment.filters[filter_.__name__] = filter_
-    environment.filters |= {"p": formatting.p_value, "budget": comparison.unit.tick}
-    return environment.get_template("compare.html.j2").render(context(comparison, drawings))
-
-
-def context(comparison: StudyComparison, drawings: list[Drawing]) -> dict[str, Any]:
-    """Return what the template shows."""
+    environment = formatting.templates("leeway.report.compare", ".", html=True, budget=comparison.unit.tick)
     css = files("leeway.report.page").joinpath("styles/page.css").read_text(encoding="utf-8")
-    return {
-        "style": Markup(plotting.with_line_colours(css)),
-        "comparison": comparison,
-        "names": [s.name for s in comparison.studies],
-        "studies": [(s.name, s.results.manifest, s.results.seeds) for s in comparison.studies],
-        "drawings": [(d, Markup(d.inline)) for d in drawings],
-        "tables": {k: formatting.to_records(t) for k, t in comparison.tables.items()},
-        "left_out": comparison.checked.left_out,
-        "level": LEVEL,
-    }
+    return environment.get_template("compare.html.j2").render(
+        style=Markup(plotting.with_line_colours(css)),
+        comparison=comparison,
+        names=[s.name for s in comparison.studies],
+        studies=[(s.name, s.results.manifest, s.results.seeds) for s in comparison.studies],
+        drawings=[(d, Markup(d.inline)) for d in drawings],
+        tables={k: formatting.to_records(t) for k, t in comparison.tables.items()},
+        left_out=comparison.checked.left_out,
+        level=LEVEL,
+    )
 
 
 def markdown(comparison: StudyComparison) -> str:
@@ -289,49 +253,33 @@ def markdown(comparison: StudyComparison) -> str:
     names = [s.name for s in comparison.studies]
     lines = [f"# {formatting.join_and([safe(n) for n in names])}, {comparison.kind}", ""]
     if comparison.organisms:
-        lines += [
-            f"> No evidence about real models: {safe(formatting.join_and(comparison.organisms))} used the organism.",
-            "",
-        ]
+        named = safe(formatting.join_and(comparison.organisms))
+        lines += [f"> No evidence about real models: {named} used the organism.", ""]
     lines += [f"- {safe(s)}" for s in comparison.sentences]
     lines += [f"- {safe(d['what'])} {safe(d['effect'])}" for d in comparison.checked.left_out]
     if "meta" in comparison.tables:
-        lines += [
-            "",
-            "| Objective | Budget | Measure | Studies | Mean effect | I² | τ | p (Holm) |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [_mean_line(r, comparison) for r in formatting.to_records(comparison.tables["meta"])]
-        lines += ["", "Effects are checkpoint − base in percentage points, with 95% CIs."]
+        heads = ["Objective", "Budget", "Measure", "Studies", "Mean effect", "I²", "τ", "p (Holm)"]
+        records = formatting.to_records(comparison.tables["meta"])
     else:
-        lines += ["", "| Objective | Budget | Measure | Seeds | Effect | p (Holm) |", "|---|---|---|---|---|---|"]
-        for r in formatting.to_records(comparison.tables["contrasts"]):
-            if r["primary"]:
-                cells = [
-                    safe(formatting.objective_name(r["objective"], r["condition"])),
-                    comparison.unit.tick(r["budget"]),
-                    safe(r["label"]),
-                ]
-                cells += [r["seeds"], _effect(r, "difference"), formatting.p_value(r["p_holm"])]
-                lines.append(f"| {' | '.join(cells)} |")
+        heads = ["Objective", "Budget", "Measure", "Seeds", "Effect", "p (Holm)"]
+        records = [r for r in formatting.to_records(comparison.tables["contrasts"]) if r["primary"]]
+    rows = [f"| {' | '.join(cells)} |" for cells in (heads, *(_cells(r, comparison.unit) for r in records))]
+    lines += ["", rows[0], "|" + "---|" * len(heads), *rows[1:]]
+    if "meta" in comparison.tables:
+        lines += ["", "Effects are checkpoint − base in percentage points, with 95% CIs."]
     return "\n".join(lines) + "\n"
 
 
-def _mean_line(r: dict[str, Any], comparison: StudyComparison) -> str:
-    cells = [
-        safe(formatting.objective_name(r["objective"], r["condition"])),
-        comparison.unit.tick(r["budget"]),
-        safe(r["label"]),
-    ]
-    spread = "–" if r["tau2"] is None else f"{100 * math.sqrt(r['tau2']):.1f}"
-    cells += [
-        str(r["studies"]),
-        _effect(r, "estimate"),
-        formatting.percent(r["i2"], 0),
-        spread,
-        formatting.p_value(r["p_holm"]),
-    ]
-    return f"| {' | '.join(cells)} |"
+def _cells(r: dict[str, Any], unit: BudgetUnit) -> list[str]:
+    """Return one line of the Markdown table: of the mean over studies, or of a pooled contrast."""
+    name = safe(formatting.objective_name(r["objective"], r["condition"]))
+    cells = [name, unit.tick(r["budget"]), safe(r["label"])]
+    if "estimate" in r:
+        spread = "–" if r["tau2"] is None else f"{100 * math.sqrt(r['tau2']):.1f}"
+        cells += [str(r["studies"]), _effect(r, "estimate"), formatting.percent(r["i2"], 0), spread]
+    else:
+        cells += [r["seeds"], _effect(r, "difference")]
+    return [*cells, formatting.p_value(r["p_holm"])]
 
 
 def _effect(r: dict[str, Any], at: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from typing import Any
 
@@ -17,7 +17,7 @@ from leeway.stats.cluster_tests import MIN_DISCORDANT, wild_cluster
 from leeway.stats.contrasts import holm_by_family, standard_error
 from leeway.stats.intervals import RESAMPLES, Floats, Ints, stratum_shares
 from leeway.stats.meta import combine
-from leeway.stats.metrics import BASE, VALUES, Measure, analysis_table, measures
+from leeway.stats.metrics import BASE, VALUES, analysis_table, measures
 from leeway.stats.metrics import POOLED_CHECKPOINT as KEY
 from leeway.stats.pairing import ITEM, PAIR, Pairs
 
@@ -37,12 +37,7 @@ MAX_NAMED = 4  # differences named in a message
 NO_POOL = "leave out --pool to compare the studies"
 
 
-@dataclass(frozen=True)
-class Deltas:
-    """One effect's paired differences in one study: checkpoint − base per item, averaged over seeds."""
-
-    table: pd.DataFrame  # ITEM, prompt, cluster, stratum, delta
-    unscored: int
+Deltas = pd.DataFrame  # paired differences in one study, checkpoint − base: ITEM, prompt, cluster, stratum, delta
 
 
 def effects(studies: list[Study]) -> pd.DataFrame:
@@ -56,8 +51,11 @@ def effects(studies: list[Study]) -> pd.DataFrame:
     return table.loc[shared, EFFECTS].sort_values([*KEY, "measure"], kind="stable").reset_index(drop=True)
 
 
-def deltas(studies: list[Study]) -> dict[tuple[str, str, int, str, str], Deltas]:
-    """Return the paired differences of each effect by (study, objective, budget, condition, measure)."""
+def deltas(studies: list[Study]) -> dict[tuple[Any, ...], Deltas]:
+    """Return each effect's paired differences, averaged over seeds, by (study, objective, budget, condition, measure).
+
+    A cluster is named by the first of its prompts, which is the same in every study.
+    """
     found = {}
     for study in studies:
         rows = study.results.judged
@@ -68,47 +66,39 @@ def deltas(studies: list[Study]) -> dict[tuple[str, str, int, str, str], Deltas]
         paired = tuned.merge(base, on=PAIR, suffixes=("", "_base"))
         for measure in (m for m in measures(table) if m.primary):
             for key, own in measure.select(paired).groupby(KEY):
-                found[study.name, *_key(key), measure.name] = _deltas(own, measure)
+                delta = own["value"] - own[f"{measure.value}_base"]
+                named = own.assign(delta=delta, cluster=own.groupby("cluster")["prompt"].transform("min"))
+                scored = named[delta.notna()].groupby([*ITEM, "prompt", "cluster", "stratum"])
+                found[study.name, *key, measure.name] = scored["delta"].mean().reset_index()
     return found
 
 
-def _deltas(own: pd.DataFrame, measure: Measure) -> Deltas:
-    delta = own["value"] - own[f"{measure.value}_base"]
-    table = own.assign(delta=delta, cluster=_clusters(own))
-    scored = table[table["delta"].notna()]
-    means = scored.groupby([*ITEM, "prompt", "cluster", "stratum"])["delta"].mean().reset_index()
-    return Deltas(means, int(delta.isna().sum()))
-
-
-def _clusters(own: pd.DataFrame) -> pd.Series:
-    """Name each cluster by the first of its prompts, which is the same in every study."""
-    return own.groupby("cluster")["prompt"].transform("min")
-
-
-def differences(
-    table: pd.DataFrame, paired: dict[tuple[str, str, int, str, str], Deltas], seed: int = 0
-) -> pd.DataFrame:
+def differences(table: pd.DataFrame, paired: dict[tuple[Any, ...], Deltas]) -> pd.DataFrame:
     """Return effect in A − effect in B for each pair of studies, paired by shared items.
 
     Interval and p come from the wild cluster bootstrap on each prompt's difference of differences. Studies without a
     shared item get a normal interval from both standard errors, with a note.
     """
-    lines: list[dict[str, object]] = []
+    lines: list[dict[str, Any]] = []
     for key, own in table.groupby([*KEY, "axis", "measure", "label"], sort=False):
         for (_, a), (_, b) in combinations(own.iterrows(), 2):
-            line = dict(zip([*KEY, "axis", "measure", "label"], key, strict=True))
+            line: dict[str, Any] = dict(zip([*KEY, "axis", "measure", "label"], key, strict=True))
             line |= {"study_a": a["study"], "study_b": b["study"], "effect_a": a["difference"]}
             line |= {"effect_b": b["difference"], "family": f"{line['axis']} @ {line['budget']}, between studies"}
-            ids = [(s["study"], line["objective"], line["budget"], line["condition"], line["measure"]) for s in (a, b)]
-            lines.append(line | _difference(a, b, paired[_id(ids[0])], paired[_id(ids[1])], seed))
-    return holm_by_family(pd.DataFrame(lines, columns=[c for c in DIFFERENCES if c not in ("p_holm", "family_size")]))[
-        DIFFERENCES
-    ]
+            effect = [line[k] for k in (*KEY, "measure")]
+            lines.append(line | _difference(a, b, paired[a["study"], *effect], paired[b["study"], *effect]))
+    return _corrected(lines, DIFFERENCES)
 
 
-def _difference(a: pd.Series, b: pd.Series, one: Deltas, other: Deltas, seed: int) -> dict[str, object]:
-    both = one.table.merge(other.table, on=[*ITEM, "prompt"], suffixes=("", "_b"))
-    unpaired = len(one.table) + len(other.table) - 2 * len(both)
+def _corrected(lines: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
+    """Return the lines as a table with Holm's p in each family."""
+    table = pd.DataFrame(lines, columns=[c for c in columns if c not in ("p_holm", "family_size")])
+    return holm_by_family(table)[columns]
+
+
+def _difference(a: pd.Series, b: pd.Series, one: Deltas, other: Deltas) -> dict[str, object]:
+    both = one.merge(other, on=[*ITEM, "prompt"], suffixes=("", "_b"))
+    unpaired = len(one) + len(other) - 2 * len(both)
     found: dict[str, object] = dict.fromkeys(("difference", "low", "high", "se", "p"), float("nan"))
     found |= {"n_shared": len(both), "n_clusters": 0, "n_unpaired": unpaired, "note": ""}
     if math.isnan(a["difference"]) or math.isnan(b["difference"]):
@@ -120,7 +110,7 @@ def _difference(a: pd.Series, b: pd.Series, one: Deltas, other: Deltas, seed: in
     share = stratum_shares(strata)
     pulls, weights = np.bincount(clusters, weights=share * (value - base)), np.bincount(clusters, weights=share)
     halves, weigh = (pulls[:, None] / 2).astype(np.float64), weights[:, None].astype(np.float64)
-    tested = wild_cluster(halves, weigh, resamples=RESAMPLES, seed=seed)
+    tested = wild_cluster(halves, weigh, resamples=RESAMPLES, seed=0)
     none = np.zeros(len(value), dtype=np.intp)
     pairs = Pairs(value, base, strata, clusters, none, np.ones(len(value), dtype=bool))
     discordant, notes = int(tested.n_discordant[0]), []
@@ -143,7 +133,7 @@ def _independent(a: pd.Series, b: pd.Series) -> dict[str, object]:
     return {**numbers, "se": se, "p": p, "note": note}
 
 
-def meta(table: pd.DataFrame, paired: dict[tuple[str, str, int, str, str], Deltas]) -> pd.DataFrame:
+def meta(table: pd.DataFrame, paired: dict[tuple[Any, ...], Deltas]) -> pd.DataFrame:
     """Combine each effect over studies (`stats.meta.combine`); `note` names studies without an estimate."""
     lines = []
     for key, own in table.groupby([*KEY, "axis", "measure", "label"], sort=False):
@@ -155,7 +145,7 @@ def meta(table: pd.DataFrame, paired: dict[tuple[str, str, int, str, str], Delta
         if len(known) < 2:
             lines.append(line | {"studies": len(known), "note": "; ".join([*notes, "fewer than two estimates"])})
             continue
-        of = [paired[_id((s, *(line[k] for k in KEY), line["measure"]))] for s in known["study"]]
+        of = [paired[s, *(line[k] for k in (*KEY, "measure"))] for s in known["study"]]
         covariance = _covariance([error(r) for _, r in known.iterrows()], list(known["n_discordant"]), of)
         found = combine(known["difference"].to_numpy(float), covariance)
         notes += [TWO] if len(known) == 2 else [FEW] if len(known) < 5 else []
@@ -166,7 +156,7 @@ def meta(table: pd.DataFrame, paired: dict[tuple[str, str, int, str, str], Delta
             numbers |= {k: float(np.clip(numbers[k], -1, 1)) for k in ends}
             notes.append("interval clipped to [−1, 1]: uninformative")
         lines.append(line | numbers | {"note": "; ".join(notes)})
-    return holm_by_family(pd.DataFrame(lines, columns=[c for c in META if c not in ("p_holm", "family_size")]))[META]
+    return _corrected(lines, META)
 
 
 def error(effect: pd.Series) -> float:
@@ -185,7 +175,7 @@ def error(effect: pd.Series) -> float:
 def _covariance(errors: list[float], discordant: list[int], of: list[Deltas]) -> Floats:
     """Return the covariance of the effects; off-diagonal terms are Σ_c r_ic r_jc over prompts c in both studies."""
     found = np.diag(np.square(errors))
-    residuals = [_residuals(d.table) for d in of]
+    residuals = [_residuals(table) for table in of]
     for i, j in combinations(range(len(of)), 2):
         if min(discordant[i], discordant[j]) >= MIN_DISCORDANT:
             shared = residuals[i].index.intersection(residuals[j].index)
@@ -207,52 +197,32 @@ def _codes(column: pd.Series) -> Ints:
     return np.unique(column.to_numpy(dtype=object), return_inverse=True)[1].astype(np.intp)
 
 
-def _key(key: Any) -> tuple[str, int, str]:
-    objective, budget, condition = key
-    return str(objective), int(budget), str(condition)
-
-
-def _id(key: tuple[Any, ...]) -> tuple[str, str, int, str, str]:
-    study, objective, budget, condition, measure = key
-    return str(study), str(objective), int(budget), str(condition), str(measure)
-
-
 def pool(studies: list[Study]) -> Results:
     """Pool the rows of runs that differ in training seeds only; raises LeewayError for any other difference.
 
     The base's responses must be the same in each run, and are taken once.
     """
     for a, b in combinations(studies, 2):
-        _same_settings(a, b)
-        _other_seeds(a, b)
-        _same_base(a, b)
+        _check_settings(a, b)
+        if both := _runs(a) & _runs(b):
+            objective, seed = min(both)
+            what = f"compare --pool: {a.name} and {b.name} both hold {objective} with seed {seed}"
+            raise LeewayError(f"{what}: it would count twice", fix="pool runs of different seeds")
+        _check_base(a, b)
     first = studies[0].results
     rows = [first.rows, *(s.results.rows[s.results.rows["objective"] != BASE] for s in studies[1:])]
     ledgers = [s.results.ledger for s in studies]
     name = " + ".join(s.name for s in studies)
-    return replace(
-        first,
-        rows=pd.concat(rows, ignore_index=True),
-        ledger=pd.concat(ledgers, ignore_index=True),
-        study={**first.study, "name": name},
-    )
+    table, ledger = pd.concat(rows, ignore_index=True), pd.concat(ledgers, ignore_index=True)
+    return replace(first, rows=table, ledger=ledger, study={**first.study, "name": name})
 
 
-def _same_settings(a: Study, b: Study) -> None:
-    found = not_poolable([a, b])
-    if found:
+def _check_settings(a: Study, b: Study) -> None:
+    if found := not_poolable([a, b]):
         named = "; ".join(f"{d['what']}: {d[a.name]} and {d[b.name]}" for d in found[:MAX_NAMED])
         more = f"; and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
         what = f"compare --pool: {a.name} and {b.name} differ in more than their seeds ({named}{more})"
         raise LeewayError(what, fix=NO_POOL)
-
-
-def _other_seeds(a: Study, b: Study) -> None:
-    both = _runs(a) & _runs(b)
-    if both:
-        objective, seed = min(both)
-        what = f"compare --pool: {a.name} and {b.name} both hold {objective} with seed {seed}"
-        raise LeewayError(f"{what}: it would count twice", fix="pool runs of different seeds")
 
 
 def _runs(study: Study) -> set[tuple[str, int]]:
@@ -261,11 +231,10 @@ def _runs(study: Study) -> set[tuple[str, int]]:
     return {(str(o), int(s)) for o, s in tuned.itertuples(index=False, name=None)}
 
 
-def _same_base(a: Study, b: Study) -> None:
-    one, other = (s.results.rows[s.results.rows["objective"] == BASE] for s in (a, b))
-    one, other = (
-        t[[*BASE_KEYS, *BASE_VALUES]].fillna({"attack": "", "template_hash": "", "judge": ""}) for t in (one, other)
-    )
+def _check_base(a: Study, b: Study) -> None:
+    rows = (s.results.rows for s in (a, b))
+    bases = (r.loc[r["objective"] == BASE, [*BASE_KEYS, *BASE_VALUES]] for r in rows)
+    one, other = (base.fillna({"attack": "", "template_hash": "", "judge": ""}) for base in bases)
     both = one.merge(other, on=BASE_KEYS, how="outer", suffixes=("", "_b"), indicator="found")
     differ = both["found"] != "both"
     for column in BASE_VALUES:

@@ -1,3 +1,1 @@
 """For papers and for machines: LaTeX, BibTeX, model cards, and results.json with its schema."""
-
-from __future__ import annotations

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 
@@ -141,7 +141,9 @@ def main_table(
         own = [(objective, budget, condition, axis) for axis in axes]
         row = [_name(objective, condition), _budget(budget, unit)]
         for key in own:
-            row += _rate(cells[key], key in marked) if key in cells else [escape(MISSING), ""]
+            cell = cells.get(key, dict.fromkeys(("rate", "low", "high")))
+            row.append(_percent(cell["rate"]) + (SIGNIFICANT if key in marked else ""))
+            row.append(_interval(_percent(cell["low"]), _percent(cell["high"])))
         rows.append([*row, formatting.count(sum(cells[k]["n_unscored"] for k in own if k in cells))])
     columns = [("Objective", "l"), (_budget_title(unit), "r")]
     columns += [column for a in axes for column in ((AXES[a], "r"), ("", "l"))] + [("Unscored", "r")]
@@ -208,25 +210,15 @@ def ledger_table(table: pd.DataFrame, order: list[str], unit: BudgetUnit) -> Tab
     return Table("ledger", caption, columns, rows)
 
 
-def _rate(cell: dict[str, Any], significant: bool) -> list[str]:
-    rate = _percent(cell["rate"]) + (SIGNIFICANT if significant else "")
-    return [rate, _interval(_percent(cell["low"]), _percent(cell["high"]))]
-
-
 def _name(objective: str, condition: str = PLAIN) -> str:
     return escape(formatting.objective_name(objective, condition))
 
 
-def _percent(value: float) -> str:
-    return escape(formatting.unsigned_points(value))
+def _escaped(text_of: Callable[[float | None], str]) -> Callable[[float | None], str]:
+    return lambda value: escape(text_of(value))
 
 
-def _points(value: float) -> str:
-    return escape(formatting.points(value))
-
-
-def _p(value: float) -> str:
-    return escape(formatting.p_value(value))
+_percent, _points, _p = map(_escaped, (formatting.unsigned_points, formatting.points, formatting.p_value))
 
 
 def _number(value: float | None) -> str:

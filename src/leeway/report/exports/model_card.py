@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from leeway.report import formatting, narrative
 from leeway.report.formatting import MISSING, mapping
@@ -35,58 +33,47 @@ def model_cards(results: Results, made: dict[str, pd.DataFrame]) -> dict[Path, s
     """Return the text of each card by path; empty for an external checkpoint."""
     if narrative.external(results.manifest):
         return {}
-    cards = {}
-    context = CardContext.of(results, made)
+    cards, measured, description = {}, measured_rates(results, made), narrative.study_description(results)
     for line in formatting.to_records(results.ledger):
         folder = results.folder / "checkpoints" / line["objective"] / f"s{line['seed']}" / str(line["budget"])
         if (folder / LEDGER).is_file():
-            cards[folder / CARD] = model_card(results, context, line, (folder / "tokenizer.json").is_file())
+            own_tokenizer = (folder / "tokenizer.json").is_file()
+            cards[folder / CARD] = model_card(results, measured, description, line, own_tokenizer)
     return cards
 
 
-@dataclass(frozen=True)
-class CardContext:
-    """What all cards of a run share."""
-
-    rates: list[dict[str, Any]]  # of checkpoints: primary measures and coherence
-    bases: dict[tuple[str, str], dict[str, Any]]  # by condition and measure
-    contrasts: dict[tuple[str, int, str, str], dict[str, Any]]  # by objective, budget, condition and measure
-    items: dict[str, str]  # sources of the items by axis
-    description: list[tuple[str, str]]
-    template: Template
-
-    @classmethod
-    def of(cls, results: Results, made: dict[str, pd.DataFrame]) -> CardContext:
-        environment = Environment(
-            loader=PackageLoader("leeway.report.exports", "."),
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= {"md": markdown, "percent": formatting.percent, "points": formatting.points}
-        environment.filters |= {"p": formatting.p_value, "count": formatting.count}
-        rates = made["rates"]
-        reported = rates[rates["primary"] | (rates["measure"] == "coherence")]
-        reported = reported.sort_values("condition", key=lambda c: c != PLAIN, kind="stable")
-        base = reported[reported["objective"] == BASE].drop_duplicates(["condition", "measure"])
-        contrasts = made["contrasts"][made["contrasts"]["measure"].isin(reported["measure"])]
-        return cls(
-            formatting.to_records(reported[reported["objective"] != BASE]),
-            {(r["condition"], r["measure"]): r for r in formatting.to_records(base)},
-            {(c["objective"], c["budget"], c["condition"], c["measure"]): c for c in formatting.to_records(contrasts)},
-            {str(axis): _sources(rows) for axis, rows in results.rows.groupby("eval")},
-            narrative.study_description(results),
-            environment.get_template("card.md.j2"),
-        )
+def measured_rates(results: Results, made: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """Return the checkpoints' primary rates and coherence, with the base's under the same prompt and the contrast."""
+    rates = made["rates"]
+    reported = rates[rates["primary"] | (rates["measure"] == "coherence")]
+    reported = reported.sort_values("condition", key=lambda c: c != PLAIN, kind="stable")
+    base = reported[reported["objective"] == BASE].drop_duplicates(["condition", "measure"])
+    bases = {(r["condition"], r["measure"]): r for r in formatting.to_records(base)}
+    keys = ("objective", "budget", "condition", "measure")
+    contrasts = {tuple(c[k] for k in keys): c for c in formatting.to_records(made["contrasts"])}
+    items = {axis: _sources(rows) for axis, rows in results.rows.groupby("eval")}
+    return [
+        r
+        | {"base": bases.get((r["condition"], r["measure"])), "contrast": contrasts.get(tuple(r[k] for k in keys))}
+        | {"items": items.get(r["axis"], r["axis"])}
+        for r in formatting.to_records(reported[reported["objective"] != BASE])
+    ]
 
 
-def model_card(results: Results, context: CardContext, line: dict[str, Any], own_tokenizer: bool) -> str:
+def model_card(
+    results: Results,
+    measured: list[dict[str, Any]],
+    description: list[tuple[str, str]],
+    line: dict[str, Any],
+    own_tokenizer: bool,
+) -> str:
     """Return one checkpoint's card: front matter by huggingface_hub, body by `card.md.j2`."""
-    measured = _measured(context, line)
+    measured = [m for m in measured if all(m[k] == line[k] for k in ("objective", "seed", "budget"))]
     manifest, study = results.manifest, results.study
     objective = mapping(mapping(manifest.get("objectives")).get(line["objective"]))
     low_rank = mapping(study.get("adapter")).get("kind", "lora") != "full"
-    body = context.template.render(
+    template = formatting.templates("leeway.report.exports", ".", html=False, md=markdown).get_template("card.md.j2")
+    body = template.render(
         title=_title(results, line),
         line=line,
         counts=[(k.replace("_", " ").capitalize(), _count(line[k])) for k in COUNTS],
@@ -98,12 +85,12 @@ def model_card(results: Results, context: CardContext, line: dict[str, Any], own
         base=_base(results),
         revision=mapping(manifest.get("model")).get("revision"),
         organism=bool(manifest.get("organism")),
-        description=[(t, text) for t, text in context.description if t in ("Task", "Adapter")],
+        description=[(t, text) for t, text in description if t in ("Task", "Adapter")],
         optimiser=[(k, v) for k, v in mapping(manifest.get("optimisation")).items() if k in SETTINGS],
         low_rank=low_rank,
         own_tokenizer=own_tokenizer,
         measured=measured,
-        limitations=_limitations(results, context, measured),
+        limitations=_limitations(results, description, measured),
         level=LEVEL,
         seeds=results.seeds,
         bib=leeway_entry(str(manifest["leeway"]) if manifest.get("leeway") else None).rstrip(),
@@ -151,24 +138,12 @@ def _eval_result(m: dict[str, Any]) -> EvalResult:
     )
 
 
-def _measured(context: CardContext, line: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return this checkpoint's rates, each with the base's under the same prompt and the contrast."""
-    measured = []
-    for r in context.rates:
-        if all(r[k] == line[k] for k in ("objective", "seed", "budget")):
-            contrast = context.contrasts.get((r["objective"], r["budget"], r["condition"], r["measure"]))
-            base = context.bases.get((r["condition"], r["measure"]))
-            items = context.items.get(r["axis"], r["axis"])
-            measured.append(r | {"base": base, "contrast": contrast, "items": items})
-    return measured
-
-
 def _sources(rows: pd.DataFrame) -> str:
     names = sorted({str(n) for n in rows["item_id"].str.rsplit("/", n=1).str[0].unique()})
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _limitations(results: Results, context: CardContext, measured: list[dict[str, Any]]) -> list[str]:
+def _limitations(results: Results, description: list[tuple[str, str]], measured: list[dict[str, Any]]) -> list[str]:
     if len(results.seeds) == 1:
         found = ["One training seed: intervals cover prompt sampling, not training-seed variance."]
     else:
@@ -181,7 +156,7 @@ def _limitations(results: Results, context: CardContext, measured: list[dict[str
         found.append("Many responses to forbidden prompts are incoherent, so a low ASR does not show robustness.")
     if lost := sum(m["n_unscored"] for m in measured):
         found.append(f"{lost:,} unscored responses are excluded from these rates; they are not counted as safe.")
-    return found + [f"{term}: {text}" for term, text in context.description if term.startswith("Judge, ")]
+    return found + [f"{term}: {text}" for term, text in description if term.startswith("Judge, ")]
 
 
 def _title(results: Results, line: dict[str, Any]) -> str:

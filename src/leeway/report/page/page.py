@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from leeway import stats
@@ -26,31 +25,10 @@ from leeway.stats import intervals, metrics
 from leeway.stats.metrics import BASE
 from leeway.stats.pareto import MEASURES as RECOMMENDATION_MEASURES
 
-Column = tuple[str, Callable[[dict[str, Any]], str], bool]  # heading, cell text, whether it is text (else a number)
+Row = dict[str, Any]  # of a table, with None for missing values
+Column = tuple[str, Callable[[Row], str], bool]  # heading, cell text, whether it is text (else a number)
 MARGIN = 0.05  # of the page's equivalence tests; claims and gates have their own
-NEVER = "never"
 OVER_BUDGETS = ("asr", "endorsement", "accuracy")
-TITLES = {
-    "equivalence": "Equivalence to the base",
-    "divergence": "Slopes over budget",
-    "onset": "Onset of change",
-    "coupling": "ASR per point of capability",
-    "matched": "Comparison at equal capability",
-    "frontier": "Pareto frontier",
-    "recommend": "Recommendation",
-}
-
-
-@dataclass(frozen=True)
-class View:
-    """One analysis on the page: a table of text, or the reason why it is not available."""
-
-    key: str
-    title: str
-    about: str
-    heads: list[tuple[str, bool]]
-    lines: list[dict[str, Any]]
-    unavailable: str = ""
 
 
 def analyses(results: Results) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
@@ -98,173 +76,45 @@ def _stack(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def views(made: dict[str, pd.DataFrame], unavailable: dict[str, str], unit: BudgetUnit) -> list[View]:
-    """Return the analyses in reading order."""
-    builders = {
-        "equivalence": _equivalence,
-        "divergence": _divergence,
-        "onset": _onset,
-        "coupling": _coupling,
-        "matched": _matched,
-        "frontier": _frontier,
-    }
-    found = []
-    for key, build in builders.items():
-        if key in made and not made[key].empty:
-            found.append(_view(key, *build(made[key], unit)))
-        elif key in unavailable:
-            found.append(View(key, TITLES[key], "", [], [], unavailable[key]))
-    return found
+def _points(key: str) -> Callable[[Row], str]:
+    return lambda row: formatting.points(row[key])
 
 
-def _view(key: str, about: str, columns: list[Column], table: pd.DataFrame) -> View:
-    lines = []
-    for row in table.astype(object).where(table.notna(), None).to_dict("records"):
-        values = {str(k): v for k, v in row.items()}
-        objective, condition = str(values.get("objective") or ""), str(values.get("condition") or "plain")
-        note = formatting.without_seed_note(str(values.get("note") or ""))
-        lines.append(
-            {
-                "line": key_of(objective, condition) if objective else "",
-                "budget": values.get("budget") or "",
-                "cells": [cell(values) for _, cell, _ in columns],
-                "note": "" if key == "frontier" else note,
-            }
-        )
-    return View(key, TITLES[key], about, [(title, is_text) for title, _, is_text in columns], lines)
+def _percent(key: str, digits: int = 1) -> Callable[[Row], str]:
+    return lambda row: formatting.percent(row.get(key), digits)
 
 
-def _equivalence(table: pd.DataFrame, unit: BudgetUnit) -> tuple[str, list[Column], pd.DataFrame]:
-    columns: list[Column] = [
-        OBJECTIVE,
-        ("Budget", lambda r: unit.tick(int(r["budget"])), False),
-        ("Measure", lambda r: str(r["label"]), True),
-        ("Difference", lambda r: formatting.points(_float(r["difference"])), False),
-        ("90% CI", lambda r: _to(*(formatting.points(_float(r[k])) for k in ("low90", "high90"))), False),
-        ("Margin", lambda r: f"±{100 * r['margin']:g}", False),
-        *P_VALUES,
-        ("Equivalent", lambda r: "yes" if r["equivalent"] else "not shown", True),
-    ]
-    about = (
-        f"Two one-sided tests (TOST) against a margin of ±{100 * MARGIN:g} points, the same in every study. “Not "
-        "shown” does not mean that the two differ."
-    )
-    return about, columns, table
+def _signed(value: float | None) -> str:
+    return MISSING if value is None else f"{value:+.3f}".replace("-", formatting.MINUS)
 
 
-def _divergence(table: pd.DataFrame, _: BudgetUnit) -> tuple[str, list[Column], pd.DataFrame]:
-    columns: list[Column] = [
-        ("Test", lambda r: str(r["kind"]).replace("-check", " (check)"), True),
-        ("Method", lambda r: "GEE" if r["method"] == "gee" else str(r["method"]), True),
-        MEASURE,
-        OBJECTIVE,
-        AGAINST,
-        ("Estimate", lambda r: _estimate(r, in_points=_in_points(r)), False),
-        ("95% CI", lambda r: _interval(r, in_points=_in_points(r)), False),
-        *P_VALUES,
-        ("Unit", lambda r: ("points " if _in_points(r) else "") + str(r["unit"]), True),
-    ]
-    about = (
-        "Slope of each measure on log2(budget), per objective and per pair of objectives; joint: whether any slopes "
-        "differ. Logistic GEE clustered by prompt (log-odds per doubling, Wald test); as a check, slopes by cluster "
-        "bootstrap (points per doubling)."
-    )
-    return about, columns, table
+def _slope(row: Row) -> Callable[[Any], str]:
+    """Return the format of a slope: points, or a signed number if it is in log-odds."""
+    return _signed if str(row["unit"] or "").startswith("log") else formatting.points
 
 
-def _onset(table: pd.DataFrame, unit: BudgetUnit) -> tuple[str, list[Column], pd.DataFrame]:
-    def place(row: dict[str, Any], key: str) -> str:
-        value = row[key]
-        return MISSING if value is None else NEVER if value == float("inf") else unit.tick(int(value))
-
-    columns: list[Column] = [
-        OBJECTIVE,
-        MEASURE,
-        ("Direction", lambda r: str(r["direction"]), True),
-        ("Onset", lambda r: place(r, "estimate"), False),
-        ("95% CI", lambda r: _to(place(r, "low"), place(r, "high")), False),
-        ("Onset by tests", lambda r: place(r, "tested"), False),
-        ("Draws without onset", lambda r: formatting.percent(_float(r["p_never"]), 0), False),
-    ]
-    about = (
-        "First budget from which the difference to the base exceeds the threshold at that and every later budget, with "
-        "an interval over bootstrap draws of prompts. By tests: the same, by simultaneous one-sided 95% bounds."
-    )
-    return about, columns, table
+def _at_capability(row: Row) -> Callable[[Any], str]:
+    return formatting.points if row["kind"] == "pair" else formatting.percent
 
 
-def _coupling(table: pd.DataFrame, _: BudgetUnit) -> tuple[str, list[Column], pd.DataFrame]:
-    columns: list[Column] = [
-        OBJECTIVE,
-        MEASURE,
-        ("Slope", lambda r: _signed(r, "estimate"), False),
-        ("95% CI", lambda r: _interval(r, in_points=False), False),
-        P_VALUES[0],
-        ("Uncorrected slope", lambda r: _signed(r, "uncorrected"), False),
-        ("Reliability", lambda r: MISSING if r["reliability"] is None else f"{r['reliability']:.2f}", False),
-        ("Checkpoints", lambda r: str(r["n_points"]), False),
-    ]
-    about = (
-        "Slope of ASR on capability along each objective’s trajectory from the base (points per point), corrected for "
-        "measurement error in capability."
-    )
-    return about, columns, table
+def _interval(row: Row, text: Callable[[Any], str]) -> str:
+    return MISSING if row["low"] is None or row["high"] is None else f"{text(row['low'])} to {text(row['high'])}"
 
 
-def _matched(table: pd.DataFrame, _: BudgetUnit) -> tuple[str, list[Column], pd.DataFrame]:
-    def estimate(row: dict[str, Any]) -> str:
-        if row["kind"] == "pair":
-            return _estimate(row, in_points=True)
-        return formatting.percent(_float(row["estimate"]))
-
-    def interval(row: dict[str, Any]) -> str:
-        if row["kind"] == "pair" or row["low"] is None:
-            return _interval(row, in_points=True)
-        return _to(formatting.percent(row["low"]), formatting.percent(row["high"]))
-
-    columns: list[Column] = [
-        MEASURE,
-        OBJECTIVE,
-        AGAINST,
-        ("Capability", lambda r: formatting.percent(_float(r["capability"])), False),
-        ("Estimate", estimate, False),
-        ("95% CI", interval, False),
-        *P_VALUES,
-    ]
-    about = (
-        "Each objective at the same capability, interpolated along its trajectory (never extrapolated). Rows with an "
-        "objective under “Against” are differences in points."
-    )
-    return about, columns, table
+def _onset(row: Row, key: str) -> str:
+    return MISSING if row[key] is None else "never" if math.isinf(row[key]) else str(row["tick"](int(row[key])))
 
 
-def _frontier(table: pd.DataFrame, unit: BudgetUnit) -> tuple[str, list[Column], pd.DataFrame]:
-    drawn = "p_on_frontier" in table
-    shown = table["on_frontier"].astype(bool)
-    shown |= table["p_on_frontier"] >= 0.01 if drawn else False
-    table = table.sort_values("p_on_frontier" if drawn else "on_frontier", ascending=False, kind="stable")
-    columns: list[Column] = [
-        OBJECTIVE,
-        ("Budget", lambda r: unit.tick(int(r["budget"])) if r["budget"] else MISSING, False),
-        ("Seed", lambda r: str(r["seed"]) if r["budget"] else MISSING, False),
-        ("Accuracy", lambda r: formatting.percent(_float(r["capability"])), False),
-        ("ASR", lambda r: formatting.percent(_float(r["asr"])), False),
-        ("On frontier", lambda r: "yes" if r["on_frontier"] else "no", True),
-        ("In draws", lambda r: formatting.percent(_float(r.get("p_on_frontier"))), False),
-    ]
-    about = (
-        "A checkpoint is on the frontier if no other is at least as good on both accuracy and ASR and better on one. "
-        "In draws: share of bootstrap draws of prompts in which it is. Rows: checkpoints on the frontier, or in at "
-        "least 1% of draws."
-    )
-    return about, columns, table[shown.reindex(table.index)]
+def _onset_interval(row: Row) -> str:
+    low, high = _onset(row, "low"), _onset(row, "high")
+    return low if low == high == "never" else f"{low} to {high}"
 
 
-def _objective(row: dict[str, Any]) -> str:
+def _objective(row: Row) -> str:
     return formatting.objective_name(str(row["objective"]), str(row["condition"])) if row.get("objective") else "all"
 
 
-def _against(row: dict[str, Any]) -> str:
+def _against(row: Row) -> str:
     other = row.get("against")
     return formatting.objective_name(str(other), str(row.get("against_condition") or "plain")) if other else ""
 
@@ -272,39 +122,136 @@ def _against(row: dict[str, Any]) -> str:
 OBJECTIVE: Column = ("Objective", _objective, True)
 AGAINST: Column = ("Against", _against, True)
 MEASURE: Column = ("Measure", lambda r: str(r["measure"]).replace("asr", "ASR").replace(":none", ", no attack"), True)
-P_VALUES: list[Column] = [
-    ("p", lambda r: formatting.p_value(_float(r["p"])), False),
-    ("p (Holm)", lambda r: formatting.p_value(_float(r["p_holm"])), False),
-]
+P: Column = ("p", lambda r: formatting.p_value(r["p"]), False)
+P_HOLM: Column = ("p (Holm)", lambda r: formatting.p_value(r["p_holm"]), False)
+ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: title, explanation, columns
+    "equivalence": (
+        "Equivalence to the base",
+        f"Two one-sided tests (TOST) against a margin of ±{100 * MARGIN:g} points, the same in every study. “Not "
+        "shown” does not mean that the two differ.",
+        [
+            OBJECTIVE,
+            ("Budget", lambda r: r["tick"](int(r["budget"])), False),
+            ("Measure", lambda r: str(r["label"]), True),
+            ("Difference", _points("difference"), False),
+            ("90% CI", lambda r: f"{formatting.points(r['low90'])} to {formatting.points(r['high90'])}", False),
+            ("Margin", lambda r: f"±{100 * r['margin']:g}", False),
+            P,
+            P_HOLM,
+            ("Equivalent", lambda r: "yes" if r["equivalent"] else "not shown", True),
+        ],
+    ),
+    "divergence": (
+        "Slopes over budget",
+        "Slope of each measure on log2(budget), per objective and per pair of objectives; joint: whether any slopes "
+        "differ. Logistic GEE clustered by prompt (log-odds per doubling, Wald test); as a check, slopes by cluster "
+        "bootstrap (points per doubling).",
+        [
+            ("Test", lambda r: str(r["kind"]).replace("-check", " (check)"), True),
+            ("Method", lambda r: "GEE" if r["method"] == "gee" else str(r["method"]), True),
+            MEASURE,
+            OBJECTIVE,
+            AGAINST,
+            ("Estimate", lambda r: _slope(r)(r["estimate"]), False),
+            ("95% CI", lambda r: _interval(r, _slope(r)), False),
+            P,
+            P_HOLM,
+            ("Unit", lambda r: ("" if _slope(r) is _signed else "points ") + str(r["unit"]), True),
+        ],
+    ),
+    "onset": (
+        "Onset of change",
+        "First budget from which the difference to the base exceeds the threshold at that and every later budget, with "
+        "an interval over bootstrap draws of prompts. By tests: the same, by simultaneous one-sided 95% bounds.",
+        [
+            OBJECTIVE,
+            MEASURE,
+            ("Direction", lambda r: str(r["direction"]), True),
+            ("Onset", lambda r: _onset(r, "estimate"), False),
+            ("95% CI", _onset_interval, False),
+            ("Onset by tests", lambda r: _onset(r, "tested"), False),
+            ("Draws without onset", _percent("p_never", 0), False),
+        ],
+    ),
+    "coupling": (
+        "ASR per point of capability",
+        "Slope of ASR on capability along each objective’s trajectory from the base (points per point), corrected for "
+        "measurement error in capability.",
+        [
+            OBJECTIVE,
+            MEASURE,
+            ("Slope", lambda r: _signed(r["estimate"]), False),
+            ("95% CI", lambda r: _interval(r, _signed), False),
+            P,
+            ("Uncorrected slope", lambda r: _signed(r["uncorrected"]), False),
+            ("Reliability", lambda r: MISSING if r["reliability"] is None else f"{r['reliability']:.2f}", False),
+            ("Checkpoints", lambda r: str(r["n_points"]), False),
+        ],
+    ),
+    "matched": (
+        "Comparison at equal capability",
+        "Each objective at the same capability, interpolated along its trajectory (never extrapolated). Rows with an "
+        "objective under “Against” are differences in points.",
+        [
+            MEASURE,
+            OBJECTIVE,
+            AGAINST,
+            ("Capability", _percent("capability"), False),
+            ("Estimate", lambda r: _at_capability(r)(r["estimate"]), False),
+            ("95% CI", lambda r: _interval(r, _at_capability(r)), False),
+            P,
+            P_HOLM,
+        ],
+    ),
+    "frontier": (
+        "Pareto frontier",
+        "A checkpoint is on the frontier if no other is at least as good on both accuracy and ASR and better on one. "
+        "In draws: share of bootstrap draws of prompts in which it is. Rows: checkpoints on the frontier, or in at "
+        "least 1% of draws.",
+        [
+            OBJECTIVE,
+            ("Budget", lambda r: r["tick"](int(r["budget"])) if r["budget"] else MISSING, False),
+            ("Seed", lambda r: str(r["seed"]) if r["budget"] else MISSING, False),
+            ("Accuracy", _percent("capability"), False),
+            ("ASR", _percent("asr"), False),
+            ("On frontier", lambda r: "yes" if r["on_frontier"] else "no", True),
+            ("In draws", _percent("p_on_frontier"), False),
+        ],
+    ),
+}
 
 
-def _estimate(row: dict[str, Any], *, in_points: bool) -> str:
-    return formatting.points(_float(row["estimate"])) if in_points else _signed(row, "estimate")
+def views(made: dict[str, pd.DataFrame], unavailable: dict[str, str], unit: BudgetUnit) -> list[dict[str, Any]]:
+    """Return each analysis as a table of text, or with the reason why it is not available."""
+    found = []
+    for key, (title, about, columns) in ANALYSES.items():
+        if key in made and not made[key].empty:
+            table = _shown_on_frontier(made[key]) if key == "frontier" else made[key]
+            heads = [(head, is_text) for head, _, is_text in columns]
+            rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
+            lines = [_line(row, key, columns, unit) for row in rows]
+            found.append({"key": key, "title": title, "about": about, "heads": heads, "lines": lines})
+        elif key in unavailable:
+            found.append({"key": key, "title": title, "unavailable": unavailable[key]})
+    return found
 
 
-def _interval(row: dict[str, Any], *, in_points: bool) -> str:
-    if row.get("low") is None or row.get("high") is None:
-        return MISSING
-    if in_points:
-        return _to(formatting.points(row["low"]), formatting.points(row["high"]))
-    return _to(_signed(row, "low"), _signed(row, "high"))
+def _line(row: Row, key: str, columns: list[Column], unit: BudgetUnit) -> dict[str, Any]:
+    objective = str(row.get("objective") or "")
+    return {
+        "line": key_of(objective, str(row.get("condition") or "plain")) if objective else "",
+        "budget": row.get("budget") or "",
+        "cells": [cell(row | {"tick": unit.tick}) for _, cell, _ in columns],
+        "note": "" if key == "frontier" else formatting.without_seed_note(str(row.get("note") or "")),
+    }
 
 
-def _to(low: str, high: str) -> str:
-    return low if low == high == NEVER else f"{low} to {high}"
-
-
-def _signed(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    return MISSING if value is None else f"{value:+.3f}".replace("-", formatting.MINUS)
-
-
-def _in_points(row: dict[str, Any]) -> bool:
-    return not str(row.get("unit") or "").startswith("log")
-
-
-def _float(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+def _shown_on_frontier(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the checkpoints on the frontier, or in at least 1% of draws, the most frequent first."""
+    if "p_on_frontier" not in table:
+        return table[table["on_frontier"].astype(bool)]
+    shown = table[table["on_frontier"].astype(bool) | (table["p_on_frontier"] >= 0.01)]
+    return shown.sort_values("p_on_frontier", ascending=False, kind="stable")
 
 
 OPTIONAL_TABLES = ("checks", "sd3", "benign", "judges", "corrected", "claims", "sequential")  # left out if empty
@@ -330,11 +277,10 @@ def context(
     made: dict[str, pd.DataFrame],
     lines: list[Series],
     drawings: list[Drawing],
-    cards: Seq[Path] = (),
-    unavailable: dict[str, str] | None = None,
+    cards: Seq[Path],
+    unavailable: dict[str, str],
 ) -> dict[str, Any]:
     """Return what the templates show; `unavailable` holds the reason for each analysis without a table."""
-    unavailable = unavailable or {}
     external, unit = narrative.external(results.manifest), BudgetUnit.of(results.manifest)
     is_external, equivalent = bool(external), made.get("equivalence")
     rank = {(s.objective, s.condition): n for n, s in enumerate(lines)}
@@ -348,7 +294,7 @@ def context(
         **_study(results, lines, unit),
         **_ledger(results, lines),
         "external": external,
-        "verdict": verdict(made["contrasts"], results.seeds, unit, external=is_external, equivalent=equivalent),
+        "verdict": verdict(made["contrasts"], results.seeds, unit, equivalent, external=is_external),
         "recommendations": recommendations(made["contrasts"], made["rates"], advice, lines, unit, equivalent),
         "limitations": limitations(made["contrasts"], made["unscored"], results.seeds, unit, external=is_external),
         "margin": f"{100 * float(equivalent['margin'].max()):g}" if equivalent is not None else "",
@@ -364,7 +310,7 @@ def context(
         "persona": persona,
         "unscored": formatting.to_records(made["unscored"]),
         "optional": {k: formatting.to_records(made[k]) if k in made else [] for k in OPTIONAL_TABLES},
-        "confusions": narrative.confusion_tables(results),
+        "confusions": narrative.judge_agreement(results)[1],
         "judges": narrative.judge_summaries(results, [*cards]),
         "transcripts": transcripts(results.first_judged, results.conditions, lines),
         "embedded": embed_rows(results.rows, results.conditions, lines, unit),
@@ -430,25 +376,8 @@ def _hash(text: str) -> str:
 
 def page(values: dict[str, Any]) -> str:
     """Render the page from the values of `context`."""
-    environment = Environment(
-        loader=PackageLoader("leeway.report.page", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for filter_ in (
-        formatting.objective_name,
-        formatting.percent,
-        formatting.points,
-        formatting.unsigned_points,
-        formatting.count,
-        formatting.without_seed_note,
-        formatting.claim_value,
-        plotting.themed,
-    ):
-        environment.filters[filter_.__name__] = filter_
-    environment.filters |= {"p": formatting.p_value, "budget": values["unit"].tick, "line_key": key_of}
+    filters = {"themed": plotting.themed, "budget": values["unit"].tick, "line_key": key_of}
+    environment = formatting.templates("leeway.report.page", "templates", html=True, **filters)
     results = "".join(environment.get_template(f"{name}.html.j2").render(values) for name in PARTIALS)
     contents = [(key, title) for key, title in CONTENTS.items() if f'<section id="{key}"' in results]
     return environment.get_template("page.html.j2").render(values, results=Markup(results), contents=contents)

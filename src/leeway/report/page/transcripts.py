@@ -31,31 +31,11 @@ CHUNK = 20_000  # codes per line of JSON; lines of texts hold about 16 times as 
 CODED = ["model", "eval", "attack", "item", "outcome", "prompt", "response", "judge", "raw"]
 
 
-@dataclass(frozen=True)
-class Response:
-    """One checkpoint's response: invisible characters escaped, truncated by `cut` characters."""
+def transcripts(rows: pd.DataFrame, conditions: dict[str, str], lines: list[Series]) -> list[dict[str, Any]]:
+    """Return, per axis, the prompts with the largest spread of scores at the largest budget, alternating attacks.
 
-    model: str
-    outcome: str
-    text: str
-    cut: int
-    collapsed: bool
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """One prompt and the checkpoints' responses."""
-
-    axis: str
-    attack: str
-    item: str
-    prompt: str
-    prompt_cut: int
-    responses: list[Response]
-
-
-def transcripts(rows: pd.DataFrame, conditions: dict[str, str], lines: list[Series]) -> list[Transcript]:
-    """Return, per axis, the prompts with the largest spread of scores at the largest budget, alternating attacks."""
+    Invisible characters are escaped; `cut` characters are left out.
+    """
     tuned = rows["objective"] != BASE
     last = rows[~tuned | (rows["budget"] == rows.loc[tuned, "budget"].max())]
     last = last.assign(attack=last["attack"].fillna(""), condition=last["template_hash"].map(conditions).fillna(PLAIN))
@@ -82,24 +62,20 @@ def _select(own: pd.DataFrame, n: int) -> list[tuple[str, str, int]]:
     return [(str(a), str(i), int(s)) for a, i, s in chosen[["attack", "item_id", "sample"]].itertuples(index=False)]
 
 
-def _transcript(axis: str, attack: str, item: str, same: pd.DataFrame, lines: list[Series]) -> Transcript:
+def _transcript(axis: str, attack: str, item: str, same: pd.DataFrame, lines: list[Series]) -> dict[str, Any]:
     models = [(BASE, c) for c in dict.fromkeys([PLAIN, *(s.condition for s in lines)])]
     models += [(s.objective, s.condition) for s in lines]
     responses = []
     for objective, condition in models:
-        own = same[(same["objective"] == objective) & (same["condition"] == condition)].sort_values("seed")
-        responses += [
-            _response(formatting.objective_name(objective, condition), row) for _, row in own.head(1).iterrows()
-        ]
+        own = same[(same["objective"] == objective) & (same["condition"] == condition)].sort_values("seed").head(1)
+        for row, outcome in zip(own.to_dict("records"), _outcome_labels(own), strict=True):
+            text, cut = formatting.escape_invisible(str(row["response"]))
+            shown = {"model": formatting.objective_name(objective, condition), "text": text, "cut": cut}
+            shown["outcome"] = f"score {row['score']:.2f}" if outcome == "graded" else str(outcome)
+            responses.append(shown | {"collapsed": axis == "jailbreak" and outcome not in OPEN})
     prompt, cut = formatting.escape_invisible(str(same["prompt"].iloc[0]), MAX_PROMPT_CHARS)
-    return Transcript(axis, formatting.attack_name(attack) if attack else "", item, prompt, cut, responses)
-
-
-def _response(model: str, row: pd.Series) -> Response:
-    text, cut = formatting.escape_invisible(str(row["response"]))
-    outcome = str(_outcome_labels(row.to_frame().T).iloc[0])
-    label = f"score {row['score']:.2f}" if outcome == "graded" else outcome
-    return Response(model, label, text, cut, collapsed=row["eval"] == "jailbreak" and outcome not in OPEN)
+    found = {"axis": axis, "attack": formatting.attack_name(attack) if attack else "", "item": item}
+    return found | {"prompt": prompt, "prompt_cut": cut, "responses": responses}
 
 
 def _outcome_labels(rows: pd.DataFrame) -> pd.Series[str]:
@@ -142,16 +118,16 @@ def embed_rows(
         left.append(f"texts beyond {MAX_TEXT_CHARS:,} characters")
         table = table.assign(**{c: _truncate(table[c]) for c in ("prompt", "response")})
         packed = _pack(table, models)
-    step, kept = 1, table
+    step, included = 1, table
     items = table["item"].drop_duplicates()
     while len(packed) > max_bytes and step < len(items):
         step *= 2
-        kept = table[table["item"].isin(items.iloc[::step])]
-        packed = _pack(kept, models)
+        included = table[table["item"].isin(items.iloc[::step])]
+        packed = _pack(included, models)
     if step > 1:
-        left.append(f"{len(table) - len(kept):,} of {len(table):,} rows (all but every {step}th item)")
+        left.append(f"{len(table) - len(included):,} of {len(table):,} rows (all but every {step}th item)")
     data = base64.b64encode(packed).decode("ascii")
-    return EmbeddedRows(data, len(kept), len(rows), formatting.join_and(left), _choices(kept, models))
+    return EmbeddedRows(data, len(included), len(rows), formatting.join_and(left), _choices(included, models))
 
 
 def _table(
@@ -204,13 +180,15 @@ def _lines(table: pd.DataFrame, models: list[dict[str, Any]]) -> Iterator[dict[s
         codes, texts = pd.factorize(table[name])
         if name == "model":
             codes, texts = table[name].to_numpy(), texts[:0]
-        for at in range(0, len(codes), CHUNK):
-            yield {"column": name, "of": codes[at : at + CHUNK].tolist()}
+        yield from _chunks(name, codes.tolist())
         yield from _texts(name, [str(text) for text in texts])
-    numbers: dict[str, list[Any]] = {"sample": table["sample"].tolist(), "score": _scores(table["score"])}
-    for name, values in numbers.items():
-        for at in range(0, len(values), CHUNK):
-            yield {"column": name, "of": values[at : at + CHUNK]}
+    yield from _chunks("sample", table["sample"].tolist())
+    yield from _chunks("score", [None if math.isnan(s) else round(float(s), 4) for s in table["score"]])
+
+
+def _chunks(name: str, values: list[Any]) -> Iterator[dict[str, Any]]:
+    for at in range(0, len(values), CHUNK):
+        yield {"column": name, "of": values[at : at + CHUNK]}
 
 
 def _texts(name: str, values: list[str]) -> Iterator[dict[str, Any]]:
@@ -225,10 +203,6 @@ def _texts(name: str, values: list[str]) -> Iterator[dict[str, Any]]:
             chunk, size = [], 0
     if chunk:
         yield {"texts": name, "of": chunk}
-
-
-def _scores(scores: pd.Series[float]) -> list[float | None]:
-    return [None if math.isnan(s) else round(float(s), 4) for s in scores]
 
 
 def _truncate(texts: pd.Series[str]) -> pd.Series[str]:
