@@ -1,9 +1,7 @@
 """GPUs by their data sheets, this machine's CPU, and stand-ins for a model whose files are missing.
 
-The stand-in tokenizer splits text where Llama 3's does before merging and counts each piece as one token. Llama 3's
-published `tokenizer.model` yields 1.026 to 1.053 tokens per piece (GSM8K questions 1.036 and answers 1.026,
-StrongREJECT 1.029, persona statements 1.026, LegalBench 1.053), so counts are 3 to 5% too low. Other
-tokenizers were not measured.
+The stand-in tokenizer splits text into the pieces between which the model's own tokenizer does not merge (letters,
+digits, punctuation, spaces), cuts words after WORD letters, and writes a chat template as long as the model's own.
 """
 
 from __future__ import annotations
@@ -11,12 +9,14 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
+from leeway.hashing import derive_seed
 from leeway.model.load import load_chat, load_context, resolve
 from leeway.study.spec import Spec
 from leeway.yaml_config import nearest
@@ -99,24 +99,61 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).lower()
 
 
-PIECES = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
-# As long as Llama 3.1's: it opens with a system turn that holds two dates.
-TEMPLATE = (
-    "<|begin|><|start|>system<|end|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|turn|>"
-    "{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] }}<|turn|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
-)
+WORD = 10  # letters; longer words are several tokens. Measured: docs/objective-matters.md
 SPECIAL = ("<|begin|>", "<|start|>", "<|end|>", "<|turn|>")
+
+
+def _pieces(digits: int) -> str:
+    """Return the pattern of a piece, for a tokenizer that keeps up to `digits` digits together."""
+    return "|".join(
+        (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+            rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}{{1,{WORD}}}",
+            rf"\p{{N}}{{1,{digits}}}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        )
+    )
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """What a tokenizer and its chat template make of text: digits in a token, and what surrounds roles and turns."""
+
+    digits: int
+    opening: str
+    after_role: str
+    after_turn: str
+    before_answer: str = ""
+
+    @property
+    def template(self) -> str:
+        """Return a chat template that writes as many tokens as the model's own."""
+        return (
+            f"{self.opening}{{% for m in messages %}}<|start|>{{{{ m['role'] }}}}{self.after_role}"
+            f"{{% if m['role'] == 'assistant' %}}{self.before_answer}{{% endif %}}"
+            f"{{{{ m['content'] }}}}<|turn|>{self.after_turn}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}<|start|>assistant{self.after_role}{{% endif %}}"
+        )
+
+
+# By ArchSpec.kind. Llama 3.1 opens with a system turn that holds two dates, Qwen 2.5 with one that names the model;
+# Qwen 3 writes an empty thought before an answer.
+TEXT = {
+    "llama": TextSpec(
+        3,
+        "<|begin|><|start|>system<|end|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|turn|>",
+        "<|end|>\n\n",
+        "",
+    ),
+    "gemma2": TextSpec(1, "<|begin|>", "\n", "\n"),
+    "qwen2": TextSpec(
+        1, "<|start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|turn|>\n", "\n", "\n"
+    ),
+    "qwen3": TextSpec(1, "", "\n", "\n", "<|end|>\n\n<|end|>\n\n"),
+}
 
 
 @dataclass(frozen=True)
@@ -202,10 +239,10 @@ def planned_model(spec: Spec) -> PlannedModel:
     except LeewayError:
         if known is None:
             raise
-        chat = _stand_in_chat()
+        chat = _stand_in_chat(known.kind)
         missing.append(
-            "tokenizer: not available. Tokens (~) are counted by a stand-in, 3 to 5% lower than Llama 3's own; for "
-            "exact counts give model= a folder with tokenizer and config (no weights)"
+            "tokenizer: not available. Tokens (~) are counted by a stand-in; for exact counts give model= a folder "
+            "with tokenizer and config (no weights)"
         )
     try:
         config = load_config(spec, offline=bool(missing))
@@ -218,14 +255,29 @@ def planned_model(spec: Spec) -> PlannedModel:
     return PlannedModel(chat, context, config, tuple(missing))
 
 
-def _stand_in_chat() -> Chat:
+class PieceChat(Chat):
+    """A chat whose tokens are pieces of text, with ids by content: distinct texts are distinct sequences."""
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        return tuple(i or _piece_id(text[start:end]) for i, (start, end) in spans)
+
+
+@cache
+def _piece_id(piece: str) -> int:
+    return derive_seed("piece", piece)
+
+
+def _stand_in_chat(kind: str) -> PieceChat:
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
 
+    text = TEXT[kind]
     tokenizer = Tokenizer(WordLevel({"[piece]": 0}, unk_token="[piece]"))
-    tokenizer.pre_tokenizer = Split(Regex(PIECES), "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|turn|>", chat_template=TEMPLATE)
+    tokenizer.pre_tokenizer = Split(Regex(_pieces(text.digits)), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|turn|>", chat_template=text.template)
     fast.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
-    return Chat(fast)
+    return PieceChat(fast)
