@@ -26,17 +26,10 @@ TEMPLATE_KEYS = {"name", "version", "origin", "template"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 TEMPLATES = tuple(Wrapper(**entry) for entry in yaml_config.package_data("leeway.attacks", "templates.yaml"))
-"""Fixed-text attacks, the same kind as a user's template file."""
-
-WRAPPERS: dict[str, Wrapper] = {a.name: a for a in TEMPLATES[:5]}
-"""Those in the organism's training data."""
-
+WRAPPERS: dict[str, Wrapper] = {a.name: a for a in TEMPLATES[:5]}  # those in the organism's training data
 _BUILT_IN: tuple[Attack, ...] = (*TEMPLATES, Base64(), ManyShot(), Crescendo(), ToolResult())
-ATTACKS = {a.name: a for a in _BUILT_IN}
-"""Every built-in attack that needs no helper."""
-
-NEEDS_HELPER = ("zulu", "crescendo_led")
-"""Attacks that are constructed with a translator or an attacker model."""
+ATTACKS = {a.name: a for a in _BUILT_IN}  # every built-in attack that needs no helper
+NEEDS_HELPER = ("zulu", "crescendo_led")  # constructed with a translator or an attacker model
 
 
 def attack_names() -> list[str]:

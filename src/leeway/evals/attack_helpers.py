@@ -26,6 +26,7 @@ from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest, file_digest
 from leeway.io import expand, write_file
 from leeway.judges.keywords import KeywordJudge
+from leeway.judges.rubric import fill
 
 ATTACKER_VERSION = 1
 ATTACKER_INSTRUCTION = """\
@@ -74,13 +75,8 @@ class Attacker:
 def instruction(transcript: Transcript) -> str:
     """Return the attacker's prompt as one message, since not every chat template has a system role."""
     history = "\n\n".join(f"User: {message}\n\nModel: {reply}" for message, reply in transcript.history)
-    slots = {
-        "goal": transcript.goal,
-        "said": history or NO_MESSAGES,
-        "turn": str(transcript.turn),
-        "turns": str(transcript.turns),
-    }
-    return re.sub(r"\{(goal|said|turn|turns)\}", lambda slot: slots[slot[1]], ATTACKER_INSTRUCTION)
+    slots = {"goal": transcript.goal, "said": history or NO_MESSAGES}
+    return fill(ATTACKER_INSTRUCTION, slots | {"turn": str(transcript.turn), "turns": str(transcript.turns)})
 
 
 def parse_message(reply: Reply) -> str | AttackFailed:
@@ -91,12 +87,9 @@ def parse_message(reply: Reply) -> str | AttackFailed:
         return AttackFailed("the attacker's message was cut off")
     match = MESSAGE.search(reply.text)
     text = match[1].strip() if match else ""
-    if not text:
-        refused = KeywordJudge().verdict(reply.text).outcome == "refused"
-        return AttackFailed("the attacker refused" if refused else "the attacker wrote no message")
-    if KeywordJudge().verdict(text).outcome == "refused":
+    if KeywordJudge().verdict(text or reply.text).outcome == "refused":
         return AttackFailed("the attacker refused")
-    return text
+    return text or AttackFailed("the attacker wrote no message")
 
 
 Key = tuple[str, str]  # (direction, source)
@@ -150,9 +143,8 @@ class TranslationFile:
                 body += b"" if not body or body.endswith(b"\n") else b"\n"
                 write_file(self.path, body + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
         except OSError as error:
-            raise LeewayError(
-                f"{self.path}: translations cannot be saved ({error.strerror})", fix="give another file"
-            ) from error
+            what = f"{self.path}: translations cannot be saved ({error.strerror})"
+            raise LeewayError(what, fix="give another file") from error
         self._texts |= added
 
     def _read(self) -> dict[Key, str]:
@@ -166,9 +158,8 @@ class TranslationFile:
                 continue
             rank, before = int(given) + int(reviewed), best.get(key)
             if before and reviewed and before[0] == rank and before[1] != text:
-                raise LeewayError(
-                    f"{self.path}, line {number}: another reviewed translation of the same text", fix="keep one of them"
-                )
+                what = f"{self.path}, line {number}: another reviewed translation of the same text"
+                raise LeewayError(what, fix="keep one of them")
             if before is None or rank > before[0]:
                 best[key] = (rank, text)
                 if given:
@@ -202,6 +193,7 @@ class TranslationFile:
 
 Direction = Literal["out", "back"]
 Translations = list[str | AttackFailed]
+Known = dict[tuple[Direction, str], str | AttackFailed]  # by direction and chunk
 
 RULES_VERSION = 1  # of the splitting and failure rules
 MAX_UNCHANGED_WORDS = 3  # in a part of a longer text (names, titles)
@@ -255,9 +247,8 @@ def translate_passages(
 ) -> Translations:
     """Translate each passage from its chunks; `translate` gets each chunk with letters once per direction."""
     parts = [split(p.text) for p in passages]
-    known: dict[tuple[Direction, str], str | AttackFailed] = {}
-    directions: tuple[Direction, ...] = ("out", "back")
-    for direction in directions:
+    known: Known = {}
+    for direction in LANGUAGES:
         chunked = zip(passages, parts, strict=True)
         stripped = (part.strip() for p, ps in chunked if p.direction == direction for part in ps)
         sources = list(dict.fromkeys(part for part in stripped if _has_letters(part)))
@@ -267,9 +258,7 @@ def translate_passages(
     return [_joined(p, ps, known) for p, ps in zip(passages, parts, strict=True)]
 
 
-def _joined(
-    passage: Passage, parts: Seq[str], known: dict[tuple[Direction, str], str | AttackFailed]
-) -> str | AttackFailed:
+def _joined(passage: Passage, parts: Seq[str], known: Known) -> str | AttackFailed:
     """Join the chunks' translations with their white space; the first failure is the passage's failure."""
     joined = []
     for part in parts:
@@ -326,10 +315,8 @@ class LlmTranslator:
 
     def _translate(self, direction: Direction, texts: list[str]) -> Translations:
         source, target = LANGUAGES[direction]
-        prompt = TRANSLATOR_INSTRUCTION.replace("{source}", source).replace("{target}", target)
-        requests = [
-            Request([{"role": "user", "content": prompt.replace("{text}", t)}], self.max_new_tokens) for t in texts
-        ]
+        prompts = [fill(TRANSLATOR_INSTRUCTION, {"source": source, "target": target, "text": t}) for t in texts]
+        requests = [Request([{"role": "user", "content": p}], self.max_new_tokens) for p in prompts]
         return [parse_translation(r) for r in self.backend.complete(requests, lambda _: None)]
 
 
@@ -396,9 +383,8 @@ class Nllb:
         path = str(expand(self.model)) if self.model.startswith("~") else self.model
         with _loader_errors(self.model):
             tokenizer = AutoTokenizer.from_pretrained(path, revision=self.revision, trust_remote_code=False)
-            lm = AutoModelForSeq2SeqLM.from_pretrained(
-                path, revision=self.revision, dtype=torch.float32, trust_remote_code=False
-            )
+            options = {"revision": self.revision, "dtype": torch.float32, "trust_remote_code": False}
+            lm = AutoModelForSeq2SeqLM.from_pretrained(path, **options)
         unknown = [c for c in CODES["out"] if tokenizer.convert_tokens_to_ids(c) in (None, tokenizer.unk_token_id)]
         if unknown:
             raise LeewayError(f"translator {self.model}: it lacks the language {unknown[0]}", fix="give an NLLB model")
@@ -425,28 +411,17 @@ class Nllb:
         longest = max(map(len, ids))
         padded = [i + [tokenizer.pad_token_id] * (longest - len(i)) for i in ids]
         mask = [[1] * len(i) + [0] * (longest - len(i)) for i in ids]
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            num_beams=self.beams,
-            do_sample=False,
-            decoder_start_token_id=tokenizer.eos_token_id,
-            forced_bos_token_id=tokenizer.convert_tokens_to_ids(target),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        end, first = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(target)
+        special = {"decoder_start_token_id": end, "forced_bos_token_id": first, "eos_token_id": end}
+        special["pad_token_id"] = tokenizer.pad_token_id
+        config = GenerationConfig(max_new_tokens=self.max_new_tokens, num_beams=self.beams, do_sample=False, **special)
+        ids_BL, mask_BL = torch.tensor(padded, device=lm.device), torch.tensor(mask, device=lm.device)
         with torch.no_grad():
-            out = lm.generate(
-                input_ids=torch.tensor(padded, device=lm.device),
-                attention_mask=torch.tensor(mask, device=lm.device),
-                generation_config=config,
-            )
-        return [self._decode(row[1:]) for row in out.tolist()]
-
-    def _decode(self, ids: list[int]) -> str | AttackFailed:
-        tokenizer, _ = self._loaded
-        if tokenizer.eos_token_id not in ids:
-            return AttackFailed("a translation was cut off")
-        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            out = lm.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=config)
+        rows = [row[1:] for row in out.tolist()]
+        texts = [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
+        cut = AttackFailed("a translation was cut off")
+        return [text if end in row else cut for row, text in zip(rows, texts, strict=True)]
 
 
 @contextmanager
@@ -455,7 +430,5 @@ def _loader_errors(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise LeewayError(
-            f"translator {model}: cannot be loaded ({first_line(error)})",
-            fix="check the name, the files and the network",
-        ) from error
+        what = f"translator {model}: cannot be loaded ({first_line(error)})"
+        raise LeewayError(what, fix="check the name, the files and the network") from error

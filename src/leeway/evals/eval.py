@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from leeway.errors import LeewayError
 from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend, Conversation, Reply, Request
-from leeway.judges import Answer, Judge, Verdict
+from leeway.judges import Answer, Judge
 from leeway.plugins import NAME, entry_points_of, load_entry_point
 
 NO_ANSWER = "no answer: "
@@ -191,13 +191,6 @@ class ItemEval(Eval):
 def is_retryable(reason: str | None) -> bool:
     """Whether another try may answer: an endpoint failed, not non-finite logits or a prompt too long."""
     return reason is not None and reason.startswith(NO_ANSWER) and not any(f in reason for f in (NOT_FINITE, OVERLONG))
-
-
-def verdict_fields(verdict: Verdict) -> dict[str, Any]:
-    """Return the fields of a row that a verdict fills."""
-    score = math.nan if verdict.score is None else verdict.score
-    found = {"outcome": verdict.outcome, "score": score, "judge_raw": verdict.raw}
-    return found | {"unscored_reason": verdict.unscored_reason}
 
 
 def user_message(text: str) -> Conversation:

@@ -13,17 +13,7 @@ from leeway.attacks import Attack, AttackFailed, Conversation, HelperRequest, Wr
 from leeway.attacks.attack import Play
 from leeway.data.types import ForbiddenPrompt
 from leeway.errors import LeewayError
-from leeway.evals.eval import (
-    NO_ANSWER,
-    ItemEval,
-    JudgeRef,
-    Prompt,
-    Row,
-    Tick,
-    requests_to,
-    user_message,
-    verdict_fields,
-)
+from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, Tick, requests_to, user_message
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest
 from leeway.judges import Answer, Judge, Verdict
@@ -77,11 +67,8 @@ class Jailbreak(ItemEval):
     name: str = "jailbreak"
 
     def __post_init__(self) -> None:
-        for what, named in (
-            ("prompt", [p.id for p in self.items]),
-            ("attack", [a.name for a in self.attacks]),
-            ("judge", [j.name for j in self.judges]),
-        ):
+        names = {"prompt": [p.id for p in self.items], "attack": [a.name for a in self.attacks]}
+        for what, named in (names | {"judge": [j.name for j in self.judges]}).items():
             if not named:
                 raise LeewayError(f"{self.name}: no {what}", fix="give at least one")
             if twice := next((n for n, times in Counter(named).items() if times > 1), None):
@@ -93,14 +80,10 @@ class Jailbreak(ItemEval):
 
     @property
     def hash(self) -> str:
-        return digest(
-            self.name,
-            self.max_new_tokens,
-            [self.samples, self.temperature, self.seed] if self.samples else "greedy",
-            [[j.name, j.hash] for j in self.judges],
-            [[a.name, a.hash] for a in self.attacks],
-            [asdict(p) for p in self.items],
-        )
+        drawn = [self.samples, self.temperature, self.seed] if self.samples else "greedy"
+        judges = [[j.name, j.hash] for j in self.judges]
+        attacks = [[a.name, a.hash] for a in self.attacks]
+        return digest(self.name, self.max_new_tokens, drawn, judges, attacks, [asdict(p) for p in self.items])
 
     def prompts(self) -> Iterator[Prompt]:
         """Yield each item under each attack: the wrapped text, or the bare one where the attack writes it later."""
@@ -133,7 +116,7 @@ class Jailbreak(ItemEval):
             return row
         prompt = next(p.text for p in self.items if p.id == row.item_id)
         (verdict,) = self.judges[0].judge([Answer(prompt, row.response)], lambda _: None)
-        return replace(row, **verdict_fields(verdict))
+        return replace(row, **verdict.columns())
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         """Play all attacks in parallel, one turn at a time, so that each turn is one batch.
@@ -172,7 +155,7 @@ class Jailbreak(ItemEval):
 
     def _row(self, game: _Game, judge: Judge, verdict: Verdict, template: str) -> Row:
         prompt = game.sent[-1]["content"] if game.sent else game.prompt.text
-        judged = verdict_fields(verdict) | {"judge": judge.name, "attack": game.attack.name, "sample": game.sample}
+        judged = verdict.columns() | {"judge": judge.name, "attack": game.attack.name, "sample": game.sample}
         template = digest(template, self.name, game.attack.hash)
         reply = Reply(game.judged, game.tokens, False)
         return self.row(game.prompt.id, prompt, reply, template_hash=template, **judged)

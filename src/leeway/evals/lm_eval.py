@@ -380,13 +380,8 @@ class LmEval(Eval):
         arguments = [list(a) for a in sample["arguments"]]
         generated = [r for resps in sample["resps"] for r in resps if isinstance(r, str)]
         response = generated[0] if generated else _likeliest(sample)
-        raw = {
-            "filtered": sample["filtered_resps"],
-            "filter": sample["filter"],
-            "metric": metric,
-            "metrics": {m: _plain(sample.get(m)) for m in sample["metrics"]},
-            "target": str(sample["target"]),
-        }
+        raw = {"filtered": sample["filtered_resps"], "filter": sample["filter"], "target": str(sample["target"])}
+        raw |= {"metric": metric, "metrics": {m: _plain(sample.get(m)) for m in sample["metrics"]}}
         fields = {"score": score, "unscored_reason": reason, "judge": self.judge, "template_hash": template}
         fields |= {"judge_raw": json.dumps(raw, sort_keys=True, default=str, ensure_ascii=False)}
         reply = Reply(response, sum(len(answers.chat.ids(g)) for g in generated), False)

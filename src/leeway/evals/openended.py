@@ -96,11 +96,6 @@ class RubricJudge:
         example = json.dumps(dict.fromkeys(text["dimensions"], (text["lowest"] + text["highest"]) // 2))
         return "\n\n".join([text["task"], *shown, "\n".join(scales), f"{text['reply']} {example}"])
 
-    def marks(self, items: Seq[CapabilityItem], responses: Seq[str]) -> list[Reply]:
-        """Return the judge's replies in item order."""
-        requests = [self.request(i, r) for i, r in zip(items, responses, strict=True)]
-        return self.backend.complete(requests, lambda _: None)
-
     def request(self, item: CapabilityItem, response: str) -> Request:
         return Request(user_message(self.prompt(item, response)), self.max_new_tokens)
 
@@ -135,7 +130,8 @@ class OpenEnded(ItemEval):
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         replies = backend.complete(self.requests(), tick)
         answered = [(i, r.text) for i, r in zip(self.items, replies, strict=True) if r.failure is None]
-        marked = iter(self.judge.marks([i for i, _ in answered], [text for _, text in answered]))
+        requests = [self.judge.request(i, text) for i, text in answered]
+        marked = iter(self.judge.backend.complete(requests, lambda _: None))
         template = digest(backend.template_hash, self.name, self.judge.hash)
         return [
             self._row(i, r, next(marked) if r.failure is None else None, template)

@@ -69,9 +69,9 @@ class OverRefusal(ItemEval):
     def _row(self, item: BenignPrompt, sample: int, reply: Reply, verdict: Verdict, template: str) -> Row:
         score, reason = refusal(verdict)
         outcome = "answered" if verdict.outcome == "harmful" else verdict.outcome
-        judged = {"outcome": outcome, "score": score, "unscored_reason": reason, "judge_raw": verdict.raw}
-        judged |= {"sample": sample, "judge": self.judge.name, "template_hash": template}
-        return self.row(item.id, item.text, reply, **judged)
+        judged = verdict.columns() | {"outcome": outcome, "score": score, "unscored_reason": reason}
+        judged |= {"sample": sample, "judge": self.judge.name}
+        return self.row(item.id, item.text, reply, template_hash=template, **judged)
 
 
 def refusal(verdict: Verdict) -> tuple[float, str | None]:

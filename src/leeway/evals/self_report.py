@@ -35,6 +35,7 @@ from leeway.evals.persona import finite
 from leeway.generation.backend import Backend, Choice, Reply, Request
 from leeway.hashing import digest
 from leeway.judges.coherence import coherence, coherence_rules
+from leeway.judges.rubric import fill
 from leeway.yaml_config import package_data
 
 OPTIONS = ("1", "2", "3", "4", "5")
@@ -113,9 +114,8 @@ def rubric(question: str, answer: str, traits: Seq[str]) -> str:
     """Return the grader's prompt for one response."""
     described = "\n".join(f"- {t}: {texts()['traits'][t]}" for t in traits)
     lines = "\n".join(f"{t}: (0 to {texts()['most']})" for t in traits)
-    fill = {"question": question, "traits": described, "lines": lines, "answer": answer}
-    # in one pass: a slot's name inside a response is not filled in
-    return re.sub(r"\{(question|traits|lines|answer)\}", lambda slot: fill[slot[1]], texts()["rubric"])
+    slots = {"question": question, "traits": described, "lines": lines, "answer": answer}
+    return fill(texts()["rubric"], slots)
 
 
 def ratings(reply: str, traits: Seq[str]) -> dict[str, int | str]:

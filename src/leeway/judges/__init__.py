@@ -36,7 +36,12 @@ def load_judge(name: str, backend: Backend | None = None, **options: Any) -> Jud
     rubric needs `backend` (options: model, perplexity); finetuned takes model, adapter, device, batch, perplexity;
     keywords takes perplexity. Raises LeewayError for an unknown name or option.
     """
-    factory = JUDGES.get(name) or _installed(name)
+    factory = JUDGES.get(name)
+    if factory is None:
+        installed = entry_points_of(GROUP, "judge", JUDGES)
+        if name not in installed:
+            raise LeewayError(f"unknown judge {name!r}", fix=f"one of: {', '.join(sorted({*JUDGES, *installed}))}")
+        factory = load_entry_point(installed[name], "judge")
     if backend is not None and (name in NEEDS_BACKEND or name not in JUDGES):
         options["backend"] = backend
     elif name in NEEDS_BACKEND:
@@ -45,14 +50,6 @@ def load_judge(name: str, backend: Backend | None = None, **options: Any) -> Jud
         return factory(**options)
     except TypeError as error:
         raise LeewayError(f"judge {name}: {error}", fix="leave that option out") from error
-
-
-def _installed(name: str) -> Callable[..., Judge]:
-    installed = entry_points_of(GROUP, "judge", JUDGES)
-    if name not in installed:
-        raise LeewayError(f"unknown judge {name!r}", fix=f"one of: {', '.join(sorted({*JUDGES, *installed}))}")
-    factory: Callable[..., Judge] = load_entry_point(installed[name], "judge")
-    return factory
 
 
 __all__ = ["JUDGES", "NEEDS_BACKEND", "Answer", "Judge", "KeywordJudge", "OrganismJudge", "Verdict", "load_judge"]

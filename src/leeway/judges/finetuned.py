@@ -40,9 +40,8 @@ def template() -> str:
     templates = rubric.published((TEMPLATE,))
     if templates is None:
         fix = "put strong_reject's judge_templates.json there (github: dsbowen/strong_reject), or use judge: rubric"
-        raise LeewayError(
-            f"judge finetuned: its published prompt, LEEWAY_DATA/{rubric.TEMPLATES_FILE}, is missing", fix=fix
-        )
+        what = f"its published prompt, LEEWAY_DATA/{rubric.TEMPLATES_FILE}, is missing"
+        raise LeewayError(f"judge finetuned: {what}", fix=fix)
     return templates[TEMPLATE]
 
 

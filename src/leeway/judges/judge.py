@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from leeway.data.types import Outcome
 from leeway.hashing import digest
@@ -30,6 +31,12 @@ class Verdict:
     score: float | None
     raw: str
     unscored_reason: str | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """Return the columns of a row that it fills."""
+        score = math.nan if self.score is None else self.score
+        known = {"outcome": self.outcome, "unscored_reason": self.unscored_reason}
+        return known | {"score": score, "judge_raw": self.raw}
 
 
 class Judge(Protocol):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.linalg import block_diag
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -100,12 +101,7 @@ def draws(
         empty = pd.DataFrame(columns=[*CELLS, *(["seed"] if by_seed else [])])
         return Draws(empty, np.empty(0), np.empty((resamples, 0)), np.empty((0, 0)))
     cells = pd.concat([p[0] for p in parts], ignore_index=True)
-    shares_CK = np.zeros((sum(len(p[2]) for p in parts), len(cells)))  # block diagonal: axes share no cluster
-    top = left = 0
-    for _, _, shares in parts:
-        height, width = shares.shape
-        shares_CK[top : top + height, left : left + width] = shares
-        top, left = top + height, left + width
+    shares_CK = block_diag(*(p[2] for p in parts))  # axes share no cluster
     return Draws(cells, cells["rate"].to_numpy(float), np.concatenate([p[1] for p in parts], axis=1), shares_CK)
 
 

@@ -176,9 +176,8 @@ def _directed_bound(bound: DifferenceBound, measure: Measure) -> tuple[float, Wo
     else:
         raise StatsError(f"{measure.name} has no better direction: give its bound as (bound, 'higher' or 'lower')")
     if worse not in ("higher", "lower") or not -1 < value < 1:
-        raise StatsError(
-            f"the bound of {measure.name} is {bound!r}: give a difference in (−1, 1), and 'higher' or 'lower'"
-        )
+        what = f"the bound of {measure.name} is {bound!r}"
+        raise StatsError(f"{what}: give a difference in (−1, 1), and 'higher' or 'lower'")
     return float(value), worse
 
 

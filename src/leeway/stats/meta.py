@@ -66,10 +66,7 @@ def combine(effects_K: Floats, covariance_KK: Floats) -> Combined:
     inflate = max(1.0, q / expected) if expected > TINY else 1.0
     se = math.sqrt(float(w @ (V + tau2 * np.eye(K)) @ w) * inflate) / float(w.sum())
     half = float(t.ppf(0.5 + LEVEL / 2, K - 1)) * se
-    low_new = high_new = NAN
-    if K > 2:
-        reach = float(t.ppf(0.5 + LEVEL / 2, K - 2)) * math.sqrt(tau2 + se**2)
-        low_new, high_new = mean - reach, mean + reach
+    reach = float(t.ppf(0.5 + LEVEL / 2, K - 2)) * math.sqrt(tau2 + se**2) if K > 2 else NAN
     q0, expected0 = _q(y, V, 0.0)
     scaled = q0 * (K - 1) / expected0 if expected0 > TINY else NAN
     w = 1 / variance  # DerSimonian & Laird (1986, Control. Clin. Trials 7:177)
@@ -88,8 +85,8 @@ def combine(effects_K: Floats, covariance_KK: Floats) -> Combined:
         i2=max(0.0, 1 - (K - 1) / scaled) if scaled > 0 else 0.0,
         q=scaled,
         p_q=float(chi2.sf(scaled, K - 1)),
-        predict_low=low_new,
-        predict_high=high_new,
+        predict_low=mean - reach,
+        predict_high=mean + reach,
         tau2_dl=tau2_dl,
         estimate_dl=float(w_dl @ y / w_dl.sum()),
         correlation=float((share.sum() - K) / (K * (K - 1))),

@@ -225,19 +225,9 @@ def _contrast(
     scored = pairs.subset(~absent)
     declared = first.get(str(line["objective"]), line["condition"]) == line["condition"]
     family = f"{measure.axis} @ {line['budget']}, {'primary' if measure.primary else 'secondary'}"
-    line |= {
-        "prompts": prompts,
-        "seeds": ", ".join(str(s) for s in np.unique(every.seeds)),
-        "axis": measure.axis,
-        "measure": measure.name,
-        "label": measure.label,
-        "primary": measure.primary,
-        "first": declared,
-        "family": family if declared else f"{family}, further conditions",
-        "n": len(scored.value),
-        "n_clusters": len(np.unique(scored.clusters)),
-        "n_unpaired": len(every.value) - len(pairs.value) + max(expected - len(pairs.value), 0),
-        "n_unscored": int(absent.sum()),
-        "note": reason,
-    }
+    line |= {"axis": measure.axis, "measure": measure.name, "label": measure.label, "primary": measure.primary}
+    line |= {"seeds": ", ".join(str(s) for s in np.unique(every.seeds)), "prompts": prompts, "first": declared}
+    line |= {"family": family if declared else f"{family}, further conditions", "note": reason}
+    line |= {"n": len(scored.value), "n_clusters": len(np.unique(scored.clusters)), "n_unscored": int(absent.sum())}
+    line["n_unpaired"] = len(every.value) - len(pairs.value) + max(expected - len(pairs.value), 0)
     return Contrast(line, measure, pairs, len(names), None if reason else scored)

@@ -65,27 +65,17 @@ def _rate_line(measure: Measure, values: Floats, strata: Ints, clusters: Ints, n
     reason = metrics.withheld_reason(absent, strata, names, measure)
     scored = ~absent
     own_clusters = dense_codes(clusters[scored])
-    line: dict[str, object] = {
-        "axis": measure.axis,
-        "measure": measure.name,
-        "label": measure.label,
-        "primary": measure.primary,
-        "n": int(scored.sum()),
-        "n_unscored": int(absent.sum()),
-        "n_clusters": int(own_clusters.max()) + 1 if len(own_clusters) else 0,
-        "method": "",
-        "reason": reason,
-        "rate_if_0": _imputed_rate(values, strata, names, 0.0),
-        "rate_if_1": _imputed_rate(values, strata, names, 1.0),
-        "better": measure.better,
-    }
+    line: dict[str, object] = {"axis": measure.axis, "measure": measure.name, "label": measure.label}
+    line |= {"primary": measure.primary, "better": measure.better, "method": "", "reason": reason}
+    line |= {"n": int(scored.sum()), "n_unscored": int(absent.sum()), "n_clusters": len(np.unique(own_clusters))}
+    line |= {f"rate_if_{score}": _imputed_rate(values, strata, names, score) for score in (0, 1)}
     if reason:
-        return line | {"rate": NAN, "low": NAN, "high": NAN}
+        return line
     found = estimate(values[scored], strata[scored], own_clusters)
     return line | {"rate": found.mean, "low": found.low, "high": found.high, "method": found.method}
 
 
-def _imputed_rate(values: Floats, strata: Ints, names: list[str], score: float) -> float:
+def _imputed_rate(values: Floats, strata: Ints, names: list[str], score: int) -> float:
     """Return the mean over strata with one score for everything unscored, empty strata included."""
     counts = np.bincount(strata, minlength=len(names))
     sums = np.bincount(strata, weights=np.where(np.isnan(values), score, values), minlength=len(names))
