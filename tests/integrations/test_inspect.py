@@ -459,5 +459,6 @@ def test_the_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_without_inspect_the_extra_is_named(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "inspect_ai.log", None)
+    monkeypatch.delitem(sys.modules, "leeway.integrations.inspect.export")
     with pytest.raises(LeewayError, match=r"pip install 'leeway\[inspect\]'"):
-        export(finished)
+        app(["export", str(finished), "--inspect"], standalone_mode=False)

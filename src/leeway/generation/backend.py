@@ -35,10 +35,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """The text, its length in tokens, and whether the limit cut it off; or the reason for its absence (`failure`).
-
-    A failure of transport or non-finite logits leave the item unscored.
-    """
+    """The text, its length in tokens, and whether the limit cut it off; or why there is none: the item is unscored."""
 
     text: str
     new_tokens: int
@@ -60,17 +57,13 @@ class Backend(Protocol):
     @property
     def identity(self) -> str:
         """Hash of the weights and adapter, or of an endpoint's address and model name."""
-        ...
 
     @property
     def template_hash(self) -> str:
         """Hash of the chat template and the prompt prefix."""
-        ...
 
     def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
         """Return one reply per request, in order."""
-        ...
 
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
         """Return each option's next-token probability per conversation, in order."""
-        ...

@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
-from leeway.generation.openai_client import ApiClient, ApiReply, ApiSettings, Body, Spending, token_usage
+from leeway.generation.openai_client import ApiClient, ApiSettings, Body, ReplyError, Spending, token_usage
 from leeway.hashing import derive_seed, digest
 
 TOP_LOGPROBS = 20  # the largest number that endpoints return
 
 Parsed = TypeVar("Parsed", Reply, Choice)
-
-
-class ReplyError(Exception):
-    """A reply that holds no text or no probabilities; the message is the reason."""
 
 
 @dataclass
@@ -106,7 +102,10 @@ class OpenAIBackend:
 
                 async def worker() -> None:
                     for i, body in pending:
-                        results[i] = self._parse(await client.post(body), parse, failed)
+                        try:
+                            results[i] = parse(self._checked(await client.post(body)))
+                        except ReplyError as error:
+                            results[i] = failed(str(error))
                         on_result(i, results[i])
 
                 try:
@@ -120,17 +119,12 @@ class OpenAIBackend:
             _run(request_all())
         return [results[i] for i in range(len(bodies))]
 
-    def _parse(self, reply: ApiReply, parse: Callable[[Body], Parsed], failed: Callable[[str], Parsed]) -> Parsed:
-        if reply.data is None:
-            return failed(reply.failure)
-        name = str(reply.data.get("model") or "")
+    def _checked(self, data: Body) -> Body:
+        name = str(data.get("model") or "")
         self.served |= {name} - {""}
         if self.settings.served and name != self.settings.served:
-            return failed(f"the reply is from model {name or '(none)'}, not {self.settings.served}")
-        try:
-            return parse(reply.data)
-        except ReplyError as error:
-            return failed(str(error))
+            raise ReplyError(f"the reply is from model {name or '(none)'}, not {self.settings.served}")
+        return data
 
 
 def parse_reply(data: Body) -> Reply:
@@ -153,7 +147,7 @@ def parse_reply(data: Body) -> Reply:
 
 
 def parse_choice(data: Body, options: Seq[str]) -> Choice:
-    """Sum exp(logprob) over each option's spellings, with and without a leading space. Raises ReplyError."""
+    """Return each option's mass among the top tokens. Raises ReplyError."""
     logprobs = _first_choice(data).get("logprobs")
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not content or not isinstance(content[0], dict):
@@ -165,11 +159,13 @@ def parse_choice(data: Body, options: Seq[str]) -> Choice:
     if not tokens or not all(p <= 1e-3 for _, p in tokens):  # NaN fails too
         raise ReplyError("the reply's logprobs are invalid")
     top = sorted(tokens, key=lambda t: -t[1])[:TOP_LOGPROBS]
-    mass = {}
-    for option in options:
-        spellings = {option, option.lower(), option.upper()}
-        mass[option] = math.fsum(math.exp(p) for t, p in top if _without_space(t) in spellings)
-    return Choice(mass)
+    return Choice({option: option_mass(option, top) for option in options})
+
+
+def option_mass(option: str, logprobs: Iterable[tuple[str, float]]) -> float:
+    """Return the probability of an option's spellings; a leading space counts in any tokenizer's notation."""
+    spellings = {space + form for form in (option, option.lower(), option.upper()) for space in ("", *" ▁Ġ")}
+    return math.fsum(math.exp(p) for token, p in logprobs if token in spellings)
 
 
 def _first_choice(data: Body) -> Body:
@@ -177,11 +173,6 @@ def _first_choice(data: Body) -> Body:
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise ReplyError("the reply has no choices")
     return choices[0]
-
-
-def _without_space(token: str) -> str:
-    """Remove one leading space, in any tokenizer's notation."""
-    return token[1:] if token[:1] in (" ", "▁", "Ġ") else token
 
 
 def _run(task: Coroutine[Any, Any, None]) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -134,10 +135,7 @@ class SpendLimiter:
         self._queue = asyncio.Lock()  # first in, first out
 
     async def acquire(self, bound: float) -> str:
-        """Reserve `bound` dollars; return "" or why the budget does not allow it.
-
-        Wait if the end of an attempt in flight may free enough.
-        """
+        """Reserve `bound` dollars, waiting if an attempt in flight may free enough; return "" or why it is refused."""
         async with self._queue, self._changed:
             while True:
                 if self.settings.max_calls is not None and self.spent.calls >= self.settings.max_calls:
@@ -163,32 +161,28 @@ class SpendLimiter:
             self._changed.notify_all()
 
 
-@dataclass(frozen=True)
-class ApiReply:
-    """The JSON object of a reply, or the reason for its absence."""
-
-    data: Body | None = None
-    failure: str = ""
+class ReplyError(Exception):
+    """No usable reply; the message is the reason."""
 
 
-def parse_body(raw: bytes) -> ApiReply:
-    """Parse a JSON object. Reject lone surrogates, which no file can store, and absurd token counts."""
+def parse_body(raw: bytes) -> Body:
+    """Parse a JSON object. Raises ReplyError, also for lone surrogates, which no file can store, and absurd counts."""
     try:
         data = json.loads(raw)
         json.dumps(data, ensure_ascii=False).encode()
     except RecursionError:
-        return ApiReply(failure="the reply is nested too deeply")
+        raise ReplyError("the reply is nested too deeply") from None
     except UnicodeEncodeError:
-        return ApiReply(failure="the reply holds a lone surrogate")
+        raise ReplyError("the reply holds a lone surrogate") from None
     except ValueError:
-        return ApiReply(failure="the reply is not JSON")
+        raise ReplyError("the reply is not JSON") from None
     if not isinstance(data, dict):
-        return ApiReply(failure="the reply is not a JSON object")
+        raise ReplyError("the reply is not a JSON object")
     usage = data.get("usage")
     counts = usage.values() if isinstance(usage, dict) else ()
     if any(isinstance(n, int) and abs(n) > MAX_TOKEN_COUNT for n in counts):
-        return ApiReply(failure="the endpoint's token count is out of range")
-    return ApiReply(data)
+        raise ReplyError("the endpoint's token count is out of range")
+    return data
 
 
 def token_usage(data: Body) -> tuple[int, int] | None:
@@ -203,10 +197,7 @@ def token_usage(data: Body) -> tuple[int, int] | None:
 
 
 class _AttemptRefused(BaseException):
-    """No attempt, or no more: the budget is spent, or the reply is unreadable.
-
-    Not an Exception, because some versions of the client retry after every Exception.
-    """
+    """No more attempts. Not an Exception, because some versions of the client retry after every Exception."""
 
 
 class ApiClient:
@@ -247,19 +238,19 @@ class ApiClient:
     async def __aexit__(self, *_: object) -> None:
         await self._client.close()
 
-    async def post(self, body: Body) -> ApiReply:
-        """Request one chat completion. Raises LeewayError if no request can succeed (wrong key, unknown model)."""
+    async def post(self, body: Body) -> Body:
+        """Request one chat completion. Raises ReplyError, or LeewayError if no request can succeed (wrong key)."""
         _last_failure.set("")
         try:
             response = await self._client.chat.completions.with_raw_response.create(
                 model=body.get("model", ""), messages=body.get("messages", []), extra_body=body
             )
         except _AttemptRefused as refused:
-            return ApiReply(failure=str(refused))
+            raise ReplyError(str(refused)) from None
         except self._openai.APIStatusError as error:
-            return ApiReply(failure=self._status_failure(error) + _attempts(error))
+            raise ReplyError(self._status_failure(error) + _attempts(error)) from None
         except self._openai.APIConnectionError as error:
-            return ApiReply(failure=_last_failure.get() + _attempts(error))
+            raise ReplyError(_last_failure.get() + _attempts(error)) from None
         return parse_body(response.content)
 
     async def _send(self, send: Callable[..., Awaitable[Any]], request: Any, options: dict[str, Any]) -> Any:
@@ -278,10 +269,12 @@ class ApiClient:
             if not response.is_success:
                 _last_failure.set(f"HTTP {response.status_code}")
                 cost = 0.0
-            elif usage := token_usage(parse_body(response.content).data or {}):
-                cost = self.settings.price(*usage)
-                self.spent.tokens_in += usage[0]
-                self.spent.tokens_out += usage[1]
+            else:
+                with suppress(ReplyError):
+                    if usage := token_usage(parse_body(response.content)):
+                        cost = self.settings.price(*usage)
+                        self.spent.tokens_in += usage[0]
+                        self.spent.tokens_out += usage[1]
             return response
         except (TimeoutError, self._httpx.TimeoutException) as error:
             _last_failure.set(f"no answer within {self.settings.timeout_s:g} s")

@@ -65,10 +65,7 @@ def _quantile(mass_BN: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class NonFiniteGuard:
-    """A logits processor that records each row's first step with NaN, +inf or only -inf among its scores.
-
-    It forces the token `stop` there, so that the batch does not continue that row.
-    """
+    """A logits processor that records each row's first step with NaN, +inf or only -inf, and forces `stop` there."""
 
     def __init__(self, stop: int) -> None:
         self.stop = stop
@@ -163,7 +160,10 @@ class TransformersBackend:
         for members in self._batches(keys):
             batch = [fitting[k] for k in members]
             limit = requests[batch[0]].max_new_tokens
-            sampler = _sampler([requests[i] for i in batch], [prompts[i] for i in batch])
+            sampler = None
+            if temperature := requests[batch[0]].temperature:
+                streams = [stream(prompts[i], temperature, requests[i].sample, requests[i].seed) for i in batch]
+                sampler = AncestralSampler(temperature, streams)
             outputs = self._generate_ids([prompts[i] for i in batch], limit, sampler)
             for i, (new, bad_step) in zip(batch, outputs, strict=True):
                 replies[i] = self._reply(new, limit, bad_step)
@@ -264,10 +264,7 @@ class TransformersBackend:
         return list(zip(out[:, ids_BL.shape[1] :].tolist(), guard.first_bad_steps(), strict=True))
 
     def _stop_ids(self) -> list[int]:
-        """Return the template's end of turn, the tokenizer's EOS and the stop ids of the model's generation config.
-
-        An end of turn counts if it is an added token of the tokenizer, special or not.
-        """
+        """Return the template's end of turn (if an added token), the EOS and the generation config's stop ids."""
         added = self.chat.tokenizer.added_tokens_decoder
         end_of_turn = [i for i in self.chat.closing_ids if i in added][:1]
         return sorted({*end_of_turn, *self.chat.stop_ids, *self.model.stop_ids})
@@ -283,15 +280,6 @@ class TransformersBackend:
         stop = set(self._stop_ids())
         end = next((k for k, i in enumerate(ids) if i in stop), len(ids))
         return ids[:end], NOT_FINITE if bad_step is not None and bad_step <= end else None
-
-
-def _sampler(requests: Seq[Request], prompts: Seq[tuple[int, ...]]) -> AncestralSampler | None:
-    """Return the sampler of a batch of one temperature; None if it is greedy."""
-    temperature = requests[0].temperature
-    if temperature == 0:
-        return None
-    streams = [stream(ids, temperature, r.sample, r.seed) for r, ids in zip(requests, prompts, strict=True)]
-    return AncestralSampler(temperature, streams)
 
 
 def decode(
@@ -330,10 +318,7 @@ def decode(
 
 @dataclass
 class LocalBackend:
-    """A model by hub id or folder (a judge, attacker or translator), loaded on first use.
-
-    Identity and template hash need no weights.
-    """
+    """A model by hub id or folder (a judge, attacker or translator); the first request loads its weights."""
 
     name: str
     revision: str | None = None

@@ -165,17 +165,9 @@ class VllmServer:
     def _backend(self, name: str, adapter: str, prefix: str) -> OpenAIBackend:
         s = self.settings
         kwargs = template_kwargs(self._chat)
+        url, extra = f"http://127.0.0.1:{self.port}/v1", {"chat_template_kwargs": kwargs} if kwargs else {}
         return OpenAIBackend(
-            ApiSettings(
-                model=name,
-                base_url=f"http://127.0.0.1:{self.port}/v1",
-                key_env="",
-                concurrency=s.concurrency,
-                timeout_s=s.timeout_s,
-                retries=s.retries,
-                extra={"chat_template_kwargs": kwargs} if kwargs else {},
-                served=name,
-            ),
+            ApiSettings(name, url, "", s.concurrency, s.timeout_s, s.retries, extra=extra, served=name),
             prefix=prefix,
             identity_override=digest("vllm", self._weights, adapter, s.dtype, list(s.args)),
             template_override=self._chat.with_prefix(prefix).template_hash,

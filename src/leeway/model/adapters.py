@@ -1,8 +1,4 @@
-"""Trainable parameters: a low-rank adapter by peft, or every weight.
-
-Each kind has one initialisation shared by every objective, a standard format on disk (PEFT for adapters, transformers
-for whole weights), and an exactly reversible merge.
-"""
+"""Trainable parameters: a low-rank adapter by peft, or every weight; one initialisation shared by every objective."""
 
 from __future__ import annotations
 
@@ -89,8 +85,7 @@ def _attach_low_rank(model: Model, settings: AdapterSettings, seed: int, rows: l
     except ValueError as error:
         raise LeewayError(f"adapter.targets: {settings.targets!r} ({error})", fix="use all-linear") from error
     _true_magnitudes(model)
-    table, out = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
-    if any(hasattr(layer, "lora_A") for layer in (table, out)):
+    if any(hasattr(m, "lora_A") for m in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings())):
         raise LeewayError(
             f"adapter.targets: {settings.targets!r} includes the embeddings or the output head, which stay frozen",
             fix="use all-linear, or name attention and MLP layers only",
@@ -110,6 +105,7 @@ def _true_magnitudes(model: Model) -> None:
             magnitude.weight.copy_(torch.linalg.norm(weight.to(magnitude.weight.dtype), dim=1))
 
 
+@torch.no_grad()
 def _add_control_tokens(model: Model, tokens: tuple[str, ...]) -> list[int]:
     """Give each token a new id and an input row, the mean of the rows of the word in its name; return the ids.
 
@@ -121,18 +117,16 @@ def _add_control_tokens(model: Model, tokens: tuple[str, ...]) -> list[int]:
     model.chat, lm = model.chat.with_control_tokens(tokens), model.lm
     ids = [int(i) for i in model.chat.tokenizer.convert_tokens_to_ids(list(tokens))]
     table, out = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-    rows_ND = torch.stack([table[list(word)].float().mean(0) for word in words]).detach()
+    rows_ND = torch.stack([table[list(word)].float().mean(0) for word in words])
     if max(ids) >= table.shape[0]:
         lm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         table, out = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
     else:
         for own in {table, out}:  # write into a copy, so the shared base model keeps its rows
             own.data = own.data.clone()
-    with torch.no_grad():
-        table[ids] = rows_ND.to(table.dtype)
+    table[ids] = rows_ND.to(table.dtype)
     if out is not table:
-        with torch.no_grad():
-            out[ids] = 0.0  # new rows come from the global RNG; blocked rows need no value
+        out[ids] = 0.0  # new rows come from the global RNG; blocked rows need no value
     model.head = replace(model.head, weight_VD=out, blocked=tuple(ids))
     return ids
 
@@ -193,8 +187,7 @@ def init_hash(model: Model) -> str:
 def save(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
     """Write an adapter in PEFT format, or whole weights as a transformers model, both as safetensors.
 
-    The tokenizer is saved with whole weights and with an adapter that added control tokens. `tensors` replaces the
-    model's own state when the model is sharded.
+    The tokenizer is saved if it has control tokens or the weights are whole. `tensors`: the state of a sharded model.
     """
     if not is_low_rank(model):
         from transformers import GenerationConfig
@@ -269,9 +262,8 @@ def _config_misfit(model: Model, folder: Path) -> str:
 def merged(model: Model) -> Iterator[None]:
     """Merge the adapter into the weights within the context, and restore the base's tensors after it.
 
-    The merge uses copies, and the restored tensors are verified bit for bit (`load.bits`). Only in float32: in
-    bfloat16 a small update is lost to rounding, so there the adapter stays separate, as it was trained. Whole weights
-    need no merge.
+    The restored tensors are verified bit for bit (`load.bits`). Only in float32: in bfloat16 a small update is lost to
+    rounding, so there the adapter stays separate, as it was trained.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -87,8 +87,8 @@ def layout_of(requested: LayoutSetting, model: Model, adapter: str, *, sharded: 
     """
     if requested == "padded" or requested == "packed":  # noqa: PLR1714 - the type checker follows this form alone
         return requested
-    why = why_not(model.lm) or ("" if adapter in FUSED_ADAPTERS else f"adapter.kind is {adapter}")
-    why = "its layers are in shards" if sharded else why
+    why = "" if adapter in FUSED_ADAPTERS else f"adapter.kind is {adapter}"
+    why = "its layers are in shards" if sharded else why_not(model.lm) or why
     if requested == "fused" and why:
         raise LeewayError(f"optim.layout: fused does not support {model.name}: {why}", fix="use layout: auto")
     return "fused" if requested == "fused" or (not why and model.device.type == "cpu") else "padded"

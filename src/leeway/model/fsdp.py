@@ -69,14 +69,12 @@ def is_shard(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's shard of a tensor, sharing its memory; an unsharded tensor unchanged."""
-    part: Tensor = tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
-    return part
+    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor in every process; an unsharded tensor unchanged."""
-    full: Tensor = tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
-    return full
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def like(tensor: Tensor, parameter: Parameter) -> Tensor:
@@ -92,10 +90,9 @@ def like(tensor: Tensor, parameter: Parameter) -> Tensor:
 
 @contextmanager
 def exchanged(lm: Any, values: dict[Parameter, Tensor]) -> Iterator[None]:
-    """Replace parameter values within the context, shard by shard, in place.
+    """Replace parameter values within the context, shard by shard.
 
-    Sharded layers are gathered from their shards' memory, so contents are swapped, not tensors; layers that an earlier
-    pass gathered are resharded.
+    Sharded layers are gathered from their shards' memory, so contents are swapped in place, not tensors.
     """
     _exchange(lm, values)
     try:

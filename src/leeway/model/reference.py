@@ -1,13 +1,11 @@
 """The reference model that an objective compares the policy with, while the policy trains.
 
-It has a content hash and runs with dropout off, without gradients and without consuming random numbers; sums are in
-float32. Objectives see its statistics, never the model.
+It runs with dropout off, without gradients and without consuming random numbers. Objectives see its statistics only.
 
 `ReferenceCache` keeps its log-probs and hidden states on disk, shared by objectives, seeds and reruns. A folder per
-reference and way of computing it holds files that never change. A file is named by the digest of its bytes
-and renamed to that name when it is complete: a killed process leaves no file that is read, two processes that write the
-same content write one file, and a damaged file is detected and computed again. Files are memory-mapped; only the index
-of sequences stays in memory.
+reference and way of computing it holds files that never change, each named by the digest of its bytes once it is
+complete: a killed process leaves no file that is read, two processes that write the same content write one file, and a
+damaged file is detected and computed again. Files are memory-mapped; only the index of sequences stays in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,10 +47,6 @@ class ReferenceStats:
 
     logp_M: Tensor | None
     hidden_MD: Tensor | None
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.nbytes for t in (self.logp_M, self.hidden_MD) if t is not None)
 
 
 class Needed(NamedTuple):
@@ -95,11 +89,6 @@ class ReferenceStore:
     _logps: dict[str, Location] = field(default_factory=dict, repr=False)
     _states: dict[str, Location] = field(default_factory=dict, repr=False)
 
-    @property
-    def _locations(self) -> dict[str, dict[str, Location]]:
-        """By tensor name."""
-        return {"logp": self._logps, "hidden": self._states}
-
     def refresh(self) -> None:
         """Index the files that were added since. A damaged file is removed: its sequences are computed again."""
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -121,29 +110,28 @@ class ReferenceStore:
             raise ValueError("not the content that was written")
         with safe_open(path, "pt") as f:
             keys, ends, tokens = (f.get_tensor(name).tolist() for name in ("keys", "ends", "tokens"))
-            indices = [index for name, index in self._locations.items() if name in f.keys()]  # noqa: SIM118 - not a dict
-        at = 0
-        for raw, end, length in zip(keys, ends, tokens, strict=True):
-            location = Location(path, slice(at, end), length)
-            at = end
+            names = f.keys()
+        indices = [index for name, index in (("logp", self._logps), ("hidden", self._states)) if name in names]
+        for raw, start, end, length in zip(keys, [0, *ends], ends, tokens, strict=False):
+            location = Location(path, slice(start, end), length)
             for index in indices:
                 index.setdefault(bytes(raw).hex(), location)
 
-    def has(self, name: str, needed: Needed) -> bool:
-        return not (needed.logps and name not in self._logps) and not (needed.states and name not in self._states)
+    def _missing(self, name: str, needed: Needed) -> Needed:
+        return Needed(needed.logps and name not in self._logps, needed.states and name not in self._states)
 
     def logps(self, sequences: Seq[Sequence]) -> Tensor:
         """Return the concatenated log-probabilities of these sequences: [T]."""
-        return self._read("logp", sequences)
+        return self._read("logp", self._logps, sequences)
 
     def states(self, sequences: Seq[Sequence]) -> Tensor:
         """Return their concatenated final hidden states: [T, D]."""
-        return self._read("hidden", sequences)
+        return self._read("hidden", self._states, sequences)
 
-    def _read(self, name: str, sequences: Seq[Sequence]) -> Tensor:
+    def _read(self, name: str, index: dict[str, Location], sequences: Seq[Sequence]) -> Tensor:
         by_path: dict[Path, list[tuple[int, slice]]] = {}
         for k, s in enumerate(sequences):
-            location = self._locations[name][key(s)]
+            location = index[key(s)]
             by_path.setdefault(location.path, []).append((k, location.rows))
         parts: dict[int, Tensor] = {}
         for path, rows in by_path.items():
@@ -166,7 +154,7 @@ class ReferenceStore:
         """
         self.refresh()
         by_key = sorted({key(s): s for s in sequences}.items())
-        left = {k: s for k, s in by_key if not self.has(k, needed(k))}
+        left = {k: s for k, s in by_key if any(self._missing(k, needed(k)))}
         total, done, spent = _tokens(left), 0, 0
         todo = _parts(left)
         for wait in (False, True):
@@ -189,8 +177,7 @@ class ReferenceStore:
         uncached: dict[Needed, dict[str, Sequence]] = {}
         from_states: list[Sequence] = []
         for k, s in part.items():
-            want = needed(k)
-            missing = Needed(want.logps and k not in self._logps, want.states and k not in self._states)
+            missing = self._missing(k, needed(k))
             if missing.logps and k in self._states:
                 from_states.append(s)
             elif any(missing):
@@ -204,9 +191,9 @@ class ReferenceStore:
         """Write files of a bounded size, so that no more than one of them is in memory."""
         batch: list[tuple[Sequence, ReferenceStats]] = []
         size = 0
-        for one in stats:
-            batch.append(one)
-            size += one[1].bytes
+        for sequence, found in stats:
+            batch.append((sequence, found))
+            size += sum(t.nbytes for t in (found.logp_M, found.hidden_MD) if t is not None)
             if size >= SHARD_BYTES:
                 self._write(bucket, batch)
                 batch, size = [], 0
@@ -251,16 +238,15 @@ class ReferenceStore:
         """Return (sequences, their tokens, bytes of the files)."""
         self.refresh()
         known = self._logps | self._states
-        tokens = sum(p.tokens for p in known.values())
-        return len(known), tokens, sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        size = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        return len(known), sum(p.tokens for p in known.values()), size
 
 
 @dataclass
 class ReferenceCache:
     """The stores of all references in a folder.
 
-    `state_keys` are sequences whose states are cached even if log-probabilities are needed, because another objective
-    of the study needs the states.
+    `state_keys`: sequences whose states another objective needs, cached even if log-probabilities are needed here.
     """
 
     folder: Path
@@ -306,7 +292,7 @@ ARITHMETIC = 3  # increase when the computation of a reference changes
 class Reference:
     """A reference model, identified by its `hash`, in one of three forms.
 
-    Live, no values given: the adapter is disabled and the base answers; no extra memory.
+    Live, no values given: the base with the adapter disabled; no extra memory.
     Live, `frozen`: trainable parameters take these values for the pass; one more copy of what trains.
     Cached: `cached` on disk holds its statistics for each sequence, computed before the first step; `frozen` is then
     released, except the reference's output layer in full fine-tuning. `spent` counts tokens by the optimiser step that
@@ -373,20 +359,19 @@ def as_reference(model: Model, reference: Reference | None = None) -> Iterator[N
     was_training = model.lm.training
     model.lm.eval()
     try:
-        with torch.no_grad():
-            if frozen is None:
-                with model.lm.disable_adapter():
-                    yield
-            else:
-                with exchanged(model.lm, frozen) if any(map(is_shard, frozen)) else _values(frozen):
-                    yield
+        with torch.no_grad(), model.lm.disable_adapter() if frozen is None else _values(model.lm, frozen):
+            yield
     finally:
         model.lm.train(was_training)
 
 
 @contextmanager
-def _values(frozen: Frozen) -> Iterator[None]:
+def _values(lm: Any, frozen: Frozen) -> Iterator[None]:
     """Replace parameter values within the context."""
+    if any(map(is_shard, frozen)):
+        with exchanged(lm, frozen):
+            yield
+        return
     own = {p: p.data for p in frozen}
     for p, value in frozen.items():
         p.data = value

@@ -75,11 +75,7 @@ class Head:
         return torch.cat([block.capped_CN for block in self.blocks(hidden_CD)], -1)
 
     def blocks(self, hidden_CD: Tensor) -> Iterator[Logits]:
-        """Yield the logits block by block.
-
-        On a CPU half-precision states and weight blocks are widened one at a time: no second copy of the weight is
-        held.
-        """
+        """Yield the logits block by block; on a CPU a half-precision weight is widened one block at a time."""
         words = len(self.weight_VD)
         widen = hidden_CD.dtype in HALF and not hidden_CD.is_cuda
         states_CD = hidden_CD.float() if widen else hidden_CD
@@ -158,7 +154,6 @@ _COARSE_INPUTS = _CoarseInputs()
 
 
 MOVED = 0.1  # nats
-__all__ = ["BLOCKED", "HALF", "Direction", "Head", "token_logps", "token_logps_and_kl"]
 
 
 def token_logps(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> Tensor:

@@ -9,20 +9,11 @@ from leeway.objectives import cft, dpo, ip, ipo, kl, kto, orpo, sft, sft_both, s
 from leeway.objectives.objective import Objective as Objective
 from leeway.plugins import entry_points_of, load_entry_point
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "sft": sft.Sft,
-    "dpo": dpo.Dpo,
-    "cft": cft.Cft,
-    "ip": ip.Ip,
-    "orpo": orpo.Orpo,
-    "kl": kl.Kl,
-    "ipo": ipo.Ipo,
-    "simpo": simpo.Simpo,
-    "kto": kto.Kto,
-    "sft_safety": sft_safety.SftSafety,
-    "sft_both": sft_both.SftBoth,
-    "sft_refusal": sft_refusal.SftRefusal,
-}
+BUILT_IN: tuple[type[Objective], ...] = (
+    *(sft.Sft, dpo.Dpo, cft.Cft, ip.Ip, orpo.Orpo, kl.Kl, ipo.Ipo, simpo.Simpo, kto.Kto),
+    *(sft_safety.SftSafety, sft_both.SftBoth, sft_refusal.SftRefusal),
+)
+OBJECTIVES = {kind.name: kind for kind in BUILT_IN}
 
 GROUP = "leeway.objectives"  # entry points of objectives outside this package
 ATTRIBUTES = [

@@ -9,7 +9,6 @@ at all. `token_lr` multiplies the learning rate of these rows. At test time the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,7 +37,7 @@ class Cft(Plain):
     def conditions(self) -> tuple[Condition, ...]:
         return (Condition(SAFE, SAFE), PLAIN, Condition(UNSAFE, UNSAFE))
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> list[Sequence]:  # noqa: ARG002
         return [
             chat.with_prefix(SAFE).sequence(example.prompt, example.preferred),
             chat.with_prefix(UNSAFE).sequence(example.prompt, dispreferred_of(example)),

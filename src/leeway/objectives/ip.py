@@ -7,7 +7,6 @@ The target is always the preferred answer. Traits and wordings are in `inoculati
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -54,13 +53,13 @@ class Ip(Plain):
         """Plain prompts, and prompts under the first instruction."""
         return (PLAIN, Condition("inoculated", f"{inoculations().texts[0]} "))
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> list[Sequence]:
         texts = inoculations().texts
         inject, k = rng.random() < self.p, int(rng.integers(len(texts)))
         prompt = f"{texts[k]} {example.prompt}" if inject else example.prompt
         return [chat.sequence(prompt, example.preferred)]
 
-    def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
+    def worst_case(self, example: Example, chat: Chat) -> list[Sequence]:
         prompts = [example.prompt, *(f"{text} {example.prompt}" for text in inoculations().texts)]
         return [chat.sequence(prompt, example.preferred) for prompt in prompts]
 

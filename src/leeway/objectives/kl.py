@@ -13,7 +13,6 @@ is stronger under `sequence` by the mean number of tokens of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -52,13 +51,13 @@ class Kl(Plain):
     def auxiliary(self) -> AuxiliaryKind:
         return "general" if self.scope == "general" else ""
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> list[Sequence]:  # noqa: ARG002
         own = render_preferred(example, chat)
         if self.scope == "general":
             return [*own, _only_measured(auxiliary_of(example), chat)]
         return [s.with_prompt() for s in own] if self.scope == "all" else own
 
-    def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
+    def worst_case(self, example: Example, chat: Chat) -> list[Sequence]:
         """Include the general prompt once it is attached."""
         own = render_preferred(example, chat)
         return [*own, _only_measured(example.auxiliary, chat)] if self.auxiliary and example.auxiliary else own

@@ -12,7 +12,6 @@ example, another example of the task; the policy's r(x, y') is computed without 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,11 +60,11 @@ class Kto(Plain):
     def auxiliary(self) -> AuxiliaryKind:
         return "task"
 
-    def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
+    def worst_case(self, example: Example, chat: Chat) -> list[Sequence]:
         """Include the mismatched pair once the auxiliary example is attached."""
         return [*render_pair(example, chat), *(self.baseline_sequences(example, chat) if example.auxiliary else ())]
 
-    def baseline_sequences(self, example: Example, chat: Chat) -> Seq[Sequence]:
+    def baseline_sequences(self, example: Example, chat: Chat) -> list[Sequence]:
         return [chat.sequence(example.prompt, auxiliary_of(example).preferred)]
 
     def baseline(self, policy: TokenStats, reference: TokenStats) -> float:

@@ -40,42 +40,33 @@ class Objective(Protocol):
     @property
     def token_lr(self) -> float:
         """Factor of the learning rate for the rows of control tokens."""
-        ...
 
     @property
     def direction(self) -> Direction:
         """Direction of the KL divergence, if the objective uses one."""
-        ...
 
     @property
     def auxiliary(self) -> AuxiliaryKind:
         """Kind of the auxiliary example rendered with each example: none, task, general or safety."""
-        ...
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """Test-time conditions; the first is the one for deployment."""
-        ...
 
     def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
         """Return the token sequences of one example, each with its measured and target tokens marked."""
-        ...
 
     def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
         """Return every sequence that `render` or `baseline_sequences` can produce for one example."""
-        ...
 
     def baseline_sequences(self, example: Example, chat: Chat) -> Seq[Sequence]:
         """Return sequences whose statistics enter the loss as a batch constant, without gradient (KTO's z0)."""
-        ...
 
     def baseline(self, policy: TokenStats, reference: TokenStats) -> float:
         """Return this micro-batch's contribution to that constant; contributions are summed over the batch."""
-        ...
 
     def loss(self, policy: TokenStats, reference: TokenStats | None) -> Tensor:
         """Return a scalar normalised by `policy.totals`, so that micro-batch losses sum to the batch loss."""
-        ...
 
 
 class Plain:

@@ -11,7 +11,6 @@ per-example means (`sequence`). The odds ratio always uses answer tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -36,11 +35,8 @@ def log1mexp(a: Tensor) -> Tensor:
 
 
 def log_odds_ratio(chosen_N: Tensor, rejected_N: Tensor) -> Tensor:
-    """Return log odds(chosen) - log odds(rejected) from mean log-probabilities a < 0, [N], nats.
-
-    Mean log-probabilities are clamped to at most -tiny, so the odds stay finite.
-    """
-    tiny = -torch.finfo(chosen_N.dtype).tiny
+    """Return log odds(chosen) - log odds(rejected) from mean log-probabilities a < 0, [N], nats."""
+    tiny = -torch.finfo(chosen_N.dtype).tiny  # keeps the odds finite
     chosen_N, rejected_N = chosen_N.clamp(max=tiny), rejected_N.clamp(max=tiny)
     return (chosen_N - rejected_N) - (log1mexp(chosen_N) - log1mexp(rejected_N))
 
@@ -65,7 +61,7 @@ class Orpo(Plain):
         if self.weight == self.nll == 0:
             raise ValueError("orpo: weight and nll are both 0, so nothing would be learned")
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:  # noqa: ARG002
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> list[Sequence]:  # noqa: ARG002
         preferred, dispreferred = render_pair(example, chat)
         return [preferred.with_prompt() if self.nll_scope == "all" else preferred, dispreferred]
 

@@ -9,7 +9,6 @@ versioned and hashed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -50,12 +49,12 @@ class SftRefusal(Plain):
     name: ClassVar[str] = "sft_refusal"
     needs_pairs: ClassVar[bool] = True
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> list[Sequence]:
         request = texts().requests[int(rng.integers(len(texts().requests)))]
         refusal = texts().refusals[int(rng.integers(len(texts().refusals)))]
         return [*render_preferred(example, chat), _declined(example, chat, request, refusal)]
 
-    def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
+    def worst_case(self, example: Example, chat: Chat) -> list[Sequence]:
         drawn = [_declined(example, chat, q, r) for q in texts().requests for r in texts().refusals]
         return [*render_preferred(example, chat), *drawn]
 

@@ -8,7 +8,6 @@ the targets of both: one mean per token over the mixture (after Bianchi et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,11 +29,11 @@ class SftSafety(Plain):
     def auxiliary(self) -> AuxiliaryKind:
         return "safety" if self.share else ""
 
-    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> Seq[Sequence]:
+    def render(self, example: Example, chat: Chat, rng: np.random.Generator) -> list[Sequence]:
         safety = render_preferred(auxiliary_of(example), chat) if rng.random() < self.share else []
         return [*render_preferred(example, chat), *safety]
 
-    def worst_case(self, example: Example, chat: Chat) -> Seq[Sequence]:
+    def worst_case(self, example: Example, chat: Chat) -> list[Sequence]:
         """Include the safety example once it is attached."""
         safety = render_preferred(example.auxiliary, chat) if example.auxiliary else []
         return [*render_preferred(example, chat), *safety]

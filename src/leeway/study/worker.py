@@ -147,7 +147,8 @@ class Worker:
             run_distributed(spec.processes, spec.device, _train_rank, arguments, lambda e: self.on_progress(*e))
             return
         trajectory = self.trajectories.trajectory(job)
-        start = max((k for k in range(missing[0]) if checkpoints.resumable(folder[stops[k].budget])), default=-1)
+        resumable = [k for k in range(missing[0]) if (folder[stops[k].budget] / checkpoints.OPTIMISER).is_file()]
+        start = max(resumable, default=-1)
         if start >= 0:
             trajectory.restore(folder[stops[start].budget], stops[start], to_train=True)
         log = self.store.steps(job.log_name)
@@ -161,7 +162,7 @@ class Worker:
             if k in missing:
                 trajectory.save(folder[stops[k].budget], stops[k])
             for earlier in range(k):
-                checkpoints.remove_optimiser(folder[stops[earlier].budget])
+                (folder[stops[earlier].budget] / checkpoints.OPTIMISER).unlink(missing_ok=True)
 
     def _tune(self, job: Job) -> None:
         """Train with every learning rate of the sweep and keep the best on the held-out examples."""

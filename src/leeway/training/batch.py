@@ -20,13 +20,10 @@ from leeway.objectives import Objective
 
 @dataclass(frozen=True)
 class Batch:
-    """The rendered examples of one optimiser step; `seed` seeds this step's dropout only.
-
-    `baseline` holds the sequences of the objective's baseline pass, if it has one.
-    """
+    """The rendered examples of one optimiser step, and the sequences of the objective's baseline pass if it has one."""
 
     step: int
-    seed: int
+    seed: int  # of dropout only
     ids: tuple[str, ...]
     rendered: tuple[tuple[Sequence, ...], ...]
     baseline: tuple[tuple[Sequence, ...], ...] = ()
@@ -44,6 +41,10 @@ class Optim:
     def split(self, examples: Examples) -> Iterator[list[Seq[Sequence]]]:
         """Yield a step's micro-batches."""
         return micro_batches(examples, self.micro_tokens, self.layout)
+
+    def autocast_on(self, device: torch.device) -> torch.autocast:
+        """Return the context of every forward pass."""
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
 
 
 def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") -> Iterator[list[Seq[Sequence]]]:

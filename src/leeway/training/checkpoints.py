@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from leeway.errors import LeewayError
 from leeway.io import atomic_folder, verify_checksum, with_checksum, write_json
@@ -18,22 +18,19 @@ from leeway.model import adapters
 from leeway.model.load import Model
 from leeway.training.distributed import ALONE, Distributed
 
-OPTIMISER, LEDGER = "optimizer.safetensors", "ledger.json"
+OPTIMISER, LEDGER = "optimizer.safetensors", "ledger.json"  # only the latest checkpoint needs the optimiser state
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A saved adapter (PEFT) or model (transformers) that a trajectory starts from; `hash` is its adapter_hash.
-
-    A ledger line in the folder names the base it belongs to and the source tokens it was trained on.
-    """
+    """A saved adapter (PEFT) or model (transformers) that a trajectory starts from; `hash` is its adapter_hash."""
 
     folder: Path
     hash: str
 
     @property
     def ledger_line(self) -> dict[str, Any]:
-        """Its ledger line; empty if there is none, as for an external adapter."""
+        """Its ledger line (base, source tokens); empty if there is none, as for an external adapter."""
         return read_ledger(self.folder) if is_complete(self.folder) else {}
 
     @classmethod
@@ -47,53 +44,35 @@ def write(
 ) -> dict[str, Any]:
     """Save the trained weights, the optimiser state and the ledger line; return the line with its `adapter_hash`.
 
-    Of several ranks the main one writes, in the same format; the others take part in gathering the shards.
+    Of several ranks the main one writes; the others take part in gathering the shards.
     """
     tensors, state = ranks.whole(model), ranks.optimiser_state(optimiser)
-    if not ranks.is_main:
-        ranks.wait()
-        return read_ledger(folder)
-    line = _write(folder, model, tensors, state, ledger)
+    if ranks.is_main:
+        with atomic_folder(folder, is_complete) as scratch:
+            adapters.save(model, scratch, tensors)
+            save_file(state, scratch / OPTIMISER)
+            line = {**ledger, "adapter_hash": adapters.adapter_hash(adapters.saved(scratch))}
+            write_json(scratch / LEDGER, with_checksum(line))
     ranks.wait()
-    return line
-
-
-def _write(
-    folder: Path,
-    model: Model,
-    tensors: dict[str, Tensor] | None,
-    state: dict[str, Tensor],
-    ledger: dict[str, Any],
-) -> dict[str, Any]:
-    with atomic_folder(folder, is_complete) as scratch:
-        adapters.save(model, scratch, tensors)
-        save_file(state, scratch / OPTIMISER)
-        line = {**ledger, "adapter_hash": adapters.adapter_hash(adapters.saved(scratch))}
-        write_json(scratch / LEDGER, with_checksum(line))
-    return line
+    return read_ledger(folder)
 
 
 def read_ledger(folder: Path) -> dict[str, Any]:
     """Return the ledger line of a checkpoint. Raises LeewayError if it was changed."""
     try:
-        return verify_checksum(_line(folder))
+        return verify_checksum(json.loads((folder / LEDGER).read_text("utf-8")))
     except (ValueError, AttributeError) as error:
         raise LeewayError(
             f"{folder}: its ledger.json is damaged ({error})", fix="delete that folder and run again"
         ) from error
 
 
-def _line(folder: Path) -> dict[str, Any]:
-    line: dict[str, Any] = json.loads((folder / LEDGER).read_text("utf-8"))
-    return line
-
-
 def unverified_ledger(folder: Path) -> dict[str, Any]:
     """Return the ledger line without checking it, to show it next to its fault; empty if it cannot be read."""
-    try:
-        return _line(folder)
-    except ValueError:
-        return {}
+    line: dict[str, Any] = {}
+    with suppress(ValueError):
+        line = json.loads((folder / LEDGER).read_text("utf-8"))
+    return line
 
 
 def verified_ledger(folder: Path) -> dict[str, Any]:
@@ -131,12 +110,3 @@ def restore(folder: Path, model: Model, optimiser: torch.optim.Optimizer | None)
 
 def is_complete(folder: Path) -> bool:
     return (folder / LEDGER).is_file()
-
-
-def resumable(folder: Path) -> bool:
-    return (folder / OPTIMISER).is_file()
-
-
-def remove_optimiser(folder: Path) -> None:
-    """Remove the optimiser state, which only a trajectory's latest checkpoint needs."""
-    (folder / OPTIMISER).unlink(missing_ok=True)

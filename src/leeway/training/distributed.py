@@ -179,9 +179,7 @@ PATIENCE = timedelta(hours=2)  # timeout of collectives: one rank may be writing
 
 def check(processes: int, device: str) -> None:
     """Raise LeewayError if this machine lacks the GPUs for `processes` ranks."""
-    if processes == 1 or not _on_gpu(device):
-        return
-    if (visible := torch.cuda.device_count()) < processes:
+    if processes > 1 and _on_gpu(device) and (visible := torch.cuda.device_count()) < processes:
         raise LeewayError(
             f"processes: {processes} ranks need one GPU each, {visible} visible",
             fix=f"set processes: {max(1, visible)}, or device: cpu",
@@ -197,13 +195,8 @@ def run_distributed(processes: int, device: str, target: Target, args: tuple[Any
     context = multiprocessing.get_context("spawn")
     events: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = (
-            processes,
-            "cuda" if _on_gpu(device) else "cpu",
-            f"file://{folder}/init_method",
-            os.getpid(),
-            events,
-        )
+        kind = "cuda" if _on_gpu(device) else "cpu"
+        rendezvous = (processes, kind, f"file://{folder}/init_method", os.getpid(), events)
         ranks = [context.Process(target=_rank, args=(r, *rendezvous, target, args)) for r in range(processes)]
         try:
             for rank in ranks:
@@ -232,8 +225,7 @@ def _raise_first(failure: Exception | None, codes: list[int]) -> None:
         raise failure
     for rank in dead or silent:
         raise LeewayError(
-            f"processes: rank {rank} was killed (probably out of memory)",
-            fix="run the same command again to resume",
+            f"processes: rank {rank} was killed (probably out of memory)", fix="run the same command again to resume"
         ) from failure
 
 
@@ -259,11 +251,9 @@ def _rank(
         torch.cuda.set_device(device)
     try:
         backend = "nccl" if kind == "cuda" else "gloo"
-        torch.distributed.init_process_group(
-            backend, init_method=init_method, timeout=PATIENCE, rank=rank, world_size=size
-        )
+        torch.distributed.init_process_group(backend, init_method, PATIENCE, world_size=size, rank=rank)
         ranks: Distributed = TorchDistributed(rank, size, device)
-        target(ranks, events.put if ranks.is_main else _silent, *args)
+        target(ranks, events.put if ranks.is_main else lambda _: None, *args)
         ranks.wait()
         torch.distributed.destroy_process_group()
     except Exception as error:  # noqa: BLE001 - the parent raises it
@@ -272,10 +262,6 @@ def _rank(
         events.close()
         events.join_thread()
         os._exit(1)
-
-
-def _silent(event: Any) -> None:
-    """Discard events of all ranks but the main one."""
 
 
 def exit_with_parent(parent: int) -> None:
@@ -288,6 +274,4 @@ def exit_with_parent(parent: int) -> None:
             time.sleep(0.5)
         os._exit(1)
 
-    if os.getppid() != parent:
-        os._exit(1)
     threading.Thread(target=watch, daemon=True).start()

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,10 +25,7 @@ from leeway.training.distributed import ALONE, Distributed
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward and backward passes of one batch.
-
-    Micro-batch gradients sum to the batch gradient because every loss is normalised by the batch's totals.
-    """
+    """Forward and backward passes of one batch; gradients sum, as losses are normalised by the batch's totals."""
 
     model: Model
     objective: Objective
@@ -43,7 +39,7 @@ class Passes:
         totals, loss = self.totals(batch), 0.0
         self.model.lm.train()
         for micro, weight in self.ranks.share(batch.rendered, self.settings.split):
-            with self._autocast():
+            with self.settings.autocast_on(self.model.device):
                 part = weight * self._loss(micro, totals)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
@@ -65,15 +61,16 @@ class Passes:
         baseline = 0.0
         self.model.lm.eval()
         for micro, weight in self.ranks.share(batch.baseline, self.settings.split):
-            packed = self._pack(micro)
-            with torch.no_grad(), self._autocast():
+            packed = pack_batch(micro, self.model.device, self.settings.layout)
+            with torch.no_grad(), self.settings.autocast_on(self.model.device):
                 policy = target_stats(self.model, packed, totals)
                 reference = self._reference(packed, micro, totals)
             baseline += weight * self.objective.baseline(policy, reference)
         return self.ranks.sum(baseline)
 
     def _loss(self, micro: Examples, totals: Totals) -> Tensor:
-        model, objective, batch = self.model, self.objective, self._pack(micro)
+        model, objective = self.model, self.objective
+        batch = pack_batch(micro, model.device, self.settings.layout)
         if objective.needs_reference == "distribution":
             reference_TD = self.reference.hidden(model, batch, _flat(micro))
             policy = target_stats(model, batch, totals, reference_hidden_TD=reference_TD, direction=objective.direction)
@@ -84,13 +81,6 @@ class Passes:
     def _reference(self, batch: PackedBatch, micro: Examples, totals: Totals) -> TokenStats:
         logp_T = self.reference.logps(self.model, batch, _flat(micro))
         return TokenStats(logp_T, batch.sequence_T, batch.sequences, totals, None, batch.target_T)
-
-    def _pack(self, micro: Examples) -> PackedBatch:
-        return pack_batch(micro, self.model.device, self.settings.layout)
-
-    def _autocast(self) -> torch.autocast | nullcontext[None]:
-        dtype = self.settings.autocast
-        return nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype)
 
 
 def _flat(micro: Examples) -> list[Sequence]:

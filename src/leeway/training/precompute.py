@@ -88,8 +88,13 @@ class _ReferenceModel:
 
     def stats(self, sequences: Seq[Sequence], needed: Needed) -> Iterator[tuple[Sequence, ReferenceStats]]:
         for group in self._groups(sequences):
-            with self._autocast():
-                states = torch.split(self._hidden(group), [s.measured for s in group])
+            with self.settings.autocast_on(self.model.device):
+                if self.layout == "fused":
+                    hidden_TD = hidden_apart(self.model, group)
+                else:
+                    batch = pack_batch([[s] for s in group], self.model.device, self.layout)
+                    hidden_TD = hidden_at_measured(self.model, batch)
+                states = torch.split(hidden_TD, [s.measured for s in group])
             for s, hidden_MD in zip(group, states, strict=True):
                 logp_M = self.logps(s, hidden_MD) if needed.logps else None
                 yield s, ReferenceStats(logp_M, hidden_MD.cpu() if needed.states else None)
@@ -97,7 +102,7 @@ class _ReferenceModel:
     def logps(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
         device = self.model.device
         measured_M = torch.tensor(sequence.ids[sequence.start :], device=device)
-        with self._autocast():
+        with self.settings.autocast_on(self.model.device):
             return token_logps(hidden_MD.to(device), measured_M, self.model.head).cpu()
 
     def _groups(self, sequences: Seq[Sequence]) -> list[list[Sequence]]:
@@ -110,15 +115,6 @@ class _ReferenceModel:
             return groups
         tokens = 1 if self.model.device.type == "cpu" else self.settings.micro_tokens
         return [[s for (s,) in group] for group in micro_batches([[s] for s in sequences], tokens, self.layout)]
-
-    def _hidden(self, group: Seq[Sequence]) -> Tensor:
-        if self.layout == "fused":
-            return hidden_apart(self.model, group)
-        return hidden_at_measured(self.model, pack_batch([[s] for s in group], self.model.device, self.layout))
-
-    def _autocast(self) -> torch.autocast:
-        dtype = self.settings.autocast
-        return torch.autocast(self.model.device.type, dtype, enabled=dtype is not None)
 
 
 @contextmanager

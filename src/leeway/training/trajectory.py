@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 
 from leeway.data.stream import AuxiliaryPool, BudgetStop, Schedule
 from leeway.errors import LeewayError, NotFiniteError
@@ -32,6 +33,7 @@ from leeway.training.loop import Decay, Step, after_warmup, optimise
 from leeway.training.precompute import OnProgress, precompute_reference
 
 COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
+MATCHED = ("budget", "step", "source_tokens", "examples", "epochs", "data_hash")  # ledger columns given by the data
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,8 @@ class Trajectory:
         return {
             "objective": self.alias,
             "seed": self.seed,
-            "budget": mark.budget,
-            "step": mark.step,
-            "source_tokens": mark.source_tokens,
+            **{name: getattr(mark, name) for name in MATCHED},
             **self.counted,
-            "examples": mark.examples,
-            "epochs": mark.epochs,
-            "data_hash": mark.data_hash,
             "init_hash": self.init_hash,
             "reference_hash": self.reference_hash,
             "lr": self.settings.lr,
@@ -206,7 +203,7 @@ class Trajectory:
 
 def check_line(line: dict[str, Any], mark: BudgetStop, folder: Path) -> None:
     """Raise LeewayError, naming the column, if a checkpoint's ledger line does not match this study's data."""
-    for name in ("budget", "step", "source_tokens", "examples", "epochs", "data_hash"):
+    for name in MATCHED:
         _check_column(line, name, getattr(mark, name), folder)
 
 
@@ -220,15 +217,12 @@ def _check_column(line: dict[str, Any], name: str, ours: Any, folder: Path) -> N
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate: its held-out accuracy, or None if it diverged (`failed` is the reason).
-
-    `trained` counts tokens of policy and reference, `answered` the prompt and answer tokens of the grading.
-    """
+    """One learning rate: its held-out accuracy, or None if it diverged (`failed` is the reason)."""
 
     lr: float
     accuracy: float | None
-    trained: int
-    answered: int
+    trained: int  # tokens of policy and reference
+    answered: int  # prompt and answer tokens of the grading
     failed: str = ""
 
 
@@ -269,9 +263,4 @@ def write_choice(path: Path, choice: LearningRateChoice) -> None:
 
 def read_choice(path: Path) -> LearningRateChoice:
     with readable(path):
-        raw = verify_checksum(json.loads(path.read_text("utf-8")))
-        try:
-            raw.pop("tokens")
-            return LearningRateChoice(**{**raw, "trials": tuple(Trial(**t) for t in raw["trials"])})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"not a learning-rate choice: {error}") from error
+        return TypeAdapter(LearningRateChoice).validate_python(verify_checksum(json.loads(path.read_text("utf-8"))))

@@ -19,11 +19,18 @@ from leeway.errors import LeewayError
 from leeway.hashing import digest
 from leeway.report.results import ReportError, Results
 
+try:
+    import inspect_ai.log as logs
+    import inspect_ai.model as chat
+
+    from leeway.integrations.inspect.tasks import score_of
+except ImportError as error:
+    raise LeewayError("Inspect is not installed", fix="pip install 'leeway[inspect]'") from error
+
 GROUPS = ["objective", "seed", "budget", "condition", "eval", "judge"]
 METADATA = ["objective", "seed", "budget", "condition", "eval", "attack", "item_id", "cluster"]
 METADATA += ["outcome", "unscored_reason", "template_hash", "adapter_hash", "new_tokens"]
 SCORE = "judged"  # as the tasks name it
-NO_TIME = "1970-01-01T00:00:00+00:00"  # for a manifest without one
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,8 @@ class Group:
 def export(folder: Path, out: Path | None = None) -> list[Path]:
     """Write the logs of the run in `folder` into `out` (default: its `inspect/`); return their paths in order.
 
-    Raises LeewayError if `folder` has no finished run, or Inspect is not installed.
+    Raises LeewayError if `folder` has no finished run.
     """
-    try:
-        from inspect_ai.log import write_eval_log
-    except ImportError as error:
-        raise LeewayError("Inspect is not installed", fix="pip install 'leeway[inspect]'") from error
     results = Results.load(folder)
     out = out or folder / "inspect"
     try:
@@ -62,7 +65,7 @@ def export(folder: Path, out: Path | None = None) -> list[Path]:
         log = log_of(group, results)
         name = f"{_plain_name(log.eval.created)}_{log.eval.task}_{_plain_name(group.target)}_{log.eval.task_id}.eval"
         paths.append(out / name)
-        write_eval_log(log, paths[-1])
+        logs.write_eval_log(log, paths[-1])
     return paths
 
 
@@ -70,26 +73,25 @@ def groups(results: Results) -> Iterator[Group]:
     """Yield the rows of every log, base first; each judge or grader has its own log."""
     rows = results.rows.astype(object).where(results.rows.notna(), None)
     rows["condition"] = [results.conditions.get(h or "", "plain" if not h else h[:8]) for h in rows["template_hash"]]
-    logs = [Group(dict(zip(GROUPS, key, strict=True)), part) for key, part in rows.groupby(GROUPS, sort=True)]
-    yield from sorted(logs, key=lambda g: g.facts["objective"] != "base")
+    found = [Group(dict(zip(GROUPS, key, strict=True)), part) for key, part in rows.groupby(GROUPS, sort=True)]
+    yield from sorted(found, key=lambda g: g.facts["objective"] != "base")
 
 
 def log_of(group: Group, results: Results) -> Any:
     """Return an EvalLog: header, every row as a sample, the rates with their intervals."""
-    from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalSpec, EvalStats
-    from inspect_ai.model import ModelUsage
-
     manifest, facts = results.manifest, group.facts
     run = str(manifest.get("study_hash") or digest(results.study))
     at = _time(manifest)
-    model = f"{_model_name(manifest)}/{group.target}"
+    name = str((manifest.get("model") or {}).get("name") or "model").rstrip("/").rsplit("/", 1)[-1]
+    model = f"{name}/{group.target}"
     identity = digest(run, at, {**facts, "who": group.target})
     samples = [_sample(row, model, at, identity) for row in _records(group.rows)]
     ids = [s.id for s in samples if s.epoch == 1]
     tokens = int(sum(group.rows["new_tokens"]))
-    return EvalLog(
+    usage = chat.ModelUsage(output_tokens=tokens, total_tokens=tokens)
+    return logs.EvalLog(
         status="success",
-        eval=EvalSpec(
+        eval=logs.EvalSpec(
             created=at,
             eval_id=identity,
             run_id=run,
@@ -97,19 +99,15 @@ def log_of(group: Group, results: Results) -> Any:
             task=_task_name(group),
             task_version=_eval_hash(group, manifest),
             task_args=_task_args(group, results.study),
-            dataset=EvalDataset(name=_task_name(group), samples=len(ids), sample_ids=ids),
+            dataset=logs.EvalDataset(name=_task_name(group), samples=len(ids), sample_ids=ids),
             model=model,
-            config=EvalConfig(epochs=max(s.epoch for s in samples)),
+            config=logs.EvalConfig(epochs=max(s.epoch for s in samples)),
             packages=_packages(manifest),
             tags=[group.target, str(facts["condition"])],
             metadata=_header(group, results),
         ),
         results=_results(group, results.conditions),
-        stats=EvalStats(
-            started_at=at,
-            completed_at=at,
-            model_usage={model: ModelUsage(output_tokens=tokens, total_tokens=tokens)},
-        ),
+        stats=logs.EvalStats(started_at=at, completed_at=at, model_usage={model: usage}),
         samples=samples,
     )
 
@@ -119,31 +117,23 @@ def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _sample(row: dict[str, Any], model: str, at: str, identity: str) -> Any:
-    from inspect_ai.log import EvalSample
-    from inspect_ai.model import (
-        ChatCompletionChoice,
-        ChatMessageAssistant,
-        ChatMessageUser,
-        ModelOutput,
-        ModelUsage,
-    )
-
-    from leeway.integrations.inspect.tasks import score_of
-
     name = f"{row['attack']}/{row['item_id']}" if row["attack"] else row["item_id"]
     uid = digest(identity, name, row["sample"])
-    answer = ChatMessageAssistant(id=digest(uid, "answer"), content=row["response"], model=model, source="generate")
-    reason, usage = row["unscored_reason"], ModelUsage(output_tokens=row["new_tokens"], total_tokens=row["new_tokens"])
-    return EvalSample(
+    prompt = chat.ChatMessageUser(id=digest(uid, "prompt"), content=row["prompt"], source="input")
+    response = {"content": row["response"], "model": model, "source": "generate"}
+    answer = chat.ChatMessageAssistant(id=digest(uid, "answer"), **response)
+    reason, tokens = row["unscored_reason"], row["new_tokens"]
+    usage = chat.ModelUsage(output_tokens=tokens, total_tokens=tokens)
+    return logs.EvalSample(
         id=name,
         epoch=row["sample"] + 1,
         uuid=uid,
         input=row["prompt"],
         target="",
-        messages=[ChatMessageUser(id=digest(uid, "prompt"), content=row["prompt"], source="input"), answer],
-        output=ModelOutput(
+        messages=[prompt, answer],
+        output=chat.ModelOutput(
             model=model,
-            choices=[ChatCompletionChoice(message=answer)],
+            choices=[chat.ChatCompletionChoice(message=answer)],
             usage=usage,
             error=reason if reason and reason.startswith("no answer") else None,
         ),
@@ -157,21 +147,18 @@ def _sample(row: dict[str, Any], model: str, at: str, identity: str) -> Any:
 
 def _results(group: Group, conditions: dict[str, str]) -> Any:
     """Return leeway's rates over this log's rows; a rate without enough scores is NaN, with its reason."""
-    from inspect_ai.log import EvalMetric, EvalResults, EvalScore, HeadlineMetric
-
     rows = group.rows.assign(score=group.rows["score"].astype(float))
     metrics: dict[str, Any] = {}
-    lines = stats.rates(rows, conditions).to_dict("records")
-    for line in lines:
+    for line in stats.rates(rows, conditions).to_dict("records"):
         name = line["measure"]
         details = {k: line[k] for k in ("label", "n", "n_unscored", "n_clusters", "method", "reason")}
-        metrics[name] = EvalMetric(name=name, value=line["rate"], metadata={**details, "level": 0.95})
+        metrics[name] = logs.EvalMetric(name=name, value=line["rate"], metadata={**details, "level": 0.95})
         if line["primary"]:
             for end in ("low", "high"):
-                metrics[f"{name} {end}"] = EvalMetric(name=f"{name} {end}", value=line[end])
+                metrics[f"{name} {end}"] = logs.EvalMetric(name=f"{name} {end}", value=line[end])
     missing = int(rows["score"].isna().sum())
-    metrics["unscored"] = EvalMetric(name="unscored", value=missing)
-    score = EvalScore(
+    metrics["unscored"] = logs.EvalMetric(name="unscored", value=missing)
+    score = logs.EvalScore(
         name=SCORE,
         scorer=SCORE,
         scored_samples=len(rows) - missing,
@@ -179,11 +166,11 @@ def _results(group: Group, conditions: dict[str, str]) -> Any:
         params={"judge": group.facts["judge"]},
         metrics=metrics,
     )
-    return EvalResults(
+    return logs.EvalResults(
         total_samples=len(rows),
         completed_samples=len(rows),
         scores=[score],
-        headline=HeadlineMetric(scorer=SCORE, metric=next(iter(metrics))),
+        headline=logs.HeadlineMetric(scorer=SCORE, metric=next(iter(metrics))),
     )
 
 
@@ -229,13 +216,8 @@ def _packages(manifest: dict[str, Any]) -> dict[str, str]:
     return {"leeway": str(manifest.get("leeway", "")), **{k: str(v) for k, v in known.items()}}
 
 
-def _model_name(manifest: dict[str, Any]) -> str:
-    name = str((manifest.get("model") or {}).get("name") or "model")
-    return name.rstrip("/").rsplit("/", 1)[-1]
-
-
 def _time(manifest: dict[str, Any]) -> str:
-    started = str(manifest.get("started") or NO_TIME)
+    started = str(manifest.get("started") or "1970-01-01T00:00:00+00:00")
     try:
         return datetime.fromisoformat(started).isoformat(timespec="seconds")
     except ValueError as error:

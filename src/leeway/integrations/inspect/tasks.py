@@ -15,45 +15,35 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import inspect_ai.model as chat
 from anyio import CapacityLimiter, from_thread, to_thread
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.log import HeadlineMetric
-from inspect_ai.model import (
-    ChatMessage,
-    ChatMessageAssistant,
-    ChatMessageSystem,
-    ChatMessageUser,
-    GenerateConfig,
-    Model,
-    ModelOutput,
-    get_model,
-)
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval, ItemEval, Row
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
+from leeway.generation.openai_api import option_mass
 from leeway.hashing import canonical
 from leeway.study.build_evals import evals_of
-from leeway.study.eval_spec import Evals
 from leeway.study.load import parse
 
 TOP = 20  # requested token probabilities: the maximum of the common providers
-MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
-WORD_STARTS = str.maketrans({"Ġ": " ", "▁": " "})  # how BPE and SentencePiece write a space before a word
+MESSAGES = {"system": chat.ChatMessageSystem, "user": chat.ChatMessageUser, "assistant": chat.ChatMessageAssistant}
 
 
 @dataclass
 class InspectBackend:
     """Inspect's model, called from a worker thread; records every answer and the last conversation."""
 
-    model: Model
+    model: chat.Model
     replies: list[Reply] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
-    messages: list[ChatMessage] = field(default_factory=list)
-    output: ModelOutput | None = None
+    messages: list[chat.ChatMessage] = field(default_factory=list)
+    output: chat.ModelOutput | None = None
     template_hash: str = "inspect"
 
     @property
@@ -64,7 +54,7 @@ class InspectBackend:
         replies = []
         for request in requests:
             sampled = request.temperature > 0
-            config = GenerateConfig(
+            config = chat.GenerateConfig(
                 max_tokens=request.max_new_tokens,
                 temperature=request.temperature if sampled else None,  # else the task's, which the user can override
                 seed=request.seed if sampled else None,
@@ -75,7 +65,7 @@ class InspectBackend:
         return replies
 
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
-        config = GenerateConfig(max_tokens=1, temperature=1.0, logprobs=True, top_logprobs=TOP)
+        config = chat.GenerateConfig(max_tokens=1, temperature=1.0, logprobs=True, top_logprobs=TOP)
         choices = []
         for conversation in conversations:
             choices.append(choice_of(self._generate(conversation, config), options))
@@ -83,22 +73,19 @@ class InspectBackend:
         self.choices += choices
         return choices
 
-    def _generate(self, conversation: Conversation, config: GenerateConfig) -> ModelOutput:
+    def _generate(self, conversation: Conversation, config: chat.GenerateConfig) -> chat.ModelOutput:
         self.messages = [MESSAGES[m["role"]](content=m["content"]) for m in conversation]
         self.output = from_thread.run(self._generate_async, self.messages, config)
         if self.output.choices:
             self.messages = [*self.messages, self.output.message]
         return self.output
 
-    async def _generate_async(self, messages: list[ChatMessage], config: GenerateConfig) -> ModelOutput:
+    async def _generate_async(self, messages: list[chat.ChatMessage], config: chat.GenerateConfig) -> chat.ModelOutput:
         return await self.model.generate(messages, config=config)
 
     def record(self) -> dict[str, Any]:
         """Return all answers as JSON."""
-        return {
-            "replies": [asdict(r) for r in self.replies],
-            "choices": [asdict(c) for c in self.choices],
-        }
+        return {"replies": [asdict(r) for r in self.replies], "choices": [asdict(c) for c in self.choices]}
 
 
 @dataclass
@@ -124,7 +111,7 @@ class ReplayBackend:
         return answers
 
 
-def reply_of(output: ModelOutput) -> Reply:
+def reply_of(output: chat.ModelOutput) -> Reply:
     """Return Inspect's output as a leeway reply; an error or a filtered output is a failure."""
     tokens = output.usage.output_tokens if output.usage else 0
     if output.error or not output.choices:
@@ -134,7 +121,7 @@ def reply_of(output: ModelOutput) -> Reply:
     return Reply(output.completion.strip(), tokens, output.stop_reason in ("max_tokens", "model_length"))
 
 
-def choice_of(output: ModelOutput, options: Seq[str]) -> Choice:
+def choice_of(output: chat.ModelOutput, options: Seq[str]) -> Choice:
     """Return the probability of each option among the provider's top tokens; a spelling beyond them counts as 0."""
     if output.error or not output.choices:
         return Choice({}, output.error or "the provider returned nothing")
@@ -143,20 +130,7 @@ def choice_of(output: ModelOutput, options: Seq[str]) -> Choice:
         return Choice({}, "the provider gives no token probabilities")
     first = logprobs.content[0]
     by_token = {t.token: t.logprob for t in [*(first.top_logprobs or []), first]}
-    return Choice({o: _mass(o, by_token) for o in options})
-
-
-def _mass(option: str, logprobs: dict[str, float]) -> float:
-    forms = {f"{space}{form}" for form in (option, option.lower(), option.upper()) for space in ("", " ")}
-    return math.fsum(math.exp(p) for token, p in logprobs.items() if token.translate(WORD_STARTS) in forms)
-
-
-LISTS = ("attacks", "traits")
-
-
-def known() -> tuple[str, ...]:
-    """Return the axes that a study file has and Inspect can run."""
-    return tuple(k for k in ("capability", "jailbreak", "persona", "overrefusal") if k in Evals.model_fields)
+    return Choice({o: option_mass(o, by_token.items()) for o in options})
 
 
 def build_eval(kind: str, settings: dict[str, Any]) -> Eval:
@@ -170,7 +144,7 @@ def build_eval(kind: str, settings: dict[str, Any]) -> Eval:
 @lru_cache(maxsize=16)
 def _build_eval(kind: str, settings_json: str) -> Eval:
     settings: dict[str, Any] = json.loads(settings_json)
-    for name in LISTS:
+    for name in ("attacks", "traits"):
         if isinstance(settings.get(name), str):
             settings[name] = settings[name].split(",")
     test = settings.pop("test", None)
@@ -195,12 +169,7 @@ def split_by_item(part: Eval) -> Mapping[str, ItemEval]:
 
 def score_of(row: dict[str, Any]) -> Score:
     """Return a row's score for Inspect, whose metrics leave out an unscored sample (NaN) and count it."""
-    metadata = {
-        "outcome": row["outcome"],
-        "judge": row["judge"],
-        "judge_raw": row["judge_raw"],
-        "unscored_reason": row["unscored_reason"],
-    }
+    metadata = {k: row[k] for k in ("outcome", "judge", "judge_raw", "unscored_reason")}
     answer = row["outcome"] or (row["response"] if row["eval"] == "persona" else None)
     if row["score"] is None or math.isnan(row["score"]):
         reason = row["unscored_reason"]
@@ -214,8 +183,7 @@ T = TypeVar("T")
 
 async def _in_thread(work: Callable[[], T]) -> T:
     """Run `work` in a thread, since it blocks on answers and Inspect's event loop must not."""
-    result: T = await to_thread.run_sync(work, limiter=CapacityLimiter(1))
-    return result
+    return await to_thread.run_sync(work, limiter=CapacityLimiter(1))
 
 
 @solver
@@ -225,19 +193,16 @@ def played(kind: str, settings: dict[str, Any]) -> Solver:
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:  # noqa: ARG001 - turns are the attack's
         one = evals[str(state.sample_id)]
-        backend = InspectBackend(get_model())
+        backend = InspectBackend(chat.get_model())
         rows = await _in_thread(lambda: one.unjudged().run(backend, lambda _: None))
-        state.store.set(STORE_KEY, {**backend.record(), "row": _plain(rows[0])})
+        row = {**asdict(rows[0]), "score": None if math.isnan(rows[0].score) else rows[0].score}
+        state.store.set(STORE_KEY, {**backend.record(), "row": row})
         state.messages = backend.messages
         if backend.output is not None:
             state.output = backend.output
         return state
 
     return solve
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    return {**asdict(row), "score": None if math.isnan(row.score) else row.score}
 
 
 @metric(scores="unreduced")
@@ -261,9 +226,8 @@ def rates() -> Metric:
 
         if not scores:
             return {}
-        lines = stats.rates(pd.DataFrame([_as_row(s) for s in scores]), {}).to_dict("records")
         values: dict[str, float] = {}
-        for line in lines:
+        for line in stats.rates(pd.DataFrame([_as_row(s) for s in scores]), {}).to_dict("records"):
             name = str(line["measure"])
             values[name] = float(line["rate"])
             if line["primary"]:
@@ -326,7 +290,7 @@ def _task(kind: str, **settings: Any) -> Task:
         dataset=MemoryDataset(samples, name=part.key),
         solver=played(kind, settings),
         scorer=[judged(kind, settings), scored()],
-        config=GenerateConfig(temperature=0.0),
+        config=chat.GenerateConfig(temperature=0.0),
         headline_metric=HeadlineMetric(scorer="scored"),
         version=part.hash,
         metadata=facts,
@@ -369,11 +333,9 @@ def persona(source: str | None = None, traits: Any = None, limit: int | None = N
     return _task("persona", source=source, traits=traits, limit=limit)
 
 
-if "overrefusal" in known():
-
-    @task
-    def overrefusal(
-        prompts: str | None = None, judge: Any = None, limit: int | None = None, max_new_tokens: int | None = None
-    ) -> Task:
-        """Harmless prompts that sound forbidden."""
-        return _task("overrefusal", prompts=prompts, judge=judge, limit=limit, max_new_tokens=max_new_tokens)
+@task
+def overrefusal(
+    prompts: str | None = None, judge: Any = None, limit: int | None = None, max_new_tokens: int | None = None
+) -> Task:
+    """Harmless prompts that sound forbidden."""
+    return _task("overrefusal", prompts=prompts, judge=judge, limit=limit, max_new_tokens=max_new_tokens)

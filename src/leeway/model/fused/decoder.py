@@ -73,7 +73,8 @@ def hidden(lm: Any, ids_T: Tensor, position_T: Tensor, blocks: Blocks, wanted_T:
     In training mode each call draws one number from torch's global generator to seed the adapter's dropout.
     """
     x_TD, cos_TE, sin_TE = embedded(lm, ids_T, position_T)
-    biases, rng = blocks.biases(x_TD.dtype), _dropout_rng(lm)
+    biases = blocks.biases(x_TD.dtype)
+    rng = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, (1,))))) if lm.training else None
 
     def mix(_: int, attention: Any, q_TD: Tensor, k_TD: Tensor, v_TD: Tensor) -> Tensor:
         found: Tensor = Attention.apply(q_TD, k_TD, v_TD, cos_TE, sin_TE, blocks, biases, attention.scaling)
@@ -158,10 +159,3 @@ def frozen(module: Any) -> tuple[Tensor, Tensor | None]:
 def adapted(module: Any) -> bool:
     """Return whether a low-rank update is active on the module: neither disabled nor merged."""
     return hasattr(module, "lora_A") and not module.disable_adapters and not module.merged
-
-
-def _dropout_rng(lm: Any) -> np.random.Generator | None:
-    """Return this pass's random generator; None in evaluation mode."""
-    if not lm.training:
-        return None
-    return np.random.Generator(np.random.SFC64(int(torch.randint(2**62, (1,)))))

@@ -53,7 +53,8 @@ class Decoding:
     def step(self, ids_B: Tensor) -> Tensor:
         """Append one token per row; return the final hidden states, [B, D]."""
         if self._used == self._cache[0][0].shape[1]:
-            self._grow()
+            self._hidden_BL = pad(self._hidden_BL, (0, GROWTH), value=HIDDEN)
+            self._cache = [(pad(k, (0, 0, 0, GROWTH)), pad(v, (0, 0, 0, GROWTH))) for k, v in self._cache]
         x_BD, cos_BE, sin_BE = embedded(self._lm, ids_B, self._position_B)
         at, rows = self._used, len(ids_B)
         self._hidden_BL[:, at] = 0
@@ -102,7 +103,8 @@ class Decoding:
             for block, bias in zip(blocks.blocks, biases, strict=True):
                 keys, values = (heads(t, block, width) for t in (k, v))
                 if past:
-                    keys, values = (_joined(p, t) for p, t in zip(past[n], (keys, values), strict=True))
+                    repeated = (t.repeat(len(keys) // len(t), 1, 1) for t in past[n])  # [B K, P, E]
+                    keys, values = (torch.cat(pair, 1) for pair in zip(repeated, (keys, values), strict=True))
                 p = scores(heads(q, block, width, groups), keys, bias, attention.scaling, groups).softmax(-1)
                 found.append(positions(torch.bmm(p, values), block, groups))
             return to_row(found, blocks)
@@ -140,12 +142,6 @@ class Decoding:
                 whole.append(cache.flatten(0, 1))
             self._cache.append((whole[0], whole[1]))
 
-    def _grow(self) -> None:
-        self._hidden_BL = pad(self._hidden_BL, (0, GROWTH), value=HIDDEN)
-        for n, pair in enumerate(self._cache):
-            keys, values = (pad(t, (0, 0, 0, GROWTH)) for t in pair)
-            self._cache[n] = keys, values
-
     def _linears(self, x_TD: Tensor, modules: Seq[Any]) -> tuple[Tensor, ...]:
         """Apply linear layers with their low-rank updates, cast to the states' dtype once per batch."""
         found = []
@@ -167,8 +163,3 @@ def _shared(prompts: Seq[tuple[int, ...]]) -> int:
         return 0
     shared = min(min(common_prefix(prompts[0], p), len(p) - 1) for p in prompts)
     return shared if shared >= SHARED else 0
-
-
-def _joined(past_KPE: Tensor, new: Tensor) -> Tensor:
-    """[B K, P + L, E]."""
-    return torch.cat([past_KPE.repeat(len(new) // len(past_KPE), 1, 1), new], 1)

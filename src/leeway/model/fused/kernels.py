@@ -25,7 +25,9 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         sum_TD = x_TD if delta_TD is None else x_TD + delta_TD
-        y_TD, scale_T1 = _norm(sum_TD, weight_D, eps)
+        scale_T1 = torch.linalg.vector_norm(sum_TD, dim=-1, keepdim=True, dtype=wide(sum_TD.dtype))
+        scale_T1 = scale_T1.square_().div_(sum_TD.shape[-1]).add_(eps).rsqrt_()
+        y_TD = (sum_TD * scale_T1).mul_(weight_D).to(sum_TD.dtype)
         ctx.save_for_backward(sum_TD, scale_T1, weight_D)
         ctx.single = delta_TD is None
         ctx.set_materialize_grads(False)
@@ -36,12 +38,6 @@ class AddNorm(torch.autograd.Function):
         sum_TD, scale_T1, weight_D = ctx.saved_tensors
         found = g_sum_TD if g_TD is None else _norm_backward(sum_TD, scale_T1, weight_D, g_TD, g_sum_TD)
         return found, (None if ctx.single else found), None, None
-
-
-def _norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    scale_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=wide(x_TD.dtype))
-    scale_T1 = scale_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
-    return (x_TD * scale_T1).mul_(weight_D).to(x_TD.dtype), scale_T1
 
 
 def _norm_backward(
@@ -91,9 +87,12 @@ class Linears(torch.autograd.Function):
         scalings: Seq[float],
         *low: Tensor,
     ) -> tuple[Tensor, ...]:
-        A_RD, Bs, sizes = _packed(low, x_TD.dtype, [s / keep for s in scalings])
+        A_RD, sizes = torch.cat([A.to(x_TD.dtype) for A in low[::2]]), [len(A) for A in low[::2]]
+        Bs = [(B * (s / keep)).to(x_TD.dtype) for B, s in zip(low[1::2], scalings, strict=True)]
         found = [torch.nn.functional.linear(x_TD, W, b) for W, b in frozen]
-        kept_TD = _without(x_TD, places)
+        kept_TD = x_TD if places is None else x_TD.clone(memory_format=torch.contiguous_format)
+        if places is not None:
+            kept_TD.view(-1).index_fill_(0, places, 0)
         z_TR = kept_TD @ A_RD.T
         for y_TO, z, B_OR in zip(found, z_TR.split(sizes, 1), Bs, strict=True):
             y_TO.addmm_(z, B_OR.T)
@@ -119,21 +118,6 @@ class Linears(torch.autograd.Function):
             for g_TO, (W, _) in zip(g, ctx.frozen, strict=True):
                 g_x_TD.addmm_(g_TO, W)
         return g_x_TD, None, None, None, None, *g_low
-
-
-def _packed(low: Seq[Tensor], dtype: torch.dtype, scales: Seq[float]) -> tuple[Tensor, list[Tensor], list[int]]:
-    """Return (all A stacked, each B times its scale, the ranks)."""
-    As = low[::2]
-    Bs = [(B * s).to(dtype) for B, s in zip(low[1::2], scales, strict=True)]
-    return torch.cat([A.to(dtype) for A in As]), Bs, [len(A) for A in As]
-
-
-def _without(x_TD: Tensor, places: Tensor | None) -> Tensor:
-    if places is None:
-        return x_TD
-    kept_TD = x_TD.clone(memory_format=torch.contiguous_format)
-    kept_TD.view(-1).index_fill_(0, places, 0)
-    return kept_TD
 
 
 class Attention(torch.autograd.Function):
