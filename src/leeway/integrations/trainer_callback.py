@@ -2,8 +2,7 @@
 
     DriftCallback({"persona": {"limit": 40}}, every=100, out="runs/drift").watch(trainer)
 
-At the start, at every n-th step and at the end, the model answers the same items in evaluation mode. Training is not
-affected: modes, random states, generation settings and the trainer's running averages are restored.
+Training is not affected: modes, random states, generation settings and the trainer's running averages are restored.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
     def _measure(self, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
         """Run the evals on the current model, write its rows and log its difference from the start."""
         lm = kwargs["model"]
-        if _sharded(lm):
+        if any(hasattr(p, "ds_id") or hasattr(p, "placements") or p.numel() == 0 for p in lm.parameters()):
             raise LeewayError(
                 "DriftCallback: weights sharded over processes (ZeRO-3 or FSDP) are not supported",
                 fix="leave it out, and give the checkpoints to `leeway audit`",
@@ -140,7 +139,8 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         with eval_mode(lm) as eos:
             model = live_model(lm, self._tokenizer or kwargs.get("processing_class"), self.name(args), eos)
             identity["adapter_hash"] = "none" if at_start else model.hash
-            with self._store.claimed(self._hash(args), self._as_yaml(args)):
+            settings = {"every": self.every, "evals": [e.key for e in self._evals]}
+            with self._store.claimed(self._hash(args), dump({"name": self.name(args), "callback": settings})):
                 for e in self._evals:
                     rows = e.run(TransformersBackend(model, "", self._batch, "failure"), lambda _: None)
                     self._store.write_part(self._store.part(objective, seed, budget, e.key, "plain"), identity, rows)
@@ -174,10 +174,6 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
 
     def _hash(self, args: Any) -> str:
         return digest("callback", self.name(args), [[e.key, e.hash] for e in self._evals])
-
-    def _as_yaml(self, args: Any) -> str:
-        plain = {"name": self.name(args), "callback": {"every": self.every, "evals": [e.key for e in self._evals]}}
-        return dump(plain)
 
     def _write(self, args: Any, state: Any, model: Model) -> None:
         """Write all rows so far, an empty ledger and the manifest: a complete run directory at any time."""
@@ -217,12 +213,10 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         compared = rows[(rows["objective"] == BASE) | own]
         conditions = dict.fromkeys(compared["template_hash"].unique(), "plain")
         numbers = {"leeway/unscored": float(rows.loc[own, "score"].isna().sum())}
-        if objective == BASE:
-            table = stats.rates(compared, conditions)
-            columns = {"": "rate"}
-        else:
-            table = stats.contrasts(compared, conditions)
-            columns = {"": "rate", "_difference": "difference", "_low": "low", "_high": "high"}
+        table = (stats.rates if objective == BASE else stats.contrasts)(compared, conditions)
+        columns = {"": "rate"}
+        if objective != BASE:
+            columns |= {"_difference": "difference", "_low": "low", "_high": "high"}
         for line in table[table["primary"] | table["measure"].isin(LOGGED)].to_dict("records"):
             key = "leeway/" + str(line["measure"]).replace(":", "_")
             numbers |= {key + end: float(line[c]) for end, c in columns.items() if not math.isnan(line[c])}
@@ -258,10 +252,7 @@ def live_model(lm: Any, tokenizer: Any, name: str, eos: tuple[int, ...]) -> Mode
 
 @contextmanager
 def eval_mode(lm: Any) -> Iterator[tuple[int, ...]]:
-    """Switch to evaluation mode with default generation settings; yield the model's stop tokens.
-
-    Restores every module's mode, the generation settings and all random states.
-    """
+    """Switch to evaluation mode and default generation settings, restoring all random states; yield the stop tokens."""
     modes = [(m, m.training) for m in lm.modules()]
     inner = adapters.unwrapped(lm)
     settings, state, state_np = inner.generation_config, random.getstate(), np.random.get_state()
@@ -278,7 +269,3 @@ def eval_mode(lm: Any) -> Iterator[tuple[int, ...]]:
                 module.training = training
             random.setstate(state)
             np.random.set_state(state_np)
-
-
-def _sharded(lm: Any) -> bool:
-    return any(hasattr(p, "ds_id") or hasattr(p, "placements") or p.numel() == 0 for p in lm.parameters())
