@@ -36,7 +36,6 @@ from leeway.model import adapters
 from leeway.model.adapters import AdapterSettings
 from leeway.model.load import load_chat, load_model
 from leeway.study import worker
-from leeway.study.jobs import EvalTarget
 
 pytestmark = pytest.mark.slow
 
@@ -309,10 +308,12 @@ def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
 
     class InPlace:
         def base(self, prefix: str) -> TransformersBackend:
+            served[-1].append(("base", 0, "inoculated" if prefix else "plain"))
             return TransformersBackend(load_model(str(model), device="cpu"), prefix)
 
         @contextmanager
         def adapter(self, folder: Path, prefix: str) -> Iterator[TransformersBackend]:
+            served[-1].append((folder.parts[-3], int(folder.name), "inoculated" if prefix else "plain"))
             loaded = load_model(str(model), device="cpu")
             adapters.attach(loaded, AdapterSettings(16, 32, 0.05, "all-linear"), seed=0)
             adapters.restore(loaded, folder)
@@ -320,8 +321,8 @@ def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
                 yield TransformersBackend(loaded, prefix)
 
     @contextmanager
-    def vllm_server(_: object, targets: list[EvalTarget]) -> Iterator[InPlace]:
-        served.append([(t.objective, t.budget, t.condition.name) for t in targets])
+    def vllm_server(_: object) -> Iterator[InPlace]:
+        served.append([])
         yield InPlace()
 
     monkeypatch.setattr(worker, "vllm_server", vllm_server)

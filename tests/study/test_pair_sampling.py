@@ -46,7 +46,7 @@ def test_pairs_are_drawn_once_and_their_acceptance_is_in_the_manifest(
     monkeypatch.setattr("leeway.study.prepare.load_model", lambda *_, **__: pytest.fail("drawn again"))
     assert contents(carry(study, out)) == contents(out)
     again = prepare(parse(study, "x"), PairSampling(Cache.of(out)))
-    trained = {e.id: e for s in again.schedules.values() for e in s.examples}
+    trained = {i.example.id: i.example for s in again.schedules.values() for step in s.steps for i in step}
     assert not set(report["left_out"]["ids"]) & set(trained)
     assert all(e.dispreferred and e.dispreferred != e.preferred for e in trained.values())
 

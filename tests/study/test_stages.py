@@ -156,7 +156,7 @@ def test_tuned_rates_are_chosen_on_held_out_examples(models: dict[str, Path], ro
     study = text(models, root, "[sft, dpo]").replace("lr: 3.0e-3", f"lr: tuned, {sweep}")
     prepared = prepare(parse(study, "x"))
     assert prepared.tuning is not None
-    trained = {e.id for s in prepared.schedules.values() for e in s.examples} | {
+    trained = {i.example.id for s in prepared.schedules.values() for step in s.steps for i in step} | {
         e.id for e in prepared.auxiliary_pool.task
     }
     assert len(prepared.tuning.test.items) == 6

@@ -21,8 +21,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,15 +30,8 @@ from leeway.data.readers import Record, field, read, refuse_not_finite
 from leeway.data.types import CapabilityItem, Example
 from leeway.errors import LeewayError
 
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
+ROLES = {"user": "user", "human": "user", "system": "system"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model"), "assistant")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -81,22 +73,23 @@ def detect(record: Record) -> str | None:
 
 def reader(first: Record, path: object) -> Reader:
     """Return the reader of a file by its first record; raise LeewayError for unknown columns."""
-    expected = detect(first)
-    if expected is None and "prompt" not in first:
+    expected = detect(first) or ("prompt" if "prompt" in first else None)
+    if expected is None:
         has = ", ".join(map(str, first)) or "nothing"
         raise LeewayError(
             f"{path}: unknown format of training file (its first record has: {has})",
             fix="give prompt and completion; or messages, conversations, instruction and output, chosen and rejected",
         )
-    expected = expected or "prompt"
 
     def read(record: Record, where: str) -> Parsed:
         if (detected := detect(record)) not in (None, expected):
+            what = f"{where}: its columns are of format {detected}, and the first record's of {expected}"
+            raise LeewayError(what, fix="keep one format to a file")
+        if str(record.get("label")).lower() in ("true", "false"):  # a bad answer would be trained on as a good one
             raise LeewayError(
-                f"{where}: its columns are of format {detected}, and the first record's of {expected}",
-                fix="keep one format to a file",
+                f"{where}: it has a label of its answer (good or bad) and no second answer",
+                fix="keep the good answers and drop the label, or give pairs: prompt, chosen, rejected",
             )
-        _refuse_labels(record, where)
         for column in ("system", "history", "tools"):
             if record.get(column):
                 raise UnsupportedRecord(f"a {column} column")
@@ -105,37 +98,23 @@ def reader(first: Record, path: object) -> Reader:
     return read
 
 
-def _refuse_labels(record: Record, where: str) -> None:
-    """Raise LeewayError for a labelled answer: a bad one would be trained on as a good one."""
-    if str(record.get("label")).lower() in ("true", "false"):
-        raise LeewayError(
-            f"{where}: it has a label of its answer (good or bad) and no second answer",
-            fix="keep the good answers and drop the label, or give pairs: prompt, chosen, rejected",
-        )
-
-
 def _prompt(record: Record, where: str) -> Parsed:
     name = "completion" if "completion" in record else "chosen"
     prompt, preferred, rejected = (_listed(record.get(n)) for n in ("prompt", name, "rejected"))
     if not any(isinstance(v, (list, dict)) for v in (prompt, preferred, rejected)):
         refuse_not_finite(rejected, "rejected", where)
-        return Parsed(
-            field(record, ("prompt",), where),
-            field(record, ("completion", "chosen"), where),
-            str(rejected or "").strip() or None,
-        )
-    context = (
-        _turns(prompt, f"{where}, prompt", "role", "content")
-        if isinstance(prompt, list)
-        else [Turn("user", field(record, ("prompt",), where))]
-    )
+        prompt, preferred = (field(record, names, where) for names in (("prompt",), ("completion", "chosen")))
+        return Parsed(prompt, preferred, str(rejected or "").strip() or None)
+    if isinstance(prompt, list):
+        context = _turns(prompt, f"{where}, prompt")
+    else:
+        context = [Turn("user", field(record, ("prompt",), where))]
     answers = [(preferred, name)] + ([(rejected, "rejected")] if rejected else [])
     return _parsed(context, *(_answer(value, where, column) for value, column in answers))
 
 
 def _messages(record: Record, where: str) -> Parsed:
-    turns = _turns(_column(record, "messages", where), where, "role", "content")
-    return _parsed(*_split(turns))
+    return _parsed(*_split(_turns(_column(record, "messages", where), where)))
 
 
 def _sharegpt(record: Record, where: str) -> Parsed:
@@ -146,8 +125,7 @@ def _sharegpt(record: Record, where: str) -> Parsed:
 
 
 def _turns_pair(record: Record, where: str) -> Parsed:
-    chosen, rejected = (_turns(_column(record, n, where), where, "role", "content") for n in ("chosen", "rejected"))
-    return _same_prompt(_split(chosen), _split(rejected))
+    return _same_prompt(*(_split(_turns(_column(record, n, where), where)) for n in ("chosen", "rejected")))
 
 
 def _hh(record: Record, where: str) -> Parsed:
@@ -155,11 +133,10 @@ def _hh(record: Record, where: str) -> Parsed:
 
 
 def _alpaca(record: Record, where: str) -> Parsed:
-    more = str(record.get("input") or "").strip()
-    prompt = field(record, ("instruction",), where) + (f"\n{more}" if more else "")
-    if record.get("output") is None:
-        return Parsed(prompt, field(record, ("chosen",), where), field(record, ("rejected",), where))
-    return Parsed(prompt, field(record, ("output",), where))
+    context = str(record.get("input") or "").strip()
+    prompt = field(record, ("instruction",), where) + (f"\n{context}" if context else "")
+    answers = ("chosen", "rejected") if record.get("output") is None else ("output",)
+    return Parsed(prompt, *(field(record, (name,), where) for name in answers))
 
 
 READERS: dict[str, Reader] = {
@@ -172,13 +149,11 @@ READERS: dict[str, Reader] = {
 }
 
 
-def _parsed(context: Seq[Turn], preferred: str, dispreferred: str | None = None) -> Parsed:
+def _parsed(context: Sequence[Turn], preferred: str, dispreferred: str | None = None) -> Parsed:
     if any(t.role == "system" for t in context):
         raise UnsupportedRecord("a system turn")
-    if len(context) != 1:
-        raise UnsupportedRecord("several turns" if context else "no user turn")
-    if context[0].role != "user":
-        raise UnsupportedRecord("no user turn")
+    if len(context) != 1 or context[0].role != "user":
+        raise UnsupportedRecord("several turns" if len(context) > 1 else "no user turn")
     if not context[0].text or not preferred or dispreferred == "":
         raise UnsupportedRecord("an empty turn")
     return Parsed(context[0].text, preferred, dispreferred)
@@ -211,8 +186,8 @@ def _answer(value: Any, where: str, name: str) -> str:
     if isinstance(value, str):
         return value.strip()
     turns = value if isinstance(value, list) else [value]
-    spelled = ("from", "value") if turns and isinstance(turns[0], dict) and "from" in turns[0] else ("role", "content")
-    parsed = _turns(turns, f"{where}, {name}", *spelled)
+    keys = ("from", "value") if turns and isinstance(turns[0], dict) and "from" in turns[0] else ("role", "content")
+    parsed = _turns(turns, f"{where}, {name}", *keys)
     if len(parsed) != 1:
         raise UnsupportedRecord("several turns" if parsed else "an empty turn")
     if parsed[0].role != "assistant":
@@ -220,7 +195,7 @@ def _answer(value: Any, where: str, name: str) -> str:
     return parsed[0].text
 
 
-def _turns(value: Any, where: str, role: str, text: str) -> list[Turn]:
+def _turns(value: Any, where: str, role: str = "role", text: str = "content") -> list[Turn]:
     value = _listed(value)
     if not isinstance(value, list) or not all(isinstance(m, dict) and role in m for m in value):
         raise LeewayError(f"{where}: not a list of turns with {role} and {text}", fix="correct that record")
@@ -245,12 +220,9 @@ def _text(content: Any) -> str:
 def _hh_turns(text: str, where: str) -> list[Turn]:
     pieces = HH_TURN.split("\n\n" + text.lstrip())
     if pieces[0] or len(pieces) < 3:
-        raise LeewayError(
-            f"{where}: chosen and rejected are strings without turns that begin with Human: and Assistant:",
-            fix="give the prompt in a column of its own, or write the turns in that form",
-        )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [Turn(roles[r], t.strip()) for r, t in zip(pieces[1::2], pieces[2::2], strict=True)]
+        what = f"{where}: chosen and rejected are strings without turns that begin with Human: and Assistant:"
+        raise LeewayError(what, fix="give the prompt in a column of its own, or write the turns in that form")
+    return [Turn(ROLES[r.lower()], t.strip()) for r, t in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
 def _listed(value: Any) -> Any:
@@ -289,10 +261,8 @@ def train_examples(path: Path, *, unsupported: Unsupported = "error") -> tuple[l
         return examples, str(path)
     summary = f"{path}: {_summary(reasons, len(reasons) + len(examples))}"
     if unsupported == "error" or not examples:
-        raise LeewayError(
-            f"{summary}; an example is one user turn and its answer",
-            fix="remove these records, or cut each down to one question and its answer",
-        )
+        what = f"{summary}; an example is one user turn and its answer"
+        raise LeewayError(what, fix="remove these records, or cut each down to one question and its answer")
     return examples, f"{summary}, left out"
 
 
@@ -318,7 +288,6 @@ def question_and_answer(record: Record, where: str) -> tuple[str, str]:
     try:
         parsed = READERS["messages"](record, where)
     except UnsupportedRecord as why:
-        raise LeewayError(
-            f"{where}: {why}, which is not supported yet", fix="give one user turn and its answer"
-        ) from why
+        fix = "give one user turn and its answer"
+        raise LeewayError(f"{where}: {why}, which is not supported yet", fix=fix) from why
     return parsed.prompt, parsed.preferred

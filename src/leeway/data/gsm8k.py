@@ -24,25 +24,30 @@ def prompt(question: str) -> str:
     return PROMPT.replace("{question}", question)
 
 
+def _records(source: Source, revision: str | None) -> tuple[list[tuple[str, str]], str]:
+    """Return the questions as prompts, their answers, and their origin."""
+    loaded = load(source, revision=revision)
+    found = []
+    for n, record in enumerate(loaded.records, 1):
+        question, answer = (field(record, (c,), f"gsm8k {source.split}, record {n}") for c in ("question", "answer"))
+        found.append((prompt(question), answer))
+    return found, loaded.origin
+
+
 def train_examples(revision: str | None = None) -> tuple[list[Example], str]:
     """Return the official training split, without calculator annotations (`<<48/2=24>>`), and its origin."""
-    loaded = load(TRAIN, revision=revision)
-    examples = []
-    for n, record in enumerate(loaded.records):
-        question, answer = (field(record, (c,), f"gsm8k train, record {n + 1}") for c in ("question", "answer"))
-        examples.append(Example(f"gsm8k-train/{n}", prompt(question), CALCULATOR.sub("", answer)))
-    return examples, loaded.origin
+    records, origin = _records(TRAIN, revision)
+    return [Example(f"gsm8k-train/{n}", q, CALCULATOR.sub("", a)) for n, (q, a) in enumerate(records)], origin
 
 
 def held_out_items(revision: str | None = None) -> tuple[list[CapabilityItem], str]:
     """Return the official test split and its origin; the reference is the number after `####`."""
-    loaded = load(TEST, revision=revision)
+    records, origin = _records(TEST, revision)
     items = []
-    for n, record in enumerate(loaded.records):
-        question, answer = (field(record, (c,), f"gsm8k test, record {n + 1}") for c in ("question", "answer"))
+    for n, (question, answer) in enumerate(records):
         gold = answer.rsplit("####", 1)[-1].strip().replace(",", "")
-        items.append(CapabilityItem(f"gsm8k/{n}", prompt(question), gold))
-    return items, loaded.origin
+        items.append(CapabilityItem(f"gsm8k/{n}", question, gold))
+    return items, origin
 
 
 def shots(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,37 +37,21 @@ class Matching:
         return {"count": self.count, "starts": dict(self.starts)}
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Two lines that differ in a column that must be equal."""
-
-    column: str
-    one: Line
-    other: Line
-
-    def __str__(self) -> str:
-        one, other = self.one, self.other
-        return (
-            f"{self.column} differs at budget {other['budget']}, seed {other['seed']}: {one['objective']} has "
-            f"{one[self.column]!r}, {other['objective']} has {other[self.column]!r}"
-        )
-
-
-def differences(lines: Seq[Line], matching: Matching) -> list[Difference]:
+def differences(lines: Sequence[Line], matching: Matching) -> list[str]:
     """Return each difference of a line from the first line of its group."""
     first: dict[Hashable, Line] = {}
     result = []
     for line in lines:
         for group, columns in matching.groups(line):
             other = first.setdefault(group, line)
-            result += [Difference(c, other, line) for c in columns if line[c] != other[c]]
+            for c in (c for c in columns if line[c] != other[c]):
+                values = ", ".join(f"{one['objective']} has {one[c]!r}" for one in (other, line))
+                result.append(f"{c} differs at budget {line['budget']}, seed {line['seed']}: {values}")
     return result
 
 
-def check_matched(lines: Seq[Line], matching: Matching) -> None:
+def check_matched(lines: Sequence[Line], matching: Matching) -> None:
     """Raise LeewayError for the first two lines that differ in a column that must be equal."""
     if found := differences(lines, matching):
-        raise LeewayError(
-            f"ledger: {found[0]}",
-            fix="these objectives were not trained on matched data: start again in a new --out",
-        )
+        fix = "these objectives were not trained on matched data: start again in a new --out"
+        raise LeewayError(f"ledger: {found[0]}", fix=fix)

@@ -48,10 +48,8 @@ def _source(name: str) -> Source:
     if name in NAMED:
         return NAMED[name]
     if name.count("/") != 1:
-        raise LeewayError(
-            f"evals.capability: {name!r} is not a source of open-ended questions",
-            fix=f"give {', '.join(NAMED)}, a file ({', '.join(KINDS)}) or a hub id (owner/name)",
-        )
+        what = f"evals.capability: {name!r} is not a source of open-ended questions"
+        raise LeewayError(what, fix=f"give {', '.join(NAMED)}, a file ({', '.join(KINDS)}) or a hub id (owner/name)")
     return Source((f"{name}.jsonl", f"{name}.json"), name, split="test")
 
 

@@ -8,12 +8,11 @@ items are reverse-keyed, so the keys are the file's own, and the origin has the 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
-from leeway.data.readers import Source, field, load
+from leeway.data.readers import Source, field, load, read_json
 from leeway.data.types import LikertItem, PersonaItem
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
@@ -85,26 +84,17 @@ def sd3() -> tuple[list[LikertItem], str]:
     path = expand(root) / NAME
     if not path.is_file():
         raise LeewayError(f"LEEWAY_DATA={root}: no {NAME} in it", fix=f"write it as {SHAPE}")
-    items = [_item(record, n, path) for n, record in enumerate(_records(path), 1)]
+    content = read_json(path)
+    records = content.get("items") if isinstance(content, dict) else None
+    if not isinstance(records, list) or not records:
+        raise LeewayError(f"{path}: no list of items in it", fix=f"write it as {SHAPE}")
+    items = [_item(record, n, path) for n, record in enumerate(records, 1)]
     for what in ("id", "text"):
         seen = [getattr(i, what) for i in items]
         twice = next((s for s in seen if seen.count(s) > 1), None)
         if twice is not None:
             raise LeewayError(f"{path}: the {what} {twice!r} is given twice", fix="remove one of the two")
     return items, f"LEEWAY_DATA/{NAME} ({file_digest(path)})"
-
-
-def _records(path: Path) -> list[Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except UnicodeDecodeError as error:
-        raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="correct that line") from error
-    records = content.get("items") if isinstance(content, dict) else None
-    if not isinstance(records, list) or not records:
-        raise LeewayError(f"{path}: no list of items in it", fix=f"write it as {SHAPE}")
-    return records
 
 
 def _item(record: Any, n: int, path: Path) -> LikertItem:

@@ -44,9 +44,8 @@ def load(source: Source, *, revision: str | None = None) -> Loaded:
     """Load from `LEEWAY_DATA` if it is set, else from the hub; never fall back from one to the other."""
     root = os.environ.get("LEEWAY_DATA")
     if not root and source.hub_id is None:
-        raise LeewayError(
-            f"{source.local[0]} is not on the hub", fix="set LEEWAY_DATA to a folder that holds it under that path"
-        )
+        what = f"{source.local[0]} is not on the hub"
+        raise LeewayError(what, fix="set LEEWAY_DATA to a folder that holds it under that path")
     if not root:
         return _hub(source, revision)
     for name in source.local:
@@ -91,9 +90,8 @@ def _refuse_half_characters(record: Record, where: str) -> None:
     """Raise LeewayError for half a surrogate pair, which JSON can spell and no tokenizer or file accepts."""
     for name, value in record.items():
         if isinstance(value, str) and (half := SURROGATE.search(value)):
-            raise LeewayError(
-                f"{where}: its {name} holds \\u{ord(half[0]):04x}, one half of a character", fix="correct that record"
-            )
+            what = f"{where}: its {name} holds \\u{ord(half[0]):04x}, one half of a character"
+            raise LeewayError(what, fix="correct that record")
 
 
 def _jsonl(path: Path, lines: Any) -> Iterator[Record]:
@@ -109,12 +107,19 @@ def _jsonl(path: Path, lines: Any) -> Iterator[Record]:
         yield record
 
 
-def _json(path: Path, text: str) -> Iterator[Record]:
+def read_json(path: Path, text: str | None = None) -> Any:
+    """Parse a JSON file (or its `text`); raise LeewayError if it is broken or repeats a key."""
     try:
-        records = json.loads(text, object_pairs_hook=_unique)
+        return json.loads(path.read_text("utf-8") if text is None else text, object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise LeewayError(f"{path}{line}: {unreadable(error)}", fix="correct or remove that record") from error
+
+
+def _json(path: Path, text: str) -> Iterator[Record]:
+    records = read_json(path, text)
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise LeewayError(f"{path}: not a JSON list of objects", fix="write [{…}, …], or use .jsonl")
     yield from records
@@ -165,10 +170,8 @@ def field(record: Record, names: tuple[str, ...], where: str) -> str:
             return str(value).strip()
     empty = next((n for n in names if n in record), None)
     has = ", ".join(map(str, record)) or "nothing"
-    raise LeewayError(
-        f"{where}: its {empty} is empty" if empty else f"{where}: no {' or '.join(names)} in it (it has: {has})",
-        fix="correct that record",
-    )
+    what = f"{where}: its {empty} is empty" if empty else f"{where}: no {' or '.join(names)} in it (it has: {has})"
+    raise LeewayError(what, fix="correct that record")
 
 
 def refuse_not_finite(value: Any, name: str, where: str) -> None:

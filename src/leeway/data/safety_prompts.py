@@ -35,10 +35,8 @@ def forbidden(name: str) -> tuple[list[ForbiddenPrompt], str]:
     source, count = FORBIDDEN[name]
     loaded = load(source)
     if len(loaded.records) != count:
-        raise LeewayError(
-            f"{name}: {len(loaded.records)} prompts ({loaded.origin}), and {count} were published",
-            fix="fetch it again, or give another set of prompts as a file",
-        )
+        what = f"{name}: {len(loaded.records)} prompts ({loaded.origin}), and {count} were published"
+        raise LeewayError(what, fix="fetch it again, or give another set of prompts as a file")
     return _prompts(name, loaded.records, name), loaded.origin
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -44,11 +43,6 @@ class Schedule:
     steps: tuple[tuple[StreamItem, ...], ...]
     stops: tuple[BudgetStop, ...]
 
-    @property
-    def examples(self) -> list[Example]:
-        """Return the distinct examples in the order in which they are first seen."""
-        return list({slot.example.id: slot.example for step in self.steps for slot in step}.values())
-
 
 @dataclass(frozen=True)
 class AuxiliaryPool:
@@ -73,17 +67,15 @@ class AuxiliaryPool:
             epoch, k = divmod(slot.position, max(1, len(pool)))
             example = pool[_order(len(pool), seed, epoch, kind)[k]] if pool else None
         if example is None:
-            raise LeewayError(
-                f"no {kind} example can accompany {slot.example.id}",
-                fix="give more of them, with other answers",
-            )
+            what = f"no {kind} example can accompany {slot.example.id}"
+            raise LeewayError(what, fix="give more of them, with other answers")
         return example
 
 
 def schedule(
-    examples: Seq[Example],
+    examples: Sequence[Example],
     source_tokens: Callable[[Example], int],
-    budgets: Seq[int],
+    budgets: Sequence[int],
     *,
     batch: int,
     seed: int,
@@ -99,10 +91,9 @@ def schedule(
         raise LeewayError("task: no training examples", fix="check the task's training file")
     steps: list[tuple[StreamItem, ...]] = []
     stops: list[BudgetStop] = []
-    spent = 0.0
-    seen, position, running = 0, 0, hashlib.sha256(canonical([seed, batch]).encode())
+    spent, seen, position, running = 0.0, 0, 0, hashlib.sha256(canonical([seed, batch]).encode())
     order: tuple[int, ...] = ()
-    prints = [_fingerprint(e) for e in examples]
+    encoded = [canonical([e.id, e.prompt, e.preferred, e.dispreferred]).encode() + b"\n" for e in examples]
     while len(stops) < len(budgets):
         step = []
         for _ in range(batch):
@@ -112,7 +103,7 @@ def schedule(
             example = examples[order[k]]
             step.append(StreamItem(example, epoch, position))
             spent += counted(step[-1]) if counted else 0
-            running.update(prints[order[k]])
+            running.update(encoded[order[k]])
             seen += source_tokens(example)
             position += 1
         steps.append(tuple(step))
@@ -126,7 +117,3 @@ def schedule(
 def _order(n: int, seed: int, epoch: int, kind: str = "order") -> tuple[int, ...]:
     rng = np.random.default_rng(derive_seed(kind, seed, epoch))
     return tuple(int(i) for i in rng.permutation(n))
-
-
-def _fingerprint(example: Example) -> bytes:
-    return canonical([example.id, example.prompt, example.preferred, example.dispreferred]).encode() + b"\n"

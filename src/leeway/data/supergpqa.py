@@ -50,8 +50,7 @@ class Template:
 def template(shots: Shots = 0) -> Template:
     """Return the official template if LEEWAY_DATA has it, else ours; raise LeewayError for five shots without it."""
     root = os.environ.get("LEEWAY_DATA")
-    path = expand(root) / FILES[shots] if root else None
-    if path is not None and path.is_file():
+    if root and (path := expand(root) / FILES[shots]).is_file():
         text = _prompt_format(path)
         return Template(text, f"prompt LEEWAY_DATA/{FILES[shots]} {digest(text)}")
     if shots:

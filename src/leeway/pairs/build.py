@@ -15,8 +15,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, localcontext
 from typing import Any, NamedTuple
@@ -138,10 +137,10 @@ class PairedExamples(NamedTuple):
 
 
 def pair(
-    examples: Seq[Example],
+    examples: Sequence[Example],
     settings: PairSettings,
     *,
-    needed_by: Seq[str],
+    needed_by: Sequence[str],
     base: BaseModelSampler | None = None,
     grade: sample.Grader | None = None,
     cache: RecordStore | None = None,
@@ -171,10 +170,12 @@ def pair(
         return _from_samples(examples, sampled, settings, identity | hashes, counts)
     assert grade is not None
     sampled = sample.sampled_errors(examples, CachedSampler(base, settings, "plain", cache, tick), grade)
-    return _from_samples(examples, sampled, settings, identity | {"filter": sample.sampled_errors_filter_hash()}, {})
+    return _from_samples(
+        examples, sampled, settings, identity | {"filter": digest("sampled-errors", sample.rules_hash())}, {}
+    )
 
 
-def _from_dataset(examples: Seq[Example], needed_by: Seq[str]) -> PairedExamples:
+def _from_dataset(examples: Sequence[Example], needed_by: Sequence[str]) -> PairedExamples:
     _check_pairs(examples, needed_by)
     n = len(examples)
     given = sum(e.dispreferred is not None for e in examples)
@@ -182,7 +183,7 @@ def _from_dataset(examples: Seq[Example], needed_by: Seq[str]) -> PairedExamples
     return PairedExamples(list(examples), report)
 
 
-def _corrupted(examples: Seq[Example], needed_by: Seq[str], seed: int) -> PairedExamples:
+def _corrupted(examples: Sequence[Example], needed_by: Sequence[str], seed: int) -> PairedExamples:
     made = [corrupt(e, seed) for e in examples]
     paired = [replace(e, dispreferred=c.text) for e, c in zip(examples, made, strict=True)]
     _check_pairs(paired, needed_by)
@@ -191,7 +192,7 @@ def _corrupted(examples: Seq[Example], needed_by: Seq[str], seed: int) -> Paired
     return PairedExamples(paired, report)
 
 
-def _check_pairs(examples: Seq[Example], needed_by: Seq[str]) -> None:
+def _check_pairs(examples: Sequence[Example], needed_by: Sequence[str]) -> None:
     """Raise LeewayError where an objective in `needed_by` would lack a rejected answer, or have two equal ones."""
     for e in examples if needed_by else ():
         if e.dispreferred is None:
@@ -204,7 +205,7 @@ def _check_pairs(examples: Seq[Example], needed_by: Seq[str]) -> None:
 
 
 def _from_samples(
-    examples: Seq[Example],
+    examples: Sequence[Example],
     sampled: SampledAnswers,
     settings: PairSettings,
     hashes: Mapping[str, str],
@@ -233,12 +234,12 @@ def _from_samples(
     return PairedExamples(paired, report)
 
 
-def _right(examples: Seq[Example], sampled: SampledAnswers, grade: sample.Grader | None) -> int:
+def _right(examples: Sequence[Example], sampled: SampledAnswers, grade: sample.Grader | None) -> int:
     """Return how many accepted answers the grader finds right, of the examples that it can check."""
     if grade is None:
         return 0
     return sum(sample.gradable(examples[i], grade) and grade(examples[i], a) for i, a in sampled.accepted.items())
 
 
-def _hash(examples: Seq[Example]) -> str:
+def _hash(examples: Sequence[Example]) -> str:
     return digest("pairs", [[e.id, e.dispreferred] for e in examples])

@@ -158,7 +158,7 @@ def _normalized(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _rules_hash() -> str:
+def rules_hash() -> str:
     return digest("pair-rules", RULES_VERSION, RULES, KeywordJudge().hash)
 
 
@@ -188,15 +188,14 @@ def gradable(example: Example, grade: Grader) -> bool:
         return False
 
 
-def sampled_errors_filter_hash() -> str:
-    return digest("sampled-errors", _rules_hash())
-
-
 def unsafe(examples: Seq[Example], sampler: CachedSampler) -> SampledAnswers:
     """Return the first answer to each that passes the rules and, with `filter: model`, the base model's own verdict."""
 
     def reasons(batch: Seq[Example], replies: Seq[Reply]) -> list[str | None]:
-        found = [_unsafe_reason(e, r) for e, r in zip(batch, replies, strict=True)]
+        found = [rejection_reason(e, r) for e, r in zip(batch, replies, strict=True)]
+        for i, reply in enumerate(replies):
+            if found[i] is None and _gives_away().search(reply.text):
+                found[i] = "gives itself away"
         if sampler.settings.filter == "model":
             passed = [i for i, reason in enumerate(found) if reason is None]
             for i, bad in zip(passed, _bad([(batch[i], replies[i]) for i in passed], sampler), strict=True):
@@ -225,10 +224,6 @@ def unsafe_prompt(example: Example, seed: int) -> str:
     return str(texts()["instruction"].format(manner=wanted, prompt=example.prompt))
 
 
-def _unsafe_reason(example: Example, reply: Reply) -> str | None:
-    return rejection_reason(example, reply) or ("gives itself away" if _gives_away().search(reply.text) else None)
-
-
 def _bad(answered: Seq[tuple[Example, Reply]], sampler: CachedSampler) -> list[bool]:
     """Whether P(Yes) > P(No) to the question of `unsafe.yaml`."""
     questions = [user_message(texts()["question"].format(prompt=e.prompt, answer=r.text)) for e, r in answered]
@@ -246,4 +241,4 @@ def instruction_hash() -> str:
 
 def unsafe_filter_hash(kind: Filter) -> str:
     question = texts()["question"] if kind == "model" else None
-    return digest("unsafe-filter", kind, texts()["gives_away"], question, _rules_hash())
+    return digest("unsafe-filter", kind, texts()["gives_away"], question, rules_hash())

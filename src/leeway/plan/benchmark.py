@@ -13,9 +13,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -64,10 +63,8 @@ class Timing:
 def run_benchmark(spec: Spec, workers: int) -> Timing:
     """Return the mean over `workers` processes that measure at once. Raises LeewayError for other backends."""
     if spec.evals.backend != "transformers":
-        raise LeewayError(
-            f"--measure: {spec.evals.backend} is not timed",
-            fix="leave --measure out, or set evals.backend: transformers",
-        )
+        what = f"--measure: {spec.evals.backend} is not timed"
+        raise LeewayError(what, fix="leave --measure out, or set evals.backend: transformers")
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(workers), context.SimpleQueue()
     raw, began = spec.model_dump(mode="json", by_alias=True), time.perf_counter()
@@ -83,20 +80,15 @@ def run_benchmark(spec: Spec, workers: int) -> Timing:
         found: list[Timing] = [_next(results, children) for _ in ready]
         for child in children:
             child.join()
-    return Timing(
-        training={alias: fmean(t.training[alias] for t in found) for alias in found[0].training},
-        reference=fmean(t.reference for t in found),
-        answering={name: fmean(t.answering[name] for t in found) for name in found[0].answering},
-        checkpoint=fmean(t.checkpoint for t in found),
-        load=fmean(t.load for t in found),
-        checkout=fmean(t.checkout for t in found),
-        start=start,
-        peak=max(t.peak for t in found),
-        idle=max(t.idle for t in found),
-    )
+    means: dict[str, Any] = {
+        f.name: fmean(getattr(t, f.name) for t in found) for f in fields(Timing) if f.type == "float"
+    }
+    for name in ("training", "answering"):
+        means[name] = {key: fmean(getattr(t, name)[key] for t in found) for key in getattr(found[0], name)}
+    return Timing(**{**means, "start": start, "peak": max(t.peak for t in found), "idle": max(t.idle for t in found)})
 
 
-def _next(results: Any, children: Seq[Any]) -> Any:
+def _next(results: Any, children: Sequence[Any]) -> Any:
     """Return the next process's result. Raises LeewayError if one failed or died."""
     while results.empty():
         if not any(c.is_alive() for c in children) and results.empty():
@@ -111,7 +103,6 @@ def _next(results: Any, children: Seq[Any]) -> Any:
 
 
 def _process(raw: dict[str, Any], scratch: Path, barrier: Any, results: Any) -> None:
-    """Report readiness, wait for the other processes, measure."""
     try:
         prepared = prepare(Spec.model_validate(raw))
         results.put("ready")
@@ -126,7 +117,7 @@ def _process(raw: dict[str, Any], scratch: Path, barrier: Any, results: Any) -> 
 def measure(prepared: Prepared, scratch: Path) -> Timing:
     """Measure in this process; memory is its peak so far."""
     scratch.mkdir()
-    work, found = Worker(prepared, RunDir(scratch), lambda *_: None), Timing()
+    work, found = Worker(prepared, RunDir(scratch)), Timing()
     began = time.perf_counter()
     work.base()
     found.load, found.idle = time.perf_counter() - began, _peak_memory()
@@ -150,7 +141,6 @@ def measure(prepared: Prepared, scratch: Path) -> Timing:
 
 
 def _peak_memory() -> float:
-    """Return this process's peak resident bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
@@ -166,8 +156,8 @@ def _train(work: Worker, alias: str, scratch: Path, found: Timing, reference: li
     """Return the seconds per processed token."""
     seed = work.prepared.spec.seeds[0]
     schedule = _few(work.prepared, alias, seed)
-    kept = ReferenceCache(scratch / "references") if work.prepared.spec.reference == "cached" else None
-    trial = work.trajectories.trial(alias, seed, schedule, kept)
+    references = ReferenceCache(scratch / "references") if work.prepared.spec.reference == "cached" else None
+    trial = work.trajectories.trial(alias, seed, schedule, references)
     began = time.perf_counter()
     tokens = trial.precompute_reference()
     reference.append((time.perf_counter() - began, tokens))
@@ -190,13 +180,13 @@ def _few(prepared: Prepared, alias: str, seed: int) -> Schedule:
     return Schedule(chosen, (BudgetStop(0, len(chosen), 0, 0, 0.0, ""),))
 
 
-def _answer(backend: TransformersBackend, e: Eval, prompts: Seq[Prompt]) -> float:
+def _answer(backend: TransformersBackend, e: Eval, prompts: Sequence[Prompt]) -> float:
     """Return the seconds of the whole eval at one checkpoint, extrapolated from some of its batches."""
     began = time.perf_counter()
     lengths = [len(backend.chat.prompt_ids(p.conversation)) for p in prompts]
     reading = time.perf_counter() - began
     by_length = [prompts[k] for k in sorted(range(len(prompts)), key=lengths.__getitem__)]
-    seconds, chosen = 0.0, list(_batches(by_length, backend.batch))
+    seconds, chosen = 0.0, _batches(by_length, backend.batch)
     for batch in chosen:
         began = time.perf_counter()
         if e.work == "score":
@@ -208,10 +198,9 @@ def _answer(backend: TransformersBackend, e: Eval, prompts: Seq[Prompt]) -> floa
     return reading + seconds * len(prompts) / sum(map(len, chosen))
 
 
-def _batches(prompts: Seq[Prompt], size: int) -> Iterator[Seq[Prompt]]:
+def _batches(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
     whole = [prompts[k : k + size] for k in range(0, len(prompts), size)]
-    places = sorted({round(k * (len(whole) - 1) / (BATCHES - 1)) for k in range(BATCHES)})
-    yield from (whole[k] for k in places)
+    return [whole[k] for k in sorted({round(k * (len(whole) - 1) / (BATCHES - 1)) for k in range(BATCHES)})]
 
 
 @dataclass(frozen=True)
@@ -244,7 +233,7 @@ class Measured:
 
 
 def measured_hours(
-    prepared: Prepared, jobs: Seq[Job], trajectories: Seq[TrajectoryPlan], timing: Timing, workers: int
+    prepared: Prepared, jobs: Sequence[Job], trajectories: Sequence[TrajectoryPlan], timing: Timing, workers: int
 ) -> Measured:
     """Return the hours of a run that starts from scratch; `trajectories` belong to the `jobs` that train, in order."""
     precomputed = new_tokens(prepared) if prepared.spec.reference == "cached" else {}
@@ -255,7 +244,10 @@ def measured_hours(
     reference = {p: precomputed.get(p, 0) * timing.reference for p in jobs}
     answering = {p: len(eval_targets(prepared, p)) * each for p in jobs if p.kind != "tune"}
     answering |= {p: t.runs * prepared.spec.optim.tune.items * per_answer for p, t in plans.items() if p.kind == "tune"}
-    setup = {p: _checkouts(prepared, p) * timing.checkout + _saved(p) * timing.checkpoint for p in jobs}
+    setup = {
+        p: _checkouts(prepared, p) * timing.checkout + timing.checkpoint * len(p.budgets if p.kind == "train" else ())
+        for p in jobs
+    }
     seconds = {p: training.get(p, 0.0) + reference[p] + answering[p] + setup[p] for p in jobs}
     leading = 1 if workers > 1 else 0  # the coordinating process, which loads the model too
     begin = (1 + leading) * (timing.start + timing.load)
@@ -278,11 +270,7 @@ def _checkouts(prepared: Prepared, job: Job) -> int:
     return 1 if job.kind == "train" else len(eval_targets(prepared, job))
 
 
-def _saved(job: Job) -> int:
-    return len(job.budgets) if job.kind == "train" else 0
-
-
-def makespan(jobs: Seq[Job], seconds: dict[Job, float], workers: int) -> float:
+def makespan(jobs: Sequence[Job], seconds: dict[Job, float], workers: int) -> float:
     """Return when the last job ends if each free worker takes the first job whose dependencies are done.
 
     A trajectory reaches its checkpoints at a constant rate in source tokens.
@@ -303,7 +291,7 @@ def makespan(jobs: Seq[Job], seconds: dict[Job, float], workers: int) -> float:
     return max(free)
 
 
-def _ready_at(job: Job, ends: dict[Job, float], checkpoints: dict[Checkpoint, float], jobs: Seq[Job]) -> float:
+def _ready_at(job: Job, ends: dict[Job, float], checkpoints: dict[Checkpoint, float], jobs: Sequence[Job]) -> float:
     """Return when a job's dependencies are done; infinity while one has not started."""
     before = [ends.get(p, math.inf) for p in job.after if p in jobs]
     return max([0.0, *before, *(checkpoints[c] for c in job.needs if c in checkpoints)])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,6 @@ from leeway.generation.backend import Conversation
 from leeway.model.load import resolve
 from leeway.plan.hardware import Machine
 from leeway.study.prepare import Prepared
-from leeway.study.spec import Spec
 
 FLOAT32, ADAM = 4, 8  # bytes per number; per parameter, AdamW's two moments
 ROW_BYTES = 600  # per response in rows.parquet and its parts
@@ -59,7 +57,7 @@ class Shape:
         return self.total * self.bytes
 
 
-def shape(lm: Any, layers: Seq[torch.nn.Linear], rank: int, *, full: bool, width: int) -> Shape:
+def shape(lm: Any, layers: Sequence[torch.nn.Linear], rank: int, *, full: bool, width: int) -> Shape:
     """Return the sizes of a model without weights; an adapter of `rank` changes `layers`."""
     config = lm.config.get_text_config()
     total = sum(p.numel() for p in lm.parameters())
@@ -165,9 +163,17 @@ def memory(s: Shape, micro_tokens: int, dropout: float, batch: int, context: int
 
 def eval_costs(prepared: Prepared) -> tuple[tuple[EvalCost, ...], tuple[str, ...]]:
     """Return the cost of each eval at one checkpoint, and notes on what is not counted."""
-    found = tuple(eval_cost(e, prepared.chat) for e in prepared.evals)
-    unknown = (f"not priced: {e.name}, its prompts are not known before the run" for e in found if not e.prompt_tokens)
-    return found, (*_left_out(prepared.spec), *unknown)
+    found, jailbreak = tuple(eval_cost(e, prepared.chat) for e in prepared.evals), prepared.spec.evals.jailbreak
+    notes = []
+    if jailbreak is not None:
+        if jailbreak.translator is not None:
+            notes.append("the zulu attack's translations, out and back")
+        if any(a.startswith("crescendo") for a in jailbreak.attacks):
+            notes.append("further turns of multi-turn attacks, and the attacker model")
+        if any(j.name == "finetuned" for j in jailbreak.judge):
+            notes.append("the fine-tuned judge's forward passes")
+    notes += [f"{e.name}, its prompts are not known before the run" for e in found if not e.prompt_tokens]
+    return found, tuple(f"not priced: {note}" for note in notes)
 
 
 def pair_cost(prepared: Prepared) -> EvalCost | None:
@@ -175,17 +181,17 @@ def pair_cost(prepared: Prepared) -> EvalCost | None:
     if prepared.pairs is not None:
         return None
     pairs = prepared.spec.pairs
-    chat, task = prepared.chat, prepared.auxiliary_pool.task
-    each = sum(len(chat.prompt_ids(user_message(e.prompt))) for e in task)
+    each = sum(len(prepared.chat.prompt_ids(user_message(e.prompt))) for e in prepared.auxiliary_pool.task)
     answers = prepared.examples * pairs.samples
     drawn = answers * MEAN_ANSWER * pairs.max_new_tokens
     return EvalCost("pairs", answers, each * pairs.samples, pairs.max_new_tokens, drawn)
 
 
-def longest(prepared: Prepared) -> int:
-    """Return the tokens of the longest prompt of any eval plus its answer at its limit."""
-    prompts = (p for e in prepared.evals for p in e.prompts())
-    return max((len(prepared.chat.prompt_ids(p.conversation)) + p.max_new_tokens for p in prompts), default=0)
+def memory_needed(prepared: Prepared, size: Shape) -> Memory:
+    """Return the memory of a study; the context is the longest prompt of any eval plus its answer at its limit."""
+    spec, prompts = prepared.spec, (p for e in prepared.evals for p in e.prompts())
+    longest = max((len(prepared.chat.prompt_ids(p.conversation)) + p.max_new_tokens for p in prompts), default=0)
+    return memory(size, spec.optim.micro_tokens, spec.adapter.dropout, spec.evals.batch, longest)
 
 
 def eval_cost(e: Eval, chat: Chat) -> EvalCost:
@@ -197,13 +203,12 @@ def eval_cost(e: Eval, chat: Chat) -> EvalCost:
 
     prompts, judging = list(e.prompts()), list(e.judge_requests())
     limit = max((p.max_new_tokens for p in prompts), default=0)
-    answer_tokens = sum(p.samples * p.max_new_tokens for p in prompts) * MEAN_ANSWER
     return EvalCost(
         name=e.key,
         answers=len(e),
         prompt_tokens=sum(p.samples * len(chat.prompt_ids(p.conversation)) for p in prompts),
         max_new_tokens=limit,
-        answer_tokens=answer_tokens,
+        answer_tokens=sum(p.samples * p.max_new_tokens for p in prompts) * MEAN_ANSWER,
         judge=" and ".join(dict.fromkeys(name for name, _ in judging)),
         judge_calls=len(judging),
         judge_tokens_in=float(sum(contents(r.conversation) + int(MEAN_ANSWER * limit) for _, r in judging)),
@@ -211,17 +216,12 @@ def eval_cost(e: Eval, chat: Chat) -> EvalCost:
     )
 
 
-def _left_out(spec: Spec) -> list[str]:
-    """Return notes on settings whose cost no line counts."""
-    found: list[str] = []
-    jailbreak = spec.evals.jailbreak
-    if jailbreak is not None and jailbreak.translator is not None:
-        found.append("not priced: the zulu attack's translations, out and back")
-    if jailbreak is not None and any(a.startswith("crescendo") for a in jailbreak.attacks):
-        found.append("not priced: further turns of multi-turn attacks, and the attacker model")
-    if jailbreak is not None and any(j.name == "finetuned" for j in jailbreak.judge):
-        found.append("not priced: the fine-tuned judge's forward passes")
-    return found
+@dataclass(frozen=True)
+class Prices:
+    """Dollars per GPU hour, and per million input and output tokens of a judge."""
+
+    hour: float | None = None
+    judge: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -255,24 +255,19 @@ class CostEstimate:
         return (RUNTIME + self.memory.peak) / GIB
 
     def lines(self) -> Iterator[str]:
-        yield from self._estimated()
-        yield from self.other_lines()
-
-    def _estimated(self) -> Iterator[str]:
         pairs = f", drawing pairs {as_time(self.pairs_hours)} at most" if self.pairs_hours else ""
         yield (
             f"estimated by formulas on {self.machine}, not measured: {as_time(self.hours)} (training "
             f"{as_time(self.training_hours)}, answering {as_time(self.answering_hours)}{pairs})"
         )
-        yield (
-            f"  assumed: {self.assumed}; an answer takes {MEAN_ANSWER:.0%} of max_new_tokens; judge time is excluded"
-        )
+        yield f"  assumed: {self.assumed}; an answer takes {MEAN_ANSWER:.0%} of max_new_tokens; judge time is excluded"
         m = self.memory
         fit = {None: "", True: ": fits", False: f": DOES NOT FIT; {self.advice}"}[self.fits]
         yield (
             f"  memory ~{self.memory_gib:.1f} GiB{fit} (weights {m.weights / GIB:.1f}, adapter and optimiser "
             f"{m.adapter / GIB:.1f}, then activations {m.activations / GIB:.1f} or keys and values {m.cache / GIB:.1f})"
         )
+        yield from self.other_lines()
 
     def other_lines(self) -> Iterator[str]:
         """Yield disk, judges and GPU rent, which `--measure` does not time."""
@@ -301,22 +296,20 @@ def estimate_cost(
     prepared: Prepared,
     size: Shape,
     machine: Machine,
+    prices: Prices,
     *,
     training: float,
     sweeps: float,
-    evals: Seq[EvalCost],
+    evals: Sequence[EvalCost],
     evaluated: int,
-    pairs: EvalCost | None,
     disk: float,
     references: float,
-    hour: float | None,
-    judge: tuple[float, float] | None,
 ) -> CostEstimate:
     """Return the estimate from FLOPs (`training`, `sweeps`) and bytes (`references`, `disk` for all else)."""
-    spec = prepared.spec
-    batch = spec.evals.batch
+    spec, pairs = prepared.spec, pair_cost(prepared)
+    batch, hour, judge = spec.evals.batch, prices.hour, prices.judge
     answering = evaluated * sum(eval_seconds(size, e, machine, batch) for e in evals)
-    needed = memory(size, spec.optim.micro_tokens, spec.adapter.dropout, batch, longest(prepared))
+    needed = memory_needed(prepared, size)
     drawn = eval_seconds(size, pairs, machine, batch) if pairs else 0.0
     calls = evaluated * sum(e.judge_calls for e in evals)
     read = evaluated * sum(e.judge_tokens_in for e in evals)
@@ -332,7 +325,7 @@ def estimate_cost(
         pairs_hours=hours[2],
         memory=needed,
         fits=None if machine.memory is None else RUNTIME + needed.peak <= machine.memory,
-        advice=_advice(needed),
+        advice="lower optim.micro_tokens" if needed.activations > needed.cache else "lower evals.batch",
         adapters_gib=adapters,
         references_gib=references / GIB,
         hub_gib=hub,
@@ -343,7 +336,3 @@ def estimate_cost(
         dollars=None if hour is None else hour * sum(hours),
         judge_dollars=None if judge is None else (judge[0] * read + judge[1] * written) / 1e6,
     )
-
-
-def _advice(needed: Memory) -> str:
-    return "lower optim.micro_tokens" if needed.activations > needed.cache else "lower evals.batch"

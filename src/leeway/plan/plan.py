@@ -9,20 +9,14 @@ from dataclasses import asdict, dataclass
 from leeway.errors import LeewayError
 from leeway.plan import cost_model, hardware
 from leeway.plan.benchmark import Measured, measured_hours, run_benchmark
-from leeway.plan.cost_model import RUNTIME, CostEstimate, EvalCost, Shape, estimate_cost, eval_costs, longest, pair_cost
+from leeway.plan.cost_model import CostEstimate, EvalCost, Prices, Shape, estimate_cost, eval_costs, training_flops
 from leeway.plan.hardware import Machine, PlannedModel, planned_model
 from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, reference_work, trajectory
 from leeway.study.jobs import Job, eval_targets, jobs_of
 from leeway.study.prepare import Prepared, chat_for, prepare, target_layers
 from leeway.study.spec import Spec
 
-
-@dataclass(frozen=True)
-class Prices:
-    """Dollars per GPU hour, and per million input and output tokens of a judge."""
-
-    hour: float | None = None
-    judge: tuple[float, float] | None = None
+NO_PRICES = Prices()
 
 
 @dataclass(frozen=True)
@@ -55,39 +49,30 @@ class Plan:
         about = "" if self.counts_exactly else "~"
         names = [f"{t.objective}{f' ({t.purpose})' if t.purpose else ''}" for t in self.trajectories]
         wide = max(map(len, [*names, "objective"])) + 1
-        head = f"{'objective':{wide}}{'seed':>5}{'to budget':>11}{'steps':>8}{'source':>12}{'targets':>12}"
-        rows = [
-            f"{name:{wide}}{t.seed:>5}{t.budgets[-1]:>11,}{about + f'{t.steps:,}':>8}"
-            + "".join(
-                f"{about + f'{n:,}':>12}"
-                for n in (t.source_tokens, t.target_tokens, t.processed_tokens, t.reference_tokens)
-            )
-            for name, t in zip(names, self.trajectories, strict=True)
-        ]
+        columns = "".join(f"{c:>12}" for c in ("source", "targets", "processed", "reference"))
+        rows = [f"{'objective':{wide}}{'seed':>5}{'to budget':>11}{'steps':>8}{columns}"]
+        for name, t in zip(names, self.trajectories, strict=True):
+            counts = (t.source_tokens, t.target_tokens, t.processed_tokens, t.reference_tokens)
+            tokens = "".join(f"{about + f'{n:,}':>12}" for n in counts)
+            rows.append(f"{name:{wide}}{t.seed:>5}{t.budgets[-1]:>11,}{about + f'{t.steps:,}':>8}{tokens}")
+        references, shared = self.references, []
+        if references.sequences:  # less than the column's sum: sequences are shared across trajectories
+            passes = f"{about}{references.tokens:,} tokens of {about}{references.sequences:,} sequences"
+            shared = [f"references: {passes} go through them, once each; kept on disk ({_size(references.bytes)})"]
         return "\n".join(
             [
                 f"{self.name}: {sum(t.runs for t in self.trajectories)} training runs, {self.checkpoints} checkpoints, "
                 f"{self.evaluated} evaluations of {self.answers_each:,} answers; {self.parameters:,} parameters",
                 *(f"missing: {m}" for m in self.missing),
                 *(f"auto: {line}" for line in self.resolved_defaults),
-                f"{head}{'processed':>12}{'reference':>12}",
                 *rows,
-                *self._reference_lines(about),
+                *shared,
                 *(_eval_line(e, about) for e in self.evals),
                 *self.notes,
                 f"left out as too long: {self.left_out}",
                 *([*self.measured.lines(), *self.cost.other_lines()] if self.measured else self.cost.lines()),
             ]
         )
-
-    def _reference_lines(self, about: str) -> Iterator[str]:
-        # less than the column's sum: sequences are shared across trajectories
-        if self.references.sequences:
-            tokens, sequences = (f"{about}{n:,}" for n in (self.references.tokens, self.references.sequences))
-            yield (
-                f"references: {tokens} tokens of {sequences} sequences go through them, once each; kept on disk "
-                f"({_size(self.references.bytes)})"
-            )
 
 
 def _size(n: float) -> str:
@@ -97,7 +82,7 @@ def _size(n: float) -> str:
 def plan(
     spec: Spec,
     machine: Machine | None = None,
-    prices: Prices = Prices(),
+    prices: Prices = NO_PRICES,
     *,
     measure: bool = False,
     workers: int | None = None,
@@ -116,24 +101,22 @@ def plan(
     evaluated, answers = sum(len(eval_targets(prepared, p)) for p in jobs), sum(len(e) for e in prepared.evals)
     sweep_tokens = _sweep_tokens(prepared)
     evals, unpriced = eval_costs(prepared)
-    references = reference_work(prepared, size.hidden, size.bytes)
+    references, live = reference_work(prepared, size.hidden, size.bytes), spec.reference == "live"
     cost = estimate_cost(
         prepared,
         size,
         on,
+        prices,
         training=sum(
-            t.runs * cost_model.training_flops(size, t.processed_tokens, t.target_tokens, _live(prepared, t))
+            t.runs * training_flops(size, t.processed_tokens, t.target_tokens, t.reference_tokens if live else 0)
             for t in trajectories
         )
         + cost_model.reference_flops(size, references.tokens, references.measured),
         sweeps=sweep_tokens * 2.0 * (size.body + size.head),
         evals=evals,
         evaluated=evaluated,
-        pairs=pair_cost(prepared),
         disk=checkpoints * size.trained * cost_model.FLOAT32 + evaluated * answers * cost_model.ROW_BYTES,
         references=references.bytes,
-        hour=prices.hour,
-        judge=prices.judge,
     )
     measured = _measured(prepared, jobs, trajectories, workers) if measure else None
     return Plan(
@@ -160,15 +143,8 @@ def plan(
 
 def memory_of_a_worker(prepared: Prepared) -> int:
     """Return the estimated bytes of main memory of a CPU worker, for scheduling."""
-    spec = prepared.spec
-    size = _shape(spec, planned_model(spec), hardware.this_cpu())
-    needed = cost_model.memory(size, spec.optim.micro_tokens, spec.adapter.dropout, spec.evals.batch, longest(prepared))
-    return int(RUNTIME + needed.peak)
-
-
-def _live(prepared: Prepared, t: TrajectoryPlan) -> int:
-    """Return the reference tokens that this trajectory computes itself rather than reading from the cache."""
-    return t.reference_tokens if prepared.spec.reference == "live" else 0
+    size = _shape(prepared.spec, planned_model(prepared.spec), hardware.this_cpu())
+    return int(cost_model.RUNTIME + cost_model.memory_needed(prepared, size).peak)
 
 
 def _measured(
@@ -202,9 +178,8 @@ def _judge_price(text: str) -> tuple[float, float]:
     except ValueError:
         parts = []
     if len(parts) not in (1, 2) or not all(0 <= p < math.inf for p in parts):
-        raise LeewayError(
-            f"--judge-price {text!r} is not a price", fix="give dollars per million tokens, such as 0.15/0.6"
-        )
+        what = f"--judge-price {text!r} is not a price"
+        raise LeewayError(what, fix="give dollars per million tokens, such as 0.15/0.6")
     return parts[0], parts[-1]
 
 

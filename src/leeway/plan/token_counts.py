@@ -9,7 +9,6 @@ from typing import Any
 from leeway.data.chat import Sequence
 from leeway.data.stream import Schedule
 from leeway.model.reference import key
-from leeway.objectives import Objective
 from leeway.objectives.objective import Plain
 from leeway.study.jobs import Job, jobs_of, schedule_of
 from leeway.study.prepare import Prepared
@@ -58,26 +57,22 @@ def states_of(prepared: Prepared) -> dict[ReferenceId, frozenset[str]]:
         if prepared.objectives[job.alias].needs_reference == "distribution":
             named = found.setdefault(reference_id(prepared, job.alias, job.seed), set())
             named |= {key(s) for s in _sequences(prepared, job)}
-    return {who: frozenset(named) for who, named in found.items()}
+    return {reference: frozenset(named) for reference, named in found.items()}
 
 
 def reference_work(prepared: Prepared, hidden: int, width: int) -> ReferenceWork:
     """Return the reference work of a study; hidden states are `hidden` numbers of `width` bytes."""
     found: dict[str, set[_Entry]] = {"logps": set(), "distribution": set()}
     for job in _with_reference(prepared):
-        found[prepared.objectives[job.alias].needs_reference] |= set(_entries(prepared, job))
+        found[prepared.objectives[job.alias].needs_reference] |= _entries(prepared, job)
+
+    def measured(entries: set[_Entry]) -> int:
+        return sum(len(ids) - start for _, ids, start in entries)
+
     every = found["logps"] | found["distribution"]
-    kept = _measured(found["logps"]) * FLOAT32 + _measured(found["distribution"]) * hidden * width
-    return ReferenceWork(
-        sequences=len(every),
-        tokens=sum(len(ids) for _, ids, _ in every),
-        measured=_measured(every),
-        bytes=len(every) * INDEX + kept,
-    )
-
-
-def _measured(entries: set[_Entry]) -> int:
-    return sum(len(ids) - start for _, ids, start in entries)
+    stored = measured(found["logps"]) * FLOAT32 + measured(found["distribution"]) * hidden * width
+    tokens = sum(len(ids) for _, ids, _ in every)
+    return ReferenceWork(len(every), tokens, measured(every), len(every) * INDEX + stored)
 
 
 def new_tokens(prepared: Prepared) -> dict[Job, int]:
@@ -85,15 +80,15 @@ def new_tokens(prepared: Prepared) -> dict[Job, int]:
     known: set[_Entry] = set()
     found: dict[Job, int] = {}
     for job in _with_reference(prepared):
-        new = set(_entries(prepared, job)) - known
+        new = _entries(prepared, job) - known
         known |= new
         found[job] = sum(len(ids) for _, ids, _ in new)
     return found
 
 
-def _entries(prepared: Prepared, job: Job) -> Iterator[_Entry]:
-    who = reference_id(prepared, job.alias, job.seed)
-    yield from ((who, s.ids, s.start) for s in _sequences(prepared, job))
+def _entries(prepared: Prepared, job: Job) -> set[_Entry]:
+    reference = reference_id(prepared, job.alias, job.seed)
+    return {(reference, s.ids, s.start) for s in _sequences(prepared, job)}
 
 
 def _with_reference(prepared: Prepared) -> Iterator[Job]:
@@ -140,21 +135,19 @@ class TrajectoryPlan:
 
 
 def trajectory(prepared: Prepared, job: Job) -> TrajectoryPlan:
-    objective, renderer = prepared.objectives[job.alias], prepared.renderer(job.alias, job.seed)
-    tune = prepared.spec.optim.tune
+    renderer = prepared.renderer(job.alias, job.seed)
     if job.kind == "tune":
         assert prepared.tuning is not None
-        schedule, runs, purpose = (
-            prepared.tuning.schedules[job.alias],
-            len(tune.lrs),
-            f"each of {len(tune.lrs)} rates",
-        )
+        schedule, runs = prepared.tuning.schedules[job.alias], len(prepared.spec.optim.tune.lrs)
     else:
-        schedule, runs, purpose = schedule_of(prepared, job), 1, ""
+        schedule, runs = schedule_of(prepared, job), 1
     targets, processed = _rendered_tokens(renderer, schedule)
+    reference = 0 if renderer.objective.needs_reference == "nothing" else processed  # as the ledger counts them
+    if reference and prepared.spec.reference == "cached":  # each sequence once
+        reference = reference_tokens(batches_of(prepared, renderer, schedule))
     return TrajectoryPlan(
         objective=job.alias,
-        purpose=purpose,
+        purpose=f"each of {runs} rates" if job.kind == "tune" else "",
         seed=job.seed,
         runs=runs,
         budgets=tuple(m.budget for m in schedule.stops),
@@ -162,7 +155,7 @@ def trajectory(prepared: Prepared, job: Job) -> TrajectoryPlan:
         source_tokens=schedule.stops[-1].source_tokens,
         target_tokens=targets,
         processed_tokens=processed,
-        reference_tokens=_reference_tokens(prepared, objective, renderer, schedule, processed),
+        reference_tokens=reference,
     )
 
 
@@ -182,14 +175,3 @@ def _rendered_tokens(renderer: Renderer, schedule: Schedule) -> tuple[int, int]:
                 known[slot.example.id] = found
         targets, processed = targets + found[0], processed + found[1]
     return targets, processed
-
-
-def _reference_tokens(
-    prepared: Prepared, objective: Objective, renderer: Renderer, schedule: Schedule, processed: int
-) -> int:
-    """Return the reference tokens of the ledger: every processed token if live, each sequence once if cached."""
-    if objective.needs_reference == "nothing":
-        return 0
-    if prepared.spec.reference == "live":
-        return processed
-    return reference_tokens(batches_of(prepared, renderer, schedule))

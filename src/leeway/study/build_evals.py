@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +10,6 @@ from typing import Any
 from leeway.attacks import NEEDS_HELPER, Attack, LedCrescendo, Wrapper, Zulu, attack_names, load_attack, load_templates
 from leeway.cache import Cache
 from leeway.data import persona, safety_prompts
-from leeway.data.persona import sd3
 from leeway.data.safety_prompts import balanced, subset
 from leeway.data.types import BenignPrompt, Example, ForbiddenPrompt, PersonaItem
 from leeway.errors import LeewayError
@@ -36,7 +33,7 @@ from leeway.io import expand
 from leeway.judges import Judge, load_judge
 from leeway.judges.rubric import wording
 from leeway.model.forward import Perplexity
-from leeway.model.load import Dtype, load_model
+from leeway.model.load import load_model
 from leeway.organism import world
 from leeway.study.eval_spec import (
     ENDPOINT_ONLY,
@@ -48,6 +45,7 @@ from leeway.study.eval_spec import (
     Translator,
 )
 from leeway.study.spec import Spec
+from leeway.yaml_config import nearest
 
 
 @dataclass(frozen=True)
@@ -68,57 +66,44 @@ class HelperModels:
         return backend if self.cache is None else CachedBackend(backend, self.cache.records("replies"))
 
 
-def max_new_tokens_of(model: ModelRef, own: int) -> int:
-    """Return the reply limit of the study, else `own`."""
-    return own if model.max_new_tokens is None else model.max_new_tokens
-
-
 @dataclass
 class _PerplexityModel:
     """The base model as a perplexity scorer (`PerplexityScorer`), loaded at first use."""
 
-    name: str
-    revision: str | None
-    dtype: Dtype
-    device: str
+    spec: Spec
 
     @cached_property
     def identity(self) -> str:
-        return digest("perplexity", weights_hash(self.name, self.revision), self.dtype)
+        return digest("perplexity", weights_hash(self.spec.model, self.spec.revision), self.spec.weight_dtype)
 
     def shares(self, prompts: Seq[str], texts: Seq[str]) -> list[float]:
         return self._model.shares(prompts, texts)
 
     @cached_property
     def _model(self) -> Perplexity:
-        return Perplexity(load_model(self.name, revision=self.revision, dtype=self.dtype, device=self.device))
+        s = self.spec
+        return Perplexity(load_model(s.model, revision=s.revision, dtype=s.weight_dtype, device=s.device))
 
 
 ORGANISM = "the organism's world, held out"
-BENIGN: dict[str, Callable[[], tuple[list[BenignPrompt], str]]] = {
-    "xstest": safety_prompts.xstest,
-    "jailbreakbench": safety_prompts.jailbreakbench_benign,
-}
+BENIGN = {"xstest": safety_prompts.xstest, "jailbreakbench": safety_prompts.jailbreakbench_benign}
 
 
-def safety_evals(spec: Spec, origins: dict[str, str], helpers: HelperModels) -> list[Eval]:
+def _safety_evals(spec: Spec, origins: dict[str, str], helpers: HelperModels) -> list[Eval]:
     """Return the jailbreak, over-refusal and persona evals that the study names."""
     evals: list[Eval] = []
     if (jailbreak := spec.evals.jailbreak) is not None:
         prompts, origins["jailbreak"] = _forbidden(jailbreak)
-        attacks = [*_attacks(jailbreak, helpers)]
         judges = [_judge(j, spec, helpers, perplexity=jailbreak.perplexity) for j in jailbreak.judge]
-        sampling = (jailbreak.samples, jailbreak.temperature)
-        evals.append(Jailbreak(prompts, attacks, judges, jailbreak.max_new_tokens, *sampling))
+        sampling = (jailbreak.max_new_tokens, jailbreak.samples, jailbreak.temperature)
+        evals.append(Jailbreak(prompts, _attacks(jailbreak, helpers), judges, *sampling))
     if (benign_part := spec.evals.overrefusal) is not None:
         items, origins["overrefusal"] = _benign(benign_part.prompts, benign_part.limit)
         exact = benign_part.judge.name == "organism"
         judge = OrganismBenignJudge() if exact else _judge(benign_part.judge, spec, helpers)
         evals.append(OverRefusal(items, judge, benign_part.max_new_tokens))
-    if (persona_part := spec.evals.persona) is not None:
-        items_of = _statements(persona_part, origins)
-        evals.append(Persona(items_of, persona_part.order_swap, persona_part.paraphrases))
-        evals += _other_persona_evals(persona_part, origins, helpers)
+    if spec.evals.persona is not None:
+        evals += _persona_evals(spec.evals.persona, origins, helpers)
     return evals
 
 
@@ -136,11 +121,9 @@ def _forbidden(part: JailbreakSpec) -> tuple[list[ForbiddenPrompt], str]:
 def _attacks(part: JailbreakSpec, helpers: HelperModels) -> list[Attack]:
     own: dict[str, Wrapper] = load_templates(part.templates) if part.templates else {}
     known = [*attack_names(), *NEEDS_HELPER, *own]
-    for name in part.attacks:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(sorted(known))}"
-            raise LeewayError(f"evals.jailbreak.attacks: no attack {name!r}", fix=fix)
+    if unknown := next((name for name in part.attacks if name not in known), None):
+        fix = nearest(unknown, known).removeprefix("; ") or f"one of: {', '.join(sorted(known))}"
+        raise LeewayError(f"evals.jailbreak.attacks: no attack {unknown!r}", fix=fix)
     return [own[name] if name in own else _attack(name, part, helpers) for name in part.attacks]
 
 
@@ -148,11 +131,9 @@ def _attack(name: str, part: JailbreakSpec, helpers: HelperModels) -> Attack:
     if name == "zulu":
         return Zulu(world.Cipher()) if part.translator is None else Zulu(_translator(part.translator, helpers))
     if name == "crescendo_led":
-        if part.attacker is None:
-            raise LeewayError("evals.jailbreak: crescendo_led needs an attacker model", fix="give attacker")
-        return LedCrescendo(
-            Attacker(helpers.of(part.attacker), max_new_tokens_of(part.attacker, Attacker.max_new_tokens)), part.turns
-        )
+        assert part.attacker is not None
+        limit = part.attacker.max_new_tokens or Attacker.max_new_tokens
+        return LedCrescendo(Attacker(helpers.of(part.attacker), limit), part.turns)
     return load_attack(name)
 
 
@@ -161,10 +142,11 @@ def _translator(part: Translator, helpers: HelperModels) -> TranslationFile | Ll
     if part.from_ == "nllb":
         model = Nllb()
         if (own := part.model) is not None:
-            model = Nllb(own.model, own.revision, max_new_tokens=max_new_tokens_of(own, Nllb.max_new_tokens))
+            model = Nllb(own.model, own.revision, max_new_tokens=own.max_new_tokens or Nllb.max_new_tokens)
     elif part.from_ == "model":
         assert part.model is not None
-        model = LlmTranslator(helpers.of(part.model), max_new_tokens_of(part.model, LlmTranslator.max_new_tokens))
+        limit = part.model.max_new_tokens or LlmTranslator.max_new_tokens
+        model = LlmTranslator(helpers.of(part.model), limit)
     if part.file is None:
         assert model is not None
         return model
@@ -174,14 +156,14 @@ def _translator(part: Translator, helpers: HelperModels) -> TranslationFile | Ll
 def _judge(part: JudgeSpec, spec: Spec, helpers: HelperModels, *, perplexity: bool = False) -> Judge:
     options: dict[str, Any] = {}
     if perplexity and part.name != "organism":
-        options["perplexity"] = _PerplexityModel(spec.model, spec.revision, spec.weight_dtype, spec.device)
+        options["perplexity"] = _PerplexityModel(spec)
     if part.name == "finetuned":
         options |= {k: v for k, v in (("model", part.base), ("adapter", part.adapter)) if v}
         options["device"] = spec.device
     if part.model is None:
         return load_judge(part.name, **options)
-    put = wording()
-    options["wording"] = replace(put, max_new_tokens=max_new_tokens_of(part.model, put.max_new_tokens))
+    rubric = wording()
+    options["wording"] = replace(rubric, max_new_tokens=part.model.max_new_tokens or rubric.max_new_tokens)
     return load_judge(part.name, helpers.of(part.model), model=part.model.model, **options)
 
 
@@ -192,31 +174,22 @@ def _benign(name: str, limit: int | None) -> tuple[list[BenignPrompt], str]:
     return subset(items, limit, "overrefusal"), origin
 
 
-def _statements(part: PersonaSpec, origins: dict[str, str]) -> list[PersonaItem]:
+def _persona_evals(part: PersonaSpec, origins: dict[str, str], helpers: HelperModels) -> list[Eval]:
     chosen: list[PersonaItem] = []
     for trait in part.traits:
         if part.source == "organism":
-            items, origin = world.persona_items(trait, part.limit or 40), ORGANISM
+            items, origins[f"persona {trait}"] = world.persona_items(trait, part.limit or 40), ORGANISM
+            chosen += items
         else:
-            items, origin = persona.anthropic(trait)
-        origins[f"persona {trait}"] = origin
-        chosen += items if part.source == "organism" else balanced(items, part.limit, trait)
-    return chosen
-
-
-def _other_persona_evals(part: PersonaSpec, origins: dict[str, str], helpers: HelperModels) -> list[Eval]:
-    evals: list[Eval] = []
+            items, origins[f"persona {trait}"] = persona.anthropic(trait)
+            chosen += balanced(items, part.limit, trait)
+    evals: list[Eval] = [Persona(chosen, part.order_swap, part.paraphrases)]
     if part.sd3:
-        items, origins["persona-sd3"] = sd3()
-        evals.append(Likert(items))
-    if part.self_report is not None:
-        evals.append(
-            SelfReport(
-                helpers.of(part.self_report),
-                part.traits,
-                grader_tokens=max_new_tokens_of(part.self_report, SelfReport.grader_tokens),
-            )
-        )
+        likert_items, origins["persona-sd3"] = persona.sd3()
+        evals.append(Likert(likert_items))
+    if (grader := part.self_report) is not None:
+        limit = grader.max_new_tokens or SelfReport.grader_tokens
+        evals.append(SelfReport(helpers.of(grader), part.traits, grader_tokens=limit))
     return evals
 
 
@@ -227,8 +200,8 @@ def evals_of(spec: Spec, origins: dict[str, str], helpers: HelperModels | None =
     """
     helpers = helpers or HelperModels(device=spec.device)
     evals = [_capability(part, spec, origins, helpers) for part in spec.evals.capability]
-    plugins = [load_eval(p.name, p.settings) for p in spec.evals.plugins]
-    return [*evals, *safety_evals(spec, origins, helpers), *plugins]
+    evals += _safety_evals(spec, origins, helpers)
+    return evals + [load_eval(p.name, p.settings) for p in spec.evals.plugins]
 
 
 def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], helpers: HelperModels) -> Eval:
@@ -236,26 +209,21 @@ def _capability(part: CapabilitySpec, spec: Spec, origins: dict[str, str], helpe
         name = part.name.removeprefix("lm-eval:")
         origins[f"capability {part.name}"] = f"lm-eval's task {name}"
         return LmEval(name, part.limit, part.shots or None, include_path=part.include_path)
-    task = load_task(part.name, task_settings(part, spec))
+    # a task that the study trains on too is read by the settings of training
+    settings = spec.task.settings if spec.task.name == part.name else TaskSettings(trained=False)
+    settings = replace(settings, source=part.source, limit=part.limit, shots=part.shots, extraction=part.extraction)
+    task = load_task(part.name, settings)
     items, origin = task.held_out_items()
     if not items:
         raise LeewayError(f"evals.capability: {part.name} has no items ({origin})", fix="check the test file")
     origins[f"capability {part.name}"] = origin
     items, length = subset(items, part.limit, "capability"), part.max_new_tokens or task.max_new_tokens
     if part.judge_model is not None:
-        judge = RubricJudge(
-            helpers.of(part.judge_model), max_new_tokens=max_new_tokens_of(part.judge_model, RubricJudge.max_new_tokens)
-        )
+        limit = part.judge_model.max_new_tokens or RubricJudge.max_new_tokens
+        judge = RubricJudge(helpers.of(part.judge_model), max_new_tokens=limit)
         return OpenEnded(part.name, items, judge, length)
     shots = task.few_shot(items) if isinstance(task, BuiltInTask) else ()
     return Capability(part.name, items, task.grader, task.grade, length, shots=shots)
-
-
-def task_settings(part: CapabilitySpec, spec: Spec) -> TaskSettings:
-    """Return the settings of an evaluated task: those of training where the study trains on it too."""
-    trained = spec.task.name == part.name
-    settings = spec.task.settings if trained else TaskSettings(trained=False)
-    return replace(settings, source=part.source, limit=part.limit, shots=part.shots, extraction=part.extraction)
 
 
 def held_out_test(examples: Seq[Example], spec: Spec) -> Capability:

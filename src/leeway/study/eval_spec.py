@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -16,7 +15,7 @@ from leeway.yaml_config import ConfigModel, nearest
 ENDPOINT_ONLY = ("key_env", "concurrency", "timeout_s", "retries", "max_calls", "max_dollars", "price_in", "price_out")
 
 
-def changed(part: ConfigModel, names: Seq[str]) -> list[str]:
+def changed(part: ConfigModel, names: Sequence[str]) -> list[str]:
     """Return the settings that differ from their default (a saved study lists every setting)."""
     return [n for n in names if getattr(part, n) != type(part).model_fields[n].default]
 
@@ -66,11 +65,6 @@ class ModelRef(NamedSpec):
             raise ValueError(f"revision needs a local model, and {self.model} is at an endpoint; leave it out")
         return self
 
-    @property
-    def budgeted(self) -> bool:
-        """Whether its calls or its cost are limited."""
-        return self.max_calls is not None or self.max_dollars is not None
-
 
 class CapabilitySpec(NamedSpec):
     """Test items of one task; `limit` draws a fixed random subset."""
@@ -91,16 +85,13 @@ class CapabilitySpec(NamedSpec):
     def _fits(self) -> CapabilitySpec:
         tasks, harness = task_names(), self.name.startswith("lm-eval:")
         if self.name not in tasks and not harness:
-            raise ValueError(
-                f"{self.name!r} is none of {', '.join(tasks)}, nor lm-eval:<task>{nearest(self.name, tasks)}"
-            )
+            near = nearest(self.name, tasks)
+            raise ValueError(f"{self.name!r} is none of {', '.join(tasks)}, nor lm-eval:<task>{near}")
         task = declared(self.name)
         if task.graded_by_model and self.judge_model is None:
             raise ValueError(f"{self.name}: open-ended answers are graded by a model; give judge_model")
         if not task.trainable and self.source is None:
-            raise ValueError(
-                f"{self.name}: give source, a file with a prompt and a reference in each record, or a hub id"
-            )
+            raise ValueError(f"{self.name}: give source, a file of records with prompt and reference, or a hub id")
         if not task.graded_by_model and (self.source or self.judge_model):
             raise ValueError(f"{self.name}: source and judge_model are for open-ended tasks (legal, cyber, openended)")
         if self.include_path and not harness:
@@ -147,9 +138,7 @@ class Translator(ConfigModel):
         if self.from_ == "cache" and self.file is None:
             raise ValueError("translator: from: cache needs file")
         if self.from_ == "cache" and self.model is not None:
-            raise ValueError(
-                "translator: from: cache uses no model; leave model out, or use from: model with that file"
-            )
+            raise ValueError("translator: from: cache uses no model; leave it out, or use from: model with that file")
         if self.from_ == "nllb" and self.model is not None and self.model.endpoint is not None:
             raise ValueError("translator: from: nllb runs on this machine; leave endpoint out, or use from: model")
         return self
@@ -168,19 +157,14 @@ class JailbreakSpec(ConfigModel):
     translator: Translator | None = None
     attacker: ModelRef | None = Field(default=None, description="for crescendo_led: the attacker model")
     turns: int = Field(default=5, gt=0, description="for crescendo_led")
-    judge: Annotated[tuple[JudgeSpec, ...], AsList, Unique] = Field(
-        default=(JudgeSpec(name="keywords"),),
-        min_length=1,
-        description="one or several; the first one's verdicts make the study's rates",
-    )
+    # the first judge's verdicts make the study's rates
+    judge: Annotated[tuple[JudgeSpec, ...], AsList, Unique] = Field(default=(JudgeSpec(name="keywords"),), min_length=1)
     max_new_tokens: int = Field(default=256, gt=0)
     samples: int = Field(
         default=0, ge=0, le=1_000_000, description="sampled responses per prompt and attack; 0: one greedy response"
     )
     temperature: float = Field(default=1.0, gt=0, le=1e6)
-    perplexity: bool = Field(
-        default=False, description="responses of high perplexity under the base model are incoherent"
-    )
+    perplexity: bool = Field(default=False, description="high perplexity under the base model is incoherent")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> JailbreakSpec:
@@ -197,7 +181,6 @@ class JailbreakSpec(ConfigModel):
         return self
 
     def _idle(self) -> Iterator[str]:
-        """Yield settings without effect."""
         if self.translator is not None and "zulu" not in self.attacks:
             yield "translator is for attacks: zulu, which is not listed; leave it out"
         if changed(self, ["turns"]) and "crescendo_led" not in self.attacks:

@@ -37,7 +37,6 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name in messages."""
         return f"{self.kind} {self.alias} s{self.seed}"
 
     @property
@@ -80,42 +79,29 @@ def jobs_of(prepared: Prepared) -> list[Job]:
                 after = (tuning.setdefault(o.alias, Job("tune", o.alias, seed, needs=start)),)
             training += [Job("train", o.alias, seed, b, after, exclusive=decays, needs=start) for b in splits]
     training.sort(key=lambda job: -relative_cost(prepared.objectives[job.alias]) * job.budgets[-1])
-    base = _by_condition(prepared, Job("base", BASE))
+    served = spec.evals.backend == "vllm"
+
+    def by_condition(job: Job) -> list[Job]:
+        """Split a measurement into one job per condition, unless one vLLM server answers them all."""
+        return [job] if served else [replace(job, condition=t.condition) for t in eval_targets(prepared, job)]
+
+    base = by_condition(Job("base", BASE))
     before = tuple(base) if spec.evals.stop == "decided" else ()  # sequential stopping contrasts with the base's rows
-    measuring = [m for job in training for m in _measurements(prepared, job, before)]
+    measuring: list[Job] = []
+    for job in training:
+        for budgets in [job.budgets] if served else [(b,) for b in job.budgets]:
+            needs = tuple((job.alias, job.seed, b) for b in budgets)
+            measuring += by_condition(Job("measure", job.alias, job.seed, budgets, before, needs=needs))
     return [*base, *tuning.values(), *training, *measuring]
-
-
-def _measurements(prepared: Prepared, trajectory: Job, after: tuple[Job, ...]) -> list[Job]:
-    """Return the measurements of a trajectory's checkpoints."""
-    alias, seed = trajectory.alias, trajectory.seed
-    served = prepared.spec.evals.backend == "vllm"
-    jobs = []
-    for budgets in [trajectory.budgets] if served else [(b,) for b in trajectory.budgets]:
-        needs = tuple((alias, seed, b) for b in budgets)
-        jobs += _by_condition(prepared, Job("measure", alias, seed, budgets, after, needs=needs))
-    return jobs
-
-
-def _by_condition(prepared: Prepared, job: Job) -> list[Job]:
-    """Split a measurement into one job per condition, unless one vLLM server answers them all."""
-    if prepared.spec.evals.backend == "vllm":
-        return [job]
-    return [replace(job, condition=target.condition) for target in eval_targets(prepared, job)]
 
 
 def eval_targets(prepared: Prepared, job: Job) -> list[EvalTarget]:
     """Return the checkpoints and conditions that a job measures; the base under every condition of the study."""
+    targets = []
     if job.kind == "base":
         targets = [EvalTarget(BASE, 0, 0, condition) for condition in prepared.base_conditions]
-    elif job.kind == "measure":
-        targets = [
-            EvalTarget(job.alias, job.seed, budget, condition)
-            for budget in job.budgets
-            for condition in prepared.conditions(job.alias, budget)
-        ]
-    else:
-        return []
+    for budget in job.budgets if job.kind == "measure" else ():
+        targets += [EvalTarget(job.alias, job.seed, budget, c) for c in prepared.conditions(job.alias, budget)]
     return [target for target in targets if job.condition in (None, target.condition)]
 
 

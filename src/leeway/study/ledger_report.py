@@ -55,7 +55,7 @@ def view(folder: Path) -> LedgerView:
             if (line := checkpoints.unverified_ledger(path.parent)).keys() >= set(MATCHED):
                 lines.append(line)
     lines.sort(key=lambda line: (line["seed"], line["budget"]))
-    faults += map(str, differences(lines, matching))
+    faults += differences(lines, matching)
     faults += _table_faults(folder / "ledger.parquet", lines)
     faults += (f"{name} is not the file that the run wrote" for name in changed(folder, raw.get("file_hashes") or {}))
     return LedgerView("\n".join(_text(lines, matching, faults)), tuple(faults))
@@ -69,14 +69,14 @@ def _table_faults(path: Path, lines: list[dict[str, Any]]) -> Iterator[str]:
         table = pq.read_table(path, schema=LEDGER_SCHEMA).to_pylist()
     rows = {(r["objective"], r["seed"], r["budget"]): r for r in table}
     for line in lines:
-        key = (line["objective"], line["seed"], line["budget"])
+        name, seed, budget = key = line["objective"], line["seed"], line["budget"]
         row = rows.pop(key, None)
         if row is None:
-            yield f"{path.name} has no line for {key[0]}, seed {key[1]}, budget {key[2]}"
+            yield f"{path.name} has no line for {name}, seed {seed}, budget {budget}"
         elif wrong := [c for c in LEDGER_SCHEMA.names if row[c] != line.get(c)]:
-            yield f"{path.name}: {wrong[0]} of {key[0]} at budget {key[2]}, seed {key[1]} is not its checkpoint's"
-    for key in rows:
-        yield f"{path.name} has a line for {key[0]}, seed {key[1]}, budget {key[2]}, but that checkpoint is missing"
+            yield f"{path.name}: {wrong[0]} of {name} at budget {budget}, seed {seed} is not its checkpoint's"
+    for name, seed, budget in rows:
+        yield f"{path.name} has a line for {name}, seed {seed}, budget {budget}, but that checkpoint is missing"
 
 
 def _text(lines: list[dict[str, Any]], matching: Matching, faults: list[str]) -> Iterator[str]:

@@ -6,7 +6,7 @@ checked, so a saved study holds the values; `Spec.resolved_defaults` lists them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 from importlib.resources import files
@@ -39,10 +39,8 @@ def load(name: str, overrides: tuple[str, ...] = ()) -> Spec:
         return parse(preset_text(name), f"preset {name}", overrides)
     path = Path(name)
     if not path.is_file():
-        raise LeewayError(
-            f"{name}: neither a study file nor a preset{nearest(name, PRESETS)}",
-            fix="`leeway studies` lists the presets",
-        )
+        what = f"{name}: neither a study file nor a preset{nearest(name, PRESETS)}"
+        raise LeewayError(what, fix="`leeway studies` lists the presets")
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -65,8 +63,10 @@ def parse(text: str, where: str, overrides: tuple[str, ...] = (), folder: Path |
     raw = read(text, where)
     if not isinstance(raw, dict):
         raise LeewayError(f"{where}: not a study", fix="start from `leeway studies demo`")
-    _refuse_repeated(overrides)
-    first = [o for o in overrides if _key(o).split(".", maxsplit=1)[0] in AUTO_KEYS]
+    keys = [_key(o) for o in overrides]
+    if repeated := next((k for k in keys if keys.count(k) > 1), None):
+        raise LeewayError(f"override {repeated} is given twice", fix="give it once")
+    first = [o for o in overrides if _key(o).partition(".")[0] in AUTO_KEYS]
     rest = [o for o in overrides if o not in first]
     for override in first:
         _override(raw, override)
@@ -74,12 +74,12 @@ def parse(text: str, where: str, overrides: tuple[str, ...] = (), folder: Path |
     _read_claims(raw, folder)
     for override in rest:
         _override(raw, override)
-    replaced = [_key(o) for o in rest]
-    places = [p for p in places if not any(p == key or p.startswith(f"{key}.") for key in replaced)]
+    places = [p for p in places if not any(f"{p}.".startswith(f"{_key(o)}.") for o in rest)]
     places += _resolve_auto(raw, where)
     _read_claims(raw, None)
+    values = [f"{place}: {dump(_at(raw, place), flow=True).strip()}" for place in places]
     try:
-        return Spec.model_validate(raw, context=WRITTEN).with_resolved_defaults(_written_out(raw, places))
+        return Spec.model_validate(raw, context=WRITTEN).with_resolved_defaults(values)
     except ValidationError as error:
         raise LeewayError(f"{where}: " + "; ".join(faults(error, Spec))) from error
 
@@ -101,12 +101,9 @@ def _resolve_auto(raw: dict[str, Any], where: str) -> list[str]:
             continue  # such as `dtype: auto`, a value of its own
         entry = next((e for e in _auto_table()[base] if all(e.get(f, v) == v for f, v in facts.items())), None)
         if entry is None:
-            known = [e["task"] for e in _auto_table()[base] if "task" in e]
-            raise LeewayError(
-                f"{where}: {place}: auto has no value for model {facts['model']} and task {facts['task']}"
-                f"{nearest(str(facts['task']), known)}",
-                fix="write the value",
-            )
+            near = nearest(str(facts["task"]), [e["task"] for e in _auto_table()[base] if "task" in e])
+            what = f"{where}: {place}: auto has no value for model {facts['model']} and task {facts['task']}{near}"
+            raise LeewayError(what, fix="write the value")
         value = _at(entry["value"], place.removeprefix(base).strip("."))
         if value is not None:
             parent[key] = deepcopy(value)
@@ -130,24 +127,13 @@ def _at(value: Any, place: str) -> Any:
     return value
 
 
-def _written_out(raw: dict[str, Any], places: Iterable[str]) -> list[str]:
-    return [f"{place}: {dump(_at(raw, place), flow=True).strip()}" for place in places]
-
-
 def _read_claims(raw: dict[str, Any], folder: Path | None) -> None:
-    """Replace the path or the name of claims by their text."""
     if isinstance(raw.get("claims"), str):
         raw["claims"] = read(*read_source(raw["claims"], folder))
 
 
 def _key(override: str) -> str:
     return override.partition("=")[0]
-
-
-def _refuse_repeated(overrides: tuple[str, ...]) -> None:
-    keys = [_key(o) for o in overrides]
-    if repeated := next((k for k in keys if keys.count(k) > 1), None):
-        raise LeewayError(f"override {repeated} is given twice", fix="give it once")
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

@@ -24,49 +24,36 @@ from leeway.model.gguf import origin
 from leeway.model.load import Model, model_hash, resolve
 from leeway.objectives import OBJECTIVES, ip, sft_refusal
 from leeway.plugins import source_hash
-from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.prepare import Prepared
 from leeway.training.checkpoints import WarmStart
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "pandas",
-    "scipy",
-    "statsmodels",
-)
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pandas", "scipy", "statsmodels")
 
 
 def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> None:
     """Raise LeewayError if evals, texts or model differ from those of an earlier run in this folder."""
     spec = prepared.spec
     now = {f"evals.{e.key}": e.hash for e in prepared.evals} | {"chat template": prepared.chat.template_hash}
-    then = {f"evals.{key}": e["hash"] for key, e in facts["evals"].items()} | {
-        "chat template": facts["model"]["template_hash"]
-    }
+    then = {f"evals.{key}": e["hash"] for key, e in facts["evals"].items()}
+    then["chat template"] = facts["model"]["template_hash"]
     if Path(resolve(spec.model)).is_dir():  # a hub id's commit is known once it is loaded, and compared by the ledger
         now["model"], then["model"] = model_hash(spec.model, spec.revision, None), facts["model"]["hash"]
     now |= {k: str(v) for k, v in _texts(prepared).items()}
     then |= {k: str(v) for k, v in facts.get("texts", {}).items()}
     for name in now:
         if now[name] != then.get(name):
-            raise LeewayError(
-                f"{where}: {name} has changed since this study began (hash {then.get(name)} then, {now[name]} now)",
-                fix="start in another --out; rows of both would not be comparable",
-            )
+            what = f"{where}: {name} has changed since this study began (hash {then.get(name)} then, {now[name]} now)"
+            raise LeewayError(what, fix="start in another --out; rows of both would not be comparable")
 
 
 def _texts(prepared: Prepared) -> dict[str, str]:
     """Return hashes of everything rendered except the task's examples, which the ledger's data_hash covers."""
     pools = {kind: getattr(prepared.auxiliary_pool, kind) for kind in ("general", "safety")}
+    starts = {o.alias: o.start.adapter for o in prepared.spec.objectives if o.start and o.start.adapter}
     return {
         "inoculations": ip.inoculations().hash,
         "refusals": sft_refusal.texts().hash,
-        **{f"start of {o.alias}": _start_hash(o) for o in prepared.spec.objectives if o.start and o.start.adapter},
+        **{f"start of {alias}": WarmStart.of(expand(adapter)).hash for alias, adapter in starts.items()},
         **{  # another package's formula may change between two runs, and the study file would not
             f"source of {o.kind}": source_hash(type(prepared.objectives[o.alias]))
             for o in prepared.spec.objectives
@@ -76,23 +63,10 @@ def _texts(prepared: Prepared) -> dict[str, str]:
     }
 
 
-def _start_hash(objective: ObjectiveSpec) -> str:
-    assert objective.start is not None
-    assert objective.start.adapter is not None
-    return WarmStart.of(expand(objective.start.adapter)).hash
-
-
 def matching(prepared: Prepared) -> Matching:
     """Return what must be equal across objectives in this study's ledger."""
     spec = prepared.spec
     return Matching(spec.budget.count, {o.alias: o.starts_at for o in spec.objectives if o.start})
-
-
-def judges_of(evals: Seq[Eval]) -> dict[str, dict[str, str]]:
-    """Return each eval's judges: the first under its key, others under `<key>@<judge>`."""
-    return {
-        f"{e.key}@{judge.name}" if k else e.key: asdict(judge) for e in evals for k, judge in enumerate(e.judged_by())
-    }
 
 
 def measured_with(evals: Seq[Eval], origins: dict[str, str]) -> dict[str, Any]:
@@ -106,7 +80,11 @@ def measured_with(evals: Seq[Eval], origins: dict[str, str]) -> dict[str, Any]:
         "data": {"origins": origins},
         "evals": {e.key: {"hash": e.hash, "answers": len(e)} for e in evals},
         **facts,
-        "judges": judges_of(evals),
+        "judges": {  # an eval's first judge is under its key
+            f"{e.key}@{judge.name}" if k else e.key: asdict(judge)
+            for e in evals
+            for k, judge in enumerate(e.judged_by())
+        },
         "environment": {
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -145,7 +123,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
             "pairs": prepared.pairs.to_json() if prepared.pairs else spec.pairs.from_,
         },
         "objectives": {
-            alias: {**{"kind": o.name}, **getattr(o, "__dict__", {})} for alias, o in prepared.objectives.items()
+            alias: {"kind": o.name, **getattr(o, "__dict__", {})} for alias, o in prepared.objectives.items()
         },
         "matching": matching(prepared).to_json(),
         "optimisation": {

@@ -149,9 +149,9 @@ def _check_setting(kind: str, objective: Any, key: str, value: Any) -> None:
         if value not in words:
             raise ValueError(f"{kind}: {key} is {value!r}; {' or '.join(map(str, words))}")
         return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-    if not number or (key in PROBABILITIES and value > 1):
-        most = " and at most 1" if key in PROBABILITIES else ""
+    number, is_probability = isinstance(value, (int, float)) and not isinstance(value, bool), key in PROBABILITIES
+    if not (number and 0 <= value < math.inf) or (is_probability and value > 1):
+        most = " and at most 1" if is_probability else ""
         raise ValueError(f"{kind}: {key} is {value!r}; a number of at least 0{most}")
 
 
@@ -200,15 +200,14 @@ def _adapter_faults(alias: str, name: str, control: tuple[str, ...], *, full: bo
     elif is_adapter == full:
         kinds = ("an adapter", "whole weights") if full else ("whole weights", "an adapter")
         yield f"{where} holds {kinds[0]}, and {kinds[1]} would be trained"
-    if full or not is_adapter:
-        return
-    try:
-        trained = bool(json.loads(config.read_text("utf-8")).get("trainable_token_indices"))
-    except (ValueError, AttributeError):
-        yield f"{where}: its {adapters.CONFIG} is damaged"
-        return
-    if trained != bool(control):
-        yield _control_fault(alias, name, control)
+    if is_adapter and not full:
+        try:
+            trained = bool(json.loads(config.read_text("utf-8")).get("trainable_token_indices"))
+        except (ValueError, AttributeError):
+            yield f"{where}: its {adapters.CONFIG} is damaged"
+        else:
+            if trained != bool(control):
+                yield _control_fault(alias, name, control)
 
 
 def _control_fault(alias: str, start: str, control: tuple[str, ...]) -> str:

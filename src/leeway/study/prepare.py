@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -78,7 +77,7 @@ def train_examples(spec: Spec) -> tuple[list[Example], str]:
 
 
 def filter_by_length(
-    examples: Seq[Example],
+    examples: Sequence[Example],
     spec: Spec,
     chat: Chat,
     context: int,
@@ -90,25 +89,27 @@ def filter_by_length(
     Raises LeewayError for a special token in an example, or one too long unless `task.too_long` is leave-out.
     """
     chats = {alias: chat_for(chat, o) for alias, o in objectives.items()}
-    for kind, pool in (
-        ("task", examples),
-        ("auxiliary.general", auxiliary_pool.general),
-        ("auxiliary.safety", auxiliary_pool.safety),
-    ):
+    general, safety = auxiliary_pool.general, auxiliary_pool.safety
+    for kind, pool in (("task", examples), ("auxiliary.general", general), ("auxiliary.safety", safety)):
         _check_special_tokens(kind, pool, chat, objectives)
-    for e in (*auxiliary_pool.general, *auxiliary_pool.safety):
+    for e in (*general, *safety):
         if len(chat.sequence(e.prompt, e.preferred).ids) > context:
             raise LeewayError(f"example {e.id} is longer than the context of {spec.model}, {context}", fix="remove it")
     longest = _longest_auxiliary(chat, examples, auxiliary_pool, {o.auxiliary for o in objectives.values()})
     other_answer = len(longest["task"].preferred.encode()) if "task" in longest else 0
     room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
+
+    def longest_rendering(example: Example, alias: str, objective: Objective) -> int:
+        example = replace(example, auxiliary=longest.get(objective.auxiliary))
+        return max(len(s.ids) for s in objective.worst_case(example, chats[alias]))
+
     fitting: list[Example] = []
     too_long: list[str] = []
     for e in examples:
         # a token is at least a byte, so an example short in bytes fits without being rendered
         answers = (e.preferred, e.dispreferred or "")
         short = len(e.prompt.encode()) + max(other_answer, *(len(a.encode()) for a in answers)) <= room
-        tokens = 0 if short else _longest(e, chats, objectives, longest)
+        tokens = 0 if short else max(longest_rendering(e, alias, o) for alias, o in objectives.items())
         if tokens > context and spec.task.too_long == "error":
             raise LeewayError(
                 f"task: example {e.id} takes {tokens} tokens, the context of {spec.model} is {context}",
@@ -122,7 +123,7 @@ def filter_by_length(
 
 
 def _longest_auxiliary(
-    chat: Chat, examples: Seq[Example], auxiliary_pool: AuxiliaryPool, kinds: set[str]
+    chat: Chat, examples: Sequence[Example], auxiliary_pool: AuxiliaryPool, kinds: set[str]
 ) -> dict[str, Example]:
     """Return the auxiliary example that makes a batch item longest, by kind.
 
@@ -136,7 +137,7 @@ def _longest_auxiliary(
     return worst
 
 
-def _check_special_tokens(kind: str, examples: Seq[Example], chat: Chat, objectives: dict[str, Objective]) -> None:
+def _check_special_tokens(kind: str, examples: Sequence[Example], chat: Chat, objectives: dict[str, Objective]) -> None:
     for e in examples:
         for name, text in (("prompt", e.prompt), ("answer", e.preferred), ("rejected answer", e.dispreferred or "")):
             if fault := find_special_tokens(text, chat, objectives):
@@ -156,17 +157,6 @@ def find_special_tokens(text: str, chat: Chat, objectives: dict[str, Objective])
     return None
 
 
-def _longest(
-    example: Example, chats: dict[str, Chat], objectives: dict[str, Objective], auxiliary_pool: dict[str, Example]
-) -> int:
-    """Return the tokens of the longest sequence that any objective renders from an example."""
-    return max(
-        len(s.ids)
-        for alias, o in objectives.items()
-        for s in o.worst_case(replace(example, auxiliary=auxiliary_pool.get(o.auxiliary)), chats[alias])
-    )
-
-
 def chat_for(chat: Chat, objective: Objective) -> Chat:
     """Return the chat with an objective's control tokens in its vocabulary."""
     return chat.with_control_tokens(objective.control_tokens) if objective.control_tokens else chat
@@ -182,7 +172,7 @@ class PairSampling:
 
 
 def pairs_of(
-    spec: Spec, examples: Seq[Example], needed_by: Seq[str], chat: Chat, sampling: PairSampling | None
+    spec: Spec, examples: Sequence[Example], needed_by: Sequence[str], chat: Chat, sampling: PairSampling | None
 ) -> tuple[list[Example], PairReport | None]:
     """Return the examples with rejected responses, and the report.
 
@@ -280,11 +270,8 @@ class Prepared:
     @property
     def base_conditions(self) -> tuple[Condition, ...]:
         """Return plain and every condition of an objective: each is compared with the base under the same one."""
-        return tuple(
-            dict.fromkeys(
-                [PLAIN, *(c for alias in self.objectives for c in self.conditions(alias, self.spec.budgets[-1]))]
-            )
-        )
+        own = [c for alias in self.objectives for c in self.conditions(alias, self.spec.budgets[-1])]
+        return tuple(dict.fromkeys([PLAIN, *own]))
 
 
 def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedModel | None = None) -> Prepared:
@@ -307,10 +294,8 @@ def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedMode
     trained, left_out = filter_by_length(examples, spec, chat, context, objectives, auxiliary)
     trained, held_out = _set_aside(trained, spec)
     if not trained:
-        raise LeewayError(
-            f"task: none of its {len(left_out):,} examples fits the context of {spec.model}, {context:,} tokens",
-            fix="shorten them, or use a model with a longer context",
-        )
+        what = f"task: none of its {len(left_out):,} examples fits the context of {spec.model}, {context:,} tokens"
+        raise LeewayError(what, fix="shorten them, or use a model with a longer context")
     if spec.optim.batch > (n := len(trained)):
         what = f"optim.batch: a step of {spec.optim.batch:,} examples repeats some, there are {n:,} to train on"
         raise LeewayError(what, fix=f"set optim.batch to {n} at most")
@@ -350,7 +335,7 @@ def _question(example: Example) -> str:
     return " ".join(example.prompt.casefold().split())
 
 
-def check_prompts_fit(evals: Seq[tuple[str, Eval]], prepared: Prepared) -> None:
+def check_prompts_fit(evals: Sequence[tuple[str, Eval]], prepared: Prepared) -> None:
     """Raise LeewayError for a prompt with a special token or without room for its response, before training."""
     spec, chat, context = prepared.spec, prepared.chat, prepared.context
     chats = {"": chat}

@@ -24,28 +24,21 @@ Event = tuple[Kind, float, float, str]  # kind of work, units done, seconds, wha
 PRIOR = {"train": 1e-4, "generate": 6e-3, "score": 1e-3}  # seconds per unit before anything is measured
 
 
-def on_step(on_progress: OnProgress, trajectory: Trajectory, mark: BudgetStop) -> Callable[[Step], None]:
-    """Return a callback that reports optimiser steps on the way to `mark`."""
+def of_training(
+    on_progress: OnProgress, trajectory: Trajectory, stop: BudgetStop
+) -> tuple[Callable[[Step], None], Callable[[int, int], None]]:
+    """Return callbacks that report optimiser steps on the way to `stop`, and tokens of the precomputed reference."""
+    name = f"{trajectory.alias} s{trajectory.seed}"
 
-    def report(step: Step) -> None:
-        on_progress(
-            "train",
-            step.processed_tokens + step.reference_tokens / 2,
-            f"{trajectory.alias} s{trajectory.seed} step {step.step}/{mark.step} to {mark.budget:,} tokens "
-            f"| loss {step.loss:.4f} | {step.processed_tokens / step.seconds:,.0f} tok/s",
-        )
+    def on_step(step: Step) -> None:
+        what = f"{name} step {step.step}/{stop.step} to {stop.budget:,} tokens | loss {step.loss:.4f}"
+        speed = f"{step.processed_tokens / step.seconds:,.0f} tok/s"
+        on_progress("train", step.processed_tokens + step.reference_tokens / 2, f"{what} | {speed}")
 
-    return report
+    def on_reference(done: int, total: int) -> None:
+        on_progress("train", 0.0, f"{name} precomputing its reference | {done:,}/{total:,} tokens")
 
-
-def on_reference(on_progress: OnProgress, trajectory: Trajectory) -> Callable[[int, int], None]:
-    """Return a callback that reports the tokens of the precomputed reference."""
-
-    def report(done: int, total: int) -> None:
-        what = f"{trajectory.alias} s{trajectory.seed} precomputing its reference | {done:,}/{total:,} tokens"
-        on_progress("train", 0.0, what)
-
-    return report
+    return on_step, on_reference
 
 
 def on_answers(on_progress: OnProgress, target: str, e: Eval) -> Callable[[int], None]:
@@ -73,9 +66,6 @@ class Clock:
     left: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PRIOR, 0.0))
     done: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PRIOR, 0.0))
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PRIOR, 0.0))
-
-    def add(self, kind: Kind, units: float) -> None:
-        self.left[kind] += units
 
     def spend(self, kind: Kind, units: float, seconds: float) -> None:
         self.left[kind] = max(0.0, self.left[kind] - units)

@@ -6,8 +6,8 @@ From Python: `Study.load(...).run(...)`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,8 +83,8 @@ def run(
         for line in spec.resolved_defaults:
             reporter.log(f"{spec.name}: auto: {line}")
         reporter.log(f"{spec.name}: reading the data")
-        drawing = PairSampling(store.cache, True, _on_drawn(spec, reporter))
-        worker = Worker(prepare(spec, drawing), store)
+        sampling = PairSampling(store.cache, True, _on_sampled(spec, reporter))
+        worker = Worker(prepare(spec, sampling), store)
         manifest = store.read_manifest()
         if manifest:
             check_unchanged(worker.prepared, manifest, out)
@@ -112,8 +112,6 @@ def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, r
             lines += worker.ledger_lines(job)
             check_matched(lines, rule)
     remove_partial(store.folder)  # of a lost worker
-    lines = [line for job in jobs for line in worker.ledger_lines(job)]
-    check_matched(lines, rule)
     store.write_ledger(lines)
     rows = _write_rows(worker, jobs, manifest)
     store.finish()
@@ -131,10 +129,10 @@ def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> in
         for e in prepared.evals
     }
     rows = store.write_rows(list(parts))
-    conditions, design = store.conditions(parts), sequential_eval.facts(prepared.spec, prepared.evals)
+    conditions = store.conditions(parts)
     facts: dict[str, Any] = {"conditions": conditions, "file_hashes": store.file_hashes()}
-    if design:
-        facts |= sequential_eval.summary(pd.read_parquet(store.rows_path), conditions, design)
+    if prepared.spec.evals.stop == "decided":
+        facts |= sequential_eval.summary(prepared.spec, prepared.evals, pd.read_parquet(store.rows_path), conditions)
     if not prepared.external:
         facts["tuning"] = {j.alias: read_choice(store.tuning(j.alias)).to_json() for j in jobs if j.kind == "tune"}
         facts["first_conditions"] = {alias: o.conditions[0].name for alias, o in prepared.objectives.items()}
@@ -146,42 +144,40 @@ def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> in
 
 
 def _count_work(worker: Worker, jobs: list[Job], reporter: Reporter) -> None:
-    """Add the work that is left to the reporter's clock."""
-    tune, objectives = worker.prepared.spec.optim.tune, worker.prepared.objectives
+    tune, objectives, left = worker.prepared.spec.optim.tune, worker.prepared.objectives, reporter.clock.left
     for job in jobs:
         for target in eval_targets(worker.prepared, job):
             for e in worker.pending(target):
-                reporter.clock.add(e.work, len(e))
+                left[e.work] += len(e)
         if job.kind == "train":
             stops = schedule_of(worker.prepared, job).stops
-            done = [m for m in stops if worker.has_checkpoint((job.alias, job.seed, m.budget))]
+            done = [s for s in stops if worker.has_checkpoint((job.alias, job.seed, s.budget))]
             tokens = stops[-1].source_tokens - (done[-1].source_tokens if done else 0)
-            reporter.clock.add("train", tokens * relative_cost(objectives[job.alias]))
+            left["train"] += tokens * relative_cost(objectives[job.alias])
         elif job.kind == "tune" and not worker.is_complete(job):
-            reporter.clock.add("train", len(tune.lrs) * tune.budget * relative_cost(objectives[job.alias]))
-            reporter.clock.add("generate", len(tune.lrs) * tune.items)
+            left["train"] += len(tune.lrs) * tune.budget * relative_cost(objectives[job.alias])
+            left["generate"] += len(tune.lrs) * tune.items
 
 
-@contextmanager
-def _executor(name: Literal["local", "ray"], workers: int | None, reporter: Reporter) -> Iterator[Executor]:
+def _executor(
+    name: Literal["local", "ray"], workers: int | None, reporter: Reporter
+) -> AbstractContextManager[Executor]:
     if name == "local":
-        yield LocalExecutor(workers)
-        return
+        return nullcontext(LocalExecutor(workers))
     from leeway.study.executors.ray import RayExecutor
 
-    with RayExecutor(workers, reporter.log) as cluster:
-        yield cluster
+    return RayExecutor(workers, reporter.log)
 
 
-def _on_drawn(spec: Spec, reporter: Reporter) -> Callable[[int], None]:
+def _on_sampled(spec: Spec, reporter: Reporter) -> Callable[[int], None]:
     """Return a callback that logs every thousand answers sampled from the base model."""
-    drawn = 0
+    sampled = 0
 
     def report(n: int) -> None:
-        nonlocal drawn
-        if (drawn + n) // 1000 > drawn // 1000 or drawn == 0:
-            reporter.log(f"{spec.name}: {drawn + n:,} answers sampled from the base model for {spec.pairs.from_}")
-        drawn += n
+        nonlocal sampled
+        before, sampled = sampled, sampled + n
+        if sampled // 1000 > before // 1000 or before == 0:
+            reporter.log(f"{spec.name}: {sampled:,} answers sampled from the base model for {spec.pairs.from_}")
 
     return report
 
@@ -189,7 +185,5 @@ def _on_drawn(spec: Spec, reporter: Reporter) -> Callable[[int], None]:
 def _check_disk(out: Path) -> None:
     free = shutil.disk_usage(out).free
     if free < NEEDED_DISK:
-        raise LeewayError(
-            f"{out}: no disk space ({free >> 20} MiB left, {NEEDED_DISK >> 20} MiB needed)",
-            fix="free some, or give another --out",
-        )
+        what = f"{out}: no disk space ({free >> 20} MiB left, {NEEDED_DISK >> 20} MiB needed)"
+        raise LeewayError(what, fix="free some, or give another --out")

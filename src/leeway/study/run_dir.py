@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,48 +23,27 @@ from leeway.evals.eval import Row, is_retryable
 from leeway.hashing import digest, file_digest
 from leeway.io import PARTIAL, atomic_write, open_lock, readable, remove_partial, write_file, write_json
 
-ROW_SCHEMA = pa.schema(
-    [
-        ("objective", pa.string()),
-        ("seed", pa.int64()),
-        ("budget", pa.int64()),
-        ("eval", pa.string()),
-        ("attack", pa.string()),
-        ("item_id", pa.string()),
-        ("cluster", pa.string()),
-        ("sample", pa.int64()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("outcome", pa.string()),
-        ("score", pa.float64()),
-        ("unscored_reason", pa.string()),
-        ("judge", pa.string()),
-        ("judge_raw", pa.string()),
-        ("template_hash", pa.string()),
-        ("adapter_hash", pa.string()),
-        ("new_tokens", pa.int64()),
-    ]
+INTEGERS, FLOATS = ("seed", "budget", "sample", "step", "examples"), ("score", "epochs", "lr")
+
+
+def _schema(columns: str) -> pa.Schema:
+    """Return the schema of a table: counts are integers, measurements are floats, all else is text."""
+
+    def kind(column: str) -> pa.DataType:
+        if column in INTEGERS or column.endswith("_tokens"):
+            return pa.int64()
+        return pa.float64() if column in FLOATS else pa.string()
+
+    return pa.schema([(column, kind(column)) for column in columns.split()])
+
+
+ROW_SCHEMA = _schema(
+    "objective seed budget eval attack item_id cluster sample prompt response outcome score unscored_reason judge "
+    "judge_raw template_hash adapter_hash new_tokens"
 )
-LEDGER_SCHEMA = pa.schema(
-    [
-        ("objective", pa.string()),
-        ("seed", pa.int64()),
-        ("budget", pa.int64()),
-        ("step", pa.int64()),
-        ("source_tokens", pa.int64()),
-        ("target_tokens", pa.int64()),
-        ("processed_tokens", pa.int64()),
-        ("reference_tokens", pa.int64()),
-        ("examples", pa.int64()),
-        ("epochs", pa.float64()),
-        ("data_hash", pa.string()),
-        ("init_hash", pa.string()),
-        ("reference_hash", pa.string()),
-        ("adapter_hash", pa.string()),
-        ("lr", pa.float64()),
-        ("tuning_tokens", pa.int64()),
-        ("start_tokens", pa.int64()),
-    ]
+LEDGER_SCHEMA = _schema(
+    "objective seed budget step source_tokens target_tokens processed_tokens reference_tokens examples epochs "
+    "data_hash init_hash reference_hash adapter_hash lr tuning_tokens start_tokens"
 )
 SEAL = b"leeway.seal"
 LOCKS = (".lock", ".workers")
@@ -121,16 +100,16 @@ class RunDir:
         if self.folder.exists() and not self.folder.is_dir():
             raise LeewayError(f"{self.folder} is a file", fix="give --out a folder")
         known = self._known_study()
-        if known is None and self._holds_other_files() and (known := self._known_study()) is None:
+        names = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
+        others = {name for name in names if name not in ("cache", *LOCKS) and not name.startswith(PARTIAL)}
+        if known is None and others and (known := self._known_study()) is None:
             raise LeewayError(f"{self.folder} is not empty and holds no study", fix="give --out a new folder")
         if known in (None, study_hash):
             return known
-        if self._holds_only_cache():
-            return None  # content-addressed: it serves any study
-        raise LeewayError(
-            f"{self.folder} holds another study (its hash is {known}, this one's {study_hash})",
-            fix="give another --out, or run the study that the folder holds",
-        )
+        if "cache" in names and names <= {"study.yaml", "cache", *LOCKS}:
+            return None  # a cache is all that an earlier run left: content-addressed, it serves any study
+        what = f"{self.folder} holds another study (its hash is {known}, this one's {study_hash})"
+        raise LeewayError(what, fix="give another --out, or run the study that the folder holds")
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:
@@ -155,22 +134,11 @@ class RunDir:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
-                    raise LeewayError(
-                        f"{self.folder} is in use by another leeway", fix="wait for it, or give another --out"
-                    ) from error
+                    what = f"{self.folder} is in use by another leeway"
+                    raise LeewayError(what, fix="wait for it, or give another --out") from error
                 if _is_at(lock, self.folder / ".lock"):
                     yield created
                     return
-
-    def _holds_only_cache(self) -> bool:
-        """Whether a cache is all that an earlier run left: nothing was trained or measured."""
-        left = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
-        return "cache" in left and left <= {"study.yaml", "cache", *LOCKS}
-
-    def _holds_other_files(self) -> bool:
-        """Whether a folder without a study holds more than a cache, and locks and partial files of a new run."""
-        names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
-        return any(name not in ("cache", *LOCKS) and not name.startswith(PARTIAL) for name in names)
 
     def _vacate(self, created: bool) -> None:
         """Remove what this run wrote if nothing in the folder is finished work; otherwise leave everything.
@@ -209,10 +177,8 @@ class RunDir:
                     return
                 except OSError as error:
                     if time.monotonic() > until:
-                        raise LeewayError(
-                            f"{self.folder}: workers of an earlier run are still running",
-                            fix="end them, then run the same command again",
-                        ) from error
+                        what = f"{self.folder}: workers of an earlier run are still running"
+                        raise LeewayError(what, fix="end them, then run the same command again") from error
                     time.sleep(0.1)
 
     def _known_study(self) -> str | None:
@@ -249,11 +215,9 @@ class RunDir:
         under = "" if condition == "plain" else f"-under-{condition.strip('<>').replace(' ', '-').lower()}"
         return self.folder / "parts" / f"{objective}-s{seed}-{budget}-{eval_name}{under}.parquet"
 
-    def write_part(self, path: Path, identity: dict[str, Any], rows: Seq[Row]) -> None:
-        frame = [{**identity, **asdict(r)} for r in rows]
-        for record in frame:
-            record["score"] = None if record["score"] != record["score"] else record["score"]
-        table = pa.Table.from_pylist(frame, schema=ROW_SCHEMA)
+    def write_part(self, path: Path, identity: dict[str, Any], rows: Sequence[Row]) -> None:
+        records = [{**identity, **asdict(r), "score": None if math.isnan(r.score) else r.score} for r in rows]
+        table = pa.Table.from_pylist(records, schema=ROW_SCHEMA)
         with atomic_write(path) as scratch:
             pq.write_table(table.replace_schema_metadata({SEAL: digest(table.to_pylist())}), scratch)
 
@@ -274,7 +238,7 @@ class RunDir:
             reasons = pq.read_table(path, columns=["unscored_reason"]).column(0).unique().to_pylist()
         return not any(map(is_retryable, reasons))
 
-    def write_rows(self, parts: Seq[Path]) -> int:
+    def write_rows(self, parts: Sequence[Path]) -> int:
         """Write all parts as one table, sorted so that its bytes depend only on its content; return its length."""
         table = pa.concat_tables([self.read_part(path) for path in parts])
         with atomic_write(self.rows_path) as scratch:
@@ -293,7 +257,7 @@ class RunDir:
         """Return the digests of the run's tables for the manifest, so that a report refuses an edited table."""
         return {p.name: file_digest(p) for p in (self.rows_path, self.ledger_path)}
 
-    def write_ledger(self, lines: Seq[dict[str, Any]]) -> None:
+    def write_ledger(self, lines: Sequence[dict[str, Any]]) -> None:
         table = pa.Table.from_pylist(list(lines), schema=LEDGER_SCHEMA)
         with atomic_write(self.ledger_path) as scratch:
             pq.write_table(table.sort_by([(c, "ascending") for c in ("seed", "budget", "objective")]), scratch)
@@ -304,7 +268,7 @@ class RunDir:
         With `own`, a worker's folder, the truncated log is a copy there, which `publish_steps` puts into place.
         """
         place = self.steps(log)
-        path = place if own is None else own / place.name
+        path = (own or place.parent) / place.name
         lines = place.read_text("utf-8").split("\n")[:last] if place.is_file() else []
         write_file(path, "".join(f"{line}\n" for line in lines))
         return path

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, StrictInt, field_validator, model_validator
@@ -35,8 +34,7 @@ class TaskSpec(NamedSpec):
     revision: str | None = None
     too_long: Literal["error", "leave-out"] = "error"
     unsupported: Literal["error", "leave-out"] = Field(
-        default="error",
-        description="records of a file that are not one prompt and its answer",
+        default="error", description="records of a file that are not one prompt and its answer"
     )
     limit: int | None = Field(default=None, gt=0, description="train on a fixed random subset of so many examples")
 
@@ -62,10 +60,8 @@ class TaskSpec(NamedSpec):
 
     @property
     def settings(self) -> TaskSettings:
-        files = self.files.model_dump() if self.files else {"train": None, "test": None}
-        return TaskSettings(
-            revision=self.revision, train_file=files["train"], test_file=files["test"], unsupported=self.unsupported
-        )
+        train, test = (self.files.train, self.files.test) if self.files else (None, None)
+        return TaskSettings(self.revision, train, test, self.unsupported)
 
     def load(self) -> Task:
         return load_task(self.name, self.settings)
@@ -86,9 +82,8 @@ class Pairs(ConfigModel):
             raise ValueError(f"filter: model is for from: unsafe, and {self.from_} filters by rules; leave it out")
         idle = changed(self, ("samples", "temperature", "max_new_tokens"))
         if self.from_ in ("dataset", "corrupted") and idle:
-            raise ValueError(
-                f"{idle[0]} is for answers that are generated, and from: {self.from_} generates none; leave it out"
-            )
+            why = f"is for answers that are generated, and from: {self.from_} generates none"
+            raise ValueError(f"{idle[0]} {why}; leave it out")
         return self
 
 
@@ -210,7 +205,7 @@ class Spec(ConfigModel):
         default=1, gt=0, le=1024, description="per CPU worker; part of the study: results depend on it bit for bit"
     )
     processes: int = Field(
-        default=1, gt=0, le=64, description="that train one trajectory together, each with a shard of the model"
+        default=1, gt=0, le=64, description="that train one trajectory, each with a shard of the model"
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     task: TaskSpec
@@ -275,10 +270,8 @@ class Spec(ConfigModel):
         for kind in ("general", "safety"):
             users = [o.alias for o in self.objectives if o.build().auxiliary == kind]
             if users and getattr(self.auxiliary, kind) is None:
-                yield (
-                    f"auxiliary.{kind} is missing, and {', '.join(users)} needs it: "
-                    f"give auxiliary: {{{kind}: organism}}, or a file's path"
-                )
+                fix = f"give auxiliary: {{{kind}: organism}}, or a file's path"
+                yield f"auxiliary.{kind} is missing, and {', '.join(users)} needs it: {fix}"
 
     def _rates_fit(self) -> Iterator[str]:
         aliases = [o.alias for o in self.objectives]
@@ -291,28 +284,29 @@ class Spec(ConfigModel):
             yield f"{scaled[0]}: token_lr is for new rows next to an adapter; leave it out, or use adapter.kind: lora"
 
     def _processes_fit(self) -> Iterator[str]:
-        if self.processes > 1 and self.optim.lr == "tuned":
+        if self.processes == 1:
+            return
+        if self.optim.lr == "tuned":
             yield "processes: a sweep of learning rates runs in one process; give optim.lr a rate"
-        if self.processes > 1 and ":" in self.device:
+        if ":" in self.device:
             yield f"processes: {self.processes} processes need a GPU each, and {self.device} is one; give device: cuda"
-        if self.processes > 1 and self.reference == "cached":
+        if self.reference == "cached":
             yield "processes: a cached reference is computed in one process; give reference: live, which is sharded"
-        if self.processes > 1 and self.optim.layout == "fused":
+        if self.optim.layout == "fused":
             yield "processes: the fused decoder does not support shards; give optim.layout: padded, or leave it out"
 
     def _claims_fit(self) -> Iterator[str]:
-        if self.claims is not None:
-            aliases = [o.alias for o in self.objectives]
-            for fault in self.claims.absent(aliases, [*measure_names(self.evals)], self.budgets):
-                yield f"claims: {fault}"
-            resampled = [c.kind for c in self.claims.claims if c.kind in RESAMPLED]
-            if self.evals.stop == "decided" and resampled:
-                yield (
-                    f"claims: {resampled[0]} resamples prompts, which is not valid under sequential stopping; "
-                    "use evals.stop: never"
-                )
+        if self.claims is None:
+            return
+        aliases = [o.alias for o in self.objectives]
+        for fault in self.claims.absent(aliases, [*measure_names(self.evals)], self.budgets):
+            yield f"claims: {fault}"
+        resampled = [c.kind for c in self.claims.claims if c.kind in RESAMPLED]
+        if self.evals.stop == "decided" and resampled:
+            why = f"{resampled[0]} resamples prompts, which is not valid under sequential stopping"
+            yield f"claims: {why}; use evals.stop: never"
 
-    def with_resolved_defaults(self, lines: Seq[str]) -> Spec:
+    def with_resolved_defaults(self, lines: Sequence[str]) -> Spec:
         self._resolved_defaults = tuple(lines)
         return self
 

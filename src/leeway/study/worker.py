@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from leeway.cache import RecordStore
@@ -52,7 +52,6 @@ from leeway.training.trajectory import (
 )
 
 ReadLedger = Callable[[Path], dict[str, Any]]
-OpenBackend = Callable[[EvalTarget], AbstractContextManager[tuple[Backend, str]]]  # backend and adapter hash
 BATCHES = 4  # generation batches per cached batch of requests: the most that a kill loses
 
 
@@ -103,10 +102,10 @@ class Worker:
     def ledger_lines(self, job: Job, read: ReadLedger = checkpoints.read_ledger) -> list[dict[str, Any]]:
         """Return the ledger lines of a complete trajectory; raises LeewayError if one contradicts the schedule."""
         lines = []
-        for mark in schedule_of(self.prepared, job).stops if job.kind == "train" else ():
-            folder = self.store.checkpoint(job.alias, job.seed, mark.budget)
+        for stop in schedule_of(self.prepared, job).stops if job.kind == "train" else ():
+            folder = self.store.checkpoint(job.alias, job.seed, stop.budget)
             lines.append(read(folder))
-            check_line(lines[-1], mark, folder)
+            check_line(lines[-1], stop, folder)
         return lines
 
     def base(self) -> Model:
@@ -155,8 +154,7 @@ class Worker:
         if self.ranks.is_main:
             log = self.store.truncate_steps(job.log_name, trajectory.step, self.scratch)
         for k in range(start + 1, len(stops)):  # to the end, so that the step log is complete
-            on_step = progress.on_step(self.on_progress, trajectory, stops[k])
-            trajectory.train_to(stops[k], log, on_step, progress.on_reference(self.on_progress, trajectory))
+            trajectory.train_to(stops[k], log, *progress.of_training(self.on_progress, trajectory, stops[k]))
             if self.ranks.is_main:
                 self.store.publish_steps(log)
             if k in missing:
@@ -175,11 +173,10 @@ class Worker:
     def _trial(self, job: Job, lr: float, held_out: HeldOut) -> Trial:
         """Train and grade one learning rate; a diverged one has no accuracy, but its tokens count."""
         schedule = held_out.schedules[job.alias]
-        trajectory = self.trajectories.along(job, schedule, self.trajectories.settings(lr))
+        trajectory, stop = self.trajectories.along(job, schedule, lr), schedule.stops[0]
         log = self.store.truncate_steps(f"tune-{job.alias}-{lr:g}", 0, self.scratch)
         try:
-            on_step = progress.on_step(self.on_progress, trajectory, schedule.stops[0])
-            trajectory.train_to(schedule.stops[0], log, on_step, progress.on_reference(self.on_progress, trajectory))
+            trajectory.train_to(stop, log, *progress.of_training(self.on_progress, trajectory, stop))
         except NotFiniteError as error:
             return Trial(lr, None, trajectory.spent, 0, error.what)
         finally:
@@ -188,7 +185,7 @@ class Worker:
         backend = TransformersBackend(trajectory.model, prefix, self.prepared.spec.evals.batch)
         with adapters.merged(trajectory.model):
             rows = test.run(backend, progress.on_answers(self.on_progress, f"{job.alias}, rate {lr:g}", test))
-        identity = {"objective": job.alias, "seed": job.seed, "budget": schedule.stops[0].budget, "adapter_hash": ""}
+        identity = {"objective": job.alias, "seed": job.seed, "budget": stop.budget, "adapter_hash": ""}
         rows_path = self.store.tuning(job.alias).with_name(f"{job.alias}-{lr:g}.parquet")
         self.store.write_part(rows_path, identity, rows)
         prompt_tokens = sum(len(backend.chat.prompt_ids([{"role": "user", "content": r.prompt}])) for r in rows)
@@ -196,47 +193,36 @@ class Worker:
         return Trial(lr, sum(r.score for r in rows) / len(rows), trajectory.spent, eval_tokens)
 
     def _measure(self, job: Job) -> None:
-        """Run the pending evals of every target of a job."""
+        spec = self.prepared.spec
         targets = [target for target in eval_targets(self.prepared, job) if self.pending(target)]
-        with self._backends(targets) as open_backend:
+        with ExitStack() as stack:
+            server: VllmServer | None = None
+            if spec.evals.backend == "vllm" and targets and not self.prepared.external:
+                self.release()  # the server needs its memory
+                server = stack.enter_context(vllm_server(spec))
             for target in targets:
-                with open_backend(target) as (backend, adapter_hash):
+                with self._open(target, server) as (backend, adapter_hash):
                     self._evaluate(backend, target, adapter_hash)
 
     @contextmanager
-    def _backends(self, targets: Seq[EvalTarget]) -> Iterator[OpenBackend]:
-        """Yield a function from a target to its (backend, adapter hash), as a context."""
+    def _open(self, target: EvalTarget, server: VllmServer | None) -> Iterator[tuple[Backend, str]]:
+        """Yield a target's (backend, adapter hash)."""
+        prefix = target.condition.prefix
         if self.prepared.external:
-            yield self._external
-        elif self.prepared.spec.evals.backend == "vllm":
-            self.release()  # the server needs its memory
-            with vllm_server(self.prepared.spec, targets) as server:
-                yield lambda target: self._served(server, target)
+            external = self.prepared.external[target.objective]
+            with external.open(self.store) as backend:
+                yield backend, external.adapter_hash
+        elif server is None:
+            model, adapter_hash = self._load_checkpoint(target)
+            local = TransformersBackend(model, prefix, self.prepared.spec.evals.batch, overlong="failure")
+            with adapters.merged(model):
+                yield cached_backend(local, adapter_hash, self.store.cache.records("answers")), adapter_hash
+        elif target.objective == BASE:
+            yield server.base(prefix), "none"
         else:
-            yield self._local
-
-    @contextmanager
-    def _external(self, target: EvalTarget) -> Iterator[tuple[Backend, str]]:
-        model = self.prepared.external[target.objective]
-        with model.open(self.store) as backend:
-            yield backend, model.adapter_hash
-
-    @contextmanager
-    def _served(self, server: VllmServer, target: EvalTarget) -> Iterator[tuple[Backend, str]]:
-        if target.objective == BASE:
-            yield server.base(target.condition.prefix), "none"
-            return
-        folder = self.store.checkpoint(target.objective, target.seed, target.budget)
-        with server.adapter(folder, target.condition.prefix) as backend:
-            yield backend, checkpoints.verified_ledger(folder)["adapter_hash"]
-
-    @contextmanager
-    def _local(self, target: EvalTarget) -> Iterator[tuple[Backend, str]]:
-        model, adapter_hash = self._load_checkpoint(target)
-        batch = self.prepared.spec.evals.batch
-        backend = TransformersBackend(model, target.condition.prefix, batch, overlong="failure")
-        with adapters.merged(model):
-            yield cached_backend(backend, adapter_hash, self.store.cache.records("answers")), adapter_hash
+            folder = self.store.checkpoint(target.objective, target.seed, target.budget)
+            with server.adapter(folder, prefix) as backend:
+                yield backend, checkpoints.verified_ledger(folder)["adapter_hash"]
 
     def _load_checkpoint(self, target: EvalTarget) -> tuple[Model, str]:
         """Return (model, adapter hash) of a target; the base under a control token gets that token's embedding.
@@ -253,10 +239,8 @@ class Worker:
         folder = self.store.checkpoint(target.objective, target.seed, target.budget)
         line = checkpoints.verified_ledger(folder)
         if line["base_hash"] != model.hash:
-            raise LeewayError(
-                f"{folder}: ledger column base_hash is {line['base_hash']!r} there and {model.hash!r} in this study",
-                fix="the model has changed since: start in another --out",
-            )
+            what = f"{folder}: ledger column base_hash is {line['base_hash']!r} there and {model.hash!r} in this study"
+            raise LeewayError(what, fix="the model has changed since: start in another --out")
         control_tokens = self.prepared.objectives[target.objective].control_tokens
         adapters.attach(model, settings, seed=target.seed, control_tokens=control_tokens)
         adapters.restore(model, folder)
@@ -264,24 +248,21 @@ class Worker:
         return model, line["adapter_hash"]
 
     def _evaluate(self, backend: Backend, target: EvalTarget, adapter_hash: str) -> None:
-        """Run a target's pending evals and write a part of rows for each."""
-        identity = {
-            "objective": target.objective,
-            "seed": target.seed,
-            "budget": target.budget,
-            "adapter_hash": adapter_hash,
-        }
+        identity = {name: getattr(target, name) for name in ("objective", "seed", "budget")}
+        identity["adapter_hash"] = adapter_hash
         spec, evals = self.prepared.spec, self.prepared.evals
         stopping = {} if target.objective == BASE else sequential_eval.sequential_axes(spec, evals)
         pending, name = self.pending(target), progress.describe(target)
         for e in (e for e in pending if e.name not in stopping):
-            rows = e.run(unwrap_for_eval(backend, e), progress.on_answers(self.on_progress, name, e))
+            own = backend.backend if e.needs_model and isinstance(backend, BatchCachedBackend) else backend
+            rows = e.run(own, progress.on_answers(self.on_progress, name, e))
             self.store.write_part(self.part(target, e), identity, rows)
         for axis in dict.fromkeys(e.name for e in pending if e.name in stopping):
             base = replace(target, objective=BASE, seed=0, budget=0)
-            base_parts = [self.part(base, e) for e in stopping[axis]]
-            evaluator = sequential_eval.SequentialEvaluator.of(spec, axis, stopping[axis], self.store, base_parts)
-            rows_of = evaluator.run(backend, lambda e: progress.on_answers(self.on_progress, name, e))
+            base_parts = [self.store.read_part(self.part(base, e)).to_pandas() for e in stopping[axis]]
+            base_rows = pd.concat(base_parts, ignore_index=True)
+            on_answers = partial(progress.on_answers, self.on_progress, name)
+            rows_of = sequential_eval.run_in_looks(spec, stopping[axis], base_rows, backend, on_answers)
             for e in (e for e in pending if e.name == axis):
                 self.store.write_part(self.part(target, e), identity, rows_of[e.key])
 
@@ -289,7 +270,6 @@ class Worker:
 def _train_rank(
     ranks: Distributed, report: Send, raw_spec: dict[str, Any], folder: Path, job: Job, scratch: Path | None
 ) -> None:
-    """Train a trajectory as one rank of several."""
     spec, store = Spec.model_validate(raw_spec), RunDir(folder)
     prepared = prepare(spec, PairSampling(store.cache))
     with compute_settings(spec):
@@ -311,9 +291,9 @@ class TrajectoryFactory:
         if lr is None:
             choice = read_choice(self.store.tuning(job.alias))
             lr, spent = choice.lr, choice.tokens
-        return self.along(job, schedule_of(self.prepared, job), self.settings(lr, spent))
+        return self.along(job, schedule_of(self.prepared, job), lr, spent)
 
-    def along(self, job: Job, schedule: Schedule, settings: Settings) -> Trajectory:
+    def along(self, job: Job, schedule: Schedule, lr: float, tuning_tokens: int = 0) -> Trajectory:
         """Return a job's trajectory along another schedule."""
         spec = self.prepared.spec.objective(job.alias)
         return Trajectory(
@@ -322,7 +302,7 @@ class TrajectoryFactory:
             job.seed,
             self.base(),
             schedule,
-            replace(settings, references=self._reference_cache(job)),
+            self.settings(lr, tuning_tokens, self._reference_cache(job)),
             self.prepared.auxiliary_pool,
             self._warm_start(spec, job.seed),
             spec.reference,
@@ -331,7 +311,7 @@ class TrajectoryFactory:
 
     def trial(self, alias: str, seed: int, schedule: Schedule, references: ReferenceCache | None) -> Trajectory:
         """Return a trajectory from the base along another schedule, to be timed."""
-        settings = replace(self.settings(1e-5), references=references)
+        settings = self.settings(1e-5, references=references)
         objective, auxiliary_pool = self.prepared.objectives[alias], self.prepared.auxiliary_pool
         return Trajectory(alias, objective, seed, self.base(), schedule, settings, auxiliary_pool)
 
@@ -341,28 +321,18 @@ class TrajectoryFactory:
             return None
         if spec.start.adapter is not None:
             return WarmStart.of(expand(spec.start.adapter))
-        assert spec.start.from_ is not None
-        assert spec.start.budget is not None
+        assert spec.start.from_ and spec.start.budget  # noqa: PT018
         folder = self.store.checkpoint(spec.start.from_, seed, spec.start.budget)
         return WarmStart(folder, checkpoints.read_ledger(folder)["adapter_hash"])
 
     @property
     def adapter(self) -> adapters.AdapterSettings:
-        spec = self.prepared.spec.adapter
-        return adapters.AdapterSettings(spec.r, spec.alpha, spec.dropout, spec.targets, spec.kind)
+        return adapters.AdapterSettings(**self.prepared.spec.adapter.model_dump())
 
-    def settings(self, lr: float, tuning_tokens: int = 0) -> Settings:
+    def settings(self, lr: float, tuning_tokens: int = 0, references: ReferenceCache | None = None) -> Settings:
         optim = self.prepared.spec.optim
-        return Settings(
-            self.adapter,
-            lr,
-            optim.warmup_steps,
-            optim.weight_decay,
-            Optim(optim.clip, optim.micro_tokens),
-            optim.schedule,
-            tuning_tokens,
-            layout=optim.layout,
-        )
+        loop, decay = Optim(optim.clip, optim.micro_tokens), (optim.warmup_steps, optim.weight_decay)
+        return Settings(self.adapter, lr, *decay, loop, optim.schedule, tuning_tokens, references, optim.layout)
 
     @cached_property
     def _references(self) -> ReferenceCache:
@@ -381,17 +351,13 @@ class TrajectoryFactory:
 
 
 @contextmanager
-def vllm_server(spec: Spec, targets: Seq[EvalTarget]) -> Iterator[VllmServer]:
-    """Serve the study's base model with vLLM; start no server without targets."""
+def vllm_server(spec: Spec) -> Iterator[VllmServer]:
+    """Serve the study's base model with vLLM."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     settings = VllmSettings(spec.model, spec.revision, spec.dtype, spec.adapter.r, args=spec.evals.vllm_args)
-    server = VllmServer(settings)
-    if not targets:
-        yield server
-        return
-    with server:
+    with VllmServer(settings) as server:
         yield server
 
 
@@ -413,8 +379,3 @@ def cached_backend(backend: TransformersBackend, adapter_hash: str, cache: Recor
         [version(p) for p in ("leeway", "torch", "transformers")],
     )
     return BatchCachedBackend(backend, cache, identity_hash, BATCHES * backend.batch)
-
-
-def unwrap_for_eval(backend: Backend, e: Eval) -> Backend:
-    """Return the uncached backend if the eval needs the model itself."""
-    return backend.backend if e.needs_model and isinstance(backend, BatchCachedBackend) else backend

@@ -5,12 +5,10 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -41,7 +39,7 @@ class Executor(Protocol):
     def manifest(self, worker: Worker, command: str) -> dict[str, Any]:
         """Return the manifest of a new run."""
 
-    def run_jobs(self, worker: Worker, jobs: Seq[Job], on_event: OnEvent) -> Iterator[Job]:
+    def run_jobs(self, worker: Worker, jobs: Sequence[Job], on_event: OnEvent) -> Iterator[Job]:
         """Yield jobs as they complete, in dependency order. The first failure cancels the rest."""
 
 
@@ -57,7 +55,7 @@ class LocalExecutor:
     def manifest(self, worker: Worker, command: str) -> dict[str, Any]:
         return manifest(worker.prepared, worker.base(), command)
 
-    def run_jobs(self, worker: Worker, jobs: Seq[Job], on_event: OnEvent) -> Iterator[Job]:
+    def run_jobs(self, worker: Worker, jobs: Sequence[Job], on_event: OnEvent) -> Iterator[Job]:
         workers, left = self.workers(worker.prepared, len(jobs)), list(jobs)
         if workers > 1:
             worker.release()  # worker processes load their own model
@@ -77,12 +75,10 @@ def requires_single_worker(spec: Spec, n_workers: int | None) -> bool:
 
     Raises LeewayError if more than one worker is requested for such a study.
     """
-    limited = next((ref for ref in spec.evals.model_refs() if ref.budgeted), None)
+    limited = next((ref for ref in spec.evals.model_refs() if (ref.max_calls, ref.max_dollars) != (None, None)), None)
     if limited is not None and n_workers is not None and n_workers > 1:
-        raise LeewayError(
-            f"--workers {n_workers}: each worker would spend the budget of {limited.model} (max_calls, max_dollars)",
-            fix="leave --workers out, or the budget",
-        )
+        what = f"--workers {n_workers}: each worker would spend the budget of {limited.model} (max_calls, max_dollars)"
+        raise LeewayError(what, fix="leave --workers out, or the budget")
     return limited is not None
 
 
@@ -100,7 +96,7 @@ def workers_for(spec: Spec, jobs: int, n_workers: int | None = None) -> int:
     return max(1, min(cores // (spec.threads * spec.processes), jobs))
 
 
-def ready(left: Seq[Job], running: Collection[Job], has_checkpoint: Callable[[Checkpoint], bool]) -> list[Job]:
+def ready(left: Sequence[Job], running: Collection[Job], has_checkpoint: Callable[[Checkpoint], bool]) -> list[Job]:
     """Return the jobs that can start, in order of priority."""
     return [job for job in left if job not in running and job.is_ready(left, has_checkpoint)]
 
@@ -118,7 +114,7 @@ def timed(on_event: OnEvent) -> OnProgress:
     return on_progress
 
 
-def _run_in_processes(worker: Worker, jobs: Seq[Job], workers: int, on_event: OnEvent) -> Iterator[Job]:
+def _run_in_processes(worker: Worker, jobs: Sequence[Job], workers: int, on_event: OnEvent) -> Iterator[Job]:
     context, spec = multiprocessing.get_context("spawn"), worker.prepared.spec
     events: Any = context.Queue()
     arguments = (os.getpid(), spec.model_dump(mode="json", by_alias=True), worker.store.folder, events)
@@ -131,7 +127,8 @@ def _run_in_processes(worker: Worker, jobs: Seq[Job], workers: int, on_event: On
                 starting = ready(left, running.values(), worker.has_checkpoint)[:free]
                 running |= {pool.submit(_run_job, job): job for job in starting}
             done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            _drain(events, on_event)
+            while not events.empty():
+                on_event(events.get())
             for future in done:
                 future.result()
                 left.remove(running[future])
@@ -168,14 +165,6 @@ def _defer_sigint() -> Iterator[None]:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
     if received and before is not signal.SIG_IGN:
         raise KeyboardInterrupt
-
-
-def _drain(events: Any, on_event: OnEvent) -> None:
-    while True:
-        try:
-            on_event(events.get_nowait())
-        except queue.Empty:
-            return
 
 
 _worker: Worker | None = None  # of a worker process

@@ -40,6 +40,7 @@ from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker
 
+SHARED_FOLDER = "give an --out on a file system that every node of the cluster has at the same path"
 PATIENCE_S = 90.0  # until a shared file system shows on one node what another wrote
 
 
@@ -57,7 +58,10 @@ class RayWorker:
         """Prepare the study with the driver's versions and folders; return a user's mistake."""
         os.environ.update(shared)
         try:
-            _check_same_versions(versions)
+            for package, here in installed_versions().items():  # the bits depend on the node that computes them
+                if here != versions[package]:
+                    what = f"{platform.node()} has {package} {here}, the driver has {versions[package]}"
+                    raise LeewayError(what, fix="install the same versions on every node")
             self._resources.enter_context(_shared_lock(folder, token))
             scratch = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="leeway-"))
             store = RunDir(folder)
@@ -78,8 +82,12 @@ class RayWorker:
     def run_job(self, job: Job) -> LeewayError | None:
         assert self._worker is not None
         worker = self._worker
+
+        def inputs_visible() -> bool:
+            return all(map(worker.has_checkpoint, job.needs)) and all(map(worker.has_results, job.after))
+
         try:
-            wait_for(lambda: _inputs_visible(worker, job), f"the inputs of {job.name}", worker.store.folder)
+            wait_for(inputs_visible, f"the inputs of {job.name}", worker.store.folder)
             worker.run_job(job)
         except LeewayError as error:
             return error
@@ -93,28 +101,8 @@ class RayWorker:
         self._resources.close()
 
 
-def _inputs_visible(worker: Worker, job: Job) -> bool:
-    return all(map(worker.has_checkpoint, job.needs)) and all(map(worker.has_results, job.after))
-
-
-def shared_cache() -> dict[str, str]:
-    """Return the environment variable of the shared cache, if there is one, with an absolute path."""
-    root = shared_root()
-    return {ENVIRONMENT: str(root)} if root else {}
-
-
 def installed_versions() -> dict[str, str]:
     return {p: version(p) for p in ("leeway", *PACKAGES)}
-
-
-def _check_same_versions(versions: dict[str, str]) -> None:
-    """Raise LeewayError if the bits would depend on the node that computes them."""
-    for package, here in installed_versions().items():
-        if here != versions[package]:
-            raise LeewayError(
-                f"{platform.node()} has {package} {here}, the driver has {versions[package]}",
-                fix="install the same versions on every node",
-            )
 
 
 @contextmanager
@@ -124,10 +112,8 @@ def _shared_lock(folder: Path, token: str) -> Iterator[None]:
     try:
         lock = path.open("r")
     except OSError as error:
-        raise LeewayError(
-            f"{folder}: not found on {platform.node()} ({error.strerror})",
-            fix="give an --out on a file system that every node of the cluster has at the same path",
-        ) from error
+        what = f"{folder}: not found on {platform.node()} ({error.strerror})"
+        raise LeewayError(what, fix=SHARED_FOLDER) from error
     with lock:
         wait_for(lambda: path.read_text() == token, "this run's token", folder)
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -139,10 +125,7 @@ def wait_for(is_visible: Callable[[], bool], what: str, folder: Path) -> None:
     until = time.monotonic() + PATIENCE_S
     while not is_visible():
         if time.monotonic() > until:
-            raise LeewayError(
-                f"{folder}: {platform.node()} does not see {what}",
-                fix="give an --out on a file system that every node of the cluster has at the same path",
-            )
+            raise LeewayError(f"{folder}: {platform.node()} does not see {what}", fix=SHARED_FOLDER)
         time.sleep(0.2)
 
 
@@ -242,19 +225,16 @@ class RayExecutor:
         if self._request:
             return
         if prepared.spec.device.startswith("cuda:"):
-            raise LeewayError(
-                f"device: {prepared.spec.device} under --executor ray: Ray gives each worker one GPU",
-                fix="set device: cuda",
-            )
+            what = f"device: {prepared.spec.device} under --executor ray: Ray gives each worker one GPU"
+            raise LeewayError(what, fix="set device: cuda")
         if not ray.is_initialized():
             self._join()
         self._request = _request(prepared)
         if not self._capacity(prepared):
-            needed = ", ".join(f"{_amount(k, v)} {k}" for k, v in self._request.items())
-            raise LeewayError(
-                f"--executor ray: no node of the cluster has the resources of a worker ({needed})",
-                fix="add such nodes; or give --workers, and the run waits for them",
-            )
+            amounts = {k: f"{v / 2**30:.1f} GiB of" if k == "memory" else f"{v:g}" for k, v in self._request.items()}
+            needed = ", ".join(f"{amount} {k}" for k, amount in amounts.items())
+            what = f"--executor ray: no node of the cluster has the resources of a worker ({needed})"
+            raise LeewayError(what, fix="add such nodes; or give --workers, and the run waits for them")
 
     def _join(self) -> None:
         """Join the cluster at RAY_ADDRESS, or start one here, and log which."""
@@ -279,15 +259,16 @@ class RayExecutor:
 
     def _scale_up(self, worker: Worker, wanted: int) -> None:
         """Start workers until there are `wanted`, replacing lost ones."""
-        folder = worker.store.folder
+        folder, cache = worker.store.folder, shared_root()
         if self._reservation is None:
             self._reservation = _reserve(folder)
             (folder / ".workers").write_text(self._token)
         actor_class = ray.remote(max_concurrency=2)(RayWorker).options(**self._request)
         raw = worker.prepared.spec.model_dump(mode="json", by_alias=True)
+        shared = {ENVIRONMENT: str(cache)} if cache else {}
         while len(self._workers) < wanted:
             actor = actor_class.remote()
-            call = actor.setup.remote(raw, folder.resolve(), self._token, installed_versions(), shared_cache())
+            call = actor.setup.remote(raw, folder.resolve(), self._token, installed_versions(), shared)
             self._workers.append(_WorkerHandle(actor, call))
 
     def _wait(self, on_event: OnEvent) -> list[Job]:
@@ -341,18 +322,15 @@ class RayExecutor:
 def _request(prepared: Prepared) -> dict[str, float]:
     """Return a worker's resources: the study's threads, and a GPU, or on a CPU the memory that a plan estimates."""
     spec = prepared.spec
+    request: dict[str, float] = {"num_cpus": spec.threads * spec.processes}
     if spec.device.startswith("cuda") or (spec.device == "auto" and ray.cluster_resources().get("GPU", 0)):
-        return {"num_cpus": spec.threads * spec.processes, "num_gpus": spec.processes}
-    return {"num_cpus": spec.threads * spec.processes, "memory": spec.processes * memory_of_a_worker(prepared)}
+        return {**request, "num_gpus": spec.processes}
+    return {**request, "memory": spec.processes * memory_of_a_worker(prepared)}
 
 
 def _workers_per_node(resources: dict[str, float], request: dict[str, float]) -> int:
     names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
     return min(int(resources.get(names[k], 0.0) // v) for k, v in request.items())
-
-
-def _amount(name: str, value: float) -> str:
-    return f"{value / 2**30:.1f} GiB of" if name == "memory" else f"{value:g}"
 
 
 def _reserve(folder: Path) -> Any:
@@ -364,9 +342,8 @@ def _reserve(folder: Path) -> Any:
             return ray.remote(num_cpus=0)(_Reservation).options(name=name, namespace=NAMESPACE).remote()
         except ValueError as error:  # the name is taken
             if time.monotonic() > until:
-                raise LeewayError(
-                    f"{folder} is in use by another leeway of this cluster", fix="wait for it, or give another --out"
-                ) from error
+                what = f"{folder} is in use by another leeway of this cluster"
+                raise LeewayError(what, fix="wait for it, or give another --out") from error
             time.sleep(0.5)
 
 
