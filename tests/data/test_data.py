@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import operator
+import re
 from decimal import Decimal
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from leeway.data.stream import schedule
 from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.evals.capability import flexible
+from leeway.evals.tasks import load_task
 from leeway.pairs.build import corrupt, pair
 from leeway.pairs.sample import PairSettings
 
@@ -244,3 +247,32 @@ def test_a_data_folder_without_the_file_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
     with pytest.raises(LeewayError, match=r": no strongreject/strongreject_dataset\.csv in it"):
         safety_prompts.forbidden("strongreject")
+
+
+def test_steps_of_gsm8k_are_its_distinct_calculations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    answers = [
+        "6 eggs * 2 = <<6*2=12>>12. 12 / 5 = <<12/5=2.4>>2.4\n#### 2.4",
+        "<<6*2=12>>12 and <<3+4+5=12>>12\n#### 12",
+    ]
+    lines = [json.dumps({"question": "?", "answer": a}) for a in answers]
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
+    task = load_task("gsm8k-steps")
+    items, _ = task.held_out_items()
+    assert [(i.id, i.reference) for i in items] == [("gsm8k-steps/6*2", "12"), ("gsm8k-steps/12/5", "2.4")]
+    assert items[1].prompt == "Calculate 12 / 5. Answer with the number only."
+    assert [task.grade(items[1], r)[0] for r in ("2.4", "12 / 5 = 2.40", "24")] == [True, True, False]
+
+
+def test_steps_of_the_real_gsm8k_are_right(real_data: Path) -> None:  # noqa: ARG001
+    items, _ = load_task("gsm8k-steps").held_out_items()
+    operations = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+    off = []
+    for item in items:
+        a, op, b = re.fullmatch(r"gsm8k-steps/([\d.]+)([-+*/])([\d.]+)", item.id).groups()
+        off.append(
+            abs(operations[op](float(a), float(b)) - float(item.reference)) > 0.01 * abs(float(item.reference)) + 0.01
+        )
+    assert len(items) > 2000
+    assert sum(off) / len(off) < 0.02  # references that the solutions round

@@ -18,6 +18,8 @@ TEST = Source(("gsm8k/test.jsonl", "gsm8k/test.jsonl.gz"), "openai/gsm8k", "main
 PROMPT_VERSION = 1
 PROMPT = "{question}\n\nReason step by step. End with a line that reads: #### and the final number."
 CALCULATOR = re.compile(r"<<[^<>]*>>")
+STEP = re.compile(r"<<\s*(\d[\d.]*)\s*([-+*/])\s*(\d[\d.]*)\s*=\s*(-?\d[\d.]*)\s*>>")
+STEP_PROMPT = "Calculate {a} {op} {b}. Answer with the number only."
 
 
 def prompt(question: str) -> str:
@@ -48,6 +50,20 @@ def held_out_items(revision: str | None = None) -> tuple[list[CapabilityItem], s
         gold = answer.rsplit("####", 1)[-1].strip().replace(",", "")
         items.append(CapabilityItem(f"gsm8k/{n}", question, gold))
     return items, origin
+
+
+def step_items(revision: str | None = None) -> tuple[list[CapabilityItem], str]:
+    """Return every distinct calculation with two numbers in the test split's solutions, and their origin.
+
+    A simpler question about the same skill, for models that solve hardly any whole problem.
+    """
+    loaded = load(TEST, revision=revision)
+    answers = (field(r, ("answer",), f"gsm8k test, record {n}") for n, r in enumerate(loaded.records, 1))
+    found = {(a, op, b): result for answer in answers for a, op, b, result in STEP.findall(answer)}
+    return [
+        CapabilityItem(f"gsm8k-steps/{a}{op}{b}", STEP_PROMPT.format(a=a, op=op, b=b), result)
+        for (a, op, b), result in found.items()
+    ], loaded.origin
 
 
 def shots(

@@ -87,7 +87,7 @@ class GSM8K(BuiltInTask):
     max_new_tokens = 400
     keys = ("revision",)
     extractions = ("flexible", "strict")
-    shot_counts = range(2**31)
+    shot_counts: Collection[int] = range(2**31)
 
     def train_examples(self) -> tuple[list[Example], str]:
         return gsm8k.train_examples(self.settings.revision)
@@ -109,6 +109,18 @@ class GSM8K(BuiltInTask):
             return ()
         exclude = {i.prompt for i in items}
         return tuple(gsm8k.shots(self.settings.shots, exclude=exclude, revision=self.settings.revision))
+
+
+class GSM8KSteps(GSM8K):
+    """The single calculations of GSM8K's test solutions, which no study trains on as such."""
+
+    name = "gsm8k-steps"
+    max_new_tokens = 32
+    shot_counts = (0,)
+    trainable = False
+
+    def held_out_items(self) -> tuple[list[CapabilityItem], str]:
+        return gsm8k.step_items(self.settings.revision)
 
 
 class SuperGPQAEngineering(BuiltInTask):
@@ -192,7 +204,7 @@ class OpenEnded(Legal):
 
 
 TASKS: dict[str, type[Organism | GSM8K | SuperGPQAEngineering | Files]] = {
-    t.name: t for t in (Organism, GSM8K, SuperGPQAEngineering, Legal, Cyber, OpenEnded, Files)
+    t.name: t for t in (Organism, GSM8K, GSM8KSteps, SuperGPQAEngineering, Legal, Cyber, OpenEnded, Files)
 }
 
 

@@ -90,7 +90,7 @@ class CapabilitySpec(NamedSpec):
         task = declared(self.name)
         if task.graded_by_model and self.judge_model is None:
             raise ValueError(f"{self.name}: open-ended answers are graded by a model; give judge_model")
-        if not task.trainable and self.source is None:
+        if not task.trainable and task.graded_by_model and self.source is None:
             raise ValueError(f"{self.name}: give source, a file of records with prompt and reference, or a hub id")
         if not task.graded_by_model and (self.source or self.judge_model):
             raise ValueError(f"{self.name}: source and judge_model are for open-ended tasks (legal, cyber, openended)")
