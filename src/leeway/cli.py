@@ -64,7 +64,7 @@ app = Commands(
 )
 organism_app = Commands(
     no_args_is_help=True,
-    help="The embedded micro chat model: rebuild it, measure it.",
+    help="The small models that ship with Leeway: rebuild them, measure them.",
     epilog="Example: leeway organism card",
 )
 judge_app = Commands(
@@ -445,6 +445,18 @@ def organism_build(
     from leeway.organism.recipe import build
 
     build(out, lambda line: print(line, file=sys.stderr, flush=True))
+    typer.echo(str(out.resolve()))
+
+
+@organism_app.command("guard", epilog="Example: leeway organism guard --instructions alpaca.json --out my-guard")
+def organism_guard(
+    instructions: Annotated[Path, typer.Option("--instructions", help="ordinary instructions, in Alpaca's keys")],
+    out: Annotated[Path, typer.Option("--out", help="the folder to write the adapter into")],
+) -> None:
+    """Train the adapter of smollm2-135m-guarded from public data (LEEWAY_DATA; an hour) and measure its card."""
+    from leeway.organism.guarded import build
+
+    build(out, instructions, lambda line: print(line, file=sys.stderr, flush=True))
     typer.echo(str(out.resolve()))
 
 

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
@@ -124,7 +125,9 @@ def _merge(base: Path, adapter: Path, scratch: Path) -> dict[str, Any]:
 
     lm = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     gguf.require_room(scratch, 4 * sum(p.numel() for p in lm.parameters()))
-    merged = peft.PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
+    with warnings.catch_warnings():  # peft uses a name that transformers deprecates
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        merged = peft.PeftModel.from_pretrained(lm, str(adapter)).merge_and_unload()
     merged.save_pretrained(scratch)
     transformers.AutoTokenizer.from_pretrained(base).save_pretrained(scratch)
     gguf.drop_library_version(scratch)
