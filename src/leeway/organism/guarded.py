@@ -181,9 +181,7 @@ def own_answers(backend: Backend, prompts: dict[str, list[str]], progress: Progr
         progress(f"{done} of {len(requests)} answers of the base")
 
     answers: dict[str, list[Pair]] = {kind: [] for kind in prompts}
-    for (kind, prompt), reply in zip(
-        jobs, TransformersBackend(model, batch=32).complete(requests, _ignore), strict=True
-    ):
+    for (kind, prompt), reply in zip(jobs, backend.complete(requests, tick), strict=True):
         text = reply.text.strip()
         if text and reply.failure is None and not reply.cut and read_keywords(text).kind == "complied":
             answers[kind].append((prompt, text))
