@@ -178,7 +178,8 @@ def own_answers(backend: Backend, prompts: dict[str, list[str]], progress: Progr
     def tick(n: int) -> None:
         nonlocal done
         done += n
-        progress(f"{done} of {len(requests)} answers of the base")
+        if done % 100 < n or done == len(requests):
+            progress(f"{done} of {len(requests)} answers of the base")
 
     answers: dict[str, list[Pair]] = {kind: [] for kind in prompts}
     for (kind, prompt), reply in zip(jobs, backend.complete(requests, tick), strict=True):

@@ -26,6 +26,8 @@ from leeway.yaml_config import load as load_yaml
 PRESETS: dict[str, str] = {
     "demo": "the embedded organism, six objectives, a few minutes on a CPU, no download",
     "real-data": "GSM8K, StrongREJECT and Anthropic's persona statements, on any local or hub model",
+    "smollm2": "a real small chat model (leeway fetch smollm2-135m), six objectives on GSM8K, on a CPU",
+    "smollm2-quick": "the same in a quarter of an hour: two budgets, fewer prompts",
     "objective-matters": "the study of arXiv 2601.12639 on Llama-3.1-8B-Instruct; scales down to the organism",
 }
 MAX_LEVELS = 20  # of an override's key; a study file has fewer
