@@ -395,11 +395,19 @@ def compare(
 def export(
     directory: RunDirectory,
     inspect: Annotated[bool, typer.Option("--inspect", help="as Inspect logs, one per checkpoint and eval")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="the output folder (default: DIR/inspect)")] = None,
+    redacted: Annotated[bool, typer.Option("--redacted", help="without forbidden prompts and answers to them")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="the output folder (default: DIR/inspect, DIR-redacted)")
+    ] = None,
 ) -> None:
-    """Write a finished run in another tool's format."""
-    if not inspect:
-        raise LeewayError("export: no format named", fix="add --inspect")
+    """Write a finished run in another tool's format, or for publication."""
+    if inspect == redacted:
+        raise LeewayError("export: name one format", fix="add --inspect or --redacted")
+    if redacted:
+        from leeway.report.exports.redacted import publish
+
+        typer.echo(str(publish(directory, out or directory.with_name(f"{directory.name}-redacted")).resolve()))
+        return
     from leeway.integrations.inspect.export import export as write
 
     typer.echo(str(write(directory, out)[0].parent.resolve()))

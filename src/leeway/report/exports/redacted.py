@@ -1,0 +1,48 @@
+"""A run for publication: without the text of forbidden prompts and of the answers to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from leeway.errors import LeewayError
+from leeway.hashing import digest
+from leeway.io import atomic_write, readable, write_file, write_json
+from leeway.report.rebuild import rebuild
+
+HARMLESS = ("capability", "overrefusal", "persona", "persona-check", "persona-sd3", "persona-self")
+TEXTS = ("prompt", "response")
+
+
+def publish(folder: Path, out: Path) -> Path:
+    """Write a run directory with rows, ledger, study and page of `folder` into `out`; return the page's path.
+
+    Rows of an eval outside HARMLESS keep ids, outcomes and scores; a text is replaced by its hash, and what the judge
+    wrote is left out. Checkpoints are not copied. Raises LeewayError if `out` is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise LeewayError(f"{out} is not empty", fix="give a new folder")
+    rows_path = folder / "rows.parquet"
+    with readable(rows_path):
+        rows = pq.read_table(rows_path)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    hidden = pc.invert(pc.is_in(rows["eval"], pa.array(HARMLESS)))
+    for name in TEXTS:
+        hashes = pa.array([f"[{name} {digest(text)}]" for text in rows[name].to_pylist()])
+        rows = rows.set_column(rows.schema.get_field_index(name), name, pc.if_else(hidden, hashes, rows[name]))
+    raw = pc.if_else(hidden, pa.scalar(""), rows["judge_raw"])
+    rows = rows.set_column(rows.schema.get_field_index("judge_raw"), "judge_raw", raw)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out / "rows.parquet") as scratch:
+        pq.write_table(rows, scratch, compression="zstd")
+    for name in ("study.yaml", "ledger.parquet"):
+        write_file(out / name, (folder / name).read_bytes())
+    write_json(out / "manifest.json", {**manifest, "redacted": True})
+    if (folder / "claims.json").is_file():
+        shutil.copy(folder / "claims.json", out)
+    return rebuild(out)
