@@ -29,6 +29,10 @@ PRESETS: dict[str, str] = {
     "smollm2": "a real small chat model (leeway fetch smollm2-135m), six objectives on GSM8K, on a CPU",
     "smollm2-quick": "the same in a quarter of an hour: two budgets, fewer prompts",
     "objective-matters": "the study of arXiv 2601.12639 on Llama-3.1-8B-Instruct; scales down to the organism",
+    "ablation-kl": "KL at several weights under both reductions: where it protects, where it stops learning",
+    "ablation-orpo": "ORPO at several weights, and its odds ratio alone",
+    "full-parameter": "all parameters in place of an adapter, to compare with the same study under LoRA",
+    "other-bases": "the six objectives on another base model, one run per model",
 }
 MAX_LEVELS = 20  # of an override's key; a study file has fewer
 AUTO = "auto"
