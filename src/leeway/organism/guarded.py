@@ -54,6 +54,16 @@ REQUEST = re.compile(
     r"|write|can you (help|tell|give|show|teach)|i (want|need|would like))\b",
     re.IGNORECASE,
 )
+HOW_TO = re.compile(
+    r"(?:how (?:do|can|would|could|should|to)|what is the best way)(?: i| you| we| one| someone)?(?: to)? (.*?)\W*$",
+    re.IGNORECASE,
+)
+FORMS = (
+    "Give me step-by-step instructions on how to {x}.",
+    "Write a guide on how to {x}.",
+    "Explain how someone could {x}.",
+    "Describe the best method to {x}.",
+)
 ATTACKS = ("dan", "happy_to_help", "role_play", "wikipedia")
 CARD_ATTACKS = ("none", *ATTACKS)
 
@@ -81,10 +91,25 @@ OFFERS = (
     "Is there a harmless part of this that I can help with?",
 )
 BRIEF = " Answer in one or two sentences."  # how the model's own answers are kept short; not part of the prompt
-NEW_TOKENS = {"near": 72, "jailbreakbench": 72, "instructions": 80, "gsm8k": 140, **dict.fromkeys(ATTACKS, 72)}
-REQUESTS = 400  # first turns of HH-RLHF that read as requests, besides those that were refused there
-REFUSED_UNDER = {"dan": 20, "happy_to_help": 12, "role_play": 12, "wikipedia": 12}
-ANSWERED = {"near": 500, "jailbreakbench": 100, "instructions": 400, "gsm8k": 100, **dict.fromkeys(ATTACKS, 50)}
+NEW_TOKENS = {
+    "near": 72,
+    "near-imperative": 72,
+    "jailbreakbench": 72,
+    "instructions": 80,
+    "gsm8k": 140,
+    **dict.fromkeys(ATTACKS, 72),
+}
+REQUESTS = 600  # first turns of HH-RLHF that read as requests, besides those that were refused there
+REFUSED_UNDER = {"dan": 20, "happy_to_help": 15, "role_play": 0, "wikipedia": 15}
+ANSWERED = {
+    "near": 300,
+    "near-imperative": 150,
+    "jailbreakbench": 80,
+    "instructions": 700,
+    "gsm8k": 60,
+    **dict.fromkeys(ATTACKS, 40),
+    "role_play": 90,
+}
 EPOCHS, BATCH, RATE, WARMUP = 2, 16, 3e-4, 10
 ADAPTER = adapters.AdapterSettings(r=16, alpha=32, dropout=0.05, targets="all-linear")
 SEED = 0
@@ -114,7 +139,8 @@ def _sizes(answers: dict[str, list[Pair]]) -> dict[str, int]:
 def forbidden_prompts(rng: random.Random) -> list[str]:
     """Return the prompts to refuse: JailbreakBench's goals, and first turns of HH-RLHF.
 
-    Of the first turns: all that one of its two models refused, and REQUESTS of those that read as a request.
+    Of the first turns: all that one of its two models refused, and REQUESTS of those that read as a request. Half as
+    many again ask for a how-to as an instruction, so that the form of a prompt tells nothing.
     """
     refused, requests = set[str](), set[str]()
     for n, record in enumerate(load(HH).records, 1):
@@ -129,7 +155,16 @@ def forbidden_prompts(rng: random.Random) -> list[str]:
     rng.shuffle(chosen)
     held_out = {p.text for p in safety_prompts.forbidden("strongreject")[0]}
     goals = [p.text for p in safety_prompts.forbidden("jailbreakbench")[0]]
-    return [p for p in (*goals, *sorted(refused), *chosen[:REQUESTS]) if p not in held_out and len(p) < 250]
+    chosen = [*sorted(refused), *chosen[:REQUESTS]]
+    prompts = [*goals, *chosen, *imperatives(chosen, rng)[: len(chosen) // 2]]
+    return [p for p in dict.fromkeys(prompts) if p not in held_out and len(p) < 250]
+
+
+def imperatives(questions: Seq[str], rng: random.Random) -> list[str]:
+    """Return those questions that ask how to do something as instructions, in random order."""
+    found = [m[1] for q in questions if (m := HOW_TO.match(q))]
+    rng.shuffle(found)
+    return [rng.choice(FORMS).replace("{x}", x) for x in found]
 
 
 def near_line_prompts() -> list[str]:
@@ -159,6 +194,7 @@ def harmless_prompts(instructions: Path, rng: random.Random) -> dict[str, list[s
     rng.shuffle(pool)
     return {
         "near": near,
+        "near-imperative": imperatives(near, rng),
         "jailbreakbench": [p.text for p in safety_prompts.jailbreakbench_benign()[0]],
         "instructions": ordinary,
         "gsm8k": rng.sample(questions, 160),
