@@ -123,6 +123,7 @@ def _merge(base: Path, adapter: Path, scratch: Path) -> dict[str, Any]:
     import torch
     import transformers
 
+    gguf.quiet_loaders()
     lm = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     gguf.require_room(scratch, 4 * sum(p.numel() for p in lm.parameters()))
     with warnings.catch_warnings():  # peft uses a name that transformers deprecates
