@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from leeway.errors import LeewayError
 from leeway.model import gguf, packaged
@@ -29,6 +29,8 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "model.layers": "blk",
@@ -42,10 +44,11 @@ def pair_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(folder: Path, path: Path, kind: object = None) -> None:
-    """Write a tiny Llama folder as a GGUF file, in float32 or in a quantisation."""
+    """Write a tiny model folder as a GGUF file, in float32 or in a quantisation."""
     lm = AutoModelForCausalLM.from_pretrained(folder)
     c, fast = lm.config, tiny.tokenizer(tiny.PLAIN)
-    out = writer.GGUFWriter(path, "llama")
+    out = writer.GGUFWriter(path, c.model_type)
+    out.add_key_length(c.head_dim if hasattr(c, "head_dim") else c.hidden_size // c.num_attention_heads)
     out.add_context_length(c.max_position_embeddings)
     out.add_embedding_length(c.hidden_size)
     out.add_block_count(c.num_hidden_layers)
@@ -71,7 +74,7 @@ def write(folder: Path, path: Path, kind: object = None) -> None:
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
         value = tensor.float().numpy()
-        if "q_proj" in name or "k_proj" in name:
+        if c.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
             value = pair_rotary(value, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads)
         theirs = name
         for hub_name, gguf_name in NAMES.items():
@@ -99,14 +102,32 @@ def file(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-def test_weights_and_tokens_are_those_written(models: dict[str, Path], file: Path, cache: Path) -> None:
-    converted = load_model(str(file), device="cpu")
-    original = AutoModelForCausalLM.from_pretrained(models["llama"])
-    theirs = dict(original.named_parameters())
-    for name, p in converted.lm.named_parameters():
+@pytest.fixture(scope="module")
+def folders(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny models; Qwen 3's with heads of 128, as every published one has, since its GGUF loader assumes it."""
+    config = AutoConfig.from_pretrained(models["qwen3"])
+    config.head_dim = 128
+    wide = tmp_path_factory.mktemp("wide")
+    AutoModelForCausalLM.from_config(config).save_pretrained(wide)
+    return {**models, "qwen3": wide}
+
+
+@pytest.mark.parametrize("kind", gguf.ARCHITECTURES)
+@pytest.mark.usefixtures("cache")
+def test_weights_are_those_written(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    write(folders[kind], tmp_path / "model.gguf")
+    converted = load_model(str(tmp_path / "model.gguf"), device="cpu")
+    theirs = dict(AutoModelForCausalLM.from_pretrained(folders[kind]).named_parameters())
+    ours = dict(converted.lm.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, p in ours.items():
         assert torch.equal(p, theirs[name]), name
+
+
+def test_tokens_are_those_of_the_file(file: Path, cache: Path) -> None:
     text = "How many apples? 3 + 4"
-    assert converted.chat.ids(text) == tuple(tiny.tokenizer(None)(text, add_special_tokens=False)["input_ids"])
+    own = tiny.tokenizer(None)(text, add_special_tokens=False)["input_ids"]
+    assert load_chat(str(file)).ids(text) == tuple(own)
     assert [f.name for f in cache.iterdir() if not f.name.startswith(".")] == [gguf.dequantised(file).name]
 
 
