@@ -10,6 +10,7 @@ Public files are read below LEEWAY_DATA at run time; none of their text is in th
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -128,6 +129,9 @@ def build(out: Path, instructions: Path, progress: Progress) -> None:
     train(model, [epoch(rng, forbidden, answers) for _ in range(EPOCHS)], rng, progress)
     tensors = {name: t.to(torch.bfloat16) for name, t in adapters.state(model).items()}
     adapters.save(model, out, tensors)
+    config = json.loads((out / adapters.CONFIG).read_text("utf-8"))
+    names = {"base_model_name_or_path": packaged.SMOLLM2, "target_modules": sorted(config["target_modules"])}
+    write_json(out / adapters.CONFIG, {**config, **names})  # no path of this machine, no order of a set
     measured = measure(str(packaged.guarded(out)), instructions)
     write_json(out / "card.json", {"trained_on": {"refused": len(forbidden), **_sizes(answers)}, **measured})
 
