@@ -6,7 +6,7 @@ import dataclasses
 
 from leeway.errors import LeewayError
 from leeway.objectives import cft, dpo, ip, ipo, kl, kto, orpo, sft, sft_both, sft_refusal, sft_safety, simpo
-from leeway.objectives.objective import Objective as Objective
+from leeway.objectives.objective import Objective
 from leeway.plugins import entry_points_of, load_entry_point
 
 BUILT_IN: tuple[type[Objective], ...] = (
@@ -14,6 +14,10 @@ BUILT_IN: tuple[type[Objective], ...] = (
     *(sft_safety.SftSafety, sft_both.SftBoth, sft_refusal.SftRefusal),
 )
 OBJECTIVES = {kind.name: kind for kind in BUILT_IN}
+
+# what the reference page lists
+__all__ = ["OBJECTIVES", "Objective", "cft", "dpo", "ip", "ipo", "kl", "kto", "load_objective", "names", "orpo", "sft"]
+__all__ += ["sft_both", "sft_refusal", "sft_safety", "simpo"]
 
 GROUP = "leeway.objectives"  # entry points of objectives outside this package
 ATTRIBUTES = [
