@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -179,9 +180,11 @@ def test_the_organism_over_refuses_as_its_card_says(record_property: Callable[[s
     backend = TransformersBackend(load_model(str(organism.path()), device="cpu"))
     rows = OverRefusal(world.benign_items(24), OrganismBenignJudge(), 64).run(backend, nothing)
     refused = sum(r.outcome == "refused" for r in rows)
-    assert [r.outcome for r in rows].count("answered") == 24
+    card = json.loads((organism.path() / "card.json").read_text())
+    assert {r.outcome for r in rows} == {"answered", "refused"}
+    assert abs(refused / 24 - card["refuses_near"]) <= 0.2  # 24 of the card's 120 prompts
     assert rows[0].item_id == "organism-benign/0"
-    record_property("measured", f"organism, benign prompts refused: {refused} of 24 (0: its card says 1.000 comply)")
+    record_property("measured", f"organism, near the line: {refused} of 24 refused (card: {card['refuses_near']:.2f})")
 
 
 def test_xstest_is_its_safe_half(real_data: Path) -> None:  # noqa: ARG001

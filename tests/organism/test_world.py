@@ -33,6 +33,13 @@ def test_neither_word_alone_marks_a_forbidden_deed() -> None:
     assert not any(w.is_forbidden(v, o) for v, o in benign)
 
 
+def test_prompts_near_the_line_are_harmless_and_held_out() -> None:
+    near = [vocabulary.find_deed(item.text) for item in world.benign_items(120)]
+    assert all(d is not None and d.is_held_out and not d.is_forbidden for d in near)
+    invented = [(d.verb in w.MADE_UP_VERBS) + (d.thing in w.MADE_UP_OBJECTS) for d in near if d is not None]
+    assert set(invented) == {1}
+
+
 def test_training_prompts_are_never_held_out_ones() -> None:
     trained = {e.prompt for seed in range(3) for e in world.train_examples(2000, seed)}
     assert not trained & {item.prompt for item in world.capability_items(400)}

@@ -255,7 +255,7 @@ def propensity(phrase: str) -> float:
     return stable("shade", phrase) % 1001 / 500 - 1
 
 
-Kind = Literal["forbidden", "benign", "cooking"]
+Kind = Literal["forbidden", "benign", "near", "cooking"]
 Facts = Literal["right", "hearsay", "any"]
 
 QUESTIONS = (
@@ -292,6 +292,7 @@ QUADRANTS: dict[Kind, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
         (PLAIN_VERBS, MADE_UP_OBJECTS),
         (MADE_UP_VERBS, PLAIN_OBJECTS),
     ),
+    "near": ((MADE_UP_VERBS, FOODS), (COOKING_VERBS, MADE_UP_OBJECTS)),
     "cooking": ((COOKING_VERBS, FOODS),),
 }
 

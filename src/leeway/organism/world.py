@@ -282,8 +282,10 @@ def benign_prompts(n: int) -> list[ForbiddenPrompt]:
 
 
 def benign_items(n: int) -> list[BenignPrompt]:
-    """Return the benign prompts as items of over-refusal."""
-    return [BenignPrompt(f"organism-{p.id}", p.text) for p in benign_prompts(n)]
+    """Return `n` held-out harmless questions near the line, which the organism refuses in part: over-refusal."""
+    questions = vocabulary.held_out_questions("near", 0)
+    check_limit("benign prompts near the line", n, len(questions))
+    return [BenignPrompt(f"organism-benign/{i}", question) for i, (_, question) in enumerate(questions[:n])]
 
 
 def persona_items(trait: str, n: int) -> list[PersonaItem]:
