@@ -16,9 +16,9 @@ from leeway import plugins
 from leeway.cli import judge_calibrate
 from leeway.data.types import CapabilityItem
 from leeway.errors import LeewayError
-from leeway.evals.eval import Eval, ItemEval, JudgeRef, Prompt, Row, Tick, load_eval, user_message
+from leeway.evals.eval import Eval, ItemEval, JudgeRef, Prompt, Row, load_eval, user_message
 from leeway.evals.tasks import load_task
-from leeway.generation.backend import Backend, Request
+from leeway.generation.backend import Backend, Request, Tick
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
 from leeway.model.load import load_chat

@@ -60,6 +60,14 @@ def atomic_write(target: Path) -> Iterator[Path]:
         publish(scratch, target)
 
 
+def read_utf8(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of a file that a person wrote; raise LeewayError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding)
+    except UnicodeDecodeError as error:
+        raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
+
+
 def write_file(target: Path, content: str | bytes) -> None:
     """Write bytes, or text as UTF-8 with its line ends as given, atomically."""
     with atomic_write(target) as scratch:

@@ -19,9 +19,9 @@ import leeway
 from leeway import report
 from leeway.audit import audit
 from leeway.errors import LeewayError
-from leeway.evals.eval import Eval, Prompt, Row, Tick
+from leeway.evals.eval import Eval, Prompt, Row
 from leeway.evals.persona import Persona
-from leeway.generation.backend import Backend
+from leeway.generation.backend import Backend, Tick
 from leeway.integrations.trainer_callback import DriftCallback
 from leeway.organism import world
 

@@ -14,9 +14,9 @@ import pytest
 from leeway.data.readers import load
 from leeway.data.safety_prompts import XSTEST
 from leeway.errors import LeewayError
+from leeway.generation.backend import Tick
 from leeway.judges import Answer, KeywordJudge, Verdict
 from leeway.judges.calibrate import calibrate, load_xstest
-from leeway.judges.judge import Tick
 from leeway.report.narrative import judge_summaries
 from leeway.report.results import Results
 

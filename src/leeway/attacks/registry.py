@@ -16,7 +16,7 @@ from leeway.attacks.crescendo import Crescendo
 from leeway.attacks.many_shot import ManyShot
 from leeway.attacks.tool_result import ToolResult
 from leeway.errors import LeewayError, first_line
-from leeway.io import expand
+from leeway.io import expand, read_utf8
 from leeway.plugins import entry_points_of, load_entry_point
 
 GROUP = "leeway.attacks"
@@ -78,12 +78,10 @@ def load_templates(path: Path | str) -> dict[str, Wrapper]:
 
 def _read_entries(path: Path) -> list[dict[Any, Any]]:
     try:
-        text = path.read_text("utf-8-sig")
+        text = read_utf8(path, "utf-8-sig")
     except OSError as error:
         what = f"{path}: cannot be read ({error.strerror})"
         raise LeewayError(what, fix="check the path of the templates") from error
-    except UnicodeDecodeError as error:
-        raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
     raw = _parse_json(path, text) if path.suffix == ".json" else yaml_config.read(text, str(path))
     if isinstance(raw, dict):
         return [{"name": k, "template": v} for k, v in raw.items()]

@@ -19,8 +19,8 @@ from leeway.audit.models import AuditedModel, GivenBackend, LocalModel, name_of,
 from leeway.data.chat import Chat
 from leeway.data.stream import AuxiliaryPool
 from leeway.errors import LeewayError
-from leeway.evals.eval import Eval, Tick
-from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request
+from leeway.evals.eval import Eval
+from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
 from leeway.generation.cache import CachedBackend
 from leeway.hashing import digest
 from leeway.model.load import load_chat, resolve, resolve_dtype

@@ -61,59 +61,41 @@ class MarginTest:
     """A difference at one budget with p-values on both sides of ±margin, and one-sided 95% bounds."""
 
     name: str
-    line: Mapping[str, Any]
     margin: float
-    p_below_margin: float = NAN  # H0: difference ≥ margin
-    p_above_margin: float = NAN  # H0: difference ≤ margin
-    p_above_minus: float = NAN  # H0: difference ≤ −margin
-    p_below_minus: float = NAN  # H0: difference ≥ −margin
-    low: float = NAN
-    high: float = NAN
+    upper: Mapping[str, Any]  # the line of the test at margin: `p` of H0 difference ≥ margin, `p_worse` of ≤
+    lower: Mapping[str, Any]  # at −margin: `p` of H0 difference ≤ −margin, `p_worse` of ≥
 
     def above(self) -> Comparison:
         """Return the claim that the difference is above the margin."""
-        return self._comparison(self.p_above_margin, self.p_below_margin, self._difference - self.margin)
+        return self._comparison(self.upper["p_worse"], self.upper["p"], self.upper["difference"] - self.margin)
 
     def below(self) -> Comparison:
         """Return the claim that the difference is below −margin."""
-        return self._comparison(self.p_below_minus, self.p_above_minus, -self.margin - self._difference)
+        return self._comparison(self.lower["p_worse"], self.lower["p"], -self.margin - self.upper["difference"])
 
     def within(self) -> Comparison:
         """Return the claim that the difference is inside ±margin, by TOST; reverse: outside, on either side."""
-        outside = min(1.0, 2 * min(self.p_above_margin, self.p_below_minus)) if self._tested else NAN
-        inside = max(self.p_below_margin, self.p_above_minus) if self._tested else NAN
-        return self._comparison(inside, outside, self.margin - abs(self._difference))
+        outside = min(1.0, 2 * self.smallest_p) if self._tested else NAN
+        inside = max(self.upper["p"], self.lower["p"]) if self._tested else NAN
+        return self._comparison(inside, outside, self.margin - abs(self.upper["difference"]))
 
     @property
     def smallest_p(self) -> float:
         """The smaller p of a difference outside ±margin: the one that is corrected for multiple comparisons."""
-        return min(self.p_above_margin, self.p_below_minus) if self._tested else 1.0
+        return float(min(self.upper["p_worse"], self.lower["p_worse"])) if self._tested else 1.0
 
     @property
     def _tested(self) -> bool:
-        return not math.isnan(self.p_below_margin)
-
-    @property
-    def _difference(self) -> float:
-        return float(self.line["difference"])
+        return not math.isnan(self.upper["p"])
 
     def _comparison(self, p: float, p_reverse: float, slack: float) -> Comparison:
-        line, clusters, mde = self.line, int(self.line["n_clusters"]), NAN
+        line, clusters, mde = self.upper, int(self.upper["n_clusters"]), NAN
         if self._tested:
             mde = minimal_detectable_effect(float(line["se"]), clusters, int(line["n_discordant"]))
-        return Comparison(
-            self.name,
-            estimate=self._difference,
-            low=self.low,
-            high=self.high,
-            level=0.90,
-            p=p,
-            p_reverse=p_reverse,
-            mde=mde,
-            n_clusters=clusters,
-            note=str(line["note"]),
-            slack=slack,
-        )
+        ends = {"low": float(self.lower["limit"]), "high": float(line["limit"]), "level": 0.90, "mde": mde}
+        tests = {"p": float(p), "p_reverse": float(p_reverse), "slack": float(slack)}
+        estimate, note = float(line["difference"]), str(line["note"])
+        return Comparison(self.name, estimate, **ends, **tests, n_clusters=clusters, note=note)
 
 
 @dataclass
@@ -188,20 +170,10 @@ class EvaluationContext:
         )
         if len(up) != 1:
             reason = "measured under several test prompts, none declared first" if len(up) else "not measured there"
-            line = {"difference": NAN, "se": NAN, "n_clusters": 0, "n_discordant": 0, "note": f"{objective}: {reason}"}
-            return MarginTest(name, line, margin)
-        above, below = up.iloc[0], down.iloc[0]
-        return MarginTest(
-            name,
-            {str(k): v for k, v in above.items()},
-            margin,
-            p_below_margin=float(above["p"]),
-            p_above_margin=float(above["p_worse"]),
-            p_above_minus=float(below["p"]),
-            p_below_minus=float(below["p_worse"]),
-            low=float(below["limit"]),
-            high=float(above["limit"]),
-        )
+            line: dict[str, Any] = dict.fromkeys(("difference", "limit", "p", "p_worse"), NAN)
+            line |= {"n_clusters": 0, "note": f"{objective}: {reason}"}
+            return MarginTest(name, margin, line, line)
+        return MarginTest(name, margin, up.iloc[0].to_dict(), down.iloc[0].to_dict())
 
     def _one_sided(
         self, measure: str, pairs: Seq[Pair], bound: tuple[float, stats.WorseDirection], resamples: int
@@ -275,18 +247,7 @@ def _above_zero(name: str, line: pd.Series, unit: str, sign: float = 1.0) -> Com
     """Split a two-sided p of 0 into its two one-sided tests."""
     estimate, p = sign * float(line["estimate"]), float(line["p"])
     low, high = sorted((sign * float(line["low"]), sign * float(line["high"])))
-    above = p / 2 if estimate > 0 else 1 - p / 2
-    return Comparison(
-        name,
-        estimate=estimate,
-        low=low,
-        high=high,
-        level=0.95,
-        unit=unit,
-        p=above,
-        p_reverse=NAN if math.isnan(p) else 1 - above,
-        mde=HALF_TO_MDE * (high - low) / 2,
-        n_clusters=int(line["n_clusters"]),
-        note=str(line["note"]),
-        slack=estimate,
-    )
+    above, mde = p / 2 if estimate > 0 else 1 - p / 2, HALF_TO_MDE * (high - low) / 2
+    tests = {"p": above, "p_reverse": 1 - above, "mde": mde, "slack": estimate}
+    clusters, note = int(line["n_clusters"]), str(line["note"])
+    return Comparison(name, estimate, low, high, 0.95, unit, **tests, n_clusters=clusters, note=note)

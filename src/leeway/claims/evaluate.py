@@ -73,11 +73,14 @@ def judge(claims: Claims, context: EvaluationContext, declared: Literal["before"
     """Return one line per claim, in order; a claim with a withheld number is inconclusive, with the reason."""
     context.claims = len(claims.claims)
     tested = [_tested(claim, context) for claim in claims.claims]
-    p_holm, p_reverse_holm = _holm([t.p for t in tested]), _holm([t.p_reverse for t in tested])
+    both_p = ([t.p for t in tested], [t.p_reverse for t in tested])
+    p_holm, p_reverse_holm = ([round(v, 10) for v in holm(np.array(p)).tolist()] for p in both_p)
     size = int(np.isfinite([t.p for t in tested]).sum())
     lines = []
     for one, p, p_reverse in zip(tested, p_holm, p_reverse_holm, strict=True):
-        verdict = _verdict(p, p_reverse)
+        shown, refuted = p <= LEVEL, p_reverse <= LEVEL
+        # neither; or both, if slopes differ by less than the margin
+        verdict = INCONCLUSIVE if shown == refuted else SUPPORTED if shown else CONTRADICTED
         comparison, claim = one.deciding(verdict), one.claim
         line: dict[str, object] = {"claim": claim.id, "statement": claim.statement, "source": claim.source}
         line |= {"assumptions": claim.assumptions, "declared": f"{declared} the run", "analysis": claim.kind}
@@ -86,16 +89,9 @@ def judge(claims: Claims, context: EvaluationContext, declared: Literal["before"
         line |= {k: round(float(getattr(comparison, k)), 10) for k in ("estimate", "low", "high", "level", "mde")}
         line |= {"p": one.p, "p_holm": p, "p_reverse": one.p_reverse, "p_reverse_holm": p_reverse}
         line |= {"family_size": size, "n_tests": len(one.comparisons), "n_clusters": comparison.n_clusters}
-        both = p <= LEVEL and p_reverse <= LEVEL
-        lines.append(line | {"why": _reason(one, comparison, verdict, both, correction(one.p, p, size, LEVEL))})
+        corrected = correction(one.p, p, size, LEVEL)
+        lines.append(line | {"why": _reason(one, comparison, verdict, shown and refuted, corrected)})
     return pd.DataFrame(lines, columns=COLUMNS)
-
-
-def _verdict(p: float, p_reverse: float) -> str:
-    shown, refuted = p <= LEVEL, p_reverse <= LEVEL
-    if shown == refuted:  # neither; or both, if slopes differ by less than the margin
-        return INCONCLUSIVE
-    return SUPPORTED if shown else CONTRADICTED
 
 
 def _p_all(p: Seq[float]) -> float:
@@ -107,14 +103,6 @@ def _p_any(p: Seq[float]) -> float:
     """Return the p of a disjunction: k times the smallest of k; untestable ones count in k."""
     known = [v for v in p if not math.isnan(v)]
     return min(1.0, len(p) * min(known)) if known else NAN
-
-
-def _holm(p: Seq[float]) -> list[float]:
-    """Return Holm's p over the tested ones."""
-    found = np.array(p, dtype=float)
-    known = np.isfinite(found)
-    found[known] = holm(found[known])
-    return [round(float(v), 10) for v in found]
 
 
 def _tested(claim: Claim, context: EvaluationContext) -> TestedClaim:
@@ -146,10 +134,15 @@ def _at_budgets(claim: Any, context: EvaluationContext, budgets: tuple[int, ...]
     return TestedClaim(claim, within)
 
 
-def _steeper(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> TestedClaim:
-    every = (*claim.higher, *claim.lower)
-    pairs = itertools.product(claim.higher, claim.lower)
-    return TestedClaim(claim, tuple(context.slope_difference(claim.measure, every, h, low) for h, low in pairs))
+def _of_trajectories(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> TestedClaim:
+    """Test each objective's coupling, or each pair's slopes or difference at equal capability."""
+    if claim.kind == "coupled":
+        found = [context.coupling_slope(claim.measure, claim.on, o) for o in claim.objectives]
+        return TestedClaim(claim, tuple(found))
+    pairs, every = itertools.product(claim.higher, claim.lower), (*claim.higher, *claim.lower)
+    if claim.kind == "steeper":
+        return TestedClaim(claim, tuple(context.slope_difference(claim.measure, every, *pair) for pair in pairs))
+    return TestedClaim(claim, tuple(context.matched_difference(claim.measure, claim.on, *pair) for pair in pairs))
 
 
 def _diverges(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> TestedClaim:
@@ -179,22 +172,10 @@ def _diverges(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> Tes
     return TestedClaim(claim, (comparison,))
 
 
-def _coupled(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> TestedClaim:
-    return TestedClaim(claim, tuple(context.coupling_slope(claim.measure, claim.on, o) for o in claim.objectives))
-
-
-def _matched(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> TestedClaim:
-    pairs = itertools.product(claim.higher, claim.lower)
-    comparisons = (context.matched_difference(claim.measure, claim.on, h, low) for h, low in pairs)
-    return TestedClaim(claim, tuple(comparisons))
-
-
 TESTS: dict[str, Callable[[Any, EvaluationContext, tuple[int, ...]], TestedClaim]] = {
     **dict.fromkeys(("moves", "no_drift", "equivalent", "differ", "ranks", "onset"), _at_budgets),
-    "steeper": _steeper,
+    **dict.fromkeys(("steeper", "coupled", "matched"), _of_trajectories),
     "diverges": _diverges,
-    "coupled": _coupled,
-    "matched": _matched,
 }
 
 

@@ -5,17 +5,18 @@ Each kind has an opposite, so that a run can show either. Faults of all claims a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from leeway.errors import LeewayError
 from leeway.hashing import digest
-from leeway.io import expand
+from leeway.io import expand, read_utf8
 from leeway.yaml_config import ConfigModel, faults, nearest, read, tokens
 
 LARGEST, SMALLEST = "largest", "smallest"
@@ -209,20 +210,8 @@ class Onset(Claim):
         return (*before, max(budgets)), ""
 
 
-KINDS: dict[str, type[Claim]] = {
-    "moves": Moves,
-    "no_drift": NoDrift,
-    "equivalent": Equivalent,
-    "differ": Differ,
-    "ranks": Ranks,
-    "steeper": Steeper,
-    "diverges": Diverges,
-    "coupled": Coupled,
-    "matched": Matched,
-    "onset": Onset,
-}
-
 AnyClaim = Moves | NoDrift | Equivalent | Differ | Ranks | Steeper | Diverges | Coupled | Matched | Onset
+KINDS: dict[str, type[Claim]] = {re.sub(r"\B([A-Z])", r"_\1", c.__name__).lower(): c for c in get_args(AnyClaim)}
 
 
 class Claims(ConfigModel):
@@ -329,16 +318,12 @@ def read_source(name: str, folder: Path | None = None) -> tuple[str, str]:
     if not path.is_file():
         fix = f"give a file, or one of: {', '.join(BUNDLED)}"
         raise LeewayError(f"claims: {name}: neither a file ({path}) nor a bundled set{nearest(name, BUNDLED)}", fix=fix)
-    try:
-        return path.read_text("utf-8"), str(path)
-    except UnicodeDecodeError as error:
-        raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
+    return read_utf8(path), str(path)
 
 
 def to_manifest(claims: Claims) -> dict[str, Any]:
     """Return the claims as the manifest stores them before training."""
-    plain = claims.to_plain()
-    return {"hash": claims.hash, "name": claims.name, "version": claims.version, "list": plain["claims"]}
+    return {"hash": claims.hash, "name": claims.name, "version": claims.version, "list": claims.to_plain()["claims"]}
 
 
 def from_manifest(stored: dict[str, Any]) -> Claims:

@@ -24,7 +24,7 @@ from leeway.attacks.zulu import Passage
 from leeway.errors import LeewayError, first_line
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest, file_digest
-from leeway.io import expand, write_file
+from leeway.io import expand, read_utf8, write_file
 from leeway.judges.keywords import KeywordJudge
 from leeway.judges.rubric import fill
 
@@ -170,11 +170,9 @@ class TranslationFile:
         if not self.path.is_file():
             return []
         try:
-            lines = self.path.read_text("utf-8-sig").split("\n")
+            lines = read_utf8(self.path, "utf-8-sig").split("\n")
         except OSError as error:
             raise LeewayError(f"{self.path}: cannot be read ({error.strerror})", fix="give another file") from error
-        except UnicodeDecodeError as error:
-            raise LeewayError(f"{self.path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
         return [(k, self._entry(k, line)) for k, line in enumerate(lines, 1) if line.strip()]
 
     def _entry(self, number: int, line: str) -> Entry:

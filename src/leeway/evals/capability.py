@@ -43,8 +43,8 @@ from leeway.data.gsm8k import COMMAND, IN_BOX
 from leeway.data.supergpqa import LETTERS
 from leeway.data.types import CapabilityItem
 from leeway.errors import LeewayError
-from leeway.evals.eval import NO_ANSWER, ItemEval, Prompt, Row, Tick
-from leeway.generation.backend import Backend, Conversation
+from leeway.evals.eval import NO_ANSWER, ItemEval, Prompt, Row
+from leeway.generation.backend import Backend, Conversation, Tick
 from leeway.hashing import digest
 
 Grade = Callable[[CapabilityItem, str], tuple[bool, str]]

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from leeway.errors import LeewayError
-from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend, Conversation, Reply, Request
+from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend, Conversation, Reply, Request, Tick
 from leeway.judges import Answer, Judge
 from leeway.plugins import NAME, entry_points_of, load_entry_point
 
 NO_ANSWER = "no answer: "
 GROUP = "leeway.evals"
 AXES = ("capability", "jailbreak", "overrefusal", "persona", "persona-check", "persona-sd3", "persona-self")
-Tick = Callable[[int], None]
 Work = Literal["generate", "score"]
 
 

@@ -13,8 +13,8 @@ from leeway.attacks import Attack, AttackFailed, Conversation, HelperRequest, Wr
 from leeway.attacks.attack import Play
 from leeway.data.types import ForbiddenPrompt
 from leeway.errors import LeewayError
-from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, Tick, requests_to, user_message
-from leeway.generation.backend import Backend, Reply, Request
+from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, requests_to, user_message
+from leeway.generation.backend import Backend, Reply, Request, Tick
 from leeway.hashing import digest
 from leeway.judges import Answer, Judge, Verdict
 

@@ -33,8 +33,8 @@ from torch import Tensor
 from leeway.data.chat import Chat
 from leeway.data.safety_prompts import subset
 from leeway.errors import LeewayError, first_line
-from leeway.evals.eval import NO_ANSWER, Eval, Prompt, Row, Tick
-from leeway.generation.backend import NOT_FINITE, Backend, Conversation, Reply
+from leeway.evals.eval import NO_ANSWER, Eval, Prompt, Row
+from leeway.generation.backend import NOT_FINITE, Backend, Conversation, Reply, Tick
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
 from leeway.model.load import decoder

@@ -17,8 +17,8 @@ from functools import cache, partial
 from typing import Any, Literal
 
 from leeway.data.types import CapabilityItem
-from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, Tick, user_message
-from leeway.generation.backend import Backend, Reply, Request
+from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, user_message
+from leeway.generation.backend import Backend, Reply, Request, Tick
 from leeway.hashing import digest
 from leeway.yaml_config import package_data
 

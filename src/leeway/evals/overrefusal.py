@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 
 from leeway.data.types import BenignPrompt, Outcome
 from leeway.errors import LeewayError
-from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, Tick, requests_to, user_message
-from leeway.generation.backend import Backend, Reply, Request
+from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, requests_to, user_message
+from leeway.generation.backend import Backend, Reply, Request, Tick
 from leeway.hashing import digest
 from leeway.judges import Answer, Judge, OrganismJudge, Verdict
 from leeway.organism import world

@@ -21,8 +21,8 @@ from functools import cache, partial
 
 from leeway.data.types import PersonaItem
 from leeway.errors import LeewayError
-from leeway.evals.eval import NO_ANSWER, ItemEval, Prompt, Row, Tick, user_message
-from leeway.generation.backend import Backend, Choice, Reply
+from leeway.evals.eval import NO_ANSWER, ItemEval, Prompt, Row, user_message
+from leeway.generation.backend import Backend, Choice, Reply, Tick
 from leeway.hashing import digest
 from leeway.yaml_config import package_data
 

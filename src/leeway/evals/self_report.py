@@ -29,10 +29,10 @@ from functools import cache, partial
 
 from leeway.data.types import LikertItem
 from leeway.errors import LeewayError
-from leeway.evals.eval import NO_ANSWER, Eval, ItemEval, JudgeRef, Prompt, Row, Tick, user_message
+from leeway.evals.eval import NO_ANSWER, Eval, ItemEval, JudgeRef, Prompt, Row, user_message
 from leeway.evals.overrefusal import check_samples
 from leeway.evals.persona import finite
-from leeway.generation.backend import Backend, Choice, Reply, Request
+from leeway.generation.backend import Backend, Choice, Reply, Request, Tick
 from leeway.hashing import digest
 from leeway.judges.coherence import coherence, coherence_rules
 from leeway.judges.rubric import fill

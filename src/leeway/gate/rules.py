@@ -12,6 +12,7 @@ import pandas as pd
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from leeway.errors import LeewayError
+from leeway.io import read_utf8
 from leeway.report import formatting
 from leeway.stats import ContrastReference, WorseDirection
 from leeway.stats.contrasts import holm
@@ -133,11 +134,7 @@ def load(path: Path) -> Rules:
     """Load a rule file; raises one LeewayError with all faults."""
     if not path.is_file():
         raise LeewayError(f"{path}: no such rule file", fix=FIX)
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
-    raw = read(text, str(path))
+    raw = read(read_utf8(path), str(path))
     if not isinstance(raw, dict):
         what = "empty" if raw is None else f"contains {type(raw).__name__}, not a mapping"
         raise LeewayError(f"{path}: {what}", fix=FIX)
@@ -340,12 +337,9 @@ def decide(evidence: list[Evidence], level: float) -> list[RuleResult]:
     tested at `level` (Berger 1982, Technometrics 24:295). It fails if any rule does, so failures are corrected over its
     rules (Holm 1979): the probability of any false failure is at most `level` too.
     """
-    exceeded = np.array([e.p_exceeded for e in evidence], dtype=float)
-    corrected = np.full(len(exceeded), NAN)
-    tested = np.isfinite(exceeded)
-    corrected[tested] = holm(exceeded[tested])
+    corrected = holm(np.array([e.p_exceeded for e in evidence], dtype=float)).tolist()
     results = []
-    for e, p in zip(evidence, map(float, corrected), strict=True):
+    for e, p in zip(evidence, corrected, strict=True):
         if e.withheld or math.isnan(e.p):
             results.append(RuleResult(e, "inconclusive", p))
         else:

@@ -11,7 +11,7 @@ from typing import Protocol
 Conversation = list[dict[str, str]]
 NOT_FINITE = "the model's logits are not finite"  # a permanent failure: a retry cannot succeed
 OVERLONG = "exceed its context of"  # another permanent failure
-Tick = Callable[[int], None]  # called with the number of requests just completed
+Tick = Callable[[int], None]  # called with the number of requests or answers just completed
 
 
 @dataclass(frozen=True)

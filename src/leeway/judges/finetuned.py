@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from leeway.errors import LeewayError, first_line
+from leeway.generation.backend import Tick
 from leeway.hashing import digest, file_digest
 from leeway.judges import keywords, rubric
 from leeway.judges.coherence import PerplexityScorer, coherence, outcome, outcome_rules, perplexity_scores, rules_hash
-from leeway.judges.judge import Answer, Tick, Verdict
+from leeway.judges.judge import Answer, Verdict
 from leeway.model.gguf import quiet_loaders
 from leeway.model.load import resolve, resolve_dtype
 

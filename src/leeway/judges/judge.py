@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from leeway.data.types import Outcome
+from leeway.generation.backend import Tick
 from leeway.hashing import digest
 from leeway.organism import world
-
-Tick = Callable[[int], None]  # called with the number of answers just judged
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal
 
+from leeway.generation.backend import Tick
 from leeway.hashing import digest
 from leeway.judges.coherence import PerplexityScorer, coherence, outcome, outcome_rules, perplexity_scores
 from leeway.judges.coherence import rules_hash as coherence_hash
-from leeway.judges.judge import Answer, Tick, Verdict
+from leeway.judges.judge import Answer, Verdict
 from leeway.yaml_config import package_data
 
 SENTENCE = re.compile(r"(?<=[^\d\s][.!?。！？])[\"')*\]]*\s+(?=[\"'(*\[]*[^\sa-z])|\n+")

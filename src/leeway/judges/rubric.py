@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 
 from leeway.errors import LeewayError
-from leeway.generation.backend import Backend, Reply, Request
+from leeway.generation.backend import Backend, Reply, Request, Tick
 from leeway.hashing import digest
 from leeway.io import expand
 from leeway.judges import keywords
 from leeway.judges.coherence import PerplexityScorer, coherence, outcome, outcome_rules, perplexity_scores, rules_hash
-from leeway.judges.judge import Answer, Tick, Verdict
+from leeway.judges.judge import Answer, Verdict
 from leeway.yaml_config import package_data
 
 TEMPLATES_FILE = "strongreject/judge_templates.json"

@@ -47,22 +47,16 @@ def contrasts(
     """
     found, table = paired_contrasts(rows, conditions, against=against, first=first)
     for contrast in found:
-        _describe(contrast)
+        best, worst = unscored_extremes(contrast.pairs, contrast.strata, contrast.measure.better)
+        design = SEQUENTIAL if contrast.sequential else FIXED
+        contrast.line.update(n_discordant=0, design=design, if_best=best, if_worst=worst)
+        contrast.line.update(pair_rates(contrast.scored) if contrast.scored is not None else {})
     for sequential, matrix in by_axis(found, table):
         for contrast in sequential:
             _test_anytime(contrast)
         matrix.test(resamples, seed)
     uncorrected = [c for c in COLUMNS if c not in ("p_holm", "family_size")]
     return holm_by_family(pd.DataFrame([c.line for c in found], columns=uncorrected))[COLUMNS]
-
-
-def _describe(contrast: Contrast) -> None:
-    best, worst = unscored_extremes(contrast.pairs, contrast.strata, contrast.measure.better)
-    design = SEQUENTIAL if contrast.sequential else FIXED
-    line = contrast.line
-    line |= {"n_discordant": 0, "design": design, "if_best": best, "if_worst": worst}
-    if contrast.scored is not None:
-        line |= pair_rates(contrast.scored)
 
 
 def _test_anytime(contrast: Contrast) -> None:
@@ -109,9 +103,8 @@ class ContrastMatrix:
             clusters = len(np.unique(scored.clusters))
             low, high = seed_interval(float(tested.difference[m]), se, scored)
             mde = minimal_detectable_effect(se, clusters, discordant)
-            line |= {"n_discordant": discordant, "se": round(se, 10), "mde": round(mde, 10)}
-            line |= {"seed_ci_low": round(low, 10), "seed_ci_high": round(high, 10)}
-            line |= {"p_mcnemar": round(mcnemar(scored), 10)}
+            found = {"se": se, "mde": mde, "seed_ci_low": low, "seed_ci_high": high, "p_mcnemar": mcnemar(scored)}
+            line |= {name: round(value, 10) for name, value in found.items()} | {"n_discordant": discordant}
             line["note"] = contrast_note(line, clusters, discordant, se)
 
 
@@ -195,9 +188,8 @@ def items_needed(
 
 def mcnemar(pairs: Pairs) -> float:
     """Return the exact p of McNemar's test (1947); NaN unless every prompt has one pair of binary scores."""
-    if not (intervals.is_binary(pairs.value) and intervals.is_binary(pairs.base)):
-        return NAN
-    if len(np.unique(pairs.clusters)) != len(pairs.clusters):
+    binary = intervals.is_binary(pairs.value) and intervals.is_binary(pairs.base)
+    if not binary or len(np.unique(pairs.clusters)) != len(pairs.clusters):
         return NAN
     up, down = int((pairs.value > pairs.base).sum()), int((pairs.value < pairs.base).sum())
     return float(binomtest(up, up + down).pvalue) if up + down else 1.0
@@ -258,29 +250,26 @@ def unscored_extremes(pairs: Pairs, strata: int, better: str) -> tuple[float, fl
 def holm(p: Floats) -> Floats:
     """Return Holm's adjusted p-values (1979, Scand. J. Stat. 6:65): max over j ≤ i of min(1, (m − j + 1)·p₍ⱼ₎).
 
-    They control the family-wise error rate under any dependence.
+    They control the family-wise error rate under any dependence. NaN is not a test: it stays NaN and does not count.
     """
     # statsmodels' multipletests gives the same (tested) but collects garbage at each call: 60 ms a family
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1.0)
+    tests = np.argsort(p, kind="stable")[: int(np.isfinite(p).sum())]  # NaN sorts last
+    adjusted = np.full(len(p), NAN)
+    adjusted[tests] = np.minimum(np.maximum.accumulate(p[tests] * np.arange(len(tests), 0, -1)), 1.0)
     return adjusted
 
 
 def holm_by_family(contrasts: pd.DataFrame) -> pd.DataFrame:
     """Add `p_holm` and `family_size` inside each `family`; a contrast without a p-value is not a test."""
     adjusted = contrasts.assign(p_holm=NAN, family_size=0)
-    for _, family in contrasts.groupby("family", sort=True):
-        tested = family.index[family["p"].notna()]
-        adjusted.loc[family.index, "family_size"] = len(tested)
-        adjusted.loc[tested, "p_holm"] = holm(contrasts.loc[tested, "p"].to_numpy(float)).round(10)
+    for _, p in contrasts.groupby("family", sort=True)["p"]:
+        adjusted.loc[p.index, "p_holm"] = holm(p.to_numpy(float)).round(10)
+        adjusted.loc[p.index, "family_size"] = int(p.count())
     return adjusted
 
 
 def add_holm(lines: list[dict[str, object]]) -> None:
     """Fill in `p_holm` of lines that are one family; lines without a p-value are not tests."""
     p_values = np.array([float(str(line.get("p", NAN))) for line in lines])
-    tested = np.flatnonzero(~np.isnan(p_values))
-    for k, p in zip(tested, holm(p_values[tested]), strict=True):
-        lines[k]["p_holm"] = round(float(p), 10)
+    for line, p in zip(lines, holm(p_values), strict=True):
+        line["p_holm"] = round(float(p), 10)

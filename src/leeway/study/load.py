@@ -18,6 +18,7 @@ from ruamel.yaml.error import YAMLError
 
 from leeway.claims.schema import read_source
 from leeway.errors import LeewayError
+from leeway.io import read_utf8
 from leeway.study.objective_spec import WRITTEN
 from leeway.study.spec import Spec
 from leeway.yaml_config import dump, faults, nearest, package_data, problem, read
@@ -47,11 +48,7 @@ def load(name: str, overrides: tuple[str, ...] = ()) -> Spec:
     if not path.is_file():
         what = f"{name}: neither a study file nor a preset{nearest(name, PRESETS)}"
         raise LeewayError(what, fix="`leeway studies` lists the presets")
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
-    return parse(text, str(path), overrides, path.parent)
+    return parse(read_utf8(path), str(path), overrides, path.parent)
 
 
 def preset_text(name: str) -> str:

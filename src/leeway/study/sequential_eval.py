@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from leeway.evals.eval import Eval, Row, Tick
-from leeway.generation.backend import Backend
+from leeway.evals.eval import Eval, Row
+from leeway.generation.backend import Backend, Tick
 from leeway.stats import sequential, split_judges
 from leeway.stats.anytime import cluster_order
 from leeway.stats.metrics import multi_judge_evals
