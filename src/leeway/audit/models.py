@@ -52,7 +52,14 @@ class LocalModel:
         if Path(resolve(self.model)).is_dir():
             refuse_pickled(f"model {self.model}", Path(resolve(self.model)))
             return model_hash(self.model, None, None)
-        return model_hash(self.model, None, SimpleNamespace(config=_hub_config(self.model)))
+        from transformers import AutoConfig
+
+        try:  # the config names the hub's commit
+            config = AutoConfig.from_pretrained(self.model, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            what = f"model {self.model}: neither a folder nor available from the hub ({_message(error)})"
+            raise LeewayError(what, fix="check the name and the network") from error
+        return model_hash(self.model, None, SimpleNamespace(config=config))
 
     @cached_property
     def identity(self) -> str:
@@ -272,19 +279,17 @@ def apply_adapter(model: Model, folder: Path) -> None:
 
 def _mismatch(model: Model, tensors: dict[str, torch.Tensor]) -> str:
     """Return the first difference between the file's tensors and the model's, or an empty text."""
-    loaded = adapters.state(model)
-    full = model.lm.state_dict()
-    for name in sorted(loaded.keys() - tensors.keys()):
-        return f"{name} is missing"
+    loaded, full = adapters.state(model), model.lm.state_dict()
+    if missing := loaded.keys() - tensors.keys():
+        return f"{min(missing)} is missing"
     for name, tensor in sorted(tensors.items()):
         own = loaded.get(name, full.get(name))
         if own is None:
             return f"{name} has no place in it"
         if own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to(own.dtype)):
             return f"{name} was not read as it was saved"
-    if not all(torch.isfinite(t).all() for t in tensors.values()):
-        return "it has values that are not finite"
-    return ""
+    finite = all(torch.isfinite(t).all() for t in tensors.values())
+    return "" if finite else "it has values that are not finite"
 
 
 def refuse_pickled(what: str, folder: Path) -> None:
@@ -293,17 +298,6 @@ def refuse_pickled(what: str, folder: Path) -> None:
     if pickled and not any(folder.glob("*.safetensors")):
         what = f"{what}: its weights are in {pickled[0]} only, and loading that kind of file can run code"
         raise LeewayError(what, fix="load it where you trust it and save it again: save_pretrained writes safetensors")
-
-
-def _hub_config(name: str) -> Any:
-    """Load a hub model's config, which names its commit."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        what = f"model {name}: neither a folder nor available from the hub ({_message(error)})"
-        raise LeewayError(what, fix="check the name and the network") from error
 
 
 def _message(error: BaseException) -> str:

@@ -140,7 +140,11 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str) -> P
     evals = tuple(evals_of(spec, origins, HelperModels(store.cache, spec.device)))
     templates = choose_templates(audit_spec.base, audit_spec.checkpoint, own_template=audit_spec.own_template)
     identity = _identity(audit_spec, evals, templates)
-    _check_same(store, identity)
+    then: dict[str, str] = store.read_manifest().get("audit", {}).get("identity", {})
+    if differs := [n for n in {**identity, **then} if then and then.get(n) != identity.get(n)]:
+        changed = f"{differs[0]} is {then.get(differs[0])} there, and {identity.get(differs[0])} here"
+        what = f"{store.folder} holds another audit: {changed}"
+        raise LeewayError(what, fix="give another --out, or repeat the command of that audit")
     with store.claimed(digest("audit", identity), _as_yaml(audit_spec)):
         store.cache.acquire(out)
         external = {  # the checkpoint first, since it is the one that may not load
@@ -172,14 +176,15 @@ def choose_templates(base: AuditedModel, checkpoint: AuditedModel, *, own_templa
         return _external_templates(base, checkpoint, own_template=own_template)
     chat = load_chat(base.model)
     where, tokenizer = own_tokenizer(checkpoint)
+    shared_template = Templates(base=chat, checkpoint=chat)
     if tokenizer is None:
-        return Templates(base=chat, checkpoint=chat)
+        return shared_template
     same_vocabulary = chat.tokenizer.get_vocab() == tokenizer.get_vocab()
     if same_vocabulary and not tokenizer.chat_template:
-        return Templates(base=chat, checkpoint=chat)
+        return shared_template
     own = Chat(tokenizer)
     if same_vocabulary and chat.template_hash == own.template_hash:
-        return Templates(base=chat, checkpoint=chat)
+        return shared_template
     if own_template:
         shared = digest("own templates", chat.template_hash, own.template_hash, base.identity, checkpoint.identity)
         note = "Each model used its own chat template and tokenizer: a difference includes theirs."
@@ -187,10 +192,9 @@ def choose_templates(base: AuditedModel, checkpoint: AuditedModel, *, own_templa
     if not same_vocabulary:
         more = len(tokenizer) - len(chat.tokenizer)
         differs = f"{more:+d} tokens" if more else "other tokens"
-        raise LeewayError(
-            f"{where}: its vocabulary is not that of {base.model} ({differs}), so both cannot read the same prompts",
-            fix="give --own-template to prompt each under its own; a difference then includes the templates'",
-        )
+        what = f"{where}: its vocabulary is not that of {base.model} ({differs}), so both cannot read the same prompts"
+        fix = "give --own-template to prompt each under its own; a difference then includes the templates'"
+        raise LeewayError(what, fix=fix)
     note = f"{where} has its own chat template; both models were prompted under that of {base.model}."
     return Templates(PLAIN, chat, chat, None, note)
 
@@ -201,11 +205,9 @@ def _external_templates(base: AuditedModel, checkpoint: AuditedModel, *, own_tem
         if base.backend.template_hash == checkpoint.backend.template_hash:
             return Templates()
         if not own_template:
-            raise LeewayError(
-                "the two backends have different chat templates "
-                f"({base.backend.template_hash}, {checkpoint.backend.template_hash})",
-                fix="give both the same, or own_template",
-            )
+            hashes = f"{base.backend.template_hash}, {checkpoint.backend.template_hash}"
+            what = f"the two backends have different chat templates ({hashes})"
+            raise LeewayError(what, fix="give both the same, or own_template")
     shared = digest("templates not seen", base.identity, checkpoint.identity)
     if own_template:
         return Templates(OWN_TEMPLATE, shared_hash=shared, note="Each model used its own chat template.")
@@ -281,17 +283,6 @@ def _identity(audit_spec: AuditSpec, evals: Seq[Eval], templates: Templates) -> 
         "evals.batch": str(spec.evals.batch),
         **{f"evals.{e.key}": e.hash for e in evals},
     }
-
-
-def _check_same(store: RunDir, identity: dict[str, str]) -> None:
-    """Raise LeewayError if another audit is in the folder, naming the difference."""
-    then: dict[str, str] = store.read_manifest().get("audit", {}).get("identity", {})
-    for name in {**identity, **then} if then else ():
-        if then.get(name) != identity.get(name):
-            raise LeewayError(
-                f"{store.folder} holds another audit: {name} is {then.get(name)} there, and {identity.get(name)} here",
-                fix="give another --out, or repeat the command of that audit",
-            )
 
 
 def _as_yaml(audit_spec: AuditSpec) -> str:

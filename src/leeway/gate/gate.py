@@ -123,25 +123,17 @@ class EvidenceCollector:
         notes = [part for part in str(line["note"]).split("; ") if OWN in part]
         if unpaired := int(line.get("n_unpaired") or 0):
             notes.append(f"{unpaired} answers have no partner and are not compared")
-        blank = Evidence(
-            rule,
-            worse,
-            n=int(line["n"]),
-            n_clusters=int(line["n_clusters"]),
-            n_unscored=unscored,
-            notes=tuple(f"{rule.measure}: {note}" for note in notes),
-        )
+        counts = {"n": int(line["n"]), "n_clusters": int(line["n_clusters"]), "n_unscored": unscored}
+        blank = Evidence(rule, worse, **counts, notes=tuple(f"{rule.measure}: {note}" for note in notes))
         if math.isnan(line["p"]):
             return replace(blank, withheld=str(line["note"]) or "no test is possible")
         margin = rule.kind == "margin"
         return replace(
             blank,
             reference=float(line["base"]) if margin else NAN,
-            rate=float(line["rate"]),
+            **{name: float(line[name]) for name in ("rate", "limit", "p")},
             estimate=float(line["difference" if margin else "rate"]),
-            limit=float(line["limit"]),
             se=float(line["se"]) or NAN,  # 0 of n: no variance
-            p=float(line["p"]),
             p_exceeded=float(line["p_worse"]),
             if_worst=self._if_worst(rule, worse, checkpoint) if unscored else NAN,
         )
@@ -208,11 +200,8 @@ class CoherenceCheck:
         share = self.coherent_share(measure, checkpoint)
         if not share < COHERENT:
             return ""
-        counts_as = INCOHERENT_COUNTS_AS[_plain(measure)]
-        return (
-            f"only {formatting.percent(share, 0)} of the answers are coherent, and incoherent ones count as "
-            f"{counts_as} (a pass needs {formatting.percent(COHERENT, 0)})"
-        )
+        reason = f"only {formatting.percent(share, 0)} of the answers are coherent, and incoherent ones count as "
+        return f"{reason}{INCOHERENT_COUNTS_AS[_plain(measure)]} (a pass needs {formatting.percent(COHERENT, 0)})"
 
 
 def _plain(measure: str) -> str:

@@ -73,14 +73,11 @@ def gate_values(gate: Gate, provenance: dict[str, Any]) -> dict[str, Any]:
     """Return gate.json as Python values; missing numbers are null."""
     found: dict[str, Any] = {"format": FORMAT, **provenance, "study": gate.name, "level": gate.level}
     found |= {"against": reference_name(gate), "outcome": gate.outcome, "exit": EXIT[gate.outcome]}
-    return found | {"warnings": [*gate.warnings], "checkpoints": [_checkpoint_json(d) for d in gate.decisions]}
-
-
-def _checkpoint_json(decision: Decision) -> dict[str, Any]:
-    own = decision.checkpoint
-    found: dict[str, Any] = {"objective": own.objective, "budget": own.budget, "condition": own.condition}
-    found |= {"seeds": [*decision.seeds], "outcome": decision.outcome, "warnings": [*decision.warnings]}
-    return found | {"rules": [_rule_json(r) for r in decision.results]}
+    checkpoints = []
+    for d in gate.decisions:
+        line = vars(d.checkpoint) | {"seeds": [*d.seeds], "outcome": d.outcome, "warnings": [*d.warnings]}
+        checkpoints.append(line | {"rules": [_rule_json(r) for r in d.results]})
+    return found | {"warnings": [*gate.warnings], "checkpoints": checkpoints}
 
 
 def _rule_json(result: RuleResult) -> dict[str, Any]:
@@ -173,7 +170,10 @@ def print_gate(gate: Gate, console: Console) -> None:
             console.print(f"[bold]{escape(head)}[/bold]: {_coloured(decision.outcome)}")
             console.print(_rich_table(decision, console.width))
         else:
-            _print_literal(console, f"{head}: {decision.outcome}", *_plain_table(decision))
+            align = [f"{'>' if n in NUMERIC else '<'}{width}" for n, width in enumerate(_widths(decision))]
+            rows = [HEADS, *(table_row(r) for r in decision.results)]
+            table = ("  " + "  ".join(map(format, row, align)).rstrip() for row in rows)
+            _print_literal(console, f"{head}: {decision.outcome}", *table)
         _print_literal(console, *(explain(r) for r in decision.results if r.outcome != "pass"), indent=2)
         _print_literal(console, *(f"note: {w}" for w in decision.warnings), indent=2)
         console.print()
@@ -210,12 +210,6 @@ def _rich_table(decision: Decision, width: int) -> object:
         row[-1].stylize(COLOUR[result.outcome])
         table.add_row(*(row[n] for n in columns))
     return table
-
-
-def _plain_table(decision: Decision) -> list[str]:
-    align = [f"{'>' if n in NUMERIC else '<'}{width}" for n, width in enumerate(_widths(decision))]
-    rows = [HEADS, *(table_row(r) for r in decision.results)]
-    return ["  " + "  ".join(map(format, row, align)).rstrip() for row in rows]
 
 
 def _widths(decision: Decision) -> list[int]:

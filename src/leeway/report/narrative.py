@@ -227,31 +227,27 @@ def judge_summaries(results: Results, cards: list[Path]) -> list[dict[str, Any]]
     summaries = []
     for axis, judge in (results.manifest.get("judges") or {}).items():
         info = judge if isinstance(judge, dict) else {"name": str(judge)}
-        parts = [_accuracy(p, c) for c in read if c["judge_hash"] == info.get("hash") for p in c["parts"]]
+        own = [(p, c) for c in read if c["judge_hash"] == info.get("hash") for p in c["parts"]]
+        parts = []
+        for part, card in own:
+            hits, positives, right, negatives = _counts([part["counts"]])
+            shares = {"sensitivity": hits / positives if positives else None}
+            shares |= {"specificity": right / negatives if negatives else None}
+            on = str(part.get("model") or card.get("on") or "its responses")
+            parts.append({"on": on, **shares, "n": positives + negatives})
         facts = [(str(k), str(v)) for k, v in info.items() if k != "name" and v not in (None, "", [], {})]
         summaries.append({"axis": str(axis), "name": str(info.get("name", "unnamed")), "facts": facts, "parts": parts})
     return summaries
 
 
-def _accuracy(part: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:
-    hits, positives, right, negatives = _counts([part["counts"]])
-    sensitivity, specificity = (k / n if n else None for k, n in ((hits, positives), (right, negatives)))
-    rates = {"sensitivity": sensitivity, "specificity": specificity, "n": positives + negatives}
-    return {"on": str(part.get("model") or card.get("on") or "its responses"), **rates}
-
-
 def _correct(rate: dict[str, Any], hits: int, positives: int, right: int, negatives: int) -> dict[str, object]:
-    corrected = None
-    sequential = rate["method"] == "anytime"
-    if rate["n"] and rate["rate"] == rate["rate"] and not sequential:
-        measured = (hits / positives, right / negatives, positives, negatives)
-        corrected = stats.rogan_gladen(float(rate["rate"]), int(rate["n_clusters"]), *measured)
-    return {k: rate[k] for k in CORRECTED if k in rate} | {
-        "corrected": corrected.rate if corrected else float("nan"),
-        "corrected_low": corrected.low if corrected else float("nan"),
-        "corrected_high": corrected.high if corrected else float("nan"),
-        "note": corrected.note if corrected else UNCORRECTED if sequential else str(rate["reason"]),
-    }
+    line, sequential = {k: rate[k] for k in CORRECTED if k in rate}, rate["method"] == "anytime"
+    if sequential or not rate["n"] or rate["rate"] != rate["rate"]:
+        return line | {"note": UNCORRECTED if sequential else str(rate["reason"])}
+    measured = (hits / positives, right / negatives, positives, negatives)
+    found = stats.rogan_gladen(float(rate["rate"]), int(rate["n_clusters"]), *measured)
+    line |= {"corrected": found.rate, "corrected_low": found.low, "corrected_high": found.high}
+    return line | {"note": found.note}
 
 
 def _read_card(path: Path) -> dict[str, Any]:

@@ -61,14 +61,12 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
 
 def column_types(lines: list[dict[str, Any]], columns: list[str]) -> dict[str, str]:
     """Return the JSON type of each column's non-null cells, or `null` if all are null."""
-    return {c: _json_type([line[c] for line in lines if line[c] is not None]) for c in columns}
-
-
-def _json_type(values: list[Any]) -> str:
-    types = {JSON_TYPES.get(type(v), "string") for v in values}
-    if types == {"integer", "number"}:
-        return "number"
-    return types.pop() if len(types) == 1 else "string" if types else "null"
+    found = {}
+    for c in columns:
+        types = {JSON_TYPES.get(type(line[c]), "string") for line in lines if line[c] is not None}
+        types = {"number"} if types == {"integer", "number"} else types or {"null"}
+        found[c] = types.pop() if len(types) == 1 else "string"
+    return found
 
 
 def schema() -> dict[str, Any]:
@@ -169,12 +167,19 @@ def replace_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
     digests = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in contents.items()}  # = file_digest
     before = _read_record(folder)
     for name in [RECORD, *contents]:
-        _check_target(folder, name, {*before.get(name, []), digests.get(name, "")})
+        path, own = folder / name, {*before.get(name, []), digests.get(name, "")}
+        if link := _symlink(folder, path):
+            raise LeewayError(f"{link} is a symbolic link", fix=MOVE)
+        if name != RECORD and path.exists() and not (path.is_file() and file_digest(path) in own):
+            raise LeewayError(f"{path} is not a file that the report wrote", fix=MOVE)
     # until all files are written both contents are the report's own: it may be killed in between
     either = {n: sorted({*before.get(n, []), *([digests[n]] if n in digests else [])}) for n in {*before, *digests}}
     write_json(folder / RECORD, either)
-    for name in sorted(before.keys() - contents.keys()):
-        _remove_stale(folder, name, before[name])
+    for name in sorted(before.keys() - contents.keys()):  # of an earlier report, unless edited since
+        path = folder / name
+        removable = any(Path(name).match(pattern) for pattern in REMOVABLE) and len(Path(name).parts) == 2
+        if removable and not _symlink(folder, path) and path.is_file() and file_digest(path) in before[name]:
+            path.unlink()
     for name, content in contents.items():
         write_file(folder / name, content)
     write_json(folder / RECORD, {name: [digest] for name, digest in digests.items()})
@@ -188,22 +193,6 @@ def _read_record(folder: Path) -> dict[str, list[str]]:
         return {str(name): [str(d) for d in digests] for name, digests in record.items()}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return {}
-
-
-def _check_target(folder: Path, name: str, own: set[str]) -> None:
-    path = folder / name
-    if link := _symlink(folder, path):
-        raise LeewayError(f"{link} is a symbolic link", fix=MOVE)
-    if name != RECORD and path.exists() and not (path.is_file() and file_digest(path) in own):
-        raise LeewayError(f"{path} is not a file that the report wrote", fix=MOVE)
-
-
-def _remove_stale(folder: Path, name: str, own: list[str]) -> None:
-    """Remove a file of an earlier report, unless it was edited since."""
-    path = folder / name
-    removable = any(Path(name).match(pattern) for pattern in REMOVABLE) and len(Path(name).parts) == 2
-    if removable and not _symlink(folder, path) and path.is_file() and file_digest(path) in own:
-        path.unlink()
 
 
 def _symlink(folder: Path, path: Path) -> Path | None:

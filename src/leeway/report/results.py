@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,18 +78,14 @@ class Results:
         fix = "restore it, or run the study again"
         study = _read(folder / "study.yaml", lambda p: load_yaml(p.read_text("utf-8")), "is not readable YAML", fix)
         results = cls(folder, rows, ledger, manifest, mapping(study))
-        results._check_templates()
+        unknown = sorted(set(rows["template_hash"].dropna().unique()) - {"", *results.conditions})
+        if results.conditions and unknown:
+            count = int(rows["template_hash"].isin(unknown).sum())
+            what = f"{path}: {count} rows use a prompt template ({unknown[0][:8]}) that the manifest does not list"
+            raise ReportError(
+                f"{what}: rows of another version of a template were pooled", fix="report on the rows of one run"
+            )
         return results
-
-    def _check_templates(self) -> None:
-        """Raise ReportError for rows whose rendered prompt template the manifest does not list."""
-        known = self.conditions
-        unknown = sorted(set(self.rows["template_hash"].dropna().unique()) - {"", *known})
-        if known and unknown:
-            count = int(self.rows["template_hash"].isin(unknown).sum())
-            what = f"{self.folder / 'rows.parquet'}: {count} rows use a prompt template ({unknown[0][:8]}) that the"
-            what += " manifest does not list: rows of another version of a template were pooled"
-            raise ReportError(what, fix="report on the rows of one run")
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -159,9 +155,7 @@ class Results:
         """Return the Pareto frontier of capability and ASR (`leeway.stats.pareto`)."""
         if self.sequential:
             return stats.frontier_of(self._rates)
-        rows = self.judged
-        draws = self._locate_errors(lambda: stats.draws(rows, self.conditions, FRONTIER_MEASURES, by_seed=True))
-        return stats.frontier_of(self._rates, draws)
+        return stats.frontier_of(self._rates, self._draw(FRONTIER_MEASURES, by_seed=True))
 
     def divergence(self, measure: str = "asr", objectives: ObjectiveChoice | None = None) -> pd.DataFrame:
         """Test whether slopes over log2(budget) differ between objectives (`leeway.stats.interaction`)."""
@@ -222,9 +216,9 @@ class Results:
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
 
     def _context(self) -> EvaluationContext:
-        context = EvaluationContext(self.judged, self.conditions, self.first_conditions)
-        at = BudgetUnit.of(self.manifest).at
-        return replace(context, format_objective=formatting.objective_name, format_budget=at)
+        name, at = formatting.objective_name, BudgetUnit.of(self.manifest).at
+        known = (self.judged, self.conditions, self.first_conditions)
+        return EvaluationContext(*known, format_objective=name, format_budget=at)
 
     @cached_property
     def _rates(self) -> pd.DataFrame:
@@ -237,8 +231,11 @@ class Results:
     @cached_property
     def _draws(self) -> stats.Draws:
         """Bootstrap draws of the main measures, shared by all analyses."""
+        return self._draw(MAIN_MEASURES)
+
+    def _draw(self, names: tuple[str, ...], *, by_seed: bool = False) -> stats.Draws:
         rows = self.judged
-        return self._locate_errors(lambda: stats.draws(rows, self.conditions, MAIN_MEASURES))
+        return self._locate_errors(lambda: stats.draws(rows, self.conditions, names, by_seed=by_seed))
 
     def _over_budgets(
         self, estimate: Any, measure: str | None, objectives: ObjectiveChoice | None = None, **settings: Any

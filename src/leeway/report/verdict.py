@@ -142,19 +142,10 @@ def recommendations(
         names = list(dict.fromkeys(own["measure"]))
         cells = {(c["objective"], c["condition"], c["measure"]): c for c in own.to_dict("records")}
         table = [(s.label, [cells.get((s.objective, s.condition, m)) for m in names]) for s in lines]
-        entries.append(
-            {
-                "budget": budget,
-                "at": capitalize_first(unit.at(budget)),
-                "advice": _advice(advice, budget, unit),
-                "columns": [str(labels[m]) for m in names],
-                "lines": [
-                    {"label": label, "cells": [_change(c, better, small) for c in changes]}
-                    for label, changes in table
-                    if any(changes)
-                ],
-            }
-        )
+        shown = [(label, [_change(c, better, small) for c in changes]) for label, changes in table if any(changes)]
+        entry = {"budget": budget, "at": capitalize_first(unit.at(budget)), "advice": _advice(advice, budget, unit)}
+        entry |= {"columns": [str(labels[m]) for m in names]}
+        entries.append(entry | {"lines": [{"label": label, "cells": changes} for label, changes in shown]})
     return entries
 
 
@@ -168,12 +159,9 @@ def _change(
     if contrast["p_holm"] < LEVEL:
         good, way = better.get(contrast["measure"], ""), "higher" if contrast["difference"] > 0 else "lower"
         state = "changed" if not good else "better" if good == way else "worse"
-    return {
-        "state": state,
-        "difference": formatting.points(contrast["difference"]),
-        "range": f"{formatting.points(contrast['low'])} to {formatting.points(contrast['high'])}",
-        "within": "within the margin" if within and state != "equivalent" else "",
-    }
+    difference, low, high = (formatting.points(contrast[k]) for k in ("difference", "low", "high"))
+    also = "within the margin" if within and state != "equivalent" else ""
+    return {"state": state, "difference": difference, "range": f"{low} to {high}", "within": also}
 
 
 def _advice(advice: pd.DataFrame, budget: int, unit: BudgetUnit) -> dict[str, Any] | None:

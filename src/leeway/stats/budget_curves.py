@@ -82,16 +82,12 @@ def onset(
         raise StatsError(f"a threshold of {threshold}: give a difference between −1 and 1 (5 points are 0.05)")
     drawn = drawn or draws(rows, conditions, (measure,), resamples=resamples, seed=seed)
     found = trajectories(drawn, measure, objectives)
-    direction = direction or _worse_direction(drawn, measure)
+    better = drawn.cells.loc[drawn.cells["measure"] == measure, "better"].iloc[0]
+    if direction is None and better not in ("higher", "lower"):
+        raise StatsError(f'{measure} has no worse direction: give direction="up" or direction="down"')
+    direction = direction or ("up" if better == "lower" else "down")
     lines = [_onset_line(t, drawn, measure, abs(threshold), direction) for t in found]
     return pd.DataFrame(lines, columns=ONSET_COLUMNS)
-
-
-def _worse_direction(drawn: Draws, measure: str) -> Direction:
-    better = drawn.cells.loc[drawn.cells["measure"] == measure, "better"].iloc[0]
-    if better not in ("higher", "lower"):
-        raise StatsError(f'{measure} has no worse direction: give direction="up" or direction="down"')
-    return "up" if better == "lower" else "down"
 
 
 def _onset_line(
@@ -257,7 +253,10 @@ def matched(
         return pd.DataFrame(columns=MATCHED_COLUMNS)
     lines: list[dict[str, object]] = []
     for measure in names:
-        curves = _curves(paired_trajectories(drawn, measure, on, objectives), drawn)
+        pairs = paired_trajectories(drawn, measure, on, objectives)
+        # all curves end at their peaks if one falls after its peak by more than noise
+        at_peak = any(not _withheld(y, x) and bool(_end(x, drawn)[1]) for y, x in pairs)
+        curves = [_Curve.of(y, x, drawn, at_peak=at_peak) for y, x in pairs]
         lines += _matched_lines(measure, curves, _target(at, curves, drawn, on), str(at))
     return pd.DataFrame(lines, columns=MATCHED_COLUMNS)
 
@@ -301,12 +300,6 @@ class _Curve:
 
 def _withheld(y: Trajectory, x: Trajectory) -> str:
     return join_notes(y.missing_base, x.missing_base, y.withheld, x.withheld)
-
-
-def _curves(pairs: Sequence[tuple[Trajectory, Trajectory]], drawn: Draws) -> list[_Curve]:
-    """Return the curve of each trajectory; all end at their peaks if one falls after its peak by more than noise."""
-    at_peak = any(not _withheld(y, x) and bool(_end(x, drawn)[1]) for y, x in pairs)
-    return [_Curve.of(y, x, drawn, at_peak=at_peak) for y, x in pairs]
 
 
 def _end(trajectory: Trajectory, drawn: Draws) -> tuple[int, str]:
@@ -411,9 +404,6 @@ def _fill(line: dict[str, object], withheld: str, value_R: Floats, clusters: int
         line["note"] = withheld
         return
     found = interval(value_R[1:], clusters)
-    line |= {"estimate": round(float(value_R[0]), 10)} | vars(found)
-    if found.note.startswith("undefined"):  # the capability is at the edge of the range of a trajectory
-        line["estimate"] = NAN
-        line["note"] = join_notes(f"at the edge of a trajectory: {found.note}", note)
-    else:
-        line["note"] = join_notes(found.note, note)
+    at_edge = found.note.startswith("undefined")  # the capability is at the edge of the range of a trajectory
+    line |= vars(found) | {"estimate": NAN if at_edge else round(float(value_R[0]), 10)}
+    line["note"] = join_notes(f"at the edge of a trajectory: {found.note}" if at_edge else found.note, note)

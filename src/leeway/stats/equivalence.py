@@ -103,7 +103,10 @@ def one_sided(
                 line.update(limit=round(float(limit[m]), 10), se=line["error"])
                 line.update(p=round(float(p[m]), 10), p_worse=round(float(p_worse[m]), 10))
                 if not tested[m].sequential:  # a sequential design has no fixed number of prompts
-                    line["items_needed"] = _items_needed(line, level)
+                    decided = min(round(float(p[m]), 10), round(float(p_worse[m]), 10)) <= level
+                    difference, se, bound = (float(str(line[k])) for k in ("difference", "error", "bound"))
+                    needed = items_needed(difference, se, int(str(line["n_clusters"])), bound, alpha=level)
+                    line["items_needed"] = 0.0 if decided else max(needed, 1.0)
         lines += own
     return pd.DataFrame(lines, columns=ONE_SIDED)
 
@@ -179,13 +182,6 @@ def _directed_bound(bound: DifferenceBound, measure: Measure) -> tuple[float, Wo
         what = f"the bound of {measure.name} is {bound!r}"
         raise StatsError(f"{what}: give a difference in (−1, 1), and 'higher' or 'lower'")
     return float(value), worse
-
-
-def _items_needed(line: Mapping[str, object], level: float) -> float:
-    if min(float(str(line["p"])), float(str(line["p_worse"]))) <= level:
-        return 0.0
-    difference, se, n, bound = (float(str(line[k])) for k in ("difference", "error", "n_clusters", "bound"))
-    return max(items_needed(difference, se, int(n), bound, alpha=level), 1.0)
 
 
 def rate_bounds(

@@ -207,7 +207,8 @@ def separation(outcome: Floats, x: Floats) -> str:
 
 def gee_test(table: pd.DataFrame, trajectories: int) -> GEETest:
     """Test equal slopes. `table`: `trajectory` 0 … J − 1, `x` (log2 budget), `attack`, `cluster`, `value` in [0, 1]."""
-    cells = _aggregate(table)
+    keys = ["cluster", "trajectory", "x", "attack"]  # one cell: the samples and seeds of a prompt at a checkpoint
+    cells = table.groupby(keys, sort=True)["value"].agg(["mean", "size"]).reset_index()
     clusters = int(cells["cluster"].nunique())
     df, attacks = trajectories - 1, sorted(cells["attack"].unique())
     parameters = 2 * trajectories + len(attacks) - 1
@@ -218,7 +219,10 @@ def gee_test(table: pd.DataFrame, trajectories: int) -> GEETest:
 
     if clusters <= parameters + 1:
         return unfitted(f"{clusters} prompts for {parameters} coefficients: too few to test")
-    design = _design(cells, trajectories, attacks)
+    intercept = (cells["trajectory"].to_numpy()[:, None] == np.arange(trajectories)).astype(float)
+    x = cells["x"].to_numpy(float)
+    attack = (cells["attack"].to_numpy(object)[:, None] == np.array(attacks[1:], dtype=object)).astype(float)
+    design = np.hstack([intercept, intercept * (x - x.mean())[:, None], attack.reshape(len(cells), -1)])
     try:
         beta, covariance = _fit(cells, design)
     except (LinAlgError, ValueError, FloatingPointError, Warning) as error:
@@ -248,19 +252,6 @@ def wald_test(slopes_J: Floats, covariance_JJ: Floats, clusters: int) -> WaldTes
     full = len(slopes_J) - 1
     note = "" if q == full else f"some objectives have identical responses: {q} contrasts instead of {full}"
     return WaldTest(round(statistic, 10), q, clusters - q, float(f"{p:.10g}"), note)
-
-
-def _aggregate(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean and number of samples and seeds of each prompt under each attack at each checkpoint."""
-    keys = ["cluster", "trajectory", "x", "attack"]
-    return table.groupby(keys, sort=True)["value"].agg(["mean", "size"]).reset_index()
-
-
-def _design(cells: pd.DataFrame, trajectories: int, attacks: list[str]) -> Floats:
-    own = (cells["trajectory"].to_numpy()[:, None] == np.arange(trajectories)).astype(float)
-    x = cells["x"].to_numpy(float)
-    attack = (cells["attack"].to_numpy(object)[:, None] == np.array(attacks[1:], dtype=object)).astype(float)
-    return np.hstack([own, own * (x - x.mean())[:, None], attack.reshape(len(cells), -1)])
 
 
 def _fit(cells: pd.DataFrame, design: Floats) -> tuple[Floats, Floats]:

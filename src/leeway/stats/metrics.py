@@ -172,23 +172,16 @@ def split_judges(rows: pd.DataFrame, judges: Mapping[str, str] | None = None) ->
 def measures(table: pd.DataFrame) -> list[Measure]:
     """Return every measure of an analysis table, primary ones first inside each axis; further judges have none."""
     found: list[Measure] = []
-    for axis in sorted(set(table["eval"].unique()) - {CHECK}, key=_axis_order):
-        own_rows = table[table["eval"] == axis]
-        plain, _, judge = str(axis).partition(AT)
-        own = BUILDERS.get(plain, _by_part)(own_rows, plain)
-        found += [_by_judge(m, str(axis), judge) for m in own] if judge else own
+    order = {axis: n for n, axis in enumerate(AXES)}
+    axes = set(map(str, table["eval"].unique())) - {CHECK}
+    for axis in sorted(axes, key=lambda a: (order.get(a.partition(AT)[0], len(AXES)), a)):
+        plain, _, judge = axis.partition(AT)
+        for measure in BUILDERS.get(plain, _by_part)(table[table["eval"] == axis], plain):
+            base, colon, part = measure.name.partition(":")
+            name, label = f"{base}{AT}{judge}{colon}{part}", f"{measure.label} (judge: {judge})"
+            further = replace(measure, name=name, axis=axis, label=label, primary=False)
+            found.append(further if judge else measure)
     return found
-
-
-def _by_judge(measure: Measure, axis: str, judge: str) -> Measure:
-    base, colon, part = measure.name.partition(":")
-    name, label = f"{base}{AT}{judge}{colon}{part}", f"{measure.label} (judge: {judge})"
-    return replace(measure, name=name, axis=axis, label=label, primary=False)
-
-
-def _axis_order(axis: str) -> tuple[int, str]:
-    plain = axis.partition(AT)[0]
-    return (AXES.index(plain) if plain in AXES else len(AXES), axis)
 
 
 def _by_part(table: pd.DataFrame, axis: str) -> list[Measure]:

@@ -84,7 +84,10 @@ def paired_contrasts(
     reference = _reference(table, against)
     keys = [] if against is None else ["seed", "budget"] if against[1] is None else ["seed"]
     _check_unique(reference, [*PAIR, *(["seed", "budget"] if keys else [])])
-    tuned = _tuned(table, against)
+    tuned = table[table["objective"] != BASE]
+    if against is not None:  # without the reference itself
+        same = tuned["objective"] == against[0]
+        tuned = tuned[~(same if against[1] is None else same & (tuned["budget"] == against[1]))]
     _check_unique(tuned, ["objective", "seed", "budget", *PAIR])
     tuned, reference = _with_form(tuned, reference, declared, against)
     columns = [*ITEM, "form", *keys]
@@ -132,15 +135,6 @@ def _reference(table: pd.DataFrame, against: ContrastReference | None) -> pd.Dat
         known = ", ".join(map(str, sorted(found["budget"].unique())))
         raise StatsError(f"{objective} was not measured at {budget} (its budgets: {known})")
     return own
-
-
-def _tuned(table: pd.DataFrame, against: ContrastReference | None) -> pd.DataFrame:
-    """Return the checkpoints to contrast: all but the base and the reference itself."""
-    tuned = table[table["objective"] != BASE]
-    if against is None:
-        return tuned
-    same = tuned["objective"] == against[0]
-    return tuned[~(same if against[1] is None else same & (tuned["budget"] == against[1]))]
 
 
 def _check_unique(table: pd.DataFrame, keys: list[str]) -> None:

@@ -51,7 +51,10 @@ def measured_rates(results: Results, made: dict[str, pd.DataFrame]) -> list[dict
     bases = {(r["condition"], r["measure"]): r for r in formatting.to_records(base)}
     keys = ("objective", "budget", "condition", "measure")
     contrasts = {tuple(c[k] for k in keys): c for c in formatting.to_records(made["contrasts"])}
-    items = {axis: _sources(rows) for axis, rows in results.rows.groupby("eval")}
+    items = {}
+    for axis, rows in results.rows.groupby("eval"):
+        names = sorted({str(n) for n in rows["item_id"].str.rsplit("/", n=1).str[0].unique()})
+        items[axis] = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return [
         r
         | {"base": bases.get((r["condition"], r["measure"])), "contrast": contrasts.get(tuple(r[k] for k in keys))}
@@ -138,19 +141,10 @@ def _eval_result(m: dict[str, Any]) -> EvalResult:
     )
 
 
-def _sources(rows: pd.DataFrame) -> str:
-    names = sorted({str(n) for n in rows["item_id"].str.rsplit("/", n=1).str[0].unique()})
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
 def _limitations(results: Results, description: list[tuple[str, str]], measured: list[dict[str, Any]]) -> list[str]:
-    if len(results.seeds) == 1:
-        found = ["One training seed: intervals cover prompt sampling, not training-seed variance."]
-    else:
-        found = [
-            f"Differences pool the study’s {len(results.seeds)} training seeds; rates are of this seed. Intervals "
-            "cover prompt sampling, not training-seed variance."
-        ]
+    covered, seeds = "ntervals cover prompt sampling, not training-seed variance.", len(results.seeds)
+    pooled = f"Differences pool the study’s {seeds} training seeds; rates are of this seed. I{covered}"
+    found = [f"One training seed: i{covered}" if seeds == 1 else pooled]
     found.append("A non-significant difference is no evidence of equivalence.")
     if any(m["measure"] == "coherence" and m["rate"] is not None and m["rate"] < COHERENT for m in measured):
         found.append("Many responses to forbidden prompts are incoherent, so a low ASR does not show robustness.")

@@ -76,10 +76,6 @@ def _stack(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _points(key: str) -> Callable[[Row], str]:
-    return lambda row: formatting.points(row[key])
-
-
 def _percent(key: str, digits: int = 1) -> Callable[[Row], str]:
     return lambda row: formatting.percent(row.get(key), digits)
 
@@ -110,17 +106,16 @@ def _onset_interval(row: Row) -> str:
     return low if low == high == "never" else f"{low} to {high}"
 
 
-def _objective(row: Row) -> str:
-    return formatting.objective_name(str(row["objective"]), str(row["condition"])) if row.get("objective") else "all"
+def _objective(name: str, condition: str, missing: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        known = row.get(name)
+        return formatting.objective_name(str(known), str(row.get(condition) or "plain")) if known else missing
+
+    return text
 
 
-def _against(row: Row) -> str:
-    other = row.get("against")
-    return formatting.objective_name(str(other), str(row.get("against_condition") or "plain")) if other else ""
-
-
-OBJECTIVE: Column = ("Objective", _objective, True)
-AGAINST: Column = ("Against", _against, True)
+OBJECTIVE: Column = ("Objective", _objective("objective", "condition", "all"), True)
+AGAINST: Column = ("Against", _objective("against", "against_condition", ""), True)
 MEASURE: Column = ("Measure", lambda r: str(r["measure"]).replace("asr", "ASR").replace(":none", ", no attack"), True)
 P: Column = ("p", lambda r: formatting.p_value(r["p"]), False)
 P_HOLM: Column = ("p (Holm)", lambda r: formatting.p_value(r["p_holm"]), False)
@@ -133,7 +128,7 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
             OBJECTIVE,
             ("Budget", lambda r: r["tick"](int(r["budget"])), False),
             ("Measure", lambda r: str(r["label"]), True),
-            ("Difference", _points("difference"), False),
+            ("Difference", lambda r: formatting.points(r["difference"]), False),
             ("90% CI", lambda r: f"{formatting.points(r['low90'])} to {formatting.points(r['high90'])}", False),
             ("Margin", lambda r: f"±{100 * r['margin']:g}", False),
             P,
@@ -226,7 +221,10 @@ def views(made: dict[str, pd.DataFrame], unavailable: dict[str, str], unit: Budg
     found = []
     for key, (title, about, columns) in ANALYSES.items():
         if key in made and not made[key].empty:
-            table = _shown_on_frontier(made[key]) if key == "frontier" else made[key]
+            table = made[key]
+            if key == "frontier":
+                shown = table["on_frontier"].astype(bool) | (table["p_on_frontier"] >= 0.01)
+                table = table[shown].sort_values("p_on_frontier", ascending=False, kind="stable")
             heads = [(head, is_text) for head, _, is_text in columns]
             rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
             lines = [_line(row, key, columns, unit) for row in rows]
@@ -244,14 +242,6 @@ def _line(row: Row, key: str, columns: list[Column], unit: BudgetUnit) -> dict[s
         "cells": [cell(row | {"tick": unit.tick}) for _, cell, _ in columns],
         "note": "" if key == "frontier" else formatting.without_seed_note(str(row.get("note") or "")),
     }
-
-
-def _shown_on_frontier(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the checkpoints on the frontier, or in at least 1% of draws, the most frequent first."""
-    if "p_on_frontier" not in table:
-        return table[table["on_frontier"].astype(bool)]
-    shown = table[table["on_frontier"].astype(bool) | (table["p_on_frontier"] >= 0.01)]
-    return shown.sort_values("p_on_frontier", ascending=False, kind="stable")
 
 
 OPTIONAL_TABLES = ("checks", "sd3", "benign", "judges", "corrected", "claims", "sequential")  # left out if empty
@@ -361,17 +351,10 @@ def _assets() -> dict[str, Any]:
     here = files("leeway.report.page")
     style = plotting.with_line_colours(here.joinpath("styles/page.css").read_text(encoding="utf-8"))
     parts = [here.joinpath(f"scripts/{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
-    script = '"use strict";\n(() => {\n' + "\n".join(parts) + "})();\n"
-    return {
-        "style": Markup(style),
-        "script": Markup(script),
-        "style_hash": _hash(style),
-        "script_hash": _hash(script),
-    }
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+    assets = {"style": style, "script": '"use strict";\n(() => {\n' + "\n".join(parts) + "})();\n"}
+    hashes = {name: hashlib.sha256(text.encode("utf-8")).digest() for name, text in assets.items()}
+    found: dict[str, Any] = {name: Markup(text) for name, text in assets.items()}
+    return found | {f"{name}_hash": base64.b64encode(digest).decode("ascii") for name, digest in hashes.items()}
 
 
 def page(values: dict[str, Any]) -> str:

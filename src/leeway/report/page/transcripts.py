@@ -81,11 +81,9 @@ def _transcript(axis: str, attack: str, item: str, same: pd.DataFrame, lines: li
 def _outcome_labels(rows: pd.DataFrame) -> pd.Series[str]:
     """Return each response's outcome; else `right`, `wrong` or `graded` by its score; else `unscored: <reason>`."""
     reason = rows["unscored_reason"].map(lambda r: f"unscored: {r}" if isinstance(r, str) and r else "unscored")
-    score = rows["score"].astype(float)
+    score, outcome = rows["score"].astype(float), rows["outcome"].astype(object)
     graded = score.map({1.0: "right", 0.0: "wrong"}).fillna("graded").where(score.notna(), reason)
-    outcome = rows["outcome"].astype(object)
-    labels: pd.Series[str] = outcome.where(outcome.notna(), graded)
-    return labels
+    return outcome.where(outcome.notna(), graded)
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,10 @@ def embed_rows(
         packed = _pack(table, models)
     if len(packed) > max_bytes:
         left.append(f"texts beyond {MAX_TEXT_CHARS:,} characters")
-        table = table.assign(**{c: _truncate(table[c]) for c in ("prompt", "response")})
+        for column in ("prompt", "response"):
+            texts, more = table[column], table[column].str.len() - MAX_TEXT_CHARS
+            cut = texts.str.slice(0, MAX_TEXT_CHARS) + " […" + more.astype(str)
+            table[column] = texts.where(more <= 0, cut + " more characters are in rows.parquet]")
         packed = _pack(table, models)
     step, included = 1, table
     items = table["item"].drop_duplicates()
@@ -160,13 +161,8 @@ def _model(checkpoint: dict[Any, Any], unit: BudgetUnit, *, several: bool) -> di
     name = formatting.objective_name(objective, condition)
     if objective == BASE:
         return {"name": name, "line": f"{BASE}|{condition}", "budget": -1, "key": key_of(objective, condition)}
-    name += f" {unit.at(budget)}" + (f", seed {checkpoint['seed']}" if several else "")
-    return {
-        "name": name,
-        "line": key_of(objective, condition),
-        "budget": budget,
-        "of": formatting.objective_name(objective, condition),
-    }
+    shown = f"{name} {unit.at(budget)}" + (f", seed {checkpoint['seed']}" if several else "")
+    return {"name": shown, "line": key_of(objective, condition), "budget": budget, "of": name}
 
 
 def _pack(table: pd.DataFrame, models: list[dict[str, Any]]) -> bytes:
@@ -193,22 +189,12 @@ def _chunks(name: str, values: list[Any]) -> Iterator[dict[str, Any]]:
 
 def _texts(name: str, values: list[str]) -> Iterator[dict[str, Any]]:
     """Yield chunks that a browser can parse without a noticeable pause."""
-    chunk: list[str] = []
-    size = 0
-    for value in values:
-        chunk.append(value)
+    start = size = 0
+    for n, value in enumerate(values, 1):
         size += len(value)
-        if size > 16 * CHUNK:
-            yield {"texts": name, "of": chunk}
-            chunk, size = [], 0
-    if chunk:
-        yield {"texts": name, "of": chunk}
-
-
-def _truncate(texts: pd.Series[str]) -> pd.Series[str]:
-    more = texts.str.len() - MAX_TEXT_CHARS
-    cut = texts.str.slice(0, MAX_TEXT_CHARS) + " […" + more.astype(str) + " more characters are in rows.parquet]"
-    return texts.where(more <= 0, cut)
+        if size > 16 * CHUNK or n == len(values):
+            yield {"texts": name, "of": values[start:n]}
+            start, size = n, 0
 
 
 def _choices(table: pd.DataFrame, models: list[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
