@@ -65,8 +65,7 @@ class TestedClaim:
 
 
 def _extreme(comparisons: Seq[Comparison], *, weakest: bool) -> Comparison:
-    ordered = sorted(comparisons, key=lambda c: (-c.p, c.slack))
-    return ordered[0 if weakest else -1]
+    return sorted(comparisons, key=lambda c: (-c.p, c.slack))[0 if weakest else -1]
 
 
 def judge(claims: Claims, context: EvaluationContext, declared: Literal["before", "after"] = "before") -> pd.DataFrame:
@@ -160,16 +159,11 @@ def _diverges(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> Tes
         pairs = table[table["kind"] == "pair"]
         p = _p_any([float(v) for v in pairs["p"]])
         note = f"from the slopes of {len(pairs)} pairs, because there is no joint test ({note})"
-    comparison = Comparison(
-        "the largest slope minus the smallest",
-        float(check["estimate"]),
-        unit=DOUBLING,
-        p=p,
-        p_reverse=context.p_slopes_within(claim.measure, claim.objectives, claim.margin),
-        n_clusters=int(max(joint["n_clusters"], check["n_clusters"])),
-        note=note,
-    )
-    return TestedClaim(claim, (comparison,))
+    name, estimate = "the largest slope minus the smallest", float(check["estimate"])
+    reverse = context.p_slopes_within(claim.measure, claim.objectives, claim.margin)
+    clusters = int(max(joint["n_clusters"], check["n_clusters"]))
+    found = Comparison(name, estimate, unit=DOUBLING, p=p, p_reverse=reverse, n_clusters=clusters, note=note)
+    return TestedClaim(claim, (found,))
 
 
 TESTS: dict[str, Callable[[Any, EvaluationContext, tuple[int, ...]], TestedClaim]] = {

@@ -93,7 +93,6 @@ def parse_message(reply: Reply) -> str | AttackFailed:
 
 
 Key = tuple[str, str]  # (direction, source)
-Entry = dict[str, Any]
 
 
 class TranslationFile:
@@ -120,10 +119,8 @@ class TranslationFile:
     def help(self, queries: Seq[Passage]) -> list[str | AttackFailed]:
         """Translate missing texts as one batch, each once."""
         missing = [p for p in dict.fromkeys(queries) if (p.direction, p.text) not in self._texts]
-        failed: dict[Passage, AttackFailed] = {}
-        if missing and self.inner is None:
-            failed = {p: AttackFailed(f"no translation ({p.direction}) in {self.path.name}") for p in missing}
-        elif missing and self.inner is not None:
+        failed = {p: AttackFailed(f"no translation ({p.direction}) in {self.path.name}") for p in missing}
+        if missing and self.inner is not None:
             texts = dict(zip(missing, self.inner.help(missing), strict=True))
             self._add({(p.direction, p.text): t for p, t in texts.items() if isinstance(t, str)})
             failed = {p: t for p, t in texts.items() if not isinstance(t, str)}
@@ -166,7 +163,7 @@ class TranslationFile:
                     self._given[key] = text
         return {key: text for key, (_, text) in best.items()}
 
-    def _entries(self) -> list[tuple[int, Entry]]:
+    def _entries(self) -> list[tuple[int, dict[str, Any]]]:
         if not self.path.is_file():
             return []
         try:
@@ -175,7 +172,7 @@ class TranslationFile:
             raise LeewayError(f"{self.path}: cannot be read ({error.strerror})", fix="give another file") from error
         return [(k, self._entry(k, line)) for k, line in enumerate(lines, 1) if line.strip()]
 
-    def _entry(self, number: int, line: str) -> Entry:
+    def _entry(self, number: int, line: str) -> dict[str, Any]:
         where = f"{self.path}, line {number}"
         try:
             entry = json.loads(line)
@@ -218,11 +215,9 @@ def sentences(text: str) -> list[str]:
 def chunks(text: str, limit: int, size: Callable[[str], int], *, packed: bool) -> list[str]:
     """Split into sentences of at most `limit` by `size`, longer ones halved; `packed` joins as many as fit."""
     parts = [p for s in sentences(text) for p in _halved(s, limit, size)]
-    if not packed:
-        return parts
     joined: list[str] = []
     for part in parts:
-        if joined and size(joined[-1] + part) <= limit:
+        if packed and joined and size(joined[-1] + part) <= limit:
             joined[-1] += part
         else:
             joined.append(part)

@@ -98,7 +98,11 @@ class HarnessBackend:
         out: list[tuple[float, bool]] = [(math.nan, False)] * len(encoded)
         for start in range(0, len(order), self.batch):
             chosen = order[start : start + self.batch]
-            hidden_BLD = self._hidden([encoded[i][0] + encoded[i][1] for i in chosen])
+            sequences, device = [encoded[i][0] + encoded[i][1] for i in chosen], self.model.device
+            length = max(map(len, sequences))
+            ids_BL = torch.tensor([list(s) + [0] * (length - len(s)) for s in sequences], device=device)
+            mask_BL = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences], device=device)
+            hidden_BLD = decoder(self.model.lm)(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
             for row, i in enumerate(chosen):
                 context, continuation = encoded[i]
                 at = slice(len(context) - 1, len(context) + len(continuation) - 1)
@@ -108,14 +112,6 @@ class HarnessBackend:
                 out[i] = (float(total), bool((logp_TV.argmax(-1) == target_T).all()))
             self.on_answered(len(chosen))
         return out
-
-    def _hidden(self, sequences: Seq[tuple[int, ...]]) -> Tensor:
-        length = max(map(len, sequences))
-        device = self.model.device
-        ids_BL = torch.tensor([list(s) + [0] * (length - len(s)) for s in sequences], device=device)
-        mask_BL = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences], device=device)
-        hidden: Tensor = decoder(self.model.lm)(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        return hidden
 
     @torch.no_grad()
     def generate(self, pairs: Seq[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -330,7 +326,7 @@ class LmEval(Eval):
         if backend.prefix and not self.chat:
             what = f"{task} runs without a chat template, which a prefix needs"
             raise LeewayError(what, fix="set chat: true, or remove the conditions with a prefix")
-        progress = _ItemProgress(tick, len(self), self.loaded.requests)
+        progress = _item_progress(tick, len(self), self.loaded.requests)
         answers = HarnessBackend(backend, self.chat, progress)
         samples = self._evaluate(as_lm(answers), self.loaded.chosen)
         progress(self.loaded.requests)  # all items, should lm-eval have sent fewer requests
@@ -428,15 +424,16 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.number) else value
 
 
-class _ItemProgress:
-    """Convert answered requests into answered items, of which there are fewer."""
+def _item_progress(tick: Tick, items: int, requests: int) -> Tick:
+    """Return a tick for answered requests that calls `tick` for answered items, of which there are fewer."""
+    done = given = 0
 
-    def __init__(self, tick: Tick, items: int, requests: int) -> None:
-        self.tick, self.items, self.requests, self.done, self.given = tick, items, requests, 0, 0
+    def on_answered(answered: int) -> None:
+        nonlocal done, given
+        done += answered
+        until = min(items, done * items // requests)
+        if until > given:
+            tick(until - given)
+            given = until
 
-    def __call__(self, answered: int) -> None:
-        self.done += answered
-        until = min(self.items, self.done * self.items // self.requests)
-        if until > self.given:
-            self.tick(until - self.given)
-            self.given = until
+    return on_answered

@@ -130,7 +130,7 @@ class OpenEnded(ItemEval):
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
         replies = backend.complete(self.requests(), tick)
         answered = [(i, r.text) for i, r in zip(self.items, replies, strict=True) if r.failure is None]
-        requests = [self.judge.request(i, text) for i, text in answered]
+        requests = [self.judge.request(*pair) for pair in answered]
         marked = iter(self.judge.backend.complete(requests, lambda _: None))
         template = digest(backend.template_hash, self.name, self.judge.hash)
         return [
@@ -140,10 +140,9 @@ class OpenEnded(ItemEval):
 
     def _row(self, item: CapabilityItem, reply: Reply, marked: Reply | None, template: str) -> Row:
         value, reason = _verdict(reply, marked)
-        judged = {"judge": self.judge.name, "judge_raw": "" if marked is None else marked.text}
-        return self.row(
-            item.id, item.prompt, reply, score=value, unscored_reason=reason, template_hash=template, **judged
-        )
+        judged: dict[str, Any] = {"judge": self.judge.name, "judge_raw": "" if marked is None else marked.text}
+        judged |= {"score": value, "unscored_reason": reason, "template_hash": template}
+        return self.row(item.id, item.prompt, reply, **judged)
 
 
 def _verdict(reply: Reply, marked: Reply | None) -> tuple[float, str | None]:

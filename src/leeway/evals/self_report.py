@@ -45,8 +45,7 @@ HIGH, LOW = "agree-high", "agree-low"  # what 5 stands for: agreeing, or not agr
 @cache
 def directions() -> dict[str, str]:
     """Return the question of each direction of the scale, with a `{statement}` slot."""
-    loaded: dict[str, str] = package_data("leeway.evals", "likert.yaml")["directions"]
-    return loaded
+    return dict(package_data("leeway.evals", "likert.yaml")["directions"])
 
 
 def expected(mass: Mapping[str, float]) -> float:
@@ -205,9 +204,9 @@ class SelfReport(Eval):
         rating = self._rating(trait, reply, graded)
         fields = {"cluster": f"question/{name}", "sample": sample, "judge": self.judge, "template_hash": template}
         fields |= {"judge_raw": json.dumps({"said": graded.text}) if graded else ""}
-        if isinstance(rating, int):
-            return self.row(f"{trait}/{name}", question, reply, score=rating / texts()["most"], **fields)
-        return self.row(f"{trait}/{name}", question, reply, score=math.nan, unscored_reason=rating, **fields)
+        unscored = {"score": math.nan, "unscored_reason": rating}
+        fields |= {"score": rating / texts()["most"]} if isinstance(rating, int) else unscored
+        return self.row(f"{trait}/{name}", question, reply, **fields)
 
     def _rating(self, trait: str, reply: Reply, graded: Reply | None) -> int | str:
         """Return the rating, or the reason for none."""

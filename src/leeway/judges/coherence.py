@@ -51,9 +51,8 @@ coherence_rules = cache(partial(package_data, "leeway.judges", "coherence.yaml")
 
 def rules_hash(perplexity: PerplexityScorer | None = None) -> str:
     """Return the hash of the rules and the perplexity model."""
-    return digest(
-        "coherence", coherence_rules(), unicodedata.unidata_version, perplexity.identity if perplexity else None
-    )
+    model = perplexity.identity if perplexity else None
+    return digest("coherence", coherence_rules(), unicodedata.unidata_version, model)
 
 
 def perplexity_scores(perplexity: PerplexityScorer | None, answers: Seq[Answer]) -> list[float | None]:
@@ -115,9 +114,12 @@ def _language(prompt: str, body: str) -> str | None:
     """Compare script and language with the prompt's, unless the prompt itself mentions a language."""
     if TRANSLATE.search(prompt):
         return None
-    if _other_script(scripts(prompt), scripts(body)):
-        return "another script"
     limits, count = coherence_rules(), len(WORD.findall(body))
+    of_prompt, of_body = scripts(prompt), scripts(body)
+    own = [s for s, n in of_prompt.items() if n >= limits["script_of_prompt"] * of_prompt.total()]
+    enough = own and of_body.total() >= limits["script_from_letters"]
+    if enough and sum(of_body[s] for s in own) < limits["script_share"] * of_body.total():
+        return "another script"
     in_prompt, in_body = function_words(prompt), function_words(body)
     language = max(in_prompt, key=lambda k: in_prompt[k])
     if in_prompt[language] < limits["prompt_language"] or count < limits["language_from_words"]:
@@ -128,14 +130,6 @@ def _language(prompt: str, body: str) -> str | None:
     if count >= limits["no_language_from_words"] and max(in_body.values()) < limits["no_language"]:
         return "no language"
     return None
-
-
-def _other_script(in_prompt: Counter[str], in_body: Counter[str]) -> bool:
-    limits = coherence_rules()
-    own = {s for s, n in in_prompt.items() if n >= limits["script_of_prompt"] * in_prompt.total()}
-    if not own or in_body.total() < limits["script_from_letters"]:
-        return False
-    return sum(n for s, n in in_body.items() if s in own) < float(limits["script_share"] * in_body.total())
 
 
 def scripts(text: str) -> Counter[str]:

@@ -67,10 +67,9 @@ class FinetunedJudge:
 
     @property
     def note(self) -> str:
-        return (
-            f"StrongREJECT's fine-tuned judge ({self.adapter} on {self.model}) on the last {READ_TOKENS} tokens of an "
-            "answer; refusal phrases separate refusals from deflections."
-        )
+        judge = f"StrongREJECT's fine-tuned judge ({self.adapter} on {self.model})"
+        read = f"on the last {READ_TOKENS} tokens of an answer"
+        return f"{judge} {read}; refusal phrases separate refusals from deflections."
 
     def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
         shares = perplexity_scores(self.perplexity, answers)

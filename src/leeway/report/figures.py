@@ -136,7 +136,9 @@ def traits(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) 
         ax.yaxis.set_major_formatter(PERCENT)
         ax.tick_params(axis="x", labelsize=7)
     _axis_labels(figure, unit.axis, "Endorsement")
-    _legend(figure, lines)
+    handles = [Line2D([], [], label=s.label, **marker(s, small=True)) for s in lines]
+    handles.append(Line2D([], [], label="base", color=INK, dashes=(5, 3), linewidth=1.1))
+    figure.legend(handles=handles, loc="upper center", ncols=min(len(handles), 7), columnspacing=1.4, handlelength=1.8)
     return finish(
         figure,
         "persona",
@@ -177,10 +179,8 @@ def _point(ax: Axes, x: float, point: dict[Any, Any], series: Series, marks: Mar
     bar = ax.vlines(x, low, high, color=series.colour, linewidth=1, alpha=0.55, zorder=2)
     marks.add(bar, series, budget=budget)
     (dot,) = ax.plot(x, rate, linestyle="", zorder=3, **marker(series, small=True))
-    label = (
-        f"{series.label} {unit.at(budget)}: {point['label']} {formatting.percent_ci(rate, low, high)}, n {point['n']:,}"
-    )
-    marks.add(dot, series, budget=budget, label=label)
+    text = f"{point['label']} {formatting.percent_ci(rate, low, high)}, n {point['n']:,}"
+    marks.add(dot, series, budget=budget, label=f"{series.label} {unit.at(budget)}: {text}")
 
 
 def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks) -> None:
@@ -196,13 +196,6 @@ def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks
             marks.add(dotted, owner, label=label)
 
 
-def _legend(figure: Figure, lines: list[Series]) -> None:
-    """Add one row of line names above the panels, the base last."""
-    handles = [Line2D([], [], label=s.label, **marker(s, small=True)) for s in lines]
-    handles.append(Line2D([], [], label="base", color=INK, dashes=(5, 3), linewidth=1.1))
-    figure.legend(handles=handles, loc="upper center", ncols=min(len(handles), 7), columnspacing=1.4, handlelength=1.8)
-
-
 def _capability_and_asr(rates: pd.DataFrame) -> pd.DataFrame | None:
     """Return accuracy (x) and ASR (y) of the checkpoints that have both."""
     keys = ["objective", "budget", "condition"]
@@ -210,8 +203,11 @@ def _capability_and_asr(rates: pd.DataFrame) -> pd.DataFrame | None:
     accuracy = rates[rates["measure"] == "accuracy"]
     if accuracy.empty or asr.empty:
         return None
-    x = accuracy.set_index(keys)[["rate", "low", "high"]].set_axis(["x", "x_low", "x_high"], axis=1)
-    y = asr.set_index(keys)[["rate", "low", "high"]].set_axis(["y", "y_low", "y_high"], axis=1)
+    columns = ["rate", "low", "high"]
+    x, y = (
+        t.set_index(keys)[columns].set_axis([a, f"{a}_low", f"{a}_high"], axis=1)
+        for a, t in zip("xy", (accuracy, asr), strict=True)
+    )
     return x.join(y, how="inner").dropna().reset_index()
 
 

@@ -14,12 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from leeway.claims.evaluate import format_effect
 
-OBJECTIVE_NAMES = {name: name.upper() for name in ("sft", "dpo", "cft", "ip", "orpo", "kl", "ipo", "kto")} | {
-    "simpo": "SimPO",
-    "sft_safety": "SFT + safety",
-    "sft_both": "SFT both",
-    "sft_refusal": "SFT + refusal",
-}
+OBJECTIVE_NAMES = {name: name.upper() for name in ("sft", "dpo", "cft", "ip", "orpo", "kl", "ipo", "kto")}
+OBJECTIVE_NAMES |= {"simpo": "SimPO", "sft_both": "SFT both"}
+OBJECTIVE_NAMES |= {"sft_safety": "SFT + safety", "sft_refusal": "SFT + refusal"}
 CAPITALIZED = ("happy_to_help", "wikipedia", "zulu", "prefix_injection", "refusal_suppression", "past_tense", "base64")
 ATTACK_NAMES = {name: name.replace("_", " ").capitalize() for name in (*CAPITALIZED, "tool_result")} | {
     "none": "no attack",
@@ -121,10 +118,9 @@ def without_seed_note(note: str) -> str:
 
 def claim_value(claim: dict[str, Any], key: str) -> str:
     """Return a number of a claim in its unit: points, or points per point of capability."""
-    value = claim[key]
-    if value is None or math.isnan(value):
+    if claim[key] is None or math.isnan(claim[key]):
         return MISSING
-    text = format_effect(value, str(claim["unit"]), with_unit=False)
+    text = format_effect(claim[key], str(claim["unit"]), with_unit=False)
     return text.removeprefix("+") if key == "mde" else text
 
 

@@ -27,7 +27,7 @@ from scipy.stats import f as f_distribution
 from leeway.stats.bootstrap import Draws, ObjectiveChoice, Trajectory, draws, interval, join_notes, trajectories
 from leeway.stats.contrasts import add_holm
 from leeway.stats.intervals import NAN, RESAMPLES, Floats, Ints
-from leeway.stats.metrics import Measure, analysis_table, measures
+from leeway.stats.metrics import analysis_table, measures
 
 COLUMNS = ["kind", "method", "measure", "objective", "condition", "against", "against_condition", "estimate"]
 COLUMNS += ["low", "high", "p", "p_holm", "statistic", "df", "df_resid", "unit", "n", "n_clusters", "note"]
@@ -134,9 +134,7 @@ def _joint_gee_line(
     table = analysis_table(rows, conditions)
     definition = next(m for m in measures(table) if m.name == measure)
     chosen = definition.select(table).dropna(subset="value")
-    parts: list[pd.DataFrame] = []
-    left_out: list[str] = []
-    limitations: list[str] = []
+    parts, left_out, limitations = list[pd.DataFrame](), list[str](), list[str]()
     for slope in slopes:
         trajectory = slope.trajectory
         part = chosen[(chosen["objective"] == trajectory.objective) & (chosen["condition"] == trajectory.condition)]
@@ -149,7 +147,12 @@ def _joint_gee_line(
             limitations.append(trajectory.note)
     if len(parts) < 2:
         return line | {"note": join_notes(TOO_FEW, *left_out)}
-    every, constant = _without_constant_attacks(pd.concat(parts), definition)
+    every, constant = pd.concat(parts), ""
+    if definition.strata:  # a constant outcome has no finite coefficient, and no information about slopes
+        varies = every.groupby("attack")["value"].nunique() > 1
+        flat = sorted(varies.index[~varies])
+        every = every[every["attack"].map(varies)]
+        constant = f"no outcome varies under {', '.join(flat)}: not in the model" if flat else ""
     fit = gee_test(every, len(parts))
     spread = NAN if np.isnan(fit.p) else round(float(np.ptp(fit.slopes_J)), 10)
     line |= {"estimate": spread, "statistic": fit.statistic, "p": fit.p, "p_holm": fit.p}
@@ -157,16 +160,6 @@ def _joint_gee_line(
     pooled = "training seeds are pooled, without an outer level" if every["seed"].nunique() > 1 else ""
     fractional = "" if every["value"].isin((0.0, 1.0)).all() else "scores between 0 and 1: quasi-binomial"
     return line | {"note": join_notes(fit.note, *left_out, constant, fractional, pooled, *limitations)}
-
-
-def _without_constant_attacks(every: pd.DataFrame, measure: Measure) -> tuple[pd.DataFrame, str]:
-    """Drop attacks with constant outcomes: they have no finite coefficient and carry no information about slopes."""
-    if not measure.strata:
-        return every, ""
-    varies = every.groupby("attack")["value"].nunique() > 1
-    constant = sorted(varies.index[~varies])
-    note = f"no outcome varies under {', '.join(constant)}: not in the model" if constant else ""
-    return every[every["attack"].map(varies)], note
 
 
 def _blank(kind: str, method: str, measure: str) -> dict[str, object]:

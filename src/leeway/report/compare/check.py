@@ -196,9 +196,8 @@ def _shared(tables: list[pd.DataFrame]) -> set[tuple[str, int]]:
 def _names(loaded: list[Results]) -> list[str]:
     """Return unique names: equal ones get their folder's name, and a number if that is equal too."""
     given = [str(r.study.get("name") or r.folder.resolve().name) for r in loaded]
-    names = [
-        n if given.count(n) == 1 else f"{n} ({r.folder.resolve().name})" for n, r in zip(given, loaded, strict=True)
-    ]
+    folders = [r.folder.resolve().name for r in loaded]
+    names = [n if given.count(n) == 1 else f"{n} ({f})" for n, f in zip(given, folders, strict=True)]
     return [n if names.count(n) == 1 else f"{n} {names[: k + 1].count(n)}" for k, n in enumerate(names)]
 
 

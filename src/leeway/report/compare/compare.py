@@ -115,17 +115,10 @@ def _json(comparison: StudyComparison) -> dict[str, Any]:
 
 def _study(study: Study) -> dict[str, Any]:
     manifest = study.results.manifest
-    model = mapping(manifest.get("model"))
-    return {
-        "name": study.name,
-        "study_hash": manifest.get("study_hash"),
-        "leeway": manifest.get("leeway"),
-        "organism": bool(manifest.get("organism")),
-        "model": model.get("name"),
-        "model_hash": model.get("hash"),
-        "seeds": study.results.seeds,
-        "rows": len(study.results.rows),
-    }
+    model, organism = mapping(manifest.get("model")), bool(manifest.get("organism"))
+    found: dict[str, Any] = {"name": study.name, "study_hash": manifest.get("study_hash")}
+    found |= {"leeway": manifest.get("leeway"), "organism": organism, "model": model.get("name")}
+    return found | {"model_hash": model.get("hash"), "seeds": study.results.seeds, "rows": len(study.results.rows)}
 
 
 def _sentences(made: dict[str, pd.DataFrame], unit: BudgetUnit) -> list[str]:

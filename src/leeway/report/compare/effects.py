@@ -203,7 +203,11 @@ def pool(studies: list[Study]) -> Results:
     The base's responses must be the same in each run, and are taken once.
     """
     for a, b in combinations(studies, 2):
-        _check_settings(a, b)
+        if found := not_poolable([a, b]):
+            named = "; ".join(f"{d['what']}: {d[a.name]} and {d[b.name]}" for d in found[:MAX_NAMED])
+            named += f"; and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+            what = f"compare --pool: {a.name} and {b.name} differ in more than their seeds ({named})"
+            raise LeewayError(what, fix=NO_POOL)
         if both := _runs(a) & _runs(b):
             objective, seed = min(both)
             what = f"compare --pool: {a.name} and {b.name} both hold {objective} with seed {seed}"
@@ -215,14 +219,6 @@ def pool(studies: list[Study]) -> Results:
     name = " + ".join(s.name for s in studies)
     table, ledger = pd.concat(rows, ignore_index=True), pd.concat(ledgers, ignore_index=True)
     return replace(first, rows=table, ledger=ledger, study={**first.study, "name": name})
-
-
-def _check_settings(a: Study, b: Study) -> None:
-    if found := not_poolable([a, b]):
-        named = "; ".join(f"{d['what']}: {d[a.name]} and {d[b.name]}" for d in found[:MAX_NAMED])
-        more = f"; and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
-        what = f"compare --pool: {a.name} and {b.name} differ in more than their seeds ({named}{more})"
-        raise LeewayError(what, fix=NO_POOL)
 
 
 def _runs(study: Study) -> set[tuple[str, int]]:
