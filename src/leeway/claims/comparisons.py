@@ -52,7 +52,6 @@ class Comparison:
     slack: float = 0.0  # distance of the estimate from the limit of the claim: breaks ties of p
 
     def reversed(self) -> Comparison:
-        """Return the comparison of the opposite claim."""
         return replace(self, p=self.p_reverse, p_reverse=self.p, slack=-self.slack)
 
 
@@ -92,10 +91,9 @@ class MarginTest:
         line, clusters, mde = self.upper, int(self.upper["n_clusters"]), NAN
         if self._tested:
             mde = minimal_detectable_effect(float(line["se"]), clusters, int(line["n_discordant"]))
-        ends = {"low": float(self.lower["limit"]), "high": float(line["limit"]), "level": 0.90, "mde": mde}
-        tests = {"p": float(p), "p_reverse": float(p_reverse), "slack": float(slack)}
-        estimate, note = float(line["difference"]), str(line["note"])
-        return Comparison(self.name, estimate, **ends, **tests, n_clusters=clusters, note=note)
+        found: dict[str, Any] = {"estimate": float(line["difference"]), "level": 0.90, "note": str(line["note"])}
+        found |= {"low": float(self.lower["limit"]), "high": float(line["limit"]), "mde": mde, "n_clusters": clusters}
+        return Comparison(self.name, **found, p=float(p), p_reverse=float(p_reverse), slack=float(slack))
 
 
 @dataclass
@@ -173,7 +171,7 @@ class EvaluationContext:
             line: dict[str, Any] = dict.fromkeys(("difference", "limit", "p", "p_worse"), NAN)
             line |= {"n_clusters": 0, "note": f"{objective}: {reason}"}
             return MarginTest(name, margin, line, line)
-        return MarginTest(name, margin, up.iloc[0].to_dict(), down.iloc[0].to_dict())
+        return MarginTest(name, margin, *({str(k): v for k, v in t.iloc[0].items()} for t in (up, down)))
 
     def _one_sided(
         self, measure: str, pairs: Seq[Pair], bound: tuple[float, stats.WorseDirection], resamples: int
@@ -192,7 +190,6 @@ class EvaluationContext:
         return self._cached((measure, other, objectives, budgets, bound, resamples), compute)
 
     def draws(self, *names: str) -> stats.Draws:
-        """Return the joint bootstrap of some measures."""
         draw = partial(stats.draws, self.rows, self.conditions, names, resamples=self.resamples)
         return self._cached(("draws", *sorted(names)), draw)
 
@@ -248,6 +245,5 @@ def _above_zero(name: str, line: pd.Series, unit: str, sign: float = 1.0) -> Com
     estimate, p = sign * float(line["estimate"]), float(line["p"])
     low, high = sorted((sign * float(line["low"]), sign * float(line["high"])))
     above, mde = p / 2 if estimate > 0 else 1 - p / 2, HALF_TO_MDE * (high - low) / 2
-    tests = {"p": above, "p_reverse": 1 - above, "mde": mde, "slack": estimate}
     clusters, note = int(line["n_clusters"]), str(line["note"])
-    return Comparison(name, estimate, low, high, 0.95, unit, **tests, n_clusters=clusters, note=note)
+    return Comparison(name, estimate, low, high, 0.95, unit, above, 1 - above, mde, clusters, note, slack=estimate)

@@ -16,7 +16,7 @@ from leeway.data.readers import Source, field, load, read_json
 from leeway.data.types import LikertItem, PersonaItem
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
-from leeway.io import expand, read_utf8
+from leeway.io import expand
 
 ANSWERS: dict[str, Literal["Yes", "No"]] = {"Yes": "Yes", "No": "No"}
 FOLDER, HUB_FOLDER = "model_written_evals/persona", "persona"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from leeway.errors import LeewayError, first_line
-from leeway.io import expand
+from leeway.io import expand, read_utf8
 
 Record = dict[str, Any]
 SURROGATE = re.compile("[\\ud800-\\udfff]")
@@ -110,9 +110,7 @@ def _jsonl(path: Path, lines: Any) -> Iterator[Record]:
 def read_json(path: Path, text: str | None = None) -> Any:
     """Parse a JSON file (or its `text`); raise LeewayError if it is broken or repeats a key."""
     try:
-        return json.loads(path.read_text("utf-8") if text is None else text, object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise LeewayError(f"{path}: not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from error
+        return json.loads(read_utf8(path) if text is None else text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise LeewayError(f"{path}{line}: {unreadable(error)}", fix="correct or remove that record") from error

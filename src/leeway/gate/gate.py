@@ -45,14 +45,10 @@ def gate(folder: str | Path, rule: str | Path, out: str | Path | None = None) ->
     resolved = gate_rules.resolve(rules, results.pooled_rates(), str(rule))
     decisions = _decisions(results, resolved)
     shared = [w for w in decisions[0].warnings if all(w in d.warnings for d in decisions)] if decisions[1:] else []
-    found = Gate(
-        name=str(results.study.get("name") or ""),
-        decisions=tuple(replace(d, warnings=tuple(w for w in d.warnings if w not in shared)) for d in decisions),
-        against=resolved.against,
-        level=resolved.level,
-        scale=BudgetUnit.of(results.manifest),
-        warnings=(*shared, *((ORGANISM,) if results.manifest.get("organism") else ())),
-    )
+    own = tuple(replace(d, warnings=tuple(w for w in d.warnings if w not in shared)) for d in decisions)
+    warnings = (*shared, *((ORGANISM,) if results.manifest.get("organism") else ()))
+    name, scale = str(results.study.get("name") or ""), BudgetUnit.of(results.manifest)
+    found = Gate(name, own, resolved.against, resolved.level, scale, warnings)
     provenance = {k: results.manifest.get(k) for k in ("leeway", "study_hash")}
     provenance["rows_hash"] = mapping(results.manifest.get("file_hashes")).get("rows.parquet")
     provenance["rules_hash"] = digest("rules", rules.model_dump(mode="json"))
@@ -114,7 +110,6 @@ class EvidenceCollector:
             raise LeewayError(f"{where}: {error}", fix="decide on the rows of one run") from error
 
     def evidence(self, rule: Rule, worse: WorseDirection, checkpoint: GatedCheckpoint) -> Evidence:
-        """Return the evidence on one rule at one checkpoint."""
         found = _lines_of(self._tables[rule.kind], checkpoint, rule.measure)
         if found.empty:
             return Evidence(rule, worse, withheld=NOT_MEASURED)
@@ -123,20 +118,15 @@ class EvidenceCollector:
         notes = [part for part in str(line["note"]).split("; ") if OWN in part]
         if unpaired := int(line.get("n_unpaired") or 0):
             notes.append(f"{unpaired} answers have no partner and are not compared")
-        counts = {"n": int(line["n"]), "n_clusters": int(line["n_clusters"]), "n_unscored": unscored}
+        counts: dict[str, Any] = {k: int(line[k]) for k in ("n", "n_clusters", "n_unscored")}
         blank = Evidence(rule, worse, **counts, notes=tuple(f"{rule.measure}: {note}" for note in notes))
         if math.isnan(line["p"]):
             return replace(blank, withheld=str(line["note"]) or "no test is possible")
         margin = rule.kind == "margin"
-        return replace(
-            blank,
-            reference=float(line["base"]) if margin else NAN,
-            **{name: float(line[name]) for name in ("rate", "limit", "p")},
-            estimate=float(line["difference" if margin else "rate"]),
-            se=float(line["se"]) or NAN,  # 0 of n: no variance
-            p_exceeded=float(line["p_worse"]),
-            if_worst=self._if_worst(rule, worse, checkpoint) if unscored else NAN,
-        )
+        found: dict[str, Any] = {name: float(line[name]) for name in ("rate", "limit", "p")}
+        found |= {"estimate": float(line["difference" if margin else "rate"]), "p_exceeded": float(line["p_worse"])}
+        found |= {"reference": float(line["base"]) if margin else NAN, "se": float(line["se"]) or NAN}  # 0: no variance
+        return replace(blank, **found, if_worst=self._if_worst(rule, worse, checkpoint) if unscored else NAN)
 
     def _if_worst(self, rule: Rule, worse: WorseDirection, checkpoint: GatedCheckpoint) -> float:
         """Return the estimate with the worst score for every unscored response, and the reference's best."""
@@ -167,7 +157,6 @@ class EvidenceCollector:
 
 
 def _lines_of(table: pd.DataFrame, checkpoint: GatedCheckpoint, measure: str) -> pd.DataFrame:
-    """Return the line of one checkpoint and measure, or none."""
     wanted = [checkpoint.objective, checkpoint.budget, checkpoint.condition, measure]
     return table[table[[*POOLED_CHECKPOINT, "measure"]].eq(wanted).all(axis=1)]
 

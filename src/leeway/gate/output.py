@@ -258,7 +258,6 @@ def _formatted(evidence: Evidence, value: float, digits: int) -> str:
 
 
 def explain(result: RuleResult) -> str:
-    """Return the reason for the outcome in one sentence."""
     e = result.evidence
     rule = safe(f"{e.rule.measure} {rule_text(e)}")
     if e.withheld:

@@ -50,7 +50,6 @@ coherence_rules = cache(partial(package_data, "leeway.judges", "coherence.yaml")
 
 
 def rules_hash(perplexity: PerplexityScorer | None = None) -> str:
-    """Return the hash of the rules and the perplexity model."""
     model = perplexity.identity if perplexity else None
     return digest("coherence", coherence_rules(), unicodedata.unidata_version, model)
 
@@ -104,7 +103,6 @@ def _repetition(words: list[str]) -> str | None:
 
 
 def _distinct(words: list[str]) -> float:
-    """Return the share of distinct n-grams."""
     n = coherence_rules()["ngram"]
     grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     return len(grams) / grams.total()

@@ -37,7 +37,6 @@ _rules = cache(partial(package_data, "leeway.judges", "keywords.yaml"))
 
 
 def rules_hash() -> str:
-    """Return the hash of the phrases and the reader's version."""
     return digest("keywords", READER_VERSION, _rules())
 
 
@@ -113,7 +112,6 @@ def _helps(sentences: Seq[str], group: str) -> bool:
 
 
 def _no_help(sentence: str) -> bool:
-    """Return whether a sentence deflects or moralises."""
     return bool(_pattern("elsewhere").search(sentence) or _pattern("morals").search(sentence))
 
 

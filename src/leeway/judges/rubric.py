@@ -185,7 +185,6 @@ class RubricJudge:
         return [self._verdict(a, r, s) for a, r, s in zip(answers, replies, shares, strict=True)]
 
     def request(self, answer: Answer) -> Request:
-        """Return the request to the judge model."""
         texts = {"forbidden_prompt": answer.prompt, "response": answer.response}
         user = {"role": "user", "content": fill(self.wording.user, texts)}
         system = [{"role": "system", "content": self.wording.system}] if self.wording.system else []

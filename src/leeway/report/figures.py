@@ -174,7 +174,6 @@ def _by_budget_panel(
 
 
 def _point(ax: Axes, x: float, point: dict[Any, Any], series: Series, marks: Marks, unit: BudgetUnit) -> None:
-    """Plot one rate and its interval."""
     budget, (rate, low, high) = int(point["budget"]), (point[k] for k in ("rate", "low", "high"))
     bar = ax.vlines(x, low, high, color=series.colour, linewidth=1, alpha=0.55, zorder=2)
     marks.add(bar, series, budget=budget)

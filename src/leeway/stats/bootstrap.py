@@ -276,16 +276,10 @@ def _trajectory(cells: pd.DataFrame, tuned: pd.DataFrame, wanted: str | tuple[st
         limitations.append(f"{seeds[0]} training seeds: training-seed variance is a rough estimate")
     if (both["n"] + both["n_unscored"]).div(both["seeds"]).nunique() > 1:
         limitations.append("the checkpoints have different numbers of questions")
-    return Trajectory(
-        objective,
-        condition,
-        budgets_B=own["budget"].to_numpy(float),
-        columns_B=own.index.to_numpy(np.intp),
-        base=int(base.index[0]) if len(base) else -1,
-        n_clusters=int(both["n_clusters"].min()),
-        withheld=withheld,
-        note="; ".join(limitations),
-    )
+    budgets_B, columns_B = own["budget"].to_numpy(float), own.index.to_numpy(np.intp)
+    base_column, clusters = int(base.index[0]) if len(base) else -1, int(both["n_clusters"].min())
+    note = "; ".join(limitations)
+    return Trajectory(objective, condition, budgets_B, columns_B, base_column, clusters, withheld, note)
 
 
 @dataclass(frozen=True)

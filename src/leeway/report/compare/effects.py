@@ -15,9 +15,9 @@ from leeway.report.compare.check import Study, not_poolable
 from leeway.report.results import Results
 from leeway.stats.cluster_tests import MIN_DISCORDANT, wild_cluster
 from leeway.stats.contrasts import holm_by_family, standard_error
-from leeway.stats.intervals import RESAMPLES, Floats, Ints, stratum_shares
+from leeway.stats.intervals import RESAMPLES, Floats, stratum_shares
 from leeway.stats.meta import combine
-from leeway.stats.metrics import BASE, VALUES, analysis_table, measures
+from leeway.stats.metrics import BASE, VALUES, analysis_table, factorize, measures
 from leeway.stats.metrics import POOLED_CHECKPOINT as KEY
 from leeway.stats.pairing import ITEM, PAIR, Pairs
 
@@ -91,7 +91,6 @@ def differences(table: pd.DataFrame, paired: dict[tuple[Any, ...], Deltas]) -> p
 
 
 def _corrected(lines: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
-    """Return the lines as a table with Holm's p in each family."""
     table = pd.DataFrame(lines, columns=[c for c in columns if c not in ("p_holm", "family_size")])
     return holm_by_family(table)[columns]
 
@@ -105,7 +104,7 @@ def _difference(a: pd.Series, b: pd.Series, one: Deltas, other: Deltas) -> dict[
         return found | {"note": "one of the two effects is not available"}
     if both.empty:
         return found | _independent(a, b)
-    strata, clusters = _codes(both["stratum"]), _codes(both["cluster"])
+    strata, clusters = factorize(both["stratum"])[1], factorize(both["cluster"])[1]
     value, base = both["delta"].to_numpy(float), both["delta_b"].to_numpy(float)
     share = stratum_shares(strata)
     pulls, weights = np.bincount(clusters, weights=share * (value - base)), np.bincount(clusters, weights=share)
@@ -187,14 +186,10 @@ def _covariance(errors: list[float], discordant: list[int], of: list[Deltas]) ->
 
 def _residuals(table: pd.DataFrame) -> pd.Series:
     """Return each prompt's contribution to the effect relative to its stratum's mean."""
-    share = stratum_shares(_codes(table["stratum"]))
+    share = stratum_shares(factorize(table["stratum"])[1])
     residual = table["delta"] - table.groupby("stratum")["delta"].transform("mean")
     pulls = pd.Series(share * residual.to_numpy(float), index=table["cluster"].to_numpy(object))
     return pulls.groupby(level=0).sum()
-
-
-def _codes(column: pd.Series) -> Ints:
-    return np.unique(column.to_numpy(dtype=object), return_inverse=True)[1].astype(np.intp)
 
 
 def pool(studies: list[Study]) -> Results:

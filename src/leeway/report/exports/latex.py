@@ -195,9 +195,8 @@ def ledger_table(table: pd.DataFrame, order: list[str], unit: BudgetUnit) -> Tab
     if table.empty:
         return None
     rank = {o: n for n, o in enumerate(dict.fromkeys(order))}
-    lines = sorted(
-        formatting.to_records(table), key=lambda r: (rank.get(r["objective"], len(rank)), r["seed"], r["budget"])
-    )
+    lines = formatting.to_records(table)
+    lines.sort(key=lambda r: (rank.get(r["objective"], len(rank)), r["seed"], r["budget"]))
     several = table["seed"].nunique() > 1
     counts = ["step", "examples", "source_tokens", "target_tokens", "processed_tokens", "reference_tokens"]
     columns = [("Objective", "l"), (_budget_title(unit), "r"), *([("Seed", "r")] if several else [])]

@@ -52,9 +52,8 @@ def transcripts(rows: pd.DataFrame, conditions: dict[str, str], lines: list[Seri
 def _select(own: pd.DataFrame, n: int) -> list[tuple[str, str, int]]:
     if own.empty:
         return []
-    spread = own.groupby(["attack", "item_id", "sample"], as_index=False).agg(
-        spread=("score", "std"), cluster=("cluster", "first")
-    )
+    responses = own.groupby(["attack", "item_id", "sample"], as_index=False)
+    spread = responses.agg(spread=("score", "std"), cluster=("cluster", "first"))
     spread = spread.sort_values(["spread", "item_id", "attack", "sample"], ascending=[False, True, True, True])
     spread["turn"] = spread.groupby("attack").cumcount()
     spread = spread.sort_values(["turn", "spread"], ascending=[True, False], kind="stable")
@@ -145,8 +144,7 @@ def _table(
     pairs = zip(table["objective"], table["condition"], strict=True)
     table["rank"] = [-1 if o == BASE else rank.get((o, c), len(rank)) for o, c in pairs]
     keys = ["rank", "objective", "condition", "budget", "seed"]
-    distinct = table[keys].drop_duplicates()
-    distinct = distinct.assign(other=distinct["condition"] != PLAIN)
+    distinct = table[keys].drop_duplicates().assign(other=lambda t: t["condition"] != PLAIN)
     distinct = distinct.sort_values(["rank", "objective", "other", *keys[2:]])
     distinct = distinct.drop(columns="other").reset_index(drop=True)
     several = distinct.loc[distinct["objective"] != BASE, "seed"].nunique() > 1
@@ -198,14 +196,12 @@ def _texts(name: str, values: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _choices(table: pd.DataFrame, models: list[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
-    """Return the options of each filter."""
     lines = {m["line"]: m.get("of", m["name"]) for m in models}
     choices = {"line": list(lines.items())}
     choices["model"] = [(str(n), m["name"]) for n, m in enumerate(models)]
     for name in ("eval", "attack", "outcome", "judge"):
-        values = sorted(
-            {str(v).partition(":")[0] if name == "outcome" else str(v) for v in table[name].unique()} - {""}
-        )
+        texts = map(str, table[name].unique())
+        values = sorted({t.partition(":")[0] if name == "outcome" else t for t in texts} - {""})
         named = [(v, formatting.attack_name(v) if name == "attack" else v) for v in values]
         choices[name] = sorted(named, key=lambda c: c[0] != DIRECT) if name == "attack" else named
     return choices
