@@ -200,8 +200,7 @@ def separation(outcome: Floats, x: Floats) -> str:
 
 def gee_test(table: pd.DataFrame, trajectories: int) -> GEETest:
     """Test equal slopes. `table`: `trajectory` 0 … J − 1, `x` (log2 budget), `attack`, `cluster`, `value` in [0, 1]."""
-    keys = ["cluster", "trajectory", "x", "attack"]  # one cell: the samples and seeds of a prompt at a checkpoint
-    cells = table.groupby(keys, sort=True)["value"].agg(["mean", "size"]).reset_index()
+    cells = _aggregate(table)
     clusters = int(cells["cluster"].nunique())
     df, attacks = trajectories - 1, sorted(cells["attack"].unique())
     parameters = 2 * trajectories + len(attacks) - 1
@@ -245,6 +244,12 @@ def wald_test(slopes_J: Floats, covariance_JJ: Floats, clusters: int) -> WaldTes
     full = len(slopes_J) - 1
     note = "" if q == full else f"some objectives have identical responses: {q} contrasts instead of {full}"
     return WaldTest(round(statistic, 10), q, clusters - q, float(f"{p:.10g}"), note)
+
+
+def _aggregate(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean and number of samples and seeds of each prompt under each attack at each checkpoint."""
+    keys = ["cluster", "trajectory", "x", "attack"]
+    return table.groupby(keys, sort=True)["value"].agg(["mean", "size"]).reset_index()
 
 
 def _fit(cells: pd.DataFrame, design: Floats) -> tuple[Floats, Floats]:
