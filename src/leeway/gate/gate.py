@@ -123,10 +123,11 @@ class EvidenceCollector:
         if math.isnan(line["p"]):
             return replace(blank, withheld=str(line["note"]) or "no test is possible")
         margin = rule.kind == "margin"
-        found: dict[str, Any] = {name: float(line[name]) for name in ("rate", "limit", "p")}
-        found |= {"estimate": float(line["difference" if margin else "rate"]), "p_exceeded": float(line["p_worse"])}
-        found |= {"reference": float(line["base"]) if margin else NAN, "se": float(line["se"]) or NAN}  # 0: no variance
-        return replace(blank, **found, if_worst=self._if_worst(rule, worse, checkpoint) if unscored else NAN)
+        numbers: dict[str, Any] = {name: float(line[name]) for name in ("rate", "limit", "p")}
+        numbers |= {"estimate": float(line["difference" if margin else "rate"]), "p_exceeded": float(line["p_worse"])}
+        numbers |= {"reference": float(line["base"]) if margin else NAN}
+        numbers["se"] = float(line["se"]) or NAN  # 0 of n: no variance
+        return replace(blank, **numbers, if_worst=self._if_worst(rule, worse, checkpoint) if unscored else NAN)
 
     def _if_worst(self, rule: Rule, worse: WorseDirection, checkpoint: GatedCheckpoint) -> float:
         """Return the estimate with the worst score for every unscored response, and the reference's best."""
