@@ -72,7 +72,7 @@ class Kl(Plain):
         elif self.scope == "all":
             tokens = totals.measured_tokens
         count = totals.examples if self.reduction == "sequence" else tokens
-        return nll(policy) + self.weight * kl_T.sum() / count
+        return nll(policy) + self.weight * (kl_T.sum() / count)
 
 
 def _only_measured(general: Example, chat: Chat) -> Sequence:
