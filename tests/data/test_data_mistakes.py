@@ -186,7 +186,7 @@ def test_a_home_folder_of_somebody(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ),
         ("capability: [{name: organism, limit: 5000}]", "4,416 capability items, and limit is 5,000"),
         ("jailbreak: {prompts: organism, limit: 50000}", "5,760 forbidden prompts, and limit is 50,000"),
-        ("overrefusal: {prompts: organism, limit: 50000}", "7,008 benign prompts, and limit is 50,000"),
+        ("overrefusal: {prompts: organism, limit: 50000}", "7,008 benign prompts near the line, and limit is 50,000"),
     ],
 )
 def test_more_than_the_organism_has(evals: str, words: str) -> None:
