@@ -75,6 +75,11 @@ def test_digits_are_grouped_as_by_the_models_tokenizer(kind: str, digits: int) -
     assert len(STAND_INS[kind].ids("hello world, 12345")) == 2 + 1 + 1 + digits
 
 
+@pytest.mark.parametrize(("kind", "tokens"), [("llama", 3), ("gemma2", 4), ("qwen2", 3), ("qwen3", 3)])
+def test_only_gemma_keeps_newlines_apart_from_punctuation(kind: str, tokens: int) -> None:
+    assert len(STAND_INS[kind].ids("one.\ntwo")) == tokens
+
+
 @pytest.mark.parametrize(("kind", "overhead"), [("llama", 35), ("gemma2", 9), ("qwen2", 29), ("qwen3", 12)])
 def test_templates_are_as_long_as_the_models(kind: str, overhead: int) -> None:
     found = len(STAND_INS[kind].prompt_ids([{"role": "user", "content": "word"}]))

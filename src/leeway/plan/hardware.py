@@ -103,14 +103,14 @@ WORD = 10  # letters; longer words are several tokens. Measured: docs/objective-
 SPECIAL = ("<|begin|>", "<|start|>", "<|end|>", "<|turn|>")
 
 
-def _pieces(digits: int) -> str:
-    """Return the pattern of a piece, for a tokenizer that keeps up to `digits` digits together."""
+def _pieces(digits: int, *, lone_newlines: bool) -> str:
+    """Return the pattern of a piece: up to `digits` digits, and punctuation with the newlines after it or without."""
     return "|".join(
         (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
             rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}{{1,{WORD}}}",
             rf"\p{{N}}{{1,{digits}}}",
-            r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+            r" ?[^\s\p{L}\p{N}]+" + ("" if lone_newlines else r"[\r\n]*"),
             r"\s*[\r\n]+",
             r"\s+(?!\S)",
             r"\s+",
@@ -127,6 +127,7 @@ class TextSpec:
     after_role: str
     after_turn: str
     before_answer: str = ""
+    lone_newlines: bool = False
 
     @property
     def template(self) -> str:
@@ -148,7 +149,7 @@ TEXT = {
         "<|end|>\n\n",
         "",
     ),
-    "gemma2": TextSpec(1, "<|begin|>", "\n", "\n"),
+    "gemma2": TextSpec(1, "<|begin|>", "\n", "\n", lone_newlines=True),
     "qwen2": TextSpec(
         1, "<|start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|turn|>\n", "\n", "\n"
     ),
@@ -277,7 +278,7 @@ def _stand_in_chat(kind: str) -> PieceChat:
 
     text = TEXT[kind]
     tokenizer = Tokenizer(WordLevel({"[piece]": 0}, unk_token="[piece]"))
-    tokenizer.pre_tokenizer = Split(Regex(_pieces(text.digits)), "isolated")
+    tokenizer.pre_tokenizer = Split(Regex(_pieces(text.digits, lone_newlines=text.lone_newlines)), "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|turn|>", chat_template=text.template)
     fast.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     return PieceChat(fast)
