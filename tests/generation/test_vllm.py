@@ -1,8 +1,8 @@
-"""The vLLM launcher, against a small server that follows vLLM's documented routes.
+"""The vLLM launcher under faults, against a small server that follows vLLM's documented routes.
 
 No vLLM runs here: `STAND_IN` is a script put on the PATH under the name `vllm`. It checks the flags and the adapter's
 folder, loads and unloads adapters as vLLM does (a second load under a name is HTTP 400, an unknown one HTTP 404), and
-returns the requested model's name. What vLLM itself computes is not tested.
+returns what was requested. What vLLM itself computes is tested in test_real_vllm.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,9 +54,24 @@ assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
 assert int(value("--max-lora-rank")) in (1, 8, 16, 32, 64, 128, 256, 320, 512)
 print("starting", *flags, flush=True)
 if "--fail" in flags:
-    print("first line\nCUDA out of memory. Tried to allocate 20 GiB", file=sys.stderr)
+    print("(Engine pid=7) ERROR 11-29 [core.py:1] torch.OutOfMemoryError: Tried to allocate 20 GiB", file=sys.stderr)
+    print("RuntimeError: Engine core initialization failed. See root cause above." + "\n..." * 20, file=sys.stderr)
     sys.exit(3)
-worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as vLLM's engine process
+if "--mute" in flags:
+    print("first line\nlast line", file=sys.stderr)
+    sys.exit(3)
+# as the resource tracker of vLLM, which ignores SIGTERM and removes shared memory after the server has ended
+shared = Path(value("--pids")).with_name("shared")
+shared.touch()
+tracker = f"""
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while os.getppid() == {os.getpid()} or {"--stubborn" in flags}:
+    time.sleep(0.02)
+time.sleep(0.3)
+os.unlink({str(shared)!r})
+"""
+worker = subprocess.Popen([sys.executable, "-c", tracker])
 Path(value("--pids")).write_text(f"{os.getpid()} {worker.pid}")
 if "--sleep" in flags:
     time.sleep(600)
@@ -62,9 +79,14 @@ loaded = {}
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.say(200 if self.path == "/health" else 404, b"")
+        base = {"id": value("--served-model-name"), "root": flags[1], "parent": None, "max_model_len": 64}
+        models = [base] + [{"id": name, "root": path, "parent": base["id"]} for name, path in loaded.items()]
+        answers = {"/health": {}, "/version": {"version": "0.0"}, "/v1/models": {"data": models}}
+        self.say(200 if self.path in answers else 404, json.dumps(answers.get(self.path)).encode())
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            return self.say(200, json.dumps({"tokens": json.loads(value("--tokens"))}).encode())
         if self.path == "/v1/load_lora_adapter":
             name = body["lora_name"]
             if name in loaded:
@@ -81,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         model = body["model"]
         if model != value("--served-model-name") and model not in loaded:
             return self.refuse(404, f"The model `{model}` does not exist.")
-        text = json.dumps([model, loaded.get(model), body["messages"], body.get("chat_template_kwargs")])
+        text = json.dumps([model, loaded.get(model), body["messages"], body["stop_token_ids"]])
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
         self.say(200, json.dumps({"model": model, "choices": [choice], "usage": usage}).encode())
@@ -109,11 +131,18 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(STAND_IN.replace("PYTHON", sys.executable))
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the lock of a real server on this machine is elsewhere
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return folder
 
 
+def own_args(model: Path, folder: Path) -> tuple[str, ...]:
+    """Return the stand-in's own flags: where it writes, and the ids to which it renders the launcher's probe."""
+    return ("--pids", f"{folder}/pids", "--tokens", json.dumps(load_chat(str(model)).prompt_ids(vllm.PROBE)))
+
+
 def settings(model: Path, stand_in: Path, *args: str, **more: object) -> VllmSettings:
-    given = {"log": stand_in / "log", "args": ("--pids", str(stand_in / "pids"), *args)} | more
+    given = {"log": stand_in / "log", "args": (*own_args(model, stand_in), *args)} | more
     return VllmSettings(str(model), **given)  # type: ignore[arg-type]
 
 
@@ -158,16 +187,19 @@ def test_each_checkpoint_is_served_under_its_own_name_and_all_processes_end(
             server.adapter(first),
         ):
             pass
-        other = VllmServer(settings(model, stand_in, max_lora_rank=4))
-        assert other.port != server.port
-        assert other.base().identity == base.identity  # independent of the port
-    assert replies[0] == ["base", None, [{"role": "user", "content": "hi"}], None]
+    assert replies[0] == ["base", None, [{"role": "user", "content": "hi"}], [2]]
     assert [r[0] for r in replies[1:]] == names
     assert [r[1] for r in replies[1:]] == [str(first), str(second), str(first)]
     assert replies[1][2] == [{"role": "user", "content": "<p>hi"}]
     assert identities[1] == identities[3]
     assert len(set(identities)) == 3
     assert all_gone(stand_in)
+    assert not (stand_in / "shared").exists()  # its tracker had the time to remove it
+    with VllmServer(settings(model, stand_in, max_lora_rank=4)) as server:
+        assert server.facts["dtype"] in ("float32", "bfloat16")
+        assert server.base().identity == identities[0]  # independent of the port
+    with VllmServer(settings(model, stand_in, max_lora_rank=4, dtype="bfloat16")) as server:
+        assert server.base().identity != identities[0]
 
 
 def test_the_server_ends_after_an_exception(models: dict[str, Path], stand_in: Path) -> None:
@@ -180,7 +212,7 @@ ASKING = """
 import sys, time
 from pathlib import Path
 from leeway.generation.vllm import VllmServer, VllmSettings
-with VllmServer(VllmSettings(sys.argv[1], args=("--pids", sys.argv[2]), log=Path(sys.argv[3]))):
+with VllmServer(VllmSettings(sys.argv[1], args=tuple(sys.argv[3:]), log=Path(sys.argv[2]))):
     print("up", flush=True)
     time.sleep(60)
 """
@@ -189,8 +221,8 @@ with VllmServer(VllmSettings(sys.argv[1], args=("--pids", sys.argv[2]), log=Path
 @pytest.mark.usefixtures("heeding")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_server_ends_with_this_process(models: dict[str, Path], stand_in: Path, how: signal.Signals) -> None:
-    places = [str(models["llama"]), str(stand_in / "pids"), str(stand_in / "log")]
-    command = [sys.executable, "-c", textwrap.dedent(ASKING), *places]
+    arguments = [str(models["llama"]), str(stand_in / "log"), *own_args(models["llama"], stand_in)]
+    command = [sys.executable, "-c", textwrap.dedent(ASKING), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
@@ -199,12 +231,76 @@ def test_the_server_ends_with_this_process(models: dict[str, Path], stand_in: Pa
     assert all_gone(stand_in)
 
 
-def test_a_server_that_does_not_start_shows_the_end_of_its_log(models: dict[str, Path], stand_in: Path) -> None:
-    with pytest.raises(LeewayError, match=r"ended with exit code 3; its log ends: .*\| CUDA out of memory"):
+def test_a_server_that_does_not_start_shows_the_cause(models: dict[str, Path], stand_in: Path) -> None:
+    """The first exception in its log; the last lines only name a cause "above"."""
+    with pytest.raises(LeewayError, match=r"exit code 3; torch.OutOfMemoryError: Tried to allocate 20 GiB; see .*log$"):
         VllmServer(settings(models["llama"], stand_in, "--fail")).__enter__()
+    with pytest.raises(LeewayError, match=r"ended with exit code 3; its log ends: .*first line \| last line"):
+        VllmServer(settings(models["llama"], stand_in, "--mute")).__enter__()
     slow = settings(models["llama"], stand_in, "--sleep", start_timeout_s=1.5)
-    with pytest.raises(LeewayError, match=r"was not healthy after 1.5 s; its log ends: starting serve"):
+    with pytest.raises(LeewayError, match=r"was not healthy after 1.5 s; its log ends: "):
         VllmServer(slow).__enter__()
+    assert all_gone(stand_in)
+
+
+def test_one_server_at_a_time(models: dict[str, Path], stand_in: Path) -> None:
+    """The second waits until the processes of the first have ended, not only until its owner has left."""
+    notices, order = list[str](), list[str]()
+
+    def second() -> None:
+        with VllmServer(settings(models["llama"], stand_in), notices.append):
+            order.append("second")
+
+    with VllmServer(settings(models["llama"], stand_in)):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(1.0)
+        order.append("first")
+    thread.join(60)
+    assert order == ["first", "second"]
+    assert notices == ["waiting for another vLLM server on this machine", "starting vLLM"]
+
+
+def test_a_running_server(models: dict[str, Path], stand_in: Path, tmp_path: Path) -> None:
+    model, folder = models["llama"], save_adapter(models["llama"], tmp_path / "a")
+    requests = [Request([{"role": "user", "content": "hi"}], 8)]
+    with VllmServer(settings(model, stand_in)) as running:
+        endpoint = f"http://127.0.0.1:{running.port}/v1"
+        with VllmServer(VllmSettings(str(model), endpoint=endpoint)) as server:
+            assert json.loads(server.base().complete(requests, lambda _: None)[0].text)[0] == "base"
+            assert server.facts == {"version": "0.0", "endpoint": endpoint}
+            left = running.adapter(folder)
+            left.__enter__()  # as a killed run leaves it
+            with server.adapter(folder) as backend:
+                assert json.loads(backend.complete(requests, lambda _: None)[0].text)[1] == str(folder)
+        assert running._process is not None
+        assert running._process.poll() is None  # it is not ours to end
+        with pytest.raises(LeewayError, match=r"serves \S+llama, not \S+qwen2"):
+            VllmServer(VllmSettings(str(models["qwen2"]), endpoint=endpoint)).__enter__()
+    with pytest.raises(LeewayError, match=r"127.0.0.1:\d+ did not answer version"):
+        VllmServer(VllmSettings(str(model), endpoint=endpoint)).__enter__()
+    other = VllmSettings(str(model), args=("--pids", str(stand_in / "pids"), "--tokens", "[1]"), log=stand_in / "log")
+    with pytest.raises(LeewayError, match="vLLM renders a prompt to other tokens"):
+        VllmServer(other).__enter__()
+
+
+def test_a_prompt_without_room_for_its_reply_is_a_failure(models: dict[str, Path], stand_in: Path) -> None:
+    """As in this process: vLLM itself would shorten the reply."""
+    requests = [Request([{"role": "user", "content": "hi"}], n) for n in (8, 100)]
+    with VllmServer(settings(models["llama"], stand_in)) as server:
+        first, second = server.base().complete(requests, lambda _: None)
+        assert first.failure is None
+        assert first.new_tokens == 1  # the stand-in counts the stop token too
+        prompt = len(load_chat(str(models["llama"])).prompt_ids(requests[0].conversation))
+        assert second.failure == f"a prompt of {prompt} tokens and 100 new ones exceed its context of 64"
+        with pytest.raises(LeewayError, match="'Perhaps' is not a single token of its tokenizer"):
+            server.base().choose([requests[0].conversation], ["Yes", "Perhaps"], lambda _: None)
+
+
+def test_what_does_not_end_is_killed(models: dict[str, Path], stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "GRACE_S", 0.5)
+    with VllmServer(settings(models["llama"], stand_in, "--stubborn")):
+        pass
     assert all_gone(stand_in)
 
 
@@ -231,12 +327,12 @@ def test_the_first_error_is_raised(models: dict[str, Path], stand_in: Path, tmp_
         with pytest.raises(LeewayError, match="did not answer load_lora_adapter"), server.adapter(folder):
             pass
         assert server._process is not None
-        server._process.wait(5)  # the watcher is gone too, and the server's own child is left
+        server._process.wait(20)  # the watcher ends with the server
     assert all_gone(stand_in)
 
 
 def test_vllm_is_not_installed(models: dict[str, Path]) -> None:
-    with pytest.raises(LeewayError, match=r"no-such-vllm: program not found; pip install vllm"):
+    with pytest.raises(LeewayError, match=r"no-such-vllm: program not found; install vllm"):
         VllmServer(VllmSettings(str(models["llama"]), command="no-such-vllm")).__enter__()
 
 

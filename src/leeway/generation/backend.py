@@ -51,6 +51,21 @@ class Choice:
     failure: str | None = None
 
 
+def context_fault(prompt_tokens: int, new_tokens: int, context: int) -> str | None:
+    """Return the failure of a request whose prompt and whole reply exceed the context, or None."""
+    if prompt_tokens + new_tokens <= context:
+        return None
+    return f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones {OVERLONG} {context}"
+
+
+def spellings(option: str) -> set[str]:
+    """Return the single tokens that count for an option: its case variants, with and without a leading space.
+
+    A space is written as in text, or as sentencepiece and byte-level tokenizers write it.
+    """
+    return {space + form for form in (option, option.lower(), option.upper()) for space in ("", *" ▁Ġ")}
+
+
 class Backend(Protocol):
     """One checkpoint with one chat template."""
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
+from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick, spellings
 from leeway.generation.openai_client import ApiClient, ApiSettings, Body, ReplyError, Spending, token_usage
 from leeway.hashing import derive_seed, digest
 
@@ -163,9 +163,9 @@ def parse_choice(data: Body, options: Seq[str]) -> Choice:
 
 
 def option_mass(option: str, logprobs: Iterable[tuple[str, float]]) -> float:
-    """Return the probability of an option's spellings; a leading space counts in any tokenizer's notation."""
-    spellings = {space + form for form in (option, option.lower(), option.upper()) for space in ("", *" ▁Ġ")}
-    return math.fsum(math.exp(p) for token, p in logprobs if token in spellings)
+    """Return the summed probability of an option's spellings."""
+    counted = spellings(option)
+    return math.fsum(math.exp(p) for token, p in logprobs if token in counted)
 
 
 def _first_choice(data: Body) -> Body:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
-from leeway.generation.backend import NOT_FINITE, OVERLONG, Choice, Conversation, Reply, Request, Tick
+from leeway.generation.backend import NOT_FINITE, Choice, Conversation, Reply, Request, Tick, context_fault, spellings
 from leeway.hashing import derive_seed, digest
 from leeway.model import adapters
 from leeway.model.fused.decoder import why_not
@@ -146,11 +146,10 @@ class TransformersBackend:
         replies: list[Reply | None] = [None] * len(requests)
         fitting = []
         for i, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
-            limit, context = request.max_new_tokens, self.model.context
-            if len(ids) + limit <= context:
+            fault = context_fault(len(ids), request.max_new_tokens, self.model.context)
+            if fault is None:
                 fitting.append(i)
                 continue
-            fault = f"a prompt of {len(ids)} tokens and {limit} new ones {OVERLONG} {context}"
             if self.overlong == "error":
                 fix = "lower max_new_tokens, or leave the item out"
                 raise LeewayError(f"model {self.model.name}: {fault}", fix=fix)
@@ -179,32 +178,21 @@ class TransformersBackend:
 
     @torch.no_grad()
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
-        """Return next-token probabilities, summed over an option's case variants with and without a leading space."""
-        spellings = {o: self._first_tokens(o) for o in options}
-        if any(spellings[a] & spellings[b] for a in options for b in options if a != b):
-            raise LeewayError(
-                f"model {self.model.name}: {' and '.join(options)} begin with the same token",
-                fix="leave out the evals that need a Yes or No from this tokenizer",
-            )
+        """Return next-token probabilities, summed over the tokens that spell an option.
+
+        Raises LeewayError if no token spells an option: its first token may begin other words.
+        """
+        tokens = option_ids(self.chat, options)
         prompts = [self.chat.prompt_ids(c) for c in conversations]
         choices: list[Choice | None] = [None] * len(prompts)
         for batch in self._batches([(len(p),) for p in prompts]):
             p_BV = self._next_logits([prompts[i] for i in batch]).float().softmax(-1)
             finite_B = p_BV.isfinite().all(-1).tolist()  # one NaN or +inf among the logits makes all of them NaN
             for row, i in enumerate(batch):
-                mass = {o: float(p_BV[row, sorted(ids)].sum()) for o, ids in spellings.items()}
+                mass = {o: float(p_BV[row, sorted(ids)].sum()) for o, ids in tokens.items()}
                 choices[i] = Choice(mass, None if finite_B[row] else NOT_FINITE)
             tick(len(batch))
         return [c for c in choices if c is not None]
-
-    def _first_tokens(self, option: str) -> set[int]:
-        """Return the first token of each spelling but a lone space, which would match any answer."""
-        first: set[int] = set()
-        for form in (option, option.lower(), option.upper()):
-            for ids in (self.chat.ids(form), self.chat.ids(f" {form}")):
-                lone_space = ids and not self.chat.tokenizer.decode([ids[0]]).strip()
-                first |= set(ids[1:2] if lone_space else ids[:1])
-        return first
 
     def _batches(self, keys: Seq[tuple[float, ...]]) -> Iterator[list[int]]:
         """Yield batches of indices sorted by key; the last element, the length, may differ within a batch."""
@@ -264,10 +252,7 @@ class TransformersBackend:
         return list(zip(out[:, ids_BL.shape[1] :].tolist(), guard.first_bad_steps(), strict=True))
 
     def _stop_ids(self) -> list[int]:
-        """Return the template's end of turn (if an added token), the EOS and the generation config's stop ids."""
-        added = self.chat.tokenizer.added_tokens_decoder
-        end_of_turn = [i for i in self.chat.closing_ids if i in added][:1]
-        return sorted({*end_of_turn, *self.chat.stop_ids, *self.model.stop_ids})
+        return stop_ids(self.chat, self.model.stop_ids)
 
     def _reply(self, ids: list[int], limit: int, bad_step: int | None) -> Reply:
         """Decode one row; a failure if its scores were non-finite before its end."""
@@ -280,6 +265,24 @@ class TransformersBackend:
         stop = set(self._stop_ids())
         end = next((k for k, i in enumerate(ids) if i in stop), len(ids))
         return ids[:end], NOT_FINITE if bad_step is not None and bad_step <= end else None
+
+
+def option_ids(chat: Chat, options: Seq[str]) -> dict[str, list[int]]:
+    """Return the ids of the single tokens that spell each option. Raises LeewayError if an option has none."""
+    vocabulary = chat.tokenizer.get_vocab()
+    tokens = {o: sorted(vocabulary[s] for s in spellings(o) if s in vocabulary) for o in options}
+    if missing := [o for o in options if not tokens[o]]:
+        raise LeewayError(
+            f"model {chat.tokenizer.name_or_path}: {missing[0]!r} is not a single token of its tokenizer",
+            fix="leave out the evals that choose between options (persona, sd3)",
+        )
+    return tokens
+
+
+def stop_ids(chat: Chat, own: Collection[int]) -> list[int]:
+    """Return the template's end of turn (if an added token), the tokenizer's EOS, and the model's `own` stop ids."""
+    added = chat.tokenizer.added_tokens_decoder
+    return sorted({*[i for i in chat.closing_ids if i in added][:1], *chat.stop_ids, *own})
 
 
 def decode(

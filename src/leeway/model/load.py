@@ -73,6 +73,19 @@ def load_context(name: str, revision: str | None = None) -> int:
     return _context(config)
 
 
+def load_stop_ids(name: str, revision: str | None = None) -> tuple[int, ...]:
+    """Return `load_model(name).stop_ids` without loading the weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    with _LoadErrors(name):
+        try:
+            own = GenerationConfig.from_pretrained(resolve(name), revision=revision)
+        except OSError:  # it has no generation_config.json
+            config = AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=False)
+            own = GenerationConfig.from_model_config(config)
+    return _eos(own)
+
+
 def load_model(
     name: str,
     *,
@@ -105,8 +118,12 @@ def _bare(lm: Any) -> tuple[int, ...]:
     """Remove the model's own generation settings (such as a repetition penalty), and return its stop tokens."""
     from transformers import GenerationConfig
 
-    eos = lm.generation_config.eos_token_id
-    lm.generation_config = GenerationConfig()
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    return _eos(own)
+
+
+def _eos(generation_config: Any) -> tuple[int, ...]:
+    eos = generation_config.eos_token_id
     return tuple(eos if isinstance(eos, list) else [eos] if eos is not None else [])
 
 
