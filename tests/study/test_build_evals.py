@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import pytest
 pytest.importorskip("openai")
 
 from test_study import carry
-from test_vllm import STAND_IN
+from test_vllm import STAND_IN, own_args
 
 from leeway.errors import LeewayError
 from leeway.judges import rubric
@@ -163,14 +164,16 @@ def test_a_judge_that_is_down_is_unscored_and_asked_again_and_nothing_else_is(
 def test_vllm_answers_for_every_checkpoint(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server is a stand-in that says which adapter was asked: what vLLM computes is not tested."""
+    """The server is a stand-in that says which adapter was asked."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of the lock: another server may run on this machine
     script = tmp_path / "bin" / "vllm"
     script.parent.mkdir()
     script.write_text(STAND_IN.replace("PYTHON", sys.executable))
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(script.parent), prepend=":")
     study = STUDY.split("evals:", maxsplit=1)[0].format(model=models["llama"], root=root).replace("[300]", "[200, 300]")
-    study += f"evals: {{capability: files, backend: vllm, vllm_args: ['--pids', '{tmp_path}/pids']}}\n"
+    args = json.dumps(own_args(models["llama"], tmp_path))
+    study += f"evals: {{capability: files, backend: {{vllm: {{args: {args}}}}}}}\n"
     out = carry(study, tmp_path / "run")
     rows = pd.read_parquet(out / "rows.parquet")
     for budget, group in rows.groupby("budget"):
@@ -179,5 +182,13 @@ def test_vllm_answers_for_every_checkpoint(
         checkpoint = str((out / "checkpoints" / "sft" / "s0" / str(budget)).resolve())
         assert len(asked) == 1
         assert folder == ({None} if budget == 0 else {checkpoint})
+    facts = json.loads((out / "manifest.json").read_text())["vllm"]
+    assert facts["version"] == "0.0"
+    assert facts["dtype"] in ("float32", "bfloat16")
+    (out / "rows.parquet").unlink()
+    next((out / "parts").glob("sft-s0-300*")).unlink()
+    script.write_text(script.read_text().replace('"0.0"', '"0.1"'))
+    with pytest.raises(LeewayError, match=r"vLLM measured with .*'0.0'.* there, and would with .*'0.1'"):
+        carry(study, out)
     with pytest.raises(LeewayError, match="vLLM does not serve trained tokens, which cft has"):
         parse(study.replace("[sft]", "[sft, cft]"), "x")

@@ -135,12 +135,24 @@ def test_all_errors_at_once_with_the_nearest_known_key() -> None:
         ("evals.jailbreak={turns: 3}", "turns is for attacks: crescendo_led, which is not listed"),
         ("evals.jailbreak={temperature: 0.5}", "temperature has no effect with samples: 0"),
         ("evals.jailbreak={prompts: organism, judge: organism, perplexity: true}", "no effect with judge: organism"),
+        ("evals.backend=vlm", "evals.backend: 'vlm' is neither transformers nor vllm"),
+        ("evals.backend={vllm: {args: [--dtype=half]}}", "evals.backend.vllm: args: --dtype is set by the study"),
+        ("evals.backend={vllm: {args: [-v], endpoint: 'http://x'}}", "endpoint names a running one; leave one out"),
+        ("evals.backend={vllm: {endpoint: 'x:8000'}}", "'x:8000' is not an address"),
+        ("evals.backend={vllm: {port: 1}}", "unknown key 'evals.backend.vllm.port'"),
         ("nonsense", "is not an override"),
         ("name.x=1", "override"),
     ],
 )
 def test_errors_name_the_place_and_the_fix(override: str, part: str) -> None:
     assert part in fault(GOOD, override)
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm", "{vllm: }", "{vllm: {endpoint: 'http://x:1/v1'}}"])
+def test_the_backend_is_written_as_it_is_read(backend: str) -> None:
+    spec = parse(GOOD, "x", (f"evals.backend={backend}",))
+    assert (spec.evals.backend.vllm is None) == (backend == "transformers")
+    assert parse(spec.to_yaml(), "x").hash == spec.hash
 
 
 def test_an_error_does_not_hide_others() -> None:

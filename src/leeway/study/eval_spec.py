@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_serializer, model_validator
 
 from leeway.evals.tasks import declared, task_names
 from leeway.judges import JUDGES, NEEDS_BACKEND
@@ -13,6 +13,10 @@ from leeway.stats.sequential import MARGIN
 from leeway.yaml_config import ConfigModel, nearest
 
 ENDPOINT_ONLY = ("key_env", "concurrency", "timeout_s", "retries", "max_calls", "max_dollars", "price_in", "price_out")
+VLLM_FLAGS = (  # set by VllmServer
+    *("--model", "--revision", "--dtype", "--host", "--port", "--served-model-name", "--generation-config"),
+    *("--enable-lora", "--max-loras", "--max-lora-rank"),
+)
 
 
 def changed(part: ConfigModel, names: Sequence[str]) -> list[str]:
@@ -227,6 +231,45 @@ class PluginEvalSpec(NamedSpec):
     settings: dict[str, Any] = Field(default={})
 
 
+class VllmSpec(ConfigModel):
+    """A vLLM server: started for a measurement, or one that already runs."""
+
+    args: tuple[str, ...] = Field(default=(), description="further flags of vllm serve")
+    endpoint: str | None = Field(
+        default=None, description="the address of a running server, such as http://host:8000/v1"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> VllmSpec:
+        if self.endpoint is not None and self.args:
+            raise ValueError("args are for a server that is started, and endpoint names a running one; leave one out")
+        if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"endpoint: {self.endpoint!r} is not an address; give one such as http://host:8000/v1")
+        flags = [a.partition("=")[0].replace("_", "-") for a in self.args]
+        if taken := next((f for f in flags if f in VLLM_FLAGS), None):
+            raise ValueError(f"args: {taken} is set by the study (model, revision, dtype, adapter.r); leave it out")
+        return self
+
+
+class BackendSpec(ConfigModel):
+    """`transformers`, `vllm`, or `{vllm: …}` with its settings."""
+
+    vllm: VllmSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in ("transformers", "vllm"):
+                raise ValueError(f"{value!r} is neither transformers nor vllm")
+            return {"vllm": {}} if value == "vllm" else {}
+        return {"vllm": {}} if value == {"vllm": None} else value
+
+    @model_serializer
+    def _plain(self) -> Any:
+        return {"vllm": self.vllm.model_dump(mode="json")} if self.vllm else "transformers"
+
+
 class Evals(ConfigModel):
     """The evals of every checkpoint, and how they are run."""
 
@@ -239,10 +282,9 @@ class Evals(ConfigModel):
         default="all", description="all; all at the last budget, else the first; only the first"
     )
     batch: int = Field(default=128, gt=0, le=2**31, description="responses generated at a time")
-    backend: Literal["transformers", "vllm"] = Field(
-        default="transformers", description="transformers, or a vLLM server with one adapter per checkpoint"
+    backend: BackendSpec = Field(
+        default=BackendSpec(), description="transformers, or a vLLM server with one adapter per checkpoint"
     )
-    vllm_args: tuple[str, ...] = Field(default=(), description="further flags of vllm serve")
     stop: Literal["never", "decided"] = Field(
         default="never", description="run all items, or in stages until every contrast with the base is decided"
     )
@@ -256,9 +298,7 @@ class Evals(ConfigModel):
             raise ValueError("nothing is measured; name capability, jailbreak, overrefusal or persona")
         if changed(self, ["margin"]) and self.stop == "never":
             raise ValueError("margin is for stop: decided; add it, or leave margin out")
-        if self.vllm_args and self.backend != "vllm":
-            raise ValueError("vllm_args needs backend: vllm")
-        if self.backend == "vllm" and any(c.name.startswith("lm-eval:") for c in self.capability):
+        if self.backend.vllm and any(c.name.startswith("lm-eval:") for c in self.capability):
             raise ValueError("capability: lm-eval tasks need the model itself; use backend: transformers")
         return self
 

@@ -79,7 +79,7 @@ def jobs_of(prepared: Prepared) -> list[Job]:
                 after = (tuning.setdefault(o.alias, Job("tune", o.alias, seed, needs=start)),)
             training += [Job("train", o.alias, seed, b, after, exclusive=decays, needs=start) for b in splits]
     training.sort(key=lambda job: -relative_cost(prepared.objectives[job.alias]) * job.budgets[-1])
-    served = spec.evals.backend == "vllm"
+    served = spec.evals.backend.vllm is not None
 
     def by_condition(job: Job) -> list[Job]:
         """Split a measurement into one job per condition, unless one vLLM server answers them all."""

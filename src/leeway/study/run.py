@@ -139,6 +139,8 @@ def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> in
         if store.cache.references.is_dir():
             sequences, tokens, size = ReferenceCache(store.cache.references).size()
             facts["references"] = {"sequences": sequences, "tokens": tokens, "bytes": size}
+    if server := store.read_server():
+        facts["vllm"] = server
     store.write_manifest({**manifest, **facts})
     return rows
 

@@ -257,6 +257,22 @@ class RunDir:
         """Return the digests of the run's tables for the manifest, so that a report refuses an edited table."""
         return {p.name: file_digest(p) for p in (self.rows_path, self.ledger_path)}
 
+    def read_server(self) -> dict[str, Any]:
+        """Return what vLLM server measures this run (`vllm.json`), or {}."""
+        path = self.folder / "vllm.json"
+        if not path.is_file():
+            return {}
+        with readable(path):
+            facts: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return facts
+
+    def record_server(self, facts: dict[str, Any]) -> None:
+        """Write `vllm.json`. Raises LeewayError if an earlier server of this run differs in version or settings."""
+        if (earlier := self.read_server()) not in ({}, facts):
+            what = f"{self.folder}: vLLM measured with {earlier} there, and would with {facts} now"
+            raise LeewayError(what, fix="use the same vLLM and settings, or start in another --out")
+        write_json(self.folder / "vllm.json", facts)
+
     def write_ledger(self, lines: Sequence[dict[str, Any]]) -> None:
         table = pa.Table.from_pylist(list(lines), schema=LEDGER_SCHEMA)
         with atomic_write(self.ledger_path) as scratch:

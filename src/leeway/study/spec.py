@@ -259,7 +259,7 @@ class Spec(ConfigModel):
             yield f"optim.lr: tuned needs exact answers, and {self.task.name} is graded by a model; give a rate"
 
     def _vllm_fits(self) -> Iterator[str]:
-        if self.evals.backend != "vllm":
+        if self.evals.backend.vllm is None:
             return
         if self.adapter.kind not in ("lora", "rslora"):
             yield f"evals.backend: vLLM does not serve adapters of kind {self.adapter.kind}; use transformers"

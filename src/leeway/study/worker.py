@@ -197,9 +197,11 @@ class Worker:
         targets = [target for target in eval_targets(self.prepared, job) if self.pending(target)]
         with ExitStack() as stack:
             server: VllmServer | None = None
-            if spec.evals.backend == "vllm" and targets and not self.prepared.external:
+            if spec.evals.backend.vllm and targets and not self.prepared.external:
                 self.release()  # the server needs its memory
-                server = stack.enter_context(vllm_server(spec))
+                notify = partial(self.on_progress, "generate", 0.0)
+                server = stack.enter_context(vllm_server(spec, notify))
+                self.store.record_server(server.facts)
             for target in targets:
                 with self._open(target, server) as (backend, adapter_hash):
                     self._evaluate(backend, target, adapter_hash)
@@ -222,7 +224,7 @@ class Worker:
         else:
             folder = self.store.checkpoint(target.objective, target.seed, target.budget)
             with server.adapter(folder, prefix) as backend:
-                yield backend, checkpoints.verified_ledger(folder)["adapter_hash"]
+                yield backend, _ledger(folder, server.base_hash)["adapter_hash"]
 
     def _load_checkpoint(self, target: EvalTarget) -> tuple[Model, str]:
         """Return (model, adapter hash) of a target; the base under a control token gets that token's embedding.
@@ -237,10 +239,7 @@ class Worker:
                 adapters.attach(model, settings, seed=0, control_tokens=control[target.condition])
             return model, "none"
         folder = self.store.checkpoint(target.objective, target.seed, target.budget)
-        line = checkpoints.verified_ledger(folder)
-        if line["base_hash"] != model.hash:
-            what = f"{folder}: ledger column base_hash is {line['base_hash']!r} there and {model.hash!r} in this study"
-            raise LeewayError(what, fix="the model has changed since: start in another --out")
+        line = _ledger(folder, model.hash)
         control_tokens = self.prepared.objectives[target.objective].control_tokens
         adapters.attach(model, settings, seed=target.seed, control_tokens=control_tokens)
         adapters.restore(model, folder)
@@ -351,14 +350,25 @@ class TrajectoryFactory:
 
 
 @contextmanager
-def vllm_server(spec: Spec) -> Iterator[VllmServer]:
-    """Serve the study's base model with vLLM."""
+def vllm_server(spec: Spec, notify: Callable[[str], None]) -> Iterator[VllmServer]:
+    """Serve the study's base model with vLLM, or connect to the server at `endpoint`."""
+    own = spec.evals.backend.vllm
+    assert own is not None
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    settings = VllmSettings(spec.model, spec.revision, spec.dtype, spec.adapter.r, args=spec.evals.vllm_args)
-    with VllmServer(settings) as server:
+    settings = VllmSettings(spec.model, spec.revision, spec.dtype, spec.adapter.r, own.endpoint, args=own.args)
+    with VllmServer(settings, notify) as server:
         yield server
+
+
+def _ledger(folder: Path, base_hash: str) -> dict[str, Any]:
+    """Return a checkpoint's ledger line. Raises LeewayError if it was trained on another base."""
+    line = checkpoints.verified_ledger(folder)
+    if line["base_hash"] != base_hash:
+        what = f"{folder}: ledger column base_hash is {line['base_hash']!r} there and {base_hash!r} in this study"
+        raise LeewayError(what, fix="the model has changed since: start in another --out")
+    return line
 
 
 def cached_backend(backend: TransformersBackend, adapter_hash: str, cache: RecordStore) -> BatchCachedBackend:
