@@ -80,7 +80,7 @@ loaded = {}
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        base = {"id": value("--served-model-name"), "root": flags[1], "parent": None, "max_model_len": 64}
+        base = {"id": value("--served-model-name"), "root": flags[1], "parent": None, "max_model_len": 1024}
         models = [base] + [{"id": name, "root": path, "parent": base["id"]} for name, path in loaded.items()]
         answers = {"/health": {}, "/version": {"version": "0.0"}, "/v1/models": {"data": models}}
         self.say(200 if self.path in answers else 404, json.dumps(answers.get(self.path)).encode())
@@ -287,13 +287,13 @@ def test_a_running_server(models: dict[str, Path], stand_in: Path, tmp_path: Pat
 
 def test_a_prompt_without_room_for_its_reply_is_a_failure(models: dict[str, Path], stand_in: Path) -> None:
     """As in this process: vLLM itself would shorten the reply."""
-    requests = [Request([{"role": "user", "content": "hi"}], n) for n in (8, 100)]
+    requests = [Request([{"role": "user", "content": "hi"}], n) for n in (8, 1024)]
     with VllmServer(settings(models["llama"], stand_in)) as server:
         first, second = server.base().complete(requests, lambda _: None)
         assert first.failure is None
         assert first.new_tokens == 1  # the stand-in counts the stop token too
         prompt = len(load_chat(str(models["llama"])).prompt_ids(requests[0].conversation))
-        assert second.failure == f"a prompt of {prompt} tokens and 100 new ones exceed its context of 64"
+        assert second.failure == f"a prompt of {prompt} tokens and 1024 new ones exceed its context of 1024"
         with pytest.raises(LeewayError, match="'Perhaps' is not a single token of its tokenizer"):
             server.base().choose([requests[0].conversation], ["Yes", "Perhaps"], lambda _: None)
 
