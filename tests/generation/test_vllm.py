@@ -55,7 +55,7 @@ assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
 assert int(value("--max-lora-rank")) in (1, 8, 16, 32, 64, 128, 256, 320, 512)
 print("starting", *flags, flush=True)
 if "--fail" in flags:
-    print("(Engine pid=7) ERROR 11-29 [core.py:1] torch.OutOfMemoryError: Tried to allocate 20 GiB", file=sys.stderr)
+    print("(Engine pid=7) ERROR 11-29 12:00:00 [c.py:1] torch.OutOfMemoryError: Tried to allocate 20 GiB", flush=True)
     print("RuntimeError: Engine core initialization failed. See root cause above." + "\n..." * 20, file=sys.stderr)
     sys.exit(3)
 if "--mute" in flags:
@@ -242,6 +242,18 @@ def test_a_server_that_does_not_start_shows_the_cause(models: dict[str, Path], s
     with pytest.raises(LeewayError, match=r"was not healthy after 1.5 s; its log ends: "):
         VllmServer(slow).__enter__()
     assert all_gone(stand_in)
+
+
+def test_the_cause_in_a_log() -> None:
+    """Lines as vLLM 0.32 writes them."""
+    warning = "(APIServer pid=1) WARNING 11-30 00:01:34 [u.py:255] This can cause `OSError: [Errno 24] Too many`."
+    last = "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above."
+    worker = "(EngineCore pid=2) ERROR 11-30 00:01:34 [core.py:7] ValueError: No available memory."
+    pydantic = ["pydantic_core.ValidationError: 1 validation error for ModelConfig", "Value error, too long"]
+    assert vllm.log_cause([warning, worker, last]) == "ValueError: No available memory."
+    assert vllm.log_cause([warning, *pydantic, last]) == ": ".join(pydantic)
+    assert vllm.log_cause(["vllm serve: error: unrecognized arguments: --x"]) == "error: unrecognized arguments: --x"
+    assert vllm.log_cause([warning, "ready"]) is None
 
 
 def test_one_server_at_a_time(models: dict[str, Path], stand_in: Path) -> None:

@@ -41,11 +41,15 @@ from leeway.model.load import Dtype, load_chat, load_context, load_stop_ids, res
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 BASE_NAME = "base"  # served model name of the base model
+MAX_DETAIL = 300  # characters of a server's own message in an error
 LOG_TAIL = 8  # lines of the log in an error
 GRACE_S = 20.0  # between SIGTERM and SIGKILL
 PROBE = [{"role": "user", "content": "hello"}]
 NO_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # whatever generation config a server has
-CAUSE = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|\berror): .+")  # a log line that names an exception
+CAUSE = re.compile(  # a log line that is an exception, after the process and the place that logs it
+    r"^(?:\([^)]*\) *)?(?:ERROR \S+ \S+ \[[^\]]*\] *)?(?:vllm.*: (?=error: ))?"
+    r"((?:\w+\.)*(?:\w*(?:Error|Exception)|error): .+)"
+)
 
 # End the server when standard input closes, which the kernel does however the parent ended: SIGTERM to the server
 # alone, so that its own resource tracker outlives it and removes its shared memory; SIGKILL to what is left of its
@@ -340,7 +344,7 @@ class VllmServer:
                 raw = response.read()
         except urllib.error.HTTPError as error:
             with error:
-                detail = " ".join(error.read().decode("utf-8", "replace").split())[:300]
+                detail = " ".join(error.read().decode("utf-8", "replace").split())[:MAX_DETAIL]
             raise LeewayError(
                 f"{subject}vLLM refused {route.removeprefix('v1/')} (HTTP {error.code}: {detail})",
                 fix=f"see {self._log or 'its log'}; it needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True",
@@ -389,7 +393,11 @@ def _only_server(notify: Callable[[str], None]) -> Iterator[int]:
 
 def log_cause(lines: Seq[str]) -> str | None:
     """Return the first exception that a log of vLLM names: later ones only say that a process has ended."""
-    return next((m[0] for line in lines if (m := CAUSE.search(line))), None)
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if m := CAUSE.match(line):  # pydantic's says what is wrong in the next line
+            cause = f"{m[1]}: {following}" if "validation error" in m[1] else m[1]
+            return cause[:MAX_DETAIL]
+    return None
 
 
 def check_servable(folder: Path, max_rank: int) -> None:
