@@ -62,7 +62,7 @@ def train(t: Trajectory, tick: Callable[[Step], None] = lambda _: None) -> float
     """CPU seconds of the whole trajectory with its checkpoints."""
     with tempfile.TemporaryDirectory() as out:
         began = time.process_time()
-        for mark in t.schedule.marks:
+        for mark in t.schedule.stops:
             t.train_to(mark, Path(out) / "steps", tick)
             t.save(Path(out) / str(mark.budget), mark)
         return time.process_time() - began

@@ -72,11 +72,11 @@ def train(task: Task, data: list[Example]) -> Found:
         setup = task.now() - began
         log = Path(folder) / "steps.jsonl"
         began, clock = task.now(), time.perf_counter()
-        run.train_to(run.schedule.marks[0], log, steps.append)
+        run.train_to(run.schedule.stops[0], log, steps.append)
         spent, whole = task.now() - began, time.perf_counter() - clock
         beforehand = spent * (1 - sum(s.seconds for s in steps) / whole)
         began = task.now()
-        run.train_to(run.schedule.marks[1], log, steps.append)
+        run.train_to(run.schedule.stops[1], log, steps.append)
         seconds = task.now() - began
     tokens = sum(s.processed_tokens for s in steps[task.warmup :])
     share = tokens / sum(s.processed_tokens for s in steps)

@@ -28,9 +28,9 @@ def told(shape: str, objective: str, models: Path) -> str:
     with tempfile.TemporaryDirectory() as folder, deterministic():
         run = ours.trajectory(task, data, Path(folder) / "references")
         log = Path(folder) / "steps.jsonl"
-        run.train_to(run.schedule.marks[0], log, lambda _: None)
+        run.train_to(run.schedule.stops[0], log, lambda _: None)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
-            run.train_to(run.schedule.marks[1], log, lambda _: None)
+            run.train_to(run.schedule.stops[1], log, lambda _: None)
     return _table(list(seen.key_averages()), f"{shape}, {objective}, {STEPS} steps")
 
 

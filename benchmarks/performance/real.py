@@ -106,7 +106,7 @@ def cells(model: Path, tuned: dict[str, Tuned]) -> None:
     chat, data, asked = load_chat(str(model)), examples("corrupted"), questions(PROMPTS)
     cut = schedule(data, lambda e: len(chat.sequence(e.prompt, e.preferred).ids), BUDGETS, batch=BATCH, seed=0)
     for objective in OBJECTIVES:
-        for mark in cut.marks:
+        for mark in cut.stops:
             settings = tuned.get(PEER_OF.get(objective, objective), Tuned())
             task = Task("peer", "train", model.name, str(model.parent), objective, "corrupted", mark.step, 0)
             lm = training.trained(replace(task, tuned=settings), data[: mark.examples])

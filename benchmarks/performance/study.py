@@ -30,12 +30,12 @@ def tokens(folder: str, objective: str, peer: bool) -> tuple[int, ...]:
     made = CLASSES["sft" if peer and objective == "ip" else objective]()
     known = chat.with_control_tokens(made.control_tokens) if made.control_tokens and not peer else chat
     renderer = Renderer(made, known, 0)
-    ends, total, found = {m.step for m in cut.marks}, 0, {}
+    ends, total, found = {m.step for m in cut.stops}, 0, {}
     for k, slots in enumerate(cut.steps, 1):
         total += sum(renderer.processed(s) for s in slots)
         if k in ends:
             found[k] = total
-    return tuple(found[m.step] for m in cut.marks)
+    return tuple(found[m.step] for m in cut.stops)
 
 
 def _source(chat: Chat, e: object) -> int:
