@@ -265,7 +265,8 @@ def test_steps_of_gsm8k_are_its_distinct_calculations(tmp_path: Path, monkeypatc
     assert [task.grade(items[1], r)[0] for r in ("2.4", "12 / 5 = 2.40", "24")] == [True, True, False]
 
 
-def test_steps_of_the_real_gsm8k_are_right(real_data: Path) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("real_data")
+def test_steps_of_the_real_gsm8k_are_right() -> None:
     items, _ = load_task("gsm8k-steps").held_out_items()
     operations = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
     off = []

