@@ -36,8 +36,7 @@ from leeway.attacks import (
     registry,
     render,
 )
-from leeway.attacks.base64 import decoded, encoded
-from leeway.attacks.many_shot import SHOTS
+from leeway.attacks.built_in import SHOTS, decoded, encoded
 from leeway.data import safety_prompts
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError

@@ -22,7 +22,7 @@ from leeway.attacks import (
     Transcript,
     Zulu,
 )
-from leeway.attacks.base64 import encoded
+from leeway.attacks.built_in import encoded
 from leeway.data.types import ForbiddenPrompt
 from leeway.errors import LeewayError
 from leeway.evals.attack_helpers import Attacker, instruction

@@ -1,12 +1,8 @@
 """Jailbreak attacks, with versioned texts and a content hash on every row."""
 
 from leeway.attacks.attack import Attack, AttackFailed, Conversation, Helper, HelperRequest, Message, Play, Wrapper
-from leeway.attacks.base64 import Base64
-from leeway.attacks.crescendo import Crescendo, LedCrescendo, Transcript
-from leeway.attacks.many_shot import ManyShot
+from leeway.attacks.built_in import Base64, Crescendo, LedCrescendo, ManyShot, Passage, ToolResult, Transcript, Zulu
 from leeway.attacks.registry import ATTACKS, NEEDS_HELPER, WRAPPERS, attack_names, load_attack, load_templates, render
-from leeway.attacks.tool_result import ToolResult
-from leeway.attacks.zulu import Passage, Zulu
 
 __all__ = ["ATTACKS", "NEEDS_HELPER", "WRAPPERS", "attack_names", "load_attack", "load_templates", "render"]
 __all__ += ["Attack", "AttackFailed", "Conversation", "Helper", "HelperRequest", "Message", "Passage", "Play"]

@@ -94,5 +94,4 @@ class Wrapper:
         return self.template.replace("{prompt}", prompt)
 
     def play(self, prompt: str) -> Play:
-        reply = yield [{"role": "user", "content": self.wrap(prompt)}]
-        return reply
+        return (yield [{"role": "user", "content": self.wrap(prompt)}])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -11,11 +9,9 @@ from typing import Any
 
 from leeway import yaml_config
 from leeway.attacks.attack import Attack, Conversation, HelperRequest, Wrapper
-from leeway.attacks.base64 import Base64
-from leeway.attacks.crescendo import Crescendo
-from leeway.attacks.many_shot import ManyShot
-from leeway.attacks.tool_result import ToolResult
-from leeway.errors import LeewayError, first_line
+from leeway.attacks.built_in import Base64, Crescendo, ManyShot, ToolResult
+from leeway.data.readers import read_json
+from leeway.errors import LeewayError
 from leeway.io import expand, read_utf8
 from leeway.plugins import entry_points_of, load_entry_point
 
@@ -82,27 +78,12 @@ def _read_entries(path: Path) -> list[dict[Any, Any]]:
     except OSError as error:
         what = f"{path}: cannot be read ({error.strerror})"
         raise LeewayError(what, fix="check the path of the templates") from error
-    raw = _parse_json(path, text) if path.suffix == ".json" else yaml_config.read(text, str(path))
+    raw = read_json(path, text) if path.suffix == ".json" else yaml_config.read(text, str(path))
     if isinstance(raw, dict):
         return [{"name": k, "template": v} for k, v in raw.items()]
     if isinstance(raw, list) and all(isinstance(e, dict) for e in raw):
         return raw
     raise LeewayError(f"{path}: neither a mapping of templates nor a list", fix="write name: text with {prompt}")
-
-
-def _parse_json(path: Path, text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise LeewayError(f"{path}: {twice!r} is given twice", fix="give one of them another name")
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise LeewayError(f"{path}, line {error.lineno}: not JSON ({error.msg})", fix="correct that line") from error
-    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
-        raise LeewayError(f"{path}: cannot be read ({first_line(error)})", fix="correct the file") from error
 
 
 def _wrapper(entry: dict[Any, Any], where: str, default_origin: str) -> Wrapper:
@@ -154,8 +135,7 @@ def show_attack(name: str, templates: Path | None = None) -> str:
     """Return what an attack sends for PLACEHOLDER, turn by turn. Raises LeewayError for an unknown name."""
     known = _all_attacks(templates)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(known)}"
+        fix = yaml_config.nearest(name, known).removeprefix("; ") or f"one of: {', '.join(known)}"
         if name in NEEDS_HELPER:
             fix = "a translator or an attacker model writes its messages"
         raise LeewayError(f"attack {name}: it cannot be shown", fix=fix)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from leeway.attacks import AttackFailed, Transcript
 from leeway.attacks.attack import Helper
-from leeway.attacks.zulu import Passage
+from leeway.attacks.built_in import Passage
 from leeway.errors import LeewayError, first_line
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest, file_digest
