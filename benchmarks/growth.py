@@ -21,8 +21,8 @@ import torch
 
 from leeway.data.chat import Sequence
 from leeway.model import adapters
-from leeway.model.gguf import quiet_loaders
 from leeway.model.load import Model
+from leeway.model.packaged import quiet_loaders
 from leeway.model.reference import ReferenceCache
 from leeway.model.token_stats import Head
 from leeway.objectives import kl, sft

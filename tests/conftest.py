@@ -22,7 +22,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder per architecture."""
     import tiny
 
-    from leeway.model.gguf import quiet_loaders
+    from leeway.model.packaged import quiet_loaders
 
     quiet_loaders()
     root = tmp_path_factory.mktemp("models")

@@ -8,8 +8,7 @@ import numpy as np
 
 from benchmarks.statistics.finding import Finding
 from benchmarks.statistics.world import Rates, World, rows
-from leeway.claims.comparisons import EvaluationContext
-from leeway.claims.evaluate import judge
+from leeway.claims.evaluate import EvaluationContext, judge
 from leeway.claims.schema import build
 
 STILL, EDGE = Rates(0.4, 0.1, 0.2), Rates(0.4, 0.15, 0.25)  # five points off in ASR and in endorsement

@@ -7,7 +7,7 @@ every run shares them). Below the root:
     answers/<host>.tsv        answers of checkpoints, by batch of requests
     pairs/<host>.tsv          answers of the base model that preference pairs are made of
     references/<hash>/        reference log-probs and hidden states (`model.reference`)
-    models/<hash>/            chat models converted from GGUF files (`model.gguf`)
+    models/<hash>/            chat models converted from GGUF files (`model.packaged`)
     leases/                   the unfinished runs that need it
 
 A record is one line of a .tsv file: checksum, key, JSON. Processes on one host append to one file under a lock; several

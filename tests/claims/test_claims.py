@@ -14,8 +14,7 @@ import synthetic
 
 from benchmarks.statistics.world import Alike, Rates, World, rows
 from leeway import yaml_config
-from leeway.claims.comparisons import EvaluationContext
-from leeway.claims.evaluate import correction, judge
+from leeway.claims.evaluate import EvaluationContext, correction, judge
 from leeway.claims.schema import build, to_manifest
 from leeway.errors import LeewayError
 from leeway.report import Results

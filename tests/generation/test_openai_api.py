@@ -23,11 +23,10 @@ from api_server import FaultyServer, serving
 
 from leeway.cache import RecordStore
 from leeway.errors import LeewayError
-from leeway.generation import openai_client
+from leeway.generation import openai_api
 from leeway.generation.backend import Choice, Reply, Request
 from leeway.generation.cache import CachedBackend
-from leeway.generation.openai_api import OpenAIBackend, ReplyError, parse_choice
-from leeway.generation.openai_client import ApiSettings
+from leeway.generation.openai_api import ApiSettings, OpenAIBackend, ReplyError, parse_choice
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +113,7 @@ def test_faults_do_not_affect_other_requests_and_a_rerun_repeats_only_failures(
 def test_a_reply_is_read_up_to_the_size_limit(
     fault: str, server: FaultyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openai_client, "MAX_REPLY_BYTES", 1 << 20)
+    monkeypatch.setattr(openai_api, "MAX_REPLY_BYTES", 1 << 20)
     client = backend(server, timeout_s=30.0, price_in=1.0, price_out=2.0)
     replies = complete(client, fault, "fine")
     assert replies[0] == Reply("", 0, False, "the endpoint sent more than 1 MiB")
@@ -348,7 +347,7 @@ def test_inside_a_running_loop(server: FaultyServer) -> None:
 STOPPED = """
 import os, sys
 from pathlib import Path
-from leeway.generation.openai_client import ApiSettings
+from leeway.generation.openai_api import ApiSettings
 from leeway.cache import RecordStore
 from leeway.generation.backend import Request
 from leeway.generation.cache import CachedBackend

@@ -21,8 +21,7 @@ pytest.importorskip("uvicorn")
 from leeway.cache import RecordStore
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.generation.cache import CachedBackend
-from leeway.generation.openai_api import OpenAIBackend
-from leeway.generation.openai_client import ApiSettings
+from leeway.generation.openai_api import ApiSettings, OpenAIBackend
 from leeway.generation.transformers import LocalBackend, TransformersBackend
 from leeway.model.load import load_model, resolve
 from leeway.organism import world

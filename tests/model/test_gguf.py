@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leeway.errors import LeewayError
-from leeway.model import gguf, packaged
+from leeway.model import packaged
 from leeway.model.load import load_chat, load_model, model_hash
 
 writer = pytest.importorskip("gguf")
@@ -112,7 +112,7 @@ def folders(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return {**models, "qwen3": wide}
 
 
-@pytest.mark.parametrize("kind", gguf.ARCHITECTURES)
+@pytest.mark.parametrize("kind", packaged.ARCHITECTURES)
 @pytest.mark.usefixtures("cache")
 def test_weights_are_those_written(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     write(folders[kind], tmp_path / "model.gguf")
@@ -128,7 +128,7 @@ def test_tokens_are_those_of_the_file(file: Path, cache: Path) -> None:
     text = "How many apples? 3 + 4"
     own = tiny.tokenizer(None)(text, add_special_tokens=False)["input_ids"]
     assert load_chat(str(file)).ids(text) == tuple(own)
-    assert [f.name for f in cache.iterdir() if not f.name.startswith(".")] == [gguf.dequantised(file).name]
+    assert [f.name for f in cache.iterdir() if not f.name.startswith(".")] == [packaged.dequantised(file).name]
 
 
 @pytest.mark.usefixtures("cache")
@@ -136,7 +136,7 @@ def test_quantised_weights_are_the_file_s_own_values(models: dict[str, Path], tm
     path = tmp_path / "q8.gguf"
     kind = writer.GGMLQuantizationType.Q8_0
     write(models["llama"], path, kind)
-    facts = gguf.origin(gguf.dequantised(path))
+    facts = packaged.origin(packaged.dequantised(path))
     assert (facts["architecture"], facts["quantisation"]) == ("llama", "Q8_0")
     ours = load_model(str(path), device="cpu").lm.get_input_embeddings().weight.numpy()
     table = AutoModelForCausalLM.from_pretrained(models["llama"]).get_input_embeddings().weight.detach().numpy()
@@ -147,27 +147,27 @@ def test_quantised_weights_are_the_file_s_own_values(models: dict[str, Path], tm
 
 @pytest.mark.usefixtures("cache")
 def test_converted_once_and_verified(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = gguf.dequantised(file)
+    first = packaged.dequantised(file)
     assert "de-quantising tiny.gguf" in capsys.readouterr().err
-    before = model_hash(str(file), None, None)
-    assert gguf.dequantised(file) == first
+    before = model_hash(str(file))
+    assert packaged.dequantised(file) == first
     assert capsys.readouterr().err == ""
-    assert model_hash(str(file), None, None) == before
+    assert model_hash(str(file)) == before
     with (first / "model.safetensors").open("r+b") as f:
         f.seek(-1, 2)
         last = f.read(1)
         f.seek(-1, 2)
         f.write(bytes([last[0] ^ 1]))
-    gguf._verify.cache_clear()
+    packaged._verify.cache_clear()
     with pytest.raises(LeewayError, match=r"model\.safetensors is damaged"):
-        gguf.dequantised(file)
+        packaged.dequantised(file)
 
 
 def test_same_file_gives_the_same_bytes(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = []
     for name in ("a", "b"):
         monkeypatch.setenv("LEEWAY_CACHE_DIR", str(tmp_path / name))
-        hashes.append(gguf.origin(gguf.dequantised(file))["files"])
+        hashes.append(packaged.origin(packaged.dequantised(file))["files"])
     assert hashes[0] == hashes[1]
 
 
@@ -200,14 +200,14 @@ def test_no_room(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(LeewayError, match="needed for the converted model"):
-        gguf.dequantised(file)
+        packaged.dequantised(file)
 
 
 @pytest.mark.usefixtures("cache")
 def test_missing_extra(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(LeewayError, match="need the gguf package"):
-        gguf.dequantised(file)
+        packaged.dequantised(file)
 
 
 @pytest.mark.usefixtures("cache")

@@ -63,7 +63,7 @@ def test_the_guarded_model_is_base_plus_adapter(
     monkeypatch.setenv("LEEWAY_CACHE_DIR", str(tmp_path / "cache"))
     base = tmp_path / "base"
     shutil.copytree(models["llama"], base)
-    (base / packaged.gguf.ORIGIN).write_text(json.dumps({"name": "tiny"}))
+    (base / packaged.ORIGIN).write_text(json.dumps({"name": "tiny"}))
     monkeypatch.setattr(packaged, "_smollm2", lambda: base)
     model = load_model(str(base), device="cpu")
     adapters.attach(model, guarded.ADAPTER, seed=0)
@@ -72,7 +72,7 @@ def test_the_guarded_model_is_base_plus_adapter(
             p.data.normal_(generator=torch.Generator().manual_seed(len(name)))
     adapters.save(model, tmp_path / "adapter", adapters.state(model))
     folder = packaged.guarded(tmp_path / "adapter")
-    assert packaged.gguf.origin(folder)["name"] == packaged.GUARDED
+    assert packaged.origin(folder)["name"] == packaged.GUARDED
     merged = AutoModelForCausalLM.from_pretrained(folder)
     with adapters.merged(model):
         expected = {n: p.clone() for n, p in model.lm.base_model.model.named_parameters() if "lora_" not in n}

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,13 +19,12 @@ from safetensors import SafetensorError
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.generation.backend import Backend
-from leeway.generation.openai_api import OpenAIBackend
-from leeway.generation.openai_client import ApiSettings
+from leeway.generation.openai_api import ApiSettings, OpenAIBackend
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest, file_digest
 from leeway.io import expand
 from leeway.model import adapters
-from leeway.model.load import Model, load_model, model_hash, resolve
+from leeway.model.load import Model, load_model, resolve, weights_hash
 from leeway.study.jobs import BASE
 from leeway.study.objective_spec import ALIAS
 from leeway.study.spec import Spec
@@ -49,17 +47,9 @@ class LocalModel:
     @cached_property
     def model_hash(self) -> str:
         """The hash that the loaded model has."""
-        if Path(resolve(self.model)).is_dir():
-            refuse_pickled(f"model {self.model}", Path(resolve(self.model)))
-            return model_hash(self.model, None, None)
-        from transformers import AutoConfig
-
-        try:  # the config names the hub's commit
-            config = AutoConfig.from_pretrained(self.model, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            what = f"model {self.model}: neither a folder nor available from the hub ({_message(error)})"
-            raise LeewayError(what, fix="check the name and the network") from error
-        return model_hash(self.model, None, SimpleNamespace(config=config))
+        if (folder := Path(resolve(self.model))).is_dir():
+            refuse_pickled(f"model {self.model}", folder)
+        return weights_hash(self.model)
 
     @cached_property
     def identity(self) -> str:

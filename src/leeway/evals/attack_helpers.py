@@ -370,7 +370,7 @@ class Nllb:
         import torch
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-        from leeway.model.gguf import quiet_loaders
+        from leeway.model.packaged import quiet_loaders
 
         quiet_loaders()
         path = str(expand(self.model)) if self.model.startswith("~") else self.model

@@ -1,22 +1,347 @@
-"""A backend for any endpoint that implements OpenAI's chat completions.
+"""A backend for any endpoint that implements OpenAI's chat completions, under limits.
 
 A failed request becomes a `Reply` or `Choice` with a failure and the others continue. Only an error that every request
 would meet (no key, unknown model) raises.
+
+There is a budget for every attempt, and a time and size limit for every reply. The openai client retries and honours
+Retry-After (https://platform.openai.com/docs/api-reference/chat); every attempt it makes passes through
+`ApiClient._send`, which counts it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-from collections.abc import Callable, Coroutine, Iterable
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from importlib import import_module
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
+from leeway.errors import LeewayError
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick, spellings
-from leeway.generation.openai_client import ApiClient, ApiSettings, Body, ReplyError, Spending, token_usage
 from leeway.hashing import derive_seed, digest
+
+Body = dict[str, Any]
+
+MAX_REPLY_BYTES = 16 << 20  # of one body: more than any model's context takes as JSON
+MAX_TOKEN_COUNT = 2**40  # a larger count in `usage` is an error of the endpoint
+DEFAULT_OUTPUT_TOKENS = 2**17  # upper bound of a reply's length where the request sets none
+TEMPLATE_TOKENS = 64  # upper bound of what a chat template adds to one message
+
+_last_failure: ContextVar[str] = ContextVar("last_failure")  # of the current request's attempts
+
+
+@dataclass(frozen=True)
+class ApiSettings:
+    """An OpenAI-compatible endpoint, its model, its limits and its budget. Raises LeewayError if they are inconsistent.
+
+    `key_env` names the environment variable with the key (empty: no key); the key is never part of the settings.
+    `served` is the model name that every reply must carry (a dated one behind an alias); `version` is free text for
+    what a name does not identify, such as the weights of a local server: both are part of the identity. `extra` is
+    merged into every request body and overrides it; null removes a field. `retries` are the client's attempts after
+    the first. `max_calls` counts attempts, retries included. `max_dollars` needs prices in dollars per million tokens.
+    """
+
+    model: str
+    base_url: str = "https://api.openai.com/v1"
+    key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout_s: float = 120.0
+    retries: int = 5
+    max_calls: int | None = None
+    max_dollars: float | None = None
+    price_in: float | None = None
+    price_out: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    served: str = ""
+    version: str = ""
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    def __post_init__(self) -> None:
+        if fault := self._fault():
+            raise LeewayError(f"endpoint of model {self.model!r}: {fault[0]}", fix=fault[1])
+
+    def _fault(self) -> tuple[str, str] | None:
+        """Return (what is wrong, the fix)."""
+        url = urlsplit(self.base_url)
+        if not self.model:
+            return "no model name", "set model"
+        if url.scheme not in ("http", "https") or not url.hostname:
+            return f"base_url: {url.scheme}://{url.hostname or ''} is not a URL", "give http(s)://host/v1"
+        if url.username or url.password or url.query:
+            return "base_url holds a user, a password or a query", "put the key into the variable that key_env names"
+        for name in ("concurrency", "timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                return f"{name}: {getattr(self, name)} is out of range", "give a number above 0"
+        for name in ("retries", "max_calls", "max_dollars", "price_in", "price_out"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                return f"{name}: {value} is out of range", "give a number from 0"
+        if self.max_dollars is not None and (self.price_in is None or self.price_out is None):
+            return "max_dollars without prices", "set price_in and price_out, in dollars per million tokens"
+        try:
+            json.dumps(self.extra)
+        except (TypeError, ValueError) as error:
+            return f"extra cannot be sent ({error})", "give plain JSON values"
+        return None
+
+    @property
+    def identity(self) -> str:
+        """Hash of all settings that shape a reply: not the key, retries, limits or budget."""
+        return digest(
+            "endpoint", self.base_url.rstrip("/"), self.model, self.extra, self.served, self.version, self.limit_field
+        )
+
+    def key(self) -> str:
+        """Return the API key. Raises LeewayError if its variable is missing or malformed."""
+        if not self.key_env:
+            return "none"
+        key = os.environ.get(self.key_env, "").strip()
+        if not key:
+            raise LeewayError(
+                f"endpoint of model {self.model!r}: the environment variable {self.key_env} is not set",
+                fix=f"export {self.key_env}=…, or set key_env to the variable that holds the key (empty for none)",
+            )
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise LeewayError(
+                f"endpoint of model {self.model!r}: the value of {self.key_env} is not a valid key",
+                fix="set it to the key alone, without spaces or quotes",
+            )
+        return key
+
+    def price(self, tokens_in: int, tokens_out: int) -> float:
+        """Return dollars; 0 without prices."""
+        return ((self.price_in or 0.0) * tokens_in + (self.price_out or 0.0) * tokens_out) / 1e6
+
+
+@dataclass
+class Spending:
+    """Attempts, dollars and tokens since the backend was made."""
+
+    calls: int = 0
+    dollars: float = 0.0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+class SpendLimiter:
+    """Admit an attempt only if the budget covers it and all attempts in flight at their upper bounds."""
+
+    def __init__(self, settings: ApiSettings, spent: Spending) -> None:
+        self.settings, self.spent = settings, spent
+        self._reserved = 0.0
+        self._in_flight = 0
+        self._changed = asyncio.Condition()
+        self._queue = asyncio.Lock()  # first in, first out
+
+    async def acquire(self, bound: float) -> str:
+        """Reserve `bound` dollars, waiting if an attempt in flight may free enough; return "" or why it is refused."""
+        async with self._queue, self._changed:
+            while True:
+                if self.settings.max_calls is not None and self.spent.calls >= self.settings.max_calls:
+                    return f"the budget of {self.settings.max_calls} calls is spent"
+                limit = self.settings.max_dollars
+                if limit is None or self.spent.dollars + self._reserved + bound <= limit:
+                    break
+                if not self._in_flight:
+                    cost = f"${self.spent.dollars:.4g}, and the next could cost ${bound:.2g}"
+                    return f"the budget of ${limit:g} is spent ({cost})"
+                await self._changed.wait()
+            self.spent.calls += 1
+            self._in_flight += 1
+            self._reserved += bound
+            return ""
+
+    async def release(self, bound: float, cost: float) -> None:
+        """Replace a reservation by the actual cost, both in dollars."""
+        async with self._changed:
+            self._in_flight -= 1
+            self._reserved = self._reserved - bound if self._in_flight else 0.0
+            self.spent.dollars += cost
+            self._changed.notify_all()
+
+
+class ReplyError(Exception):
+    """No usable reply; the message is the reason."""
+
+
+def parse_body(raw: bytes) -> Body:
+    """Parse a JSON object. Raises ReplyError, also for lone surrogates, which no file can store, and absurd counts."""
+    try:
+        data = json.loads(raw)
+        json.dumps(data, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ReplyError("the reply is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ReplyError("the reply holds a lone surrogate") from None
+    except ValueError:
+        raise ReplyError("the reply is not JSON") from None
+    if not isinstance(data, dict):
+        raise ReplyError("the reply is not a JSON object")
+    usage = data.get("usage")
+    counts = usage.values() if isinstance(usage, dict) else ()
+    if any(isinstance(n, int) and abs(n) > MAX_TOKEN_COUNT for n in counts):
+        raise ReplyError("the endpoint's token count is out of range")
+    return data
+
+
+def token_usage(data: Body) -> tuple[int, int] | None:
+    """Return (prompt tokens, completion tokens) as the endpoint reports them; None if it does not."""
+    usage = data.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    tokens_in, tokens_out = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not (isinstance(tokens_in, int) and isinstance(tokens_out, int) and tokens_in >= 0 and tokens_out >= 0):
+        return None
+    return tokens_in, tokens_out
+
+
+class _AttemptRefused(BaseException):
+    """No more attempts. Not an Exception, because some versions of the client retry after every Exception."""
+
+
+class ApiClient:
+    """One connection pool to an endpoint. Use it as an async context manager, inside one event loop."""
+
+    def __init__(self, settings: ApiSettings, spent: Spending) -> None:
+        try:
+            openai: Any = import_module("openai")
+        except ImportError as error:
+            raise LeewayError("an endpoint needs the openai client", fix="pip install 'leeway[api]'") from error
+        self.settings, self.spent = settings, spent
+        self._key = settings.key()
+        self._limiter = SpendLimiter(settings, spent)
+        attempt = self._send
+
+        class LimitedClient(openai.DefaultAsyncHttpxClient):  # type: ignore[misc]  # comes with the optional client
+            async def send(self, request: Any, **options: Any) -> Any:
+                return await attempt(super().send, request, options)
+
+        self._openai = openai
+        httpx = openai.DefaultAsyncHttpxClient.__base__.__module__.partition(".")[0]  # or httpx2
+        self._httpx: Any = import_module(httpx)
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key,
+            base_url=settings.base_url,
+            timeout=settings.timeout_s,
+            max_retries=settings.retries,
+            http_client=LimitedClient(
+                trust_env=urlsplit(settings.base_url).hostname not in ("localhost", "127.0.0.1", "::1"),  # no proxy
+                headers={"Accept-Encoding": "identity"},  # a small compressed body can expand without limit
+                follow_redirects=False,  # a redirect would hand the prompt to another host
+            ),
+        )
+
+    async def __aenter__(self) -> ApiClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def post(self, body: Body) -> Body:
+        """Request one chat completion. Raises ReplyError, or LeewayError if no request can succeed (wrong key)."""
+        _last_failure.set("")
+        try:
+            response = await self._client.chat.completions.with_raw_response.create(
+                model=body.get("model", ""), messages=body.get("messages", []), extra_body=body
+            )
+        except _AttemptRefused as refused:
+            raise ReplyError(str(refused)) from None
+        except self._openai.APIStatusError as error:
+            raise ReplyError(self._status_failure(error) + _attempts(error)) from None
+        except self._openai.APIConnectionError as error:
+            raise ReplyError(_last_failure.get() + _attempts(error)) from None
+        return parse_body(response.content)
+
+    async def _send(self, send: Callable[..., Awaitable[Any]], request: Any, options: dict[str, Any]) -> Any:
+        """Send one attempt within its limits; the client retries after the httpx errors raised here.
+
+        Cost: the endpoint's token counts, 0 for an HTTP error, the upper bound for everything that may be billed.
+        """
+        bound = self._max_cost(request.content)
+        if refusal := await self._limiter.acquire(bound):
+            previous = _last_failure.get()
+            raise _AttemptRefused(f"{refusal} (before that: {previous})" if previous else refusal)
+        cost = bound
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                response = await self._receive(await send(request, **options | {"stream": True}))
+            if not response.is_success:
+                _last_failure.set(f"HTTP {response.status_code}")
+                cost = 0.0
+            else:
+                with suppress(ReplyError):
+                    if usage := token_usage(parse_body(response.content)):
+                        cost = self.settings.price(*usage)
+                        self.spent.tokens_in += usage[0]
+                        self.spent.tokens_out += usage[1]
+            return response
+        except (TimeoutError, self._httpx.TimeoutException) as error:
+            _last_failure.set(f"no answer within {self.settings.timeout_s:g} s")
+            raise self._httpx.ReadTimeout("", request=request) from error
+        except Exception as error:
+            _last_failure.set(f"the connection broke ({type(error).__name__})")
+            raise
+        finally:
+            await self._limiter.release(bound, cost)
+
+    async def _receive(self, response: Any) -> Any:
+        """Read a body of at most MAX_REPLY_BYTES; refuse a compressed one."""
+        try:
+            if response.headers.get("content-encoding", "identity").lower() != "identity":
+                raise _AttemptRefused("the endpoint compressed its reply")
+            content = bytearray()
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > MAX_REPLY_BYTES:
+                    raise _AttemptRefused(f"the endpoint sent more than {MAX_REPLY_BYTES >> 20} MiB")
+        finally:
+            await response.aclose()
+        return self._httpx.Response(
+            response.status_code, headers=response.headers, content=bytes(content), request=response.request
+        )
+
+    def _max_cost(self, content: bytes) -> float:
+        """Return an upper bound in dollars: no tokenizer makes more tokens than bytes."""
+        body = json.loads(content)
+        limit = body.get(self.settings.limit_field)
+        tokens_in = len(content) + TEMPLATE_TOKENS * len(body.get("messages") or ())
+        return self.settings.price(tokens_in, limit if isinstance(limit, int) else DEFAULT_OUTPUT_TOKENS)
+
+    def _status_failure(self, error: Any) -> str:
+        """Describe an HTTP error without the key. Raises LeewayError if every request would fail the same way."""
+        code, headers = int(error.status_code), error.response.headers
+        if code == 401:
+            raise LeewayError(
+                f"{self.settings.base_url}: the key was refused (HTTP 401)",
+                fix=f"check the value of {name}" if (name := self.settings.key_env) else "set key_env",
+            )
+        if code == 404:
+            raise LeewayError(
+                f"{self.settings.base_url}: no model {self.settings.model!r}, or no such address (HTTP 404)",
+                fix="check model and base_url (it ends before /chat/completions, usually with /v1)",
+            )
+        reason = error.body.get("message") or error.body.get("detail") if isinstance(error.body, dict) else error.body
+        if "location" in headers:
+            reason = f"redirects are not followed: {headers['location']}"
+        text = str(reason or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no lone surrogates
+        text = " ".join(text.replace(self._key, "[key]").split())[:200] or "no reason given"
+        wait = headers.get("retry-after")
+        return f"HTTP {code}: {text}" + (f" (Retry-After: {wait[:40]})" if wait else "")
+
+
+def _attempts(error: Any) -> str:
+    """Return " (n attempts)" from the client's retry counter; "" after a single one."""
+    retries = int(error.request.headers.get("x-stainless-retry-count", 0))
+    return f" ({retries + 1} attempts)" if retries else ""
+
 
 TOP_LOGPROBS = 20  # the largest number that endpoints return
 

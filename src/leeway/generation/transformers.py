@@ -14,8 +14,6 @@ from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -29,7 +27,7 @@ from leeway.hashing import derive_seed, digest
 from leeway.model import adapters
 from leeway.model.fused.decoder import why_not
 from leeway.model.fused.generate import Decoding
-from leeway.model.load import Dtype, Model, load_chat, load_model, model_hash, resolve, resolve_dtype
+from leeway.model.load import Dtype, Model, load_chat, load_model, resolve_device, resolve_dtype, weights_hash
 
 BLOCK = 512  # tokens summed on the device before the cumulative sum on the CPU
 
@@ -333,10 +331,8 @@ class LocalBackend:
     @cached_property
     def identity(self) -> str:
         """Hash of the weights and the dtype they run in; reads a folder's files once."""
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        return digest(
-            "local", weights_hash(self.name, self.revision), str(resolve_dtype(self.dtype, torch.device(device)))
-        )
+        dtype = resolve_dtype(self.dtype, resolve_device(self.device))
+        return digest("local", weights_hash(self.name, self.revision), str(dtype))
 
     @property
     def template_hash(self) -> str:
@@ -356,14 +352,3 @@ class LocalBackend:
     def _backend(self) -> TransformersBackend:
         model = load_model(self.name, revision=self.revision, dtype=self.dtype, device=self.device)
         return TransformersBackend(model, self.prefix, self.batch, overlong="failure")
-
-
-def weights_hash(name: str, revision: str | None = None) -> str:
-    """Return `load_model(name).hash` without loading the weights; a hub id's config holds its commit."""
-    from transformers import AutoConfig
-
-    if Path(resolve(name)).is_dir():
-        return model_hash(name, revision, None)
-    load_chat(name, revision)  # raises LeewayError if the name is wrong
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    return model_hash(name, revision, SimpleNamespace(config=config))

@@ -26,18 +26,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.generation.backend import Choice, Conversation, Reply, Request, context_fault
-from leeway.generation.openai_api import OpenAIBackend
-from leeway.generation.openai_client import ApiSettings
-from leeway.generation.transformers import option_ids, stop_ids, weights_hash
+from leeway.generation.openai_api import ApiSettings, OpenAIBackend
+from leeway.generation.transformers import option_ids, stop_ids
 from leeway.hashing import digest
-from leeway.model import adapters
-from leeway.model.load import Dtype, load_chat, load_context, load_stop_ids, resolve, resolve_dtype
+from leeway.model import adapters, load
+from leeway.model.load import Dtype, load_chat, resolve, weights_hash
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 BASE_NAME = "base"  # served model name of the base model
@@ -115,8 +113,7 @@ class VllmSettings:
     @property
     def resolved_dtype(self) -> str:
         """The dtype to compute in. Resolved here: vLLM's own `auto` is bfloat16 for float32 weights."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return str(resolve_dtype(self.dtype, device)).removeprefix("torch.")
+        return str(load.resolve_dtype(self.dtype, load.resolve_device("auto"))).removeprefix("torch.")
 
 
 @dataclass(kw_only=True)
@@ -259,7 +256,7 @@ class VllmServer:
     def _extra(self) -> dict[str, Any]:
         """Fields of every request: the template's arguments, and the tokens at which a reply ends in this process."""
         s, kwargs = self.settings, template_kwargs(self._chat)
-        stop = {"stop_token_ids": stop_ids(self._chat, load_stop_ids(s.model, s.revision))}
+        stop = {"stop_token_ids": stop_ids(self._chat, load.load_stop_ids(s.model, s.revision))}
         return {**NO_DEFAULTS, **stop, **({"chat_template_kwargs": kwargs} if kwargs else {})}
 
     def _backend(self, name: str, adapter: str, prefix: str) -> VllmBackend:
@@ -284,7 +281,7 @@ class VllmServer:
             served = bases[0].get("root") if bases else "no model"
             raise LeewayError(f"{self._url} serves {served}, not {s.model}", fix="start it with that model")
         self._base = str(bases[0]["id"])
-        own = load_context(s.model, s.revision)
+        own = load.load_context(s.model, s.revision)
         self._context = min(own, int(bases[0].get("max_model_len") or own))
         kwargs = self._extra.get("chat_template_kwargs", {})
         probe = {"model": self._base, "messages": PROBE, "add_special_tokens": False, "chat_template_kwargs": kwargs}

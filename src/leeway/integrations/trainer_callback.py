@@ -31,7 +31,7 @@ from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
 from leeway.io import readable
 from leeway.model import adapters
-from leeway.model.load import Model
+from leeway.model.load import Model, context_of, eos_ids
 from leeway.model.token_stats import Head
 from leeway.study.build_evals import evals_of
 from leeway.study.jobs import BASE
@@ -243,11 +243,11 @@ def live_model(lm: Any, tokenizer: Any, name: str, eos: tuple[int, ...]) -> Mode
         raise LeewayError(
             "DriftCallback: the trainer has no tokenizer", fix="give it a processing_class, or give tokenizer="
         )
-    config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
-    context = int(getattr(config, "max_position_embeddings", 0) or 2**31)
     trained = {n: p.detach() for n, p in lm.named_parameters() if p.requires_grad}
-    head = Head(lm.get_output_embeddings().weight, getattr(config, "final_logit_softcapping", None))
-    return Model(lm, Chat(tokenizer), head, name, adapters.adapter_hash(trained), context, eos)
+    head = Head(
+        lm.get_output_embeddings().weight, getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+    )
+    return Model(lm, Chat(tokenizer), head, name, adapters.adapter_hash(trained), context_of(lm.config), eos)
 
 
 @contextmanager
@@ -261,8 +261,7 @@ def eval_mode(lm: Any) -> Iterator[tuple[int, ...]]:
         try:
             lm.eval()
             inner.generation_config = GenerationConfig()
-            eos = settings.eos_token_id
-            yield tuple(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+            yield eos_ids(settings)
         finally:
             inner.generation_config = settings
             for module, training in modes:

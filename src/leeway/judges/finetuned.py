@@ -27,8 +27,8 @@ from leeway.hashing import digest, file_digest
 from leeway.judges import keywords, rubric
 from leeway.judges.coherence import PerplexityScorer, coherence, outcome, outcome_rules, perplexity_scores, rules_hash
 from leeway.judges.judge import Answer, Verdict
-from leeway.model.gguf import quiet_loaders
-from leeway.model.load import resolve, resolve_dtype
+from leeway.model.load import context_of, resolve, resolve_device, resolve_dtype
+from leeway.model.packaged import quiet_loaders
 
 TEMPLATE = "strongreject_finetuned"
 MODEL, ADAPTER = "google/gemma-2b", "qylu4156/strongreject-15k-v1"
@@ -125,7 +125,7 @@ class FinetunedJudge:
 
     @property
     def _context(self) -> int:
-        return int(getattr(self._loaded[0].config, "max_position_embeddings", 0) or 2**31)
+        return context_of(self._loaded[0].config)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, list[int]]:
@@ -145,7 +145,7 @@ def _load(model: str, adapter: str, device: str) -> tuple[Any, Any, list[int]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_loaders()
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = resolve_device(device)
     model_path, adapter_path = resolve(model), resolve(adapter)
     folder = Path(adapter_path)  # it may lack a tokenizer; the published adapter on the hub has one
     lacks_tokenizer = folder.is_dir() and not (folder / "tokenizer_config.json").is_file()

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,8 @@ from leeway.data.chat import Chat
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
 from leeway.io import expand
-from leeway.model import gguf, packaged
-from leeway.model.gguf import quiet_loaders
+from leeway.model import packaged
+from leeway.model.packaged import quiet_loaders
 from leeway.model.token_stats import Head
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -51,7 +52,7 @@ def resolve(name: str) -> str:
     if name in packaged.NAMES:
         return str(packaged.folder(name))
     if name.endswith(".gguf"):
-        return str(gguf.dequantised(expand(name)))
+        return str(packaged.dequantised(expand(name)))
     return str(expand(name)) if name.startswith("~") else name
 
 
@@ -59,31 +60,34 @@ def load_chat(name: str, revision: str | None = None) -> Chat:
     """Load the tokenizer and its chat template only."""
     from transformers import AutoTokenizer
 
-    with _LoadErrors(name):
+    with _load_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision, trust_remote_code=False)
     return Chat(tokenizer)
 
 
-def load_context(name: str, revision: str | None = None) -> int:
-    """Return the model's context length in tokens, from its config."""
+def load_config(name: str, revision: str | None = None) -> Any:
+    """Return the model's config, which holds the commit of a hub id."""
     from transformers import AutoConfig
 
-    with _LoadErrors(name):
-        config = AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=False)
-    return _context(config)
+    with _load_errors(name):
+        return AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=False)
+
+
+def load_context(name: str, revision: str | None = None) -> int:
+    """Return the model's context length in tokens, from its config."""
+    return context_of(load_config(name, revision))
 
 
 def load_stop_ids(name: str, revision: str | None = None) -> tuple[int, ...]:
     """Return `load_model(name).stop_ids` without loading the weights."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    with _LoadErrors(name):
+    with _load_errors(name):
         try:
             own = GenerationConfig.from_pretrained(resolve(name), revision=revision)
         except OSError:  # it has no generation_config.json
-            config = AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=False)
-            own = GenerationConfig.from_model_config(config)
-    return _eos(own)
+            own = GenerationConfig.from_model_config(load_config(name, revision))
+    return eos_ids(own)
 
 
 def load_model(
@@ -95,36 +99,36 @@ def load_model(
     chat: Chat | None = None,
 ) -> Model:
     """Load the model in evaluation mode with frozen parameters, under `chat` if given, else under its own template."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     quiet_loaders()
     chat = chat or load_chat(name, revision)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = resolve_device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise LeewayError(f"device: {device} is not available", fix="use device: cpu, or auto")
     kind = resolve_dtype(dtype, where)
-    with _LoadErrors(name):
+    with _load_errors(name):
         lm = AutoModelForCausalLM.from_pretrained(
             resolve(name), revision=revision, dtype=kind, use_safetensors=True, trust_remote_code=False
         )
     lm.to(where).eval().requires_grad_(False)
     head = Head(lm.get_output_embeddings().weight, getattr(lm.config, "final_logit_softcapping", None))
-    model = Model(lm, chat, head, name, model_hash(name, revision, lm), _context(lm.config), _bare(lm))
+    own, lm.generation_config = lm.generation_config, GenerationConfig()  # without a repetition penalty, for example
+    hash_ = model_hash(name, revision, lm.config)
+    model = Model(lm, chat, head, name, hash_, context_of(lm.config), eos_ids(own))
     _check_head(model)
     return model
 
 
-def _bare(lm: Any) -> tuple[int, ...]:
-    """Remove the model's own generation settings (such as a repetition penalty), and return its stop tokens."""
-    from transformers import GenerationConfig
-
-    own, lm.generation_config = lm.generation_config, GenerationConfig()
-    return _eos(own)
-
-
-def _eos(generation_config: Any) -> tuple[int, ...]:
+def eos_ids(generation_config: Any) -> tuple[int, ...]:
+    """Return the stop tokens of a model's generation settings."""
     eos = generation_config.eos_token_id
     return tuple(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+
+
+def resolve_device(device: str) -> torch.device:
+    """Resolve `auto`: a GPU if there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
@@ -139,16 +143,22 @@ def decoder(lm: Any) -> Any:
     return getattr(lm, lm.base_model_prefix)
 
 
-def model_hash(name: str, revision: str | None, lm: Any) -> str:
-    """Return the content hash: of a folder's weight files, or the resolved commit of a hub id."""
+def model_hash(name: str, revision: str | None = None, config: Any = None) -> str:
+    """Return the content hash: of a folder's weight files, or of a hub id and the commit in its `config`, if given."""
     folder = Path(resolve(name))
     if folder.is_dir():
         files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
         return digest("files", [[f.name, file_digest(f)] for f in files])
-    return digest("hub", name, revision, getattr(getattr(lm, "config", None), "_commit_hash", None))
+    return digest("hub", name, revision, getattr(config, "_commit_hash", None))
 
 
-def _context(config: Any) -> int:
+def weights_hash(name: str, revision: str | None = None) -> str:
+    """Return `load_model(name).hash` without loading the weights."""
+    return model_hash(name, revision, None if Path(resolve(name)).is_dir() else load_config(name, revision))
+
+
+def context_of(config: Any) -> int:
+    """Return a model's context length in tokens."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(config, "max_position_embeddings", 0) or 2**31)
 
@@ -173,35 +183,25 @@ def _check_head(model: Model) -> None:
         )
 
 
-class _LoadErrors:
-    """Context manager that turns loader exceptions into one-line LeewayErrors."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        folder = Path(resolve(self.name))
-        quiet_loaders()
-        looks_local = self.name.startswith((".", "/", "~")) or folder.exists()
-        if not looks_local and self.name.count("/") != 1:
-            raise LeewayError(
-                f"model {self.name}: not a folder, and not a hub id",
-                fix=f"give a model's folder, owner/name, a .gguf file, or one of {', '.join(packaged.NAMES)}",
-            )
-        if looks_local and not (folder / "config.json").is_file():
-            raise LeewayError(
-                f"model {self.name}: no config.json in the folder",
-                fix="give a Hugging Face model directory or a hub id",
-            )
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> None:
-        if isinstance(error, (OSError, ValueError, ImportError, KeyError, SafetensorError)) and not isinstance(
-            error, LeewayError
-        ):
-            raise LeewayError(
-                f"model {self.name}: cannot be loaded ({first_line(error)})",
-                fix="check the name, the files (safetensors, tokenizer, config) and the network",
-            ) from error
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """Turn the exceptions of loaders into one-line LeewayErrors."""
+    folder = Path(resolve(name))
+    quiet_loaders()
+    looks_local = name.startswith((".", "/", "~")) or folder.exists()
+    if not looks_local and name.count("/") != 1:
+        fix = f"give a model's folder, owner/name, a .gguf file, or one of {', '.join(packaged.NAMES)}"
+        raise LeewayError(f"model {name}: not a folder, and not a hub id", fix=fix)
+    if looks_local and not (folder / "config.json").is_file():
+        fix = "give a Hugging Face model directory or a hub id"
+        raise LeewayError(f"model {name}: no config.json in the folder", fix=fix)
+    try:
+        yield
+    except LeewayError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        fix = "check the name, the files (safetensors, tokenizer, config) and the network"
+        raise LeewayError(f"model {name}: cannot be loaded ({first_line(error)})", fix=fix) from error
 
 
 CHUNK = 1 << 20  # values per step: 8 MiB, 16 MiB with their weights

@@ -12,8 +12,7 @@ from leeway.model.reference import key
 from leeway.objectives.objective import Plain
 from leeway.study.jobs import Job, jobs_of, schedule_of
 from leeway.study.prepare import Prepared
-from leeway.training.batch import Batch, Renderer
-from leeway.training.precompute import reference_sequences, reference_tokens
+from leeway.training.batch import Batch, Renderer, reference_sequences, reference_tokens
 
 ReferenceId = tuple[object, ...]
 _Entry = tuple[ReferenceId, tuple[int, ...], int]  # reference, token ids, first target

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from leeway import stats
-from leeway.claims.comparisons import EvaluationContext
-from leeway.claims.evaluate import COLUMNS, judge
+from leeway.claims.evaluate import COLUMNS, EvaluationContext, judge
 from leeway.claims.schema import Claims, from_manifest, hash_claims, load
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import changed

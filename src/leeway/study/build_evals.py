@@ -25,15 +25,14 @@ from leeway.evals.self_report import Likert, SelfReport
 from leeway.evals.tasks import BuiltInTask, TaskSettings, load_task
 from leeway.generation.backend import Backend
 from leeway.generation.cache import CachedBackend
-from leeway.generation.openai_api import OpenAIBackend
-from leeway.generation.openai_client import ApiSettings
-from leeway.generation.transformers import LocalBackend, weights_hash
+from leeway.generation.openai_api import ApiSettings, OpenAIBackend
+from leeway.generation.transformers import LocalBackend
 from leeway.hashing import digest
 from leeway.io import expand
 from leeway.judges import Judge, load_judge
 from leeway.judges.rubric import wording
 from leeway.model.forward import Perplexity
-from leeway.model.load import load_model
+from leeway.model.load import load_model, weights_hash
 from leeway.organism import world
 from leeway.study.eval_spec import (
     ENDPOINT_ONLY,

@@ -20,8 +20,8 @@ from leeway.evals.eval import Eval
 from leeway.hashing import digest
 from leeway.io import expand
 from leeway.model.forward import layout_of
-from leeway.model.gguf import origin
 from leeway.model.load import Model, model_hash, resolve
+from leeway.model.packaged import origin
 from leeway.objectives import OBJECTIVES, ip, sft_refusal
 from leeway.plugins import source_hash
 from leeway.study.prepare import Prepared
@@ -37,7 +37,7 @@ def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> N
     then = {f"evals.{key}": e["hash"] for key, e in facts["evals"].items()}
     then["chat template"] = facts["model"]["template_hash"]
     if Path(resolve(spec.model)).is_dir():  # a hub id's commit is known once it is loaded, and compared by the ledger
-        now["model"], then["model"] = model_hash(spec.model, spec.revision, None), facts["model"]["hash"]
+        now["model"], then["model"] = model_hash(spec.model, spec.revision), facts["model"]["hash"]
     now |= {k: str(v) for k, v in _texts(prepared).items()}
     then |= {k: str(v) for k, v in facts.get("texts", {}).items()}
     for name in now:

@@ -202,7 +202,7 @@ def pairs_of(
             raise ValueError(f"{example.id}: its answer holds no number to grade by")
         return task.grade(item, response)[0]
 
-    identity = digest(model_hash(spec.model, spec.revision, None), spec.weight_dtype, spec.device)
+    identity = digest(model_hash(spec.model, spec.revision), spec.weight_dtype, spec.device)
     base = BaseModelSampler(identity, chat.template_hash, load)
     cache = sampling.cache.records("pairs")
     with compute_settings(spec):

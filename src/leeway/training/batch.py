@@ -1,9 +1,9 @@
-"""Optimiser batches: examples rendered by one objective, and their split into micro-batches."""
+"""Optimiser batches: examples rendered by one objective, their split into micro-batches, and their sequences."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -119,3 +119,18 @@ class Renderer:
         policy, baseline = self.processed(item), sum(len(s.ids) for s in self.baseline(item))
         reference = policy if self.objective.needs_reference != "nothing" else baseline
         return policy + reference / 2
+
+
+def reference_sequences(batches: Iterable[Batch]) -> Iterator[tuple[int, Sequence, bool]]:
+    """Yield (step, sequence, whether it occurs for the first time) for all sequences of a trajectory, in order."""
+    known: set[tuple[tuple[int, ...], int]] = set()
+    for batch in batches:
+        for s in (s for part in (batch.baseline, batch.rendered) for example in part for s in example):
+            new = (s.ids, s.start) not in known
+            known.add((s.ids, s.start))
+            yield batch.step, s, new
+
+
+def reference_tokens(batches: Iterable[Batch]) -> int:
+    """Return the tokens of a trajectory's distinct sequences."""
+    return sum(len(s.ids) for _, s, new in reference_sequences(batches) if new)

@@ -6,32 +6,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
+from leeway.data.chat import Sequence
 from leeway.data.stream import AuxiliaryPool, BudgetStop, Schedule
 from leeway.errors import LeewayError, NotFiniteError
 from leeway.hashing import digest
 from leeway.io import readable, verify_checksum, with_checksum, write_json
 from leeway.model import adapters
-from leeway.model.forward import layout_of
+from leeway.model.forward import APART, hidden_apart, hidden_at_measured, layout_of
 from leeway.model.fsdp import local
 from leeway.model.load import Model
-from leeway.model.packing import LayoutSetting
-from leeway.model.reference import Reference, ReferenceCache, freeze
+from leeway.model.packing import Layout, LayoutSetting, pack_batch, place
+from leeway.model.reference import Needed, Reference, ReferenceCache, ReferenceStats, as_reference, computed_as, freeze
+from leeway.model.token_stats import token_logps
 from leeway.objectives import Objective
 from leeway.training import checkpoints
-from leeway.training.batch import Batch, Optim, Renderer
+from leeway.training.batch import Batch, Optim, Renderer, micro_batches, reference_sequences
 from leeway.training.checkpoints import WarmStart
 from leeway.training.distributed import ALONE, Distributed
 from leeway.training.loop import Decay, Step, after_warmup, optimise
-from leeway.training.precompute import OnProgress, precompute_reference
 
+OnProgress = Callable[[int, int], None]
 COUNTERS = ("target_tokens", "processed_tokens", "reference_tokens")
 MATCHED = ("budget", "step", "source_tokens", "examples", "epochs", "data_hash")  # ledger columns given by the data
 
@@ -140,16 +145,37 @@ class Trajectory:
             if self.ranks.is_main:
                 os.fsync(lines.fileno())
 
-    def precompute_reference(self, on_reference: OnProgress = lambda *_: None) -> int:
-        """Cache the reference statistics of all steps; return how many tokens that took."""
-        references = self.settings.references
-        if references is None or self.objective.needs_reference == "nothing" or self.compared.cached is not None:
+    def precompute_reference(self, on_progress: OnProgress = lambda *_: None) -> int:
+        """Cache the reference statistics of all steps to come, and release the reference's own weights.
+
+        Return how many tokens went through the model; 0 if all were cached. On a CPU a sequence's statistics depend on
+        that sequence and the reference alone, to the bit: each goes through the model alone, or in rows of a fixed
+        shape. On an accelerator the last bits may differ.
+        """
+        references, reference, loop = self.settings.references, self.compared, self.settings.loop
+        if references is None or self.objective.needs_reference == "nothing" or reference.cached is not None:
             return 0
-        batches = (self._batch(k + 1) for k in range(len(self.schedule.steps)))
-        loop, taken = self.settings.loop, self.step
-        return precompute_reference(
-            self.model, self.objective, batches, loop, self.compared, references, taken=taken, on_progress=on_reference
-        )
+        layout: Layout = "fused" if loop.layout == "fused" else "padded"
+        with _power_of_two_threads():
+            store = references.of(computed_as(self.model, reference, loop.autocast, layout))
+        sequences: dict[tuple[tuple[int, ...], int], Sequence] = {}
+        for step, s, new in reference_sequences(self._batch(k + 1) for k in range(len(self.schedule.steps))):
+            if new:
+                reference.spent[step] = reference.spent.get(step, 0) + len(s.ids)
+            if step > self.step:
+                sequences[s.ids, s.start] = s
+
+        def needed(key: str) -> Needed:
+            if self.objective.needs_reference == "distribution":
+                return Needed(logps=False, states=True)
+            return Needed(logps=True, states=key in references.state_keys)
+
+        with as_reference(self.model, reference), _power_of_two_threads():
+            model = _ReferenceModel(self.model, loop, layout)
+            spent = store.fill(list(sequences.values()), needed, model, on_progress)
+        reference.cached = store
+        reference.release()
+        return spent
 
     @property
     def spent(self) -> int:
@@ -199,6 +225,56 @@ class Trajectory:
 
     def _batch(self, step: int) -> Batch:
         return self.renderer.batch(step, self.schedule.steps[step - 1])
+
+
+@dataclass(frozen=True)
+class _ReferenceModel:
+    """The model in its current state, which is the reference's."""
+
+    model: Model
+    settings: Optim
+    layout: Layout
+
+    def stats(self, sequences: Seq[Sequence], needed: Needed) -> Iterator[tuple[Sequence, ReferenceStats]]:
+        for group in self._groups(sequences):
+            with self.settings.autocast_on(self.model.device):
+                if self.layout == "fused":
+                    hidden_TD = hidden_apart(self.model, group)
+                else:
+                    batch = pack_batch([[s] for s in group], self.model.device, self.layout)
+                    hidden_TD = hidden_at_measured(self.model, batch)
+                states = torch.split(hidden_TD, [s.measured for s in group])
+            for s, hidden_MD in zip(group, states, strict=True):
+                logp_M = self.logps(s, hidden_MD) if needed.logps else None
+                yield s, ReferenceStats(logp_M, hidden_MD.cpu() if needed.states else None)
+
+    def logps(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
+        device = self.model.device
+        measured_M = torch.tensor(sequence.ids[sequence.start :], device=device)
+        with self.settings.autocast_on(self.model.device):
+            return token_logps(hidden_MD.to(device), measured_M, self.model.head).cpu()
+
+    def _groups(self, sequences: Seq[Sequence]) -> list[list[Sequence]]:
+        """Return the sequences that share a forward pass."""
+        if self.layout == "fused":
+            places, rows = place([len(s.ids) for s in sequences], APART)
+            groups: list[list[Sequence]] = [[] for _ in range(rows)]
+            for s, (row, _) in zip(sequences, places, strict=True):
+                groups[row].append(s)
+            return groups
+        tokens = 1 if self.model.device.type == "cpu" else self.settings.micro_tokens
+        return [[s for (s,) in group] for group in micro_batches([[s] for s in sequences], tokens, self.layout)]
+
+
+@contextmanager
+def _power_of_two_threads() -> Iterator[None]:
+    """Use the largest power of two of threads that is available: see `hidden_apart`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 << (threads.bit_length() - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_line(line: dict[str, Any], mark: BudgetStop, folder: Path) -> None:
