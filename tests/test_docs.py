@@ -198,7 +198,7 @@ def test_cluster_recipes_are_consistent() -> None:
 def test_hash_of_the_bundled_claims_is_the_one_in_the_plan() -> None:
     claims = load("objective-matters").claims
     assert claims is not None
-    assert f"hash {claims.hash}:" in (ROOT / "docs" / "objective-matters.md").read_text("utf-8")
+    assert f"hash {claims.hash}:" in (ROOT / "docs" / "claims.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
@@ -319,7 +319,7 @@ def test_site_has_every_command_and_public_name(site: Path) -> None:
 
 def test_site_fetches_nothing(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
-    assert len(pages) > 20
+    assert len(pages) > 15
     for path in pages:
         links = Links()
         links.feed(path.read_text())
