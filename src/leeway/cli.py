@@ -244,8 +244,8 @@ def plan(
     machine, prices = machine_and_prices(gpu, mfu, mbu, price, judge_price)
     if gpu is not None and measure:
         raise LeewayError("--measure times this machine, --gpu names another", fix="leave one of them out")
-    if workers is not None and not measure:
-        raise LeewayError("--workers needs --measure", fix="add --measure")
+    if workers is not None and gpu is not None:
+        raise LeewayError("--workers runs on this machine, --gpu names another", fix="leave one of them out")
     planned = make_plan(load(study, tuple(overrides or ())), machine, prices, measure=measure, workers=workers)
     typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text())
 

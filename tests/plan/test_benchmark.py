@@ -53,6 +53,10 @@ def test_hours_are_counts_times_rates_by_hand(models: dict[str, Path], root: Pat
     assert found.answering_hours * 3600 == pytest.approx(7.0 * (1 + 2 * 2))  # the base once
     assert found.hours * 3600 == pytest.approx(training + reference + 35.0 + setup + 13.0 + 11.0)
     assert found.memory_gib == 5.0
+    timing.share = 0.25
+    busy = "\n".join(measured_hours(prepared, jobs, trajectories, timing, 1).lines())
+    assert "other processes took 75% of the CPU time" in busy
+    assert "other processes" not in "\n".join(found.lines())
     two = measured_hours(prepared, jobs, trajectories, timing, 2)
     assert two.memory_gib == 11.0  # two workers, and the process that leads them
     assert two.hours < found.hours
@@ -91,7 +95,7 @@ def test_a_plan_times_the_code_that_runs(models: dict[str, Path], root: Path) ->
     ("options", "part"),
     [
         (["--measure", "--gpu", "L4"], "--measure times this machine"),
-        (["--workers", "2"], "--workers needs --measure"),
+        (["--workers", "2", "--gpu", "L4"], "--workers runs on this machine"),
         (["--measure", "evals.backend=vllm", "objectives=[sft]", "budgets=[500]"], "vllm is not timed"),
     ],
 )
@@ -102,7 +106,7 @@ def test_what_cannot_be_measured_is_an_error(options: list[str], part: str) -> N
 
 
 def test_without_measuring_a_plan_says_that_it_is_a_formula(models: dict[str, Path], root: Path) -> None:
-    planned = plan(parse(text(models, root, "[sft, dpo]"), "x"))
+    planned = plan(parse(text(models, root, "[sft, dpo]"), "x"), workers=1)
     assert planned.measured is None
     assert "estimated by formulas on this CPU, not measured" in planned.to_text()
     assert json.loads(json.dumps(planned.to_json()))["references"]["sequences"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,33 +29,59 @@ SHAPE = Shape(
     adapted=50,
     full=False,
     bytes=2,
+    heads=2,
 )
 
 
-def test_training_flops_by_hand() -> None:
+GPU = Machine("m", flops=1e6, head=1e6, decoding=1e6, bandwidth=1e3, passes=math.inf, memory=1.0, assumed="")
+CPU = Machine("c", flops=4e6, head=2e6, decoding=1e6, bandwidth=1e4, passes=1e5, memory=None, assumed="")
+
+
+def test_training_seconds_by_hand() -> None:
     # 7 tokens, 3 of them targets: forward 2 and back 2 a frozen weight, 6 an adapter's; the head at targets alone
     policy = 7 * (4 * 1000 + 6 * 10) + 3 * 4 * 100
-    assert cost_model.training_flops(SHAPE, 7, 3, 0) == policy
-    assert cost_model.training_flops(SHAPE, 7, 3, 7) == policy + 7 * 2 * 1000 + 3 * 2 * 100  # a pass forward alone
-    full = Shape(**{**vars(SHAPE), "full": True, "trained": 1200})
-    assert cost_model.training_flops(full, 7, 3, 0) == 7 * 6 * 1000 + 3 * 6 * 100
+    assert cost_model.training_seconds(SHAPE, GPU, 7, 3) == pytest.approx(policy / 1e6)
+    assert cost_model.forward_seconds(SHAPE, GPU, 7, 3) == pytest.approx((7 * 2 * 1000 + 3 * 2 * 100) / 1e6)
+    full = replace(SHAPE, full=True, trained=1200)
+    assert cost_model.training_seconds(full, GPU, 7, 3) == pytest.approx((7 * 6 * 1000 + 3 * 6 * 100) / 1e6)
+    kl = cost_model.training_seconds(SHAPE, GPU, 7, 3, divergence=True)
+    assert kl == pytest.approx((policy + 3 * 4 * 100) / 1e6)
+
+
+def test_a_cpu_adds_passes_and_steps_and_has_a_rate_of_its_own_for_the_head() -> None:
+    kept = cost_model.kept_bytes(SHAPE, 0.0) * cost_model.PASSES / 1e5
+    body, head = 7 * (4 * 1000 + 6 * 10) / 4e6, 3 * 4 * 100 / 2e6
+    assert cost_model.training_seconds(SHAPE, CPU, 7, 3) == pytest.approx(body + head + 7 * kept)
+    more = cost_model.training_seconds(SHAPE, CPU, 7, 3, steps=5) - cost_model.training_seconds(SHAPE, CPU, 7, 3)
+    assert more == pytest.approx(5 * 2 * cost_model.STEP)
+
+
+@pytest.mark.parametrize("machine", [GPU, CPU])
+def test_seconds_scale_with_tokens(machine: Machine) -> None:
+    one, two = (cost_model.training_seconds(SHAPE, machine, 7 * k, 3 * k, steps=k) for k in (1, 2))
+    assert two == pytest.approx(2 * one)
+    one, two = (
+        cost_model.eval_seconds(SHAPE, EvalCost("x", 4 * k, 40 * k, 6, 12.0 * k), machine, batch=4) for k in (1, 2)
+    )
+    assert two == pytest.approx(2 * one)
 
 
 def test_answering_takes_the_slower_of_reading_weights_and_computing() -> None:
     e = EvalCost("x", answers=5, prompt_tokens=50, max_new_tokens=4, answer_tokens=10.0)
-    slow_memory = Machine("m", flops=1e6, bandwidth=1e3, memory=None, assumed="")
     prompts = (50 * 2 * 1000 + 5 * 2 * 100) / 1e6
     kv = 2 * 2 * 4 * 2  # keys and values, layers, heads' width, bytes
     step = (1200 * 2 + 2 * (50 / 5 + 4 / 2) * kv) / 1e3
-    assert cost_model.eval_seconds(SHAPE, e, slow_memory, batch=2) == pytest.approx(prompts + 3 * 4 * step)
-    fast_memory = Machine("m", flops=1e6, bandwidth=1e12, memory=None, assumed="")
+    assert cost_model.eval_seconds(SHAPE, e, GPU, batch=2) == pytest.approx(prompts + 3 * 4 * step)
+    fast_memory = replace(GPU, bandwidth=1e12)
     assert cost_model.eval_seconds(SHAPE, e, fast_memory, batch=2) == pytest.approx(
         prompts + 3 * 4 * 2 * 2 * 1100 / 1e6
     )
-    cpu = Machine("m", flops=1e6, bandwidth=None, memory=None, assumed="")
-    assert cost_model.eval_seconds(SHAPE, e, cpu, batch=2) == pytest.approx(prompts + 10 * 2 * 1100 / 1e6)
+    reading = cost_model.forward_seconds(SHAPE, CPU, 50, 5)
+    each = 2 * 1000 / 1e6 + 2 * 100 / 2e6 + 2 * 8 * cost_model.DECODED / 1e5
+    tokens = 10 * (each + (50 / 5 + 4 / 2) * kv / 1e4)  # finished rows leave a CPU's batch
+    assert cost_model.eval_seconds(SHAPE, e, CPU, batch=2) == pytest.approx(reading + tokens)
     choices = EvalCost("p", answers=5, prompt_tokens=50, max_new_tokens=0, answer_tokens=0.0)
-    assert cost_model.eval_seconds(SHAPE, choices, slow_memory, batch=2) == pytest.approx(prompts)
+    assert cost_model.eval_seconds(SHAPE, choices, GPU, batch=2) == pytest.approx(prompts)
 
 
 def test_memory_by_hand() -> None:
@@ -65,12 +92,15 @@ def test_memory_by_hand() -> None:
     assert found.activations == 10 * (2 * layer + 50 * 5)
     assert found.cache == 3 * 20 * 32
     assert found.peak == 2400 + 160 + max(found.activations, found.cache)
+    fused = cost_model.memory(replace(SHAPE, fused=True), 10, 0.05, batch=3, context=20, length=5)
+    once = 2 * (2 * 8 + 8 + 16)  # an input of several products is kept once
+    assert fused.activations == 10 * 2 * (layer + once + 2 * 2 * 5)  # and what each head attends to
 
 
 def test_activations_are_near_what_autograd_keeps() -> None:
     """The formula against the bytes that a backward pass waits for on a real model, in float32 on a CPU."""
     spec = load("objective-matters", ("model=organism", "task=organism"))
-    shape = plan._shape(spec, hardware.planned_model(spec), hardware.this_cpu())
+    shape = replace(plan._shape(spec, hardware.planned_model(spec), cpu=True), fused=False)
     model = load_model("organism", device="cpu")
     adapters.attach(model, spec.adapter, seed=0)
     weights = {p.untyped_storage().data_ptr() for p in model.lm.parameters()}
@@ -121,6 +151,7 @@ def test_the_shape_of_llama_by_hand() -> None:
 def test_a_gpu_by_name_at_the_assumed_utilisation() -> None:
     found = hardware.on_gpu("h100", 0.5, 0.25)
     assert (found.flops, found.bandwidth, found.memory) == (989.4e12 / 2, 3350e9 / 4, 80e9)
+    assert found.flops == found.head == found.decoding
     assert "50% (--mfu)" in found.assumed
     assert hardware.gpu("rtx 4090").name == "RTX-4090"
     with pytest.raises(LeewayError, match="--gpu H1000: not known"):
@@ -164,6 +195,46 @@ def test_dollars_are_hours_times_the_price_and_are_not_printed_without_one() -> 
     assert "$" not in text
 
 
+def test_a_cpu_is_timed_in_the_dtype_and_shape_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 products twice as fast as float32: hours fall, the rate is printed, and only `--measure` is better."""
+    seen: list[tuple[object, ...]] = []
+
+    def timed(hidden: int, inner: int, dtype: torch.dtype, batch: int, *, workers: int, threads: int) -> Machine:
+        seen.append((hidden, inner, dtype, batch, workers, threads))
+        rate = 2e9 if dtype == torch.bfloat16 else 1e9
+        return Machine("this CPU", rate, 1e9, rate, 1e10, 1e10, None, f"{rate:.0e} FLOP/s")
+
+    monkeypatch.setattr(hardware, "this_cpu", timed)
+    slow, fast = (plan.plan(load("demo", (f"dtype={d}", "objectives=[sft]"))) for d in ("float32", "bfloat16"))
+    assert [s[:3] for s in seen] == [(128, 352, torch.float32), (128, 352, torch.bfloat16)]
+    assert fast.estimated_hours < slow.estimated_hours
+    assert "assumed: 2e+09 FLOP/s" in fast.to_text()
+    assert "not measured" in fast.to_text()
+
+
+def test_workers_share_the_hours_and_add_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "this_cpu", lambda *_, **__: CPU)
+    spec = load("demo", ("objectives=[sft, orpo]",))
+    one, two = (plan.plan(spec, workers=n) for n in (1, 2))
+    assert one.cost.training_hours == two.cost.training_hours
+    assert one.estimated_hours / 2 <= two.estimated_hours < one.estimated_hours
+    assert two.estimated_memory_gib > 2 * one.estimated_memory_gib
+    assert "on c with 2 workers" in two.to_text()
+    sft, orpo = (next(t for t in one.trajectories if t.objective == name) for name in ("sft", "orpo"))
+    assert sft.distinct_tokens == sft.processed_tokens
+    assert sft.processed_tokens < orpo.distinct_tokens < orpo.processed_tokens  # a pair's beginning once
+
+
+def test_the_rates_of_this_cpu_are_positive_and_named() -> None:
+    threads = torch.get_num_threads()
+    found = hardware.this_cpu(32, 64, torch.bfloat16, 8, workers=2)
+    assert min(found.flops, found.head, found.decoding, found.bandwidth, found.passes) > 0
+    assert found.is_cpu
+    assert "GFLOP/s in bfloat16" in found.assumed
+    assert "--measure" in found.assumed
+    assert torch.get_num_threads() == threads
+
+
 def test_too_little_memory_is_reported_with_advice() -> None:
     spec = load("objective-matters", (*SMALL, "optim.micro_tokens=16777216"))
     planned = plan.plan(spec, hardware.on_gpu("A10G"))
@@ -192,6 +263,8 @@ def test_the_estimate_prints_judge_calls() -> None:
     made = cost_model.CostEstimate(
         machine="X",
         assumed="a",
+        workers=1,
+        hours=1.5,
         training_hours=1.0,
         answering_hours=0.5,
         pairs_hours=0.0,

@@ -36,7 +36,8 @@ from leeway.study.spec import Spec
 from leeway.study.worker import Worker
 from leeway.training.loop import Step
 
-STEPS = 4  # timed per cost class, after a warm-up step
+STEPS = 2  # timed per cost class, after a warm-up step, besides the one with the most tokens
+QUIET = 0.9  # of the CPU time that its threads could take: with less, other processes slowed a measurement
 BATCHES = 3  # timed per eval, at most
 
 
@@ -46,7 +47,8 @@ class Timing:
 
     `training` per processed token, by objective; `reference` per precomputed token; `answering` per eval and model;
     `checkpoint` per save; `load` and `checkout` of the base model; `start` of a process with its data. `peak` is the
-    most bytes of a worker, `idle` those of a process that has only loaded the model.
+    most bytes of a worker, `idle` those of a process that has only loaded the model. `share` of the CPU time that its
+    threads could take went to the process; other processes took the rest.
     """
 
     training: dict[str, float] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class Timing:
     start: float = 0.0
     peak: float = 0.0
     idle: float = 0.0
+    share: float = 1.0
 
 
 def run_benchmark(spec: Spec, workers: int) -> Timing:
@@ -117,7 +120,8 @@ def measure(prepared: Prepared, scratch: Path) -> Timing:
     """Measure in this process; memory is its peak so far."""
     scratch.mkdir()
     work, found = Worker(prepared, RunDir(scratch)), Timing()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
+    first = began
     work.base()
     found.load, found.idle = time.perf_counter() - began, _peak_memory()
     reference: list[tuple[float, int]] = []  # seconds, tokens
@@ -136,6 +140,8 @@ def measure(prepared: Prepared, scratch: Path) -> Timing:
             if prompts := [p for p in e.prompts() for _ in range(p.samples)]:
                 found.answering[e.key] = _answer(backend, e, prompts)
     found.peak = _peak_memory()
+    available = (time.perf_counter() - first) * prepared.spec.threads
+    found.share = min(1.0, (time.process_time() - cpu) / available) if work.base().device.type == "cpu" else 1.0
     return found
 
 
@@ -214,6 +220,7 @@ class Measured:
     hours: float
     memory_gib: float
     untimed: tuple[str, ...]
+    share: float = 1.0
 
     def lines(self) -> Iterator[str]:
         several = f" with {self.workers} workers" if self.workers > 1 else ""
@@ -226,6 +233,11 @@ class Measured:
         breakdown = ", ".join(f"{what} {as_time(hours)}" for what, hours in parts.items())
         together = ", over all workers" if several else ""
         yield f"measured on this machine{several}: {as_time(self.hours)} ({breakdown}{together})"
+        if self.share < QUIET:
+            yield (
+                f"  other processes took {1 - self.share:.0%} of the CPU time meanwhile: on a quiet machine "
+                f"{as_time(self.hours * self.share)}"
+            )
         yield f"  memory ~{self.memory_gib:.1f} GiB at their peaks"
         if self.untimed:
             yield f"  not timed: {', '.join(self.untimed)}"
@@ -259,6 +271,7 @@ def measured_hours(
         hours=(begin + makespan(jobs, seconds, workers)) / 3600,
         memory_gib=(workers * timing.peak + leading * timing.idle) / GIB,
         untimed=(*(e.key for e in prepared.evals if e.key not in timing.answering), "drawing the report", "judges"),
+        share=timing.share,
     )
 
 

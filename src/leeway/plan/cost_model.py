@@ -1,4 +1,4 @@
-"""Cost formulas of a plan: FLOPs, seconds, memory, disk and dollars from token counts. Nothing here is measured."""
+"""Cost formulas of a plan: seconds, memory, disk and dollars from token counts and a machine's rates."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ MEAN_ANSWER = 0.5  # assumed length of a response, also of a judge's, as a share
 GIB = 2**30
 RUNTIME = 0.6 * GIB  # of a process before any model: libraries, allocator
 PUBLISHED = 2  # bytes per weight in the hub's files
+# Of a CPU with the fused layout, fitted to SmolLM2-135M in bfloat16 and the organism in float32:
+PASSES = 30  # bytes of element-wise passes per byte kept for the backward pass
+STEP = 3e-3  # seconds a layer and optimiser step take besides, whatever the number of tokens
+DECODED = 4000  # bytes of element-wise passes per layer, generated token and number in a hidden state
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Shape:
     """A model's sizes, as costs depend on them.
 
     `body`: parameters in the matrix products of every token; `head`: those of tokens with logits; `adapted`: input
-    features of all adapted layers together.
+    features of all adapted layers together. `fused`: the layout that keeps a shared input, and a pair's shared
+    beginning, once.
     """
 
     total: int
@@ -46,6 +51,8 @@ class Shape:
     adapted: int
     full: bool
     bytes: int  # per weight
+    heads: int
+    fused: bool = False
 
     @property
     def kv_bytes(self) -> int:
@@ -57,7 +64,9 @@ class Shape:
         return self.total * self.bytes
 
 
-def shape(lm: Any, layers: Sequence[torch.nn.Linear], rank: int, *, full: bool, width: int) -> Shape:
+def shape(
+    lm: Any, layers: Sequence[torch.nn.Linear], rank: int, *, full: bool, width: int, fused: bool = False
+) -> Shape:
     """Return the sizes of a model without weights; an adapter of `rank` changes `layers`."""
     config = lm.config.get_text_config()
     total = sum(p.numel() for p in lm.parameters())
@@ -79,24 +88,31 @@ def shape(lm: Any, layers: Sequence[torch.nn.Linear], rank: int, *, full: bool, 
         adapted=sum(m.in_features for m in layers),
         full=full,
         bytes=width,
+        heads=heads,
+        fused=fused,
     )
 
 
-def training_flops(s: Shape, processed: int, targets: int, reference: int) -> float:
-    """Return the FLOPs of training tokens; the head runs at target positions only.
+def training_seconds(
+    s: Shape, m: Machine, tokens: int, targets: int, *, steps: int = 0, dropout: float = 0.0, divergence: bool = False
+) -> float:
+    """Return the seconds of optimiser steps without their reference; the head runs at target positions only.
 
-    Per weight and token: 2 forward, 2 for the inputs' gradients, 2 for the weights' own if they train (an adapter's do,
-    the frozen ones under it do not). A reference pass is forward only. The attention products of tokens with tokens are
-    left out (under 1% at a few hundred tokens).
+    Per weight and token: 2 FLOPs forward, 2 for the inputs' gradients, 2 for the weights' own if they train (an
+    adapter's do, the frozen ones under it do not); 4 more of the head for a `divergence` from a distribution. The
+    attention products of tokens with tokens are left out (under 1% at a few hundred tokens).
     """
     back = 4 if s.full else 2
-    policy = processed * ((2 + back) * s.body + (0 if s.full else 6 * s.trained)) + targets * (2 + back) * s.head
-    return policy + reference_flops(s, reference, targets if reference else 0)
+    body = tokens * ((2 + back) * s.body + (0 if s.full else 6 * s.trained))
+    head = targets * (2 + back + (4 if divergence else 0)) * s.head
+    besides = steps * s.layers * STEP if m.is_cpu else 0.0
+    return body / m.flops + head / m.head + tokens * kept_bytes(s, dropout) * PASSES / m.passes + besides
 
 
-def reference_flops(s: Shape, tokens: int, measured: int) -> float:
-    """Return the FLOPs of a forward pass: the body for every token, the head for `measured` tokens."""
-    return tokens * 2 * s.body + measured * 2 * s.head
+def forward_seconds(s: Shape, m: Machine, tokens: int, measured: int) -> float:
+    """Return the seconds of forward passes: the body for every token, the head for `measured` tokens."""
+    passes = tokens * kept_bytes(s, 0.0) * PASSES / 3 / m.passes  # of which training has two more, backward
+    return tokens * 2 * s.body / m.flops + measured * 2 * s.head / m.head + passes
 
 
 @dataclass(frozen=True)
@@ -114,22 +130,24 @@ class EvalCost:
     judge_tokens_out: float = 0.0
 
 
-def eval_seconds(s: Shape, e: EvalCost, machine: Machine, batch: int) -> float:
-    """Return the seconds of an eval: prompts at the matrix-product rate, then decoding steps.
+def eval_seconds(s: Shape, e: EvalCost, m: Machine, batch: int) -> float:
+    """Return the seconds of an eval: prompts in forward passes, then decoding steps.
 
-    A step takes the longer of reading weights, keys and values and computing; a batch lasts `max_new_tokens` steps.
+    On a GPU a step takes the longer of reading weights, keys and values and computing, and a batch lasts
+    `max_new_tokens` steps. On a CPU finished rows leave the batch; a token computes, passes over states, reads a cache.
     """
-    reading = (e.prompt_tokens * 2 * s.body + e.answers * 2 * s.head) / machine.flops
+    reading = forward_seconds(s, m, e.prompt_tokens, e.answers)
     if not e.max_new_tokens or not e.answers:
         return reading
-    if machine.bandwidth is None:  # a CPU: compute-bound
-        return reading + e.answer_tokens * 2 * (s.body + s.head) / machine.flops
-    together = min(batch, e.answers)
-    steps = math.ceil(e.answers / batch) * e.max_new_tokens
-    computing = together * 2 * (s.body + s.head) / machine.flops
     context = e.prompt_tokens / e.answers + e.max_new_tokens / 2
-    moving = (s.weight_bytes + together * context * s.kv_bytes) / machine.bandwidth
-    return reading + steps * max(computing, moving)
+    together = min(batch, e.answers)
+    if m.is_cpu:
+        token = 2 * s.body / m.decoding + 2 * s.head / m.head + s.layers * s.hidden * DECODED / m.passes
+        return reading + e.answer_tokens * (token + context * s.kv_bytes / m.bandwidth)
+    token = 2 * (s.body + s.head) / m.decoding
+    steps = math.ceil(e.answers / batch) * e.max_new_tokens
+    moving = (s.weight_bytes + together * context * s.kv_bytes) / m.bandwidth
+    return reading + steps * max(together * token, moving)
 
 
 @dataclass(frozen=True)
@@ -146,19 +164,29 @@ class Memory:
         return self.weights + self.adapter + max(self.activations, self.cache)
 
 
-def memory(s: Shape, micro_tokens: int, dropout: float, batch: int, context: int) -> Memory:
+def kept_bytes(s: Shape, dropout: float) -> int:
+    """Return the bytes per token that training keeps for the backward pass.
+
+    A layer keeps both norms twice in float32, queries, keys, values and the attention output, and three MLP vectors;
+    the fused layout each product's input once; peft every adapted layer's own in float32, with a dropout mask.
+    """
+    norms, attention = 16 * s.hidden, s.bytes * 2 * (s.queries + s.keys)
+    inputs = s.adapted * (s.bytes if s.full else FLOAT32 + (1 if dropout else 0))
+    if s.fused:
+        inputs = s.layers * s.bytes * (2 * s.hidden + s.queries + s.inner)
+    return s.layers * (norms + attention + s.bytes * 3 * s.inner) + inputs
+
+
+def memory(s: Shape, micro_tokens: int, dropout: float, batch: int, context: int, length: float = 0.0) -> Memory:
     """Return the memory with adapter, gradient and AdamW moments in float32 and no activation recomputed.
 
-    Per token a layer keeps both norms twice in float32; every adapted layer's input in float32, with a one-byte dropout
-    mask; queries, keys, values and the attention output; and three MLP vectors. Buffers, fragmentation and the head's
-    chunks are left out: on the organism in float32, autograd kept 1.18 times the estimate.
+    `length`: tokens of an example. The fused layout keeps each token's attention to them. `context`: of a response.
+    Buffers, fragmentation and the head's chunks are left out: on the organism in float32, autograd kept 1.18 times the
+    estimate without the fused layout.
     """
-    mask = 1 if dropout and not s.full else 0
-    norms, attention = 16 * s.hidden, s.bytes * 2 * (s.queries + s.keys)
-    inputs = s.adapted * (s.bytes if s.full else FLOAT32 + mask)
-    activations = micro_tokens * (s.layers * (norms + attention + s.bytes * 3 * s.inner) + inputs)
     trained = s.trained * (FLOAT32 + ADAM) + (0 if s.full else s.trained * FLOAT32)
-    return Memory(s.weight_bytes, trained, activations, batch * context * s.kv_bytes)
+    each = kept_bytes(s, dropout) + (s.layers * s.heads * length * s.bytes if s.fused else 0)
+    return Memory(s.weight_bytes, trained, micro_tokens * each, batch * context * s.kv_bytes)
 
 
 def eval_costs(prepared: Prepared) -> tuple[tuple[EvalCost, ...], tuple[str, ...]]:
@@ -191,7 +219,9 @@ def memory_needed(prepared: Prepared, size: Shape) -> Memory:
     """Return the memory of a study; the context is the longest prompt of any eval plus its answer at its limit."""
     spec, prompts = prepared.spec, (p for e in prepared.evals for p in e.prompts())
     longest = max((len(prepared.chat.prompt_ids(p.conversation)) + p.max_new_tokens for p in prompts), default=0)
-    return memory(size, spec.optim.micro_tokens, spec.adapter.dropout, spec.evals.batch, longest)
+    schedules = prepared.schedules.values()
+    length = max((s.stops[-1].source_tokens / sum(map(len, s.steps)) for s in schedules), default=0.0)
+    return memory(size, spec.optim.micro_tokens, spec.adapter.dropout, spec.evals.batch, longest, length)
 
 
 def eval_cost(e: Eval, chat: Chat) -> EvalCost:
@@ -226,10 +256,15 @@ class Prices:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """Hours of one machine, memory and disk in GiB; dollars are None without a price."""
+    """Hours, memory and disk in GiB; dollars are None without a price.
+
+    `hours` of the run with all `workers`; those of each part are summed over workers.
+    """
 
     machine: str
     assumed: str
+    workers: int
+    hours: float
     training_hours: float
     answering_hours: float
     pairs_hours: float
@@ -247,24 +282,25 @@ class CostEstimate:
     judge_dollars: float | None
 
     @property
-    def hours(self) -> float:
-        return self.training_hours + self.answering_hours + self.pairs_hours
-
-    @property
     def memory_gib(self) -> float:
-        return (RUNTIME + self.memory.peak) / GIB
+        """Return the memory of all processes: several workers have a coordinating one, which holds the model."""
+        leading = RUNTIME + self.memory.weights if self.workers > 1 else 0.0
+        return (self.workers * (RUNTIME + self.memory.peak) + leading) / GIB
 
     def lines(self) -> Iterator[str]:
         pairs = f", drawing pairs {as_time(self.pairs_hours)} at most" if self.pairs_hours else ""
+        several = f" with {self.workers} workers" if self.workers > 1 else ""
+        together = ", over all workers" if several else ""
         yield (
-            f"estimated by formulas on {self.machine}, not measured: {as_time(self.hours)} (training "
-            f"{as_time(self.training_hours)}, answering {as_time(self.answering_hours)}{pairs})"
+            f"estimated by formulas on {self.machine}{several}, not measured: {as_time(self.hours)} (training "
+            f"{as_time(self.training_hours)}, answering {as_time(self.answering_hours)}{pairs}{together})"
         )
         yield f"  assumed: {self.assumed}; an answer takes {MEAN_ANSWER:.0%} of max_new_tokens; judge time is excluded"
         m = self.memory
+        each = "each worker: " if several else ""
         fit = {None: "", True: ": fits", False: f": DOES NOT FIT; {self.advice}"}[self.fits]
         yield (
-            f"  memory ~{self.memory_gib:.1f} GiB{fit} (weights {m.weights / GIB:.1f}, adapter and optimiser "
+            f"  memory ~{self.memory_gib:.1f} GiB{fit} ({each}weights {m.weights / GIB:.1f}, adapter and optimiser "
             f"{m.adapter / GIB:.1f}, then activations {m.activations / GIB:.1f} or keys and values {m.cache / GIB:.1f})"
         )
         yield from self.other_lines()
@@ -305,7 +341,7 @@ def estimate_cost(
     disk: float,
     references: float,
 ) -> CostEstimate:
-    """Return the estimate from FLOPs (`training`, `sweeps`) and bytes (`references`, `disk` for all else)."""
+    """Return the estimate from seconds (`training`, `sweeps`) and bytes (`references`, `disk` for all else)."""
     spec, pairs = prepared.spec, pair_cost(prepared)
     batch, hour, judge = spec.evals.batch, prices.hour, prices.judge
     answering = evaluated * sum(eval_seconds(size, e, machine, batch) for e in evals)
@@ -315,11 +351,13 @@ def estimate_cost(
     read = evaluated * sum(e.judge_tokens_in for e in evals)
     written = evaluated * sum(e.judge_tokens_out for e in evals)
     hub = 0.0 if Path(resolve(spec.model)).is_dir() else size.total * PUBLISHED / GIB
-    hours = [seconds / 3600 for seconds in (training / machine.flops, answering + sweeps / machine.flops, drawn)]
+    hours = [seconds / 3600 for seconds in (training, answering + sweeps, drawn)]
     adapters = disk / GIB
     return CostEstimate(
         machine=machine.name,
         assumed=machine.assumed,
+        workers=1,
+        hours=sum(hours),
         training_hours=hours[0],
         answering_hours=hours[1],
         pairs_hours=hours[2],

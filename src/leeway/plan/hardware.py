@@ -1,4 +1,4 @@
-"""GPUs by their data sheets, this machine's CPU, and stand-ins for a model whose files are missing.
+"""GPUs by their data sheets, this machine's CPU by timed operations, and stand-ins for a model whose files are missing.
 
 The stand-in tokenizer splits text into the pieces between which the model's own tokenizer does not merge (letters,
 digits, punctuation, spaces), cuts words after WORD letters, and writes a chat template as long as the model's own.
@@ -6,8 +6,11 @@ digits, punctuation, spaces), cuts words after WORD letters, and writes a chat t
 
 from __future__ import annotations
 
+import math
 import re
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -21,7 +24,8 @@ from leeway.model.load import load_chat, load_context, resolve
 from leeway.study.spec import Spec
 from leeway.yaml_config import nearest
 
-CPU_EFFICIENCY = 0.15  # share of the matrix-product rate that small, dispatch-bound models reach (measured)
+CPU_ERROR = 0.35  # relative error of CPU hours, from the studies in docs/study-file.md
+ROWS = 2048  # of the timed products that stand for training and prompts
 MFU, MBU = 0.35, 0.3  # assumed shares of a data sheet's peak rate and bandwidth, printed with every estimate
 
 
@@ -53,13 +57,25 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Reached rates: FLOP/s, bytes/s (None: compute-bound), bytes of memory."""
+    """Reached rates in FLOP/s and bytes/s, and bytes of memory.
+
+    `flops`: products of many rows, in training and prompts; `head`: those of the output head; `decoding`: one row a
+    response. `bandwidth`: reading weights and cached keys. `passes`: element-wise passes; inf where `flops` is an
+    overall rate.
+    """
 
     name: str
     flops: float
-    bandwidth: float | None
+    head: float
+    decoding: float
+    bandwidth: float
+    passes: float
     memory: float | None
     assumed: str
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.memory is None
 
 
 def gpu(name: str) -> Gpu:
@@ -80,26 +96,58 @@ def on_gpu(name: str, mfu: float = MFU, mbu: float = MBU) -> Machine:
         f"{g.tflops:g} TFLOP/s and {g.bandwidth_gb_s:g} GB/s by the {g.source}, of which {mfu:.0%} (--mfu) and "
         f"{mbu:.0%} (--mbu) are assumed to be reached"
     )
-    return Machine(g.name, g.tflops * 1e12 * mfu, g.bandwidth_gb_s * 1e9 * mbu, g.memory_gb * 1e9, assumed)
+    rate = g.tflops * 1e12 * mfu
+    return Machine(g.name, rate, rate, rate, g.bandwidth_gb_s * 1e9 * mbu, math.inf, g.memory_gb * 1e9, assumed)
 
 
-def this_cpu(size: int = 768) -> Machine:
-    """Return this machine's CPU: CPU_EFFICIENCY of its float32 matrix-product rate (best of five)."""
-    a = torch.randn(size, size)
+def this_cpu(hidden: int, inner: int, dtype: torch.dtype, batch: int, *, workers: int = 1, threads: int = 1) -> Machine:
+    """Time this CPU on products of a model's shape in its dtype, in as many threads at once as a run has workers.
+
+    CPU seconds are timed, so other processes hardly change a rate. The output head computes in float32.
+    """
+
+    wide, high = min(hidden, 1024), min(inner, 4096)  # rates hardly change beyond
+
+    def product(rows: int, kind: torch.dtype, weights: int = 1) -> float:
+        x, w = torch.randn(rows, wide).to(kind), [torch.randn(high, wide).to(kind) for _ in range(weights)]
+        return 2.0 * weights * rows * wide * high / _best(lambda: [torch.nn.functional.linear(x, each) for each in w])
+
+    def rates(_: int) -> tuple[float, ...]:
+        torch.set_num_threads(threads)
+        x, y, out = torch.randn(3, 2**22)
+        passes = 3 * 4.0 * len(x) / _best(lambda: torch.mul(x, y, out=out))
+        decoding = product(min(batch, ROWS), dtype, 8)  # each step reads every layer's weights anew
+        return product(ROWS, dtype), product(ROWS, torch.float32), decoding, passes
+
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(workers) as pool:
+        found = [sum(column) / workers for column in zip(*pool.map(rates, range(workers)), strict=True)]
+    torch.set_num_threads(before)
+    flops, head, decoding, passes = found
+    kind = str(dtype).removeprefix("torch.")
+    assumed = (
+        f"a worker's {flops / 1e9:.0f} GFLOP/s in {kind} ({decoding / 1e9:.0f} for {batch} rows), "
+        f"{head / 1e9:.0f} in float32 and {passes / 1e9:.0f} GB/s, timed now on products of this model's shape; "
+        f"hours are within about {CPU_ERROR:.0%}, --measure times the study's own steps"
+    )
+    return Machine("this CPU", flops, head, decoding, passes, passes, None, assumed)
+
+
+def _best(work: Callable[[], object]) -> float:
+    """Return the fewest CPU seconds of this thread in four calls, the first of which compiles kernels."""
     times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    reached = CPU_EFFICIENCY * 2 * size**3 / min(times)
-    return Machine("this CPU", reached, None, None, f"{reached / 1e9:.3g} GFLOP/s, from its matrix-product rate")
+    for _ in range(4):
+        began = time.thread_time()
+        work()
+        times.append(time.thread_time() - began)
+    return max(min(times[1:]), 1e-9)
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).lower()
 
 
-WORD = 10  # letters; longer words are several tokens. Measured: docs/objective-matters.md
+WORD = 10  # letters; longer words are several tokens. Measured: docs/claims.md
 SPECIAL = ("<|begin|>", "<|start|>", "<|end|>", "<|turn|>")
 
 

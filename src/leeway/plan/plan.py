@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+
+import torch
 
 from leeway.errors import LeewayError
+from leeway.model.forward import FUSED_ADAPTERS
+from leeway.model.fused.decoder import why_not
 from leeway.plan import cost_model, hardware
-from leeway.plan.benchmark import Measured, measured_hours, run_benchmark
-from leeway.plan.cost_model import CostEstimate, EvalCost, Prices, Shape, estimate_cost, eval_costs, training_flops
+from leeway.plan.benchmark import Measured, Timing, measured_hours, run_benchmark
+from leeway.plan.cost_model import CostEstimate, EvalCost, Prices, Shape, estimate_cost, eval_costs
 from leeway.plan.hardware import Machine, PlannedModel, planned_model
 from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, reference_work, trajectory
-from leeway.study.jobs import Job, eval_targets, jobs_of
+from leeway.study.jobs import eval_targets, jobs_of
 from leeway.study.prepare import Prepared, chat_for, prepare, target_layers
 from leeway.study.spec import Spec
 
@@ -91,34 +95,43 @@ def plan(
 
     `measure` loads the weights and times some steps and responses on this machine in `workers` processes.
     """
+    from leeway.study.executors.local import workers_for
+
     model = planned_model(spec)
     prepared = prepare(spec, model=model)
-    on = machine or hardware.this_cpu()
-    size = _shape(spec, model, on)
-    jobs = jobs_of(prepared)
+    size, jobs = _shape(spec, model, cpu=machine is None), jobs_of(prepared)
+    processes = 1 if machine else workers_for(spec, len(jobs), workers)
+    on = machine or _this_cpu(spec, size, processes)
     trajectories = tuple(trajectory(prepared, p) for p in jobs if p.kind in ("tune", "train"))
     checkpoints = sum(len(p.budgets) for p in jobs if p.kind == "train")
     evaluated, answers = sum(len(eval_targets(prepared, p)) for p in jobs), sum(len(e) for e in prepared.evals)
     sweep_tokens = _sweep_tokens(prepared)
     evals, unpriced = eval_costs(prepared)
-    references, live = reference_work(prepared, size.hidden, size.bytes), spec.reference == "live"
+    references = reference_work(prepared, size.hidden, size.bytes)
+    training = [_training_seconds(prepared, size, on, t) for t in trajectories]
     cost = estimate_cost(
         prepared,
         size,
         on,
         prices,
-        training=sum(
-            t.runs * training_flops(size, t.processed_tokens, t.target_tokens, t.reference_tokens if live else 0)
-            for t in trajectories
-        )
-        + cost_model.reference_flops(size, references.tokens, references.measured),
-        sweeps=sweep_tokens * 2.0 * (size.body + size.head),
+        training=sum(t.runs * seconds for t, seconds in zip(trajectories, training, strict=True))
+        + cost_model.forward_seconds(size, on, references.tokens, references.measured),
+        sweeps=sweep_tokens * 2.0 * (size.body + size.head) / on.decoding,
         evals=evals,
         evaluated=evaluated,
         disk=checkpoints * size.trained * cost_model.FLOAT32 + evaluated * answers * cost_model.ROW_BYTES,
         references=references.bytes,
     )
-    measured = _measured(prepared, jobs, trajectories, workers) if measure else None
+    if processes > 1:
+        by_name = {t.objective: s / t.processed_tokens for t, s in zip(trajectories, training, strict=True)}
+        each = cost_model.forward_seconds(size, on, references.tokens, references.measured)
+        answering = {e.name: cost_model.eval_seconds(size, e, on, spec.evals.batch) for e in evals}
+        timing = Timing(by_name, each / max(1, references.tokens), answering)
+        hours = measured_hours(prepared, jobs, trajectories, timing, processes).hours + cost.pairs_hours
+        cost = replace(cost, workers=processes, hours=hours)
+    measured = None
+    if measure:
+        measured = measured_hours(prepared, jobs, trajectories, run_benchmark(spec, processes), processes)
     return Plan(
         name=spec.name,
         parameters=size.total,
@@ -141,19 +154,26 @@ def plan(
     )
 
 
+def _training_seconds(prepared: Prepared, size: Shape, on: Machine, t: TrajectoryPlan) -> float:
+    """Return the seconds of one run of a trajectory, with its reference if that is live."""
+    seconds = cost_model.training_seconds(
+        size,
+        on,
+        t.distinct_tokens if size.fused else t.processed_tokens,
+        t.target_tokens,
+        steps=t.steps,
+        dropout=prepared.spec.adapter.dropout,
+        divergence=prepared.objectives[t.objective].needs_reference == "distribution",
+    )
+    if prepared.spec.reference == "live" and t.reference_tokens:
+        seconds += cost_model.forward_seconds(size, on, t.reference_tokens, t.target_tokens)
+    return seconds
+
+
 def memory_of_a_worker(prepared: Prepared) -> int:
     """Return the estimated bytes of main memory of a CPU worker, for scheduling."""
-    size = _shape(prepared.spec, planned_model(prepared.spec), hardware.this_cpu())
+    size = _shape(prepared.spec, planned_model(prepared.spec), cpu=True)
     return int(cost_model.RUNTIME + cost_model.memory_needed(prepared, size).peak)
-
-
-def _measured(
-    prepared: Prepared, jobs: list[Job], trajectories: tuple[TrajectoryPlan, ...], workers: int | None
-) -> Measured:
-    from leeway.study.executors.local import workers_for
-
-    processes = workers_for(prepared.spec, len(jobs), workers)
-    return measured_hours(prepared, jobs, trajectories, run_benchmark(prepared.spec, processes), processes)
 
 
 def machine_and_prices(
@@ -189,13 +209,26 @@ def _eval_line(e: EvalCost, about: str) -> str:
     return line + (f"; {e.judge_calls:,} calls of {e.judge}" if e.judge_calls else "")
 
 
-def _shape(spec: Spec, model: PlannedModel, machine: Machine) -> Shape:
-    """Return the model's sizes with the dtype it would have on that machine."""
+def _shape(spec: Spec, model: PlannedModel, *, cpu: bool) -> Shape:
+    """Return the model's sizes with the dtype and layout it would have there."""
     lm = hardware.meta_model(model.config)
     full = spec.adapter.kind == "full"
-    on_gpu = machine.memory is not None
-    wide = 4 if spec.weight_dtype == "float32" or (spec.weight_dtype == "auto" and not on_gpu) else 2
-    return cost_model.shape(lm, [] if full else target_layers(spec, lm), spec.adapter.r, full=full, width=wide)
+    wide = 4 if spec.weight_dtype == "float32" or (spec.weight_dtype == "auto" and cpu) else 2
+    supported = cpu and spec.adapter.kind in FUSED_ADAPTERS and not why_not(lm)
+    return cost_model.shape(
+        lm,
+        [] if full else target_layers(spec, lm),
+        spec.adapter.r,
+        full=full,
+        width=wide,
+        fused=supported and spec.optim.layout in ("auto", "fused"),
+    )
+
+
+def _this_cpu(spec: Spec, size: Shape, workers: int) -> Machine:
+    dtype = torch.float32 if size.bytes == 4 else torch.bfloat16
+    shape = (size.hidden, size.inner, dtype, spec.evals.batch)
+    return hardware.this_cpu(*shape, workers=workers, threads=spec.threads)
 
 
 def _undrawn(prepared: Prepared) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from leeway.data.chat import Sequence
 from leeway.data.stream import Schedule
+from leeway.model.packing import PrefixTree
 from leeway.model.reference import key
 from leeway.objectives.objective import Plain
 from leeway.study.jobs import Job, jobs_of, schedule_of
@@ -119,7 +120,10 @@ def _distinct(example: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
 
 @dataclass(frozen=True)
 class TrajectoryPlan:
-    """One training run, or `runs` of this size in a learning-rate sweep. Token counts are exact."""
+    """One training run, or `runs` of this size in a learning-rate sweep. Token counts are exact.
+
+    `distinct_tokens`: those processed, with a shared beginning of an example's sequences once.
+    """
 
     objective: str
     purpose: str
@@ -130,6 +134,7 @@ class TrajectoryPlan:
     source_tokens: int
     target_tokens: int
     processed_tokens: int
+    distinct_tokens: int
     reference_tokens: int
 
 
@@ -140,7 +145,7 @@ def trajectory(prepared: Prepared, job: Job) -> TrajectoryPlan:
         schedule, runs = prepared.tuning.schedules[job.alias], len(prepared.spec.optim.tune.lrs)
     else:
         schedule, runs = schedule_of(prepared, job), 1
-    targets, processed = _rendered_tokens(renderer, schedule)
+    targets, processed, distinct = _rendered_tokens(renderer, schedule)
     reference = 0 if renderer.objective.needs_reference == "nothing" else processed  # as the ledger counts them
     if reference and prepared.spec.reference == "cached":  # each sequence once
         reference = reference_tokens(batches_of(prepared, renderer, schedule))
@@ -154,23 +159,25 @@ def trajectory(prepared: Prepared, job: Job) -> TrajectoryPlan:
         source_tokens=schedule.stops[-1].source_tokens,
         target_tokens=targets,
         processed_tokens=processed,
+        distinct_tokens=distinct,
         reference_tokens=reference,
     )
 
 
-def _rendered_tokens(renderer: Renderer, schedule: Schedule) -> tuple[int, int]:
-    """Return (target tokens, processed tokens); examples that render the same in every epoch are rendered once."""
+def _rendered_tokens(renderer: Renderer, schedule: Schedule) -> tuple[int, int, int]:
+    """Return (target, processed, distinct tokens); examples that render the same in every epoch are rendered once."""
     objective: Any = renderer.objective
     same_every_epoch = not objective.auxiliary and type(objective).worst_case is Plain.worst_case  # nothing is drawn
-    known: dict[str, tuple[int, int]] = {}
-    targets = processed = 0
+    known: dict[str, tuple[int, int, int]] = {}
+    total = (0, 0, 0)
     for slot in (s for step in schedule.steps for s in step):
         found = known.get(slot.example.id)
         if found is None:
-            rendered = renderer.rendered(slot)
-            lengths = [len(s.ids) for s in (*rendered, *renderer.baseline(slot))]
-            found = sum(s.targets for s in rendered), sum(lengths)
+            rendered, baseline = renderer.rendered(slot), renderer.baseline(slot)
+            alone = sum(len(s.ids) for s in baseline)
+            distinct = len(PrefixTree.of(rendered).ids)
+            found = sum(s.targets for s in rendered), sum(len(s.ids) for s in rendered) + alone, distinct + alone
             if same_every_epoch:
                 known[slot.example.id] = found
-        targets, processed = targets + found[0], processed + found[1]
-    return targets, processed
+        total = (total[0] + found[0], total[1] + found[1], total[2] + found[2])
+    return total
