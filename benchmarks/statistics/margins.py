@@ -26,9 +26,9 @@ CAREFUL = {
     Setting(100, 0.001, 0.05, attacks=1): FEW,
     Setting(300, 0.005, 0.02, attacks=1): FEW,
     Setting(50, 0.02, 0.06, attacks=1): FEW,
-    Setting(120, 0.2, 0.25, "persona"): "the half prompt with the largest move weighs more where moves are small",
+    Setting(120, 0.2, 0.25, "persona"): "the worst possible move weighs more where moves are small",
 }
-TOST, COVERED = 2, 3
+COVERED = 3
 STILL = Alike(
     prompt=0.998, attack=0.0, trained=0.001
 )  # the checkpoint answers as the base does, but for the few that moved
@@ -46,10 +46,8 @@ def at_margin(studies: int) -> Iterator[Finding]:
         )
     ):
         for setting, of_setting in shares.items():
-            why = CAREFUL.get(setting, "")
-            low, high = COVER_90 if k == COVERED else SIZE
-            band = (low, high) if not why and k != TOST else (low, 1.0) if k == COVERED else (0.0, high)
-            yield Finding(about, str(setting), of_setting[k], studies, band, why)
+            band = (COVER_90[0], 1.0) if k == COVERED else (0.0, SIZE[1])
+            yield Finding(about, str(setting), of_setting[k], studies, band, CAREFUL.get(setting, ""))
 
 
 def earned(studies: int) -> Iterator[Finding]:

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from scipy.stats import beta
+from scipy.stats import beta, expon, gamma
 from stats_table import PLAIN, answers, attacked, rows
 
 from leeway import stats
-from leeway.stats.cluster_tests import bound_draws, few_discordant, zero_discordant_bound
+from leeway.stats.cluster_tests import _whole_prompt, bound_draws, few_discordant
 
 NAN = float("nan")
 
@@ -33,7 +33,31 @@ def test_bounds_on_zeros_and_ones_are_clopper_pearsons():
     found = bound_draws(pulls, np.full((60, 4), 1 / 60), resamples=40_000, seed=0)
     theirs = [beta.ppf(0.95, k + 1, 60 - k) for k in range(4)]
     assert found.high() == pytest.approx(theirs, rel=0.02)
-    assert zero_discordant_bound(60, 0.05) == pytest.approx(theirs[0])
+
+
+def test_pseudo_prompt_shrinks_by_the_variance_of_what_is_no_full_move():
+    """4 of 20 prompts moved by ½: ν = 4 · (½ · ½)² = ¼, so e has exp(−5/4) = 28.7% of a whole prompt."""
+    moves = np.zeros((20, 3))
+    moves[:4, 0], moves[:8, 1], moves[:, 2] = 0.5, 1.0, 0.05
+    weights = np.full((20, 3), 1 / 20)
+    assert _whole_prompt(moves / 20, weights) == pytest.approx([0.2865, 1.0, 1.0], abs=1e-4)
+    high = bound_draws(moves / 20, weights, resamples=40_000, seed=0).high()
+    rng = np.random.default_rng(1)  # the definition, with draws of its own: U = (½ Γ(4) + e)/(Γ(20) + e)
+    moved, others, u = rng.gamma(4, size=100_000), rng.gamma(16, size=100_000), rng.random(100_000)
+    e = 0.2865 * expon.ppf(u) + 0.7135 * gamma.ppf(u, 0.5)
+    assert high[0] == pytest.approx(np.quantile((moved / 2 + e) / (moved + others + e), 0.95), rel=0.02)
+    assert high[1] == pytest.approx(beta.ppf(0.95, 9, 12), rel=0.02)  # 8 of 20 full moves: Clopper–Pearson
+    assert high[2] == pytest.approx(0.05 + 0.95 * (1 - 0.05 ** (1 / 20)), rel=0.02)  # all equal: 0 of 20, from 0.05
+
+
+def test_a_rare_full_move_may_be_absent_from_the_sample():
+    """50 prompts, 5% of them change fully, the others by noise: none is in the sample in 7.7% of studies."""
+    rng = np.random.default_rng(8)
+    moves = np.where(rng.random((50, 800)) < 0.05, 1.0, rng.normal(0.0, 0.02, (50, 800)))
+    weights = np.full_like(moves, 1 / 50)
+    passed = bound_draws(moves * weights, weights, resamples=999, seed=0).p_below(np.full(800, 0.05)) <= 0.05
+    assert ((moves < 0.5).all(axis=0)).mean() > 0.06
+    assert passed.mean() <= 0.05
 
 
 def test_one_prompt_that_moved_never_narrows_the_bound():

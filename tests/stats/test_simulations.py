@@ -65,7 +65,7 @@ def test_tests_on_the_margin(setting: Setting):
 
 
 def test_signs_alone_would_fail_at_a_margin():
-    """Why `stats.bounds` exists: where few prompts moved, flipping signs at a margin passes far too many."""
+    """Why `bound_draws` exists: where few prompts moved, flipping signs at a margin passes far too many."""
     setting = Setting(300, 0.005, 0.02, attacks=1)
     rng = np.random.default_rng(0)
     rejected = []

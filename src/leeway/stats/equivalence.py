@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy.stats import beta, norm, t
+from scipy.stats import beta, binom
 
 from leeway.stats import intervals, metrics
 from leeway.stats.anytime import Anytime, common_prefix, is_sequential, rate_test
@@ -195,10 +195,9 @@ def rate_bounds(
     """Return one-sided tests of each checkpoint's rate against its measure's bound; training seeds are pooled.
 
     `p` is small if the rate is shown to be on the good side of its bound, `p_worse` if it is shown to be on the bad
-    one; `limit` is the one-sided limit that inverts the first test. Binary scores: the exact binomial test and Clopper
-    & Pearson's limit on the effective number of trials (`intervals.effective_n`), reduced by (z/t)² for an error
-    estimated from few prompts (Korn & Graubard 1998, Surv. Methodol. 24:193). Scores between 0 and 1: the bound of
-    `stats.cluster_tests`, valid for few prompts too. Withheld with too many unscored responses, or one prompt.
+    one; `limit` is the one-sided limit that inverts the first test. One binary answer per prompt: the exact binomial
+    test and Clopper & Pearson's limit. Otherwise the bound of `stats.cluster_tests` on the means of prompts, with 0 and
+    1 as the worst possible ones, valid for few prompts too. Withheld with too many unscored responses, or one prompt.
     """
     table = common_prefix(analysis_table(rows, conditions), POOLED_CHECKPOINT)
     lines: list[dict[str, object]] = []
@@ -228,24 +227,19 @@ def rate_bounds(
 
 
 def _test_rate(x: Floats, strata: Ints, clusters: Ints, bound: float, worse: WorseDirection, level: float) -> Tested:
-    count, share = int(clusters.max()) + 1, stratum_shares(strata)
-    rate = float(share @ x)
-    if intervals.is_binary(x):
-        trials = intervals.effective_n(x, strata, clusters)
-        if len(x) != count:
-            trials = max(1.0, trials * (norm.ppf(1 - level) / t.ppf(1 - level, count - 1)) ** 2)
-        below, above = _binomial_tails(rate * trials, trials, bound)
-        low, high = _clopper_pearson(rate * trials, trials, level)
-        se = float(np.sqrt(max(rate * (1 - rate), 0.0) / trials))
-    else:
-        se = float(np.sqrt(intervals.cluster_variance(x, strata, clusters)))
-        scaled = share * (2 * x - 1)  # from [0, 1] to [−1, 1]
-        sums_C1, weights_C1 = (np.bincount(clusters, weights=w)[:, None].astype(np.float64) for w in (scaled, share))
-        drawn = bound_draws(sums_C1, weights_C1, resamples=RESAMPLES, seed=0)
-        at = np.array([2 * bound - 1])
-        below, above = float(drawn.p_below(at)[0]), float(drawn.p_above(at)[0])
-        low, high = (float(end[0] + 1) / 2 for end in (drawn.low(level), drawn.high(level)))
-    return _directed_test(rate, se, (below, above), (low, high), worse)
+    share, count = stratum_shares(strata), int(clusters.max()) + 1
+    rate, se = float(share @ x), float(np.sqrt(intervals.cluster_variance(x, strata, clusters)))
+    if intervals.is_binary(x) and len(x) == count:
+        k = round(rate * count)
+        p = float(binom.cdf(k, count, bound)), float(binom.sf(k - 1, count, bound))
+        low = float(beta.ppf(level, k, count - k + 1)) if k else 0.0
+        high = float(beta.ppf(1 - level, k + 1, count - k)) if k < count else 1.0
+        return _directed_test(rate, se, p, (low, high), worse)
+    sums_C1, weights_C1 = (np.bincount(clusters, weights=w)[:, None].astype(np.float64) for w in (share * x, share))
+    drawn = bound_draws(sums_C1, weights_C1, resamples=RESAMPLES, seed=0, support=(0.0, 1.0))
+    at = np.array([bound])
+    p = float(drawn.p_below(at)[0]), float(drawn.p_above(at)[0])
+    return _directed_test(rate, se, p, (float(drawn.low(level)[0]), float(drawn.high(level)[0])), worse)
 
 
 def _test_anytime(test: Anytime, bound: float, worse: WorseDirection, level: float) -> Tested:
@@ -262,18 +256,3 @@ def _directed_test(
     """Assign p-values (below, above the bound) and limits (low, high) to the good and the bad side."""
     good, bad = p if worse == "higher" else (p[1], p[0])
     return {"rate": rate, "limit": limits[worse == "higher"], "se": se, "p": good, "p_worse": bad}
-
-
-def _binomial_tails(k: float, n: float, bound: float) -> tuple[float, float]:
-    """Return P(X ≤ k) and P(X ≥ k) for n trials at the bound; k and n need not be integers."""
-    return (
-        float(beta.sf(bound, k + 1, n - k)) if k < n else 1.0,
-        float(beta.cdf(bound, k, n - k + 1)) if k > 0 else 1.0,
-    )
-
-
-def _clopper_pearson(k: float, n: float, level: float) -> tuple[float, float]:
-    """Return both one-sided limits (Clopper & Pearson 1934)."""
-    low = float(beta.ppf(level, k, n - k + 1)) if k > 0 else 0.0
-    high = float(beta.ppf(1 - level, k + 1, n - k)) if k < n else 1.0
-    return low, high
