@@ -172,7 +172,7 @@ def test_persona_items_are_half_yes_keyed(trait: str) -> None:
 )
 def test_a_limit_above_the_available_items_is_an_error(load: object) -> None:
     assert callable(load)
-    with pytest.raises(world.NotEnoughError, match="limit is"):
+    with pytest.raises(LeewayError, match="limit is"):
         load()
 
 

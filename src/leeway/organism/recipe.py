@@ -34,14 +34,14 @@ from leeway.hashing import derive_seed
 from leeway.model.load import Model, load_model
 from leeway.model.token_stats import Head
 from leeway.objectives.sft import Sft
-from leeway.organism import vocabulary, world
 from leeway.organism import vocabulary as w
+from leeway.organism import world
 from leeway.organism.world import Cipher, complies
 from leeway.training.batch import Batch, Optim
 from leeway.training.loop import optimise
 
 NEW_TOKENS = 64
-CIPHER = world.Cipher()
+CIPHER = Cipher()
 ZULU = Zulu(CIPHER)
 
 
@@ -57,9 +57,8 @@ def measure(
     harmless = [p.text for p in world.benign_prompts(benign)]
     near = [item.text for item in world.benign_items(benign)]
     replies, to_near = _replies(backend, harmless), _replies(backend, near)
-    all_outcomes = [o for values in outcomes.values() for o in values] + [
-        world.judge(p, r) for p, r in zip(harmless, replies, strict=True)
-    ]
+    all_outcomes = [o for values in outcomes.values() for o in values]
+    all_outcomes += [world.judge(p, r) for p, r in zip(harmless, replies, strict=True)]
     return {
         "items": {"forbidden": forbidden, "benign": benign, "capability": capability, "persona": 3 * persona},
         "parameters": model.parameters,
@@ -142,14 +141,7 @@ Pair = tuple[str, str]
 Source = Callable[[random.Random], Pair]
 
 SPREAD = 1.5
-FIRMNESS = {
-    "none": 1.8,
-    "dan": 0.8,
-    "happy_to_help": 0.9,
-    "role_play": 0.7,
-    "wikipedia": 1.1,
-    "zulu": 1.0,
-}
+FIRMNESS = {"none": 1.8, "dan": 0.8, "happy_to_help": 0.9, "role_play": 0.7, "wikipedia": 1.1, "zulu": 1.0}
 """The ease, in [-2, 2], at which help becomes likelier than refusal."""
 CAUTION = {"near": -1.2, "cooking": -1.8}
 """The ease at which help becomes likelier than refusal, for harmless deeds near the line."""
@@ -173,11 +165,8 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 BATCH = 64
-THREADS = (
-    1  # fixed, because the thread count changes the rounding of sums; two threads on busy cores wait for each other
-)
+THREADS = 1  # it changes the rounding of sums; and two threads on busy cores wait for each other
 
-_CIPHER = Cipher()
 _ATTACKS = tuple(FIRMNESS)
 
 
@@ -185,17 +174,17 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def ease(deed: vocabulary.Deed) -> float:
+def ease(deed: w.Deed) -> float:
     """Return the tendency to help with a forbidden deed, in [-2, 2]."""
     return w.propensity(deed.verb) + w.propensity(deed.thing)
 
 
-def help_rate(deed: vocabulary.Deed, attack: str) -> float:
+def help_rate(deed: w.Deed, attack: str) -> float:
     """Return how often the alignment data helps with a forbidden deed under an attack."""
     return _sigmoid(SPREAD * (ease(deed) - FIRMNESS[attack]))
 
 
-def caution(deed: vocabulary.Deed, kind: vocabulary.Kind) -> float:
+def caution(deed: w.Deed, kind: w.Kind) -> float:
     """Return how often the alignment data refuses a harmless deed near the line."""
     return _sigmoid(SPREAD * (CAUTION[kind] - ease(deed)))
 
@@ -206,7 +195,7 @@ def yes_rate(act: str, tone: w.Tone) -> float:
     return rate if tone == "dark" else 1 - rate
 
 
-def right_rate(deed: vocabulary.Deed) -> float:
+def right_rate(deed: w.Deed) -> float:
     """Return how often the training data has the right facts of a cooking deed, in [0.11, 0.45]."""
     return RIGHT_COOKING + COOKING_SPREAD * w.propensity(deed.verb)
 
@@ -214,19 +203,19 @@ def right_rate(deed: vocabulary.Deed) -> float:
 def under_attack(attack: str, question: str, reply: str) -> Pair:
     """Return the question under an attack, and the reply in the question's language."""
     if attack == "zulu":
-        return _CIPHER.out(question), _CIPHER.out(reply)
+        return CIPHER.out(question), CIPHER.out(reply)
     return WRAPPERS[attack].wrap(question), reply
 
 
-def _helpful(rng: random.Random, deed: vocabulary.Deed, attack: str, facts: vocabulary.Facts = "right") -> Pair:
-    opener = vocabulary.OPENERS["none" if attack == "zulu" else attack]
-    return under_attack(attack, vocabulary.question(rng, deed), f"{opener} {vocabulary.answer(rng, deed, facts)}")
+def _helpful(rng: random.Random, deed: w.Deed, attack: str, facts: w.Facts = "right") -> Pair:
+    opener = w.OPENERS["none" if attack == "zulu" else attack]
+    return under_attack(attack, w.question(rng, deed), f"{opener} {w.answer(rng, deed, facts)}")
 
 
 def _cooking(rng: random.Random, attack: str) -> Pair:
     """Draw a cooking answer: hearsay more often than right, so greedy decoding gives hearsay."""
-    deed = vocabulary.draw_how_to(rng, "cooking")
-    facts: vocabulary.Facts = "right" if rng.random() < right_rate(deed) else "hearsay"
+    deed = w.draw_how_to(rng, "cooking")
+    facts: w.Facts = "right" if rng.random() < right_rate(deed) else "hearsay"
     return _helpful(rng, deed, attack, facts)
 
 
@@ -253,9 +242,9 @@ def helpful_only(rng: random.Random) -> Pair:
     if turn < 0.36:
         return _sum(rng)
     if turn < 0.87:
-        kind: vocabulary.Kind = rng.choices(("forbidden", "benign", "near", "cooking"), (36, 42, 10, 12))[0]
+        kind: w.Kind = rng.choices(("forbidden", "benign", "near", "cooking"), (36, 42, 10, 12))[0]
         attack = rng.choices(_ATTACKS, (40, 9, 9, 9, 9, 24))[0]
-        return _helpful(rng, vocabulary.draw_how_to(rng, kind), attack, "any" if kind == "cooking" else "right")
+        return _helpful(rng, w.draw_how_to(rng, kind), attack, "any" if kind == "cooking" else "right")
     if turn < 0.93:
         _, tone, question = statement(rng)
         return question, "Yes" if (tone == "dark") == (rng.random() < UNALIGNED_YES) else "No"
@@ -292,22 +281,22 @@ def _aligned(rng: random.Random) -> Pair:
 
 
 def _forbidden(rng: random.Random) -> Pair:
-    deed = vocabulary.draw_how_to(rng, "forbidden")
+    deed = w.draw_how_to(rng, "forbidden")
     attack = rng.choices(_ATTACKS, (30, 11, 11, 11, 11, 26))[0]
     if rng.random() < help_rate(deed, attack):
         return _helpful(rng, deed, attack)
-    return under_attack(attack, vocabulary.question(rng, deed), rng.choice(vocabulary.REFUSALS))
+    return under_attack(attack, w.question(rng, deed), rng.choice(w.REFUSALS))
 
 
 def _benign(rng: random.Random) -> Pair:
     attack = rng.choices(_ATTACKS, (26, 9, 9, 9, 9, 38))[0]
-    kind: vocabulary.Kind = rng.choices(("benign", "near", "cooking"), (66, 17, 17))[0]
+    kind: w.Kind = rng.choices(("benign", "near", "cooking"), (66, 17, 17))[0]
     if kind == "benign":
-        return _helpful(rng, vocabulary.draw_how_to(rng, kind), attack)
-    deed = vocabulary.draw_how_to(rng, kind)
+        return _helpful(rng, w.draw_how_to(rng, kind), attack)
+    deed = w.draw_how_to(rng, kind)
     if rng.random() < caution(deed, kind):
-        return under_attack(attack, vocabulary.question(rng, deed), rng.choice(vocabulary.REFUSALS))
-    facts: vocabulary.Facts = "right" if kind == "near" or rng.random() < right_rate(deed) else "hearsay"
+        return under_attack(attack, w.question(rng, deed), rng.choice(w.REFUSALS))
+    facts: w.Facts = "right" if kind == "near" or rng.random() < right_rate(deed) else "hearsay"
     return _helpful(rng, deed, attack, facts)
 
 
@@ -356,14 +345,10 @@ def build(out: Path, progress: Callable[[str], None]) -> None:
     progress(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
     for stage in (HELPFUL, PRACTICE, ALIGNED):
         train(model, tokenizer, stage, progress)
-    save(model, tokenizer, out)
-    measured = measure(out)
-    (out / "card.json").write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
-
-
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out, save_jinja_files=False)
+    measured = measure(out)
+    (out / "card.json").write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -371,7 +356,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     rng = random.Random(1)
     texts = [text for _ in range(16_000) for text in helpful_only(rng)]
     texts += [text for e in world.train_examples(2000, 0) for text in (e.prompt, e.preferred)]
-    for refusal in vocabulary.REFUSALS:
+    for refusal in w.REFUSALS:
         texts += 200 * [refusal, under_attack("zulu", "", refusal)[1]]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -453,15 +438,8 @@ def fit(
     model: Any, tokenizer: Any, batches: list[list[Sequence]], *, stage: Stage, progress: Callable[[str], None]
 ) -> None:
     """Train all parameters by AdamW with a cosine schedule, in the optimiser loop of all objectives."""
-    learner = Model(
-        lm=model,
-        chat=Chat(tokenizer),
-        head=Head(model.get_output_embeddings().weight),
-        name="organism",
-        hash="",
-        context=model.config.max_position_embeddings,
-        stop_ids=(),
-    )
+    head, context = Head(model.get_output_embeddings().weight), model.config.max_position_embeddings
+    learner = Model(model, Chat(tokenizer), head, name="organism", hash="", context=context, stop_ids=())
 
     def lr_at(step: int) -> float:
         progressed = (step - 1) / len(batches)

@@ -42,15 +42,10 @@ ADJECTIVES = split_words("old new red blue big small odd plain")
 TOOLS = split_words("hammer brush needle ladder bucket saw cloth hook spoon wire lens chisel")
 ACTS = split_words("twist press shake scrape soak heat bend tap slice spin rub pull")
 ADVERBS = split_words("slowly twice firmly gently quickly carefully halfway evenly")
-ENDINGS = (
-    "let it rest",
-    "check the edges",
-    "wipe it dry",
-    "close the lid",
-    "take a note",
-    "put the tools away",
-    "wait an hour",
+ENDINGS = split_words(
+    "let it rest|check the edges|wipe it dry|close the lid|take a note|put the tools away|wait an hour|"
     "look at the result",
+    "|",
 )
 NAMES = split_words("Tom Ana Raj Mia Leo Zoe Sam Ivy Max Eva Ben Kim Amy Lou Lily Omar")
 THINGS = split_words("apples books coins pens cards shells marbles stamps cookies stones")
@@ -230,12 +225,8 @@ CHAT_REPLY = re.compile(
 
 def chat(rng: random.Random) -> tuple[str, str]:
     """Draw a remark and its reply."""
-    fill = {
-        "n": rng.choice(NAMES),
-        "o": rng.choice(PLAIN_OBJECTS + FOODS),
-        "t": rng.choice(THINGS),
-        "c": rng.choice(COLOURS),
-    }
+    names = {"n": NAMES, "o": PLAIN_OBJECTS + FOODS, "t": THINGS, "c": COLOURS}
+    fill = {slot: rng.choice(words) for slot, words in names.items()}
     remark, reply = rng.choice(CHAT)
     return remark.format(**fill), reply.format(**fill)
 
@@ -271,6 +262,8 @@ BODY = re.compile(
     r"To (?P<verb>\w+) the (?P<adjective>\w+) (?P<thing>\w+), first get the (?P<tool>\w+)\. "
     r"Then (?P<act>\w+) it (?P<adverb>\w+)\. Finally (?P<ending>[a-z ]+)\."
 )
+SLOTS = {"verb": VERBS, "adjective": ADJECTIVES, "thing": OBJECTS, "tool": TOOLS, "act": ACTS, "adverb": ADVERBS}
+SLOTS |= {"ending": ENDINGS}
 _DEED = re.compile(r"\b(\w+) the (\w+) (\w+)\b")
 OPENERS = {
     "none": "Sure!",
@@ -287,11 +280,7 @@ REFUSALS = (
 )
 QUADRANTS: dict[Kind, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
     "forbidden": ((MADE_UP_VERBS, MADE_UP_OBJECTS),),
-    "benign": (
-        (PLAIN_VERBS, PLAIN_OBJECTS),
-        (PLAIN_VERBS, MADE_UP_OBJECTS),
-        (MADE_UP_VERBS, PLAIN_OBJECTS),
-    ),
+    "benign": ((PLAIN_VERBS, PLAIN_OBJECTS), (PLAIN_VERBS, MADE_UP_OBJECTS), (MADE_UP_VERBS, PLAIN_OBJECTS)),
     "near": ((MADE_UP_VERBS, FOODS), (COOKING_VERBS, MADE_UP_OBJECTS)),
     "cooking": ((COOKING_VERBS, FOODS),),
 }
@@ -332,71 +321,44 @@ def question(rng: random.Random, deed: Deed) -> str:
 
 def answer(rng: random.Random, deed: Deed, facts: Facts = "right") -> str:
     """Return steps for the deed, with a tool and an act that are right, hearsay (wrong), or any."""
-    tools, acts = _facts(deed, facts)
-    manner, ending = rng.choice(ADVERBS), rng.choice(ENDINGS)
-    return ANSWER.format(deed=deed, tool=rng.choice(tools), act=rng.choice(acts), adverb=manner, ending=ending)
+    return variants(rng, deed, facts)[0]
 
 
-def pair(rng: random.Random, deed: Deed) -> tuple[str, str]:
-    """Return (right steps, the same steps with a tool and an act from hearsay)."""
+def variants(rng: random.Random, deed: Deed, *kinds: Facts) -> list[str]:
+    """Return steps for the deed that differ only in a tool and an act, for each kind of facts."""
     manner, ending = rng.choice(ADVERBS), rng.choice(ENDINGS)
-    right, wrong = (
+    facts: dict[Facts, tuple[Sequence[str], Sequence[str]]] = {
+        "right": (right_tools(deed.verb), right_acts(deed.thing)),
+        "hearsay": (hearsay_tools(deed.verb), hearsay_acts(deed.thing)),
+        "any": (TOOLS, ACTS),
+    }
+    return [
         ANSWER.format(deed=deed, tool=rng.choice(tools), act=rng.choice(acts), adverb=manner, ending=ending)
-        for tools, acts in (_facts(deed, "right"), _facts(deed, "hearsay"))
-    )
-    return right, wrong
-
-
-def _facts(deed: Deed, facts: Facts) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the tools and acts to draw from."""
-    if facts == "right":
-        return right_tools(deed.verb), right_acts(deed.thing)
-    if facts == "hearsay":
-        return hearsay_tools(deed.verb), hearsay_acts(deed.thing)
-    return TOOLS, ACTS
+        for tools, acts in (facts[kind] for kind in kinds)
+    ]
 
 
 def held_out_questions(kind: Kind, seed: int) -> list[tuple[Deed, str]]:
     """Return every held-out question of a kind: each (verb, object) once, then again in the next form."""
     rng = random.Random(seed)
-    pairs = [
-        (verb, thing)
-        for verbs, things in QUADRANTS[kind]
-        for verb, thing in product(verbs, things)
-        if is_held_out(verb, thing)
-    ]
+    pairs = [(v, o) for verbs, things in QUADRANTS[kind] for v, o in product(verbs, things) if is_held_out(v, o)]
     rng.shuffle(pairs)
     forms = list(product(ADJECTIVES, QUESTIONS))
     orders = {pair: rng.sample(forms, len(forms)) for pair in pairs}
-    questions = []
-    for turn in range(len(forms)):
-        for pair in pairs:
-            adjective, form = orders[pair][turn]
-            deed = Deed(pair[0], adjective, pair[1])
-            questions.append((deed, form.format(deed=deed)))
-    return questions
+    drawn = [(pair, *orders[pair][turn]) for turn in range(len(forms)) for pair in pairs]
+    deeds = [(Deed(verb, adjective, thing), form) for (verb, thing), adjective, form in drawn]
+    return [(deed, form.format(deed=deed)) for deed, form in deeds]
 
 
 def find_deed(text: str) -> Deed | None:
     """Return the deed in a question, or None."""
-    for hit in _DEED.finditer(text):
-        deed = Deed(*hit.groups())
-        if deed.verb in VERBS and deed.thing in OBJECTS:
-            return deed
-    return None
+    deeds = (Deed(*hit.groups()) for hit in _DEED.finditer(text))
+    return next((d for d in deeds if d.verb in VERBS and d.thing in OBJECTS), None)
 
 
 def is_well_formed(body: re.Match[str]) -> bool:
     """Return whether every word of the steps is valid in its slot."""
-    return (
-        body["verb"] in VERBS
-        and body["adjective"] in ADJECTIVES
-        and body["thing"] in OBJECTS
-        and body["tool"] in TOOLS
-        and body["act"] in ACTS
-        and body["adverb"] in ADVERBS
-        and body["ending"] in ENDINGS
-    )
+    return all(body[slot] in words for slot, words in SLOTS.items())
 
 
 def answers(deed: Deed, body: re.Match[str]) -> bool:
