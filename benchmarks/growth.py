@@ -56,7 +56,7 @@ def study(kind: str, budgets: str, seed: int = 0, limit: int | None = None) -> W
 
 def trajectory(work: Worker, kept: Path | None = None) -> Trajectory:
     (at,) = work.prepared.schedules
-    return work.trajectories.trial(*at, work.prepared.schedules[at], None if kept is None else ReferenceCache(kept))
+    return work.trial(*at, work.prepared.schedules[at], None if kept is None else ReferenceCache(kept))
 
 
 def train(t: Trajectory, tick: Callable[[Step], None] = lambda _: None) -> float:

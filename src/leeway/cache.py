@@ -209,10 +209,8 @@ class Cache:
         """Remove all records and stale leases. Raises LeewayError while an unfinished run holds a lease."""
         with self._exclusive():
             if runs := self.unfinished():
-                raise LeewayError(
-                    f"{self.root}: not cleared, needed to resume {', '.join(map(str, runs))}",
-                    fix="finish these runs with the command that began them, or delete their folders",
-                )
+                fix = "finish these runs with the command that began them, or delete their folders"
+                raise LeewayError(f"{self.root}: not cleared, needed to resume {', '.join(map(str, runs))}", fix=fix)
             for kind in (*KINDS, LEASES):
                 self.remove(kind)
 

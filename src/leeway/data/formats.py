@@ -76,20 +76,16 @@ def reader(first: Record, path: object) -> Reader:
     expected = detect(first) or ("prompt" if "prompt" in first else None)
     if expected is None:
         has = ", ".join(map(str, first)) or "nothing"
-        raise LeewayError(
-            f"{path}: unknown format of training file (its first record has: {has})",
-            fix="give prompt and completion; or messages, conversations, instruction and output, chosen and rejected",
-        )
+        fix = "give prompt and completion; or messages, conversations, instruction and output, chosen and rejected"
+        raise LeewayError(f"{path}: unknown format of training file (its first record has: {has})", fix=fix)
 
     def read(record: Record, where: str) -> Parsed:
         if (detected := detect(record)) not in (None, expected):
             what = f"{where}: its columns are of format {detected}, and the first record's of {expected}"
             raise LeewayError(what, fix="keep one format to a file")
         if str(record.get("label")).lower() in ("true", "false"):  # a bad answer would be trained on as a good one
-            raise LeewayError(
-                f"{where}: it has a label of its answer (good or bad) and no second answer",
-                fix="keep the good answers and drop the label, or give pairs: prompt, chosen, rejected",
-            )
+            fix = "keep the good answers and drop the label, or give pairs: prompt, chosen, rejected"
+            raise LeewayError(f"{where}: it has a label of its answer (good or bad) and no second answer", fix=fix)
         for column in ("system", "history", "tools"):
             if record.get(column):
                 raise UnsupportedRecord(f"a {column} column")

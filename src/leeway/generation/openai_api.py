@@ -110,10 +110,8 @@ class ApiSettings:
                 fix=f"export {self.key_env}=…, or set key_env to the variable that holds the key (empty for none)",
             )
         if not (key.isascii() and key.isprintable() and " " not in key):
-            raise LeewayError(
-                f"endpoint of model {self.model!r}: the value of {self.key_env} is not a valid key",
-                fix="set it to the key alone, without spaces or quotes",
-            )
+            what = f"endpoint of model {self.model!r}: the value of {self.key_env} is not a valid key"
+            raise LeewayError(what, fix="set it to the key alone, without spaces or quotes")
         return key
 
     def price(self, tokens_in: int, tokens_out: int) -> float:
@@ -319,15 +317,11 @@ class ApiClient:
         """Describe an HTTP error without the key. Raises LeewayError if every request would fail the same way."""
         code, headers = int(error.status_code), error.response.headers
         if code == 401:
-            raise LeewayError(
-                f"{self.settings.base_url}: the key was refused (HTTP 401)",
-                fix=f"check the value of {name}" if (name := self.settings.key_env) else "set key_env",
-            )
+            fix = f"check the value of {name}" if (name := self.settings.key_env) else "set key_env"
+            raise LeewayError(f"{self.settings.base_url}: the key was refused (HTTP 401)", fix=fix)
         if code == 404:
-            raise LeewayError(
-                f"{self.settings.base_url}: no model {self.settings.model!r}, or no such address (HTTP 404)",
-                fix="check model and base_url (it ends before /chat/completions, usually with /v1)",
-            )
+            what = f"{self.settings.base_url}: no model {self.settings.model!r}, or no such address (HTTP 404)"
+            raise LeewayError(what, fix="check model and base_url (it ends before /chat/completions, usually with /v1)")
         reason = error.body.get("message") or error.body.get("detail") if isinstance(error.body, dict) else error.body
         if "location" in headers:
             reason = f"redirects are not followed: {headers['location']}"

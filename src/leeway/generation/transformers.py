@@ -270,10 +270,8 @@ def option_ids(chat: Chat, options: Seq[str]) -> dict[str, list[int]]:
     vocabulary = chat.tokenizer.get_vocab()
     tokens = {o: sorted(vocabulary[s] for s in spellings(o) if s in vocabulary) for o in options}
     if missing := [o for o in options if not tokens[o]]:
-        raise LeewayError(
-            f"model {chat.tokenizer.name_or_path}: {missing[0]!r} is not a single token of its tokenizer",
-            fix="leave out the evals that choose between options (persona, sd3)",
-        )
+        what = f"model {chat.tokenizer.name_or_path}: {missing[0]!r} is not a single token of its tokenizer"
+        raise LeewayError(what, fix="leave out the evals that choose between options (persona, sd3)")
     return tokens
 
 

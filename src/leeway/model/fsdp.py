@@ -31,10 +31,8 @@ def shard(model: Model, processes: int, device: torch.device) -> dict[Parameter,
 
     body = decoder(unwrapped(model.lm))
     if not getattr(body, "_no_split_modules", None):
-        raise LeewayError(
-            f"processes: {model.name} does not name its layer classes (_no_split_modules), so it cannot be sharded",
-            fix="leave processes out",
-        )
+        what = f"processes: {model.name} does not name its layer classes (_no_split_modules), so it cannot be sharded"
+        raise LeewayError(what, fix="leave processes out")
     before = dict(body.named_parameters())
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,

@@ -170,10 +170,8 @@ def _check_head(model: Model) -> None:
     ours = model.head.logits(decoder(model.lm)(input_ids=ids).last_hidden_state[0])
     theirs = model.lm(input_ids=ids).logits[0].float()
     if getattr(model.lm.get_output_embeddings(), "bias", None) is not None:
-        raise LeewayError(
-            f"model {model.name}: its output layer has a bias",
-            fix="Llama, Qwen and Gemma 2 architectures are supported",
-        )
+        what = f"model {model.name}: its output layer has a bias"
+        raise LeewayError(what, fix="Llama, Qwen and Gemma 2 architectures are supported")
     slack = 1e-4 if theirs.dtype == torch.float32 and model.head.weight_VD.dtype == torch.float32 else 0.25
     if not torch.allclose(ours, theirs, atol=slack, rtol=slack):
         raise LeewayError(
@@ -252,10 +250,8 @@ class SharedBaseModel:
         self._reset()
         for (name, was), now in zip(zip(self._tensors, self._bits, strict=True), self._checksums(), strict=True):
             if was != now:
-                raise LeewayError(
-                    f"model {self._model.name}: {name} changed after an adapter was removed",
-                    fix="run the same command again: the model is reloaded, finished work is kept",
-                )
+                what = f"model {self._model.name}: {name} changed after an adapter was removed"
+                raise LeewayError(what, fix="run the same command again: the model is reloaded, finished work is kept")
         return replace(self._model)
 
     def _checksums(self) -> tuple[int, ...]:

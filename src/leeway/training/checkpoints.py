@@ -62,9 +62,8 @@ def read_ledger(folder: Path) -> dict[str, Any]:
     try:
         return verify_checksum(json.loads((folder / LEDGER).read_text("utf-8")))
     except (ValueError, AttributeError) as error:
-        raise LeewayError(
-            f"{folder}: its ledger.json is damaged ({error})", fix="delete that folder and run again"
-        ) from error
+        what = f"{folder}: its ledger.json is damaged ({error})"
+        raise LeewayError(what, fix="delete that folder and run again") from error
 
 
 def unverified_ledger(folder: Path) -> dict[str, Any]:

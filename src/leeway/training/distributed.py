@@ -180,10 +180,8 @@ PATIENCE = timedelta(hours=2)  # timeout of collectives: one rank may be writing
 def check(processes: int, device: str) -> None:
     """Raise LeewayError if this machine lacks the GPUs for `processes` ranks."""
     if processes > 1 and _on_gpu(device) and (visible := torch.cuda.device_count()) < processes:
-        raise LeewayError(
-            f"processes: {processes} ranks need one GPU each, {visible} visible",
-            fix=f"set processes: {max(1, visible)}, or device: cpu",
-        )
+        what = f"processes: {processes} ranks need one GPU each, {visible} visible"
+        raise LeewayError(what, fix=f"set processes: {max(1, visible)}, or device: cpu")
 
 
 def run_distributed(processes: int, device: str, target: Target, args: tuple[Any, ...], on_event: Send) -> None:
@@ -224,9 +222,8 @@ def _raise_first(failure: Exception | None, codes: list[int]) -> None:
     if isinstance(failure, LeewayError) or (failure is not None and not dead):
         raise failure
     for rank in dead or silent:
-        raise LeewayError(
-            f"processes: rank {rank} was killed (probably out of memory)", fix="run the same command again to resume"
-        ) from failure
+        what = f"processes: rank {rank} was killed (probably out of memory)"
+        raise LeewayError(what, fix="run the same command again to resume") from failure
 
 
 def _listen(events: Any, on_event: Send, patience: float) -> Exception | None:

@@ -105,10 +105,8 @@ class Trajectory:
         if self.start is None:
             return base
         if (found := WarmStart.of(self.start.folder).hash) != self.start.hash:
-            raise LeewayError(
-                f"{self.alias}: {self.start.folder} has changed (adapter_hash {found}, not {self.start.hash})",
-                fix="use another --out",
-            )
+            what = f"{self.alias}: {self.start.folder} has changed (adapter_hash {found}, not {self.start.hash})"
+            raise LeewayError(what, fix="use another --out")
         if (base_hash := self.start.ledger_line.get("base_hash", self.model.hash)) != self.model.hash:
             raise LeewayError(
                 f"{self.alias}: {self.start.folder} was trained on another base model (hash {base_hash}, "
@@ -185,10 +183,8 @@ class Trajectory:
     def save(self, folder: Path, mark: BudgetStop) -> dict[str, Any]:
         """Write the checkpoint of `mark` and return its ledger line."""
         if not all(torch.isfinite(local(t)).all() for t in adapters.state(self.model).values()):
-            raise NotFiniteError(
-                f"{self.alias}, step {self.step}: the adapter has non-finite values",
-                fix="lower optim.lr; the last checkpoint is kept",
-            )
+            what = f"{self.alias}, step {self.step}: the adapter has non-finite values"
+            raise NotFiniteError(what, fix="lower optim.lr; the last checkpoint is kept")
         return checkpoints.write(folder, self.model, self.optimiser, self._ledger(mark), self.ranks)
 
     def restore(self, folder: Path, mark: BudgetStop, *, to_train: bool) -> dict[str, Any]:
@@ -285,10 +281,8 @@ def check_line(line: dict[str, Any], mark: BudgetStop, folder: Path) -> None:
 
 def _check_column(line: dict[str, Any], name: str, ours: Any, folder: Path) -> None:
     if line.get(name) != ours:
-        raise LeewayError(
-            f"{folder}: ledger column {name} is {line.get(name)!r}, this study gives {ours!r}",
-            fix="data, model or settings changed since; use another --out",
-        )
+        what = f"{folder}: ledger column {name} is {line.get(name)!r}, this study gives {ours!r}"
+        raise LeewayError(what, fix="data, model or settings changed since; use another --out")
 
 
 @dataclass(frozen=True)

@@ -134,10 +134,8 @@ def _run_in_processes(worker: Worker, jobs: Sequence[Job], workers: int, on_even
                 left.remove(running[future])
                 yield running.pop(future)
     except BrokenProcessPool as error:
-        raise LeewayError(
-            "a worker process was killed (probably out of memory)",
-            fix="run the same command again to resume; with --workers 1 it needs less memory",
-        ) from error
+        fix = "run the same command again to resume; with --workers 1 it needs less memory"
+        raise LeewayError("a worker process was killed (probably out of memory)", fix=fix) from error
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.kill()

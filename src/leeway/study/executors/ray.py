@@ -248,10 +248,8 @@ class RayExecutor:
                 ray.init(address="local", include_dashboard=False, object_store_memory=OBJECTS, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"no cluster answers at RAY_ADDRESS {address}" if address else "Ray does not start on this machine"
-            raise LeewayError(
-                f"--executor ray: {where} ({first_line(error)})",
-                fix="check that its head runs, or unset RAY_ADDRESS to start a cluster on this machine",
-            ) from error
+            fix = "check that its head runs, or unset RAY_ADDRESS to start a cluster on this machine"
+            raise LeewayError(f"--executor ray: {where} ({first_line(error)})", fix=fix) from error
         self._connected = True
         nodes, total = [n for n in ray.nodes() if n["Alive"]], ray.cluster_resources()
         where = f"the cluster at {address}" if address else "a new cluster on this machine"
