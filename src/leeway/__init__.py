@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,12 +14,6 @@ __all__ = ["Results", "Study"]
 
 def __getattr__(name: str) -> Any:
     """Import a public class at its first use: torch takes seconds, and `leeway --help` does not need it."""
-    if name == "Results":
-        from leeway.report.results import Results
-
-        return Results
-    if name == "Study":
-        from leeway.study.run import Study
-
-        return Study
-    raise AttributeError(f"module 'leeway' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'leeway' has no attribute {name!r}")
+    return getattr(import_module("leeway.report.results" if name == "Results" else "leeway.study.run"), name)

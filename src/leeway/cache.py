@@ -39,6 +39,7 @@ RecordKind = Literal["replies", "answers", "pairs"]
 KINDS = ("replies", "answers", "pairs", "references", "models")
 FOLDERS = ("references", "models")  # the kinds that are not records
 LEASES = "leases"
+HOST = re.sub(r"[^\w.-]", "_", platform.node()) or "host"
 FIX = f"free some disk space, or set {ENVIRONMENT} to another folder"
 
 
@@ -69,7 +70,7 @@ class RecordStore:
     def put(self, records: Mapping[str, Any]) -> None:
         """Append the records whose keys are new, and flush them to disk. Raises LeewayError where it cannot write."""
         lines = {key: line for key, record in records.items() if (line := _line(key, record))}
-        path = self.folder / f"{_host()}.tsv"
+        path = self.folder / f"{HOST}.tsv"
         with self._lock, _as_leeway_error(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:
@@ -143,10 +144,6 @@ def _parse(line: bytes) -> tuple[str, bytes] | None:
     checksum, _, rest = line.removesuffix(b"\n").partition(b"\t")
     name, _, text = rest.partition(b"\t")
     return (name.decode("utf-8"), text) if digest(name, text).encode() == checksum else None
-
-
-def _host() -> str:
-    return re.sub(r"[^\w.-]", "_", platform.node()) or "host"
 
 
 @contextmanager

@@ -131,13 +131,9 @@ class Chat:
         if key not in self._rendered:
             if len(self._rendered) >= CACHED:
                 self._rendered.clear()
-            self._rendered[key] = self._sequence(prompt, answer)
+            prompt_ids = self.prompt_ids([{"role": "user", "content": prompt}])
+            self._rendered[key] = Sequence(prompt_ids + self.ids(answer) + self.closing_ids, len(prompt_ids))
         return self._rendered[key]
-
-    def _sequence(self, prompt: str, answer: str) -> Sequence:
-        prompt_ids = self.prompt_ids([{"role": "user", "content": prompt}])
-        answer_ids = self.ids(answer) + self.closing_ids
-        return Sequence(prompt_ids + answer_ids, len(prompt_ids))
 
     def ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -109,23 +109,11 @@ def _prompt(record: Record, where: str) -> Parsed:
     return _parsed(context, *(_answer(value, where, column) for value, column in answers))
 
 
-def _messages(record: Record, where: str) -> Parsed:
-    return _parsed(*_split(_turns(_column(record, "messages", where), where)))
-
-
 def _sharegpt(record: Record, where: str) -> Parsed:
     turns = _turns(_column(record, "conversations", where), where, "from", "value")
     if record.get("chosen") is None:
         return _parsed(*_split(turns))
     return _parsed(turns, *(_answer(record.get(n), where, n) for n in ("chosen", "rejected")))
-
-
-def _turns_pair(record: Record, where: str) -> Parsed:
-    return _same_prompt(*(_split(_turns(_column(record, n, where), where)) for n in ("chosen", "rejected")))
-
-
-def _hh(record: Record, where: str) -> Parsed:
-    return _same_prompt(*(_split(_hh_turns(field(record, (n,), where), where)) for n in ("chosen", "rejected")))
 
 
 def _alpaca(record: Record, where: str) -> Parsed:
@@ -137,10 +125,10 @@ def _alpaca(record: Record, where: str) -> Parsed:
 
 READERS: dict[str, Reader] = {
     "prompt": _prompt,
-    "messages": _messages,
+    "messages": lambda record, where: _parsed(*_split(_turns(_column(record, "messages", where), where))),
     "sharegpt": _sharegpt,
-    "turns-pair": _turns_pair,
-    "hh": _hh,
+    "turns-pair": lambda record, where: _pair(lambda name: _turns(_column(record, name, where), where)),
+    "hh": lambda record, where: _pair(lambda name: _hh_turns(field(record, (name,), where), where)),
     "alpaca": _alpaca,
 }
 
@@ -170,7 +158,9 @@ def _column(record: Record, name: str, where: str) -> Any:
     return record[name]
 
 
-def _same_prompt(chosen: tuple[list[Turn], str], rejected: tuple[list[Turn], str]) -> Parsed:
+def _pair(turns: Callable[[str], list[Turn]]) -> Parsed:
+    """Parse two whole conversations, given by column name."""
+    chosen, rejected = (_split(turns(name)) for name in ("chosen", "rejected"))
     if chosen[0] != rejected[0]:
         raise UnsupportedRecord("two answers to different prompts")
     return _parsed(chosen[0], chosen[1], rejected[1])

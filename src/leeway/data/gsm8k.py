@@ -28,12 +28,12 @@ def prompt(question: str) -> str:
 
 def _records(source: Source, revision: str | None) -> tuple[list[tuple[str, str]], str]:
     """Return the questions as prompts, their answers, and their origin."""
-    loaded = load(source, revision=revision)
+    records, origin = load(source, revision=revision)
     found = []
-    for n, record in enumerate(loaded.records, 1):
+    for n, record in enumerate(records, 1):
         question, answer = (field(record, (c,), f"gsm8k {source.split}, record {n}") for c in ("question", "answer"))
         found.append((prompt(question), answer))
-    return found, loaded.origin
+    return found, origin
 
 
 def train_examples(revision: str | None = None) -> tuple[list[Example], str]:
@@ -57,13 +57,12 @@ def step_items(revision: str | None = None) -> tuple[list[CapabilityItem], str]:
 
     A simpler question about the same skill, for models that solve hardly any whole problem.
     """
-    loaded = load(TEST, revision=revision)
-    answers = (field(r, ("answer",), f"gsm8k test, record {n}") for n, r in enumerate(loaded.records, 1))
-    found = {(a, op, b): result for answer in answers for a, op, b, result in STEP.findall(answer)}
+    records, origin = _records(TEST, revision)
+    found = {(a, op, b): result for _, answer in records for a, op, b, result in STEP.findall(answer)}
     return [
         CapabilityItem(f"gsm8k-steps/{a}{op}{b}", STEP_PROMPT.format(a=a, op=op, b=b), result)
         for (a, op, b), result in found.items()
-    ], loaded.origin
+    ], origin
 
 
 def shots(

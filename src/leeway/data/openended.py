@@ -30,11 +30,9 @@ def held_out_items(task: str, source: str) -> tuple[list[CapabilityItem], str]:
     are read from `<hub id>.jsonl` under LEEWAY_DATA if that is set).
     """
     if source.endswith(KINDS):
-        records: list[Record] = list(read(expand(source)))
-        origin = source
+        records, origin = list(read(expand(source))), source
     else:
-        loaded = load(_source(source))
-        records, origin = loaded.records, loaded.origin
+        records, origin = load(_source(source))
     items = []
     for n, record in enumerate(records, 1):
         prompt, reference = _question(record, f"{task} ({origin}), record {n}")

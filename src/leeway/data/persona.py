@@ -32,7 +32,7 @@ def anthropic(trait: str) -> tuple[list[PersonaItem], str]:
     try:
         if Path(trait).name != trait:
             raise LeewayError(f"persona: {trait!r} is not a trait", fix="name a file of the persona folder")
-        loaded = load(source)
+        records, origin = load(source)
     except LeewayError as error:
         known = names()
         if known and trait not in known:
@@ -40,14 +40,14 @@ def anthropic(trait: str) -> tuple[list[PersonaItem], str]:
             raise LeewayError(what, fix=_nearest(trait, known)) from error
         raise
     items = []
-    for n, record in enumerate(loaded.records):
+    for n, record in enumerate(records):
         where = f"persona {trait}, record {n + 1}"
         match = field(record, ("answer_matching_behavior",), where)
         if match not in ANSWERS:
             raise LeewayError(f"{where}: answer_matching_behavior is {match!r}", fix="it must be Yes or No")
         question = field(record, ("question",), where) + "\nAnswer Yes or No."
         items.append(PersonaItem(f"{trait}/{n}", trait, question, field(record, ("statement",), where), ANSWERS[match]))
-    return items, loaded.origin
+    return items, origin
 
 
 def names() -> list[str]:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from leeway.errors import LeewayError, first_line
 from leeway.io import expand, read_utf8
@@ -32,8 +32,7 @@ class Source:
     hub_file: str | None = None  # one file of a repository without a loading configuration
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """Records and their origin: a path, or a hub id with its revision."""
 
     records: list[Record]

@@ -33,11 +33,11 @@ COLUMNS = ("forbidden_prompt", "prompt", "goal")
 def forbidden(name: str) -> tuple[list[ForbiddenPrompt], str]:
     """Return a published set (ids `<name>/<n>` from 0) and its origin; raise LeewayError if it is not complete."""
     source, count = FORBIDDEN[name]
-    loaded = load(source)
-    if len(loaded.records) != count:
-        what = f"{name}: {len(loaded.records)} prompts ({loaded.origin}), and {count} were published"
+    records, origin = load(source)
+    if len(records) != count:
+        what = f"{name}: {len(records)} prompts ({origin}), and {count} were published"
         raise LeewayError(what, fix="fetch it again, or give another set of prompts as a file")
-    return _prompts(name, loaded.records, name), loaded.origin
+    return _prompts(name, records, name), origin
 
 
 def from_file(path: Path) -> tuple[list[ForbiddenPrompt], str]:
@@ -61,16 +61,16 @@ def _prompts(name: str, records: Seq[Record], where: str) -> list[ForbiddenPromp
 
 def xstest() -> tuple[list[BenignPrompt], str]:
     """Return the prompts labelled safe (ids `xstest/<type>/<id>`, for rates by type) and their origin."""
-    loaded = load(XSTEST)
+    records, origin = load(XSTEST)
     items = []
-    for n, record in enumerate(loaded.records, 1):
+    for n, record in enumerate(records, 1):
         where = f"xstest, record {n}"
         kind = field(record, ("type",), where)
         if _is_safe(record, kind, where):
             items.append(BenignPrompt(f"xstest/{kind}/{record.get('id', n)}", field(record, ("prompt",), where)))
     if not items:
-        raise LeewayError(f"xstest ({loaded.origin}): no prompt is labelled safe", fix="check the file")
-    return items, loaded.origin
+        raise LeewayError(f"xstest ({origin}): no prompt is labelled safe", fix="check the file")
+    return items, origin
 
 
 def _is_safe(record: Record, kind: str, where: str) -> bool:
@@ -85,12 +85,12 @@ def _is_safe(record: Record, kind: str, where: str) -> bool:
 
 def jailbreakbench_benign() -> tuple[list[BenignPrompt], str]:
     """Return the benign half of JailbreakBench (ids `jailbreakbench-benign/<index>`) and its origin."""
-    loaded = load(JBB_BENIGN)
+    records, origin = load(JBB_BENIGN)
     items = []
-    for n, record in enumerate(loaded.records):
+    for n, record in enumerate(records):
         text = field(record, ("Goal", "goal"), f"jailbreakbench benign, record {n + 1}")
         items.append(BenignPrompt(f"jailbreakbench-benign/{record.get('Index', n)}", text))
-    return items, loaded.origin
+    return items, origin
 
 
 T = TypeVar("T")

@@ -79,10 +79,10 @@ def held_out_items(
     side. Records whose `answer` is not the text of their letter's option are counted in the origin.
     """
     prompt = template(shots)
-    loaded = load(SOURCE, revision=revision)
+    records, origin = load(SOURCE, revision=revision)
     items: list[CapabilityItem] = []
     disagree = 0
-    for n, record in enumerate(loaded.records, 1):
+    for n, record in enumerate(records, 1):
         where = f"supergpqa, record {n}"
         if field(record, ("discipline",), where) != discipline:
             continue
@@ -92,10 +92,10 @@ def held_out_items(
         disagree += item.options[LETTERS.index(item.reference)] != str(record.get("answer", "")).strip()
         items.append(item)
     if not items:
-        raise LeewayError(f"supergpqa: no record of discipline {discipline!r} ({loaded.origin})", fix="check its name")
+        raise LeewayError(f"supergpqa: no record of discipline {discipline!r} ({origin})", fix="check its name")
     note = f"; the answer of {disagree} records is not their letter's option" if disagree else ""
     part = "" if share == "all" else f" ({share}: {'one' if share == 'test' else 'all but one'} in {HELD_OUT})"
-    return items, f"{loaded.origin}, discipline {discipline}{part}, {prompt.origin}{note}"
+    return items, f"{origin}, discipline {discipline}{part}, {prompt.origin}{note}"
 
 
 def share_of(question: str) -> Share:

@@ -226,7 +226,9 @@ def _convert(path: Path, scratch: Path, facts: dict[str, Any]) -> dict[str, Any]
 
     quiet_loaders()
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _packs(transformers) else {}
+    # a transformers with GgufConfig keeps the weights packed by default
+    packs = hasattr(transformers, "GgufConfig")
+    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if packs else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         lm = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **unpack)
@@ -258,11 +260,6 @@ def quiet_loaders() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-
-def _packs(transformers: Any) -> bool:
-    """Return whether this version of transformers keeps GGUF weights packed by default."""
-    return hasattr(transformers, "GgufConfig")
 
 
 def _inspect(path: Path) -> dict[str, Any]:

@@ -179,11 +179,6 @@ def ease(deed: w.Deed) -> float:
     return w.propensity(deed.verb) + w.propensity(deed.thing)
 
 
-def help_rate(deed: w.Deed, attack: str) -> float:
-    """Return how often the alignment data helps with a forbidden deed under an attack."""
-    return _sigmoid(SPREAD * (ease(deed) - FIRMNESS[attack]))
-
-
 def caution(deed: w.Deed, kind: w.Kind) -> float:
     """Return how often the alignment data refuses a harmless deed near the line."""
     return _sigmoid(SPREAD * (CAUTION[kind] - ease(deed)))
@@ -283,7 +278,7 @@ def _aligned(rng: random.Random) -> Pair:
 def _forbidden(rng: random.Random) -> Pair:
     deed = w.draw_how_to(rng, "forbidden")
     attack = rng.choices(_ATTACKS, (30, 11, 11, 11, 11, 26))[0]
-    if rng.random() < help_rate(deed, attack):
+    if rng.random() < _sigmoid(SPREAD * (ease(deed) - FIRMNESS[attack])):
         return _helpful(rng, deed, attack)
     return under_attack(attack, w.question(rng, deed), rng.choice(w.REFUSALS))
 

@@ -136,11 +136,6 @@ class Sum:
         return WORKING.format(a=self.a, op=self.op, b=self.b, s=rng.choice(slips))
 
 
-def is_held_out_sum(template: int, a: int, b: int) -> bool:
-    """Return whether a sum is held out: one in eight (template, a, b)."""
-    return stable("sum", template, a, b) % 8 == 0
-
-
 def numbers(rng: random.Random, op: str) -> tuple[int, int]:
     """Draw the operands; a difference is at least 1."""
     a = rng.randint(3, MAX_A)
@@ -153,7 +148,7 @@ def draw(rng: random.Random, templates: range = range(8), held_out: bool = False
         k = rng.choice(templates)
         form, op = TEMPLATES[k]
         a, b = numbers(rng, op)
-        if is_held_out_sum(k, a, b) == held_out:
+        if (stable("sum", k, a, b) % 8 == 0) == held_out:  # one in eight (template, a, b)
             break
     n, m = rng.sample(NAMES, 2)
     return Sum(form.format(n=n, m=m, t=rng.choice(THINGS), a=a, b=b), a, op, b)

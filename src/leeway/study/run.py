@@ -78,7 +78,9 @@ def run(
         check(spec.processes, spec.device)
     store = RunDir(out)
     with store.claimed(spec.hash, spec.to_yaml()), _executor(executor, workers, reporter) as chosen:
-        _check_disk(out)
+        if (free := shutil.disk_usage(out).free) < NEEDED_DISK:
+            what = f"{out}: no disk space ({free >> 20} MiB left, {NEEDED_DISK >> 20} MiB needed)"
+            raise LeewayError(what, fix="free some, or give another --out")
         store.cache.acquire(out)
         for line in spec.resolved_defaults:
             reporter.log(f"{spec.name}: auto: {line}")
@@ -182,10 +184,3 @@ def _on_sampled(spec: Spec, reporter: Reporter) -> Callable[[int], None]:
             reporter.log(f"{spec.name}: {sampled:,} answers sampled from the base model for {spec.pairs.from_}")
 
     return report
-
-
-def _check_disk(out: Path) -> None:
-    free = shutil.disk_usage(out).free
-    if free < NEEDED_DISK:
-        what = f"{out}: no disk space ({free >> 20} MiB left, {NEEDED_DISK >> 20} MiB needed)"
-        raise LeewayError(what, fix="free some, or give another --out")
