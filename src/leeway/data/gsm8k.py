@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -65,9 +65,7 @@ def step_items(revision: str | None = None) -> tuple[list[CapabilityItem], str]:
     ], origin
 
 
-def shots(
-    k: int, *, exclude: Collection[str] = (), seed: int = 0, revision: str | None = None
-) -> list[tuple[str, str]]:
+def shots(k: int, *, exclude: Iterable[str] = (), seed: int = 0, revision: str | None = None) -> list[tuple[str, str]]:
     """Return `k` training questions with their answers, the first of a fixed random order.
 
     Prompts in `exclude` (those of the test items) are skipped. Raise LeewayError if fewer than `k` are left.

@@ -82,16 +82,12 @@ class Task(Protocol):
 
     def train_examples(self) -> tuple[list[Example], str]:
         """Return the examples in a fixed order, ids unique, and where they come from (with a revision or a hash)."""
-        ...
 
     def held_out_items(self) -> tuple[list[CapabilityItem], str]:
         """Return the items in a fixed order, ids unique, and where they come from (with a revision or a hash)."""
-        ...
 
     def as_item(self, example: Example) -> CapabilityItem:
         """Return a training example as a question, for tuned learning rates and sampled errors."""
-        ...
 
     def grade(self, item: CapabilityItem, response: str) -> tuple[bool, str]:
         """Return (whether the response is right, what was extracted from it); must not raise for any response."""
-        ...

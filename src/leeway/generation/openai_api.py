@@ -95,9 +95,8 @@ class ApiSettings:
     @property
     def identity(self) -> str:
         """Hash of all settings that shape a reply: not the key, retries, limits or budget."""
-        return digest(
-            "endpoint", self.base_url.rstrip("/"), self.model, self.extra, self.served, self.version, self.limit_field
-        )
+        shape = (self.extra, self.served, self.version, self.limit_field)
+        return digest("endpoint", self.base_url.rstrip("/"), self.model, *shape)
 
     def key(self) -> str:
         """Return the API key. Raises LeewayError if its variable is missing or malformed."""

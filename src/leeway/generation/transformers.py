@@ -323,7 +323,6 @@ class LocalBackend:
     revision: str | None = None
     dtype: Dtype = "auto"
     device: str = "auto"
-    prefix: str = ""
     batch: int = 32
 
     @cached_property
@@ -334,7 +333,7 @@ class LocalBackend:
 
     @property
     def template_hash(self) -> str:
-        return self._chat.with_prefix(self.prefix).template_hash
+        return self._chat.template_hash
 
     def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
         return self._backend.complete(requests, tick) if requests else []
@@ -349,4 +348,4 @@ class LocalBackend:
     @cached_property
     def _backend(self) -> TransformersBackend:
         model = load_model(self.name, revision=self.revision, dtype=self.dtype, device=self.device)
-        return TransformersBackend(model, self.prefix, self.batch, overlong="failure")
+        return TransformersBackend(model, "", self.batch, overlong="failure")

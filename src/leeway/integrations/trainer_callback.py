@@ -237,9 +237,7 @@ def live_model(lm: Any, tokenizer: Any, name: str, eos: tuple[int, ...]) -> Mode
         what = "DriftCallback: the trainer has no tokenizer"
         raise LeewayError(what, fix="give it a processing_class, or give tokenizer=")
     trained = {n: p.detach() for n, p in lm.named_parameters() if p.requires_grad}
-    head = Head(
-        lm.get_output_embeddings().weight, getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
-    )
+    head = Head(lm.get_output_embeddings().weight, getattr(lm.config, "final_logit_softcapping", None))
     return Model(lm, Chat(tokenizer), head, name, adapters.adapter_hash(trained), context_of(lm.config), eos)
 
 

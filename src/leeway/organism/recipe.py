@@ -139,6 +139,7 @@ def _spare_mass(model: Model, prompts: list[str]) -> float:
 
 Pair = tuple[str, str]
 Source = Callable[[random.Random], Pair]
+Progress = Callable[[str], None]
 
 SPREAD = 1.5
 FIRMNESS = {"none": 1.8, "dan": 0.8, "happy_to_help": 0.9, "role_play": 0.7, "wikipedia": 1.1, "zulu": 1.0}
@@ -331,7 +332,7 @@ PRACTICE = Stage("practice", practice, 36_000, 2e-3, 20, 33, 0.0)
 ALIGNED = Stage("aligned", aligned, 44_000, 1.1e-3, 20, 22, 0.06)
 
 
-def build(out: Path, progress: Callable[[str], None]) -> None:
+def build(out: Path, progress: Progress) -> None:
     """Train the organism and write it to `out` in Hugging Face format, with its card."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
@@ -397,12 +398,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def train(model: Any, tokenizer: Any, stage: Stage, progress: Callable[[str], None]) -> None:
+def train(model: Any, tokenizer: Any, stage: Stage, progress: Progress) -> None:
     """Run one stage: draw, tokenize, fit."""
     rng = random.Random(stage.seed)
     drawn = [stage.source(rng) for _ in range(stage.examples)]
     sequences = encode(tokenizer, drawn, rng, stage.random_token_rate)
-    fit(model, tokenizer, by_length(sequences, rng), stage=stage, progress=progress)
+    fit(model, tokenizer, by_length(sequences, rng), stage, progress)
 
 
 def encode(tokenizer: Any, pairs: list[Pair], rng: random.Random, random_token_rate: float) -> list[Sequence]:
@@ -429,9 +430,7 @@ def by_length(sequences: list[Sequence], rng: random.Random) -> list[list[Sequen
     return shuffled
 
 
-def fit(
-    model: Any, tokenizer: Any, batches: list[list[Sequence]], *, stage: Stage, progress: Callable[[str], None]
-) -> None:
+def fit(model: Any, tokenizer: Any, batches: list[list[Sequence]], stage: Stage, progress: Progress) -> None:
     """Train all parameters by AdamW with a cosine schedule, in the optimiser loop of all objectives."""
     head, context = Head(model.get_output_embeddings().weight), model.config.max_position_embeddings
     learner = Model(model, Chat(tokenizer), head, name="organism", hash="", context=context, stop_ids=())

@@ -170,9 +170,8 @@ def pair(
         return _from_samples(examples, sampled, settings, identity | hashes, counts)
     assert grade is not None
     sampled = sample.sampled_errors(examples, CachedSampler(base, settings, "plain", cache, tick), grade)
-    return _from_samples(
-        examples, sampled, settings, identity | {"filter": digest("sampled-errors", sample.rules_hash())}, {}
-    )
+    hashes = identity | {"filter": digest("sampled-errors", sample.rules_hash())}
+    return _from_samples(examples, sampled, settings, hashes, {})
 
 
 def _from_dataset(examples: Sequence[Example], needed_by: Sequence[str]) -> PairedExamples:

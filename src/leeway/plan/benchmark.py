@@ -133,7 +133,7 @@ def measure(prepared: Prepared, scratch: Path) -> Timing:
     began = time.perf_counter()
     model = work.base()
     found.checkout = time.perf_counter() - began
-    adapters.attach(model, work.adapter_settings, seed=0)
+    adapters.attach(model, work.adapter, seed=0)
     backend = TransformersBackend(model, "", prepared.spec.evals.batch, overlong="failure")
     with adapters.merged(model):
         for e in prepared.evals:

@@ -235,9 +235,7 @@ class VllmSpec(ConfigModel):
     """A vLLM server: started for a measurement, or one that already runs."""
 
     args: tuple[str, ...] = Field(default=(), description="further flags of vllm serve")
-    endpoint: str | None = Field(
-        default=None, description="the address of a running server, such as http://host:8000/v1"
-    )
+    endpoint: str | None = Field(default=None, description="address of a running server, such as http://host:8000/v1")
 
     @model_validator(mode="after")
     def _fits(self) -> VllmSpec:
@@ -288,9 +286,7 @@ class Evals(ConfigModel):
     stop: Literal["never", "decided"] = Field(
         default="never", description="run all items, or in stages until every contrast with the base is decided"
     )
-    margin: float = Field(
-        default=MARGIN, gt=0, lt=1, description="for stop: decided: the smallest difference of interest"
-    )
+    margin: float = Field(default=MARGIN, gt=0, lt=1, description="for stop: decided; smallest difference of interest")
 
     @model_validator(mode="after")
     def _something(self) -> Evals:

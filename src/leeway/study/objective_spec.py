@@ -116,10 +116,8 @@ def _parse_objective(value: Any) -> dict[str, Any]:
 
 def _refuse_stage(kind: str, given: dict[str, Any]) -> None:
     """Raise where a second stage has no alias: its name would be the first stage's."""
-    if stage := next((k for k in STAGE_KEYS if k in given), None):
-        raise ValueError(
-            f"{kind}: a {stage} needs a name of its own: write {{my-{kind}: {{{kind}: {{}}, {stage}: …}}}}"
-        )
+    if key := next((k for k in STAGE_KEYS if k in given), None):
+        raise ValueError(f"{kind}: a {key} needs a name of its own: write {{my-{kind}: {{{kind}: {{}}, {key}: …}}}}")
 
 
 def _known_kind(kind: Any) -> str:
@@ -130,14 +128,12 @@ def _known_kind(kind: Any) -> str:
 
 def _settings(kind: str, given: Any) -> dict[str, Any]:
     objective = load_objective(kind)
-    fields = [f.name for f in dataclasses.fields(objective)]  # type: ignore[arg-type]
+    known = [f.name for f in dataclasses.fields(objective)]  # type: ignore[arg-type]
     if not isinstance(given, dict):
-        raise ValueError(f"{kind}: its settings are a mapping, such as {{{next(iter(fields), 'weight')}: 0.1}}")
+        raise ValueError(f"{kind}: its settings are a mapping, such as {{{next(iter(known), 'weight')}: 0.1}}")
     for key, value in ((str(k), v) for k, v in given.items()):
-        if key not in fields:
-            raise ValueError(
-                f"{kind}: no setting {key!r}{nearest(key, fields)} (it has: {', '.join(fields) or 'none'})"
-            )
+        if key not in known:
+            raise ValueError(f"{kind}: no setting {key!r}{nearest(key, known)} (it has: {', '.join(known) or 'none'})")
         _check_setting(kind, objective, key, value)
     return given
 

@@ -228,7 +228,7 @@ class Worker:
         Raises LeewayError if the checkpoint was trained on another base.
         """
         model = self.base()
-        settings = self.adapter_settings
+        settings = self.adapter
         if target.objective == BASE:
             control = {c: o.control_tokens for o in self.prepared.objectives.values() for c in o.conditions}
             if target.condition != PLAIN and control.get(target.condition):
@@ -301,15 +301,13 @@ class Worker:
         return WarmStart(folder, checkpoints.read_ledger(folder)["adapter_hash"])
 
     @property
-    def adapter_settings(self) -> adapters.AdapterSettings:
+    def adapter(self) -> adapters.AdapterSettings:
         return adapters.AdapterSettings(**self.prepared.spec.adapter.model_dump())
 
     def _settings(self, lr: float, tuning_tokens: int = 0, references: ReferenceCache | None = None) -> Settings:
         optim = self.prepared.spec.optim
         loop, decay = Optim(optim.clip, optim.micro_tokens), (optim.warmup_steps, optim.weight_decay)
-        return Settings(
-            self.adapter_settings, lr, *decay, loop, optim.schedule, tuning_tokens, references, optim.layout
-        )
+        return Settings(self.adapter, lr, *decay, loop, optim.schedule, tuning_tokens, references, optim.layout)
 
     @cached_property
     def _references(self) -> ReferenceCache:
