@@ -14,7 +14,16 @@ from decimal import Decimal
 from importlib.resources import files
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -154,6 +163,17 @@ def tokens(value: Any) -> Any:
 
 
 Tokens = Annotated[int, BeforeValidator(tokens), Field(gt=0, le=MAX_COUNT)]
+
+
+def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    names = [getattr(v, "name", v) for v in values]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} is listed twice")
+    return values
+
+
+Unique = AfterValidator(_unique)
+AsList = BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value])
 
 
 def nearest(word: str, known: Any) -> str:

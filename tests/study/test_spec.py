@@ -81,12 +81,12 @@ def test_all_errors_at_once_with_the_nearest_known_key() -> None:
         ("evals={jailbreak: {attacks: [zulu]}}", "zulu needs a translator"),
         ("evals={jailbreak: {judge: organism}}", "use judge: keywords"),
         ("evals={capability: [files]}", "files needs task"),
-        ("seeds=[0,0]", "seeds: one is listed twice"),
+        ("seeds=[0,0]", "seeds: 0 is listed twice"),
         ("seeds=[true]", "seeds.0"),
         ("optim.lr=.inf", "optim.lr"),
         ("objectives=[{kl: {weight: .nan}}]", "weight is nan"),
-        ("evals={capability: [organism, organism]}", "one is listed twice"),
-        ("evals={persona: {traits: [narcissism, narcissism]}}", "one is listed twice"),
+        ("evals={capability: [organism, organism]}", "'organism' is listed twice"),
+        ("evals={persona: {traits: [narcissism, narcissism]}}", "'narcissism' is listed twice"),
         ("budgets=100", "give a list, such as [100]"),
         ("pairs=corrupted", "give a mapping (from, "),
         ("pairs={from: thin-air}", "pairs.from"),
@@ -157,7 +157,7 @@ def test_the_backend_is_written_as_it_is_read(backend: str) -> None:
 
 def test_an_error_does_not_hide_others() -> None:
     message = fault(GOOD + "seedz: [1]\n", "budgets=[2k,1k]", "seeds=[0,0]", "objectives=[sft,sft]")
-    for part in ("did you mean 'seeds'?", "must rise", "seeds: one is listed twice", "'sft' is listed twice"):
+    for part in ("did you mean 'seeds'?", "must rise", "seeds: 0 is listed twice", "'sft' is listed twice"):
         assert part in message
 
 

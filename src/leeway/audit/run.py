@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from leeway.audit.models import AuditedModel, GivenBackend, LocalModel, name_of, own_tokenizer, resolve_models
 from leeway.data.chat import Chat
 from leeway.data.stream import AuxiliaryPool
@@ -23,7 +21,7 @@ from leeway.evals.eval import Eval
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
 from leeway.generation.cache import CachedBackend
 from leeway.hashing import digest
-from leeway.model.load import load_chat, resolve, resolve_dtype
+from leeway.model.load import load_chat, resolve, resolve_device, resolve_dtype
 from leeway.objectives.objective import PLAIN, Condition
 from leeway.study.build_evals import HelperModels, evals_of
 from leeway.study.executors.local import LocalExecutor
@@ -104,13 +102,18 @@ def check_audit(
     own_template: bool = False,
 ) -> AuditSpec:
     """Check all settings of an audit without reading weights; raises LeewayError."""
-    if name is not None and (not ALIAS.fullmatch(name) or name == BASE):
-        what = f"--name {name!r} cannot be a name on the rows"
-        raise LeewayError(what, fix="use lower-case letters, digits, . _ - and not 'base'")
+    check_name(name, "--name")
     if tokens < 0:
         raise LeewayError(f"--tokens {tokens} is negative", fix="leave it out if it is unknown")
     spec = load_evals(evals, overrides, organism=_is_organism(base))
     return AuditSpec(name or name_of(checkpoint), base, checkpoint, spec, tokens, own_template, notes)
+
+
+def check_name(name: str | None, option: str) -> None:
+    """Raise LeewayError for a name that a checkpoint cannot have on the rows."""
+    if name is not None and (not ALIAS.fullmatch(name) or name == BASE):
+        what = f"{option} {name!r} cannot be a name on the rows"
+        raise LeewayError(what, fix="use lower-case letters, digits, . _ - and not 'base'")
 
 
 def load_evals(evals: EvalsSource, overrides: Seq[str] = (), *, organism: bool = False) -> Spec:
@@ -270,7 +273,6 @@ def _is_organism(model: AuditedModel) -> bool:
 def _identity(audit_spec: AuditSpec, evals: Seq[Eval], templates: Templates) -> dict[str, str]:
     """Return, by name, the settings and hashes that identify an audit."""
     spec = audit_spec.spec
-    device = torch.device("cuda" if torch.cuda.is_available() and spec.device != "cpu" else "cpu")
     template = templates.shared_hash or (templates.base.template_hash if templates.base else "the backends' own")
     return {
         "the base": audit_spec.base.identity,
@@ -278,7 +280,7 @@ def _identity(audit_spec: AuditSpec, evals: Seq[Eval], templates: Templates) -> 
         "its name": audit_spec.name,
         "its number of tokens": str(audit_spec.tokens),
         "the chat template": template,
-        "dtype": str(resolve_dtype(spec.weight_dtype, device)).removeprefix("torch."),
+        "dtype": str(resolve_dtype(spec.weight_dtype, resolve_device(spec.device))).removeprefix("torch."),
         "threads": str(spec.threads),
         "evals.batch": str(spec.evals.batch),
         **{f"evals.{e.key}": e.hash for e in evals},

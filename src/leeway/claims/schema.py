@@ -12,12 +12,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from leeway.errors import LeewayError
 from leeway.hashing import digest
 from leeway.io import expand, read_utf8
-from leeway.yaml_config import ConfigModel, faults, nearest, read, tokens
+from leeway.yaml_config import AsList, ConfigModel, Unique, faults, nearest, read, tokens
 
 LARGEST, SMALLEST = "largest", "smallest"
 BUNDLED: dict[str, str] = {"objective-matters": "the findings of arXiv 2601.12639, in our words and with our margins"}
@@ -34,19 +34,9 @@ def _budget(value: Any) -> Any:
     raise ValueError(f"{value!r} is not a budget: give 200k, a share of the largest (0.25), {LARGEST} or {SMALLEST}")
 
 
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
-    if twice := sorted({v for v in values if values.count(v) > 1}):
-        raise ValueError(f"{twice[0]!r} is listed twice")
-    return values
-
-
 Budget = Annotated[int | float | Literal["largest", "smallest"], BeforeValidator(_budget)]
-Budgets = Annotated[tuple[Budget, ...], BeforeValidator(_as_list), Field(min_length=1)]
-Objectives = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
+Budgets = Annotated[tuple[Budget, ...], AsList, Field(min_length=1)]
+Objectives = Annotated[tuple[str, ...], AsList, Field(min_length=1), Unique]
 Margin = Annotated[float, Field(gt=0, lt=1)]
 MarginOrZero = Annotated[float, Field(ge=0, lt=1)]
 

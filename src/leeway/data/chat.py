@@ -73,15 +73,13 @@ class Chat:
     def __post_init__(self) -> None:
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
         if "strftime_now" in template:
-            raise self._error(
-                "its chat template writes today's date, so prompts would change from day to day",
-                "copy the model's folder and put a fixed date into the template in place of strftime_now",
-            )
+            what = "its chat template writes today's date, so prompts would change from day to day"
+            fix = "copy the model's folder and put a fixed date into the template in place of strftime_now"
+            raise self._error(what, fix)
         if not template:
-            raise self._error(
-                "its tokenizer has no chat template",
-                "put chat_template into tokenizer_config.json (or chat_template.jinja), or use the chat model",
-            )
+            what = "its tokenizer has no chat template"
+            fix = "put chat_template into tokenizer_config.json (or chat_template.jinja), or use the chat model"
+            raise self._error(what, fix)
         self._read_special_tokens()
         self._lead, closing = self._turn_shape()
         self.closing_ids = self._closing(closing)
@@ -157,15 +155,12 @@ class Chat:
         prompt = self._render(user, add_generation_prompt=True)
         whole = self._render([*user, {"role": "assistant", "content": PROBE_ANSWER}], add_generation_prompt=False)
         if PROBE_QUESTION not in prompt or prompt == self._render(user, add_generation_prompt=False):
-            raise self._error(
-                "its chat template ignores add_generation_prompt",
-                "correct the template so that a prompt ends where the assistant begins",
-            )
+            what = "its chat template ignores add_generation_prompt"
+            raise self._error(what, "correct the template so that a prompt ends where the assistant begins")
         if not whole.startswith(prompt) or PROBE_ANSWER not in whole[len(prompt) :]:
-            raise self._error(
-                "its chat template renders an answered prompt differently from the prompt alone",
-                "correct the template so that the rendered prompt is a prefix of the rendered conversation",
-            )
+            what = "its chat template renders an answered prompt differently from the prompt alone"
+            fix = "correct the template so that the rendered prompt is a prefix of the rendered conversation"
+            raise self._error(what, fix)
         lead, closing = whole[len(prompt) :].split(PROBE_ANSWER)
         return lead, closing
 

@@ -189,9 +189,8 @@ def _hub(source: Source, revision: str | None) -> Loaded:
         else:
             data = datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=revision)
     except Exception as error:
-        raise LeewayError(
-            f"data set {source.hub_id}: cannot be loaded from the hub ({type(error).__name__}: {first_line(error)})",
-            fix="check the network, or set LEEWAY_DATA to a folder that holds " + source.local[0],
-        ) from error
+        what = f"data set {source.hub_id}: cannot be loaded from the hub ({type(error).__name__}: {first_line(error)})"
+        fix = "check the network, or set LEEWAY_DATA to a folder that holds " + source.local[0]
+        raise LeewayError(what, fix=fix) from error
     commit = next(iter(getattr(data, "download_checksums", None) or {}), None)
     return Loaded([dict(r) for r in data], f"hub {source.hub_id} revision {revision or 'main'} {commit or ''}".strip())

@@ -8,10 +8,9 @@ so a batch that is read from the cache is, to the bit, the batch that would have
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, TypeVar
 
 from leeway.cache import RecordStore
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
@@ -21,17 +20,6 @@ Answer = TypeVar("Answer", Reply, Choice)
 Method = Literal["complete", "choose"]
 
 BATCH = 256  # requests sent at a time to a backend that returns all replies at the end
-
-
-@runtime_checkable
-class StreamingBackend(Protocol):
-    """A backend that reports each reply, with its request's index, as soon as it arrives, in any order."""
-
-    def complete_each(self, requests: Seq[Request], on_reply: Callable[[int, Reply], None]) -> object: ...
-
-    def choose_each(
-        self, conversations: Seq[Conversation], options: Seq[str], on_choice: Callable[[int, Choice], None]
-    ) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,8 @@ class _Wrapper:
 class CachedBackend(_Wrapper):
     """Send `backend` the requests that `cache` does not hold, each distinct request once. Failures are not cached.
 
-    A reply is on disk as soon as it arrives from a `StreamingBackend`, else after every BATCH requests.
+    A reply is on disk as soon as it arrives from a backend that has `complete_each` and `choose_each` (an endpoint's),
+    else after every BATCH requests.
     """
 
     def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
@@ -89,8 +78,9 @@ class CachedBackend(_Wrapper):
             answers[key] = answer
             tick(counts[key])
 
-        if missing and isinstance(self.backend, StreamingBackend):
-            getattr(self.backend, f"{method}_each")(unsent, *args, on_answer)
+        each = getattr(self.backend, f"{method}_each", None)
+        if missing and each:
+            each(unsent, *args, on_answer)
         else:
             for start in range(0, len(unsent), BATCH):
                 batch = getattr(self.backend, method)(unsent[start : start + BATCH], *args, lambda _: None)

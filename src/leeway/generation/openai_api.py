@@ -104,10 +104,9 @@ class ApiSettings:
             return "none"
         key = os.environ.get(self.key_env, "").strip()
         if not key:
-            raise LeewayError(
-                f"endpoint of model {self.model!r}: the environment variable {self.key_env} is not set",
-                fix=f"export {self.key_env}=…, or set key_env to the variable that holds the key (empty for none)",
-            )
+            what = f"endpoint of model {self.model!r}: the environment variable {self.key_env} is not set"
+            fix = f"export {self.key_env}=…, or set key_env to the variable that holds the key (empty for none)"
+            raise LeewayError(what, fix=fix)
         if not (key.isascii() and key.isprintable() and " " not in key):
             what = f"endpoint of model {self.model!r}: the value of {self.key_env} is not a valid key"
             raise LeewayError(what, fix="set it to the key alone, without spaces or quotes")

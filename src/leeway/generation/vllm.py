@@ -338,10 +338,9 @@ class VllmServer:
         except urllib.error.HTTPError as error:
             with error:
                 detail = " ".join(error.read().decode("utf-8", "replace").split())[:MAX_DETAIL]
-            raise LeewayError(
-                f"{subject}vLLM refused {route.removeprefix('v1/')} (HTTP {error.code}: {detail})",
-                fix=f"see {self._log or 'its log'}; it needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True",
-            ) from error
+            what = f"{subject}vLLM refused {route.removeprefix('v1/')} (HTTP {error.code}: {detail})"
+            fix = f"see {self._log or 'its log'}; it needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+            raise LeewayError(what, fix=fix) from error
         except OSError as error:
             raise self._failed(f"did not answer {route.removeprefix('v1/')} ({error})") from error
         try:

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, Trainer, TrainerCallback
 
 from leeway import stats
 from leeway.audit.models import to_alias
-from leeway.audit.run import EvalsSource, load_evals
+from leeway.audit.run import EvalsSource, check_name, load_evals
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval
@@ -36,7 +36,6 @@ from leeway.model.token_stats import Head
 from leeway.study.build_evals import evals_of
 from leeway.study.jobs import BASE
 from leeway.study.manifest import measured_with
-from leeway.study.objective_spec import ALIAS
 from leeway.study.run_dir import RunDir
 from leeway.yaml_config import dump
 
@@ -66,9 +65,7 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
     ) -> None:
         if every < 1:
             raise LeewayError(f"DriftCallback: every={every} is not positive", fix="give 1 or more")
-        if name is not None and (not ALIAS.fullmatch(name) or name == BASE):
-            what = f"DriftCallback: {name!r} cannot be a name on the rows"
-            raise LeewayError(what, fix="use lower-case letters, digits, . _ - and not 'base'")
+        check_name(name, "DriftCallback:")
         self.every = every
         self._name, self._tokenizer = name, tokenizer
         self._store = RunDir(Path(out))
@@ -100,11 +97,9 @@ class DriftCallback(TrainerCallback):  # type: ignore[misc]  # the library has n
             self._measure(args, state, control, kwargs)
             return
         if BASE not in (name for name, _ in parts.values()):
-            raise LeewayError(
-                f"{self._store.folder} has no measurement of the start, and training resumes at step "
-                f"{state.global_step}",
-                fix="give the `out` of the training that is resumed",
-            )
+            what = f"{self._store.folder} has no measurement of the start, and training resumes at step "
+            what += f"{state.global_step}"
+            raise LeewayError(what, fix="give the `out` of the training that is resumed")
         for path, (_, budget) in parts.items():
             if budget > self._budget(state):
                 path.unlink()  # these steps run again

@@ -174,11 +174,9 @@ def _check_head(model: Model) -> None:
         raise LeewayError(what, fix="Llama, Qwen and Gemma 2 architectures are supported")
     slack = 1e-4 if theirs.dtype == torch.float32 and model.head.weight_VD.dtype == torch.float32 else 0.25
     if not torch.allclose(ours, theirs, atol=slack, rtol=slack):
-        raise LeewayError(
-            f"model {model.name}: its logits differ from output layer times last hidden state "
-            f"(by {(ours - theirs).abs().max():.3g})",
-            fix="Llama, Qwen and Gemma 2 architectures are supported",
-        )
+        what = f"model {model.name}: its logits differ from output layer times last hidden state "
+        what += f"(by {(ours - theirs).abs().max():.3g})"
+        raise LeewayError(what, fix="Llama, Qwen and Gemma 2 architectures are supported")
 
 
 @contextmanager

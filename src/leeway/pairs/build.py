@@ -195,10 +195,9 @@ def _check_pairs(examples: Sequence[Example], needed_by: Sequence[str]) -> None:
     """Raise LeewayError where an objective in `needed_by` would lack a rejected answer, or have two equal ones."""
     for e in examples if needed_by else ():
         if e.dispreferred is None:
-            raise LeewayError(
-                f"pairs: example {e.id} has no rejected answer, and {', '.join(needed_by)} needs one",
-                fix="add `rejected` to the training file, set pairs: {from: corrupted}, or leave these objectives out",
-            )
+            what = f"pairs: example {e.id} has no rejected answer, and {', '.join(needed_by)} needs one"
+            fix = "add `rejected` to the training file, set pairs: {from: corrupted}, or leave these objectives out"
+            raise LeewayError(what, fix=fix)
         if e.dispreferred.strip() == e.preferred.strip():
             raise LeewayError(f"pairs: example {e.id} has two equal answers", fix="correct or remove that record")
 
@@ -213,10 +212,9 @@ def _from_samples(
     """Return the examples with an accepted answer; raise LeewayError if there are none."""
     if examples and not sampled.accepted:
         why = ", ".join(f"{n} {reason}" for reason, n in sampled.rejected.most_common())
-        raise LeewayError(
-            f"pairs: no answer of {settings.strategy} was accepted for any of {len(examples)} examples ({why})",
-            fix="give more samples, another temperature or more max_new_tokens, or another pairs: {from: …}",
-        )
+        what = f"pairs: no answer of {settings.strategy} was accepted for any of {len(examples)} examples ({why})"
+        fix = "give more samples, another temperature or more max_new_tokens, or another pairs: {from: …}"
+        raise LeewayError(what, fix=fix)
     paired = [replace(examples[i], dispreferred=sampled.accepted[i]) for i in sorted(sampled.accepted)]
     by_round = {f"accepted in round {k}": n for k, n in enumerate(sampled.by_round, 1)}
     report = PairReport(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from leeway.evals.tasks import declared, task_names
 from leeway.judges import JUDGES, NEEDS_BACKEND
 from leeway.stats.sequential import MARGIN
-from leeway.yaml_config import ConfigModel, nearest
+from leeway.yaml_config import AsList, ConfigModel, Unique, nearest
 
 ENDPOINT_ONLY = ("key_env", "concurrency", "timeout_s", "retries", "max_calls", "max_dollars", "price_in", "price_out")
 VLLM_FLAGS = (  # set by VllmServer
@@ -22,16 +22,6 @@ VLLM_FLAGS = (  # set by VllmServer
 def changed(part: ConfigModel, names: Sequence[str]) -> list[str]:
     """Return the settings that differ from their default (a saved study lists every setting)."""
     return [n for n in names if getattr(part, n) != type(part).model_fields[n].default]
-
-
-def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len({getattr(v, "name", v) for v in values}) < len(values):
-        raise ValueError("one is listed twice")
-    return values
-
-
-Unique = AfterValidator(_unique)
-AsList = BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value])
 
 
 class NamedSpec(ConfigModel):

@@ -111,10 +111,9 @@ def filter_by_length(
         short = len(e.prompt.encode()) + max(other_answer, *(len(a.encode()) for a in answers)) <= room
         tokens = 0 if short else max(longest_rendering(e, alias, o) for alias, o in objectives.items())
         if tokens > context and spec.task.too_long == "error":
-            raise LeewayError(
-                f"task: example {e.id} takes {tokens} tokens, the context of {spec.model} is {context}",
-                fix="set task.too_long: leave-out (it is then left out for every objective), or shorten it",
-            )
+            what = f"task: example {e.id} takes {tokens} tokens, the context of {spec.model} is {context}"
+            fix = "set task.too_long: leave-out (it is then left out for every objective), or shorten it"
+            raise LeewayError(what, fix=fix)
         if tokens <= context:
             fitting.append(e)
         else:
@@ -353,10 +352,9 @@ def check_prompts_fit(evals: Sequence[tuple[str, Eval]], prepared: Prepared) -> 
             tokens = max(len(c.prompt_ids(prompt.conversation)) for c in chats.values())
             if tokens + new > context:
                 answer = f" and up to {new:,} for the answer" if new else ""
-                raise LeewayError(
-                    f"{where}: {item} takes {tokens:,} tokens{answer}, the context of {spec.model} is {context:,}",
-                    fix="lower max_new_tokens" if tokens < context else "shorten or remove that item",
-                )
+                what = f"{where}: {item} takes {tokens:,} tokens{answer}, the context of {spec.model} is {context:,}"
+                fix = "lower max_new_tokens" if tokens < context else "shorten or remove that item"
+                raise LeewayError(what, fix=fix)
 
 
 def target_layers(spec: Spec, lm: Any) -> list[torch.nn.Linear]:
@@ -369,11 +367,10 @@ def target_layers(spec: Spec, lm: Any) -> list[torch.nn.Linear]:
     for target in spec.adapter.targets.split(","):
         named = {n for n, _ in lm.named_modules() if n == target or n.endswith(f".{target}")}
         if not named or not named <= changeable.keys():
-            raise LeewayError(
-                f"adapter.targets: {target!r} is not a {'trainable linear layer' if named else 'layer'} of "
-                f"{spec.model}",
-                fix=f"use all-linear, or some of {','.join(sorted({n.rsplit('.', 1)[-1] for n in changeable}))}",
-            )
+            what = f"adapter.targets: {target!r} is not a {'trainable linear layer' if named else 'layer'} of "
+            what += f"{spec.model}"
+            fix = f"use all-linear, or some of {','.join(sorted({n.rsplit('.', 1)[-1] for n in changeable}))}"
+            raise LeewayError(what, fix=fix)
         found |= named
     return [changeable[n] for n in sorted(found)]
 
@@ -403,8 +400,6 @@ def _check_epochs(examples: list[Example], budget: int, tokens: Callable[[Stream
         return
     once = sum(tokens(StreamItem(e, 0, k)) for k, e in enumerate(examples))
     if budget > EPOCHS * once:
-        raise LeewayError(
-            f"budgets: {budget:,} tokens are {budget / once:,.0f} passes over the {n:,} examples ({once:,.0f} "
-            f"tokens each); at most {EPOCHS:,}",
-            fix="lower the budget",
-        )
+        what = f"budgets: {budget:,} tokens are {budget / once:,.0f} passes over the {n:,} examples ({once:,.0f} "
+        what += f"tokens each); at most {EPOCHS:,}"
+        raise LeewayError(what, fix="lower the budget")

@@ -12,9 +12,9 @@ from leeway.claims.schema import Claims, build
 from leeway.data.types import Task
 from leeway.evals.tasks import TaskSettings, declared, load_task, task_names
 from leeway.hashing import digest
-from leeway.study.eval_spec import Evals, NamedSpec, Unique, changed, measure_names
+from leeway.study.eval_spec import Evals, NamedSpec, changed, measure_names
 from leeway.study.objective_spec import ObjectiveSpec, check_aliases, parse_objectives, start_faults
-from leeway.yaml_config import MAX_COUNT, MAX_FLOAT32, ConfigModel, Tokens, dump, nearest
+from leeway.yaml_config import MAX_COUNT, MAX_FLOAT32, ConfigModel, Tokens, Unique, dump, nearest
 
 MAX_ORGANISM_EXAMPLES = 1_000_000  # general or safety examples of the organism's world are generated in memory
 RESAMPLED = ("steeper", "diverges", "coupled", "matched")  # analyses of claims that use the joint bootstrap

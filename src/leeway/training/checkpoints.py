@@ -79,11 +79,9 @@ def verified_ledger(folder: Path) -> dict[str, Any]:
     line = read_ledger(folder)
     found = _hash(folder, "delete that folder and run again")
     if found != line["adapter_hash"]:
-        raise LeewayError(
-            f"{folder}: the adapter is not the one its ledger names (adapter_hash {found}, "
-            f"ledger {line['adapter_hash']})",
-            fix="delete that folder and run again, or start in another --out",
-        )
+        what = f"{folder}: the adapter is not the one its ledger names (adapter_hash {found}, "
+        what += f"ledger {line['adapter_hash']})"
+        raise LeewayError(what, fix="delete that folder and run again, or start in another --out")
     return line
 
 

@@ -127,11 +127,10 @@ def optimise(
         totals, loss = passes.gradient(batch)
         norm = ranks.clip(parameters, settings.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NotFiniteError(
-                f"{objective.name}, step {batch.step}: loss {loss}, gradient norm {norm}, "
-                f"on examples {', '.join(batch.ids)}",
-                fix="inspect these examples with `leeway show`, or lower optim.lr; the last checkpoint is kept",
-            )
+            what = f"{objective.name}, step {batch.step}: loss {loss}, gradient norm {norm}, "
+            what += f"on examples {', '.join(batch.ids)}"
+            fix = "inspect these examples with `leeway show`, or lower optim.lr; the last checkpoint is kept"
+            raise NotFiniteError(what, fix=fix)
         lr = lr_at(batch.step)
         for group in optimiser.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -108,11 +108,9 @@ class Trajectory:
             what = f"{self.alias}: {self.start.folder} has changed (adapter_hash {found}, not {self.start.hash})"
             raise LeewayError(what, fix="use another --out")
         if (base_hash := self.start.ledger_line.get("base_hash", self.model.hash)) != self.model.hash:
-            raise LeewayError(
-                f"{self.alias}: {self.start.folder} was trained on another base model (hash {base_hash}, "
-                f"this study's is {self.model.hash})",
-                fix="start from an adapter of this study's model",
-            )
+            what = f"{self.alias}: {self.start.folder} was trained on another base model (hash {base_hash}, "
+            what += f"this study's is {self.model.hash})"
+            raise LeewayError(what, fix="start from an adapter of this study's model")
         adapters.restore(self.model, self.start.folder)
         if not started:
             return base
@@ -318,11 +316,9 @@ def choose_learning_rate(alias: str, trials: tuple[Trial, ...], *, items: int, b
     """Return the most accurate learning rate; of equals the smallest, which drifts least."""
     scored = [t for t in trials if t.accuracy is not None]
     if not scored:
-        raise LeewayError(
-            f"optim.tune: {alias} diverged (non-finite loss) at every learning rate "
-            f"({', '.join(f'{t.lr:g}' for t in trials)}; {trials[0].failed})",
-            fix="give smaller ones in optim.tune.lrs",
-        )
+        what = f"optim.tune: {alias} diverged (non-finite loss) at every learning rate "
+        what += f"({', '.join(f'{t.lr:g}' for t in trials)}; {trials[0].failed})"
+        raise LeewayError(what, fix="give smaller ones in optim.tune.lrs")
     best = min(scored, key=lambda t: (-(t.accuracy or 0.0), t.lr))
     return LearningRateChoice(best.lr, items, budget, trials)
 

@@ -310,10 +310,9 @@ class RayExecutor:
         what = handle.job.name if handle.job else "setup"
         self._losses[what] += 1
         if self._losses[what] >= TRIES:
-            raise LeewayError(
-                f"--executor ray: {what} has lost its worker {TRIES} times ({first_line(error)})",
-                fix="look at the node's logs (probably out of memory); run the same command again to resume",
-            ) from error
+            fault = f"--executor ray: {what} has lost its worker {TRIES} times ({first_line(error)})"
+            fix = "look at the node's logs (probably out of memory); run the same command again to resume"
+            raise LeewayError(fault, fix=fix) from error
         self.log(f"Ray: {what} has lost its worker; it runs again")
 
 
