@@ -39,7 +39,6 @@ RecordKind = Literal["replies", "answers", "pairs"]
 KINDS = ("replies", "answers", "pairs", "references", "models")
 FOLDERS = ("references", "models")  # the kinds that are not records
 LEASES = "leases"
-HOST = re.sub(r"[^\w.-]", "_", platform.node()) or "host"
 FIX = f"free some disk space, or set {ENVIRONMENT} to another folder"
 
 
@@ -70,7 +69,8 @@ class RecordStore:
     def put(self, records: Mapping[str, Any]) -> None:
         """Append the records whose keys are new, and flush them to disk. Raises LeewayError where it cannot write."""
         lines = {key: line for key, record in records.items() if (line := _line(key, record))}
-        path = self.folder / f"{HOST}.tsv"
+        host = re.sub(r"[^\w.-]", "_", platform.node()) or "host"
+        path = self.folder / f"{host}.tsv"
         with self._lock, _as_leeway_error(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leeway.data import openended as data
+from leeway.data.formats import open_ended_items
 from leeway.data.types import CapabilityItem
 from leeway.errors import LeewayError
 from leeway.evals.openended import OpenEnded, RubricJudge, parse, rubric, score
@@ -151,34 +151,34 @@ def test_the_identity_covers_rubric_judge_and_items() -> None:
 def test_records(record: dict[str, object], prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(record))
-    items, origin = data.held_out_items("cyber", str(path))
+    items, origin = open_ended_items("cyber", str(path))
     assert [(i.id, i.prompt, i.reference) for i in items] == [("cyber/1", prompt, "R")]
     assert origin == str(path)
     (tmp_path / "someone").mkdir()
     (tmp_path / "someone" / "set.jsonl").write_text(json.dumps(record))
     monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
-    assert data.held_out_items("cyber", "someone/set")[0] == items
+    assert open_ended_items("cyber", "someone/set")[0] == items
 
 
 def test_sources_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEEWAY_DATA", raising=False)
     with pytest.raises(LeewayError, match=r"lawbench/\S+ is not on the hub; set LEEWAY_DATA"):
-        data.held_out_items("legal", "lawbench")
+        open_ended_items("legal", "lawbench")
     with pytest.raises(LeewayError, match="'nonsense' is not a source"):
-        data.held_out_items("legal", "nonsense")
+        open_ended_items("legal", "nonsense")
     empty = tmp_path / "e.jsonl"
     empty.write_text("")
     with pytest.raises(LeewayError, match="legal has no items"):
-        data.held_out_items("legal", str(empty))
+        open_ended_items("legal", str(empty))
     empty.write_text('{"fields": {"text": ""}, "answer": "R"}')
     with pytest.raises(LeewayError, match="record 1: its fields are empty"):
-        data.held_out_items("legal", str(empty))
+        open_ended_items("legal", str(empty))
 
 
 def test_real_legal_questions(real_data: Path) -> None:
-    items, origin = data.held_out_items("legal", "lawbench")
+    items, origin = open_ended_items("legal", "lawbench")
     assert len(items) == 500
     assert len({i.prompt for i in items}) > 490
     assert origin == "LEEWAY_DATA/lawbench/3-8_legal_consultation_zh.json"
     rows = real_data / "legalbench" / "legalbench_train_permissive.jsonl"
-    assert len(data.held_out_items("legal", str(rows))[0]) == 641
+    assert len(open_ended_items("legal", str(rows))[0]) == 641

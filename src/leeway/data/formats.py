@@ -1,4 +1,4 @@
-"""The user's own files: training records in any common format, detected by their columns, and test records.
+"""Files of records: training records in any common format, detected by their columns, and test records.
 
 | format | columns |
 | --- | --- |
@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from leeway.data.readers import Record, field, read, refuse_not_finite
+from leeway.data.readers import Record, Source, field, load, read, refuse_not_finite
 from leeway.data.types import CapabilityItem, Example
 from leeway.errors import LeewayError
+from leeway.io import expand
 
 ROLES = {"user": "user", "human": "user", "system": "system"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model"), "assistant")
@@ -245,26 +246,20 @@ def train_examples(path: Path, *, unsupported: Unsupported = "error") -> tuple[l
             examples.append(Example(f"{path.name}/{n}", parsed.prompt, parsed.preferred, parsed.dispreferred))
     if not reasons:
         return examples, str(path)
-    summary = f"{path}: {_summary(reasons, len(reasons) + len(examples))}"
+    kinds = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(reasons.values()).items()))
+    listed = ", ".join(map(str, list(reasons)[:MAX_LISTED])) + (", …" if len(reasons) > MAX_LISTED else "")
+    counted = f"{len(reasons)} of {len(reasons) + len(examples)} records are not supported yet ({kinds})"
+    summary = f"{path}: {counted}: record{'s' * (len(reasons) > 1)} {listed}"
     if unsupported == "error" or not examples:
         what = f"{summary}; an example is one user turn and its answer"
         raise LeewayError(what, fix="remove these records, or cut each down to one question and its answer")
     return examples, f"{summary}, left out"
 
 
-def _summary(reasons: dict[int, str], total: int) -> str:
-    why = ", ".join(f"{reason}: {n}" for reason, n in sorted(Counter(reasons.values()).items()))
-    listed = ", ".join(map(str, list(reasons)[:MAX_LISTED])) + (", …" if len(reasons) > MAX_LISTED else "")
-    return f"{len(reasons)} of {total} records are not supported yet ({why}): record{'s' * (len(reasons) > 1)} {listed}"
-
-
 def held_out_items(path: Path) -> tuple[list[CapabilityItem], str]:
     """Return the items of a file and its origin; raise LeewayError for a record that is not one question and answer."""
-    items = []
-    for n, record in enumerate(read(path), 1):
-        prompt, answer = question_and_answer(record, f"{path}, record {n}")
-        items.append(CapabilityItem(f"files/{n}", prompt, answer))
-    return items, str(path)
+    records = enumerate(read(path), 1)
+    return [CapabilityItem(f"files/{n}", *question_and_answer(r, f"{path}, record {n}")) for n, r in records], str(path)
 
 
 def question_and_answer(record: Record, where: str) -> tuple[str, str]:
@@ -277,3 +272,53 @@ def question_and_answer(record: Record, where: str) -> tuple[str, str]:
         fix = "give one user turn and its answer"
         raise LeewayError(f"{where}: {why}, which is not supported yet", fix=fix) from why
     return parsed.prompt, parsed.preferred
+
+
+NAMED = {
+    # Fei et al. 2023, arXiv 2309.16289 (github.com/open-compass/LawBench): 500 consultations in Chinese, with answers
+    "lawbench": Source(("lawbench/3-8_legal_consultation_zh.json",)),
+    # Guha et al. 2023, arXiv 2308.11462: its open-ended task, questions on rules of law
+    "rule-qa": Source(("legalbench/rule_qa.jsonl", "legalbench/rule_qa.json"), "nguha/legalbench", "rule_qa", "test"),
+}
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".gz")
+
+
+def open_ended_items(task: str, source: str) -> tuple[list[CapabilityItem], str]:
+    """Return open-ended questions with their reference answers (`id` is `<task>/<n>`), in order, and their origin.
+
+    Records have `prompt` or `question`, and `reference` or `answer`. An `instruction` precedes the question (LawBench);
+    `fields` (LegalBench) become paragraphs, each after its name.
+    `source` is `lawbench`, `rule-qa`, the path of a file (.jsonl, .json, .csv, .tsv, .gz of them) or a hub id (its rows
+    are read from `<hub id>.jsonl` under LEEWAY_DATA if that is set).
+    """
+    if source.endswith(KINDS):
+        records, origin = list(read(expand(source))), source
+    else:
+        records, origin = load(_source(source))
+    if not records:
+        raise LeewayError(f"evals.capability: {task} has no items ({origin})", fix="check the source")
+    where = f"{task} ({origin}), record"
+    return [CapabilityItem(f"{task}/{n}", *_question(r, f"{where} {n}")) for n, r in enumerate(records, 1)], origin
+
+
+def _source(name: str) -> Source:
+    if name in NAMED:
+        return NAMED[name]
+    if name.count("/") != 1:
+        what = f"evals.capability: {name!r} is not a source of open-ended questions"
+        raise LeewayError(what, fix=f"give {', '.join(NAMED)}, a file ({', '.join(KINDS)}) or a hub id (owner/name)")
+    return Source((f"{name}.jsonl", f"{name}.json"), name, split="test")
+
+
+def _question(record: Record, where: str) -> tuple[str, str]:
+    fields: Any = record.get("fields")
+    if isinstance(fields, dict):
+        question = "\n\n".join(f"{name}: {str(text).strip()}" for name, text in fields.items() if str(text).strip())
+        if not question:
+            raise LeewayError(f"{where}: its fields are empty", fix="correct that record")
+        return question, field(record, ("answer", "reference"), where)
+    if "text" in record and not {"prompt", "question"} & set(record):
+        return field(record, ("text",), where), field(record, ("answer", "reference"), where)
+    prompt, reference = question_and_answer(record, where)
+    instruction = str(record.get("instruction") or "").strip()
+    return (f"{instruction}\n\n{prompt}" if instruction else prompt), reference

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from leeway.data import formats, gsm8k, openended, supergpqa
+from leeway.data import formats, gsm8k, supergpqa
 from leeway.data.types import CapabilityItem, Example, Task
 from leeway.errors import LeewayError
 from leeway.evals.capability import flexible, grade_exact, grade_gsm8k, grade_supergpqa, strict
@@ -186,7 +186,7 @@ class Legal(Files):
     graded_by_model = True
 
     def held_out_items(self) -> tuple[list[CapabilityItem], str]:
-        return openended.held_out_items(self.name, self.settings.source or self.settings.test_file or "")
+        return formats.open_ended_items(self.name, self.settings.source or self.settings.test_file or "")
 
     def as_item(self, example: Example) -> CapabilityItem:
         return CapabilityItem(example.id, example.prompt, example.preferred)

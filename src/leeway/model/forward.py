@@ -69,14 +69,10 @@ class TokenStats:
             0, self.sequence_T, self.logp_T * self.weight_T
         )
 
-    def count_S(self) -> Tensor:
-        """Return the number of targets of each sequence, [S]."""
-        counted_T = self.sequence_T if self.target_T is None else self.sequence_T[self.target_T]
-        return torch.bincount(counted_T, minlength=self.sequences)
-
     def mean_S(self) -> Tensor:
         """Return the mean log-probability of each sequence's targets, [S], nats."""
-        return self.sum_S() / self.count_S()
+        counted_T = self.sequence_T if self.target_T is None else self.sequence_T[self.target_T]
+        return self.sum_S() / torch.bincount(counted_T, minlength=self.sequences)
 
 
 def layout_of(requested: LayoutSetting, model: Model, adapter: str, *, sharded: bool = False) -> Layout:

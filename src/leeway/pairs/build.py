@@ -166,7 +166,9 @@ def pair(
         sampled = sample.unsafe(examples, CachedSampler(base, settings, sample.instruction_hash(), cache, tick))
         hashes = {"instruction": sample.instruction_hash(), "filter": sample.unsafe_filter_hash(settings.filter)}
         counts = Counter(f"{sample.manner(examples[i], settings.seed)} accepted" for i in sampled.accepted)
-        counts += Counter({"accepted, and right by the grader": _right(examples, sampled, grade)})
+        accepted = [(examples[i], answer) for i, answer in sampled.accepted.items()]
+        right = sum(sample.gradable(e, grade) and grade(e, answer) for e, answer in accepted) if grade else 0
+        counts += Counter({"accepted, and right by the grader": right})
         return _from_samples(examples, sampled, settings, identity | hashes, counts)
     assert grade is not None
     sampled = sample.sampled_errors(examples, CachedSampler(base, settings, "plain", cache, tick), grade)
@@ -229,13 +231,6 @@ def _from_samples(
         counts={**by_round, **dict(sorted(counts.items()))},
     )
     return PairedExamples(paired, report)
-
-
-def _right(examples: Sequence[Example], sampled: SampledAnswers, grade: sample.Grader | None) -> int:
-    """Return how many accepted answers the grader finds right, of the examples that it can check."""
-    if grade is None:
-        return 0
-    return sum(sample.gradable(examples[i], grade) and grade(examples[i], a) for i, a in sampled.accepted.items())
 
 
 def _hash(examples: Sequence[Example]) -> str:

@@ -88,6 +88,8 @@ def log_of(group: Group, results: Results) -> Any:
     samples = [_sample(row, model, at, identity) for row in _records(group.rows)]
     ids = [s.id for s in samples if s.epoch == 1]
     tokens = int(sum(group.rows["new_tokens"]))
+    environment = manifest.get("environment") or {}
+    libraries = {k: str(environment[k]) for k in ("torch", "transformers", "peft") if k in environment}
     usage = chat.ModelUsage(output_tokens=tokens, total_tokens=tokens)
     return logs.EvalLog(
         status="success",
@@ -102,7 +104,7 @@ def log_of(group: Group, results: Results) -> Any:
             dataset=logs.EvalDataset(name=_task_name(group), samples=len(ids), sample_ids=ids),
             model=model,
             config=logs.EvalConfig(epochs=max(s.epoch for s in samples)),
-            packages=_packages(manifest),
+            packages={"leeway": str(manifest.get("leeway", "")), **libraries},
             tags=[group.target, str(facts["condition"])],
             metadata=_header(group, results),
         ),
@@ -209,11 +211,6 @@ def _task_args(group: Group, study: dict[str, Any]) -> dict[str, Any]:
     evals = study.get("evals")
     settings = evals.get(group.facts["eval"]) if isinstance(evals, dict) else None
     return settings if isinstance(settings, dict) else {"settings": settings} if settings else {}
-
-
-def _packages(manifest: dict[str, Any]) -> dict[str, str]:
-    known = {k: v for k, v in (manifest.get("environment") or {}).items() if k in ("torch", "transformers", "peft")}
-    return {"leeway": str(manifest.get("leeway", "")), **{k: str(v) for k, v in known.items()}}
 
 
 def _time(manifest: dict[str, Any]) -> str:
