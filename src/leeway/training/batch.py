@@ -8,7 +8,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from leeway.data.chat import Chat, Sequence
 from leeway.data.stream import AuxiliaryPool, StreamItem
@@ -35,16 +34,11 @@ class Optim:
 
     clip: float
     micro_tokens: int  # positions per micro-batch; does not change the optimiser step
-    autocast: torch.dtype | None = None
     layout: Layout = "padded"
 
     def split(self, examples: Examples) -> Iterator[list[Seq[Sequence]]]:
         """Yield a step's micro-batches."""
         return micro_batches(examples, self.micro_tokens, self.layout)
-
-    def autocast_on(self, device: torch.device) -> torch.autocast:
-        """Return the context of every forward pass."""
-        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
 
 
 def micro_batches(rendered: Examples, tokens: int, layout: Layout = "padded") -> Iterator[list[Seq[Sequence]]]:

@@ -39,8 +39,7 @@ class Passes:
         totals, loss = self.totals(batch), 0.0
         self.model.lm.train()
         for micro, weight in self.ranks.share(batch.rendered, self.settings.split):
-            with self.settings.autocast_on(self.model.device):
-                part = weight * self._loss(micro, totals)
+            part = weight * self._loss(micro, totals)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
         return totals, self.ranks.sum(loss)
@@ -62,7 +61,7 @@ class Passes:
         self.model.lm.eval()
         for micro, weight in self.ranks.share(batch.baseline, self.settings.split):
             packed = pack_batch(micro, self.model.device, self.settings.layout)
-            with torch.no_grad(), self.settings.autocast_on(self.model.device):
+            with torch.no_grad():
                 policy = target_stats(self.model, packed, totals)
                 reference = self._reference(packed, micro, totals)
             baseline += weight * self.objective.baseline(policy, reference)

@@ -153,7 +153,7 @@ class Trajectory:
             return 0
         layout: Layout = "fused" if loop.layout == "fused" else "padded"
         with _power_of_two_threads():
-            store = references.of(computed_as(self.model, reference, loop.autocast, layout))
+            store = references.of(computed_as(self.model, reference, layout))
         sequences: dict[tuple[tuple[int, ...], int], Sequence] = {}
         for step, s, new in reference_sequences(self._batch(k + 1) for k in range(len(self.schedule.steps))):
             if new:
@@ -231,13 +231,12 @@ class _ReferenceModel:
 
     def stats(self, sequences: Seq[Sequence], needed: Needed) -> Iterator[tuple[Sequence, ReferenceStats]]:
         for group in self._groups(sequences):
-            with self.settings.autocast_on(self.model.device):
-                if self.layout == "fused":
-                    hidden_TD = hidden_apart(self.model, group)
-                else:
-                    batch = pack_batch([[s] for s in group], self.model.device, self.layout)
-                    hidden_TD = hidden_at_measured(self.model, batch)
-                states = torch.split(hidden_TD, [s.measured for s in group])
+            if self.layout == "fused":
+                hidden_TD = hidden_apart(self.model, group)
+            else:
+                batch = pack_batch([[s] for s in group], self.model.device, self.layout)
+                hidden_TD = hidden_at_measured(self.model, batch)
+            states = torch.split(hidden_TD, [s.measured for s in group])
             for s, hidden_MD in zip(group, states, strict=True):
                 logp_M = self.logps(s, hidden_MD) if needed.logps else None
                 yield s, ReferenceStats(logp_M, hidden_MD.cpu() if needed.states else None)
@@ -245,8 +244,7 @@ class _ReferenceModel:
     def logps(self, sequence: Sequence, hidden_MD: Tensor) -> Tensor:
         device = self.model.device
         measured_M = torch.tensor(sequence.ids[sequence.start :], device=device)
-        with self.settings.autocast_on(self.model.device):
-            return token_logps(hidden_MD.to(device), measured_M, self.model.head).cpu()
+        return token_logps(hidden_MD.to(device), measured_M, self.model.head).cpu()
 
     def _groups(self, sequences: Seq[Sequence]) -> list[list[Sequence]]:
         """Return the sequences that share a forward pass."""
