@@ -9,21 +9,13 @@ import difflib
 import io
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from importlib.resources import files
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -146,6 +138,16 @@ class ConfigModel(BaseModel):
         if isinstance(value, bool) and bool not in _types_in(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError(f"{str(value).lower()} is not a valid value; quote it if it is text")
         return value
+
+    @model_validator(mode="after")
+    def _refuse_faults(self) -> Self:
+        if found := [*self._faults()]:
+            raise ValueError("\n".join(found))
+        return self
+
+    def _faults(self) -> Iterator[str]:
+        """Yield what is wrong with the mapping as a whole, a line each."""
+        yield from ()
 
 
 def _types_in(annotation: Any) -> set[Any]:

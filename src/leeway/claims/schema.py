@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError
 
 from leeway.errors import LeewayError
 from leeway.hashing import digest
@@ -80,11 +80,9 @@ class _AtBudgets(Claim):
     up_to: Budget | None = None
     at_largest: ClassVar[bool] = False  # at the largest budget if the claim names none, else at all
 
-    @model_validator(mode="after")
-    def _at_or_range(self) -> _AtBudgets:
+    def _faults(self) -> Iterator[str]:
         if self.at is not None and (self.from_ is not None or self.up_to is not None):
-            raise ValueError("at lists budgets, from and up_to give a range: use one or the other")
-        return self
+            yield "at lists budgets, from and up_to give a range: use one or the other"
 
     def budgets_of(self, budgets: Seq[int]) -> tuple[tuple[int, ...], str]:
         if self.at is not None:
@@ -133,11 +131,10 @@ class _Ordered(Claim):
     higher: Objectives
     lower: Objectives
 
-    @model_validator(mode="after")
-    def _disjoint(self) -> _Ordered:
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
         if both := sorted(set(self.higher) & set(self.lower)):
-            raise ValueError(f"{both[0]!r} is in both higher and lower")
-        return self
+            yield f"{both[0]!r} is in both higher and lower"
 
 
 class Ranks(_Ordered, _AtBudgets):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,13 +65,11 @@ class ReferenceSelection(ConfigModel):
     def _base(cls, value: Any) -> Any:
         return {"objective": BASE} if value == BASE else value
 
-    @model_validator(mode="after")
-    def _single(self) -> ReferenceSelection:
+    def _faults(self) -> Iterator[str]:
         if self.objective == BASE and self.budget is not None:
-            raise ValueError("the base has no budget; remove it")
+            yield "the base has no budget; remove it"
         if ALL in (self.objective, self.budget):
-            raise ValueError("the reference is one checkpoint, not all")
-        return self
+            yield "the reference is one checkpoint, not all"
 
 
 class Rule(ConfigModel):
@@ -90,14 +89,12 @@ class Rule(ConfigModel):
             raise ValueError(f"{value:g} is outside ({low}, 1); {example}")
         return value
 
-    @model_validator(mode="after")
-    def _one_kind(self) -> Rule:
+    def _faults(self) -> Iterator[str]:
         given = [k for k in ("margin", "at_least", "at_most") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"{self.measure}: give one of margin, at_least, at_most, not {len(given)} of them")
-        if self.worse and given != ["margin"]:
-            raise ValueError(f"{self.measure}: {given[0]} implies the worse direction; remove worse")
-        return self
+            yield f"{self.measure}: give one of margin, at_least, at_most, not {len(given)} of them"
+        elif self.worse and given != ["margin"]:
+            yield f"{self.measure}: {given[0]} implies the worse direction; remove worse"
 
     @property
     def kind(self) -> Kind:

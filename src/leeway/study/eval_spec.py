@@ -49,15 +49,13 @@ class ModelRef(NamedSpec):
     price_out: float | None = Field(default=None, ge=0, description="dollars per million tokens")
     max_new_tokens: int | None = Field(default=None, gt=0, description="per reply (default: that of the model's role)")
 
-    @model_validator(mode="after")
-    def _settings_fit(self) -> ModelRef:
+    def _faults(self) -> Iterator[str]:
         if self.max_dollars is not None and (self.price_in is None or self.price_out is None):
-            raise ValueError("max_dollars needs price_in and price_out, in dollars per million tokens")
+            yield "max_dollars needs price_in and price_out, in dollars per million tokens"
         if self.endpoint is None and (idle := next(iter(changed(self, ENDPOINT_ONLY)), None)):
-            raise ValueError(f"{idle} needs an endpoint, and {self.model} is local; leave it out")
+            yield f"{idle} needs an endpoint, and {self.model} is local; leave it out"
         if self.endpoint is not None and self.revision is not None:
-            raise ValueError(f"revision needs a local model, and {self.model} is at an endpoint; leave it out")
-        return self
+            yield f"revision needs a local model, and {self.model} is at an endpoint; leave it out"
 
 
 class CapabilitySpec(NamedSpec):
@@ -75,28 +73,27 @@ class CapabilitySpec(NamedSpec):
     include_path: str | None = Field(default=None, description="for lm-eval: a folder of tasks of your own")
     judge_model: ModelRef | None = Field(default=None, description="grades open-ended answers")
 
-    @model_validator(mode="after")
-    def _fits(self) -> CapabilitySpec:
+    def _faults(self) -> Iterator[str]:
         tasks, harness = task_names(), self.name.startswith("lm-eval:")
         if self.name not in tasks and not harness:
             near = nearest(self.name, tasks)
-            raise ValueError(f"{self.name!r} is none of {', '.join(tasks)}, nor lm-eval:<task>{near}")
+            yield f"{self.name!r} is none of {', '.join(tasks)}, nor lm-eval:<task>{near}"
+            return
         task = declared(self.name)
         if task.graded_by_model and self.judge_model is None:
-            raise ValueError(f"{self.name}: open-ended answers are graded by a model; give judge_model")
+            yield f"{self.name}: open-ended answers are graded by a model; give judge_model"
         if not task.trainable and task.graded_by_model and self.source is None:
-            raise ValueError(f"{self.name}: give source, a file of records with prompt and reference, or a hub id")
+            yield f"{self.name}: give source, a file of records with prompt and reference, or a hub id"
         if not task.graded_by_model and (self.source or self.judge_model):
-            raise ValueError(f"{self.name}: source and judge_model are for open-ended tasks (legal, cyber, openended)")
+            yield f"{self.name}: source and judge_model are for open-ended tasks (legal, cyber, openended)"
         if self.include_path and not harness:
-            raise ValueError(f"{self.name}: include_path is for lm-eval tasks")
+            yield f"{self.name}: include_path is for lm-eval tasks"
         if self.extraction and self.extraction not in task.extractions:
             known = ", ".join(task.extractions) or "none"
-            raise ValueError(f"{self.name}: no extraction rule {self.extraction!r} (it has: {known})")
+            yield f"{self.name}: no extraction rule {self.extraction!r} (it has: {known})"
         if not harness and self.shots not in task.shot_counts:
             counts = " or ".join(map(str, task.shot_counts))
-            raise ValueError(f"{self.name}: {self.shots} shots are not supported; it takes {counts}")
-        return self
+            yield f"{self.name}: {self.shots} shots are not supported; it takes {counts}"
 
 
 class JudgeSpec(NamedSpec):
@@ -107,15 +104,13 @@ class JudgeSpec(NamedSpec):
     base: str | None = Field(default=None, description="for finetuned: another base model than the published one")
     adapter: str | None = Field(default=None, description="for finetuned: another adapter than the published one")
 
-    @model_validator(mode="after")
-    def _fits(self) -> JudgeSpec:
+    def _faults(self) -> Iterator[str]:
         if self.name == "rubric" and self.model is None:
-            raise ValueError("judge: rubric needs model (the judge model)")
+            yield "judge: rubric needs model (the judge model)"
         if self.name in JUDGES and self.name not in NEEDS_BACKEND and self.model is not None:
-            raise ValueError(f"judge: {self.name} uses no model; leave model out")
+            yield f"judge: {self.name} uses no model; leave model out"
         if self.name != "finetuned" and (self.base or self.adapter):
-            raise ValueError("judge: base and adapter are for finetuned")
-        return self
+            yield "judge: base and adapter are for finetuned"
 
 
 class Translator(ConfigModel):
@@ -125,17 +120,15 @@ class Translator(ConfigModel):
     file: str | None = Field(default=None, description="reviewed translations, JSON lines")
     model: ModelRef | None = None
 
-    @model_validator(mode="after")
-    def _fits(self) -> Translator:
+    def _faults(self) -> Iterator[str]:
         if self.from_ == "model" and self.model is None:
-            raise ValueError("translator: from: model needs model")
+            yield "translator: from: model needs model"
         if self.from_ == "cache" and self.file is None:
-            raise ValueError("translator: from: cache needs file")
+            yield "translator: from: cache needs file"
         if self.from_ == "cache" and self.model is not None:
-            raise ValueError("translator: from: cache uses no model; leave it out, or use from: model with that file")
+            yield "translator: from: cache uses no model; leave it out, or use from: model with that file"
         if self.from_ == "nllb" and self.model is not None and self.model.endpoint is not None:
-            raise ValueError("translator: from: nllb runs on this machine; leave endpoint out, or use from: model")
-        return self
+            yield "translator: from: nllb runs on this machine; leave endpoint out, or use from: model"
 
 
 class JailbreakSpec(ConfigModel):
@@ -160,21 +153,15 @@ class JailbreakSpec(ConfigModel):
     temperature: float = Field(default=1.0, gt=0, le=1e6)
     perplexity: bool = Field(default=False, description="high perplexity under the base model is incoherent")
 
-    @model_validator(mode="after")
-    def _parts_fit(self) -> JailbreakSpec:
+    def _faults(self) -> Iterator[str]:
         if (self.prompts == "file") != (self.file is not None):
-            raise ValueError("prompts: file needs file: the path of your prompts, and file needs prompts: file")
+            yield "prompts: file needs file: the path of your prompts, and file needs prompts: file"
         if ("crescendo_led" in self.attacks) != (self.attacker is not None):
-            raise ValueError("attacks: crescendo_led needs attacker (a model), and attacker needs crescendo_led")
+            yield "attacks: crescendo_led needs attacker (a model), and attacker needs crescendo_led"
         if "zulu" in self.attacks and self.prompts != "organism" and self.translator is None:
-            raise ValueError("attacks: zulu needs a translator (nllb, model or cache); give one, or leave zulu out")
+            yield "attacks: zulu needs a translator (nllb, model or cache); give one, or leave zulu out"
         if any(j.name == "organism" for j in self.judge) and self.prompts != "organism":
-            raise ValueError("judge: organism judges only prompts: organism; use judge: keywords")
-        if faults := [*self._idle()]:
-            raise ValueError("\n".join(faults))
-        return self
-
-    def _idle(self) -> Iterator[str]:
+            yield "judge: organism judges only prompts: organism; use judge: keywords"
         if self.translator is not None and "zulu" not in self.attacks:
             yield "translator is for attacks: zulu, which is not listed; leave it out"
         if changed(self, ["turns"]) and "crescendo_led" not in self.attacks:
@@ -193,11 +180,9 @@ class OverRefusalSpec(ConfigModel):
     judge: JudgeSpec = JudgeSpec(name="keywords")
     max_new_tokens: int = Field(default=256, gt=0)
 
-    @model_validator(mode="after")
-    def _parts_fit(self) -> OverRefusalSpec:
+    def _faults(self) -> Iterator[str]:
         if self.judge.name == "organism" and self.prompts != "organism":
-            raise ValueError("judge: organism judges only prompts: organism; use judge: keywords")
-        return self
+            yield "judge: organism judges only prompts: organism; use judge: keywords"
 
 
 class PersonaSpec(ConfigModel):
@@ -227,16 +212,14 @@ class VllmSpec(ConfigModel):
     args: tuple[str, ...] = Field(default=(), description="further flags of vllm serve")
     endpoint: str | None = Field(default=None, description="address of a running server, such as http://host:8000/v1")
 
-    @model_validator(mode="after")
-    def _fits(self) -> VllmSpec:
+    def _faults(self) -> Iterator[str]:
         if self.endpoint is not None and self.args:
-            raise ValueError("args are for a server that is started, and endpoint names a running one; leave one out")
+            yield "args are for a server that is started, and endpoint names a running one; leave one out"
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
-            raise ValueError(f"endpoint: {self.endpoint!r} is not an address; give one such as http://host:8000/v1")
+            yield f"endpoint: {self.endpoint!r} is not an address; give one such as http://host:8000/v1"
         flags = [a.partition("=")[0].replace("_", "-") for a in self.args]
         if taken := next((f for f in flags if f in VLLM_FLAGS), None):
-            raise ValueError(f"args: {taken} is set by the study (model, revision, dtype, adapter.r); leave it out")
-        return self
+            yield f"args: {taken} is set by the study (model, revision, dtype, adapter.r); leave it out"
 
 
 class BackendSpec(ConfigModel):
@@ -278,15 +261,13 @@ class Evals(ConfigModel):
     )
     margin: float = Field(default=MARGIN, gt=0, lt=1, description="for stop: decided; smallest difference of interest")
 
-    @model_validator(mode="after")
-    def _something(self) -> Evals:
+    def _faults(self) -> Iterator[str]:
         if not (self.capability or self.jailbreak or self.persona or self.overrefusal or self.plugins):
-            raise ValueError("nothing is measured; name capability, jailbreak, overrefusal or persona")
+            yield "nothing is measured; name capability, jailbreak, overrefusal or persona"
         if changed(self, ["margin"]) and self.stop == "never":
-            raise ValueError("margin is for stop: decided; add it, or leave margin out")
+            yield "margin is for stop: decided; add it, or leave margin out"
         if self.backend.vllm and any(c.name.startswith("lm-eval:") for c in self.capability):
-            raise ValueError("capability: lm-eval tasks need the model itself; use backend: transformers")
-        return self
+            yield "capability: lm-eval tasks need the model itself; use backend: transformers"
 
     def model_refs(self) -> Iterator[ModelRef]:
         """Yield every helper model: judges, attacker, translator, self-report grader."""

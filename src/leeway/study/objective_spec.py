@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_type_hints
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo
 
 from leeway.io import expand
 from leeway.model import adapters
@@ -30,13 +30,11 @@ class StartSpec(ConfigModel):
     budget: Tokens | None = None
     adapter: str | None = None
 
-    @model_validator(mode="after")
-    def _one_of_both(self) -> StartSpec:
+    def _faults(self) -> Iterator[str]:
         if (self.adapter is None) == (self.from_ is None):
-            raise ValueError("start: give {from: OBJECTIVE, budget: …}, or {adapter: FOLDER}")
-        if (self.from_ is None) != (self.budget is None):
-            raise ValueError("start: from and budget need each other")
-        return self
+            yield "start: give {from: OBJECTIVE, budget: …}, or {adapter: FOLDER}"
+        elif (self.from_ is None) != (self.budget is None):
+            yield "start: from and budget need each other"
 
 
 class ObjectiveSpec(ConfigModel):
@@ -48,11 +46,9 @@ class ObjectiveSpec(ConfigModel):
     start: StartSpec | None = None
     reference: Literal["start", "base"] = "start"
 
-    @model_validator(mode="after")
-    def _reference_is_used(self) -> ObjectiveSpec:
+    def _faults(self) -> Iterator[str]:
         if self.reference == "base" and self.start is None:
-            raise ValueError("reference: base needs a start; without one the reference is the base; leave it out")
-        return self
+            yield "reference: base needs a start; without one the reference is the base; leave it out"
 
     @property
     def starts_at(self) -> str:

@@ -45,18 +45,16 @@ class TaskSpec(NamedSpec):
             raise ValueError(f"no task {name!r}{nearest(name, known)} (there are: {', '.join(known)})")
         return name
 
-    @model_validator(mode="after")
-    def _settings_are_used(self) -> TaskSpec:
+    def _faults(self) -> Iterator[str]:
         keys = declared(self.name).keys
         if "files" in keys and self.files is None:
             named = "" if self.name == "files" else f"name: {self.name}, "
-            raise ValueError(f"{self.name} needs data files: give {{{named}files: {{train: …, test: …}}}}")
+            yield f"{self.name} needs data files: give {{{named}files: {{train: …, test: …}}}}"
         for key in ("files", "revision"):
             if getattr(self, key) is not None and key not in keys:
-                raise ValueError(f"{key}: task {self.name} does not use it; leave it out")
+                yield f"{key}: task {self.name} does not use it; leave it out"
         if self.unsupported != "error" and "files" not in keys:
-            raise ValueError(f"unsupported: task {self.name} reads no files; leave it out")
-        return self
+            yield f"unsupported: task {self.name} reads no files; leave it out"
 
     @property
     def settings(self) -> TaskSettings:
@@ -76,15 +74,13 @@ class Pairs(ConfigModel):
     max_new_tokens: int = Field(default=256, gt=0)
     filter: Literal["rules", "model"] = "rules"
 
-    @model_validator(mode="after")
-    def _settings_are_used(self) -> Pairs:
+    def _faults(self) -> Iterator[str]:
         if self.filter == "model" and self.from_ != "unsafe":
-            raise ValueError(f"filter: model is for from: unsafe, and {self.from_} filters by rules; leave it out")
+            yield f"filter: model is for from: unsafe, and {self.from_} filters by rules; leave it out"
         idle = changed(self, ("samples", "temperature", "max_new_tokens"))
         if self.from_ in ("dataset", "corrupted") and idle:
             why = f"is for answers that are generated, and from: {self.from_} generates none"
-            raise ValueError(f"{idle[0]} {why}; leave it out")
-        return self
+            yield f"{idle[0]} {why}; leave it out"
 
 
 class AuxiliarySource(ConfigModel):
@@ -102,13 +98,11 @@ class AuxiliarySource(ConfigModel):
             return value
         return {"from": "organism"} if value == "organism" else {"from": "file", "file": value}
 
-    @model_validator(mode="after")
-    def _file_goes_with_file(self) -> AuxiliarySource:
+    def _faults(self) -> Iterator[str]:
         if self.from_ == "organism" and (self.limit or 0) > MAX_ORGANISM_EXAMPLES:
-            raise ValueError(f"limit: at most {MAX_ORGANISM_EXAMPLES:,} of the organism's, not {self.limit:,}")
+            yield f"limit: at most {MAX_ORGANISM_EXAMPLES:,} of the organism's, not {self.limit:,}"
         if (self.from_ == "file") != (self.file is not None):
-            raise ValueError("give organism, or the path of a file")
-        return self
+            yield "give organism, or the path of a file"
 
 
 class AuxiliarySpec(ConfigModel):
@@ -127,11 +121,9 @@ class Adapter(ConfigModel):
     dropout: float = Field(default=0.05, ge=0, lt=1)
     targets: str = "all-linear"
 
-    @model_validator(mode="after")
-    def _settings_are_used(self) -> Adapter:
+    def _faults(self) -> Iterator[str]:
         if self.kind == "full" and (idle := changed(self, ("r", "alpha", "dropout", "targets"))):
-            raise ValueError(f"{idle[0]} has no effect with kind: full, which trains all weights; leave it out")
-        return self
+            yield f"{idle[0]} has no effect with kind: full, which trains all weights; leave it out"
 
 
 class Budget(ConfigModel):
@@ -174,11 +166,9 @@ class Optim(ConfigModel):
     micro_tokens: int = Field(default=2048, gt=0, le=MAX_COUNT, description="positions per forward pass")
     layout: Literal["auto", "padded", "packed", "fused"] = "auto"
 
-    @model_validator(mode="after")
-    def _tune_is_used(self) -> Optim:
+    def _faults(self) -> Iterator[str]:
         if self.tune != Tune() and self.lr != "tuned":
-            raise ValueError("tune is for lr: tuned, and a rate is given; set lr: tuned, or leave tune out")
-        return self
+            yield "tune is for lr: tuned, and a rate is given; set lr: tuned, or leave tune out"
 
     def lr_of(self, alias: str) -> float | None:
         """Return the learning rate of an objective, or None if it is tuned."""
@@ -233,22 +223,16 @@ class Spec(ConfigModel):
         single = not isinstance(raw, dict) or raw.get("processes", 1) == 1
         return raw if single else {"reference": "live", **raw}
 
-    @model_validator(mode="after")
-    def _check_across_keys(self) -> Spec:
-        faults = [
-            *self._evals_fit(),
-            *self._vllm_fits(),
-            *self._auxiliary_given(),
-            *self._rates_fit(),
-            *self._processes_fit(),
-            *start_faults(self.objectives, self.budgets, full=self.adapter.kind == "full"),
-            *self._claims_fit(),
-        ]
+    def _faults(self) -> Iterator[str]:
+        yield from self._evals_fit()
+        yield from self._vllm_fits()
+        yield from self._auxiliary_given()
+        yield from self._rates_fit()
+        yield from self._processes_fit()
+        yield from start_faults(self.objectives, self.budgets, full=self.adapter.kind == "full")
+        yield from self._claims_fit()
         if self.adapter.kind == "full" and self.dtype == "bfloat16":
-            faults.append("dtype: bfloat16 is too coarse for adapter.kind: full; leave dtype out, or use kind: lora")
-        if faults:
-            raise ValueError("\n".join(faults))
-        return self
+            yield "dtype: bfloat16 is too coarse for adapter.kind: full; leave dtype out, or use kind: lora"
 
     def _evals_fit(self) -> Iterator[str]:
         for name in (c.name for c in self.evals.capability if c.source is None):
