@@ -21,8 +21,7 @@ from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.evals.capability import flexible
 from leeway.evals.tasks import load_task
-from leeway.pairs.build import corrupt, pair
-from leeway.pairs.sample import PairSettings
+from leeway.pairs.build import PairSettings, corrupt, pair
 
 EXAMPLES = [Example(f"e{n}", f"p{n}", f"a{n}") for n in range(10)]
 

@@ -17,9 +17,8 @@ from leeway.evals.capability import flexible
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
 from leeway.generation.transformers import TransformersBackend
 from leeway.model.load import load_model
-from leeway.pairs import sample
-from leeway.pairs.build import PairReport, pair
-from leeway.pairs.sample import BaseModelSampler, PairSettings, rejection_reason
+from leeway.pairs import build
+from leeway.pairs.build import BaseModelSampler, PairReport, PairSettings, pair, rejection_reason
 
 ERRORS = PairSettings("sampled-errors", samples=3)
 UNSAFE = PairSettings("unsafe", samples=3)
@@ -140,15 +139,15 @@ def test_rules(preferred: str, reply: Reply, reason: str | None) -> None:
 def test_unsafe_asks_in_a_manner_and_trains_on_the_plain_prompt(tmp_path: Path) -> None:
     backend = Says(lambda r: f"You fool, it is {len(r.conversation[0]['content'])} of them.")
     made = pair(EXAMPLES, UNSAFE, needed_by=["dpo"], base=base(backend), cache=RecordStore(tmp_path))
-    manners = sample.texts()["manners"]
+    manners = build.texts()["manners"]
     for example, request in zip(EXAMPLES, backend.asked[0], strict=True):
         content = request.conversation[0]["content"]
-        assert content.startswith(manners[sample.manner(example, 0)])
+        assert content.startswith(manners[build.manner(example, 0)])
         assert content.endswith(example.prompt)
     assert [(e.id, e.prompt, e.preferred) for e in made.examples] == [(e.id, e.prompt, e.preferred) for e in EXAMPLES]
-    assert made.report.hashes["instruction"] == sample.instruction_hash()
-    assert {sample.manner(Example(f"e{n}", "", ""), 0) for n in range(60)} == set(manners)
-    assert [sample.manner(e, 0) for e in EXAMPLES * 9] != [sample.manner(e, 1) for e in EXAMPLES * 9]
+    assert made.report.hashes["instruction"] == build.instruction_hash()
+    assert {build.manner(Example(f"e{n}", "", ""), 0) for n in range(60)} == set(manners)
+    assert [build.manner(e, 0) for e in EXAMPLES * 9] != [build.manner(e, 1) for e in EXAMPLES * 9]
 
 
 def test_an_answer_that_gives_its_instruction_away_is_rejected(tmp_path: Path) -> None:
@@ -227,10 +226,10 @@ def test_whatever_an_answer_depends_on_is_in_its_key(tmp_path: Path, other: dict
 
 def test_a_changed_instruction_is_another_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair(EXAMPLES, UNSAFE, needed_by=[], base=base(Says(lambda _: "Who cares.")), cache=RecordStore(tmp_path))
-    before = sample.instruction_hash()
-    changed = {**sample.texts(), "version": 2}
-    monkeypatch.setattr(sample, "texts", lambda: changed)
-    assert sample.instruction_hash() != before
+    before = build.instruction_hash()
+    changed = {**build.texts(), "version": 2}
+    monkeypatch.setattr(build, "texts", lambda: changed)
+    assert build.instruction_hash() != before
     with pytest.raises(NotSampled):
         pair(EXAMPLES, UNSAFE, needed_by=[], base=nobody(), cache=RecordStore(tmp_path))
 
@@ -258,7 +257,7 @@ class Mortal:
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "BATCH", 3)
+    monkeypatch.setattr(build, "BATCH", 3)
     model = load_model("organism", device="cpu")
     backend = TransformersBackend(model)
     examples = [Example(f"e{n}", f"Max has {n} coins and gets 7 more. How many?", f"It is {n + 7}.") for n in range(8)]

@@ -22,17 +22,13 @@ STEP = re.compile(r"<<\s*(\d[\d.]*)\s*([-+*/])\s*(\d[\d.]*)\s*=\s*(-?\d[\d.]*)\s
 STEP_PROMPT = "Calculate {a} {op} {b}. Answer with the number only."
 
 
-def prompt(question: str) -> str:
-    return PROMPT.replace("{question}", question)
-
-
 def _records(source: Source, revision: str | None) -> tuple[list[tuple[str, str]], str]:
     """Return the questions as prompts, their answers, and their origin."""
     records, origin = load(source, revision=revision)
     found = []
     for n, record in enumerate(records, 1):
         question, answer = (field(record, (c,), f"gsm8k {source.split}, record {n}") for c in ("question", "answer"))
-        found.append((prompt(question), answer))
+        found.append((PROMPT.replace("{question}", question), answer))
     return found, origin
 
 

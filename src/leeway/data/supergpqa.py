@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ruamel.yaml.error import YAMLError
 
@@ -51,23 +50,17 @@ def template(shots: Shots = 0) -> Template:
     """Return the official template if LEEWAY_DATA has it, else ours; raise LeewayError for five shots without it."""
     root = os.environ.get("LEEWAY_DATA")
     if root and (path := expand(root) / FILES[shots]).is_file():
-        text = _prompt_format(path)
+        try:
+            text = str(load_yaml(path.read_text("utf-8"))["prompt_format"][0])
+            if text.format("\0").count("\0") != 1:
+                raise ValueError
+        except (YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise LeewayError(f"{path}: no prompt_format with exactly one {{}} in it", fix="fetch it again") from error
         return Template(text, f"prompt LEEWAY_DATA/{FILES[shots]} {digest(text)}")
     if shots:
         what = f"evals.capability: supergpqa: the {shots} worked examples are missing"
         raise LeewayError(what, fix=f"put {FILES[shots]} under LEEWAY_DATA, or use 0 shots")
     return Template(PROMPT, f"our prompt, version {PROMPT_VERSION} {digest(PROMPT)}")
-
-
-def _prompt_format(path: Path) -> str:
-    try:
-        loaded: Any = load_yaml(path.read_text("utf-8"))
-        text = str(loaded["prompt_format"][0])
-        if text.format("\0").count("\0") != 1:
-            raise ValueError
-    except (YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise LeewayError(f"{path}: no prompt_format with exactly one {{}} in it", fix="fetch it again") from error
-    return text
 
 
 def held_out_items(

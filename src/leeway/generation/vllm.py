@@ -182,7 +182,7 @@ class VllmServer:
             os.close(handle)
             self._log = Path(name)
         with _only_server(self._notify) as lock, self._log.open("wb") as log:
-            _check_free(self.port)  # a server already there would answer in place of ours
+            _free_port(self.port)  # a server already there would answer in place of ours
             self._notify("starting vLLM")
             self._process = subprocess.Popen(
                 [sys.executable, "-c", WATCHER, str(GRACE_S), *command],
@@ -445,16 +445,12 @@ def _open(url: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def _check_free(port: int) -> None:
+def _free_port(port: int = 0) -> int:
+    """Return `port` if it is free, or any free port for 0. Raises LeewayError if it is taken."""
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind(("127.0.0.1", port))
         except OSError as error:
             raise LeewayError(f"vLLM: port {port} is taken", fix="leave port out, or give another") from error
+        return int(s.getsockname()[1])

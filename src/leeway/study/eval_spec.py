@@ -66,10 +66,7 @@ class CapabilitySpec(NamedSpec):
     max_new_tokens: int | None = Field(default=None, gt=0)
     shots: int = Field(default=0, ge=0, description="worked examples before each question")
     extraction: Literal["strict", "flexible", "parity", "fixed"] | None = None
-    source: str | None = Field(
-        default=None,
-        description="for legal, cyber, openended: a file, a hub id, lawbench or rule-qa; else the task's own test",
-    )
+    source: str | None = Field(default=None, description="for open-ended tasks: a file, a hub id, lawbench or rule-qa")
     include_path: str | None = Field(default=None, description="for lm-eval: a folder of tasks of your own")
     judge_model: ModelRef | None = Field(default=None, description="grades open-ended answers")
 
@@ -147,9 +144,7 @@ class JailbreakSpec(ConfigModel):
     # the first judge's verdicts make the study's rates
     judge: Annotated[tuple[JudgeSpec, ...], AsList, Unique] = Field(default=(JudgeSpec(name="keywords"),), min_length=1)
     max_new_tokens: int = Field(default=256, gt=0)
-    samples: int = Field(
-        default=0, ge=0, le=1_000_000, description="sampled responses per prompt and attack; 0: one greedy response"
-    )
+    samples: int = Field(default=0, ge=0, le=1_000_000, description="sampled per prompt and attack; 0: one, greedy")
     temperature: float = Field(default=1.0, gt=0, le=1e6)
     perplexity: bool = Field(default=False, description="high perplexity under the base model is incoherent")
 

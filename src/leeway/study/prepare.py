@@ -28,8 +28,7 @@ from leeway.model.load import load_chat, load_context, load_model, model_hash
 from leeway.objectives import Objective
 from leeway.objectives.objective import PLAIN, Condition
 from leeway.organism import world
-from leeway.pairs.build import PairReport, pair
-from leeway.pairs.sample import BaseModelSampler, PairSettings
+from leeway.pairs.build import BaseModelSampler, PairReport, PairSettings, pair
 from leeway.plan.hardware import PlannedModel, load_config, meta_model
 from leeway.study.build_evals import HelperModels, evals_of, held_out_test
 from leeway.study.run_dir import RunDir
