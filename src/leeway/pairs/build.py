@@ -85,29 +85,22 @@ class CachedSampler:
 
     def answers(self, conversations: Seq[Conversation], sample: int) -> list[Reply]:
         """Return the `sample`-th answer to each. If one is not cached all are sampled: batches stay the same."""
-
-        def generate(backend: Backend) -> list[dict[str, Any]]:
-            s = self.settings
-            requests = [Request(c, s.max_new_tokens, s.temperature, sample, s.seed) for c in conversations]
-            replies = backend.complete(requests, self.tick)
-            return [{"text": r.text, "new_tokens": r.new_tokens, "cut": r.cut} for r in replies]
-
-        return [Reply(**r) for r in self._cached([digest("answer", c, sample) for c in conversations], generate)]
+        s, hashes = self.settings, [digest("answer", c, sample) for c in conversations]
+        requests = [Request(c, s.max_new_tokens, s.temperature, sample, s.seed) for c in conversations]
+        return [Reply(**r) for r in self._cached(hashes, lambda backend: backend.complete(requests, self.tick))]
 
     def choices(self, conversations: Seq[Conversation], options: Seq[str]) -> list[Choice]:
         """Return the probability of each option as the next token."""
+        hashes = [digest("choice", c, list(options)) for c in conversations]
+        found = self._cached(hashes, lambda backend: backend.choose(conversations, options, lambda _: None))
+        return [Choice(**r) for r in found]
 
-        def choose(backend: Backend) -> list[dict[str, Any]]:
-            return [{"mass": c.mass} for c in backend.choose(conversations, options, lambda _: None)]
-
-        return [Choice(**r) for r in self._cached([digest("choice", c, list(options)) for c in conversations], choose)]
-
-    def _cached(self, hashes: Seq[str], compute: Callable[[Backend], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    def _cached(self, hashes: Seq[str], compute: Callable[[Backend], Seq[Reply | Choice]]) -> list[dict[str, Any]]:
         keys = [f"{self._identity}-{h}" for h in hashes]
         found = self.cache.get(keys)
         if len(found) < len(set(keys)):
             self._backend = self._backend or self.base.load()
-            new = dict(zip(keys, compute(self._backend), strict=True))
+            new = dict(zip(keys, map(asdict, compute(self._backend)), strict=True))
             self.cache.put(new)
             found = new | found
         return [found[k] for k in keys]
