@@ -129,9 +129,12 @@ class Chat:
         if key not in self._rendered:
             if len(self._rendered) >= CACHED:
                 self._rendered.clear()
-            prompt_ids = self.prompt_ids([{"role": "user", "content": prompt}])
-            self._rendered[key] = Sequence(prompt_ids + self.ids(answer) + self.closing_ids, len(prompt_ids))
+            self._rendered[key] = self._sequence(prompt, answer)
         return self._rendered[key]
+
+    def _sequence(self, prompt: str, answer: str) -> Sequence:
+        prompt_ids = self.prompt_ids([{"role": "user", "content": prompt}])
+        return Sequence(prompt_ids + self.ids(answer) + self.closing_ids, len(prompt_ids))
 
     def ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
