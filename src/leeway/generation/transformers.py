@@ -226,7 +226,7 @@ class TransformersBackend:
         stopping: Seq[StoppingCriterion] = (),
     ) -> list[tuple[list[int], int | None]]:
         """Return (at most `limit` new ids, the first step with non-finite scores) per prompt."""
-        stop = stop_ids(self.chat, self.model.stop_ids)
+        stop = self._stop_ids()
         if self.fused and not stopping:
             return decode(self.model, prompts, limit, set(stop), sampler)
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -249,6 +249,9 @@ class TransformersBackend:
         )
         return list(zip(out[:, ids_BL.shape[1] :].tolist(), guard.first_bad_steps(), strict=True))
 
+    def _stop_ids(self) -> list[int]:
+        return stop_ids(self.chat, self.model.stop_ids)
+
     def _reply(self, ids: list[int], limit: int, bad_step: int | None) -> Reply:
         """Decode one row; a failure if its scores were non-finite before its end."""
         text_ids, failure = self._before_stop(ids, bad_step)
@@ -257,7 +260,7 @@ class TransformersBackend:
         return Reply(self.chat.decode(text_ids).strip(), len(text_ids), len(text_ids) == len(ids) >= limit)
 
     def _before_stop(self, ids: list[int], bad_step: int | None) -> tuple[list[int], str | None]:
-        stop = set(stop_ids(self.chat, self.model.stop_ids))
+        stop = set(self._stop_ids())
         end = next((k for k, i in enumerate(ids) if i in stop), len(ids))
         return ids[:end], NOT_FINITE if bad_step is not None and bad_step <= end else None
 
