@@ -259,7 +259,7 @@ def test_steps_of_gsm8k_are_its_distinct_calculations(tmp_path: Path, monkeypatc
     monkeypatch.setenv("LEEWAY_DATA", str(tmp_path))
     task = load_task("gsm8k-steps")
     items, _ = task.held_out_items()
-    assert [(i.id, i.reference) for i in items] == [("gsm8k-steps/6*2", "12"), ("gsm8k-steps/12/5", "2.4")]
+    assert [(i.id, i.reference) for i in items] == [("gsm8k-steps/6*2", "12"), ("gsm8k-steps/12÷5", "2.4")]
     assert items[1].prompt == "Calculate 12 / 5. Answer with the number only."
     assert [task.grade(items[1], r)[0] for r in ("2.4", "12 / 5 = 2.40", "24")] == [True, True, False]
 
@@ -267,10 +267,10 @@ def test_steps_of_gsm8k_are_its_distinct_calculations(tmp_path: Path, monkeypatc
 @pytest.mark.usefixtures("real_data")
 def test_steps_of_the_real_gsm8k_are_right() -> None:
     items, _ = load_task("gsm8k-steps").held_out_items()
-    operations = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+    operations = {"+": operator.add, "-": operator.sub, "*": operator.mul, "÷": operator.truediv}
     off = []
     for item in items:
-        a, op, b = re.fullmatch(r"gsm8k-steps/([\d.]+)([-+*/])([\d.]+)", item.id).groups()
+        a, op, b = re.fullmatch(r"gsm8k-steps/([\d.]+)([-+*÷])([\d.]+)", item.id).groups()
         off.append(
             abs(operations[op](float(a), float(b)) - float(item.reference)) > 0.01 * abs(float(item.reference)) + 0.01
         )

@@ -55,8 +55,8 @@ def step_items(revision: str | None = None) -> tuple[list[CapabilityItem], str]:
     """
     records, origin = _records(TEST, revision)
     found = {(a, op, b): result for _, answer in records for a, op, b, result in STEP.findall(answer)}
-    return [
-        CapabilityItem(f"gsm8k-steps/{a}{op}{b}", STEP_PROMPT.format(a=a, op=op, b=b), result)
+    return [  # a slash in an id parts an item from its group
+        CapabilityItem(f"gsm8k-steps/{a}{op.replace('/', '÷')}{b}", STEP_PROMPT.format(a=a, op=op, b=b), result)
         for (a, op, b), result in found.items()
     ], origin
 
