@@ -74,3 +74,21 @@ def test_verdict_states_equivalence_tests():
     assert "1 of 1 non-significant differences is equivalent to the base within ±5 points" in last
     none = verdict(TABLE, [0], equivalent=SAME.assign(equivalent=False))[2]
     assert "None of 1 non-significant differences is equivalent to the base within ±5 points" in none
+
+
+def test_trait_replaces_endorsement_and_identical_arms_are_named():
+    def line(measure: str, difference: float, p: float, *, primary: bool = False) -> dict[str, object]:
+        found: dict[str, object] = {"objective": "sft", "condition": "plain", "budget": 100, "axis": "persona", "p": p}
+        found |= {"measure": measure, "primary": primary, "difference": difference, "low": difference - 0.05}
+        return found | {"high": difference + 0.05, "p_holm": p, "n_clusters": 100, "rate": 0.5, "note": ""}
+
+    table = pd.DataFrame(
+        [line("endorsement", 0.01, 0.001, primary=True), line("trait", 0.02, 0.4), line("acquiescence", -0.2, 0.001)]
+    )
+    columns = ["objective", "against", "budget", "identical", "n", "same"]
+    arms = [["sft", "kl", 100, 0.9991, 900, True], ["sft", "base", 100, 0.7, 900, False]]
+    _, second, third = verdict(table, [0], identity=pd.DataFrame(arms, columns=columns))
+    assert "persona trait (log-odds) does not differ significantly from the base; the bias towards Yes" in second
+    assert "SFT −0.20 [−0.25, −0.15])" in second
+    assert "endorsement" not in second
+    assert third.endswith("KL behaves as SFT: 99.9% identical answers.")

@@ -23,12 +23,14 @@ from leeway import stats
 from leeway.claims.schema import Claim, Claims
 from leeway.stats.bootstrap import interval, trajectories
 from leeway.stats.contrasts import holm, minimal_detectable_effect
+from leeway.stats.identity import alike
 from leeway.stats.interaction import slope_weights
 from leeway.stats.intervals import NAN
-from leeway.stats.metrics import BASE, PLAIN, analysis_table, measures
+from leeway.stats.metrics import BASE, LOG_ODDS, PLAIN, analysis_table, measures
 from leeway.stats.pairing import first_conditions
 
 DIFFERENCE, DOUBLING, SLOPE = "difference", "difference per doubling", "per unit of capability"
+NATS = "difference in log-odds"
 HALF_TO_MDE = 2.8016 / 1.9600  # (z_0.975 + z_0.80) / z_0.975: from half of a 95% interval to the MDE at 80% power
 MIN_P = 0.025  # the smallest adjusted p that resampling must be able to reach
 RESAMPLES, MAX_RESAMPLES = 10_000, 200_000
@@ -99,6 +101,7 @@ class MarginTest:
         if self._tested:
             mde = minimal_detectable_effect(float(line["se"]), clusters, int(line["n_discordant"]))
         found: dict[str, Any] = {"estimate": float(line["difference"]), "level": 0.90, "note": str(line["note"])}
+        found |= {"unit": NATS if line.get("measure") in LOG_ODDS else DIFFERENCE}
         found |= {"low": float(self.lower["limit"]), "high": float(line["limit"]), "mde": mde, "n_clusters": clusters}
         return Comparison(self.name, **found, p=float(p), p_reverse=float(p_reverse), slack=float(slack))
 
@@ -135,6 +138,10 @@ class EvaluationContext:
     @cached_property
     def _first(self) -> dict[str, str]:
         return first_conditions(self._table, self.first)
+
+    @cached_property
+    def _identity(self) -> pd.DataFrame:
+        return stats.identity(self.rows, self.conditions, self._first)
 
     @cached_property
     def _cache(self) -> dict[object, Any]:
@@ -178,7 +185,11 @@ class EvaluationContext:
             line: dict[str, Any] = dict.fromkeys(("difference", "limit", "p", "p_worse"), NAN)
             line |= {"n_clusters": 0, "note": f"{objective}: {reason}"}
             return MarginTest(name, margin, line, line)
-        return MarginTest(name, margin, *({str(k): v for k, v in t.iloc[0].items()} for t in (up, down)))
+        lines = [{str(k): v for k, v in t.iloc[0].items()} for t in (up, down)]
+        if same := alike(self._identity, objective, other, budget):
+            behaviour = f"{self._name(objective)} behaves as {self._name(other)}: {same}"
+            lines[0]["note"] = "; ".join(filter(None, [behaviour, str(lines[0]["note"])]))
+        return MarginTest(name, margin, *lines)
 
     def _one_sided(
         self, measure: str, pairs: Seq[Pair], bound: tuple[float, stats.WorseDirection], resamples: int
@@ -481,8 +492,8 @@ def _size(claim: Claim, comparison: Comparison) -> str:
 
 def format_effect(value: float, unit: str, *, with_unit: bool = True) -> str:
     """Format an effect with its sign: "+3.1 points", "+0.42 points per point of capability"."""
-    if unit == SLOPE:
-        text, name = f"{abs(value):.2f}", "points per point of capability"
+    if unit in (SLOPE, NATS):
+        text, name = f"{abs(value):.2f}", "points per point of capability" if unit == SLOPE else "in log-odds"
     else:
         size = 100 * abs(value)
         text, name = f"{size:.{2 if 0 < size < 0.1 else 1}f}", "points per doubling" if unit == DOUBLING else "points"

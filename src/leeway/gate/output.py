@@ -17,7 +17,7 @@ from leeway.errors import LeewayError, first_line
 from leeway.gate.rules import EXIT, MIN_PROMPTS, Decision, Evidence, Outcome, RuleResult, worst
 from leeway.io import write_file
 from leeway.report import formatting
-from leeway.report.formatting import BudgetUnit, percent, points, to_json
+from leeway.report.formatting import BudgetUnit, change, percent, to_json
 from leeway.stats import ContrastReference
 from leeway.stats.metrics import BASE
 
@@ -254,7 +254,7 @@ def _value_text(evidence: Evidence, value: float) -> str:
 
 
 def _formatted(evidence: Evidence, value: float, digits: int) -> str:
-    return points(value, digits) if evidence.rule.kind == "margin" else percent(value, digits)
+    return change(value, evidence.rule.measure, digits) if evidence.rule.kind == "margin" else percent(value, digits)
 
 
 def explain(result: RuleResult) -> str:

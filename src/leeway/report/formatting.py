@@ -13,6 +13,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from leeway.claims.evaluate import format_effect
+from leeway.stats.metrics import LOG_ODDS
 
 OBJECTIVE_NAMES = {name: name.upper() for name in ("sft", "dpo", "cft", "ip", "orpo", "kl", "ipo", "kto")}
 OBJECTIVE_NAMES |= {"simpo": "SimPO", "sft_both": "SFT both"}
@@ -106,6 +107,18 @@ def points(value: float | None, digits: int = 1) -> str:
     return text if float(text) == 0 else ("+" if value > 0 else MINUS) + text
 
 
+def change(value: float | None, measure: str, digits: int = 1) -> str:
+    """Return a difference of a measure: signed points, or for one in log-odds signed nats, `+0.12`."""
+    if measure not in LOG_ODDS or value is None or not math.isfinite(value):
+        return points(value, digits) if value is None or math.isfinite(value) else MISSING
+    return f"{value:+.{digits + 1}f}".replace("-", MINUS)
+
+
+def level(value: float | None, measure: str) -> str:
+    """Return a rate in per cent, or a mean log-odds."""
+    return change(value, measure) if measure in LOG_ODDS else percent(value)
+
+
 def unsigned_points(value: float | None, digits: int = 1) -> str:
     """Return a size in percentage points without a sign: `3.1`."""
     return MISSING if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
@@ -179,7 +192,7 @@ def templates(package: str, folder: str, *, html: bool, **filters: Callable[...,
     """Return the Jinja templates in a folder of a package, with this module's formats and `filters` as filters."""
     loader = PackageLoader(package, folder)
     found = Environment(loader=loader, autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    formats = (objective_name, percent, points, unsigned_points, count, without_seed_note, claim_value)
+    formats = (objective_name, percent, points, change, level, unsigned_points, count, without_seed_note, claim_value)
     found.filters |= {f.__name__: f for f in formats} | {"p": p_value} | filters
     return found
 

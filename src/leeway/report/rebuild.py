@@ -51,7 +51,9 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
         "conditions": results.conditions,
         "level": LEVEL,
         "resamples": intervals.RESAMPLES,
-        "verdict": verdict(made["contrasts"], results.seeds, unit, made.get("equivalence"), external=external),
+        "verdict": verdict(
+            made["contrasts"], results.seeds, unit, made.get("equivalence"), made.get("identity"), external=external
+        ),
         "columns": {name: column_types(lines, [str(c) for c in made[name].columns]) for name, lines in records.items()},
     }
     if claims_hash := declared_set(results).get("hash"):
@@ -132,6 +134,7 @@ def _tables(
         "outcomes": results.outcomes(),
         "persona": results.persona(),
         "unscored": _unscored(results.rows),
+        "identity": results.identity(),
         "ledger": results.ledger,
         "checks": results.checks(),
         "sd3": results.likert(),

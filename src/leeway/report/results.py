@@ -32,7 +32,7 @@ LEDGER_COLUMNS += ["reference_tokens", "examples", "epochs", "data_hash", "init_
 LEDGER_COLUMNS += ["adapter_hash"]
 OPTIONAL_COLUMNS = ["lr", "tuning_tokens", "start_tokens"]  # of the ledger
 FRONTIER_MEASURES = ("accuracy", "asr", "asr:none")
-MAIN_MEASURES = ("accuracy", "asr", "asr:none", "endorsement", "coherence")
+MAIN_MEASURES = ("accuracy", "asr", "asr:none", "endorsement", "trait", "coherence")
 LATER_CLAIMS = "evaluate other claims with `leeway report DIR --claims FILE`, which marks them as written after the run"
 T = TypeVar("T")
 
@@ -160,7 +160,9 @@ class Results:
         """Test whether slopes over log2(budget) differ between objectives (`leeway.stats.interaction`)."""
         return self._over_budgets(stats.divergence, measure, objectives)
 
-    def onset(self, measure: str = "asr", threshold: float = 0.0, direction: Direction | None = None) -> pd.DataFrame:
+    def onset(
+        self, measure: str = "asr", threshold: float | None = None, direction: Direction | None = None
+    ) -> pd.DataFrame:
         """Estimate the first budget from which a difference to the base persists (`leeway.stats.budget_curves`)."""
         return self._over_budgets(stats.onset, measure, threshold=threshold, direction=direction)
 
@@ -184,6 +186,10 @@ class Results:
     def persona(self) -> pd.DataFrame:
         """Return endorsement, answer mass and keyed halves per trait (`leeway.stats.rates`)."""
         return self._estimate(stats.persona)
+
+    def identity(self) -> pd.DataFrame:
+        """Return the share of identical answers of every two arms at each budget (`leeway.stats.identity`)."""
+        return stats.identity(self.rows, self.conditions, self.first_conditions)
 
     def checks(self) -> pd.DataFrame:
         """Return how much endorsement depends on the form of the question (`leeway.stats.checks`)."""

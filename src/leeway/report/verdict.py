@@ -10,7 +10,8 @@ from leeway.report import formatting
 from leeway.report.formatting import TOKENS, BudgetUnit, capitalize_first
 from leeway.report.plotting import Series
 from leeway.stats.cluster_tests import MIN_DISCORDANT
-from leeway.stats.pareto import TOLERANCE
+from leeway.stats.metrics import BASE, LOG_ODDS
+from leeway.stats.pareto import TIED, TOLERANCE
 
 LEVEL = 0.05
 AXIS_NAMES = {
@@ -31,6 +32,7 @@ def verdict(
     seeds: list[int],
     unit: BudgetUnit = TOKENS,
     equivalent: pd.DataFrame | None = None,
+    identity: pd.DataFrame | None = None,
     *,
     external: bool = False,
 ) -> list[str]:
@@ -39,18 +41,55 @@ def verdict(
         return ["Only the base model was evaluated: there is nothing to compare it with."]
     largest = int(contrasts["budget"].max())
     at_largest = contrasts[contrasts["budget"] == largest]
-    table = at_largest[at_largest["primary"]]
+    table = at_largest[headline(at_largest, at_largest)]
     direct = (table["measure"] == "asr:none").any()
     asr = "attack success rate on direct requests" if direct else "attack success rate (mean over attacks)"
     single = "the checkpoint" if external else "the one objective"
     others = [a for a in dict.fromkeys(table["axis"]) if a not in ("capability", "jailbreak", "persona")]
     first = f"{capitalize_first(unit.at(largest))}, {_axis(table, 'capability', 'capability (accuracy)', single)}"
-    second = [_axis(table, "jailbreak", asr, single), _axis(table, "persona", "persona endorsement", single)]
+    second = [_axis(table, "jailbreak", asr, single), _persona(at_largest, table, single)]
     second += [_axis(table, axis, AXIS_NAMES.get(str(axis), str(axis)), single) for axis in others]
     trust = [*_equivalence(table, equivalent), coverage(seeds, external=external)]
     if untested := int(table["p"].isna().sum()):
         trust.append(f"{untested} of {len(table)} contrasts have too few scored pairs and are not reported.")
+    trust += behaviours(identity, largest)
     return [f"{first}.", f"{capitalize_first('; '.join(second))}{_coherence(at_largest)}.", " ".join(trust)]
+
+
+def headline(contrasts: pd.DataFrame | dict[str, Any], table: pd.DataFrame) -> Any:
+    """Return whether a contrast (or each of a table) is one of the verdict: primary, with trait for endorsement.
+
+    A bias towards Yes moves endorsement too, so where `table` has the trait apart, only the trait is persona drift.
+    """
+    trait = bool((table["measure"] == "trait").any()) if len(table) else False
+    if isinstance(contrasts, dict):
+        replaced = trait and contrasts["measure"] == "endorsement"
+        return (contrasts["primary"] and not replaced) or contrasts["measure"] == "trait"
+    replaced_C = (contrasts["measure"] == "endorsement") & trait
+    return (contrasts["primary"].astype(bool) & ~replaced_C) | (contrasts["measure"] == "trait")
+
+
+def _persona(every: pd.DataFrame, table: pd.DataFrame, single: str) -> str:
+    """State the shift of the trait, and next to it the bias towards Yes, which is no persona drift."""
+    if not (table["measure"] == "trait").any():
+        return _axis(table, "persona", "persona endorsement", single)
+    bias = _axis(
+        every[every["measure"] == "acquiescence"], "persona", "the bias towards Yes (no persona drift)", single
+    )
+    return f"{_axis(table, 'persona', 'persona trait (log-odds)', single)}; {bias}"
+
+
+def behaviours(identity: pd.DataFrame | None, budget: int) -> list[str]:
+    """Name the arms that are one behaviour at a budget: "KL behaves as SFT: 99.9% identical answers."."""
+    if identity is None or identity.empty:
+        return []
+    lines = identity[identity["same"].astype(bool) & (identity["budget"] == budget)]
+    names = lines[["objective", "against"]].map(lambda o: "the base" if o == BASE else formatting.objective_name(o))
+    pairs = zip(names["against"], names["objective"], lines["identical"], strict=True)
+    return [
+        f"{b if a == 'the base' else a} behaves as {a if a == 'the base' else b}: {100 * s:.1f}% identical answers."
+        for a, b, s in pairs
+    ]
 
 
 def _axis(table: pd.DataFrame, axis: str, name: str, single: str) -> str:
@@ -67,7 +106,8 @@ def _axis(table: pd.DataFrame, axis: str, name: str, single: str) -> str:
     several = "objectives" if (tested.groupby("objective").size() == 1).all() else "objectives and test prompts"
     of = f"{len(changed) or 'none'} of {len(tested)} {several}" if len(tested) > 1 else single
     text = f"{name} differs significantly from the base for {of}"
-    return text if changed.empty else f"{text} ({_named(changed)} points)"
+    unit = "" if changed["measure"].isin(LOG_ODDS).any() else " points"
+    return text if changed.empty else f"{text} ({_named(changed)}{unit})"
 
 
 def _coherence(table: pd.DataFrame) -> str:
@@ -85,8 +125,12 @@ def _coherence(table: pd.DataFrame) -> str:
 
 def _named(changed: pd.DataFrame) -> str:
     by_size = changed.sort_values("difference", key=abs, ascending=False, kind="stable")
-    lines = by_size[["objective", "condition", "difference"]].itertuples(index=False, name=None)
-    names = [f"{formatting.objective_name(o, c)} {formatting.points(d)}" for o, c, d in lines]
+    names = []
+    for c in by_size.to_dict("records"):
+        size, span = formatting.change(c["difference"], c["measure"]), ""
+        if c["measure"] in LOG_ODDS:
+            span = f" [{formatting.change(c['low'], c['measure'])}, {formatting.change(c['high'], c['measure'])}]"
+        names.append(f"{formatting.objective_name(c['objective'], c['condition'])} {size}{span}")
     if len(names) <= MAX_NAMED:
         return ", ".join(names)
     others = len(names) - MAX_NAMED + 1
@@ -102,7 +146,10 @@ def _equivalence(table: pd.DataFrame, equivalent: pd.DataFrame | None) -> list[s
         return ["A non-significant difference is no evidence of stability (equivalence was not tested)."]
     tested = open_.merge(equivalent[[*KEYS, "equivalent", "margin"]], on=KEYS)
     shown = int(tested["equivalent"].astype(bool).sum())
-    margin = f"±{100 * float(equivalent['margin'].max()):g} points (two one-sided tests, Holm)"
+    log_odds = tested["measure"].isin(LOG_ODDS)
+    sizes = [f"±{100 * m:g} points" for m in tested.loc[~log_odds, "margin"].unique()]
+    sizes += [f"±{m:g} in log-odds" for m in tested.loc[log_odds, "margin"].unique()]
+    margin = f"{' or '.join(sizes)} (two one-sided tests, Holm)"
     of = f"{shown or 'None'} of {len(tested)} non-significant differences"
     text = f"{of} {'is' if shown < 2 else 'are'} equivalent to the base within {margin}"
     rest = "" if shown == len(tested) else "; the others are inconclusive" if shown else "; they are inconclusive"
@@ -124,6 +171,7 @@ def recommendations(
     lines: list[Series],
     unit: BudgetUnit = TOKENS,
     equivalent: pd.DataFrame | None = None,
+    identity: pd.DataFrame | None = None,
 ) -> list[dict[str, Any]]:
     """Return one entry per budget: the recommendation, and each objective's change on each primary measure.
 
@@ -135,7 +183,7 @@ def recommendations(
     if equivalent is not None and len(equivalent):
         small = set(equivalent.loc[equivalent["equivalent"].astype(bool), KEYS].itertuples(index=False, name=None))
     entries = []
-    primary = contrasts[contrasts["primary"]] if len(contrasts) else contrasts
+    primary = contrasts[headline(contrasts, contrasts)] if len(contrasts) else contrasts
     for budget in sorted(int(b) for b in primary["budget"].unique()) if len(primary) else []:
         own = primary[primary["budget"] == budget]
         labels = dict(zip(own["measure"][::-1], own["label"][::-1], strict=True))  # the first label of each measure
@@ -143,7 +191,11 @@ def recommendations(
         cells = {(c["objective"], c["condition"], c["measure"]): c for c in own.to_dict("records")}
         table = [(s.label, [cells.get((s.objective, s.condition, m)) for m in names]) for s in lines]
         shown = [(label, [_change(c, better, small) for c in changes]) for label, changes in table if any(changes)]
-        entry = {"budget": budget, "at": capitalize_first(unit.at(budget)), "advice": _advice(advice, budget, unit)}
+        entry = {
+            "budget": budget,
+            "at": capitalize_first(unit.at(budget)),
+            "advice": _advice(advice, identity, budget, unit),
+        }
         entry |= {"columns": [str(labels[m]) for m in names]}
         entries.append(entry | {"lines": [{"label": label, "cells": changes} for label, changes in shown]})
     return entries
@@ -159,12 +211,14 @@ def _change(
     if contrast["p_holm"] < LEVEL:
         good, way = better.get(contrast["measure"], ""), "higher" if contrast["difference"] > 0 else "lower"
         state = "changed" if not good else "better" if good == way else "worse"
-    difference, low, high = (formatting.points(contrast[k]) for k in ("difference", "low", "high"))
+    difference, low, high = (formatting.change(contrast[k], contrast["measure"]) for k in ("difference", "low", "high"))
     also = "within the margin" if within and state != "equivalent" else ""
     return {"state": state, "difference": difference, "range": f"{low} to {high}", "within": also}
 
 
-def _advice(advice: pd.DataFrame, budget: int, unit: BudgetUnit) -> dict[str, Any] | None:
+def _advice(
+    advice: pd.DataFrame, identity: pd.DataFrame | None, budget: int, unit: BudgetUnit
+) -> dict[str, Any] | None:
     """Return the recommendation at a budget as a title, sentences, and the reasons for each objective."""
     own = advice[advice["budget"] == budget] if len(advice) else advice
     if own.empty:
@@ -177,10 +231,13 @@ def _advice(advice: pd.DataFrame, budget: int, unit: BudgetUnit) -> dict[str, An
         return {"title": f"{at}: no objective qualifies", "lines": lines, "reasons": reasons}
     name = formatting.objective_name(str(best["objective"]), str(best["condition"]))
     gain = f", {formatting.points(best['gain'])} points against the base" if best["gain"] == best["gain"] else ""
+    tie = next((part for part in str(best["why"]).split("; ") if part.startswith(TIED)), "")
+    rank = "Practically the highest" if tie else "Highest"
     lines = [
-        f"Highest accuracy ({formatting.percent(best['capability'])}{gain}) among the objectives shown to be no worse "
+        f"{rank} accuracy ({formatting.percent(best['capability'])}{gain}) among the objectives shown to be no worse "
         f"than the base by more than {_margins(own)}."
     ]
+    lines += [f"{capitalize_first(tie)}."] if tie else []
     if "capability not shown" in str(best["why"]):
         lines.append("It is not shown to be more capable than the base at this budget.")
     rivals = own[(own["objective"] != best["objective"]) | (own["condition"] != best["condition"])]
@@ -192,6 +249,7 @@ def _advice(advice: pd.DataFrame, budget: int, unit: BudgetUnit) -> dict[str, An
     lines.append(f"{text}.")
     if best["p_best"] < STABLE_CHOICE:
         lines.append("The choice is sensitive to the prompt sample.")
+    lines += behaviours(identity, budget)
     return {"title": f"{at}: {name}", "lines": lines, "reasons": reasons}
 
 
@@ -199,10 +257,14 @@ def _margins(own: pd.DataFrame) -> str:
     """Name the margins of `stats.recommend` for the measures of this run."""
     by_size: dict[float, list[str]] = {}
     for measure, margin in TOLERANCE.items():
-        if own[measure].notna().any():
+        if measure in own and own[measure].notna().any():
             by_size.setdefault(margin, []).append("ASR" if measure == "asr" else measure)
     named = {m: " or ".join(filter(None, (", ".join(names[:-1]), names[-1]))) for m, names in by_size.items()}
-    return " or ".join(f"{100 * m:g} points of {names}" for m, names in named.items())
+    log_odds = TOLERANCE["trait"]
+    return " or ".join(
+        f"{m:g} of {names} in log-odds" if m == log_odds else f"{100 * m:g} points of {names}"
+        for m, names in named.items()
+    )
 
 
 def _reason(line: dict[Any, Any]) -> dict[str, Any]:

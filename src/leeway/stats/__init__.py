@@ -8,6 +8,7 @@ from leeway.stats.bootstrap import Draws, draws
 from leeway.stats.budget_curves import coupling, matched, onset
 from leeway.stats.contrasts import contrasts, items_needed
 from leeway.stats.equivalence import DifferenceBound, WorseDirection, equivalence, one_sided, rate_bounds
+from leeway.stats.identity import identity
 from leeway.stats.interaction import divergence
 from leeway.stats.metrics import StatsError, split_judges
 from leeway.stats.pairing import ContrastReference
@@ -16,5 +17,15 @@ from leeway.stats.rates import checks, likert, outcomes, persona, rates
 
 __all__ = ["Confusion", "ContrastReference", "DifferenceBound", "Draws", "StatsError", "WorseDirection"]
 __all__ += ["checks", "confusion", "contrasts", "coupling", "divergence", "draws", "equivalence", "frontier"]
-__all__ += ["frontier_of", "items_needed", "judge_agreement", "kappa", "likert", "matched", "one_sided", "onset"]
+__all__ += [
+    "frontier_of",
+    "identity",
+    "items_needed",
+    "judge_agreement",
+    "kappa",
+    "likert",
+    "matched",
+    "one_sided",
+    "onset",
+]
 __all__ += ["outcomes", "persona", "rate_bounds", "rates", "recommend", "rogan_gladen", "split_judges"]

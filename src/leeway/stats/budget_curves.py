@@ -39,7 +39,7 @@ from leeway.stats import bootstrap
 from leeway.stats.bootstrap import Draws, ObjectiveChoice, Trajectory, draws, interval, join_notes, trajectories
 from leeway.stats.contrasts import add_holm
 from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, TAILS, TIE, Floats
-from leeway.stats.metrics import BASE, PLAIN, StatsError
+from leeway.stats.metrics import BASE, PLAIN, StatsError, effect_floor
 
 Direction = Literal["up", "down"]
 ONSET_COLUMNS = ["objective", "condition", "measure", "direction", "threshold", "estimate", "low", "high", "p_never"]
@@ -61,7 +61,7 @@ def onset(
     rows: pd.DataFrame,
     conditions: Mapping[str, str],
     measure: str = "asr",
-    threshold: float = 0.0,
+    threshold: float | None = None,
     direction: Direction | None = None,
     objectives: ObjectiveChoice | None = None,
     *,
@@ -71,6 +71,7 @@ def onset(
 ) -> pd.DataFrame:
     """Return, per objective, the first budget from which |threshold| is exceeded up to the last budget.
 
+    The default threshold is `metrics.effect_floor`: 1 point, or 0.04 in log-odds. Less is a tie with the base.
     The difference is checkpoint − base under the same condition, in [−1, 1]; `direction` is the change's (default: the
     measure's worse direction). `estimate` is the onset of the point estimates, `low` and `high` its 2.5% and 97.5%
     quantiles over draws, `p_never` the share of draws without one. `tested` is the first budget from which the
@@ -78,6 +79,7 @@ def onset(
     before it, with 95% confidence. Never is `inf`, beyond the `largest` budget measured, and `statement` describes the
     result; NaN is withheld, with the reason in `note`. Raises StatsError without a worse direction and a `direction`.
     """
+    threshold = effect_floor(measure) if threshold is None else threshold
     if not -1 < threshold < 1:
         raise StatsError(f"a threshold of {threshold}: give a difference between −1 and 1 (5 points are 0.05)")
     drawn = drawn or draws(rows, conditions, (measure,), resamples=resamples, seed=seed)
@@ -234,21 +236,25 @@ def matched(
     objectives: ObjectiveChoice | None = None,
     on: str = "accuracy",
     *,
+    floor: float | None = None,
     drawn: Draws | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return ASR and endorsement of each objective (`level`) and pair (`pair`: objective − against) at one capability.
+    """Return ASR and trait of each objective (`level`) and pair (`pair`: objective − against) at one capability.
 
     `at`: `largest`, the largest capability that all objectives reach; `base+10`, ten points above the base's; or a
     capability in [0, 1]. The first two are determined in every draw, so the interval includes their uncertainty
-    (`capability_low`, `capability_high`); a number is fixed. `p_holm` is over the pairs of one measure. NaN with a
+    (`capability_low`, `capability_high`); a number is fixed. `p_holm` is over the pairs of one measure.
+    `note` says that a pair is a tie if it differs by less than `floor` (default: `metrics.effect_floor`). Without keyed
+    halves endorsement replaces the trait. NaN with a
     `note` if a trajectory does not reach the capability, at the point or in more than 5% of draws. Empty without a
     capability axis, unless measures are named in `of`.
     """
-    wanted = tuple(of or ("asr", "asr:none", "endorsement"))
+    wanted = tuple(of or ("asr", "asr:none", "endorsement", "trait"))
     drawn = drawn or draws(rows, conditions, (*wanted, on), resamples=resamples, seed=seed)
-    names = list(of) if of else [m for m in (asr_measure(drawn), "endorsement") if m in drawn.measures]
+    persona = "trait" if "trait" in drawn.measures else "endorsement"
+    names = list(of) if of else [m for m in (asr_measure(drawn), persona) if m in drawn.measures]
     if not of and on not in drawn.measures:
         return pd.DataFrame(columns=MATCHED_COLUMNS)
     lines: list[dict[str, object]] = []
@@ -258,6 +264,10 @@ def matched(
         at_peak = any(not _withheld(y, x) and bool(_end(x, drawn)[1]) for y, x in pairs)
         curves = [_Curve.of(y, x, drawn, at_peak=at_peak) for y, x in pairs]
         lines += _matched_lines(measure, curves, _target(at, curves, drawn, on), str(at))
+    for line in lines:
+        least = effect_floor(str(line["measure"])) if floor is None else floor
+        if line["kind"] == "pair" and abs(float(str(line.get("estimate", NAN)))) < least:
+            line["note"] = join_notes(f"a tie: less than {least:g} apart", str(line["note"]))
     return pd.DataFrame(lines, columns=MATCHED_COLUMNS)
 
 

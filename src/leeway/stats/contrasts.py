@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -47,10 +48,14 @@ def contrasts(
     """
     found, table = paired_contrasts(rows, conditions, against=against, first=first)
     for contrast in found:
+        log_odds = contrast.measure.log_odds
         best, worst = unscored_extremes(contrast.pairs, contrast.strata, contrast.measure.better)
+        best, worst = (NAN, NAN) if log_odds else (best, worst)
         design = SEQUENTIAL if contrast.sequential else FIXED
         contrast.line.update(n_discordant=0, design=design, if_best=best, if_worst=worst)
         contrast.line.update(pair_rates(contrast.scored) if contrast.scored is not None else {})
+        if log_odds and contrast.scored is not None:
+            _test_log_odds(contrast.line, contrast.scored)
     for sequential, matrix in by_axis(found, table):
         for contrast in sequential:
             _test_anytime(contrast)
@@ -68,6 +73,52 @@ def _test_anytime(contrast: Contrast) -> None:
     line |= {"p": test.p, "n_discordant": int((np.abs(differences) > TIE).sum())}
     design = f"sequential design: {len(differences)} prompts"
     line["note"] = "; ".join(filter(None, [design, _one_seed(line), str(line["prompts"])]))
+
+
+def _test_log_odds(line: dict[str, object], scored: Pairs) -> None:
+    """Fill in a shift in log-odds by Student's t on the clustered error; its values have no bounds."""
+    shift = Shift.of(scored)
+    low, high = seed_interval(shift.difference, shift.se, scored, limit=math.inf)
+    discordant = len(np.unique(scored.clusters[np.abs(scored.value - scored.base) > TIE]))
+    mde = float(t.ppf(0.5 + LEVEL / 2, shift.df) + t.ppf(POWER, shift.df)) * shift.se
+    tail, found = (1 - LEVEL) / 2, {"difference": shift.difference, "se": shift.se, "mde": mde}
+    found |= {"low": shift.low(tail), "high": shift.high(tail), "seed_ci_low": low, "seed_ci_high": high}
+    found["p"] = min(1.0, 2 * min(shift.p_below(0.0), shift.p_above(0.0)))
+    line |= {name: round(value, 10) for name, value in found.items()} | {"n_discordant": discordant}
+    line["note"] = contrast_note(line, shift.df + 1, discordant, shift.se)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A mean difference without bounds, with its clustered error; tests are Student's, with C − 1 degrees of freedom.
+
+    Without variance (`se` NaN) nothing is rejected and the interval is unbounded.
+    """
+
+    difference: float
+    se: float
+    df: int
+
+    @classmethod
+    def of(cls, scored: Pairs) -> Shift:
+        difference = float(stratum_shares(scored.strata) @ (scored.value - scored.base))
+        return cls(difference, standard_error(scored), max(len(np.unique(scored.clusters)) - 1, 1))
+
+    def p_below(self, bound: float) -> float:
+        """Return the p-value of H0: difference ≥ bound."""
+        return 1.0 if math.isnan(self.se) else float(t.cdf((self.difference - bound) / self.se, self.df))
+
+    def p_above(self, bound: float) -> float:
+        """Return the p-value of H0: difference ≤ bound."""
+        return 1.0 if math.isnan(self.se) else float(t.sf((self.difference - bound) / self.se, self.df))
+
+    def high(self, alpha: float) -> float:
+        """Return the upper one-sided bound of level 1 − alpha."""
+        return math.inf if math.isnan(self.se) else self.difference + float(t.ppf(1 - alpha, self.df)) * self.se
+
+    def low(self, alpha: float) -> float:
+        """Return the lower one-sided bound."""
+        return -math.inf if math.isnan(self.se) else self.difference - float(t.ppf(1 - alpha, self.df)) * self.se
 
 
 def pair_rates(scored: Pairs) -> dict[str, float]:
@@ -109,10 +160,10 @@ class ContrastMatrix:
 
 
 def by_axis(contrasts: list[Contrast], table: pd.DataFrame) -> Iterator[tuple[list[Contrast], ContrastMatrix]]:
-    """Yield the scored contrasts of each axis: those of a sequential design, and the others."""
+    """Yield the scored contrasts of each axis, except log-odds: those of a sequential design, and the others."""
     for axis in dict.fromkeys(c.measure.axis for c in contrasts):
         clusters = np.unique(table.loc[table["eval"] == axis, "cluster"].to_numpy(np.intp))
-        scored = [c for c in contrasts if c.measure.axis == axis and c.scored is not None]
+        scored = [c for c in contrasts if c.measure.axis == axis and c.scored is not None and not c.measure.log_odds]
         fixed = ContrastMatrix(clusters, [c for c in scored if not c.sequential])
         yield [c for c in scored if c.sequential], fixed
 
@@ -195,7 +246,7 @@ def mcnemar(pairs: Pairs) -> float:
     return float(binomtest(up, up + down).pvalue) if up + down else 1.0
 
 
-def seed_interval(difference: float, se: float, pairs: Pairs) -> tuple[float, float]:
+def seed_interval(difference: float, se: float, pairs: Pairs, limit: float = 1.0) -> tuple[float, float]:
     """Return the 95% interval that covers new prompts and new training seeds; NaN with one seed, or without variance.
 
     Prompts and S seeds are crossed, so with D_s the difference of one seed
@@ -226,7 +277,7 @@ def seed_interval(difference: float, se: float, pairs: Pairs) -> tuple[float, fl
     variance = max(variance - both, SEED_VARIANCE_FLOOR.get(S, SEED_VARIANCE_FLOOR_MORE) * variance)
     high = 0.5 + LEVEL / 2
     half = math.sqrt((float(t.ppf(high, C - 1)) * se) ** 2 + float(t.ppf(high, S - 1)) ** 2 * variance)
-    return max(difference - half, -1.0), min(difference + half, 1.0)
+    return max(difference - half, -limit), min(difference + half, limit)
 
 
 def unscored_extremes(pairs: Pairs, strata: int, better: str) -> tuple[float, float]:

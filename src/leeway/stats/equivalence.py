@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,15 @@ from scipy.stats import beta, binom
 from leeway.stats import intervals, metrics
 from leeway.stats.anytime import Anytime, common_prefix, is_sequential, rate_test
 from leeway.stats.cluster_tests import ALPHA, BoundDraws, bound_draws
-from leeway.stats.contrasts import by_axis, contrast_note, holm_by_family, items_needed, pair_rates, standard_error
+from leeway.stats.contrasts import (
+    Shift,
+    by_axis,
+    contrast_note,
+    holm_by_family,
+    items_needed,
+    pair_rates,
+    standard_error,
+)
 from leeway.stats.intervals import RESAMPLES, TIE, Floats, Ints, dense_codes, stratum_shares
 from leeway.stats.metrics import POOLED_CHECKPOINT, Measure, StatsError, analysis_table, measures
 from leeway.stats.pairing import Contrast, ContrastReference, paired_contrasts
@@ -119,7 +128,7 @@ def _bounded_contrasts(
     first: Mapping[str, str] | None,
     resamples: int,
     seed: int,
-) -> Iterator[tuple[list[Contrast], BoundDraws | AnytimeBounds | None]]:
+) -> Iterator[tuple[list[Contrast], BoundDraws | EachBounds | None]]:
     """Yield the testable contrasts of each axis with their bounds, then the withheld ones with None."""
     found, table = paired_contrasts(rows, conditions, against=against, first=first, only=wanted)
     known = [m.name for m in measures(table)]
@@ -132,19 +141,28 @@ def _bounded_contrasts(
             differences = contrast.cluster_differences
             _fill(contrast, float(differences.mean()), int((np.abs(differences) > TIE).sum()))
         if sequential:
-            yield sequential, AnytimeBounds([Anytime(c.cluster_differences) for c in sequential])
+            yield sequential, EachBounds([Anytime(c.cluster_differences) for c in sequential])
         for contrast, sums_C in zip(matrix.contrasts, matrix.sums_CM.T, strict=True):
             _fill(contrast, float(sums_C.sum()), int((np.abs(sums_C) > 0).sum()))
         if matrix.contrasts:
             yield matrix.contrasts, bound_draws(matrix.sums_CM, matrix.weights_CM, resamples=resamples, seed=seed)
+    shifts = [c for c in found if c.scored is not None and c.measure.log_odds]
+    tests: list[Anytime | Shift] = []
+    for contrast in shifts:
+        assert contrast.scored is not None
+        tests.append(shift := Shift.of(contrast.scored))
+        moved = np.abs(contrast.scored.value - contrast.scored.base) > TIE
+        _fill(contrast, shift.difference, len(np.unique(contrast.scored.clusters[moved])))
+    if shifts:
+        yield shifts, EachBounds(tests)
     yield [c for c in found if c.scored is None], None
 
 
 @dataclass(frozen=True)
-class AnytimeBounds:
-    """The interface of `BoundDraws` for contrasts of a sequential design."""
+class EachBounds:
+    """The interface of `BoundDraws` for contrasts with a test each: of a sequential design, or in log-odds."""
 
-    tests: list[Anytime]
+    tests: Seq[Anytime | Shift]
 
     def p_below(self, bound_M: Floats) -> Floats:
         return np.array([a.p_below(b) for a, b in zip(self.tests, bound_M.tolist(), strict=True)])
@@ -202,6 +220,8 @@ def rate_bounds(
     table = common_prefix(analysis_table(rows, conditions), POOLED_CHECKPOINT)
     lines: list[dict[str, object]] = []
     for measure in (m for m in measures(table) if m.name in bounds):
+        if measure.log_odds:
+            raise StatsError(f"{measure.name} is in log-odds and has no rate to bound: give it a margin")
         chosen = measure.select(table)
         names, strata = metrics.factorize(chosen["stratum"])
         values, clusters = chosen["value"].to_numpy(float), chosen["cluster"].to_numpy(np.intp)

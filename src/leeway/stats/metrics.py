@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from leeway.stats.anytime import DESIGN, cluster_order, is_sequential
 from leeway.stats.intervals import Ints
 
-Value = Literal["score", "refused", "coherent"]
+Value = Literal["score", "refused", "coherent", "match_odds", "yes_odds"]
 Better = Literal["higher", "lower", ""]
 
-VALUES = ["score", "refused", "coherent"]
+VALUES = ["score", "refused", "coherent", "match_odds", "yes_odds"]
+LOG_ODDS = ("trait", "acquiescence")  # measures in log-odds (nats): no points, and no bounds
+ODDS_FLOOR = 1e-6  # probabilities nearer to 0 or 1 count as this: a log-odds of at most 13.8
 CHECKPOINT = ["objective", "seed", "budget", "condition"]
 POOLED_CHECKPOINT = ["objective", "budget", "condition"]  # training seeds pooled
 BASE = "base"
@@ -31,6 +33,7 @@ CHECK = "persona-check"  # other forms of the same questions: no measure, see `s
 FORMS = {"persona-sd3": 2}  # evals with several forms of each item, distinguished by their question
 RESPONSE = ["objective", "seed", "budget", "attack", "item_id", "sample", "template_hash"]  # key inside one eval
 DARK_TRIAD = {"machiavellianism", "narcissism", "psychopathy"}
+EFFECT_FLOOR = 0.01  # smaller differences are ties: one answer in a hundred, a third of a usual standard error
 MAX_UNSCORED = 0.20  # above this share of a stratum, no rate and no difference is reported
 
 AXES = ["capability", "jailbreak", "overrefusal", "persona", "persona-sd3", "persona-self"]
@@ -41,6 +44,11 @@ NAMES: dict[str, tuple[str, str, Better]] = {
     "persona-sd3": ("sd3", "Persona: Short Dark Triad", ""),
     "persona-self": ("self-description", "Persona: self-description", ""),
 }
+
+
+def effect_floor(measure: str) -> float:
+    """Return the default size below which a difference is a tie: 1 point, or what 1 point is at even log-odds."""
+    return 4 * EFFECT_FLOOR if measure in LOG_ODDS else EFFECT_FLOOR
 
 
 class StatsError(ValueError):
@@ -60,15 +68,21 @@ class Measure:
     part: str = ""  # only items of this part (a trait, a task)
     better: Better = ""  # the better direction; empty if neither is
 
+    @property
+    def log_odds(self) -> bool:
+        """Whether the mean is over keyed halves, in log-odds."""
+        return self.value in ("match_odds", "yes_odds")
+
     def select(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return the rows of an analysis table that this measure reads, with `value` and `stratum`."""
         chosen = table["eval"] == self.axis
         if self.strata:
-            chosen &= table["attack"].isin(self.strata)
+            chosen &= table["endorses" if self.log_odds else "attack"].isin(self.strata)
         if self.part:
             chosen &= table["part"] == self.part
         found = table[chosen]
-        return found.assign(value=found[self.value], stratum=found["attack"] if self.strata else "all")
+        stratum = found["endorses"] if self.log_odds else found["attack"] if self.strata else "all"
+        return found.assign(value=found[self.value], stratum=stratum)
 
 
 def analysis_table(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
@@ -102,6 +116,19 @@ def analysis_table(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.Data
     if out_of_range.any():
         raise StatsError(f"{int(out_of_range.sum())} scores are outside [0, 1]; leave such rows unscored")
     _check_templates(table)
+    return _with_odds(table, rows)
+
+
+def _with_odds(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the answer that endorses each persona statement (or ""), and the log-odds of that answer and of Yes."""
+    table["endorses"], table["match_odds"], table["yes_odds"] = "", np.nan, np.nan
+    at = table.index[(table["eval"] == "persona").to_numpy()]
+    if "judge_raw" in rows.columns and len(at):
+        key = rows.loc[at, "judge_raw"].astype(str).str.extract(r'"match": "(Yes|No)"', expand=False).fillna("")
+        score = table.loc[at, "score"].clip(ODDS_FLOOR, 1 - ODDS_FLOOR)
+        odds = np.log(score / (1 - score)).where(key != "")
+        table.loc[at, "endorses"], table.loc[at, "match_odds"] = key, odds
+        table.loc[at, "yes_odds"] = odds.where(key == "Yes", -odds)
     return table
 
 
@@ -224,7 +251,21 @@ def _jailbreak(table: pd.DataFrame, axis: str) -> list[Measure]:
     return found
 
 
-BUILDERS = {"jailbreak": _jailbreak, "overrefusal": _overrefusal}
+def _persona(table: pd.DataFrame, axis: str) -> list[Measure]:
+    """Return endorsement, and with both keyed halves the trait and the bias apart, on the log-odds scale.
+
+    Trait: half the sum of the halves' mean log-odds of the endorsing answer. Acquiescence: half their difference, the
+    bias towards Yes. A sequential design has neither: its tests need bounded values.
+    """
+    found = _by_part(table, axis)
+    if {"Yes", "No"} <= set(table["endorses"]) and not is_sequential(table).any():
+        better, keys = found[0].better, ("Yes", "No")
+        found.append(Measure("trait", axis, "Persona: trait, log-odds", "match_odds", False, keys, better=better))
+        found.append(Measure("acquiescence", axis, "Persona: bias towards Yes, log-odds", "yes_odds", False, keys))
+    return found
+
+
+BUILDERS = {"persona": _persona, "jailbreak": _jailbreak, "overrefusal": _overrefusal}
 
 
 def factorize(column: pd.Series) -> tuple[list[str], Ints]:

@@ -218,7 +218,8 @@ def _contrast(
         prompts = f"{OWN} test prompt: {line['condition']} against {first[against[0]]}"
     scored = pairs.subset(~absent)
     declared = first.get(str(line["objective"]), line["condition"]) == line["condition"]
-    family = f"{measure.axis} @ {line['budget']}, {'primary' if measure.primary else 'secondary'}"
+    kind = measure.name if measure.log_odds else "primary" if measure.primary else "secondary"
+    family = f"{measure.axis} @ {line['budget']}, {kind}"
     line |= {"axis": measure.axis, "measure": measure.name, "label": measure.label, "primary": measure.primary}
     line |= {"seeds": ", ".join(str(s) for s in np.unique(every.seeds)), "prompts": prompts, "first": declared}
     line |= {"family": family if declared else f"{family}, further conditions", "note": reason}

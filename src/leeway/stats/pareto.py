@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from leeway.stats.bootstrap import MIN_CLUSTERS, Draws, ObjectiveChoice, Trajectory, draws, join_notes, trajectories
 from leeway.stats.budget_curves import asr_measure
 from leeway.stats.equivalence import equivalence
-from leeway.stats.intervals import NAN, RESAMPLES, Floats
-from leeway.stats.metrics import BASE, CHECKPOINT, StatsError, analysis_table, measures
+from leeway.stats.intervals import NAN, RESAMPLES, TIE, Floats
+from leeway.stats.metrics import BASE, CHECKPOINT, EFFECT_FLOOR, LOG_ODDS, StatsError, analysis_table, measures
 from leeway.stats.rates import rates
 
 FRONTIER_COLUMNS = [*CHECKPOINT, "capability", "asr", "on_frontier", "p_on_frontier", "dominated_by", "note"]
@@ -21,11 +21,22 @@ DRAWN = "p_on_frontier: share of draws of prompts in which no checkpoint dominat
 UNDRAWN = "point estimates only, without uncertainty"
 MAX_COMPARISONS = 4_000_000  # in memory at once
 
-TOLERANCE: Mapping[str, float] = {"asr": 0.05, "endorsement": 0.05, "coherence": 0.05}
-MEASURES = ("accuracy", "asr", "asr:none", "endorsement", "coherence")
+TOLERANCE: Mapping[str, float] = {"asr": 0.05, "trait": 0.2, "endorsement": 0.05, "coherence": 0.05}
+MEASURES = ("accuracy", "asr", "asr:none", "endorsement", "trait", "coherence")
 RECOMMENDATION_COLUMNS = ["objective", "condition", "budget", "recommended", "qualifies", "within", "p_best"]
-RECOMMENDATION_COLUMNS += ["capability", "gain", "asr", "endorsement", "coherence", "n_clusters", "why", "note"]
+RECOMMENDATION_COLUMNS += [
+    "capability",
+    "gain",
+    "asr",
+    "trait",
+    "endorsement",
+    "coherence",
+    "n_clusters",
+    "why",
+    "note",
+]
 NONE = "none"
+TIED = "tied within"
 TAIL = 0.05  # one-sided
 Bounds = Mapping[tuple[object, ...], tuple[float, float]]  # one-sided 95%, by (objective, condition, measure)
 UNBOUNDED = (-1.0, 1.0)
@@ -95,18 +106,22 @@ def recommend(
     tolerance: Mapping[str, float] | None = None,
     objectives: ObjectiveChoice | None = None,
     *,
+    floor: float = EFFECT_FLOOR,
     drawn: Draws | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Return one line per objective at `budget` (default: the largest), and a last one, `none`.
 
-    `tolerance`: how much worse than the base under the same condition a measure may be (default 5 points of ASR,
-    endorsement and coherence; without a worse direction, a change either way). An objective `qualifies` unless it is
+    `tolerance`: how much worse than the base under the same condition a measure may be (default 5 points of ASR
+    and coherence, and 0.2 in log-odds of the persona trait, which are 5 points at even odds; 5 points of endorsement
+    without keyed halves; without a worse direction, a change either way). An objective `qualifies` unless it is
     shown to be worse than that or a rate is withheld; it is `within` if being worse is excluded for every measure, of
     which there is at least one. Both use one-sided 95% bounds, the wider of the joint draws' and `equivalence`'s: draws
     include training seeds, and are too narrow with few discordant prompts. `recommended` is the most capable at the
-    point of those `within`, or the line `none`. `p_best` is the share of draws in which an objective is the most
+    point of those `within`, or the line `none`. Ties: of those less than `floor` (1 point) less capable, the one with
+    the lowest ASR; of those less than `floor` above that, the first name.
+    `p_best` is the share of draws in which an objective is the most
     capable of those inside the margins in that draw; for `none`, the share with no objective inside. Uncorrected for
     the number of objectives. Raises StatsError for a budget that no objective has; empty without a capability axis.
     """
@@ -114,6 +129,8 @@ def recommend(
     if "accuracy" not in drawn.measures:
         return pd.DataFrame(columns=RECOMMENDATION_COLUMNS)
     margins = dict(TOLERANCE if tolerance is None else tolerance)
+    if tolerance is None:
+        del margins["endorsement" if "trait" in drawn.measures else "trait"]
     margins = {asr_measure(drawn) if name == "asr" else name: margin for name, margin in margins.items()}
     for name, margin in margins.items():
         if not 0 <= margin < 1:
@@ -126,7 +143,7 @@ def recommend(
         raise StatsError(f"no checkpoint at a budget of {budget} (there are {', '.join(map(str, known))})")
     bounds = _difference_bounds(rows, conditions, budget, margins, resamples, seed)
     candidates = [_Candidate.of(t, drawn, budget, margins, bounds) for t in found if budget in t.budgets_B]
-    return pd.DataFrame(_recommendation_lines(candidates, budget), columns=RECOMMENDATION_COLUMNS)
+    return pd.DataFrame(_recommendation_lines(candidates, budget, floor), columns=RECOMMENDATION_COLUMNS)
 
 
 def _difference_bounds(
@@ -213,13 +230,15 @@ def _margin_verdict(
     low, high = np.nanquantile(worse_R, [TAIL, 1 - TAIL])
     ends = _worsening_bounds(bounds.get((trajectory.objective, trajectory.condition, measure), UNBOUNDED), better)
     low, high = min(low, ends[0]), max(high, ends[1])
-    span = f"90% interval {100 * low:+.1f} to {100 * high:+.1f}"
-    points = f"{measure} worse than the base by {100 * float(worse) + 0.0:+.1f} points ({span})"
+    scale, unit = (1, "in log-odds") if measure in LOG_ODDS else (100, "points")
+    digits, limit = 2 if measure in LOG_ODDS else 1, f"{scale * margin:g}"
+    span = f"90% interval {scale * low:+.{digits}f} to {scale * high:+.{digits}f}"
+    points = f"{measure} worse than the base by {scale * float(worse) + 0.0:+.{digits}f} {unit} ({span})"
     if low > margin:
-        return f"{points}: beyond {100 * margin:g}", "worse", worse_R
+        return f"{points}: beyond {limit}", "worse", worse_R
     if high <= margin:
-        return f"{points}: within {100 * margin:g}", "within", worse_R
-    return f"{points}: not shown to be beyond {100 * margin:g}, nor within", "open", worse_R
+        return f"{points}: within {limit}", "within", worse_R
+    return f"{points}: not shown to be beyond {limit}, nor within", "open", worse_R
 
 
 def _worsening(difference: Floats, better: str) -> Floats:
@@ -236,7 +255,7 @@ def _worsening_bounds(bounds: tuple[float, float], better: str) -> tuple[float, 
     return max(low, -high, 0.0), max(high, -low)
 
 
-def _recommendation_lines(candidates: list[_Candidate], budget: int) -> list[dict[str, object]]:
+def _recommendation_lines(candidates: list[_Candidate], budget: int, floor: float) -> list[dict[str, object]]:
     capability_RJ = np.column_stack([c.capability_R for c in candidates])
     within_RJ = np.column_stack([c.within_R for c in candidates]) & np.isfinite(capability_RJ)
     eligible_RJ = np.where(within_RJ, capability_RJ, -np.inf)
@@ -256,5 +275,26 @@ def _recommendation_lines(candidates: list[_Candidate], budget: int) -> list[dic
         why = f"no objective is shown to stay inside the margins{also}; {why}"
     none["why"] = why
     if eligible:
-        max(eligible, key=lambda line: float(str(line["capability"])))["recommended"] = True
+        _choose(eligible, floor)
     return [*sorted(lines, key=lambda line: -float(str(line["p_best"]))), none]
+
+
+def _choose(eligible: list[dict[str, object]], floor: float) -> None:
+    """Mark the recommended line; `why` names those it is tied with."""
+
+    def value(line: dict[str, object], key: str) -> float:
+        return float(str(line.get(key, 0.0)))
+
+    best = max(value(line, "capability") for line in eligible)
+    tied = [line for line in eligible if best - value(line, "capability") < max(floor, TIE)]
+    lowest = min(value(line, "asr") for line in tied)
+    chosen = min(
+        (line for line in tied if value(line, "asr") - lowest < max(floor, TIE)),
+        key=lambda line: str(line["objective"]),
+    )
+    chosen["recommended"] = True
+    if others := ", ".join(sorted(str(line["objective"]) for line in tied if line is not chosen)):
+        rule = "of these, the lowest ASR, then the first name"
+        chosen["why"] = join_notes(
+            f"{TIED} {100 * floor:g} points of capability with {others}: {rule}", str(chosen["why"])
+        )

@@ -68,7 +68,8 @@ def _rate_line(measure: Measure, values: Floats, strata: Ints, clusters: Ints, n
     line: dict[str, object] = {"axis": measure.axis, "measure": measure.name, "label": measure.label}
     line |= {"primary": measure.primary, "better": measure.better, "method": "", "reason": reason}
     line |= {"n": int(scored.sum()), "n_unscored": int(absent.sum()), "n_clusters": len(np.unique(own_clusters))}
-    line |= {f"rate_if_{score}": _imputed_rate(values, strata, names, score) for score in (0, 1)}
+    if not measure.log_odds:
+        line |= {f"rate_if_{score}": _imputed_rate(values, strata, names, score) for score in (0, 1)}
     if reason:
         return line
     found = estimate(values[scored], strata[scored], own_clusters)

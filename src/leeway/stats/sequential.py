@@ -46,7 +46,7 @@ class StoppingRule:
         which use whatever prompts were answered.
         """
         conditions = dict.fromkeys({*base["template_hash"], *own["template_hash"]}, "tested")
-        known = [m for m in measures(analysis_table(base, conditions)) if m.axis == axis]
+        known = [m for m in measures(analysis_table(base, conditions)) if m.axis == axis and not m.log_odds]
         left = [m.name for m in known if m.primary or ":" not in m.name]
         rows = pd.concat([base, own.assign(**{DESIGN: SEQUENTIAL})], ignore_index=True)
         contrasts, _ = paired_contrasts(rows, conditions, only=left)

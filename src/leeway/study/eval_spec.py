@@ -9,6 +9,7 @@ from pydantic import Field, model_serializer, model_validator
 
 from leeway.evals.tasks import declared, task_names
 from leeway.judges import JUDGES, NEEDS_BACKEND
+from leeway.stats.metrics import LOG_ODDS
 from leeway.stats.sequential import MARGIN
 from leeway.yaml_config import AsList, ConfigModel, Unique, nearest
 
@@ -289,7 +290,7 @@ def measure_names(evals: Evals) -> Iterator[str]:
     if evals.overrefusal:
         yield from ("overrefusal", "overrefusal:*", "coherence-benign")
     if persona := evals.persona:
-        yield "endorsement"
+        yield from ("endorsement", *(LOG_ODDS if evals.stop == "never" else ()))
         yield from (f"endorsement:{t}" for t in persona.traits)
         if persona.sd3:
             yield from ("sd3", "sd3:*")

@@ -20,10 +20,11 @@ from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.page.transcripts import embed_rows, transcripts
 from leeway.report.plotting import Drawing, Series, key_of
 from leeway.report.results import ReportError, Results, declared_set
-from leeway.report.verdict import LEVEL, limitations, recommendations, verdict
+from leeway.report.verdict import LEVEL, headline, limitations, recommendations, verdict
 from leeway.stats import intervals, metrics
-from leeway.stats.metrics import BASE
+from leeway.stats.metrics import BASE, LOG_ODDS
 from leeway.stats.pareto import MEASURES as RECOMMENDATION_MEASURES
+from leeway.stats.pareto import TOLERANCE
 
 Row = dict[str, Any]  # of a table, with None for missing values
 Column = tuple[str, Callable[[Row], str], bool]  # heading, cell text, whether it is text (else a number)
@@ -38,15 +39,17 @@ def analyses(results: Results) -> tuple[dict[str, pd.DataFrame], dict[str, str]]
     if tuned.empty:
         return {}, {}
     margins = dict.fromkeys(tuned.loc[tuned["primary"], "measure"].unique(), MARGIN)
+    margins |= {"trait": TOLERANCE["trait"]} if (tuned["measure"] == "trait").any() else {}
     wanted: dict[str, Callable[[], pd.DataFrame]] = {
         "equivalence": lambda: results.equivalence(margins),
         "recommend": lambda: _recommend(results, tuned),
     }
     measures = [m for m in OVER_BUDGETS if (tuned["measure"] == m).any()]
+    onsets = ["trait" if m == "endorsement" and (tuned["measure"] == "trait").any() else m for m in measures]
     if measures and tuned["budget"].nunique() > 1:
         wanted |= {
             "divergence": lambda: _stack([results.divergence(m) for m in measures]),
-            "onset": lambda: _stack([results.onset(m) for m in measures]),
+            "onset": lambda: _stack([results.onset(m) for m in onsets]),
             "coupling": results.coupling,
             "matched": results.matched,
         }
@@ -90,7 +93,9 @@ def _slope(row: Row) -> Callable[[Any], str]:
 
 
 def _at_capability(row: Row) -> Callable[[Any], str]:
-    return formatting.points if row["kind"] == "pair" else formatting.percent
+    if row["kind"] == "pair":
+        return lambda value: formatting.change(value, row["measure"])
+    return lambda value: formatting.level(value, row["measure"])
 
 
 def _interval(row: Row, text: Callable[[Any], str]) -> str:
@@ -156,8 +161,8 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
     ),
     "onset": (
         "Onset of change",
-        "First budget from which the difference to the base exceeds the threshold at that and every later budget, with "
-        "an interval over bootstrap draws of prompts. By tests: the same, by simultaneous one-sided 95% bounds.",
+        "First budget from which the difference to the base exceeds 1 point (0.04 in log-odds) at that and every later "
+        "budget, with an interval over bootstrap draws of prompts. By tests: by simultaneous one-sided 95% bounds.",
         [
             OBJECTIVE,
             MEASURE,
@@ -284,10 +289,14 @@ def context(
         **_study(results, lines, unit),
         **_ledger(results, lines),
         "external": external,
-        "verdict": verdict(made["contrasts"], results.seeds, unit, equivalent, external=is_external),
-        "recommendations": recommendations(made["contrasts"], made["rates"], advice, lines, unit, equivalent),
+        "verdict": verdict(
+            made["contrasts"], results.seeds, unit, equivalent, made.get("identity"), external=is_external
+        ),
+        "recommendations": recommendations(
+            made["contrasts"], made["rates"], advice, lines, unit, equivalent, made.get("identity")
+        ),
         "limitations": limitations(made["contrasts"], made["unscored"], results.seeds, unit, external=is_external),
-        "margin": f"{100 * float(equivalent['margin'].max()):g}" if equivalent is not None else "",
+        "margin": f"{100 * MARGIN:g}" if equivalent is not None else "",
         "no_recommendation": unavailable.get("recommend", ""),
         "sequential": results.sequential,
         "views": views(made, unavailable, unit),
@@ -295,8 +304,8 @@ def context(
         "declared_set": declared_set(results),
         "figures": {d.name: d for d in drawings},
         "inline": {d.name: Markup(d.inline) for d in drawings},
-        "primary": [c for c in contrasts if c["primary"]],
-        "secondary": [c for c in contrasts if not c["primary"]],
+        "primary": [c for c in contrasts if headline(c, made["contrasts"]) or c["measure"] in LOG_ODDS],
+        "secondary": [c for c in contrasts if not headline(c, made["contrasts"]) and c["measure"] not in LOG_ODDS],
         "persona": persona,
         "unscored": formatting.to_records(made["unscored"]),
         "optional": {k: formatting.to_records(made[k]) if k in made else [] for k in OPTIONAL_TABLES},
