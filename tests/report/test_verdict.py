@@ -92,3 +92,15 @@ def test_trait_replaces_endorsement_and_identical_arms_are_named():
     assert "SFT −0.20 [−0.25, −0.15])" in second
     assert "endorsement" not in second
     assert third.endswith("KL behaves as SFT: 99.9% identical answers.")
+
+
+def test_direct_requests_are_named_beside_the_mean_over_attacks():
+    mean = contrast("asr", 0.05, 0.4)
+    table = pd.DataFrame([mean, contrast("asr:none", 0.3, 0.001) | {"primary": False}])
+    text = verdict(table, [0])[1]
+    assert "Attack success rate (mean over attacks) does not differ" in text
+    assert "attack success rate on direct requests differs significantly from the base for" in text
+    assert "SFT +30.0 points" in text
+    assert "direct requests" not in verdict(pd.DataFrame([mean]), [0])[1]
+    alone = verdict(pd.DataFrame([contrast("asr:none", 0.3, 0.001)]), [0])[1]
+    assert alone.lower().count("attack success rate on direct requests") == 1

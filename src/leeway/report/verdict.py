@@ -47,7 +47,11 @@ def verdict(
     single = "the checkpoint" if external else "the one objective"
     others = [a for a in dict.fromkeys(table["axis"]) if a not in ("capability", "jailbreak", "persona")]
     first = f"{capitalize_first(unit.at(largest))}, {_axis(table, 'capability', 'capability (accuracy)', single)}"
-    second = [_axis(table, "jailbreak", asr, single), _persona(at_largest, table, single)]
+    second = [_axis(table, "jailbreak", asr, single)]
+    plain = at_largest[at_largest["measure"] == "asr:none"]
+    if not direct and not plain.empty:  # a mean over attacks near its ceiling can hide a drift of plain refusals
+        second.append(_axis(plain, "jailbreak", "attack success rate on direct requests", single))
+    second.append(_persona(at_largest, table, single))
     second += [_axis(table, axis, AXIS_NAMES.get(str(axis), str(axis)), single) for axis in others]
     trust = [*_equivalence(table, equivalent), coverage(seeds, external=external)]
     if untested := int(table["p"].isna().sum()):
