@@ -16,7 +16,7 @@ from leeway.claims.schema import build
 from leeway.stats.contrasts import Shift, contrasts
 from leeway.stats.identity import alike
 from leeway.stats.pairing import Pairs
-from leeway.stats.pareto import _choose
+from leeway.stats.pareto import _Candidate, _choose, _recommendation_lines
 
 
 def statements(objective: str, odds: list[float], **more: object) -> list[dict[str, object]]:
@@ -153,3 +153,16 @@ def test_claims_on_a_trait_are_in_log_odds_and_name_identical_arms():
     assert "in log-odds" in found.loc["up", "why"]
     assert "behaves as" in found.loc["same", "why"]
     assert "100.0% identical answers" in found.loc["same", "why"]
+
+
+def test_an_objective_that_learned_nothing_is_not_recommended():
+    def candidate(name: str, gain: float) -> _Candidate:
+        line = {"objective": name, "condition": "plain", "capability": 0.4 + gain, "gain": gain, "qualifies": True}
+        line |= {"within": True, "recommended": False, "why": ""}
+        return _Candidate(line, np.full(4, 0.4 + gain), np.ones(4, dtype=bool))
+
+    none = _recommendation_lines([candidate("sft", 0.005), candidate("kl", 0.0)], 1000, 0.01)[-1]
+    assert (none["objective"], none["recommended"]) == ("none", True)
+    assert none["why"] == "inside the margins, but not 1 points more capable than the base: sft, kl"
+    found = _recommendation_lines([candidate("sft", 0.02), candidate("kl", 0.0)], 1000, 0.01)
+    assert [line["objective"] for line in found if line["recommended"]] == ["sft"]

@@ -119,8 +119,8 @@ def recommend(
     shown to be worse than that or a rate is withheld; it is `within` if being worse is excluded for every measure, of
     which there is at least one. Both use one-sided 95% bounds, the wider of the joint draws' and `equivalence`'s: draws
     include training seeds, and are too narrow with few discordant prompts. `recommended` is the most capable at the
-    point of those `within`, or the line `none`. Ties: of those less than `floor` (1 point) less capable, the one with
-    the lowest ASR; of those less than `floor` above that, the first name.
+    point of those `within` that gain `floor` on the base, or the line `none`. Ties: of those less than `floor` (1
+    point) less capable, the one with the lowest ASR; of those less than `floor` above that, the first name.
     `p_best` is the share of draws in which an objective is the most
     capable of those inside the margins in that draw; for `none`, the share with no objective inside. Uncorrected for
     the number of objectives. Raises StatsError for a budget that no objective has; empty without a capability axis.
@@ -264,7 +264,8 @@ def _recommendation_lines(candidates: list[_Candidate], budget: int, floor: floa
     for candidate, share in zip(candidates, share_J, strict=True):
         candidate.line["p_best"] = round(float(share), 10)
     lines = [c.line for c in candidates]
-    eligible = [line for line in lines if line["qualifies"] and line["within"]]
+    inside = [line for line in lines if line["qualifies"] and line["within"]]
+    eligible = [line for line in inside if not float(str(line.get("gain", NAN))) < floor]
     undecided = [str(line["objective"]) for line in lines if line["qualifies"] and not line["within"]]
     p_none = float((~within_RJ.any(axis=1)).mean())
     none: dict[str, object] = {"objective": NONE, "condition": "", "budget": budget, "recommended": not eligible}
@@ -273,6 +274,9 @@ def _recommendation_lines(candidates: list[_Candidate], budget: int, floor: floa
     if not eligible:
         also = f"; not shown to be outside: {', '.join(undecided)}" if undecided else ""
         why = f"no objective is shown to stay inside the margins{also}; {why}"
+        if inside:
+            names = ", ".join(str(line["objective"]) for line in inside)
+            why = f"inside the margins, but not {100 * floor:g} points more capable than the base: {names}"
     none["why"] = why
     if eligible:
         _choose(eligible, floor)
