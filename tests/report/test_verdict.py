@@ -104,3 +104,16 @@ def test_direct_requests_are_named_beside_the_mean_over_attacks():
     assert "direct requests" not in verdict(pd.DataFrame([mean]), [0])[1]
     alone = verdict(pd.DataFrame([contrast("asr:none", 0.3, 0.001)]), [0])[1]
     assert alone.lower().count("attack success rate on direct requests") == 1
+
+
+def test_no_drift_of_an_arm_that_did_not_learn_is_void():
+    void = {("sft", 4_000)}
+    cells = recommendations(TABLE, RATES, pd.DataFrame(), [SFT], equivalent=SAME, void=void)[0]["lines"][0]["cells"]
+    assert [c["state"] for c in cells] == ["worse", "void"]  # a significant change stands
+    texts = verdict(TABLE, [0], equivalent=SAME, learning=["KL did not learn."], void=void)
+    assert "1 non-significant difference of objectives not shown to have learned is void." in texts[2]
+    assert "equivalent to the base" not in texts[2]
+    assert texts[3] == "KL did not learn."
+    assert "1 of 1 non-significant differences is equivalent" in verdict(TABLE, [0], equivalent=SAME)[2]
+    sure = recommendations(TABLE, RATES, advice("", p_best=0.95), [SFT], void=void)[0]["advice"]
+    assert "not shown to have learned anything" in " ".join(sure["lines"])

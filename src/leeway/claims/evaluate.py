@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -117,6 +117,7 @@ class EvaluationContext:
     format_objective: Callable[[str, str], str] = lambda objective, _: objective  # given its condition
     format_budget: Callable[[int], str] = lambda budget: f"at {budget:,}"
     resamples: int = RESAMPLES
+    void: Collection[tuple[str, int]] = ()  # objectives and budgets of which "no drift" says nothing (`stats.learned`)
 
     @cached_property
     def _table(self) -> pd.DataFrame:
@@ -155,6 +156,11 @@ class EvaluationContext:
 
     def _name(self, objective: str) -> str:
         return self.format_objective(objective, self._first.get(objective, PLAIN))
+
+    def unlearned(self, objectives: Seq[str], budgets: Seq[int]) -> list[str]:
+        """Name the arms in `void`."""
+        arms = [(o, b) for o in objectives for b in budgets if (o, b) in self.void]
+        return [f"{self._name(o)} {self.format_budget(b)}" for o, b in arms]
 
     def margin_tests(self, measure: str, pairs: Seq[Pair], margin: float) -> list[MarginTest]:
         """Return the test of each pair's difference at ±margin."""
@@ -324,6 +330,8 @@ def judge(claims: Claims, context: EvaluationContext, declared: Literal["before"
         # neither; or both, if slopes differ by less than the margin
         verdict = INCONCLUSIVE if shown == refuted else SUPPORTED if shown else CONTRADICTED
         comparison, claim = one.deciding(verdict), one.claim
+        void = _unlearned(claim, context) if verdict == SUPPORTED else ""
+        verdict = INCONCLUSIVE if void else verdict
         line: dict[str, object] = {"claim": claim.id, "statement": claim.statement, "source": claim.source}
         line |= {"assumptions": claim.assumptions, "declared": f"{declared} the run", "analysis": claim.kind}
         line |= {"measure": getattr(claim, "measure", ""), "margin": getattr(claim, "margin", NAN)}
@@ -332,8 +340,17 @@ def judge(claims: Claims, context: EvaluationContext, declared: Literal["before"
         line |= {"p": one.p, "p_holm": p, "p_reverse": one.p_reverse, "p_reverse_holm": p_reverse}
         line |= {"family_size": size, "n_tests": len(one.comparisons), "n_clusters": comparison.n_clusters}
         corrected = correction(one.p, p, size, LEVEL)
-        lines.append(line | {"why": _reason(one, comparison, verdict, shown and refuted, corrected)})
+        why = void or _reason(one, comparison, verdict, shown and refuted, corrected)
+        lines.append(line | {"why": why})
     return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def _unlearned(claim: Any, context: EvaluationContext) -> str:
+    """Return why a supported claim of no drift is void: one of its arms did not learn; empty if it is not."""
+    if claim.kind != "no_drift":
+        return ""
+    names = context.unlearned(claim.objectives, claim.budgets_of(context.budgets)[0])
+    return f"Void: not shown to have learned: {', '.join(names)}." if names else ""
 
 
 def _p_all(p: Seq[float]) -> float:

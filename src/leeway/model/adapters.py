@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -250,6 +251,39 @@ def _config_misfit(model: Model, folder: Path) -> str:
     if str(drawn := theirs.get("init_lora_weights")).startswith(ALTERING):
         return f"init_lora_weights: {drawn} has altered the base's own weights"
     return ""
+
+
+@torch.no_grad()
+def relative_change(model: Model, originals: Mapping[str, Tensor]) -> float:
+    """Return ||W' - W|| / ||W||, Frobenius norms over all trained matrices, W' with a low-rank adapter merged.
+
+    `originals` holds the base's tensors by name, for whole weights; rows that control tokens added do not count.
+    """
+    moved = total = 0.0
+    for weight, change in _changes(model, originals):
+        moved, total = moved + float(change.norm()) ** 2, total + float(weight.norm()) ** 2
+    return math.sqrt(moved / total)
+
+
+def _changes(model: Model, originals: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (base matrix, its change), in float32."""
+    if not is_low_rank(model):
+        for name, p in model.lm.named_parameters():
+            if p.dim() == 2:
+                weight = originals[name].to(p.device)
+                yield weight, p[: len(weight)] - weight
+        return
+    for layer in model.lm.modules():
+        if "default" not in getattr(layer, "lora_A", {}):
+            continue
+        weight = layer.get_base_layer().weight.float()
+        a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
+        change = layer.scaling["default"] * (b @ a)
+        if magnitudes := getattr(layer, "lora_magnitude_vector", {}):
+            turned = weight + change
+            length = magnitudes["default"].weight.float() / torch.linalg.norm(turned, dim=1)
+            change = length[:, None] * turned - weight
+        yield weight, change
 
 
 @contextmanager

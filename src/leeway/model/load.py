@@ -252,6 +252,11 @@ class SharedBaseModel:
                 raise LeewayError(what, fix="run the same command again: the model is reloaded, finished work is kept")
         return replace(self._model)
 
+    @property
+    def originals(self) -> dict[str, Tensor]:
+        """The original tensors by name, in main memory; empty unless `trained`."""
+        return self._copy
+
     def _checksums(self) -> tuple[int, ...]:
         return bits(self._tensors.values())
 

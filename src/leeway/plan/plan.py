@@ -16,7 +16,7 @@ from leeway.plan.benchmark import Measured, Timing, measured_hours, run_benchmar
 from leeway.plan.cost_model import CostEstimate, EvalCost, Prices, Shape, estimate_cost, eval_costs
 from leeway.plan.hardware import Machine, PlannedModel, planned_model
 from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, reference_work, trajectory
-from leeway.study.jobs import eval_targets, jobs_of
+from leeway.study.jobs import Job, eval_targets, jobs_of
 from leeway.study.prepare import Prepared, chat_for, prepare, target_layers
 from leeway.study.spec import Spec
 
@@ -109,13 +109,15 @@ def plan(
     evals, unpriced = eval_costs(prepared)
     references = reference_work(prepared, size.hidden, size.bytes)
     training = [_training_seconds(prepared, size, on, t) for t in trajectories]
+    checked = _learning_tokens(prepared, jobs)
     cost = estimate_cost(
         prepared,
         size,
         on,
         prices,
         training=sum(t.runs * seconds for t, seconds in zip(trajectories, training, strict=True))
-        + cost_model.forward_seconds(size, on, references.tokens, references.measured),
+        + cost_model.forward_seconds(size, on, references.tokens, references.measured)
+        + cost_model.forward_seconds(size, on, *checked),
         sweeps=sweep_tokens * 2.0 * (size.body + size.head) / on.decoding,
         evals=evals,
         evaluated=evaluated,
@@ -144,7 +146,13 @@ def plan(
         resolved_defaults=spec.resolved_defaults,
         missing=model.missing,
         counts_exactly=model.counts_exactly,
-        notes=(*_undrawn(prepared), *unpriced, *_notes(spec, trajectories, sweep_tokens), *claimed(spec)),
+        notes=(
+            *_undrawn(prepared),
+            *unpriced,
+            *_notes(spec, trajectories, sweep_tokens),
+            _learning(prepared, checked),
+            *claimed(spec),
+        ),
         references=references,
         cost=cost,
         measured=measured,
@@ -174,6 +182,19 @@ def memory_of_a_worker(prepared: Prepared) -> int:
     """Return the estimated bytes of main memory of a CPU worker, for scheduling."""
     size = _shape(prepared.spec, planned_model(prepared.spec), cpu=True)
     return int(cost_model.RUNTIME + cost_model.memory_needed(prepared, size).peak)
+
+
+def _learning_tokens(prepared: Prepared, jobs: list[Job]) -> tuple[int, int]:
+    """Return the tokens of the learning check's passes, and how many of them are measured, over all checkpoints."""
+    passes = sum(len(prepared.objectives[j.alias].conditions) for j in jobs if j.kind == "learning")
+    sequences = [s for *_, own in prepared.learning.rendered(prepared.chat) for s in own]
+    return passes * sum(len(s.ids) for s in sequences), passes * sum(s.measured for s in sequences)
+
+
+def _learning(prepared: Prepared, checked: tuple[int, int]) -> str:
+    items = prepared.learning
+    held_out = f"{len(items.task)} held-out examples and {len(items.general)} general prompts at each checkpoint"
+    return f"learning check: {items.missing or f'{held_out}, {checked[0]:,} tokens in all'}"
 
 
 def machine_and_prices(

@@ -1,9 +1,11 @@
-"""Draw the figures: contrasts, trade-off, measures by budget, ASR by attack, outcomes, persona traits."""
+"""Draw the figures: contrasts, trade-off, measures by budget, ASR by attack, outcomes, persona traits, learning."""
 
 from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -20,13 +22,16 @@ from leeway.report.formatting import TOKENS, BudgetUnit
 from leeway.report.plotting import INK, PERCENT, Drawing, Marks, Series, finish, grid, marker, panel_title
 from leeway.report.verdict import LEVEL
 from leeway.stats.intervals import Floats
+from leeway.stats.learning import LABELS
 from leeway.stats.metrics import BASE, DIRECT, PLAIN
 from leeway.stats.rates import ATTACKED, OUTCOMES
 
 LABEL_HEIGHT = 0.18  # inches, of a line's label
 FONT_SIZE = 7.5  # points, of labels inside panels
 PANEL_GAP = 0.71  # inches
+STEPS = 10  # of the training loss's running mean
 BASE_BUDGET = -1  # position of the base; a budget of 0 is a checkpoint with an unknown number of tokens
+Show = Callable[[float, float, float], str]  # value, low, high -> text
 HEAT = LinearSegmentedColormap.from_list("leeway", ["#fdf6ee", "#f7c58b", "#e6842a", "#a83c00", "#5c1d00"])
 EDGE = "#6b6b6b"
 FILLS = {
@@ -136,9 +141,7 @@ def traits(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) 
         ax.yaxis.set_major_formatter(PERCENT)
         ax.tick_params(axis="x", labelsize=7)
     _axis_labels(figure, unit.axis, "Endorsement")
-    handles = [Line2D([], [], label=s.label, **marker(s, small=True)) for s in lines]
-    handles.append(Line2D([], [], label="base", color=INK, dashes=(5, 3), linewidth=1.1))
-    figure.legend(handles=handles, loc="upper center", ncols=min(len(handles), 7), columnspacing=1.4, handlelength=1.8)
+    _legend(figure, lines)
     return finish(
         figure,
         "persona",
@@ -150,15 +153,83 @@ def traits(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) 
     )
 
 
+def learning(measured: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -> Drawing | None:
+    """Plot each measure of the learning check by budget: one panel per measure, all objectives."""
+    table = measured.rename(columns={"value": "rate"})
+    shown = [m for m in LABELS if m != "train-loss" and (table["measure"] == m).any()]
+    if not shown or not lines:
+        return None
+    figure, panels = grid(len(shown), columns=2, height=2.2, top=0.32 + 0.2 * (len(lines) > 6), share=False)
+    marks = Marks()
+    for ax, measure in zip(panels, shown, strict=True):
+        show = formatting.percent_ci if measure in ("preference", "weight-change") else formatting.nats_ci
+        own = table[table["measure"] == measure]
+        _by_budget_panel(
+            ax, own, lines, marks, unit=unit, show=show, bottom=None if measure in ("nll", "margin") else 0
+        )
+        ax.set_title(LABELS[measure])
+        if show is formatting.percent_ci:
+            ax.yaxis.set_major_formatter(PERCENT)
+    _axis_labels(figure, unit.axis, "")
+    _legend(figure, lines)
+    return finish(
+        figure,
+        "learning",
+        "What each checkpoint learned",
+        "On held-out examples of the task: NLL of preferred answers; preferred against dispreferred answers, by mean "
+        "log-probability per token; KL(checkpoint ‖ base) of the next token along reference answers. Bars: 95% CIs "
+        "over examples. Dashed black line: base with the plain prompt.",
+        f"Line charts of {formatting.join_and([LABELS[m] for m in shown])} by training budget, one line per objective.",
+        marks,
+    )
+
+
+def loss(losses: pd.DataFrame, lines: list[Series]) -> Drawing | None:
+    """Plot the training loss by optimiser step: one panel per objective, seeds averaged, smoothed over STEPS steps."""
+    if losses.empty or not lines:
+        return None
+    firsts = list({s.objective: s for s in lines}.values())
+    figure, panels = grid(len(firsts), height=1.75, top=0.12, share=False)
+    marks = Marks()
+    for ax, series in zip(panels, firsts, strict=True):
+        own = losses[losses["objective"] == series.objective].groupby("step")["loss"].mean()
+        ax.plot(own.index, own, color=plotting.GHOST, linewidth=0.8)
+        smooth = own.rolling(STEPS, min_periods=1).mean()
+        (line,) = ax.plot(smooth.index, smooth, color=series.colour)
+        name = formatting.objective_name(series.objective)
+        marks.add(line, series, label=f"{name}: loss {smooth.iloc[0]:.3f} at first, {smooth.iloc[-1]:.3f} at last")
+        panel_title(ax, replace(series, condition=PLAIN))
+    _axis_labels(figure, "Optimiser step", "Training loss, nats")
+    about = (
+        f"Grey: each step. Coloured: mean over the last {STEPS} steps. Losses of different objectives are different "
+    )
+    about += "quantities: compare shapes, not heights."
+    alt = "Line charts of the training loss by optimiser step, one panel per objective."
+    return finish(figure, "loss", "Training loss", about, alt, marks)
+
+
+def _legend(figure: Figure, lines: list[Series]) -> None:
+    handles = [Line2D([], [], label=s.label, **marker(s, small=True)) for s in lines]
+    handles.append(Line2D([], [], label="base", color=INK, dashes=(5, 3), linewidth=1.1))
+    figure.legend(handles=handles, loc="upper center", ncols=min(len(handles), 7), columnspacing=1.4, handlelength=1.8)
+
+
 def _by_budget_panel(
-    ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks, *, unit: BudgetUnit = TOKENS
+    ax: Axes,
+    table: pd.DataFrame,
+    lines: list[Series],
+    marks: Marks,
+    *,
+    unit: BudgetUnit = TOKENS,
+    show: Show = formatting.percent_ci,
+    bottom: float | None = 0,
 ) -> None:
     """Plot all objectives by budget in one panel, offset within a budget, with the base as horizontal lines."""
     budgets = sorted(int(b) for b in table.loc[table["objective"] != BASE, "budget"].unique())
     place = {b: math.log2(max(b, 1)) for b in budgets}  # an unknown budget (0) comes first
     gap = min(np.diff(sorted(place.values())), default=1.0) if len(place) > 1 else 1.0
     width = 0.55 * float(gap)
-    _base_lines(ax, table, lines, marks)
+    _base_lines(ax, table, lines, marks, show)
     for n, series in enumerate(lines):
         own = series.of(table)
         own = own[own["rate"].notna()]
@@ -166,28 +237,31 @@ def _by_budget_panel(
         (line,) = ax.plot(x, own["rate"], color=series.colour, zorder=3, linewidth=1.3)
         marks.add(line, series)
         for at, point in zip(x, own.to_dict("records"), strict=True):
-            _point(ax, float(at), point, series, marks, unit)
+            _point(ax, float(at), point, series, marks, unit, show)
     ax.set_xticks(list(place.values()), [unit.tick(b) for b in budgets])
     ax.set_xlim(min(place.values(), default=0) - 0.55 * gap, max(place.values(), default=1) + 0.55 * gap)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(bottom=bottom)
     ax.grid(axis="x", visible=False)
 
 
-def _point(ax: Axes, x: float, point: dict[Any, Any], series: Series, marks: Marks, unit: BudgetUnit) -> None:
+def _point(
+    ax: Axes, x: float, point: dict[Any, Any], series: Series, marks: Marks, unit: BudgetUnit, show: Show
+) -> None:
     budget, (rate, low, high) = int(point["budget"]), (point[k] for k in ("rate", "low", "high"))
     bar = ax.vlines(x, low, high, color=series.colour, linewidth=1, alpha=0.55, zorder=2)
     marks.add(bar, series, budget=budget)
     (dot,) = ax.plot(x, rate, linestyle="", zorder=3, **marker(series, small=True))
-    text = f"{point['label']} {formatting.percent_ci(rate, low, high)}, n {point['n']:,}"
+    n = f", n {point['n']:,}" if point["n"] else ""
+    text = f"{point['label']} {show(rate, low, high)}{n}"
     marks.add(dot, series, budget=budget, label=f"{series.label} {unit.at(budget)}: {text}")
 
 
-def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks) -> None:
+def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks, show: Show) -> None:
     base = table[table["objective"] == BASE].dropna(subset="rate").drop_duplicates("condition", keep="last")
     for line in base.to_dict("records"):
         owner = next((s for s in lines if s.condition == line["condition"]), None)
         label = f"{formatting.objective_name(BASE, line['condition'])}: {line['label']} "
-        label += formatting.percent_ci(line["rate"], line["low"], line["high"])
+        label += show(line["rate"], line["low"], line["high"])
         if line["condition"] == PLAIN:
             marks.add(ax.axhline(line["rate"], linewidth=1.1, zorder=1, color=INK, dashes=(5, 3)), label=label)
         elif owner:

@@ -94,6 +94,19 @@ def percent(value: float | None, digits: int = 1) -> str:
     return MISSING if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
 
 
+def nats(value: float | None, *, sign: bool = True) -> str:
+    """Return `+0.314`, `−0.002`, or `0.314` without the sign of a gain, and a dash for a missing value."""
+    if value is None or math.isnan(value):
+        return MISSING
+    return f"{value:{'+' if sign else ''}.3f}".replace("-", MINUS)
+
+
+def nats_ci(value: float, low: float, high: float) -> str:
+    """Return `1.314 (95% CI 1.280 to 1.348)`."""
+    ci = f" (95% CI {nats(low, sign=False)} to {nats(high, sign=False)})"
+    return nats(value, sign=False) + ("" if math.isnan(low) else ci)
+
+
 def percent_ci(value: float, low: float, high: float) -> str:
     """Return `31.4% (95% CI 20.1% to 44.0%)`."""
     return percent(value) + ("" if math.isnan(low) else f" (95% CI {percent(low)} to {percent(high)})")
@@ -192,7 +205,18 @@ def templates(package: str, folder: str, *, html: bool, **filters: Callable[...,
     """Return the Jinja templates in a folder of a package, with this module's formats and `filters` as filters."""
     loader = PackageLoader(package, folder)
     found = Environment(loader=loader, autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    formats = (objective_name, percent, points, change, level, unsigned_points, count, without_seed_note, claim_value)
+    formats = (
+        objective_name,
+        percent,
+        points,
+        nats,
+        change,
+        level,
+        unsigned_points,
+        count,
+        without_seed_note,
+        claim_value,
+    )
     found.filters |= {f.__name__: f for f in formats} | {"p": p_value} | filters
     return found
 

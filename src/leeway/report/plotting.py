@@ -264,19 +264,29 @@ def panel_title(ax: Axes, line: Series) -> None:
 
 
 def grid(
-    panels: int, columns: int = 3, height: float = 2.3, top: float = 0.5, left: float = 0.085, bottom: float = 0.5
+    panels: int,
+    columns: int = 3,
+    height: float = 2.3,
+    top: float = 0.5,
+    left: float = 0.085,
+    bottom: float = 0.5,
+    *,
+    share: bool = True,
 ) -> tuple[Figure, list[Axes]]:
-    """Create `panels` axes of equal size; `top` and `bottom` are inches for the legend and axis names."""
+    """Create `panels` axes of equal size; `top` and `bottom` are inches for the legend and axis names.
+
+    `share`: all have the same limits.
+    """
     columns = min(columns, max(panels, 1))
     rows = -(-panels // columns)
     total = rows * height + top
     figure = Figure(figsize=(WIDTH, total))
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
     inside = total - top - 0.25 - bottom
     gap = 0.52  # inches between rows of panels, for a title and tick labels
     hspace = gap * rows / max(inside - gap * (rows - 1), 0.1) if rows > 1 else 0.0
     upper, lower = 1 - (top + 0.25) / total, bottom / total
-    figure.subplots_adjust(left=left, right=0.985, top=upper, bottom=lower, wspace=0.1, hspace=hspace)
+    figure.subplots_adjust(left=left, right=0.985, top=upper, bottom=lower, wspace=0.1 if share else 0.2, hspace=hspace)
     flat = [ax for row in axes for ax in row]
     for n, ax in enumerate(flat):
         ax.set_visible(n < panels)

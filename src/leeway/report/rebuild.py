@@ -21,7 +21,7 @@ import pandas as pd
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.io import write_file, write_json
-from leeway.report import figures, formatting, narrative
+from leeway.report import figures, formatting, learning, narrative
 from leeway.report.exports import latex
 from leeway.report.exports.model_card import model_cards, run_bibliography
 from leeway.report.formatting import BudgetUnit
@@ -52,7 +52,14 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
         "level": LEVEL,
         "resamples": intervals.RESAMPLES,
         "verdict": verdict(
-            made["contrasts"], results.seeds, unit, made.get("equivalence"), made.get("identity"), external=external
+            made["contrasts"],
+            results.seeds,
+            unit,
+            made.get("equivalence"),
+            made.get("identity"),
+            external=external,
+            learning=learning.sentences(made.get("learned"), results.manifest, unit),
+            void=learning.void_arms(made.get("learned")),
         ),
         "columns": {name: column_types(lines, [str(c) for c in made[name].columns]) for name, lines in records.items()},
     }
@@ -119,6 +126,8 @@ def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -
             figures.by_attack(pooled, lines, unit),
             figures.outcomes(made["outcomes"], lines, unit),
             figures.traits(pooled, lines, unit),
+            figures.loss(results.step_losses(), lines),
+            figures.learning(results.learning(pool_seeds=True), lines, unit),
         ]
     return [drawing for drawing in drawings if drawing is not None]
 
@@ -127,6 +136,7 @@ def _tables(
     results: Results, cards: list[Path], claims: str | Path | None
 ) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     """Return every table by name, and the reason for each analysis that is unavailable."""
+    order = narrative.order_objectives([str(o) for o in results.rows["objective"].unique()], results.study)
     tables = {
         "rates": results.rates(),
         "contrasts": results.contrasts(),
@@ -143,6 +153,8 @@ def _tables(
         "corrected": narrative.corrected_rates(results, cards),
         "claims": results.claims(claims),
         "sequential": results.stopping(),
+        "learning": results.learning(),
+        "learned": results.learned().sort_values("objective", kind="stable", key=lambda o: o.map(order.index)),
     }
     tables = {k: t for k, t in tables.items() if k not in OPTIONAL_TABLES or not t.empty}
     more, unavailable = analyses(results)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 
 from leeway import stats
@@ -16,7 +17,7 @@ from leeway.claims.evaluate import COLUMNS, EvaluationContext, judge
 from leeway.claims.schema import Claims, from_manifest, hash_claims, load
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import changed
-from leeway.report import formatting
+from leeway.report import formatting, learning
 from leeway.report.formatting import BudgetUnit, mapping
 from leeway.stats import sequential
 from leeway.stats.bootstrap import ObjectiveChoice
@@ -30,6 +31,8 @@ ROW_COLUMNS += ["adapter_hash", "new_tokens"]
 LEDGER_COLUMNS = ["objective", "seed", "budget", "step", "source_tokens", "target_tokens", "processed_tokens"]
 LEDGER_COLUMNS += ["reference_tokens", "examples", "epochs", "data_hash", "init_hash", "reference_hash"]
 LEDGER_COLUMNS += ["adapter_hash"]
+LEARNING_COLUMNS = ["objective", "seed", "budget", "condition", "prompts", "item_id", "nll", "base_nll"]
+LEARNING_COLUMNS += ["rejected_nll", "base_rejected_nll", "kl", "weight_change"]
 OPTIONAL_COLUMNS = ["lr", "tuning_tokens", "start_tokens"]  # of the ledger
 FRONTIER_MEASURES = ("accuracy", "asr", "asr:none")
 MAIN_MEASURES = ("accuracy", "asr", "asr:none", "endorsement", "trait", "coherence")
@@ -50,6 +53,7 @@ class Results:
     ledger: pd.DataFrame
     manifest: dict[str, Any]
     study: dict[str, Any] = field(default_factory=dict)
+    learning_items: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=LEARNING_COLUMNS))
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
@@ -77,6 +81,8 @@ class Results:
         fix = "restore it, or run the study again"
         study = _read(folder / "study.yaml", lambda p: load_yaml(p.read_text("utf-8")), "is not readable YAML", fix)
         results = cls(folder, rows, ledger, manifest, mapping(study))
+        if (folder / "learning.parquet").is_file():
+            results.learning_items = _read_table(folder / "learning.parquet", LEARNING_COLUMNS)
         unknown = sorted(set(rows["template_hash"].dropna().unique()) - {"", *results.conditions})
         if results.conditions and unknown:
             count = int(rows["template_hash"].isin(unknown).sum())
@@ -203,6 +209,19 @@ class Results:
         """Return prompts and responses used per checkpoint under sequential stopping; empty for a fixed design."""
         return sequential.sample_sizes(self.rows, self.conditions)
 
+    def learning(self, *, pool_seeds: bool = False) -> pd.DataFrame:
+        """Return what each checkpoint learned (`leeway.stats.learning`); empty where it was not measured."""
+        return stats.learning(self.learning_items, self.step_losses(), pool_seeds=pool_seeds)
+
+    def learned(self) -> pd.DataFrame:
+        """Return whether each objective learned by each budget (`leeway.stats.learned`); empty if not measured."""
+        paired = mapping(self.manifest.get("learning")).get("trained_on_pairs") or ()
+        return stats.learned(self.learning_items, self.first_conditions, paired)
+
+    def step_losses(self) -> pd.DataFrame:
+        """Return the training loss of every optimiser step (`step_losses`)."""
+        return step_losses(self.folder, self.ledger)
+
     def claims(self, later: str | Path | None = None) -> pd.DataFrame:
         """Return one line per claim of the study with its verdict.
 
@@ -223,7 +242,8 @@ class Results:
     def _context(self) -> EvaluationContext:
         name, at = formatting.objective_name, BudgetUnit.of(self.manifest).at
         known = (self.judged, self.conditions, self.first_conditions)
-        return EvaluationContext(*known, format_objective=name, format_budget=at)
+        void = learning.void_arms(self.learned())
+        return EvaluationContext(*known, format_objective=name, format_budget=at, void=void)
 
     @cached_property
     def _rates(self) -> pd.DataFrame:
@@ -271,6 +291,25 @@ class Results:
         except stats.StatsError as error:
             what = f"{self.folder / 'rows.parquet'}: {error}"
             raise ReportError(what, fix="report on the rows of one run") from error
+
+
+def step_losses(folder: Path, ledger: pd.DataFrame) -> pd.DataFrame:
+    """Return the training loss of every optimiser step, nats: objective, seed, budget, step, loss.
+
+    `budget` is that of the first checkpoint from this step on.
+    """
+    found = [pd.DataFrame(columns=["objective", "seed", "budget", "step", "loss"])]
+    for (objective, seed), stops in ledger.sort_values("step").groupby(["objective", "seed"]):
+        whole = f"{objective}-s{seed}"
+        for name, ends in [(whole, stops), *((f"{whole}-{b}", s) for b, s in stops.groupby("budget"))]:
+            path = folder / "steps" / f"{name}.jsonl"
+            if not path.is_file():
+                continue  # one log for all budgets, or under a decaying learning rate one for each
+            steps = _read(path, lambda p: pd.read_json(p, lines=True), "is not readable JSON lines")
+            steps = steps[steps["step"] <= ends["step"].iloc[-1]]
+            at = ends["budget"].to_numpy()[np.searchsorted(ends["step"], steps["step"])]
+            found.append(steps[["step", "loss"]].assign(objective=objective, seed=seed, budget=at))
+    return pd.concat(found[1:] or found, ignore_index=True)
 
 
 def declared_claims(results: Results) -> Claims | None:

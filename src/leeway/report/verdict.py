@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from leeway.report import formatting
@@ -24,6 +26,7 @@ MAX_NAMED = 4  # objectives named in one sentence
 NONE = "none"  # the line of `stats.recommend` for the case that no objective qualifies
 STABLE_CHOICE = 0.8  # a smaller share of draws means that the prompt sample decides the choice
 FEW_PROMPTS = 30
+Arm = tuple[str, int]  # objective, budget
 KEYS = ["objective", "budget", "condition", "measure"]
 
 
@@ -35,8 +38,13 @@ def verdict(
     identity: pd.DataFrame | None = None,
     *,
     external: bool = False,
+    learning: Sequence[str] = (),
+    void: Collection[Arm] = (),
 ) -> list[str]:
-    """Return three texts: capability at the largest budget, the other axes, and how far both can be trusted."""
+    """Return texts on capability at the largest budget, on the other axes, on how far both can be trusted, on learning.
+
+    `learning`: sentences of `report.learning`. `void`: checkpoints of which "no drift" says nothing.
+    """
     if contrasts.empty:
         return ["Only the base model was evaluated: there is nothing to compare it with."]
     largest = int(contrasts["budget"].max())
@@ -53,11 +61,12 @@ def verdict(
         second.append(_axis(plain, "jailbreak", "attack success rate on direct requests", single))
     second.append(_persona(at_largest, table, single))
     second += [_axis(table, axis, AXIS_NAMES.get(str(axis), str(axis)), single) for axis in others]
-    trust = [*_equivalence(table, equivalent), coverage(seeds, external=external)]
+    trust = [*_equivalence(table, equivalent, void), coverage(seeds, external=external)]
     if untested := int(table["p"].isna().sum()):
         trust.append(f"{untested} of {len(table)} contrasts have too few scored pairs and are not reported.")
     trust += behaviours(identity, largest)
-    return [f"{first}.", f"{capitalize_first('; '.join(second))}{_coherence(at_largest)}.", " ".join(trust)]
+    texts = [f"{first}.", f"{capitalize_first('; '.join(second))}{_coherence(at_largest)}.", " ".join(trust)]
+    return [*texts, " ".join(learning)] if learning else texts
 
 
 def headline(contrasts: pd.DataFrame | dict[str, Any], table: pd.DataFrame) -> Any:
@@ -141,13 +150,18 @@ def _named(changed: pd.DataFrame) -> str:
     return ", ".join(names[: MAX_NAMED - 1]) + f" and {others} others, the smallest {names[-1]}"
 
 
-def _equivalence(table: pd.DataFrame, equivalent: pd.DataFrame | None) -> list[str]:
-    """State which non-significant differences are shown to be small, by equivalence tests."""
+def _equivalence(table: pd.DataFrame, equivalent: pd.DataFrame | None, void: Collection[Arm]) -> list[str]:
+    """State which non-significant differences are shown to be small, by equivalence tests, and which are void."""
     open_ = table[~(table["p_holm"] < LEVEL) & table["p"].notna()]
+    unlearned = np.array([arm in void for arm in zip(open_["objective"], open_["budget"], strict=True)], dtype=bool)
+    n = int(unlearned.sum())
+    voided = f"{n} non-significant difference{'s' if n > 1 else ''} of objectives not shown to have learned"
+    rest_void, open_ = [f"{voided} {'are' if n > 1 else 'is'} void."] if n else [], open_[~unlearned]
     if open_.empty:
-        return []
+        return rest_void
     if equivalent is None or equivalent.empty:
-        return ["A non-significant difference is no evidence of stability (equivalence was not tested)."]
+        text = "A non-significant difference is no evidence of stability (equivalence was not tested)."
+        return [text, *rest_void]
     tested = open_.merge(equivalent[[*KEYS, "equivalent", "margin"]], on=KEYS)
     shown = int(tested["equivalent"].astype(bool).sum())
     log_odds = tested["measure"].isin(LOG_ODDS)
@@ -157,7 +171,7 @@ def _equivalence(table: pd.DataFrame, equivalent: pd.DataFrame | None) -> list[s
     of = f"{shown or 'None'} of {len(tested)} non-significant differences"
     text = f"{of} {'is' if shown < 2 else 'are'} equivalent to the base within {margin}"
     rest = "" if shown == len(tested) else "; the others are inconclusive" if shown else "; they are inconclusive"
-    return [f"{text}{rest}."]
+    return [f"{text}{rest}.", *rest_void]
 
 
 def coverage(seeds: list[int], *, external: bool = False) -> str:
@@ -176,11 +190,12 @@ def recommendations(
     unit: BudgetUnit = TOKENS,
     equivalent: pd.DataFrame | None = None,
     identity: pd.DataFrame | None = None,
+    void: Collection[Arm] = (),
 ) -> list[dict[str, Any]]:
     """Return one entry per budget: the recommendation, and each objective's change on each primary measure.
 
     `advice` is the table of `stats.recommend`. A change is `better`, `worse` or `changed` (significant),
-    `equivalent` (within the margin), or `inconclusive`.
+    `equivalent` (within the margin), `inconclusive`, or `void` (neither means anything of an arm that did not learn).
     """
     better = {} if rates.empty else dict(zip(rates["measure"], rates["better"], strict=True))
     small = set[tuple[Any, ...]]()
@@ -194,11 +209,13 @@ def recommendations(
         names = list(dict.fromkeys(own["measure"]))
         cells = {(c["objective"], c["condition"], c["measure"]): c for c in own.to_dict("records")}
         table = [(s.label, [cells.get((s.objective, s.condition, m)) for m in names]) for s in lines]
-        shown = [(label, [_change(c, better, small) for c in changes]) for label, changes in table if any(changes)]
+        shown = [
+            (label, [_change(c, better, small, void) for c in changes]) for label, changes in table if any(changes)
+        ]
         entry = {
             "budget": budget,
             "at": capitalize_first(unit.at(budget)),
-            "advice": _advice(advice, identity, budget, unit),
+            "advice": _advice(advice, identity, budget, unit, void),
         }
         entry |= {"columns": [str(labels[m]) for m in names]}
         entries.append(entry | {"lines": [{"label": label, "cells": changes} for label, changes in shown]})
@@ -206,22 +223,23 @@ def recommendations(
 
 
 def _change(
-    contrast: dict[Any, Any] | None, better: dict[Any, str], small: set[tuple[Any, ...]]
+    contrast: dict[Any, Any] | None, better: dict[Any, str], small: set[tuple[Any, ...]], void: Collection[Arm]
 ) -> dict[str, str] | None:
     if contrast is None or contrast["difference"] != contrast["difference"]:
         return None
     within = tuple(contrast[k] for k in KEYS) in small
-    state = "equivalent" if within else "inconclusive"
+    unlearned = (contrast["objective"], contrast["budget"]) in void
+    state = "void" if unlearned else "equivalent" if within else "inconclusive"
     if contrast["p_holm"] < LEVEL:
         good, way = better.get(contrast["measure"], ""), "higher" if contrast["difference"] > 0 else "lower"
         state = "changed" if not good else "better" if good == way else "worse"
     difference, low, high = (formatting.change(contrast[k], contrast["measure"]) for k in ("difference", "low", "high"))
-    also = "within the margin" if within and state != "equivalent" else ""
+    also = "within the margin" if within and state not in ("equivalent", "void") else ""
     return {"state": state, "difference": difference, "range": f"{low} to {high}", "within": also}
 
 
 def _advice(
-    advice: pd.DataFrame, identity: pd.DataFrame | None, budget: int, unit: BudgetUnit
+    advice: pd.DataFrame, identity: pd.DataFrame | None, budget: int, unit: BudgetUnit, void: Collection[Arm]
 ) -> dict[str, Any] | None:
     """Return the recommendation at a budget as a title, sentences, and the reasons for each objective."""
     own = advice[advice["budget"] == budget] if len(advice) else advice
@@ -244,6 +262,8 @@ def _advice(
     lines += [f"{capitalize_first(tie)}."] if tie else []
     if "capability not shown" in str(best["why"]):
         lines.append("It is not shown to be more capable than the base at this budget.")
+    if (best["objective"], budget) in void:
+        lines.append("It is not shown to have learned anything, so that it did not drift says nothing.")
     rivals = own[(own["objective"] != best["objective"]) | (own["condition"] != best["condition"])]
     rivals = rivals[rivals["p_best"] >= LEVEL].sort_values("p_best", ascending=False, kind="stable").head(3)
     text = f"Selected in {formatting.percent(best['p_best'], 0)} of bootstrap draws over prompts"

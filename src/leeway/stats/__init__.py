@@ -10,6 +10,7 @@ from leeway.stats.contrasts import contrasts, items_needed
 from leeway.stats.equivalence import DifferenceBound, WorseDirection, equivalence, one_sided, rate_bounds
 from leeway.stats.identity import identity
 from leeway.stats.interaction import divergence
+from leeway.stats.learning import learned, learning
 from leeway.stats.metrics import StatsError, split_judges
 from leeway.stats.pairing import ContrastReference
 from leeway.stats.pareto import frontier, frontier_of, recommend
@@ -23,6 +24,8 @@ __all__ += [
     "items_needed",
     "judge_agreement",
     "kappa",
+    "learned",
+    "learning",
     "likert",
     "matched",
     "one_sided",

@@ -18,7 +18,7 @@ Checkpoint = tuple[str, int, int]  # objective, seed, budget
 
 @dataclass(frozen=True)
 class Job:
-    """One unit of work: measure the base, tune a learning rate, train a trajectory, or measure its checkpoints.
+    """One unit of work: measure the base, tune a learning rate, train a trajectory, measure or check its checkpoints.
 
     A trajectory passes all its `budgets`; under a decaying learning rate each budget is a trajectory of its own
     (`exclusive`). A measurement covers one checkpoint under one `condition`, or, for a vLLM server, all checkpoints of
@@ -26,7 +26,7 @@ class Job:
     checkpoints of `needs` are on disk, so one worker can measure while another trains on.
     """
 
-    kind: Literal["base", "tune", "train", "measure"]
+    kind: Literal["base", "tune", "train", "measure", "learning"]
     alias: str
     seed: int = 0
     budgets: tuple[int, ...] = ()
@@ -88,11 +88,14 @@ def jobs_of(prepared: Prepared) -> list[Job]:
     base = by_condition(Job("base", BASE))
     before = tuple(base) if spec.evals.stop == "decided" else ()  # sequential stopping contrasts with the base's rows
     measuring: list[Job] = []
+    learning: list[Job] = []
     for job in training:
+        checked = () if prepared.learning.missing else job.budgets
+        learning += [Job("learning", job.alias, job.seed, (b,), needs=((job.alias, job.seed, b),)) for b in checked]
         for budgets in [job.budgets] if served else [(b,) for b in job.budgets]:
             needs = tuple((job.alias, job.seed, b) for b in budgets)
             measuring += by_condition(Job("measure", job.alias, job.seed, budgets, before, needs=needs))
-    return [*base, *tuning.values(), *training, *measuring]
+    return [*base, *tuning.values(), *training, *measuring, *learning]
 
 
 def eval_targets(prepared: Prepared, job: Job) -> list[EvalTarget]:

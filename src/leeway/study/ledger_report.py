@@ -1,20 +1,24 @@
-"""`leeway ledger`: what is matched across the objectives of a run, what each cost, and what differs."""
+"""`leeway ledger`: what is matched across the objectives of a run, what each cost and learned, and what differs."""
 
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 
+from leeway import stats
 from leeway.data.ledger import COST, MATCHED, Matching, differences
 from leeway.errors import LeewayError
 from leeway.hashing import changed
 from leeway.io import readable
+from leeway.report.results import step_losses
 from leeway.study.run_dir import LEDGER_SCHEMA
 from leeway.training import checkpoints
 
@@ -24,6 +28,7 @@ BLOCKS = {
     "matched": ("step", "source_tokens", "examples", "epochs", "data_hash", "init_hash", "reference_hash"),
     "cost": (*COST, "lr"),
 }
+LEARNING = ("train-loss", "nll", "preference", "margin", "kl", "kl-general", "weight-change")  # nats per token
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,27 @@ def view(folder: Path) -> LedgerView:
     faults += differences(lines, matching)
     faults += _table_faults(folder / "ledger.parquet", lines)
     faults += (f"{name} is not the file that the run wrote" for name in changed(folder, raw.get("file_hashes") or {}))
-    return LedgerView("\n".join(_text(lines, matching, faults)), tuple(faults))
+    text = _text(lines, matching, faults, _learning(folder, raw, lines))
+    return LedgerView("\n".join(text), tuple(faults))
+
+
+def _learning(folder: Path, manifest: dict[str, Any], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what each checkpoint learned under its objective's first condition; empty if nothing was measured."""
+    joined = folder / "learning.parquet"
+    paths = [joined] if joined.is_file() else sorted(folder.glob("learning/*.parquet"))
+    if not paths:
+        return []
+    items = pd.concat([pq.read_table(path).to_pandas() for path in paths], ignore_index=True)
+    first = {**items.groupby("objective")["condition"].first(), **(manifest.get("first_conditions") or {})}
+    paired = (manifest.get("learning") or {}).get("trained_on_pairs", ())
+    table = stats.learning(items, step_losses(folder, pd.DataFrame(lines)))
+    table = table[table["condition"] == table["objective"].map(first)]
+    wide = (
+        table.pivot_table("value", ["objective", "seed", "budget"], "measure").reindex(columns=LEARNING).reset_index()
+    )
+    status = stats.learned(items, first, paired)[["objective", "budget", "status"]]
+    records: Any = wide.merge(status, on=["objective", "budget"]).to_dict("records")
+    return list(records)
 
 
 def _table_faults(path: Path, lines: list[dict[str, Any]]) -> Iterator[str]:
@@ -79,13 +104,19 @@ def _table_faults(path: Path, lines: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{path.name} has a line for {name}, seed {seed}, budget {budget}, but that checkpoint is missing"
 
 
-def _text(lines: list[dict[str, Any]], matching: Matching, faults: list[str]) -> Iterator[str]:
+def _text(
+    lines: list[dict[str, Any]], matching: Matching, faults: list[str], learning: list[dict[str, Any]]
+) -> Iterator[str]:
     for seed, budget in dict.fromkeys((line["seed"], line["budget"]) for line in lines):
         here = [line for line in lines if (line["seed"], line["budget"]) == (seed, budget)]
         yield f"seed {seed}, budget {budget:,}"
         for title, columns in BLOCKS.items():
             yield from _block(title, columns, here)
+        if checked := [line for line in learning if (line["seed"], line["budget"]) == (seed, budget)]:
+            yield from _block("learned", (*LEARNING, "status"), checked)
         yield ""
+    if not learning:
+        yield "learned: not measured\n"
     for alias, start in matching.starts.items():
         seen = next((line.get("start_tokens") for line in lines if line["objective"] == alias), None)
         before = "an unknown number of" if seen is None else f"{seen:,}"
@@ -127,4 +158,6 @@ def _cell(column: str, value: Any) -> str:
         return str(value)[:HASH]
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.4g}"
+    return str(value)

@@ -31,13 +31,16 @@ from leeway.organism import world
 from leeway.pairs.build import BaseModelSampler, PairReport, PairSettings, pair
 from leeway.plan.hardware import PlannedModel, load_config, meta_model
 from leeway.study.build_evals import HelperModels, evals_of, held_out_test
+from leeway.study.learning import learning_items, question
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import AuxiliarySource, Spec
 from leeway.training.batch import Renderer
+from leeway.training.learning import LearningItems
 
 ORGANISM_AUXILIARY = 2_000  # examples per pool without a limit
 EPOCHS = 10_000  # the most passes over the data
+UNTRAINED = LearningItems(missing="nothing is trained")
 INJECTED_BYTES = 256  # more than any inoculation or control token adds to a prompt
 
 
@@ -252,6 +255,7 @@ class Prepared:
     pairs: PairReport | None  # None before they are sampled
     origins: dict[str, str]
     external: Mapping[str, ExternalModel] = field(default_factory=dict)
+    learning: LearningItems = UNTRAINED
 
     def renderer(self, alias: str, seed: int) -> Renderer:
         objective = self.objectives[alias]
@@ -310,7 +314,9 @@ def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedMode
         tuning = HeldOut(held_out_test(held_out, spec), short)
     checked = [(f"evals.{e.name}", e) for e in evals] + ([("optim.tune", tuning.test)] if tuning else [])
     check_prompts_fit(checked, prepared)
-    return replace(prepared, schedules=schedules, tuning=tuning)
+    streams = [*schedules.values(), *(tuning.schedules.values() if tuning else ())]
+    learning = learning_items(spec, trained, streams, chat, context - INJECTED_BYTES)
+    return replace(prepared, schedules=schedules, tuning=tuning, learning=learning)
 
 
 def _set_aside(examples: list[Example], spec: Spec) -> tuple[list[Example], list[Example]]:
@@ -321,16 +327,11 @@ def _set_aside(examples: list[Example], spec: Spec) -> tuple[list[Example], list
     if n >= len(examples):
         raise LeewayError(f"optim.tune.items: {n} examples cannot be held out of {len(examples)}", fix="lower it")
     held_out = subset(examples, n, "tune")
-    questions = {_question(e) for e in held_out}
-    trained = [e for e in examples if _question(e) not in questions]
+    questions = {question(e) for e in held_out}
+    trained = [e for e in examples if question(e) not in questions]
     if not trained:
         raise LeewayError(f"optim.tune.items: holding out {n} examples leaves none to train on", fix="lower it")
     return trained, held_out
-
-
-def _question(example: Example) -> str:
-    """Return a prompt's words, so that a repeated question is not both trained on and held out."""
-    return " ".join(example.prompt.casefold().split())
 
 
 def check_prompts_fit(evals: Sequence[tuple[str, Eval]], prepared: Prepared) -> None:

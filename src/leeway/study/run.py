@@ -24,7 +24,7 @@ from leeway.study.executors.local import Executor, LocalExecutor, requires_singl
 from leeway.study.jobs import Job, eval_targets, jobs_of, relative_cost, schedule_of
 from leeway.study.load import load
 from leeway.study.manifest import check_unchanged, matching
-from leeway.study.prepare import PairSampling, prepare
+from leeway.study.prepare import PairSampling, Prepared, prepare
 from leeway.study.progress import Reporter
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
@@ -115,6 +115,7 @@ def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, r
             check_matched(lines, rule)
     remove_partial(store.folder)  # of a lost worker
     store.write_ledger(lines)
+    store.join_learning([store.learning(j.alias, j.seed, *j.budgets) for j in jobs if j.kind == "learning"])
     rows = _write_rows(worker, jobs, manifest)
     store.finish()
     reporter.log(f"{rows:,} rows; drawing the report")
@@ -137,6 +138,7 @@ def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> in
         facts |= sequential_eval.summary(prepared.spec, prepared.evals, pd.read_parquet(store.rows_path), conditions)
     if not prepared.external:
         facts["tuning"] = {j.alias: read_choice(store.tuning(j.alias)).to_json() for j in jobs if j.kind == "tune"}
+        facts["learning"] = _learning_facts(prepared)
         facts["first_conditions"] = {alias: o.conditions[0].name for alias, o in prepared.objectives.items()}
         if store.cache.references.is_dir():
             sequences, tokens, size = ReferenceCache(store.cache.references).size()
@@ -145,6 +147,17 @@ def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> in
         facts["vllm"] = server
     store.write_manifest({**manifest, **facts})
     return rows
+
+
+def _learning_facts(prepared: Prepared) -> dict[str, Any]:
+    """Return what the learning check was measured on, or why it was not."""
+    items = prepared.learning
+    if items.missing:
+        return {"missing": items.missing}
+    paired = [alias for alias, o in prepared.objectives.items() if o.needs_pairs]
+    pairs = sum(e.dispreferred is not None for e in items.task)
+    counts = {"task": len(items.task), "pairs": pairs, "general": len(items.general)}
+    return {**counts, "items_hash": items.hash, "trained_on_pairs": paired}
 
 
 def _count_work(worker: Worker, jobs: list[Job], reporter: Reporter) -> None:
@@ -158,6 +171,8 @@ def _count_work(worker: Worker, jobs: list[Job], reporter: Reporter) -> None:
             done = [s for s in stops if worker.has_checkpoint((job.alias, job.seed, s.budget))]
             tokens = stops[-1].source_tokens - (done[-1].source_tokens if done else 0)
             left["train"] += tokens * relative_cost(objectives[job.alias])
+        elif job.kind == "learning" and not worker.is_complete(job):
+            left["score"] += len(worker.prepared.learning) * len(objectives[job.alias].conditions)
         elif job.kind == "tune" and not worker.is_complete(job):
             left["train"] += len(tune.lrs) * tune.budget * relative_cost(objectives[job.alias])
             left["generate"] += len(tune.lrs) * tune.items

@@ -23,7 +23,8 @@ from leeway.evals.eval import Row, is_retryable
 from leeway.hashing import digest, file_digest
 from leeway.io import PARTIAL, atomic_write, open_lock, readable, remove_partial, write_file, write_json
 
-INTEGERS, FLOATS = ("seed", "budget", "sample", "step", "examples"), ("score", "epochs", "lr")
+INTEGERS = ("seed", "budget", "sample", "step", "examples")
+FLOATS = ("score", "epochs", "lr", "nll", "base_nll", "rejected_nll", "base_rejected_nll", "kl", "weight_change")
 
 
 def _schema(columns: str) -> pa.Schema:
@@ -45,7 +46,11 @@ LEDGER_SCHEMA = _schema(
     "objective seed budget step source_tokens target_tokens processed_tokens reference_tokens examples epochs "
     "data_hash init_hash reference_hash adapter_hash lr tuning_tokens start_tokens"
 )
-SEAL = b"leeway.seal"
+LEARNING_SCHEMA = _schema(
+    "objective seed budget condition prompts item_id answer_tokens nll base_nll rejected_nll base_rejected_nll kl "
+    "weight_change adapter_hash"
+)
+SEAL, ITEMS = b"leeway.seal", b"leeway.items"
 LOCKS = (".lock", ".workers")
 EDITED = "restore it, or start in another --out"
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
@@ -67,6 +72,7 @@ class RunDir:
         self.manifest_path = folder / "manifest.json"
         self.rows_path = folder / "rows.parquet"
         self.ledger_path = folder / "ledger.parquet"
+        self.learning_path = folder / "learning.parquet"
         self.cache = Cache.of(folder)
 
     @contextmanager
@@ -217,15 +223,13 @@ class RunDir:
 
     def write_part(self, path: Path, identity: dict[str, Any], rows: Sequence[Row]) -> None:
         records = [{**identity, **asdict(r), "score": None if math.isnan(r.score) else r.score} for r in rows]
-        table = pa.Table.from_pylist(records, schema=ROW_SCHEMA)
-        with atomic_write(path) as scratch:
-            pq.write_table(table.replace_schema_metadata({SEAL: digest(table.to_pylist())}), scratch)
+        _write_sealed(path, records, ROW_SCHEMA)
 
-    def read_part(self, path: Path) -> pa.Table:
+    def read_part(self, path: Path, schema: pa.Schema = ROW_SCHEMA) -> pa.Table:
         """Return the rows of one part. Raises LeewayError if they do not match the digest written with them."""
         with readable(path):
             seal = (pq.read_schema(path).metadata or {}).get(SEAL)
-            table = pq.read_table(path, schema=ROW_SCHEMA).replace_schema_metadata()
+            table = pq.read_table(path, schema=schema).replace_schema_metadata()
             if seal is None or seal.decode() != digest(table.to_pylist()):
                 raise ValueError("it was changed after it was written")
         return table
@@ -245,6 +249,29 @@ class RunDir:
             pq.write_table(table.sort_by([(c, "ascending") for c in ROW_ORDER]), scratch)
         return int(table.num_rows)
 
+    def learning(self, objective: str, seed: int, budget: int) -> Path:
+        """What the learning check found at one checkpoint."""
+        return self.folder / "learning" / f"{objective}-s{seed}-{budget}.parquet"
+
+    def write_learning(self, path: Path, records: Sequence[dict[str, Any]], items_hash: str) -> None:
+        _write_sealed(path, records, LEARNING_SCHEMA, {ITEMS: items_hash})
+
+    def has_learning(self, path: Path, items_hash: str) -> bool:
+        """Whether a checkpoint was checked on these items."""
+        if not path.is_file():
+            return False
+        with readable(path):
+            return bool((pq.read_schema(path).metadata or {}).get(ITEMS, b"").decode() == items_hash)
+
+    def join_learning(self, parts: Sequence[Path]) -> None:
+        """Write the learning check of all checkpoints as one table; remove it if there are none."""
+        self.learning_path.unlink(missing_ok=True)
+        if parts:
+            table = pa.concat_tables([self.read_part(path, LEARNING_SCHEMA) for path in parts])
+            order = [(c, "ascending") for c in ("objective", "seed", "budget", "condition", "prompts", "item_id")]
+            with atomic_write(self.learning_path) as scratch:
+                pq.write_table(table.sort_by(order), scratch)
+
     def conditions(self, parts: dict[Path, str]) -> dict[str, str]:
         """Return the condition of each template hash: `plain`, a control token, `inoculated`."""
         found: dict[str, str] = {}
@@ -255,7 +282,8 @@ class RunDir:
 
     def file_hashes(self) -> dict[str, str]:
         """Return the digests of the run's tables for the manifest, so that a report refuses an edited table."""
-        return {p.name: file_digest(p) for p in (self.rows_path, self.ledger_path)}
+        tables = (self.rows_path, self.ledger_path, self.learning_path)
+        return {p.name: file_digest(p) for p in tables if p.is_file()}
 
     def read_server(self) -> dict[str, Any]:
         """Return what vLLM server measures this run (`vllm.json`), or {}."""
@@ -301,3 +329,12 @@ class RunDir:
         if self.cache.root == self.folder / "cache":
             self.cache.remove("answers")
         self.cache.release(self.folder)
+
+
+def _write_sealed(
+    path: Path, records: Sequence[dict[str, Any]], schema: pa.Schema, metadata: dict[bytes, str] | None = None
+) -> None:
+    """Write a part with the digest of its content, by which `read_part` notices a change."""
+    table = pa.Table.from_pylist(list(records), schema=schema)
+    with atomic_write(path) as scratch:
+        pq.write_table(table.replace_schema_metadata({SEAL: digest(table.to_pylist()), **(metadata or {})}), scratch)

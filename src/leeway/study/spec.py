@@ -177,6 +177,19 @@ class Optim(ConfigModel):
         return None if self.lr == "tuned" else float(self.lr)
 
 
+class Learning(ConfigModel):
+    """Sample sizes of the learning check: what every checkpoint learned, on examples that nothing was trained on."""
+
+    items: int = Field(default=64, gt=0, description="held-out examples of the task")
+    general: int = Field(default=32, gt=0, description="prompts off the task")
+
+
+class Controls(ConfigModel):
+    """Measurements that say how far the others can be trusted. They change no row, ledger line or adapter."""
+
+    learning: Annotated[Learning | bool, BeforeValidator(lambda v: {} if v is True else v)] = Learning()
+
+
 # a check of one key is its validator, not the model's, so that an error elsewhere does not hide it
 def _rising(budgets: tuple[int, ...]) -> tuple[int, ...]:
     if any(a >= b for a, b in itertools.pairwise(budgets)):
@@ -213,6 +226,7 @@ class Spec(ConfigModel):
     )
     auxiliary: AuxiliarySpec = AuxiliarySpec()
     evals: Evals
+    controls: Controls = Controls()
     claims: Annotated[Claims | None, BeforeValidator(lambda v: None if v is None else build(v))] = None
     _resolved_defaults: tuple[str, ...] = PrivateAttr(())
 
@@ -312,7 +326,9 @@ class Spec(ConfigModel):
         return digest("study", self._plain())
 
     def _plain(self) -> dict[str, Any]:
-        plain = self.model_dump(mode="json", by_alias=True, exclude={"claims"})
+        # default controls are left out: a run from before them keeps its hash, and gains them when it is resumed
+        left_out = {"claims"} | ({"controls"} if self.controls == Controls() else set())
+        plain = self.model_dump(mode="json", by_alias=True, exclude=left_out)
         return plain if self.claims is None else {**plain, "claims": self.claims.to_plain()}
 
     def to_yaml(self) -> str:

@@ -25,6 +25,7 @@ from leeway.generation.vllm import VllmServer, VllmSettings
 from leeway.hashing import digest
 from leeway.io import expand
 from leeway.model import adapters
+from leeway.model.forward import layout_of
 from leeway.model.load import Model, SharedBaseModel, load_model
 from leeway.model.reference import ReferenceCache
 from leeway.objectives.objective import PLAIN
@@ -37,7 +38,7 @@ from leeway.study.progress import OnProgress
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import Spec
-from leeway.training import checkpoints
+from leeway.training import checkpoints, learning
 from leeway.training.batch import Optim
 from leeway.training.checkpoints import WarmStart
 from leeway.training.distributed import ALONE, Distributed, Send, run_distributed
@@ -69,9 +70,10 @@ class Worker:
     scratch: Path | None = None
     ranks: Distributed = ALONE
     _base: SharedBaseModel | None = field(default=None, repr=False)
+    _learning: dict[tuple[tuple[str, ...], str], learning.BaseStats] = field(default_factory=dict, repr=False)
 
     def run_job(self, job: Job) -> None:
-        run = {"tune": self._tune, "train": self.train}.get(job.kind, self._measure)
+        run = {"tune": self._tune, "train": self.train, "learning": self._check_learning}.get(job.kind, self._measure)
         with compute_settings(self.prepared.spec):
             run(job)
 
@@ -81,11 +83,13 @@ class Worker:
             return self.store.tuning(job.alias).is_file()
         if job.kind == "train":
             return all(self.has_checkpoint((job.alias, job.seed, b)) for b in job.budgets)
+        if job.kind == "learning":
+            return self.store.has_learning(self._learning_path(job), self.prepared.learning.hash)
         return not any(self.pending(target) for target in eval_targets(self.prepared, job))
 
     def has_results(self, job: Job) -> bool:
         """Return whether all files of a job are on disk, with failed answers or without."""
-        if job.kind in ("tune", "train"):
+        if job.kind in ("tune", "train", "learning"):
             return self.is_complete(job)
         targets = eval_targets(self.prepared, job)
         return all(self.part(target, e).is_file() for target in targets for e in self.prepared.evals)
@@ -187,6 +191,41 @@ class Worker:
         prompt_tokens = sum(len(backend.chat.prompt_ids([{"role": "user", "content": r.prompt}])) for r in rows)
         eval_tokens = prompt_tokens + sum(r.new_tokens for r in rows)
         return Trial(lr, sum(r.score for r in rows) / len(rows), trajectory.spent, eval_tokens)
+
+    def _learning_path(self, job: Job) -> Path:
+        return self.store.learning(job.alias, job.seed, *job.budgets)
+
+    def _check_learning(self, job: Job) -> None:
+        """Measure what a checkpoint learned, under all its objective's conditions, and write it as one file."""
+        items, objective = self.prepared.learning, self.prepared.objectives[job.alias]
+        stats = {c: self._base_stats(objective.control_tokens, c.prefix) for c in objective.conditions}
+        target = EvalTarget(job.alias, job.seed, job.budgets[0], objective.conditions[0])
+        model, adapter_hash = self._load_checkpoint(target)
+        assert self._base is not None
+        change = adapters.relative_change(model, self._base.originals)
+        identity = {"objective": job.alias, "seed": job.seed, "budget": target.budget, "adapter_hash": adapter_hash}
+        records: list[dict[str, Any]] = []
+        for condition, base in stats.items():
+            found = learning.measure(model, base, items, condition.prefix, self._forward(model))
+            records += [{**identity, "condition": condition.name, "weight_change": change, **line} for line in found]
+            name = progress.describe(replace(target, condition=condition))
+            self.on_progress("score", len(items), f"{name} | learning check {len(items)}/{len(items)}")
+        self.store.write_learning(self._learning_path(job), records, items.hash)
+
+    def _base_stats(self, control_tokens: tuple[str, ...], prefix: str) -> learning.BaseStats:
+        """Return what the base says of the learning check's items; computed once per worker."""
+        key = (control_tokens, prefix)
+        if key not in self._learning:
+            model, whole = self.base(), self.prepared.spec.adapter.kind == "full"
+            if control_tokens:
+                adapters.attach(model, self.adapter, seed=0, control_tokens=control_tokens)
+            settings = self._forward(model)
+            self._learning[key] = learning.base_stats(model, self.prepared.learning, prefix, settings, whole=whole)
+        return self._learning[key]
+
+    def _forward(self, model: Model) -> Optim:
+        optim, kind = self.prepared.spec.optim, self.prepared.spec.adapter.kind
+        return Optim(optim.clip, optim.micro_tokens, layout=layout_of(optim.layout, model, kind))
 
     def _measure(self, job: Job) -> None:
         spec = self.prepared.spec

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from leeway.errors import LeewayError
-from leeway.hashing import digest
+from leeway.hashing import digest, file_digest
 from leeway.io import atomic_write, readable, write_file, write_json
 from leeway.report.rebuild import rebuild
 
@@ -19,7 +19,7 @@ TEXTS = ("prompt", "response")
 
 
 def publish(folder: Path, out: Path) -> Path:
-    """Write a run directory with rows, ledger, study and page of `folder` into `out`; return the page's path.
+    """Write a run directory with the tables, step logs, study and page of `folder` into `out`; return the page's path.
 
     Rows of an eval outside HARMLESS keep ids, outcomes and scores; a text is replaced by its hash, and what the judge
     wrote is left out. Checkpoints are not copied. Raises LeewayError if `out` is not empty.
@@ -39,7 +39,9 @@ def publish(folder: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / "rows.parquet") as scratch:
         pq.write_table(rows, scratch, compression="zstd")
-    for name in ("study.yaml", "ledger.parquet"):
-        write_file(out / name, (folder / name).read_bytes())
-    write_json(out / "manifest.json", {**manifest, "redacted": True})
+    for path in [folder / "study.yaml", *folder.glob("le*.parquet"), *folder.glob("steps/*.jsonl")]:  # ledger, learning
+        write_file(out / path.relative_to(folder), path.read_bytes())
+    hashes = manifest.get("file_hashes") or {}
+    hashes |= {"rows.parquet": file_digest(out / "rows.parquet")} if hashes else {}
+    write_json(out / "manifest.json", {**manifest, "file_hashes": hashes, "redacted": True})
     return rebuild(out)

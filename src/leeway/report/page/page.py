@@ -15,7 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from leeway import stats
-from leeway.report import formatting, narrative, plotting
+from leeway.report import formatting, learning, narrative, plotting
 from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.page.transcripts import embed_rows, transcripts
 from leeway.report.plotting import Drawing, Series, key_of
@@ -249,12 +249,23 @@ def _line(row: Row, key: str, columns: list[Column], unit: BudgetUnit) -> dict[s
     }
 
 
-OPTIONAL_TABLES = ("checks", "sd3", "benign", "judges", "corrected", "claims", "sequential")  # left out if empty
+OPTIONAL_TABLES = (
+    "checks",
+    "sd3",
+    "benign",
+    "judges",
+    "corrected",
+    "claims",
+    "sequential",
+    "learning",
+    "learned",
+)  # left out if empty
 SCRIPTS = ("text", "theme", "tooltips", "filter", "rows", "search", "print", "start")
-PARTIALS = ("claims", "design", "curves", "analyses", "persona", "judges", "ledger", "contrasts")
+PARTIALS = ("claims", "design", "learning", "curves", "analyses", "persona", "judges", "ledger", "contrasts")
 CONTENTS = {
     "claims": "Claims",
     "design": "Design",
+    "learning": "Learning",
     "tradeoff": "Trade-off",
     "budgets": "Budgets",
     "attacks": "Attacks",
@@ -284,21 +295,32 @@ def context(
     persona = formatting.to_records(made["persona"])
     persona.sort(key=lambda c: (rank.get((c["objective"], c["condition"]), -1), c["budget"]))
     advice = made.get("recommend", pd.DataFrame())
+    learned = learning.sentences(made.get("learned"), results.manifest, unit)
+    void = learning.void_arms(made.get("learned"))
     return {
         **_assets(),
         **_study(results, lines, unit),
         **_ledger(results, lines),
         "external": external,
         "verdict": verdict(
-            made["contrasts"], results.seeds, unit, equivalent, made.get("identity"), external=is_external
+            made["contrasts"],
+            results.seeds,
+            unit,
+            equivalent,
+            made.get("identity"),
+            external=is_external,
+            learning=learned,
+            void=void,
         ),
         "recommendations": recommendations(
-            made["contrasts"], made["rates"], advice, lines, unit, equivalent, made.get("identity")
+            made["contrasts"], made["rates"], advice, lines, unit, equivalent, made.get("identity"), void
         ),
         "limitations": limitations(made["contrasts"], made["unscored"], results.seeds, unit, external=is_external),
         "margin": f"{100 * MARGIN:g}" if equivalent is not None else "",
         "no_recommendation": unavailable.get("recommend", ""),
         "sequential": results.sequential,
+        "learning_sentences": learned,
+        "learning_rule": learning.RULE,
         "views": views(made, unavailable, unit),
         "claims": formatting.to_records(made["claims"]) if "claims" in made else [],
         "declared_set": declared_set(results),
