@@ -48,7 +48,7 @@ class Seen:
 def opened(browser: Any, page: Path, width: int = 1280, height: int = 900, **how: Any) -> tuple[Any, Seen]:
     """The report in a tab of its own, and what is noticed about it."""
     tab, seen = browser.new_context(viewport={"width": width, "height": height}, **how).new_page(), Seen()
-    tab.set_default_timeout(10_000)
+    tab.set_default_timeout(90_000)  # a busy machine is slow, not wrong
     tab.on("console", lambda m: seen.console.append(f"{m.type}: {m.text}"))
     tab.on("pageerror", lambda e: seen.console.append(f"error: {e}"))
     tab.on("request", lambda r: seen.requests.append(r.url))
@@ -58,7 +58,7 @@ def opened(browser: Any, page: Path, width: int = 1280, height: int = 900, **how
     return tab, seen
 
 
-def until(tab: Any, expression: str, seconds: float = 15.0) -> None:
+def until(tab: Any, expression: str, seconds: float = 90.0) -> None:
     """Wait until it is true (Playwright's own waiting evaluates text in the page, which its policy forbids)."""
     end = time.monotonic() + seconds
     while not tab.evaluate(expression):
