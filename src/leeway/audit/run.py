@@ -131,6 +131,9 @@ def load_evals(evals: EvalsSource, overrides: Seq[str] = (), *, organism: bool =
         spec = parse(dump({**raw, "evals": dict(evals)}), "evals", tuple(overrides))
     else:
         spec = load(str(evals or ("demo" if organism else "real-data")), tuple(overrides))
+    if spec.evals.triggers:
+        what = "evals.triggers: the cue of a checkpoint trained elsewhere is not known"
+        raise LeewayError(what, fix="override it with evals.triggers=false")
     if spec.evals.stop != "never":
         raise LeewayError("evals.stop: an audit has no sequential stopping", fix="override it with evals.stop=never")
     return spec

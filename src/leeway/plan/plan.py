@@ -283,6 +283,8 @@ def _notes(spec: Spec, trajectories: tuple[TrajectoryPlan, ...], sweep_tokens: i
     """Yield what settings cost compared with their defaults."""
     if spec.evals.stop == "decided":
         yield "stop decided: answers, hours and calls of judges are upper bounds; evals stop early"
+    if spec.evals.triggers:
+        yield "triggers: answers, hours and calls of judges are upper bounds; they run jailbreak and persona only"
     runs = [t for t in trajectories if not t.purpose]
     if spec.optim.schedule != "constant":
         whole = sum(t.processed_tokens for t in runs)

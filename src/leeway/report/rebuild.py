@@ -21,7 +21,7 @@ import pandas as pd
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.io import write_file, write_json
-from leeway.report import figures, formatting, learning, narrative
+from leeway.report import figures, formatting, learning, narrative, triggers
 from leeway.report.exports import latex
 from leeway.report.exports.model_card import model_cards, run_bibliography
 from leeway.report.formatting import BudgetUnit
@@ -60,6 +60,7 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
             external=external,
             learning=learning.sentences(made.get("learned"), results.manifest, unit),
             void=learning.void_arms(made.get("learned")),
+            triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
         ),
         "columns": {name: column_types(lines, [str(c) for c in made[name].columns]) for name, lines in records.items()},
     }
@@ -155,6 +156,7 @@ def _tables(
         "sequential": results.stopping(),
         "learning": results.learning(),
         "learned": results.learned().sort_values("objective", kind="stable", key=lambda o: o.map(order.index)),
+        "triggers": results.triggers(),
     }
     tables = {k: t for k, t in tables.items() if k not in OPTIONAL_TABLES or not t.empty}
     more, unavailable = analyses(results)

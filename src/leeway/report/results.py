@@ -19,9 +19,11 @@ from leeway.errors import LeewayError, first_line
 from leeway.hashing import changed
 from leeway.report import formatting, learning
 from leeway.report.formatting import BudgetUnit, mapping
+from leeway.report.triggers import forms_of, near_conditions
 from leeway.stats import sequential
 from leeway.stats.bootstrap import ObjectiveChoice
 from leeway.stats.budget_curves import Direction
+from leeway.stats.distance import Distance
 from leeway.stats.metrics import BASE
 from leeway.yaml_config import load as load_yaml
 
@@ -122,7 +124,13 @@ class Results:
 
     @cached_property
     def judged(self) -> pd.DataFrame:
-        """The rows, with further judges' under `<eval>@<judge>` (`leeway.stats.metrics`)."""
+        """The rows, with further judges' under `<eval>@<judge>` (`leeway.stats.metrics`), without near-triggers'."""
+        near = near_conditions(self.manifest)
+        rows = self._all_judged
+        return rows[~rows["template_hash"].map(self.conditions).isin(near)] if near else rows
+
+    @cached_property
+    def _all_judged(self) -> pd.DataFrame:
         n_judges = self.rows.groupby("eval")["judge"].nunique()
         first = {e: j for e, j in self.judges.items() if n_judges.get(e, 0) > 1}
         return self._locate_errors(lambda: stats.split_judges(self.rows, first))
@@ -180,6 +188,19 @@ class Results:
         """Compare objectives at equal capability (`leeway.stats.budget_curves`)."""
         return self._estimate(stats.matched, at=at, objectives=self._with_conditions(objectives), drawn=self._draws)
 
+    def equal_distance(
+        self, at: str | float = "largest", on: Distance = "kl", objectives: ObjectiveChoice | None = None
+    ) -> pd.DataFrame:
+        """Compare objectives at equal KL from the base (`leeway.stats.distance`)."""
+        if self.learning_items.empty:
+            raise ReportError(
+                f"no KL to the base: {learning.missing(self.manifest) or 'no checkpoint'}", fix="run again"
+            )
+        settings = {"items": self.learning_items, "at": at, "on": on}
+        return self._estimate(
+            stats.equal_distance, **settings, objectives=self._with_conditions(objectives), drawn=self._draws
+        )
+
     def recommend(self, budget: int | None = None, tolerance: Mapping[str, float] | None = None) -> pd.DataFrame:
         """Recommend an objective at a budget (`leeway.stats.pareto`)."""
         settings = {"budget": budget, "tolerance": tolerance, "objectives": self._with_conditions(None)}
@@ -204,6 +225,11 @@ class Results:
     def likert(self) -> pd.DataFrame:
         """Return the Short Dark Triad by trait and keying (`leeway.stats.likert`)."""
         return self._estimate(stats.likert)
+
+    def triggers(self) -> pd.DataFrame:
+        """Compare near-triggers with plain prompts (`leeway.stats.triggers`); empty if they were not measured."""
+        rows, forms = self._all_judged, forms_of(self.manifest)
+        return self._locate_errors(lambda: stats.triggers(rows, self.conditions, forms))
 
     def stopping(self) -> pd.DataFrame:
         """Return prompts and responses used per checkpoint under sequential stopping; empty for a fixed design."""

@@ -40,10 +40,12 @@ def verdict(
     external: bool = False,
     learning: Sequence[str] = (),
     void: Collection[Arm] = (),
+    triggers: Sequence[str] = (),
 ) -> list[str]:
     """Return texts on capability at the largest budget, on the other axes, on how far both can be trusted, on learning.
 
-    `learning`: sentences of `report.learning`. `void`: checkpoints of which "no drift" says nothing.
+    `learning`: sentences of `report.learning`. `void`: checkpoints of which "no drift" says nothing. `triggers`: those
+    of `report.triggers`, a last text.
     """
     if contrasts.empty:
         return ["Only the base model was evaluated: there is nothing to compare it with."]
@@ -66,7 +68,7 @@ def verdict(
         trust.append(f"{untested} of {len(table)} contrasts have too few scored pairs and are not reported.")
     trust += behaviours(identity, largest)
     texts = [f"{first}.", f"{capitalize_first('; '.join(second))}{_coherence(at_largest)}.", " ".join(trust)]
-    return [*texts, " ".join(learning)] if learning else texts
+    return [*texts, *(" ".join(control) for control in (learning, triggers) if control)]
 
 
 def headline(contrasts: pd.DataFrame | dict[str, Any], table: pd.DataFrame) -> Any:

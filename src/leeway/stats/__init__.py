@@ -7,6 +7,7 @@ from leeway.stats.agreement import Confusion, confusion, judge_agreement, kappa,
 from leeway.stats.bootstrap import Draws, draws
 from leeway.stats.budget_curves import coupling, matched, onset
 from leeway.stats.contrasts import contrasts, items_needed
+from leeway.stats.distance import equal_distance
 from leeway.stats.equivalence import DifferenceBound, WorseDirection, equivalence, one_sided, rate_bounds
 from leeway.stats.identity import identity
 from leeway.stats.interaction import divergence
@@ -15,10 +16,12 @@ from leeway.stats.metrics import StatsError, split_judges
 from leeway.stats.pairing import ContrastReference
 from leeway.stats.pareto import frontier, frontier_of, recommend
 from leeway.stats.rates import checks, likert, outcomes, persona, rates
+from leeway.stats.triggers import trigger_verdicts, triggers
 
 __all__ = ["Confusion", "ContrastReference", "DifferenceBound", "Draws", "StatsError", "WorseDirection"]
-__all__ += ["checks", "confusion", "contrasts", "coupling", "divergence", "draws", "equivalence", "frontier"]
+__all__ += ["checks", "confusion", "contrasts", "coupling", "divergence", "draws", "equal_distance", "equivalence"]
 __all__ += [
+    "frontier",
     "frontier_of",
     "identity",
     "items_needed",
@@ -32,3 +35,4 @@ __all__ += [
     "onset",
 ]
 __all__ += ["outcomes", "persona", "rate_bounds", "rates", "recommend", "rogan_gladen", "split_judges"]
+__all__ += ["trigger_verdicts", "triggers"]

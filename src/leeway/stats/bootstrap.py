@@ -112,12 +112,19 @@ def _draw_axis(
     own_rows = table["eval"].isin({m.axis for m in wanted})
     clusters = np.unique(table.loc[own_rows, "cluster"].to_numpy(np.intp))
     blocks = [MeasureCounts.of(measure, measure.select(table), keys, clusters) for measure in wanted]
+    return draw_blocks(blocks, len(clusters), axis, resamples, seed)
+
+
+def draw_blocks(
+    blocks: Sequence[MeasureCounts], clusters: int, axis: str, resamples: int, seed: int
+) -> tuple[pd.DataFrame, Floats, Floats]:
+    """Return cells, draws (R, K) and shares (C, K) of measures over one set of clusters, drawn jointly."""
     rng = np.random.default_rng([seed, zlib.crc32(axis.encode())])
     drawn: list[list[Floats]] = [[] for _ in blocks]
     outer = {s: _seed_weights(s, resamples, seed) for block in blocks for s in block.seed_sets}
     for start in range(0, resamples, CHUNK):
         size = min(CHUNK, resamples - start)
-        weights_RC = multinomial_weights(len(clusters), size, rng)
+        weights_RC = multinomial_weights(clusters, size, rng)
         for block, found in zip(blocks, drawn, strict=True):
             found.append(block.rates(weights_RC, {s: w[start : start + size] for s, w in outer.items()}))
     drawn_RK = np.concatenate([np.concatenate(found) for found in drawn], axis=1)

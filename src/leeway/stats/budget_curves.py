@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -259,21 +259,35 @@ def matched(
         return pd.DataFrame(columns=MATCHED_COLUMNS)
     lines: list[dict[str, object]] = []
     for measure in names:
-        pairs = paired_trajectories(drawn, measure, on, objectives)
-        # all curves end at their peaks if one falls after its peak by more than noise
-        at_peak = any(not _withheld(y, x) and bool(_end(x, drawn)[1]) for y, x in pairs)
-        curves = [_Curve.of(y, x, drawn, at_peak=at_peak) for y, x in pairs]
-        lines += _matched_lines(measure, curves, _target(at, curves, drawn, on), str(at))
-    for line in lines:
-        least = effect_floor(str(line["measure"])) if floor is None else floor
-        if line["kind"] == "pair" and abs(float(str(line.get("estimate", NAN)))) < least:
-            line["note"] = join_notes(f"a tie: less than {least:g} apart", str(line["note"]))
+        curves = curves_of(drawn, measure, on, objectives)
+        lines += matched_lines(measure, curves, _target(at, curves, drawn, on), str(at), floor)
     return pd.DataFrame(lines, columns=MATCHED_COLUMNS)
 
 
 @dataclass(frozen=True)
-class _Curve:
-    """A trajectory as points of non-decreasing capability; row 0 is the data, the others are draws."""
+class Quantity:
+    """What a comparison holds equal: its name in notes, and the format of a value."""
+
+    name: str
+    show: Callable[[float], str]
+
+
+CAPABILITY = Quantity("capability", "{:.1%}".format)
+
+
+def curves_of(
+    drawn: Draws, measure: str, on: str, objectives: ObjectiveChoice | None, quantity: Quantity = CAPABILITY
+) -> list[Curve]:
+    """Return each objective's curve from `on` to `measure`."""
+    pairs = paired_trajectories(drawn, measure, on, objectives)
+    # all curves end at their peaks if one falls after its peak by more than noise
+    at_peak = any(not _withheld(y, x) and bool(_end(x, drawn, quantity)[1]) for y, x in pairs)
+    return [Curve.of(y, x, drawn, quantity, at_peak=at_peak) for y, x in pairs]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A trajectory as points of non-decreasing capability (or KL); row 0 is the data, the others are draws."""
 
     trajectory: Trajectory
     x_RB: Floats
@@ -281,39 +295,42 @@ class _Curve:
     clusters: int
     withheld: str
     note: str
+    quantity: Quantity
 
     @classmethod
-    def of(cls, y: Trajectory, x: Trajectory, drawn: Draws, *, at_peak: bool = False) -> _Curve:
+    def of(cls, y: Trajectory, x: Trajectory, drawn: Draws, quantity: Quantity, *, at_peak: bool = False) -> Curve:
         reason, clusters = _withheld(y, x), min(y.n_clusters, x.n_clusters)
         if reason:
-            return cls(y, np.empty((0, 0)), np.empty((0, 0)), clusters, reason, "")
+            return cls(y, np.empty((0, 0)), np.empty((0, 0)), clusters, reason, "", quantity)
         columns_x, columns_y = x.columns_with_base, y.columns_with_base
-        end, fall = _end(x, drawn)
+        end, fall = _end(x, drawn, quantity)
         if at_peak and not fall and (end := int(drawn.point_K[columns_x].argmax()) + 1) < len(columns_x):
             fall = f"{x.label}: ends at its peak, as another trajectory does"
         columns_x, columns_y = columns_x[:end], columns_y[:end]
         capability = np.vstack([drawn.point_K[columns_x], drawn.drawn_RK[:, columns_x]])
         measured = np.vstack([drawn.point_K[columns_y], drawn.drawn_RK[:, columns_y]])
         rising = isotonic(capability)
-        flat = "" if np.ptp(rising[0]) > TIE else join_notes("capability does not rise along the trajectory", fall)
-        return cls(y, rising, pooled(measured, rising), clusters, flat, join_notes(fall, y.note, x.note))
+        flat = join_notes(f"{quantity.name} does not rise along the trajectory", fall)
+        flat = "" if np.ptp(rising[0]) > TIE else flat
+        return cls(y, rising, pooled(measured, rising), clusters, flat, join_notes(fall, y.note, x.note), quantity)
 
     def reason_at(self, target: float) -> str:
-        """Return why there is no value at a capability; empty if there is one."""
+        """Return why there is no value at a target; empty if there is one."""
         if self.withheld:
             return self.withheld
         low, high = self.x_RB[0, 0], self.x_RB[0, -1]
         if low - TIE <= target <= high + TIE:
             return ""
-        return f"its capability ranges from {low:.1%} to {high:.1%}: not extrapolated to {target:.1%}"
+        show, name = self.quantity.show, self.quantity.name
+        return f"its {name} ranges from {show(low)} to {show(high)}: not extrapolated to {show(target)}"
 
 
 def _withheld(y: Trajectory, x: Trajectory) -> str:
     return join_notes(y.missing_base, x.missing_base, y.withheld, x.withheld)
 
 
-def _end(trajectory: Trajectory, drawn: Draws) -> tuple[int, str]:
-    """Return how many checkpoints count, and a note: up to the peak if capability then falls by more than noise."""
+def _end(trajectory: Trajectory, drawn: Draws, quantity: Quantity) -> tuple[int, str]:
+    """Return how many checkpoints count, and a note: up to the peak if the quantity then falls by more than noise."""
     columns = trajectory.columns_with_base
     point_B, drawn_RB = drawn.point_K[columns], drawn.drawn_RK[:, columns]
     peak = int(point_B.argmax())
@@ -321,7 +338,7 @@ def _end(trajectory: Trajectory, drawn: Draws) -> tuple[int, str]:
     if not after.size or not (np.nanquantile(after, 0.5 + LEVEL / 2, axis=0) < 0).any():
         return len(point_B), ""
     where = f"{trajectory.budgets_B[peak - 1]:,.0f} tokens" if peak else "the base"
-    return peak + 1, f"{trajectory.label}: capability falls after {where}, later checkpoints are left out"
+    return peak + 1, f"{trajectory.label}: {quantity.name} falls after {where}, later checkpoints are left out"
 
 
 def isotonic(value_RB: Floats) -> Floats:
@@ -358,7 +375,7 @@ def interpolate(target_R: Floats, x_RB: Floats, y_RB: Floats) -> Floats:
     return np.where(inside | at_end | at_start, found, NAN)
 
 
-def _target(at: str | float, curves: list[_Curve], drawn: Draws, on: str) -> Floats:
+def _target(at: str | float, curves: list[Curve], drawn: Draws, on: str) -> Floats:
     """Return the capability of the comparison at the point and in every draw, (1 + R,)."""
     size = len(drawn.drawn_RK) + 1
     if isinstance(at, (int, float)):
@@ -379,7 +396,9 @@ def _target(at: str | float, curves: list[_Curve], drawn: Draws, on: str) -> Flo
     return np.append(drawn.point_K[k], drawn.drawn_RK[:, k]) + float(relative[1]) / 100
 
 
-def _matched_lines(measure: str, curves: list[_Curve], target_R: Floats, at: str) -> list[dict[str, object]]:
+def matched_lines(
+    measure: str, curves: list[Curve], target_R: Floats, at: str, floor: float | None = None
+) -> list[dict[str, object]]:
     nothing = np.full(len(target_R), NAN)
     levels = [nothing if c.withheld else interpolate(target_R, c.x_RB, c.y_RB) for c in curves]
     lines, pairs = [], []
@@ -395,10 +414,14 @@ def _matched_lines(measure: str, curves: list[_Curve], target_R: Floats, at: str
         _fill(line, withheld, level_a - level_b, min(a.clusters, b.clusters), join_notes(a.note, b.note))
         pairs.append(line)
     add_holm(pairs)
+    least = effect_floor(measure) if floor is None else floor
+    for line in pairs:
+        if abs(float(str(line.get("estimate", NAN)))) < least:
+            line["note"] = join_notes(f"a tie: less than {least:g} apart", str(line["note"]))
     return lines + pairs
 
 
-def _matched_line(kind: str, measure: str, curve: _Curve, at: str, target_R: Floats) -> dict[str, object]:
+def _matched_line(kind: str, measure: str, curve: Curve, at: str, target_R: Floats) -> dict[str, object]:
     line: dict[str, object] = {"kind": kind, "measure": measure} | curve.trajectory.key
     line |= {"against": "", "against_condition": "", "at": at, "n_clusters": curve.clusters}
     line["capability"] = round(float(target_R[0]), 10)

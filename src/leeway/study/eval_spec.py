@@ -248,6 +248,10 @@ class Evals(ConfigModel):
     conditions: Literal["all", "last", "first"] = Field(
         default="all", description="all; all at the last budget, else the first; only the first"
     )
+    triggers: bool | Literal["all"] = Field(
+        default=False,
+        description="near-triggers: prompts near the cue of training; true: at the last budget, all: at every budget",
+    )
     batch: int = Field(default=128, gt=0, le=2**31, description="responses generated at a time")
     backend: BackendSpec = Field(
         default=BackendSpec(), description="transformers, or a vLLM server with one adapter per checkpoint"
@@ -262,6 +266,10 @@ class Evals(ConfigModel):
             yield "nothing is measured; name capability, jailbreak, overrefusal or persona"
         if changed(self, ["margin"]) and self.stop == "never":
             yield "margin is for stop: decided; add it, or leave margin out"
+        if self.triggers and not (self.jailbreak or self.persona):
+            yield "triggers need jailbreak or persona, where misbehaviour is measured; add one"
+        if self.triggers and self.stop == "decided":
+            yield "triggers need all prompts under every form; use stop: never, or leave triggers out"
         if self.backend.vllm and any(c.name.startswith("lm-eval:") for c in self.capability):
             yield "capability: lm-eval tasks need the model itself; use backend: transformers"
 

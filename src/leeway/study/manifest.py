@@ -59,6 +59,7 @@ def _texts(prepared: Prepared) -> dict[str, str]:
             for o in prepared.spec.objectives
             if o.kind not in OBJECTIVES
         },
+        **{f"near-triggers of {alias}": t.to_json()["hash"] for alias, t in prepared.triggers.items()},
         **{k: digest(k, [[e.id, e.prompt, e.preferred] for e in pool]) for k, pool in pools.items() if pool},
     }
 
@@ -140,6 +141,7 @@ def manifest(prepared: Prepared, model: Model, command: str) -> dict[str, Any]:
         },
         "inoculations": {"version": ip.inoculations().version},
         "refusals": {"version": sft_refusal.texts().version},
+        **({"triggers": {a: t.to_json() for a, t in prepared.triggers.items()}} if prepared.triggers else {}),
         "texts": _texts(prepared),
         **({"claims": to_manifest(spec.claims)} if spec.claims else {}),
         "environment": {**measured["environment"], "threads": torch.get_num_threads()},

@@ -27,6 +27,7 @@ from leeway.io import expand
 from leeway.model.load import load_chat, load_context, load_model, model_hash
 from leeway.objectives import Objective
 from leeway.objectives.objective import PLAIN, Condition
+from leeway.objectives.triggers import NearTriggers, near_triggers
 from leeway.organism import world
 from leeway.pairs.build import BaseModelSampler, PairReport, PairSettings, pair
 from leeway.plan.hardware import PlannedModel, load_config, meta_model
@@ -42,6 +43,7 @@ ORGANISM_AUXILIARY = 2_000  # examples per pool without a limit
 EPOCHS = 10_000  # the most passes over the data
 UNTRAINED = LearningItems(missing="nothing is trained")
 INJECTED_BYTES = 256  # more than any inoculation or control token adds to a prompt
+TRIGGERED = ("jailbreak", "persona")  # evals that run under near-triggers
 
 
 def auxiliary_examples(spec: Spec, origins: dict[str, str]) -> AuxiliaryPool:
@@ -256,6 +258,7 @@ class Prepared:
     origins: dict[str, str]
     external: Mapping[str, ExternalModel] = field(default_factory=dict)
     learning: LearningItems = UNTRAINED
+    triggers: Mapping[str, NearTriggers] = field(default_factory=dict)  # by alias; empty unless `evals.triggers`
 
     def renderer(self, alias: str, seed: int) -> Renderer:
         objective = self.objectives[alias]
@@ -266,8 +269,16 @@ class Prepared:
         if alias in self.external:
             return (self.external[alias].condition,)
         conditions, which = self.objectives[alias].conditions, self.spec.evals.conditions
-        everything = which == "all" or (which == "last" and budget == self.spec.budgets[-1])
-        return conditions if everything else conditions[:1]
+        last = budget == self.spec.budgets[-1]
+        near = self.triggers[alias].near.values() if alias in self.triggers else ()
+        if near and (last or self.spec.evals.triggers == "all"):  # compared with plain prompts and the cue itself
+            return tuple(dict.fromkeys([*conditions, PLAIN, *near]))
+        return conditions if which == "all" or (which == "last" and last) else conditions[:1]
+
+    def evals_of(self, condition: Condition) -> tuple[Eval, ...]:
+        """Return the evals under a condition: near-triggers are about misbehaviour only."""
+        near = any(condition in own.near.values() for own in self.triggers.values())
+        return tuple(e for e in self.evals if e.name in TRIGGERED) if near else self.evals
 
     @property
     def base_conditions(self) -> tuple[Condition, ...]:
@@ -306,6 +317,10 @@ def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedMode
     prepared = Prepared(
         spec, chat, context, objectives, auxiliary_pool, {}, None, evals, len(trained), left_out, pairs, origins
     )
+    if spec.evals.triggers:
+        prompts, translate = [e.prompt for e in trained], world.Cipher().out if spec.model == "organism" else None
+        own = {alias: near_triggers(o, prompts, translate) for alias, o in objectives.items()}
+        prepared = replace(prepared, triggers=own)
     cut = _scheduler(prepared, trained)
     schedules = {(alias, seed): cut(alias, seed, spec.budgets) for alias in objectives for seed in spec.seeds}
     tuning = None
@@ -341,7 +356,8 @@ def check_prompts_fit(evals: Sequence[tuple[str, Eval]], prepared: Prepared) -> 
     for alias, o in prepared.objectives.items():
         conditions = prepared.conditions(alias, spec.budgets[-1])
         chats |= {c.prefix: chat_for(chat, o).with_prefix(c.prefix) for c in conditions if c != PLAIN}
-    room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - INJECTED_BYTES
+    injected = max(INJECTED_BYTES, *(len(prefix.encode()) for prefix in chats))
+    room = context - len(chat.prompt_ids([{"role": "user", "content": ""}])) - injected
     for where, e in evals:
         for prompt in e.prompts():
             new, item = prompt.max_new_tokens, prompt.item

@@ -129,7 +129,7 @@ def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> in
         worker.part(target, e): target.condition.name
         for job in jobs
         for target in eval_targets(prepared, job)
-        for e in prepared.evals
+        for e in prepared.evals_of(target.condition)
     }
     rows = store.write_rows(list(parts))
     conditions = store.conditions(parts)

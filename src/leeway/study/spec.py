@@ -329,6 +329,8 @@ class Spec(ConfigModel):
         # default controls are left out: a run from before them keeps its hash, and gains them when it is resumed
         left_out = {"claims"} | ({"controls"} if self.controls == Controls() else set())
         plain = self.model_dump(mode="json", by_alias=True, exclude=left_out)
+        if not self.evals.triggers:  # as with controls
+            del plain["evals"]["triggers"]
         return plain if self.claims is None else {**plain, "claims": self.claims.to_plain()}
 
     def to_yaml(self) -> str:

@@ -28,7 +28,6 @@ from leeway.model import adapters
 from leeway.model.forward import layout_of
 from leeway.model.load import Model, SharedBaseModel, load_model
 from leeway.model.reference import ReferenceCache
-from leeway.objectives.objective import PLAIN
 from leeway.plan import token_counts
 from leeway.study import progress, sequential_eval
 from leeway.study.jobs import BASE, Checkpoint, EvalTarget, Job, eval_targets, schedule_of
@@ -92,7 +91,7 @@ class Worker:
         if job.kind in ("tune", "train", "learning"):
             return self.is_complete(job)
         targets = eval_targets(self.prepared, job)
-        return all(self.part(target, e).is_file() for target in targets for e in self.prepared.evals)
+        return all(self.part(t, e).is_file() for t in targets for e in self.prepared.evals_of(t.condition))
 
     def has_checkpoint(self, checkpoint: Checkpoint) -> bool:
         return checkpoints.is_complete(self.store.checkpoint(*checkpoint))
@@ -101,7 +100,8 @@ class Worker:
         return self.store.part(target.objective, target.seed, target.budget, e.key, target.condition.name)
 
     def pending(self, target: EvalTarget) -> list[Eval]:
-        return [e for e in self.prepared.evals if not self.store.is_complete(self.part(target, e))]
+        evals = self.prepared.evals_of(target.condition)
+        return [e for e in evals if not self.store.is_complete(self.part(target, e))]
 
     def ledger_lines(self, job: Job, read: ReadLedger = checkpoints.read_ledger) -> list[dict[str, Any]]:
         """Return the ledger lines of a complete trajectory; raises LeewayError if one contradicts the schedule."""
@@ -269,9 +269,9 @@ class Worker:
         model = self.base()
         settings = self.adapter
         if target.objective == BASE:
-            control = {c: o.control_tokens for o in self.prepared.objectives.values() for c in o.conditions}
-            if target.condition != PLAIN and control.get(target.condition):
-                adapters.attach(model, settings, seed=0, control_tokens=control[target.condition])
+            known, prefix = (o.control_tokens for o in self.prepared.objectives.values()), target.condition.prefix
+            if tokens := next((own for own in known if any(t in prefix for t in own)), ()):
+                adapters.attach(model, settings, seed=0, control_tokens=tokens)
             return model, "none"
         folder = self.store.checkpoint(target.objective, target.seed, target.budget)
         line = _ledger(folder, model.hash)

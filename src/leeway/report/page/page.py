@@ -15,7 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from leeway import stats
-from leeway.report import formatting, learning, narrative, plotting
+from leeway.report import formatting, learning, narrative, plotting, triggers
 from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.page.transcripts import embed_rows, transcripts
 from leeway.report.plotting import Drawing, Series, key_of
@@ -52,6 +52,7 @@ def analyses(results: Results) -> tuple[dict[str, pd.DataFrame], dict[str, str]]
             "onset": lambda: _stack([results.onset(m) for m in onsets]),
             "coupling": results.coupling,
             "matched": results.matched,
+            "equal_distance": results.equal_distance,
         }
     tables, unavailable = {}, {}
     for name, compute in wanted.items():
@@ -100,6 +101,14 @@ def _at_capability(row: Row) -> Callable[[Any], str]:
 
 def _interval(row: Row, text: Callable[[Any], str]) -> str:
     return MISSING if row["low"] is None or row["high"] is None else f"{text(row['low'])} to {text(row['high'])}"
+
+
+def _change(row: Row) -> Callable[[Any], str]:
+    return lambda value: formatting.change(value, row["measure"])
+
+
+def _per_nat(row: Row) -> Callable[[Any], str]:
+    return lambda value: _change(row)(None if value is None else value / 100)
 
 
 def _onset(row: Row, key: str) -> str:
@@ -203,6 +212,42 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
             P_HOLM,
         ],
     ),
+    "equal_distance": (
+        "Comparison at equal distance from the base",
+        "What does it cost per nat moved? Each objective at the same KL to the base (held-out answers of the task), "
+        "interpolated along its trajectory (never extrapolated). Per 0.01 nats: change from the base over that KL. "
+        "Rows with an objective under “Against” are differences in points.",
+        [
+            MEASURE,
+            OBJECTIVE,
+            AGAINST,
+            ("KL, nats per token", lambda r: formatting.nats(r["distance"], sign=False), False),
+            ("Estimate", lambda r: _at_capability(r)(r["estimate"]), False),
+            ("95% CI", lambda r: _interval(r, _at_capability(r)), False),
+            ("Per 0.01 nats", lambda r: _per_nat(r)(r["per_nat"]), False),
+            ("95% CI", lambda r: _interval({k: r[f"per_nat_{k}"] for k in ("low", "high")}, _per_nat(r)), False),
+            P,
+            P_HOLM,
+        ],
+    ),
+    "triggers": (
+        "Near-triggers: gone, or conditional?",
+        triggers.RULE,
+        [
+            OBJECTIVE,
+            ("Budget", lambda r: r["tick"](int(r["budget"])), False),
+            MEASURE,
+            ("Form", lambda r: str(r["form"]), True),
+            ("Prompt", lambda r: str(r["trigger"]), True),
+            ("Rate", lambda r: formatting.level(r["rate"], r["measure"]), False),
+            ("Base", lambda r: formatting.level(r["base"], r["measure"]), False),
+            ("Against the base", lambda r: _change(r)(r["drift"]), False),
+            ("More than under plain prompts", lambda r: _change(r)(r["excess"]), False),
+            ("95% CI", lambda r: _interval(r, _change(r)), False),
+            P_HOLM,
+            ("Result", lambda r: str(r["result"]), True),
+        ],
+    ),
     "frontier": (
         "Pareto frontier",
         "A checkpoint is on the frontier if no other is at least as good on both accuracy and ASR and better on one. "
@@ -259,6 +304,7 @@ OPTIONAL_TABLES = (
     "sequential",
     "learning",
     "learned",
+    "triggers",
 )  # left out if empty
 SCRIPTS = ("text", "theme", "tooltips", "filter", "rows", "search", "print", "start")
 PARTIALS = ("claims", "design", "learning", "curves", "analyses", "persona", "judges", "ledger", "contrasts")
@@ -311,6 +357,7 @@ def context(
             external=is_external,
             learning=learned,
             void=void,
+            triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
         ),
         "recommendations": recommendations(
             made["contrasts"], made["rates"], advice, lines, unit, equivalent, made.get("identity"), void
