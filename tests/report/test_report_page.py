@@ -172,7 +172,8 @@ def test_results_json_is_strict_and_complete(run: Path):
 
     found = json.loads((run / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert found["organism"] is True
-    assert len(found["verdict"]) == 3
+    assert len(found["verdict"]) == 4
+    assert "learned nothing" in found["verdict"][3]  # these rows have no learning check
     assert found["seeds"] == [0]
     assert len(found["contrasts"]) == len(pd.read_csv(run / "tables/contrasts.csv"))
 
