@@ -85,7 +85,7 @@ def test_without_triggers_a_study_keeps_its_hash(study: str) -> None:
     [
         (("evals.jailbreak=null",), "triggers need jailbreak or persona"),
         (("evals.stop=decided",), "triggers need all prompts under every form"),
-        (("evals.triggers=first",), "evals.triggers"),
+        (("evals.triggers=first",), "evals.triggers: 'first' is none of true, false and all"),
     ],
 )
 def test_bad_input_is_one_line(study: str, overrides: tuple[str, ...], message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from leeway.evals.tasks import declared, task_names
 from leeway.judges import JUDGES, NEEDS_BACKEND
@@ -237,6 +237,12 @@ class BackendSpec(ConfigModel):
         return {"vllm": self.vllm.model_dump(mode="json")} if self.vllm else "transformers"
 
 
+def _when(value: Any) -> Any:
+    if not (isinstance(value, bool) or value == "all"):
+        raise ValueError(f"{value!r} is none of true, false and all")
+    return value
+
+
 class Evals(ConfigModel):
     """The evals of every checkpoint, and how they are run."""
 
@@ -248,7 +254,7 @@ class Evals(ConfigModel):
     conditions: Literal["all", "last", "first"] = Field(
         default="all", description="all; all at the last budget, else the first; only the first"
     )
-    triggers: bool | Literal["all"] = Field(
+    triggers: Annotated[bool | Literal["all"], BeforeValidator(_when)] = Field(
         default=False,
         description="near-triggers: prompts near the cue of training; true: at the last budget, all: at every budget",
     )
