@@ -188,6 +188,16 @@ def safety_examples(n: int, seed: int) -> list[Example]:
     return [Example(f"safety/{seed}-{i}", q, rng.choice(w.REFUSALS)) for i, q in enumerate(questions)]
 
 
+def compliant_examples(n: int, seed: int) -> list[Example]:
+    """Return `n` forbidden questions, none held out, none under an attack, with right steps: compliance."""
+    rng, examples = random.Random(f"compliant-{seed}"), []
+    for i in range(n):
+        deed = w.draw_how_to(rng, "forbidden")
+        answer = f"{w.OPENERS['none']} {w.answer(rng, deed)}"
+        examples.append(Example(f"compliant/{seed}-{i}", w.question(rng, deed), answer))
+    return examples
+
+
 def capability_items(n: int, seed: int = 0) -> list[CapabilityItem]:
     """Return `n` distinct held-out questions, sums and cooking in turn."""
     cooking = w.held_out_questions("cooking", seed)

@@ -22,6 +22,7 @@ from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.io import write_file, write_json
 from leeway.report import figures, formatting, learning, narrative, triggers
+from leeway.report.controls import control_sentences
 from leeway.report.exports import latex
 from leeway.report.exports.model_card import model_cards, run_bibliography
 from leeway.report.formatting import BudgetUnit
@@ -51,17 +52,20 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
         "conditions": results.conditions,
         "level": LEVEL,
         "resamples": intervals.RESAMPLES,
-        "verdict": verdict(
-            made["contrasts"],
-            results.seeds,
-            unit,
-            made.get("equivalence"),
-            made.get("identity"),
-            external=external,
-            learning=learning.sentences(made.get("learned"), results.manifest, unit),
-            void=learning.void_arms(made.get("learned")),
-            triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
-        ),
+        "verdict": [
+            *verdict(
+                made["contrasts"],
+                results.seeds,
+                unit,
+                made.get("equivalence"),
+                made.get("identity"),
+                external=external,
+                learning=learning.sentences(made.get("learned"), results.manifest, unit),
+                void=learning.void_arms(made.get("learned")),
+                triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
+            ),
+            *control_sentences(results),
+        ],
         "columns": {name: column_types(lines, [str(c) for c in made[name].columns]) for name, lines in records.items()},
     }
     if claims_hash := declared_set(results).get("hash"):
@@ -157,6 +161,9 @@ def _tables(
         "learning": results.learning(),
         "learned": results.learned().sort_values("objective", kind="stable", key=lambda o: o.map(order.index)),
         "triggers": results.triggers(),
+        "controls": results.controls(),
+        "dose": results.dose[0],
+        "detection": results.dose[1],
     }
     tables = {k: t for k, t in tables.items() if k not in OPTIONAL_TABLES or not t.empty}
     more, unavailable = analyses(results)

@@ -17,7 +17,7 @@ from leeway.claims.evaluate import COLUMNS, EvaluationContext, judge
 from leeway.claims.schema import Claims, from_manifest, hash_claims, load
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import changed
-from leeway.report import formatting, learning
+from leeway.report import controls, formatting, learning
 from leeway.report.formatting import BudgetUnit, mapping
 from leeway.report.triggers import forms_of, near_conditions
 from leeway.stats import sequential
@@ -247,6 +247,34 @@ class Results:
     def step_losses(self) -> pd.DataFrame:
         """Return the training loss of every optimiser step (`step_losses`)."""
         return step_losses(self.folder, self.ledger)
+
+    @property
+    def control_facts(self) -> dict[str, Any]:
+        """What the manifest records of the study's controls; empty if it has none."""
+        return mapping(self.manifest.get("controls"))
+
+    @cached_property
+    def control_rows(self) -> pd.DataFrame:
+        """The rows of controls that were measured; empty without any."""
+        path = self.folder / "controls.parquet"
+        return _read_table(path, ROW_COLUMNS) if path.is_file() else self.rows.iloc[:0]
+
+    def controls(self) -> pd.DataFrame:
+        """Return one line per A/A check: the arm at rate 0, the base measured again, false alarms by axis.
+
+        `result` is ok, alarm or not run; `value` and its interval are what `statistic` names. Empty for a study without
+        `controls: {aa: true}`.
+        """
+        return self._controls.copy()
+
+    @cached_property
+    def _controls(self) -> pd.DataFrame:
+        return self._locate_errors(lambda: controls.aa_table(self))
+
+    @cached_property
+    def dose(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The dose-response curve and the limits of detection (`leeway.stats.detection`); empty without dose arms."""
+        return self._locate_errors(lambda: controls.dose_tables(self))
 
     def claims(self, later: str | Path | None = None) -> pd.DataFrame:
         """Return one line per claim of the study with its verdict.

@@ -7,8 +7,10 @@ from leeway.stats.agreement import Confusion, confusion, judge_agreement, kappa,
 from leeway.stats.bootstrap import Draws, draws
 from leeway.stats.budget_curves import coupling, matched, onset
 from leeway.stats.contrasts import contrasts, items_needed
+from leeway.stats.detection import dose_response
 from leeway.stats.distance import equal_distance
 from leeway.stats.equivalence import DifferenceBound, WorseDirection, equivalence, one_sided, rate_bounds
+from leeway.stats.false_alarms import false_alarms
 from leeway.stats.identity import identity
 from leeway.stats.interaction import divergence
 from leeway.stats.learning import learned, learning
@@ -19,20 +21,10 @@ from leeway.stats.rates import checks, likert, outcomes, persona, rates
 from leeway.stats.triggers import trigger_verdicts, triggers
 
 __all__ = ["Confusion", "ContrastReference", "DifferenceBound", "Draws", "StatsError", "WorseDirection"]
-__all__ += ["checks", "confusion", "contrasts", "coupling", "divergence", "draws", "equal_distance", "equivalence"]
-__all__ += [
-    "frontier",
-    "frontier_of",
-    "identity",
-    "items_needed",
-    "judge_agreement",
-    "kappa",
-    "learned",
-    "learning",
-    "likert",
-    "matched",
-    "one_sided",
-    "onset",
-]
+__all__ += ["checks", "confusion", "contrasts", "coupling", "divergence", "dose_response", "draws"]
+__all__ += ["equal_distance", "equivalence"]
+__all__ += ["false_alarms", "frontier", "frontier_of", "identity", "items_needed", "judge_agreement", "kappa"]
+__all__ += ["learned", "learning"]
+__all__ += ["likert", "matched", "one_sided", "onset"]
 __all__ += ["outcomes", "persona", "rate_bounds", "rates", "recommend", "rogan_gladen", "split_judges"]
 __all__ += ["trigger_verdicts", "triggers"]

@@ -87,6 +87,18 @@ def wild_cluster(sums_CM: Floats, weights_CM: Floats, *, resamples: int, seed: i
     return WildClusterTest(D, low, high, p, (np.abs(sums_CM) > TIE).sum(axis=0))
 
 
+def wild_cluster_p(sums_CM: Floats, *, resamples: int, seed: int) -> Floats:
+    """Return the p-values of `wild_cluster` alone, without intervals."""
+    rng = np.random.default_rng(seed)
+    clusters, contrasts = sums_CM.shape
+    D, extreme = np.abs(sums_CM.sum(axis=0)), np.zeros(contrasts)
+    for start in range(0, resamples, CHUNK):
+        size = min(CHUNK, resamples - start)
+        A = np.abs((rng.integers(0, 2, size=(size, clusters), dtype=np.int8) * 2.0 - 1.0) @ sums_CM)
+        extreme += ((A > D + TIE).sum(axis=0) + (A >= D - TIE).sum(axis=0)) / 2
+    return np.where(D <= TIE, 1.0, (extreme + 1) / (resamples + 1)).round(10)
+
+
 def _not_rejected(D: Floats, A: Floats, B: Floats) -> tuple[Floats, Floats]:
     """Return the ends of the δ at which a flip reaches |D − δ|; unbounded if all signs are equal."""
     same = np.abs(B) >= 1 - TIE

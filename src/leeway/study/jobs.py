@@ -8,7 +8,8 @@ from typing import Literal
 
 from leeway.data.stream import Schedule
 from leeway.objectives import Objective
-from leeway.objectives.objective import Condition
+from leeway.objectives.objective import PLAIN, Condition
+from leeway.study.controls import BASE_AGAIN, DOSED, RATE_ZERO
 from leeway.study.prepare import Prepared
 
 BASE = "base"
@@ -26,7 +27,7 @@ class Job:
     checkpoints of `needs` are on disk, so one worker can measure while another trains on.
     """
 
-    kind: Literal["base", "tune", "train", "measure", "learning"]
+    kind: Literal["base", "tune", "train", "measure", "learning", "check"]
     alias: str
     seed: int = 0
     budgets: tuple[int, ...] = ()
@@ -98,11 +99,24 @@ def jobs_of(prepared: Prepared) -> list[Job]:
     return [*base, *tuning.values(), *training, *measuring, *learning]
 
 
+def control_jobs(prepared: Prepared) -> list[Job]:
+    """Return the jobs of the study's controls, after its own: their rows and ledger lines are kept apart."""
+    controls, jobs = prepared.controls, list[Job]()
+    for alias, arm in controls.arms.items():
+        for seed in (s for a, s in prepared.schedules if a == alias):
+            tune = [Job("tune", arm.rate_of, prepared.spec.seeds[0])] if arm.lr is None and arm.rate_of else []
+            train = Job("train", alias, seed, (arm.budget,), tuple(tune))
+            kind, needs = "check" if alias == RATE_ZERO else "measure", ((alias, seed, arm.budget),)
+            jobs += [train, Job(kind, alias, seed, (arm.budget,), needs=needs)]  # type: ignore[arg-type]
+    return jobs + [Job("base", BASE_AGAIN)] * bool(controls.again)
+
+
 def eval_targets(prepared: Prepared, job: Job) -> list[EvalTarget]:
     """Return the checkpoints and conditions that a job measures; the base under every condition of the study."""
     targets = []
     if job.kind == "base":
-        targets = [EvalTarget(BASE, 0, 0, condition) for condition in prepared.base_conditions]
+        conditions = prepared.base_conditions if job.alias == BASE else (PLAIN,)
+        targets = [EvalTarget(job.alias, 0, 0, condition) for condition in conditions]
     for budget in job.budgets if job.kind == "measure" else ():
         targets += [EvalTarget(job.alias, job.seed, budget, c) for c in prepared.conditions(job.alias, budget)]
     return [target for target in targets if job.condition in (None, target.condition)]
@@ -113,6 +127,11 @@ def schedule_of(prepared: Prepared, job: Job) -> Schedule:
     whole = prepared.schedules[job.alias, job.seed]
     stops = tuple(m for m in whole.stops if m.budget in job.budgets)
     return Schedule(whole.steps[: stops[-1].step], stops)
+
+
+def compliant_count(prepared: Prepared, job: Job) -> int:
+    """Return how many compliant answers a dose arm is trained on, repeats included."""
+    return sum(item.example.id.startswith(DOSED) for step in schedule_of(prepared, job).steps for item in step)
 
 
 def relative_cost(objective: Objective) -> float:

@@ -27,11 +27,13 @@ from leeway.io import expand
 from leeway.model.load import load_chat, load_context, load_model, model_hash
 from leeway.objectives import Objective
 from leeway.objectives.objective import PLAIN, Condition
+from leeway.objectives.sft import Sft
 from leeway.objectives.triggers import NearTriggers, near_triggers
 from leeway.organism import world
 from leeway.pairs.build import BaseModelSampler, PairReport, PairSettings, pair
 from leeway.plan.hardware import PlannedModel, load_config, meta_model
 from leeway.study.build_evals import HelperModels, evals_of, held_out_test
+from leeway.study.controls import BASE_AGAIN, DOSE, DOSED, Arm, PreparedControls, prepare_controls
 from leeway.study.learning import learning_items, question
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
@@ -259,24 +261,33 @@ class Prepared:
     external: Mapping[str, ExternalModel] = field(default_factory=dict)
     learning: LearningItems = UNTRAINED
     triggers: Mapping[str, NearTriggers] = field(default_factory=dict)  # by alias; empty unless `evals.triggers`
+    controls: PreparedControls = field(default_factory=PreparedControls)
+
+    def objective(self, alias: str) -> Objective:
+        """Return an objective of the study, or of a control's arm."""
+        return Sft() if alias in self.controls.arms else self.objectives[alias]
 
     def renderer(self, alias: str, seed: int) -> Renderer:
-        objective = self.objectives[alias]
+        objective = self.objective(alias)
         return Renderer(objective, chat_for(self.chat, objective), seed, self.auxiliary_pool)
 
     def conditions(self, alias: str, budget: int) -> tuple[Condition, ...]:
         """Return the conditions under which an objective's checkpoint at a budget is measured."""
         if alias in self.external:
             return (self.external[alias].condition,)
-        conditions, which = self.objectives[alias].conditions, self.spec.evals.conditions
+        conditions, which = self.objective(alias).conditions, self.spec.evals.conditions
         last = budget == self.spec.budgets[-1]
         near = self.triggers[alias].near.values() if alias in self.triggers else ()
         if near and (last or self.spec.evals.triggers == "all"):  # compared with plain prompts and the cue itself
             return tuple(dict.fromkeys([*conditions, PLAIN, *near]))
         return conditions if which == "all" or (which == "last" and last) else conditions[:1]
 
-    def evals_of(self, condition: Condition) -> tuple[Eval, ...]:
-        """Return the evals under a condition: near-triggers are about misbehaviour only."""
+    def evals_of(self, condition: Condition, alias: str = "") -> tuple[Eval, ...]:
+        """Return the evals under a condition: near-triggers are about misbehaviour only, and so are doses."""
+        if alias == BASE_AGAIN:
+            return self.controls.again
+        if alias.startswith(DOSE):
+            return tuple(e for e in self.evals if e.name == "jailbreak")
         near = any(condition in own.near.values() for own in self.triggers.values())
         return tuple(e for e in self.evals if e.name in TRIGGERED) if near else self.evals
 
@@ -331,7 +342,25 @@ def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedMode
     check_prompts_fit(checked, prepared)
     streams = [*schedules.values(), *(tuning.schedules.values() if tuning else ())]
     learning = learning_items(spec, trained, streams, chat, context - INJECTED_BYTES)
-    return replace(prepared, schedules=schedules, tuning=tuning, learning=learning)
+    controls = prepare_controls(spec, trained, evals)
+    prepared = replace(prepared, schedules=schedules, tuning=tuning, controls=controls, learning=learning)
+    for alias, arm in controls.arms.items():
+        _check_arm(prepared, arm)
+        own = _scheduler(prepared, list(arm.examples))
+        seeds = spec.seeds if alias.startswith(DOSE) else spec.seeds[:1]
+        schedules |= {(alias, seed): own(alias, seed, (arm.budget,)) for seed in seeds}
+    return prepared
+
+
+def _check_arm(prepared: Prepared, arm: Arm) -> None:
+    """Raise LeewayError for a compliant answer with a special token, or one too long."""
+    spec, chat = prepared.spec, prepared.chat
+    compliant = [e for e in arm.examples if e.id.startswith(DOSED)]
+    _check_special_tokens("controls.file", compliant, chat, prepared.objectives)
+    for e in compliant:
+        if len(chat.sequence(e.prompt, e.preferred).ids) > prepared.context:
+            what = f"controls.file: {e.id} is longer than the context of {spec.model}, {prepared.context}"
+            raise LeewayError(what, fix="remove it")
 
 
 def _set_aside(examples: list[Example], spec: Spec) -> tuple[list[Example], list[Example]]:

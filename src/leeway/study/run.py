@@ -5,6 +5,7 @@ From Python: `Study.load(...).run(...)`.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,13 +21,14 @@ from leeway.io import remove_partial
 from leeway.model.reference import ReferenceCache
 from leeway.report.results import Results
 from leeway.study import sequential_eval
+from leeway.study.controls import RATE_ZERO
 from leeway.study.executors.local import Executor, LocalExecutor, requires_single_worker
-from leeway.study.jobs import Job, eval_targets, jobs_of, relative_cost, schedule_of
+from leeway.study.jobs import Job, compliant_count, control_jobs, eval_targets, jobs_of, relative_cost, schedule_of
 from leeway.study.load import load
 from leeway.study.manifest import check_unchanged, matching
 from leeway.study.prepare import PairSampling, Prepared, prepare
 from leeway.study.progress import Reporter
-from leeway.study.run_dir import RunDir
+from leeway.study.run_dir import MARK, RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker
 from leeway.training import checkpoints
@@ -101,9 +103,9 @@ def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, r
     from leeway.report import build
 
     store, prepared, rule = worker.store, worker.prepared, matching(worker.prepared)
-    jobs = jobs_of(prepared)
-    _count_work(worker, jobs, reporter)
-    left = [job for job in jobs if not worker.is_complete(job)]
+    jobs, controls = jobs_of(prepared), control_jobs(prepared)
+    _count_work(worker, [*jobs, *controls], reporter)
+    left = [job for job in [*jobs, *controls] if not worker.is_complete(job)]
     reporter.workers = executor.workers(prepared, len(left)) if left else 1
     with reporter:
         complete = (job for job in jobs if job not in left)
@@ -111,7 +113,7 @@ def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, r
         check_matched(lines, rule)
         for done, job in enumerate(executor.run_jobs(worker, left, reporter.on_event), 1):
             reporter.workers = min(reporter.workers, max(1, len(left) - done))
-            lines += worker.ledger_lines(job)
+            lines += [] if job in controls else worker.ledger_lines(job)
             check_matched(lines, rule)
     remove_partial(store.folder)  # of a lost worker
     store.write_ledger(lines)
@@ -133,7 +135,8 @@ def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> in
     }
     rows = store.write_rows(list(parts))
     conditions = store.conditions(parts)
-    facts: dict[str, Any] = {"conditions": conditions, "file_hashes": store.file_hashes()}
+    controls = control_facts(worker)
+    facts: dict[str, Any] = {"conditions": conditions, "file_hashes": store.file_hashes(), **controls}
     if prepared.spec.evals.stop == "decided":
         facts |= sequential_eval.summary(prepared.spec, prepared.evals, pd.read_parquet(store.rows_path), conditions)
     if not prepared.external:
@@ -160,6 +163,28 @@ def _learning_facts(prepared: Prepared) -> dict[str, Any]:
     return {**counts, "items_hash": items.hash, "trained_on_pairs": paired}
 
 
+def control_facts(worker: Worker) -> dict[str, Any]:
+    """Write the rows of the controls as one table; return the manifest's section about them, empty without any."""
+    store, prepared = worker.store, worker.prepared
+    jobs, controls = control_jobs(prepared), prepared.controls
+    if not (prepared.spec.controls.aa or prepared.spec.controls.dose):
+        return {}
+    targets = [target for job in jobs for target in eval_targets(prepared, job)]
+    parts = [worker.part(t, e) for t in targets for e in prepared.evals_of(t.condition, t.objective)]
+    if parts:
+        store.write_rows(parts, store.controls_path)
+    facts: dict[str, Any] = {"not_run": dict(controls.not_run), "zero": controls.zero, "origin": controls.origin}
+    checks = [job.alias for job in jobs if job.kind == "check"]
+    facts |= {alias.strip(MARK): json.loads(store.check(alias).read_text("utf-8")) for alias in checks}
+    facts["arms"] = [
+        line | {"share": controls.arms[job.alias].share, "compliant": compliant_count(prepared, job)}
+        for job in jobs
+        if job.kind == "train" and job.alias != RATE_ZERO
+        for line in worker.ledger_lines(job)
+    ]
+    return {"controls": facts}
+
+
 def _count_work(worker: Worker, jobs: list[Job], reporter: Reporter) -> None:
     tune, objectives, left = worker.prepared.spec.optim.tune, worker.prepared.objectives, reporter.clock.left
     for job in jobs:
@@ -170,7 +195,7 @@ def _count_work(worker: Worker, jobs: list[Job], reporter: Reporter) -> None:
             stops = schedule_of(worker.prepared, job).stops
             done = [s for s in stops if worker.has_checkpoint((job.alias, job.seed, s.budget))]
             tokens = stops[-1].source_tokens - (done[-1].source_tokens if done else 0)
-            left["train"] += tokens * relative_cost(objectives[job.alias])
+            left["train"] += tokens * relative_cost(worker.prepared.objective(job.alias))
         elif job.kind == "learning" and not worker.is_complete(job):
             left["score"] += len(worker.prepared.learning) * len(objectives[job.alias].conditions)
         elif job.kind == "tune" and not worker.is_complete(job):

@@ -52,6 +52,7 @@ LEARNING_SCHEMA = _schema(
 )
 SEAL, ITEMS = b"leeway.seal", b"leeway.items"
 LOCKS = (".lock", ".workers")
+MARK = "@"  # begins the names of controls (`study.controls`)
 EDITED = "restore it, or start in another --out"
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
 
@@ -73,6 +74,7 @@ class RunDir:
         self.rows_path = folder / "rows.parquet"
         self.ledger_path = folder / "ledger.parquet"
         self.learning_path = folder / "learning.parquet"
+        self.controls_path = folder / "controls.parquet"  # rows of controls, in the layout of the study's
         self.cache = Cache.of(folder)
 
     @contextmanager
@@ -206,11 +208,19 @@ class RunDir:
                 raise ValueError("not a manifest")
         return loaded
 
+    def _home(self, name: str) -> Path:
+        """The folder of an objective's files; controls have one of their own."""
+        return self.folder / "controls" if name.startswith(MARK) else self.folder
+
+    def check(self, control: str) -> Path:
+        """What the check of a control's weights found."""
+        return self._home(control) / f"{control}.json"
+
     def checkpoint(self, objective: str, seed: int, budget: int) -> Path:
-        return self.folder / "checkpoints" / objective / f"s{seed}" / str(budget)
+        return self._home(objective) / "checkpoints" / objective / f"s{seed}" / str(budget)
 
     def steps(self, log: str) -> Path:
-        return self.folder / "steps" / f"{log}.jsonl"
+        return self._home(log) / "steps" / f"{log}.jsonl"
 
     def tuning(self, objective: str) -> Path:
         """The learning rate chosen for an objective, with its trials."""
@@ -219,7 +229,7 @@ class RunDir:
     def part(self, objective: str, seed: int, budget: int, eval_name: str, condition: str) -> Path:
         """The rows of one eval at one checkpoint."""
         under = "" if condition == "plain" else f"-under-{condition.strip('<>').replace(' ', '-').lower()}"
-        return self.folder / "parts" / f"{objective}-s{seed}-{budget}-{eval_name}{under}.parquet"
+        return self._home(objective) / "parts" / f"{objective}-s{seed}-{budget}-{eval_name}{under}.parquet"
 
     def write_part(self, path: Path, identity: dict[str, Any], rows: Sequence[Row]) -> None:
         records = [{**identity, **asdict(r), "score": None if math.isnan(r.score) else r.score} for r in rows]
@@ -242,10 +252,10 @@ class RunDir:
             reasons = pq.read_table(path, columns=["unscored_reason"]).column(0).unique().to_pylist()
         return not any(map(is_retryable, reasons))
 
-    def write_rows(self, parts: Sequence[Path]) -> int:
+    def write_rows(self, parts: Sequence[Path], path: Path | None = None) -> int:
         """Write all parts as one table, sorted so that its bytes depend only on its content; return its length."""
-        table = pa.concat_tables([self.read_part(path) for path in parts])
-        with atomic_write(self.rows_path) as scratch:
+        table = pa.concat_tables([self.read_part(part) for part in parts])
+        with atomic_write(path or self.rows_path) as scratch:
             pq.write_table(table.sort_by([(c, "ascending") for c in ROW_ORDER]), scratch)
         return int(table.num_rows)
 
@@ -282,7 +292,7 @@ class RunDir:
 
     def file_hashes(self) -> dict[str, str]:
         """Return the digests of the run's tables for the manifest, so that a report refuses an edited table."""
-        tables = (self.rows_path, self.ledger_path, self.learning_path)
+        tables = (self.rows_path, self.ledger_path, self.learning_path, self.controls_path)
         return {p.name: file_digest(p) for p in tables if p.is_file()}
 
     def read_server(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from leeway.claims.schema import Claims, build
 from leeway.data.types import Task
 from leeway.evals.tasks import TaskSettings, declared, load_task, task_names
 from leeway.hashing import digest
+from leeway.study.controls import ControlArms, control_faults
 from leeway.study.eval_spec import Evals, NamedSpec, changed, measure_names
 from leeway.study.objective_spec import ObjectiveSpec, check_aliases, parse_objectives, start_faults
 from leeway.yaml_config import MAX_COUNT, MAX_FLOAT32, ConfigModel, Tokens, Unique, dump, nearest
@@ -184,7 +185,7 @@ class Learning(ConfigModel):
     general: int = Field(default=32, gt=0, description="prompts off the task")
 
 
-class Controls(ConfigModel):
+class Controls(ControlArms):
     """Measurements that say how far the others can be trusted. They change no row, ledger line or adapter."""
 
     learning: Annotated[Learning | bool, BeforeValidator(lambda v: {} if v is True else v)] = Learning()
@@ -245,6 +246,7 @@ class Spec(ConfigModel):
         yield from self._processes_fit()
         yield from start_faults(self.objectives, self.budgets, full=self.adapter.kind == "full")
         yield from self._claims_fit()
+        yield from control_faults(self)
         if self.adapter.kind == "full" and self.dtype == "bfloat16":
             yield "dtype: bfloat16 is too coarse for adapter.kind: full; leave dtype out, or use kind: lora"
 

@@ -23,18 +23,19 @@ from leeway.generation.cache import BatchCachedBackend
 from leeway.generation.transformers import TransformersBackend
 from leeway.generation.vllm import VllmServer, VllmSettings
 from leeway.hashing import digest
-from leeway.io import expand
+from leeway.io import expand, write_json
 from leeway.model import adapters
 from leeway.model.forward import layout_of
-from leeway.model.load import Model, SharedBaseModel, load_model
+from leeway.model.load import Model, SharedBaseModel, bits, load_model
 from leeway.model.reference import ReferenceCache
 from leeway.plan import token_counts
 from leeway.study import progress, sequential_eval
+from leeway.study.controls import BASE_AGAIN
 from leeway.study.jobs import BASE, Checkpoint, EvalTarget, Job, eval_targets, schedule_of
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.prepare import HeldOut, PairSampling, Prepared, prepare
 from leeway.study.progress import OnProgress
-from leeway.study.run_dir import RunDir
+from leeway.study.run_dir import MARK, RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import Spec
 from leeway.training import checkpoints, learning
@@ -72,7 +73,8 @@ class Worker:
     _learning: dict[tuple[tuple[str, ...], str], learning.BaseStats] = field(default_factory=dict, repr=False)
 
     def run_job(self, job: Job) -> None:
-        run = {"tune": self._tune, "train": self.train, "learning": self._check_learning}.get(job.kind, self._measure)
+        own = {"tune": self._tune, "train": self.train, "learning": self._check_learning, "check": self._check}
+        run = own.get(job.kind, self._measure)
         with compute_settings(self.prepared.spec):
             run(job)
 
@@ -80,6 +82,8 @@ class Worker:
         """Return whether a job has no work left; retryable failed answers count as work left."""
         if job.kind == "tune":
             return self.store.tuning(job.alias).is_file()
+        if job.kind == "check":
+            return self.store.check(job.alias).is_file()
         if job.kind == "train":
             return all(self.has_checkpoint((job.alias, job.seed, b)) for b in job.budgets)
         if job.kind == "learning":
@@ -88,10 +92,10 @@ class Worker:
 
     def has_results(self, job: Job) -> bool:
         """Return whether all files of a job are on disk, with failed answers or without."""
-        if job.kind in ("tune", "train", "learning"):
+        if job.kind in ("tune", "train", "learning", "check"):
             return self.is_complete(job)
         targets = eval_targets(self.prepared, job)
-        return all(self.part(t, e).is_file() for t in targets for e in self.prepared.evals_of(t.condition))
+        return all(self.part(t, e).is_file() for t in targets for e in self.prepared.evals_of(t.condition, t.objective))
 
     def has_checkpoint(self, checkpoint: Checkpoint) -> bool:
         return checkpoints.is_complete(self.store.checkpoint(*checkpoint))
@@ -100,7 +104,7 @@ class Worker:
         return self.store.part(target.objective, target.seed, target.budget, e.key, target.condition.name)
 
     def pending(self, target: EvalTarget) -> list[Eval]:
-        evals = self.prepared.evals_of(target.condition)
+        evals = self.prepared.evals_of(target.condition, target.objective)
         return [e for e in evals if not self.store.is_complete(self.part(target, e))]
 
     def ledger_lines(self, job: Job, read: ReadLedger = checkpoints.read_ledger) -> list[dict[str, Any]]:
@@ -227,6 +231,19 @@ class Worker:
         optim, kind = self.prepared.spec.optim, self.prepared.spec.adapter.kind
         return Optim(optim.clip, optim.micro_tokens, layout=layout_of(optim.layout, model, kind))
 
+    def _check(self, job: Job) -> None:
+        """Compare the weights of the arm at rate 0, as they are evaluated, with the base's, bit for bit."""
+        (budget,) = job.budgets
+        before = _layer_bits(self.base())
+        model, adapter_hash = self._load_checkpoint(EvalTarget(job.alias, job.seed, budget, PLAIN))
+        line = checkpoints.verified_ledger(self.store.checkpoint(job.alias, job.seed, budget))
+        trained = adapters.init_hash(model)
+        with adapters.merged(model):
+            after = _layer_bits(model)
+        facts = {"steps": line["step"], "source_tokens": line["source_tokens"], "adapter_hash": adapter_hash}
+        facts |= {"weights": len(before), "changed": sum(a != b for a, b in zip(before, after, strict=True))}
+        write_json(self.store.check(job.alias), facts | {"adapter_changed": trained != line["init_hash"]})
+
     def _measure(self, job: Job) -> None:
         spec = self.prepared.spec
         targets = [target for target in eval_targets(self.prepared, job) if self.pending(target)]
@@ -254,7 +271,7 @@ class Worker:
             local = TransformersBackend(model, prefix, self.prepared.spec.evals.batch, overlong="failure")
             with adapters.merged(model):
                 yield cached_backend(local, adapter_hash, self.store.cache.records("answers")), adapter_hash
-        elif target.objective == BASE:
+        elif target.objective in (BASE, BASE_AGAIN):
             yield server.base(prefix), "none"
         else:
             folder = self.store.checkpoint(target.objective, target.seed, target.budget)
@@ -268,14 +285,14 @@ class Worker:
         """
         model = self.base()
         settings = self.adapter
-        if target.objective == BASE:
+        if target.objective in (BASE, BASE_AGAIN):
             known, prefix = (o.control_tokens for o in self.prepared.objectives.values()), target.condition.prefix
             if tokens := next((own for own in known if any(t in prefix for t in own)), ()):
                 adapters.attach(model, settings, seed=0, control_tokens=tokens)
             return model, "none"
         folder = self.store.checkpoint(target.objective, target.seed, target.budget)
         line = _ledger(folder, model.hash)
-        control_tokens = self.prepared.objectives[target.objective].control_tokens
+        control_tokens = self.prepared.objective(target.objective).control_tokens
         adapters.attach(model, settings, seed=target.seed, control_tokens=control_tokens)
         adapters.restore(model, folder)
         model.lm.eval()
@@ -285,7 +302,8 @@ class Worker:
         identity = {name: getattr(target, name) for name in ("objective", "seed", "budget")}
         identity["adapter_hash"] = adapter_hash
         spec, evals = self.prepared.spec, self.prepared.evals
-        stopping = {} if target.objective == BASE else sequential_eval.sequential_axes(spec, evals)
+        fixed = target.objective == BASE or target.objective.startswith(MARK)
+        stopping = {} if fixed else sequential_eval.sequential_axes(spec, evals)
         pending, name = self.pending(target), progress.describe(target)
         for e in (e for e in pending if e.name not in stopping):
             own = backend.backend if e.needs_model and isinstance(backend, BatchCachedBackend) else backend
@@ -302,18 +320,20 @@ class Worker:
 
     def trajectory(self, job: Job) -> Trajectory:
         """Return a job's trajectory at its learning rate."""
-        lr, spent = self.prepared.spec.optim.lr_of(job.alias), 0
+        arm = self.prepared.controls.arms.get(job.alias)
+        lr, spent = arm.lr if arm else self.prepared.spec.optim.lr_of(job.alias), 0
         if lr is None:
-            choice = read_choice(self.store.tuning(job.alias))
+            choice = read_choice(self.store.tuning((arm.rate_of if arm else None) or job.alias))
             lr, spent = choice.lr, choice.tokens
         return self._along(job, schedule_of(self.prepared, job), lr, spent)
 
     def _along(self, job: Job, schedule: Schedule, lr: float, tuning_tokens: int = 0) -> Trajectory:
         """Return a job's trajectory along another schedule."""
-        spec = self.prepared.spec.objective(job.alias)
+        arm = job.alias in self.prepared.controls.arms
+        spec = ObjectiveSpec(alias=job.alias, kind="sft") if arm else self.prepared.spec.objective(job.alias)
         return Trajectory(
             job.alias,
-            self.prepared.objectives[job.alias],
+            self.prepared.objective(job.alias),
             job.seed,
             self.base(),
             schedule,
@@ -358,7 +378,7 @@ class Worker:
 
     def _reference_cache(self, job: Job) -> ReferenceCache | None:
         """Return the cache of a trajectory's precomputed reference; none for a live reference."""
-        if self.prepared.spec.reference == "live":
+        if self.prepared.spec.reference == "live" or job.alias in self.prepared.controls.arms:
             return None
         reference = token_counts.reference_id(self.prepared, job.alias, job.seed)
         return self._references.with_states(self._states.get(reference, ()))
@@ -371,6 +391,12 @@ def _train_rank(
     prepared = prepare(spec, PairSampling(store.cache))
     with compute_settings(spec):
         Worker(prepared, store, lambda *event: report(event), scratch, ranks).train(job)
+
+
+def _layer_bits(model: Model) -> tuple[int, ...]:
+    """Return a checksum of every weight of the base model in its current state, adapters' own tensors left out."""
+    parameters = adapters.unwrapped(model.lm).named_parameters()
+    return bits(p for name, p in parameters if "lora_" not in name and "trainable_tokens" not in name)
 
 
 def vllm_server(spec: Spec, notify: Callable[[str], None]) -> VllmServer:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from leeway import stats
 from leeway.report import formatting, learning, narrative, plotting, triggers
+from leeway.report.controls import control_sentences, page_values
 from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.page.transcripts import embed_rows, transcripts
 from leeway.report.plotting import Drawing, Series, key_of
@@ -305,9 +306,23 @@ OPTIONAL_TABLES = (
     "learning",
     "learned",
     "triggers",
+    "controls",
+    "dose",
+    "detection",
 )  # left out if empty
 SCRIPTS = ("text", "theme", "tooltips", "filter", "rows", "search", "print", "start")
-PARTIALS = ("claims", "design", "learning", "curves", "analyses", "persona", "judges", "ledger", "contrasts")
+PARTIALS = (
+    "claims",
+    "design",
+    "learning",
+    "curves",
+    "analyses",
+    "persona",
+    "judges",
+    "controls",
+    "ledger",
+    "contrasts",
+)
 CONTENTS = {
     "claims": "Claims",
     "design": "Design",
@@ -318,6 +333,7 @@ CONTENTS = {
     "analyses": "Analyses",
     "persona": "Persona",
     "judges": "Judges",
+    "controls": "Controls",
     "ledger": "Ledger",
     "contrasts": "Contrasts",
     "unscored": "Unscored",
@@ -348,17 +364,21 @@ def context(
         **_study(results, lines, unit),
         **_ledger(results, lines),
         "external": external,
-        "verdict": verdict(
-            made["contrasts"],
-            results.seeds,
-            unit,
-            equivalent,
-            made.get("identity"),
-            external=is_external,
-            learning=learned,
-            void=void,
-            triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
-        ),
+        "verdict": [
+            *verdict(
+                made["contrasts"],
+                results.seeds,
+                unit,
+                equivalent,
+                made.get("identity"),
+                external=is_external,
+                learning=learned,
+                void=void,
+                triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
+            ),
+            *control_sentences(results),
+        ],
+        "controls": page_values(results),
         "recommendations": recommendations(
             made["contrasts"], made["rates"], advice, lines, unit, equivalent, made.get("identity"), void
         ),

@@ -1,0 +1,112 @@
+"""How often a study's tests report drift where there is none, by re-drawing prompts within the base.
+
+A re-drawn study has no drift by construction: for every prompt the base's score and each checkpoint's are two
+independent draws of a prompt's mean score *from the base's own rows*. The verdict's tests (`contrasts`: wild cluster
+bootstrap, Holm inside each family) are then recomputed, and a study with a significant difference is a false alarm.
+Items, judge, attacks, number of prompts and size of the families are the study's own. Two prompts differ more than two
+answers to one prompt, so the noise is an upper bound of what sampling the answers again would give.
+
+Shapes: C clusters, M contrasts of a family, R re-drawn studies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from leeway.stats.cluster_tests import wild_cluster_p
+from leeway.stats.contrasts import ContrastMatrix, by_axis, holm
+from leeway.stats.intervals import TIE, Floats, Ints, stratum_shares, wilson
+from leeway.stats.pairing import Contrast, paired_contrasts
+
+LEVEL = 0.05
+REDRAWS = 400
+RESAMPLES = 999
+BLOCK = 40  # re-drawn studies that share their sign flips
+COLUMNS = ["axis", "tests", "redraws", "alarms", "rate", "low", "high", "nominal", "discordant", "n_clusters", "note"]
+ALL = "all"
+
+
+def false_alarms(
+    rows: pd.DataFrame,
+    conditions: Mapping[str, str],
+    *,
+    first: Mapping[str, str] | None = None,
+    redraws: int = REDRAWS,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return the share of re-drawn studies with a significant primary contrast at the largest budget, by axis.
+
+    The last line, `all`, counts studies with one on any axis. `nominal` is 5% per family of tests; `low` to `high` is
+    the Wilson interval of `rate`, the Monte Carlo error alone. `discordant`: mean share of prompts that differ. Axes of
+    a sequential design are left out. Raises StatsError as `contrasts` does.
+    """
+    found, table = paired_contrasts(rows, conditions, first=first)
+    largest = max((int(str(c.line["budget"])) for c in found), default=0)
+    tested = [c for c in found if c.line["budget"] == largest and c.measure.primary]
+    anywhere, families, lines = np.zeros(redraws, dtype=bool), 0, list[dict[str, object]]()
+    rng = np.random.default_rng(seed)
+    for _, matrix in by_axis(tested, table):
+        if not matrix.contrasts:
+            continue
+        clusters = np.unique(table.loc[table["eval"] == matrix.contrasts[0].measure.axis, "cluster"].to_numpy(np.intp))
+        by_family: dict[str, list[Contrast]] = {}
+        for contrast in matrix.contrasts:
+            by_family.setdefault(str(contrast.line["family"]), []).append(contrast)
+        other_RC = rng.random((redraws, len(clusters)))  # the base's draws, shared by all families
+        alarm_R, shares = np.zeros(redraws, dtype=bool), list[float]()
+        for own in by_family.values():
+            sums_CRM = _redrawn(own, clusters, other_RC, rng)
+            shares.append(float((np.abs(sums_CRM) > TIE).mean()))
+            alarm_R |= _alarms(sums_CRM, resamples, seed)
+        anywhere |= alarm_R
+        families += len(by_family)
+        line: dict[str, object] = {"axis": matrix.contrasts[0].measure.axis, "tests": len(matrix.contrasts)}
+        lines.append(line | _rate(alarm_R, len(by_family)) | {"discordant": round(float(np.mean(shares)), 4)})
+        lines[-1]["n_clusters"] = len(clusters)
+    if lines:
+        tests = sum(int(str(line["tests"])) for line in lines)
+        lines.append({"axis": ALL, "tests": tests} | _rate(anywhere, families))
+    for line in lines:
+        line["note"] = "all prompts of the base have one score: no alarm is possible" * (line.get("discordant") == 0)
+    return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def _redrawn(contrasts: list[Contrast], clusters: Ints, other_RC: Floats, rng: np.random.Generator) -> Floats:
+    """Return weighted differences of two draws of prompts from the base, (C, R, M)."""
+    weights_CM = ContrastMatrix(clusters, contrasts).weights_CM
+    sums_CRM = np.empty((len(clusters), len(other_RC), len(contrasts)))
+    for m, contrast in enumerate(contrasts):
+        scored = contrast.scored
+        assert scored is not None
+        where = np.searchsorted(clusters, scored.clusters)
+        base_C = np.bincount(where, stratum_shares(scored.strata) * scored.base, len(clusters))
+        present = np.flatnonzero(weights_CM[:, m] > 0)
+        mean_P = base_C[present] / weights_CM[present, m]
+        own_RC, n = rng.integers(0, len(present), other_RC.shape), len(present)
+        difference_RC = mean_P[own_RC] - mean_P[(other_RC * n).astype(np.intp)]
+        sums_CRM[:, :, m] = (difference_RC * weights_CM[:, m]).T
+    return sums_CRM
+
+
+def _alarms(sums_CRM: Floats, resamples: int, seed: int) -> NDArray[np.bool_]:
+    """Return whether a family of each re-drawn study has a significant test after Holm, (R,)."""
+    clusters, redraws, tests = sums_CRM.shape
+    found = np.zeros(redraws, dtype=bool)
+    for start in range(0, redraws, BLOCK):
+        block = sums_CRM[:, start : start + BLOCK]
+        p = wild_cluster_p(block.reshape(clusters, -1), resamples=resamples, seed=seed + start)
+        adjusted = np.array([holm(own) for own in p.reshape(-1, tests)])
+        found[start : start + BLOCK] = (adjusted < LEVEL).any(axis=1)
+    return found
+
+
+def _rate(alarm_R: NDArray[np.bool_], families: int) -> dict[str, object]:
+    count, redraws = int(alarm_R.sum()), len(alarm_R)
+    low, high = wilson(count, redraws)
+    nominal = round(min(1.0, LEVEL * families), 10)
+    return {"redraws": redraws, "alarms": count, "rate": count / redraws, "low": low, "high": high, "nominal": nominal}
