@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -178,7 +179,8 @@ def page_values(results: Results) -> dict[str, Any]:
 
 
 def _check_cells(r: dict[Any, Any]) -> list[str]:
-    show = {"rate 0": lambda value: f"{value:.0f}", "sampling": points}.get(r["control"], percent)
+    formats: dict[str, Callable[[float], str]] = {"rate 0": "{:.0f}".format, "sampling": points}
+    show = formats.get(str(r["control"]), percent)
     value, nominal = ("–" if pd.isna(r[k]) else show(r[k]) for k in ("value", "nominal"))
     interval = "–" if pd.isna(r["low"]) else f"{show(r['low'])} to {show(r['high'])}"
     axis, note = ("" if pd.isna(r[k]) else str(r[k]) for k in ("axis", "note"))

@@ -135,4 +135,5 @@ def power(mean: Floats, square: Floats, discordant: Floats, clusters: int) -> Fl
     deviation = np.sqrt(np.maximum(square - mean**2, NO_VARIANCE) * clusters / (clusters - 1))
     critical = t.ppf(0.5 + LEVEL / 2, clusters - 1)
     rejects = t.cdf(mean * np.sqrt(clusters) / deviation - critical, clusters - 1)
-    return np.minimum(rejects, binom.sf(MIN_DISCORDANT - 1, clusters, np.clip(discordant, 0, 1)))
+    enough = binom.sf(MIN_DISCORDANT - 1, clusters, np.clip(discordant, 0, 1))
+    return np.asarray(np.minimum(rejects, enough), dtype=np.float64)

@@ -346,9 +346,9 @@ def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedMode
     prepared = replace(prepared, schedules=schedules, tuning=tuning, controls=controls, learning=learning)
     for alias, arm in controls.arms.items():
         _check_arm(prepared, arm)
-        own = _scheduler(prepared, list(arm.examples))
+        cut_arm = _scheduler(prepared, list(arm.examples))
         seeds = spec.seeds if alias.startswith(DOSE) else spec.seeds[:1]
-        schedules |= {(alias, seed): own(alias, seed, (arm.budget,)) for seed in seeds}
+        schedules |= {(alias, seed): cut_arm(alias, seed, (arm.budget,)) for seed in seeds}
     return prepared
 
 

@@ -28,6 +28,7 @@ from leeway.model import adapters
 from leeway.model.forward import layout_of
 from leeway.model.load import Model, SharedBaseModel, bits, load_model
 from leeway.model.reference import ReferenceCache
+from leeway.objectives.objective import PLAIN
 from leeway.plan import token_counts
 from leeway.study import progress, sequential_eval
 from leeway.study.controls import BASE_AGAIN
