@@ -258,7 +258,7 @@ def show(
 ) -> None:
     """Print rendered training examples of each objective with their targets marked."""
     from leeway.study.load import load
-    from leeway.study.show import show as make_text
+    from leeway.plan.show import show as make_text
 
     typer.echo(make_text(load(study, tuple(overrides or ())), n))
 

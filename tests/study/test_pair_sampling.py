@@ -13,7 +13,7 @@ from leeway.errors import LeewayError
 from leeway.plan.plan import plan
 from leeway.study.load import parse
 from leeway.study.prepare import PairSampling, prepare
-from leeway.study.show import show
+from leeway.plan.show import show
 
 pytestmark = pytest.mark.slow
 
