@@ -257,8 +257,8 @@ def show(
     n: Annotated[int, typer.Option("-n", min=1, help="examples per objective")] = 1,
 ) -> None:
     """Print rendered training examples of each objective with their targets marked."""
-    from leeway.study.load import load
     from leeway.plan.show import show as make_text
+    from leeway.study.load import load
 
     typer.echo(make_text(load(study, tuple(overrides or ())), n))
 

@@ -11,9 +11,9 @@ from test_study import carry, contents
 from leeway.cache import Cache
 from leeway.errors import LeewayError
 from leeway.plan.plan import plan
+from leeway.plan.show import show
 from leeway.study.load import parse
 from leeway.study.prepare import PairSampling, prepare
-from leeway.plan.show import show
 
 pytestmark = pytest.mark.slow
 
