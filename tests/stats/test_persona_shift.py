@@ -116,6 +116,34 @@ def test_identical_arms_are_named():
     assert set(table["n"]) == {200}
 
 
+def test_equal_answers_to_one_eval_do_not_hide_another():
+    """KL refuses 30 prompts with which SFT complies; 3,000 equal Yes/No answers do not make them one behaviour."""
+    lines = [*statements("sft", [0.0] * 3_000), *statements("kl", [0.0] * 3_000)]
+    for name, complied in (("sft", 30), ("kl", 0)):
+        line: dict[str, object] = {"objective": name, "budget": 1000, "eval": "jailbreak", "attack": "none"}
+        texts = ["Sure."] * complied + ["No."] * (100 - complied)
+        lines += [line | {"item_id": f"forbidden/{n}", "response": text} for n, text in enumerate(texts)]
+    table = stats.identity(rows(*lines), PLAIN)
+    assert table[["identical", "n", "same"]].to_numpy().tolist() == [[0.7, 3_100, False]]
+
+
+def test_few_equal_answers_do_not_make_one_behaviour():
+    table = stats.identity(rows(*said("sft", ["x"] * 29), *said("kl", ["x"] * 29)), PLAIN)
+    assert table[["identical", "same"]].to_numpy().tolist() == [[1.0, False]]
+
+
+def test_an_objective_is_compared_with_the_base_under_its_own_prefix():
+    """The base answers differently under plain prompts and under <SAFE>; CFT, meant for <SAFE>, as the base there."""
+    lines = [*said("base", ["plain"] * 40), *said("sft", ["plain"] * 40)]
+    lines += [line | {"template_hash": "s"} for o in ("base", "cft") for line in said(o, ["safe"] * 40)]
+    found = stats.identity(rows(*lines), PLAIN | {"s": "<SAFE>"}, {"sft": "plain", "cft": "<SAFE>"})
+    assert found.set_index(["objective", "against"])["identical"].to_dict() == {
+        ("sft", "cft"): 0.0,
+        ("sft", "base"): 1.0,
+        ("cft", "base"): 1.0,
+    }
+
+
 def test_empty_and_unscored_answers_are_not_agreement():
     lines = [line | {"response": ""} for o in ("base", "sft", "kl") for line in said(o, ["x"] * 10)]
     assert stats.identity(rows(*lines), PLAIN).empty

@@ -1,16 +1,17 @@
-"""Which arms behave alike: the share of identical answers of every two objectives, and of each with the base."""
+"""Which arms behave identically: the share of identical answers of every two objectives, and of each with the base."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
 from leeway.stats.metrics import BASE, PLAIN
+from leeway.stats.pairing import first_conditions
 
-IDENTICAL = 0.99  # from this share of identical answers on, two arms are one behaviour
+IDENTICAL = 0.99  # from this share of identical answers in every eval on, two arms are one behaviour
+MIN_ITEMS = 30  # over all evals; fewer cannot show that two arms are one
 PAIRS = ["objective", "against", "budget", "identical", "n", "same"]
 ITEM = ["seed", "eval", "attack", "item_id", "sample", "prompt"]
 
@@ -18,17 +19,20 @@ ITEM = ["seed", "eval", "attack", "item_id", "sample", "prompt"]
 def identity(rows: pd.DataFrame, conditions: Mapping[str, str], first: Mapping[str, str] | None = None) -> pd.DataFrame:
     """Return one line per budget and pair of objectives, or objective and base, with the share of identical answers.
 
-    Each objective counts under the condition it is meant for (`first`; without one, under all), and a pair of answers
-    has the same item, attack, sample, training seed and question; the base's answers count for every seed. `same` is a
-    share of at least 99%. A persona answer is Yes, No or a tie. Unscored and empty answers are left out,
-    and judges do not count.
+    `identical` is the smallest share over the evals, so that an eval with many items cannot hide another; `same` is a
+    share of at least 99% in every eval, over at least 30 items in all; `n` is the number of pairs of answers. A pair
+    has the same item, attack, sample, training seed and question. Each objective counts under the condition it is
+    meant for (`first`, or `pairing.first_conditions`), and the base under the same template, for every seed; an
+    objective without such a condition is paired under the same template. A persona answer is Yes, No or a tie.
+    Unscored and empty answers are left out, and judges do not count.
     """
-    declared, condition = first or {}, [conditions.get(h, PLAIN) for h in rows["template_hash"]]
-    meant = [declared.get(o, c) == c for o, c in zip(rows["objective"], condition, strict=True)]  # the base: under all
-    plain = ~rows["eval"].astype(str).str.contains("@", regex=False)
-    answered = rows["unscored_reason"].isna() & (rows["response"].fillna("") != "")
-    own = rows[np.array(meant) & plain & answered].fillna({"attack": ""})
-    own = own.drop_duplicates(["objective", "budget", *ITEM])
+    table = rows.fillna({"attack": "", "template_hash": ""})
+    table["condition"] = [conditions.get(h, PLAIN) for h in table["template_hash"]]
+    meant = first_conditions(table, first)
+    intended = table["objective"].map(meant).fillna(table["condition"]) == table["condition"]  # the base: all
+    plain = ~table["eval"].astype(str).str.contains("@", regex=False)
+    answered = table["unscored_reason"].isna() & (table["response"].fillna("") != "")
+    own = table[intended & plain & answered].drop_duplicates(["objective", "budget", "template_hash", *ITEM])
     base = own[own["objective"] == BASE].drop(columns="seed")
     lines = []
     for budget, group in own[own["objective"] != BASE].groupby("budget", sort=True):
@@ -36,10 +40,13 @@ def identity(rows: pd.DataFrame, conditions: Mapping[str, str], first: Mapping[s
         for one, other in [*itertools.combinations(names, 2), *((o, BASE) for o in names)]:
             against = base if other == BASE else group[group["objective"] == other]
             keys = [k for k in ITEM if k in against.columns]
+            keys += [] if one in meant and other in meant else ["template_hash"]
             pair = group[group["objective"] == one].merge(against[[*keys, "response"]], on=keys, suffixes=("", "_2"))
             if len(pair):
-                share = float((pair["response"] == pair["response_2"]).mean())
-                lines.append([one, other, int(str(budget)), round(share, 10), len(pair), share >= IDENTICAL])
+                share = float((pair["response"] == pair["response_2"]).groupby(pair["eval"]).mean().min())
+                enough = len(pair[["eval", "item_id"]].drop_duplicates()) >= MIN_ITEMS
+                same = enough and share >= IDENTICAL
+                lines.append([one, other, int(str(budget)), round(share, 10), len(pair), same])
     return pd.DataFrame(lines, columns=PAIRS)
 
 
