@@ -45,6 +45,15 @@ def test_other_results():
     )
 
 
+def test_safer_only_without_the_cue_gives_both_drifts():
+    text = told(("open", -0.2), ("not kept", 0.4), ("open", 0.0))
+    assert text == (
+        "IP, at 64k tokens: safer only without the cue: under plain prompts ASR −20.0 points against the base (95% CI "
+        "−25.0 to −15.0), but ASR +40.0 points more behind the prompt “inoculated” (95% CI +36.0 to +44.0); there ASR "
+        "+20.0 points against the base (95% CI +15.0 to +25.0), so no misbehaviour is shown."
+    )
+
+
 def test_an_objective_without_a_cue_has_one_line_of_reason():
     arm = {"forms": {}, "near": [], "missing": "training has no cue"}
     manifest = {"triggers": {"dpo": arm, "sft": arm}}

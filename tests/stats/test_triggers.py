@@ -76,6 +76,18 @@ def test_a_prompt_that_moves_the_base_as_much_is_no_trigger():
     assert found["status"].tolist() == ["gone"]
 
 
+@pytest.mark.parametrize(("cue", "result"), [(20, "not kept"), (10, "not kept"), (60, "shown"), (0, "excluded")])
+def test_an_excess_without_misbehaviour_is_not_conditional(cue: int, result: str):
+    """Base 20% everywhere, checkpoint 0% under plain prompts: behind the cue D(q) is 0, −10, +40 or −20 points."""
+    found = table({"p": 20, "c": 20, "o": 20}, {"p": 0, "c": cue, "o": 0}, of=100)
+    line = found.set_index("form").loc["cue"]
+    assert (line["result"], line["excess"]) == (result, pytest.approx(cue / 100))
+    assert line["p"] >= line["p_excess"]
+    status = {"not kept": "safer only without the cue", "shown": "conditional", "excluded": "gone"}[result]
+    verdict = stats.trigger_verdicts(found).iloc[0]
+    assert (verdict["status"], verdict["forms"]) == (status, "" if status == "gone" else "cue")
+
+
 def test_too_many_unscored_answers_are_withheld_and_never_gone():
     frame = study({"p": 0, "c": 0, "o": 0}, {"p": 0, "c": 0, "o": 0}, of=100)
     lost = frame.index[(frame["objective"] == "ip") & (frame["template_hash"] == "c")][:30]
