@@ -186,7 +186,18 @@ def nearest(word: str, known: Any) -> str:
 
 def faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """Return all validation errors of a file against the model `root`, one line each."""
-    return [line for e in error.errors() for line in _fault(e, root)]
+    errors: list[Any] = [e | {"loc": tuple(p for p in e["loc"] if not _is_branch(p))} for e in error.errors()]
+    places = [e["loc"] for e in errors if e["loc"][-1:] != ("bool",)]
+    # of a key that is a mapping or a boolean, report the mapping's errors only
+    errors = [
+        e for e in errors if e["loc"][-1:] != ("bool",) or all(p[: len(e["loc"]) - 1] != e["loc"][:-1] for p in places)
+    ]
+    return [line for e in errors for line in _fault(e, root)]
+
+
+def _is_branch(part: Any) -> bool:
+    """Return whether a part of an error's place is pydantic's name for a model in a union, not a key of the file."""
+    return isinstance(part, str) and part.startswith("function-") and part.endswith("]")
 
 
 def _fault(error: Any, root: type[BaseModel]) -> list[str]:

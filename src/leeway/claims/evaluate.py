@@ -30,7 +30,7 @@ from leeway.stats.metrics import BASE, LOG_ODDS, PLAIN, analysis_table, measures
 from leeway.stats.pairing import first_conditions
 
 DIFFERENCE, DOUBLING, SLOPE = "difference", "difference per doubling", "per unit of capability"
-NATS = "difference in log-odds"
+NATS, NATS_DOUBLING = "difference in log-odds", "difference in log-odds per doubling"
 HALF_TO_MDE = 2.8016 / 1.9600  # (z_0.975 + z_0.80) / z_0.975: from half of a 95% interval to the MDE at 80% power
 MIN_P = 0.025  # the smallest adjusted p that resampling must be able to reach
 RESAMPLES, MAX_RESAMPLES = 10_000, 200_000
@@ -229,7 +229,7 @@ class EvaluationContext:
         same = pairs[(pairs["objective"] == one) & (pairs["against"] == other)]
         swapped = pairs[(pairs["objective"] == other) & (pairs["against"] == one)]
         sign, line = (1.0, same.iloc[0]) if len(same) else (-1.0, swapped.iloc[0])
-        return _above_zero(f"slope of {self._name(one)} − {self._name(other)}", line, DOUBLING, sign)
+        return _above_zero(f"slope of {self._name(one)} − {self._name(other)}", line, _per_doubling(measure), sign)
 
     def p_slopes_within(self, measure: str, objectives: Seq[str], margin: float) -> float:
         """Return the p of H0: some two slopes differ by `margin` or more per doubling; NaN if one is withheld."""
@@ -404,6 +404,11 @@ def _of_trajectories(claim: Any, context: EvaluationContext, _: tuple[int, ...])
     return TestedClaim(claim, tuple(context.matched_difference(claim.measure, claim.on, *pair) for pair in pairs))
 
 
+def _per_doubling(measure: str) -> str:
+    """Return the unit of a slope of `measure` on log2(budget)."""
+    return NATS_DOUBLING if measure in LOG_ODDS else DOUBLING
+
+
 def _diverges(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> TestedClaim:
     """Require different slopes in log-odds (the GEE) and in points (the bootstrap): equal slopes in one differ in the
     other. Without a GEE fit: the smallest p of the pairs' slopes times their number."""
@@ -422,7 +427,9 @@ def _diverges(claim: Any, context: EvaluationContext, _: tuple[int, ...]) -> Tes
     name, estimate = "the largest slope minus the smallest", float(check["estimate"])
     reverse = context.p_slopes_within(claim.measure, claim.objectives, claim.margin)
     clusters = int(max(joint["n_clusters"], check["n_clusters"]))
-    found = Comparison(name, estimate, unit=DOUBLING, p=p, p_reverse=reverse, n_clusters=clusters, note=note)
+    found = Comparison(
+        name, estimate, unit=_per_doubling(claim.measure), p=p, p_reverse=reverse, n_clusters=clusters, note=note
+    )
     return TestedClaim(claim, (found,))
 
 
@@ -509,8 +516,9 @@ def _size(claim: Claim, comparison: Comparison) -> str:
 
 def format_effect(value: float, unit: str, *, with_unit: bool = True) -> str:
     """Format an effect with its sign: "+3.1 points", "+0.42 points per point of capability"."""
-    if unit in (SLOPE, NATS):
-        text, name = f"{abs(value):.2f}", "points per point of capability" if unit == SLOPE else "in log-odds"
+    if unit in (SLOPE, NATS, NATS_DOUBLING):
+        name = "points per point of capability" if unit == SLOPE else unit.removeprefix("difference ")
+        text = f"{abs(value):.2f}"
     else:
         size = 100 * abs(value)
         text, name = f"{size:.{2 if 0 < size < 0.1 else 1}f}", "points per doubling" if unit == DOUBLING else "points"

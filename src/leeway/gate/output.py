@@ -17,7 +17,7 @@ from leeway.errors import LeewayError, first_line
 from leeway.gate.rules import EXIT, MIN_PROMPTS, Decision, Evidence, Outcome, RuleResult, worst
 from leeway.io import write_file
 from leeway.report import formatting
-from leeway.report.formatting import BudgetUnit, change, percent, to_json
+from leeway.report.formatting import BudgetUnit, change, level, percent, to_json
 from leeway.stats import ContrastReference
 from leeway.stats.metrics import BASE
 
@@ -150,7 +150,8 @@ def markdown(gate: Gate) -> str:
         warnings = [f"- Note: {_md(w)}" for w in decision.warnings]
         parts.append("\n".join([f"### {head}\n", *lines, "", *reasons, *warnings]).rstrip() + "\n")
     parts += [f"Note: {_md(w)}\n" for w in gate.warnings]
-    text = f"Differences in points, checkpoint − reference. Limits and p-values are one-sided at {100 * gate.level:g}%;"
+    text = "Differences are checkpoint − reference, in points (trait and acquiescence: in log-odds). Limits and "
+    text += f"p-values are one-sided at {100 * gate.level:g}%;"
     text += " the p of a fail is corrected over its checkpoint's rules. *Inconclusive* means that neither a pass nor a"
     text += " fail was shown."
     return "\n".join([*parts, text]) + "\n"
@@ -235,8 +236,9 @@ def table_row(result: RuleResult) -> tuple[str, ...]:
     """Return one line of the table, with the columns of HEADS."""
     e = result.evidence
     p = result.p_holm if result.outcome == "fail" else e.p
-    tested = formatting.p_value(p) + (" broken" if result.outcome == "fail" else " kept")  # which of the two tests
-    values = (percent(e.reference), percent(e.rate), _value_text(e, e.estimate), _value_text(e, e.limit), tested)
+    tested = formatting.p_value(p) + (" broken" if result.outcome == "fail" else " holds")  # which of the two tests
+    own = (level(e.reference, e.rule.measure), level(e.rate, e.rule.measure))
+    values = (*own, _value_text(e, e.estimate), _value_text(e, e.limit), tested)
     return (safe(e.rule.measure), rule_text(e), *values, result.outcome)
 
 
@@ -283,7 +285,7 @@ def _prompts_needed_text(result: RuleResult) -> str:
         return "no number of prompts would decide it: the estimate is on the bound"
     if result.prompts_needed == 0:
         return "the formula requires no more prompts, but the exact test does"
-    outcome = "kept" if e.satisfies(e.estimate) else "broken"
+    outcome = "to hold" if e.satisfies(e.estimate) else "to be broken"
     return f"if the estimate is true, about {result.prompts_needed:,} more prompts would show it {outcome} (80% power)"
 
 

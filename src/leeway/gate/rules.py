@@ -18,7 +18,7 @@ from leeway.report import formatting
 from leeway.stats import ContrastReference, WorseDirection
 from leeway.stats.contrasts import holm
 from leeway.stats.intervals import NAN
-from leeway.stats.metrics import BASE, POOLED_CHECKPOINT
+from leeway.stats.metrics import BASE, LOG_ODDS, POOLED_CHECKPOINT
 from leeway.yaml_config import ConfigModel, faults, nearest, read, tokens
 
 ALL = "all"
@@ -242,6 +242,9 @@ def _direction(rule: Rule, rates: pd.DataFrame, problems: list[str]) -> tuple[Ru
     default: WorseDirection = "lower" if rule.kind == "at_least" else rule.worse or "higher"
     if rule.measure not in known:
         problems.append(f"{rule.measure}: {_unknown(rule.measure, known, 'measure')}")
+        return rule, default
+    if rule.kind != "margin" and rule.measure in LOG_ODDS:
+        problems.append(f"{rule.measure}: {rule.kind} bounds a rate, and {rule.measure} is in log-odds; give a margin")
         return rule, default
     better = str(rates.loc[rates["measure"] == rule.measure, "better"].iloc[0])
     if rule.kind == "margin" and better:

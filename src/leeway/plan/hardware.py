@@ -126,9 +126,9 @@ def this_cpu(hidden: int, inner: int, dtype: torch.dtype, batch: int, *, workers
     flops, head, decoding, passes = found
     kind = str(dtype).removeprefix("torch.")
     assumed = (
-        f"a worker's {flops / 1e9:.0f} GFLOP/s in {kind} ({decoding / 1e9:.0f} for {batch} rows), "
-        f"{head / 1e9:.0f} in float32 and {passes / 1e9:.0f} GB/s, timed now on products of this model's shape; "
-        f"hours are within about {CPU_ERROR:.0%}, --measure times the study's own steps"
+        f"a worker's {flops / 1e9:.0f} GFLOP/s in {kind} for training and prompts, {decoding / 1e9:.0f} for decoding "
+        f"{batch} rows, {head / 1e9:.0f} for the float32 head, and {passes / 1e9:.0f} GB/s, timed now on this model's "
+        f"shapes; hours are within about {CPU_ERROR:.0%}, --measure times the study's own steps"
     )
     return Machine("this CPU", flops, head, decoding, passes, passes, None, assumed)
 

@@ -14,8 +14,8 @@ RULE = (
     f"Learned: a gain of more than {FLOOR:g} nats per token against the base with plain prompts is shown, in the "
     "held-out NLL of preferred answers or, for objectives trained on pairs, in the margin between preferred and "
     f"dispreferred answers. Moved: no gain is shown, but a KL to the base above {FLOOR:g} nats per token is. Void: "
-    "neither is, so “no drift” of that checkpoint says nothing. Bounds are over held-out examples and hold jointly "
-    "with 95%."
+    "neither is, so “no drift” of that checkpoint is no evidence of robustness. Bounds are over held-out examples and "
+    "hold jointly with 95%."
 )
 SAYS_NOTHING = "so “no drift” may mean that an objective is robust, or that it learned nothing"
 

@@ -265,7 +265,7 @@ def _advice(
     if "capability not shown" in str(best["why"]):
         lines.append("It is not shown to be more capable than the base at this budget.")
     if (best["objective"], budget) in void:
-        lines.append("It is not shown to have learned anything, so that it did not drift says nothing.")
+        lines.append("It is not shown to have learned anything, so a lack of drift is no evidence of robustness.")
     rivals = own[(own["objective"] != best["objective"]) | (own["condition"] != best["condition"])]
     rivals = rivals[rivals["p_best"] >= LEVEL].sort_values("p_best", ascending=False, kind="stable").head(3)
     text = f"Selected in {formatting.percent(best['p_best'], 0)} of bootstrap draws over prompts"

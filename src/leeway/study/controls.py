@@ -51,7 +51,7 @@ Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=MAX_DOSE)]
 
 
 class ControlArms(ConfigModel):
-    """Arms that show what the measurement sees and what it imagines."""
+    """Arms that measure false alarms (A/A) and the limit of detection (dose)."""
 
     aa: bool = Field(default=False, description="an arm at learning rate 0, the base measured again, false alarms")
     dose: tuple[Share, ...] = Field(
