@@ -2,7 +2,7 @@
 
 Each example has a gain in NLL, a gain in margin and a KL (nats per token), drawn around known means: normal, skewed to
 either side (a shifted exponential) or heavy-tailed (Student's t with 3 degrees of freedom, scaled); the KL is a gamma
-variable of shape 1/2, as skewed as those of a tuned model.
+variable of shape 1/2, as skewed as those of a tuned model, on GENERAL general prompts too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from leeway.stats.learning import FLOOR, lower_bound, status
 
 Draws = NDArray[np.float64]
 LEVEL, POWER = 0.05, 0.8
+GENERAL = 32
 VOID = (0.935, 1.0)  # at least 95%, up to the simulation's error
 
 
@@ -35,7 +36,7 @@ class Arm:
 
     @property
     def tests(self) -> int:
-        return 2 if self.margin is None else 3
+        return 3 if self.margin is None else 4
 
     @property
     def detectable(self) -> float:
@@ -65,6 +66,7 @@ def void_share(arm: Arm, studies: int, seed: int) -> float:
     if arm.margin is not None:
         values["margin_gain"] = arm.margin + arm.spread * _noise(arm, size, rng)
     values["kl"] = rng.gamma(0.5, 2 * arm.kl, size)
+    values["kl_general"] = rng.gamma(0.5, 2 * arm.kl, (studies, GENERAL))
     low = {f"{name}_low": lower_bound(x, LEVEL / len(values)) for name, x in values.items()}
     lines = [{"n": arm.examples} | {name: float(x[k]) for name, x in low.items()} for k in range(studies)]
     return float(np.mean([status(line) == "void" for line in lines]))

@@ -97,10 +97,29 @@ def test_gains_are_against_the_base_with_plain_prompts():
     """The base is worse behind an untrained token; repairing that is not learning."""
     repaired = items("cft", np.full(6, 0.0), condition="<SAFE>", base_nll=1.5)
     plain = items("cft", np.zeros(6))
-    assert learned(repaired, {"cft": "<SAFE>"}).iloc[0]["nll_gain"] == pytest.approx(0.5)  # without plain prompts
+    alone = learned(repaired, {"cft": "<SAFE>"})
+    assert np.isnan(alone.iloc[0]["nll_gain"])  # the base under plain prompts is not known
+    assert alone.iloc[0]["status"] == "unknown"
+    assert "the base answered under plain prompts too" in sentences(alone, {})[0]
     found = learned(pd.concat([repaired, plain]), {"cft": "<SAFE>"}).iloc[0]
     assert (found["condition"], found["status"]) == ("<SAFE>", "moved")
     assert found["nll_gain"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("kl", "n", "status"), [(0.8, 30, "moved"), (0.003, 30, "void"), (0.8, 4, "void"), (0.05, 30, "moved")]
+)
+def test_an_arm_that_moved_on_general_prompts_alone_is_not_void(kl: float, n: int, status: str):
+    """Thirty task items at KL .003, 30 general ones at KL .8: the model did change."""
+    task = items(gains=np.zeros(30), kl=0.003).query("prompts == 'task'")
+    general = task.head(n).assign(
+        prompts="general", item_id=[f"g{k}" for k in range(n)], kl=kl * np.linspace(0.5, 1.5, n)
+    )
+    found = learned(pd.concat([task, general]), {})
+    assert found.iloc[0]["status"] == status
+    text = " ".join(sentences(found, {}))
+    assert ("moved from the base" in text) == (status == "moved")
+    assert (f"on general prompts {kl:.3f}" in text) == (n >= 5)
 
 
 @pytest.mark.parametrize(

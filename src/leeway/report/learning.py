@@ -8,14 +8,15 @@ import pandas as pd
 
 from leeway.report import formatting
 from leeway.report.formatting import TOKENS, BudgetUnit, capitalize_first, join_and, mapping
+from leeway.stats.intervals import NAN
 from leeway.stats.learning import FLOOR, MIN_EXAMPLES
 
 RULE = (
     f"Learned: a gain of more than {FLOOR:g} nats per token against the base with plain prompts is shown, in the "
     "held-out NLL of preferred answers or, for objectives trained on pairs, in the margin between preferred and "
-    f"dispreferred answers. Moved: no gain is shown, but a KL to the base above {FLOOR:g} nats per token is. Void: "
-    "neither is, so “no drift” of that checkpoint is no evidence of robustness. Bounds are over held-out examples and "
-    "hold jointly with 95%."
+    f"dispreferred answers. Moved: no gain is shown, but a KL to the base above {FLOOR:g} nats per token is, on task "
+    "prompts or general ones. Void: neither is, so “no drift” of that checkpoint is no evidence of robustness. Bounds "
+    "are over held-out examples and hold jointly with 95%."
 )
 SAYS_NOTHING = "so “no drift” may mean that an objective is robust, or that it learned nothing"
 
@@ -50,7 +51,8 @@ def sentences(learned: pd.DataFrame | None, manifest: dict[str, Any], unit: Budg
         found.append(f"{_named(moved)} moved from the base without being shown to have learned.")
     if few := by_status.get("unknown"):
         names = join_and([_name(a) for a in few])
-        found.append(f"Whether {names} learned is not known: fewer than {MIN_EXAMPLES} held-out examples.")
+        few_items = f"fewer than {MIN_EXAMPLES} held-out examples that the base answered under plain prompts too"
+        found.append(f"Whether {names} learned is not known: {few_items}.")
     if shown := [_name(a) for a in by_status.get("learned", [])]:
         every = len(shown) == len(last) > 1
         who = f"every objective ({', '.join(shown)})" if every else join_and(shown)
@@ -82,5 +84,10 @@ def _name(arm: dict[Any, Any]) -> str:
 
 
 def _named(arms: list[dict[Any, Any]]) -> str:
-    gains = [f"gain in NLL {formatting.nats(a['nll_gain'])}, KL {formatting.nats(a['kl'], sign=False)}" for a in arms]
-    return join_and([f"{_name(a)} ({gain} nats per token)" for a, gain in zip(arms, gains, strict=True)])
+    return join_and([f"{_name(a)} ({_distances(a)} nats per token)" for a in arms])
+
+
+def _distances(arm: dict[Any, Any]) -> str:
+    gain, task, general = arm["nll_gain"], arm["kl"], arm.get("kl_general", NAN)
+    text = f"gain in NLL {formatting.nats(gain)}, KL {formatting.nats(task, sign=False)}"
+    return text if pd.isna(general) else f"{text}, on general prompts {formatting.nats(general, sign=False)}"

@@ -20,7 +20,7 @@ MIN_EXAMPLES = 5
 CHECKPOINT = ["objective", "seed", "budget", "condition"]
 COLUMNS = [*CHECKPOINT, "measure", "label", "value", "low", "high", "n"]
 LEARNED = ["objective", "budget", "condition", "status", "nll_gain", "nll_gain_low", "margin_gain", "margin_gain_low"]
-LEARNED += ["kl", "kl_low", "cue_gap", "cue_gap_low", "n", "n_pairs"]
+LEARNED += ["kl", "kl_low", "kl_general", "kl_general_low", "cue_gap", "cue_gap_low", "n", "n_pairs"]
 LABELS = {
     "train-loss": "Training loss since the last checkpoint",
     "nll": "Held-out NLL, nats per token",
@@ -73,21 +73,23 @@ def learned(items: pd.DataFrame, first: dict[str, str], trained_on_pairs: Collec
 
     Gains are against the base with plain prompts, in nats per token: of the held-out NLL of preferred answers, and, for
     objectives trained on pairs, of the margin between preferred and dispreferred answers. (Behind its own, untrained
-    token the base is worse, and training that merely repairs this has taught nothing.) `…_low` are one-sided
-    lower bounds that hold together with 95% (Student's t over examples, Bonferroni). `status`:
+    token the base is worse, and training that merely repairs this has taught nothing. Examples without the base's
+    values under plain prompts have no gain.) `…_low` are one-sided lower bounds that hold together with 95%
+    (Student's t over examples, Bonferroni). `status`:
 
     - learned: a gain's bound is above FLOOR;
-    - moved: else, the bound of the KL to the base on task prompts is: the model changed, not shown for the better;
+    - moved: else, the bound of the KL to the base is, on task prompts or on general ones (MIN_EXAMPLES of them or
+      more): the model changed, not shown for the better;
     - void: neither. Nothing is shown to have been learned, so "no drift" says nothing.
-    - unknown: fewer than MIN_EXAMPLES examples.
+    - unknown: fewer than MIN_EXAMPLES examples with a gain.
 
     `cue_gap`, for CFT: how much more the margin grew under <SAFE> than under <UNSAFE>; its bound is at 95% alone.
     """
-    table, lines = _with_measures(items[items["prompts"] == "task"]), []
+    table, general, lines = _with_measures(items[items["prompts"] == "task"]), items[items["prompts"] == "general"], []
     table["moved"] = table["margin"] - table["base_margin"]  # on the same prompts
     plain = table[table["condition"] == PLAIN].drop_duplicates("item_id").set_index("item_id")
     for name in ("base_nll", "base_margin"):
-        table[name] = table["item_id"].map(plain[name]).fillna(table[name])
+        table[name] = table["item_id"].map(plain[name])
     table["nll_gain"], table["margin_gain"] = table["base_nll"] - table["nll"], table["margin"] - table["base_margin"]
     for (objective, budget), arm in table.groupby(["objective", "budget"], sort=False):
         condition = first.get(str(objective), str(arm["condition"].iloc[0]))
@@ -95,14 +97,20 @@ def learned(items: pd.DataFrame, first: dict[str, str], trained_on_pairs: Collec
         measures = {"nll_gain": _by_example(own, "nll_gain"), "kl": _by_example(own, "kl")}
         if objective in trained_on_pairs and len(margins := _by_example(own, "margin_gain")):
             measures["margin_gain"] = margins
+        here = general[["objective", "budget", "condition"]].eq([objective, budget, condition]).all(axis=1)
+        if len(moved := _by_example(general[here], "kl")) >= MIN_EXAMPLES:
+            measures["kl_general"] = moved
         line = {"objective": objective, "budget": budget, "condition": condition, "n": len(measures["nll_gain"])}
         line["n_pairs"] = len(_by_example(own, "margin_gain"))
         for name, values in measures.items():
-            line |= {name: values.mean(), f"{name}_low": float(lower_bound(values, (1 - LEVEL) / len(measures)))}
+            line |= {
+                name: values.mean() if len(values) else NAN,
+                f"{name}_low": float(lower_bound(values, (1 - LEVEL) / len(measures))),
+            }
         line["status"] = status(line)
         lines.append(line | _cue_gap(arm))
     return pd.DataFrame(lines, columns=LEARNED).round(
-        {c: 10 for c in LEARNED if c.endswith(("gain", "low", "kl", "gap"))}
+        {c: 10 for c in LEARNED if c.endswith(("gain", "low", "kl", "general", "gap"))}
     )
 
 
@@ -112,7 +120,7 @@ def status(line: dict[str, Any]) -> str:
         return "unknown"
     if line["nll_gain_low"] > FLOOR or line.get("margin_gain_low", NAN) > FLOOR:
         return "learned"
-    return "moved" if line["kl_low"] > FLOOR else "void"
+    return "moved" if line["kl_low"] > FLOOR or line.get("kl_general_low", NAN) > FLOOR else "void"
 
 
 def lower_bound(values_XN: Floats, level: float) -> Floats:
