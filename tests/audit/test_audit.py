@@ -141,6 +141,11 @@ def test_an_unchanged_copy_has_zero_difference(base: Path, tmp_path: Path) -> No
 def test_the_page_of_a_run_without_training(of_adapter: leeway.Results) -> None:
     page = (of_adapter.folder / "report.html").read_text("utf-8")
     assert "External checkpoint: no ledger." in page
+    content = json.loads((of_adapter.folder / "results.json").read_text("utf-8"))
+    (line,) = [text for text in content["verdict"] if text.startswith("Controls were not run")]
+    assert "A/A, dose and the learning check need arms that Leeway trains" in line
+    assert page.count(line) == 2  # in the verdict and in the section on controls, which has no files
+    assert "tables/controls.csv" not in page
     assert "After fine-tuning, capability" in page
     assert 'id="figure-contrasts"' in page
     assert 'id="figure-outcomes"' in page
@@ -342,6 +347,8 @@ def test_mistakes_are_one_line(base: Path, adapter: Path) -> None:
         audit("a", base="b", adapter=adapter)
     with pytest.raises(LeewayError, match=r"'optim\.lr' is a training setting; an audit does not train"):
         audit("a", base="b", overrides=["optim.lr=1"])
+    with pytest.raises(LeewayError, match=r"'controls\.aa' is a training setting; an audit does not train"):
+        audit("a", base="b", overrides=["controls.aa=true"])
     with pytest.raises(LeewayError, match="cannot be a name on the rows"):
         audit("a", base="b", name="base")
     with pytest.raises(LeewayError, match="neither a study file nor a preset"):

@@ -44,7 +44,7 @@ EvalsSource = str | Path | Mapping[str, Any] | None
 OWN_TEMPLATE = Condition("own template", "")
 # settings of a study that an audit does not read
 TRAINING: tuple[str, ...] = ("name", "model", "revision", "objectives", "budgets", "budget", "seeds", "optim")
-TRAINING += ("adapter", "pairs", "reference", "auxiliary")
+TRAINING += ("adapter", "pairs", "reference", "auxiliary", "controls")
 
 
 @dataclass(frozen=True)

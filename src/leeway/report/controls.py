@@ -24,6 +24,11 @@ METHOD = (
     "each prompt’s scores, of base and checkpoints, from random prompts of the base, and tested as the verdict is."
 )
 
+NO_CONTROLS = (
+    "Controls were not run: A/A, dose and the learning check need arms that Leeway trains, and this checkpoint was "
+    "trained elsewhere. So neither the limit of detection nor what is reported without drift was measured."
+)
+
 
 def aa_table(results: Results) -> pd.DataFrame:
     """Return the A/A checks, one per line; empty if the study has none."""
@@ -98,7 +103,12 @@ def _first_judge(results: Results, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def control_sentences(results: Results) -> list[str]:
-    """Return the verdict's lines on the controls; a control that was asked for and not run says why."""
+    """Return the verdict's lines on the controls; a control that was requested and not run says why.
+
+    A run that measures a model trained elsewhere has one line, since no control can be run.
+    """
+    if mapping(results.manifest.get("external")):
+        return [NO_CONTROLS]
     table, (curve, limits), facts = results.controls(), results.dose, results.control_facts
     lines = []
     if len(table):
