@@ -10,6 +10,7 @@ import pytest
 import synthetic
 
 from leeway import stats
+from leeway.report.controls import _alarm_share
 from leeway.stats.cluster_tests import wild_cluster, wild_cluster_p
 
 OBJECTIVES = tuple(f"o{n}" for n in range(6))
@@ -60,6 +61,12 @@ def test_several_axes_add_up_and_a_real_study_stays_below_the_sum() -> None:
     assert table.loc["all", "nominal"] == pytest.approx(0.15)
     assert table.loc["all", "alarms"] >= table.drop("all")["alarms"].max()
     assert table.loc["all", "low"] < table.loc["all", "nominal"]
+    assert "trait" in stats.contrasts(rows, synthetic.CONDITIONS)["measure"].tolist()
+    noted = table["note"].str.contains("the verdict tests the trait in log-odds")
+    assert noted[noted].index.tolist() == ["persona"]
+    assert _alarm_share(table.reset_index().iloc[2].to_dict() | {"value": 0.04}) == (
+        "persona 4.0% by endorsement, while the verdict tests the trait"
+    )
 
 
 def test_a_base_that_always_refuses_raises_no_alarm_and_says_why() -> None:

@@ -4,7 +4,8 @@ A re-drawn study has no drift by construction: for every prompt the base's score
 independent draws of a prompt's mean score *from the base's own rows*. The verdict's tests (`contrasts`: wild cluster
 bootstrap, Holm inside each family) are then recomputed, and a study with a significant difference is a false alarm.
 Items, judge, attacks, number of prompts and size of the families are the study's own. Two prompts differ more than two
-answers to one prompt, so the noise is an upper bound of what sampling the answers again would give.
+answers to one prompt, so the noise is an upper bound of what sampling the answers again would give. For persona the
+endorsement is re-drawn, even where the verdict tests the trait in log-odds; `note` then says so (OTHER_MEASURE).
 
 Shapes: C clusters, M contrasts of a family, R re-drawn studies.
 """
@@ -28,6 +29,7 @@ RESAMPLES = 999
 BLOCK = 40  # re-drawn studies that share their sign flips
 COLUMNS = ["axis", "tests", "redraws", "alarms", "rate", "low", "high", "nominal", "discordant", "n_clusters", "note"]
 ALL = "all"
+OTHER_MEASURE = "endorsement is re-drawn, while the verdict tests the trait in log-odds"
 
 
 def false_alarms(
@@ -68,11 +70,13 @@ def false_alarms(
         line: dict[str, object] = {"axis": matrix.contrasts[0].measure.axis, "tests": len(matrix.contrasts)}
         lines.append(line | _rate(alarm_R, len(by_family)) | {"discordant": round(float(np.mean(shares)), 4)})
         lines[-1]["n_clusters"] = len(clusters)
+    keyed = {c.measure.axis for c in found if c.measure.name == "trait"}
     if lines:
         tests = sum(int(str(line["tests"])) for line in lines)
         lines.append({"axis": ALL, "tests": tests} | _rate(anywhere, families))
     for line in lines:
-        line["note"] = "all prompts of the base have one score: no alarm is possible" * (line.get("discordant") == 0)
+        same = "all prompts of the base have one score: no alarm is possible" * (line.get("discordant") == 0)
+        line["note"] = "; ".join(filter(None, [same, OTHER_MEASURE * (line["axis"] in keyed)]))
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
