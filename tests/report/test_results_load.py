@@ -35,7 +35,9 @@ def test_other_references_and_margins(run: Path):
     results = Results.load(run)
     against = results.contrasts(("sft", None))
     assert set(against["objective"]) == {"cft"}
-    assert against["note"].str.contains("each under its own test prompt: <SAFE> against plain").all()
+    tested = against[against["difference"].notna()]  # three statements a half: the trait is withheld
+    assert tested["note"].str.contains("each under its own test prompt: <SAFE> against plain").all()
+    assert against.loc[~against.index.isin(tested.index), "measure"].isin(["trait", "acquiescence"]).all()
     assert set(results.contrasts(("sft", 25_000))["objective"]) == {"cft"}
     table = results.equivalence({"asr": 0.9, "accuracy": 0.05})
     assert table.set_index(["objective", "measure"])["equivalent"].to_dict() == {

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import expit
+from scipy.stats import t, ttest_ind
 from stats_table import PLAIN, answers, rows
 
 from leeway import stats
@@ -36,13 +37,15 @@ def shift_of(base: list[float], tuned: list[float]) -> pd.DataFrame:
 
 
 def test_halves_by_hand():
-    """Yes-keyed +0.6 and +0.2, No-keyed −0.2 and 0: Y = 0.4, N = −0.1; trait 0.15, bias 0.25."""
-    found = shift_of([-1.0, 2.0, 0.5, -3.0], [-0.4, 1.8, 0.7, -3.0])
+    """Yes-keyed +0.6 and +0.2 (three times), No-keyed −0.2 and 0: Y = 0.4, N = −0.1; trait 0.15, bias 0.25."""
+    found = shift_of([-1.0, 2.0, 0.5, -3.0] * 3, [-0.4, 1.8, 0.7, -3.0] * 3)
     assert found.loc["trait", "difference"] == pytest.approx(0.15)
     assert found.loc["acquiescence", "difference"] == pytest.approx(0.25)
-    # each statement weighs ¼; residuals ±0.2 and ±0.1 from their half's mean: se² = 4/3 · (2 · 0.05² + 2 · 0.025²)
-    assert found.loc["trait", "se"] == pytest.approx((4 / 3 * (2 * 0.05**2 + 2 * 0.025**2)) ** 0.5)
-    assert found.loc["trait", "low"] == pytest.approx(0.15 - 3.182446 * found.loc["trait", "se"], abs=1e-6)
+    # residuals ±0.2 and ±0.1 from the half's mean: V_Y = 0.2²/4 · 6/5 / 6, V_N = 0.1²/4 · 6/5 / 6
+    yes, no = 0.2**2 / 20, 0.1**2 / 20
+    assert found.loc["trait", "se"] == pytest.approx((yes + no) ** 0.5)
+    df = (yes + no) ** 2 / ((yes**2 + no**2) / 5)  # Welch & Satterthwaite's
+    assert found.loc["trait", "low"] == pytest.approx(0.15 - t.ppf(0.975, df) * (yes + no) ** 0.5)
     assert found.loc["trait", ["if_best", "if_worst"]].isna().all()
     assert found.loc["trait", "family"] == "persona @ 1000, trait"
     assert (found.loc["trait", "primary"], found.loc["endorsement", "primary"]) == (False, True)
@@ -65,6 +68,36 @@ def test_pure_bias_and_pure_trait(trait: float, bias: float, record_property: py
             covered[name] += shift.low(0.025) <= truth <= shift.high(0.025)
     record_property("measured", f"trait {trait}, bias {bias}: covered {covered} of {studies}")
     assert all(930 <= count <= 970 for count in covered.values())
+
+
+@pytest.mark.parametrize("small", [5, 8])
+def test_unequal_halves_are_welchs_test_and_keep_their_level(small: int, record_property: pytest.RecordProperty):
+    """2,000 true nulls of 60 statements: about 5% of false alarms; the bias is Welch's test of the two halves."""
+    rng, studies, n = np.random.default_rng(5), 2_000, 60
+    keys, where, ones = (np.arange(n) < small).astype(np.intp), np.arange(n), np.ones(n, dtype=bool)
+    alarms = 0
+    for _ in range(studies):
+        change = rng.normal(0, 0.6, n)
+        shift = Shift.of(Pairs(change, 0 * change, keys, where, where * 0, ones))
+        alarms += 2 * min(shift.p_below(0.0), shift.p_above(0.0)) <= 0.05
+    signed = Shift.of(Pairs(np.where(keys == 1, change, -change), 0 * change, keys, where, where * 0, ones))
+    welch = ttest_ind(change[keys == 1], change[keys == 0], equal_var=False).pvalue
+    assert 2 * min(signed.p_below(0.0), signed.p_above(0.0)) == pytest.approx(welch)
+    record_property("measured", f"halves of {n - small} and {small}: {alarms} false alarms in {studies}")
+    assert alarms <= 0.07 * studies
+
+
+def test_a_half_with_few_statements_is_withheld():
+    keys = ["Yes"] * 20 + ["No"] * 4
+    lines = [
+        line | {"judge_raw": json.dumps({"match": key})}
+        for o in ("base", "sft")
+        for line, key in zip(statements(o, list(np.arange(24.0) / 9 * (o == "sft"))), keys, strict=True)
+    ]
+    found = contrasts(rows(*lines), PLAIN, resamples=100).set_index("measure").loc[["trait", "acquiescence"]]
+    assert found["p"].isna().all()
+    assert set(found["note"]) == {"4 statements with No as the endorsing answer: fewer than 5"}
+    assert stats.equivalence(rows(*lines), PLAIN, {"trait": 0.2})["low90"].isna().all()
 
 
 def test_a_bias_moves_probabilities_near_the_ends_but_not_the_trait():
@@ -96,7 +129,7 @@ def test_without_both_halves_there_is_no_trait():
 
 
 def test_nothing_changed_is_not_a_known_shift():
-    found = shift_of([0.5] * 8, [0.5] * 8).loc["trait"]
+    found = shift_of([0.5] * 12, [0.5] * 12).loc["trait"]
     assert (found["difference"], found["p"]) == (0, 1)
     assert np.isinf(found[["low", "high"]].astype(float)).all()
 

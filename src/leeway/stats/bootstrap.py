@@ -177,7 +177,8 @@ class MeasureCounts:
             line |= {"seeds": len(sets[-1]), "n": int(scored[at].sum()), "n_unscored": int((~scored[at]).sum())}
             line["n_clusters"] = int((counts[:, k].sum(axis=(1, 2)) > 0).sum())
             line["templates"] = " ".join(sorted(chosen["template_hash"].iloc[at].unique()))
-            lines.append(line | {"note": metrics.withheld_reason(~scored[at], strata[at], names, measure)})
+            note = metrics.withheld_reason(~scored[at], strata[at], cluster[at], names, measure)
+            lines.append(line | {"note": note})
         cells = pd.DataFrame(lines)
         known = np.where(cells["note"].to_numpy(object) == "", 1.0, np.nan)
         block = cls(cells, sums, counts, sets, known)

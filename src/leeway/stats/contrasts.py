@@ -78,31 +78,37 @@ def _test_anytime(contrast: Contrast) -> None:
 def _test_log_odds(line: dict[str, object], scored: Pairs) -> None:
     """Fill in a shift in log-odds by Student's t on the clustered error; its values have no bounds."""
     shift = Shift.of(scored)
-    low, high = seed_interval(shift.difference, shift.se, scored, limit=math.inf)
+    low, high = seed_interval(shift.difference, shift.se, scored, limit=math.inf, df=shift.df)
     discordant = len(np.unique(scored.clusters[np.abs(scored.value - scored.base) > TIE]))
     mde = float(t.ppf(0.5 + LEVEL / 2, shift.df) + t.ppf(POWER, shift.df)) * shift.se
     tail, found = (1 - LEVEL) / 2, {"difference": shift.difference, "se": shift.se, "mde": mde}
     found |= {"low": shift.low(tail), "high": shift.high(tail), "seed_ci_low": low, "seed_ci_high": high}
     found["p"] = min(1.0, 2 * min(shift.p_below(0.0), shift.p_above(0.0)))
     line |= {name: round(value, 10) for name, value in found.items()} | {"n_discordant": discordant}
-    line["note"] = contrast_note(line, shift.df + 1, discordant, shift.se)
+    line["note"] = contrast_note(line, len(np.unique(scored.clusters)), discordant, shift.se)
 
 
 @dataclass(frozen=True)
 class Shift:
-    """A mean difference without bounds, with its clustered error; tests are Student's, with C − 1 degrees of freedom.
+    """A mean difference over keyed halves, without bounds; tests are Welch's (1947, Biometrika 34:28).
 
-    Without variance (`se` NaN) nothing is rejected and the interval is unbounded.
+    The clustered variance is that within each half, with n_h/(n_h − 1) for its n_h statements; the degrees of freedom
+    are Welch & Satterthwaite's. Without variance (`se` NaN) nothing is rejected and the interval is unbounded.
     """
 
     difference: float
     se: float
-    df: int
+    df: float
 
     @classmethod
     def of(cls, scored: Pairs) -> Shift:
         difference = float(stratum_shares(scored.strata) @ (scored.value - scored.base))
-        return cls(difference, standard_error(scored), max(len(np.unique(scored.clusters)) - 1, 1))
+        clusters = intervals.dense_codes(scored.clusters)
+        count = int(clusters.max(initial=0)) + 1
+        residual_CH = intervals.half_residuals(scored.value - scored.base, scored.strata, clusters, count)
+        variance = float((residual_CH.sum(axis=1) ** 2).sum())
+        se = math.sqrt(variance) if count > 1 and variance > intervals.NO_VARIANCE else NAN
+        return cls(difference, se, intervals.welch_df(residual_CH, intervals.stratum_sizes(scored.strata, clusters)))
 
     def p_below(self, bound: float) -> float:
         """Return the p-value of H0: difference ≥ bound."""
@@ -246,7 +252,9 @@ def mcnemar(pairs: Pairs) -> float:
     return float(binomtest(up, up + down).pvalue) if up + down else 1.0
 
 
-def seed_interval(difference: float, se: float, pairs: Pairs, limit: float = 1.0) -> tuple[float, float]:
+def seed_interval(
+    difference: float, se: float, pairs: Pairs, limit: float = 1.0, df: float = NAN
+) -> tuple[float, float]:
     """Return the 95% interval that covers new prompts and new training seeds; NaN with one seed, or without variance.
 
     Prompts and S seeds are crossed, so with D_s the difference of one seed
@@ -256,7 +264,8 @@ def seed_interval(difference: float, se: float, pairs: Pairs, limit: float = 1.0
     V_prompt is the clustered variance, V_seed = Var(D_s)/S, V_both the variance of prompt × seed, which both contain
     (Cameron, Gelbach & Miller 2011, JBES 29:238: V_prompt + V_seed − V_both). Each term has the degrees of freedom it
     was estimated with, as in Howe (1974, JASA 69:789); one t for the sum covers too little or far too much with 2 to
-    5 seeds. f is ½ for two seeds and ⅒ for more, found by simulation (benchmarks/statistics).
+    5 seeds. `df` replaces C − 1 in the first term. f is ½ for two seeds and ⅒ for more, found by simulation
+    (benchmarks/statistics).
     """
     seeds = np.unique(pairs.seeds)
     S = len(seeds)
@@ -276,7 +285,8 @@ def seed_interval(difference: float, se: float, pairs: Pairs, limit: float = 1.0
     both = float((crossed**2).sum()) * C / ((C - 1) * (S - 1) * S)
     variance = max(variance - both, SEED_VARIANCE_FLOOR.get(S, SEED_VARIANCE_FLOOR_MORE) * variance)
     high = 0.5 + LEVEL / 2
-    half = math.sqrt((float(t.ppf(high, C - 1)) * se) ** 2 + float(t.ppf(high, S - 1)) ** 2 * variance)
+    prompt_df = C - 1 if math.isnan(df) else df
+    half = math.sqrt((float(t.ppf(high, prompt_df)) * se) ** 2 + float(t.ppf(high, S - 1)) ** 2 * variance)
     return max(difference - half, -limit), min(difference + half, limit)
 
 

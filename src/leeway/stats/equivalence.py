@@ -152,7 +152,7 @@ def _bounded_contrasts(
         assert contrast.scored is not None
         tests.append(shift := Shift.of(contrast.scored))
         moved = np.abs(contrast.scored.value - contrast.scored.base) > TIE
-        _fill(contrast, shift.difference, len(np.unique(contrast.scored.clusters[moved])))
+        _fill(contrast, shift.difference, len(np.unique(contrast.scored.clusters[moved])), shift.se)
     if shifts:
         yield shifts, EachBounds(tests)
     yield [c for c in found if c.scored is None], None
@@ -177,10 +177,10 @@ class EachBounds:
         return np.array([a.low(alpha) for a in self.tests])
 
 
-def _fill(contrast: Contrast, difference: float, discordant: int) -> None:
+def _fill(contrast: Contrast, difference: float, discordant: int, se: float | None = None) -> None:
     scored, line = contrast.scored, contrast.line
     assert scored is not None
-    se = standard_error(scored)
+    se = standard_error(scored) if se is None else se
     line |= pair_rates(scored) | {"difference": round(difference, 10), "n_discordant": discordant}
     line["error"] = round(se, 10)
     if contrast.sequential:
@@ -231,7 +231,7 @@ def rate_bounds(
             scored = at[~absent]
             own_clusters = dense_codes(clusters[scored])
             count = int(own_clusters.max(initial=-1)) + 1
-            reason = metrics.withheld_reason(absent, strata[at], names, measure)
+            reason = metrics.withheld_reason(absent, strata[at], clusters[at], names, measure)
             if not reason and count < 2:
                 reason = "a single prompt: its error cannot be estimated"
             line = key | {"measure": measure.name, "bound": bound, "worse": worse}

@@ -91,6 +91,36 @@ def cluster_variance(values: Floats, strata: Ints, clusters: Ints) -> float:
     return float(sums_C @ sums_C) * count / max(count - 1, 1)
 
 
+def half_residuals(values: Floats, strata: Ints, clusters: Ints, count: int) -> Floats:
+    """Return the residuals of each cluster in each stratum, (C, H), scaled by √(n_h/(n_h − 1)) with n_h clusters.
+
+    The squares of the row sums add up to the variance of the mean over strata of independent samples: a small stratum
+    has its own small-sample factor, which `cluster_variance` shares over all clusters.
+    """
+    levels, where = np.unique(strata, return_inverse=True)
+    cell, shape = clusters * len(levels) + where, (count, len(levels))
+    residual_CH = np.bincount(cell, weights=residuals(values, strata), minlength=count * len(levels)).reshape(shape)
+    n_H = stratum_sizes(strata, clusters)
+    return np.asarray(residual_CH * np.sqrt(n_H / np.maximum(n_H - 1, 1)), dtype=np.float64)
+
+
+def stratum_sizes(strata: Ints, clusters: Ints) -> Ints:
+    """Return the number of clusters in each stratum that has any, (H,)."""
+    return np.array([len(np.unique(clusters[strata == h])) for h in np.unique(strata)], dtype=np.intp)
+
+
+def welch_df(residual_CH: Floats, n_H: Ints) -> float:
+    """Return Welch & Satterthwaite's degrees of freedom of the variance of `half_residuals` (Biometrika 1947, 34:28).
+
+    (Σ V_h)² / Σ V_h²/(n_h − 1), and at most C − 1; without variance, those of the smallest stratum.
+    """
+    variance_H, df_H = (residual_CH**2).sum(axis=0), np.maximum(n_H - 1, 1)
+    if variance_H.sum() <= NO_VARIANCE:
+        return float(df_H.min())
+    df = float(variance_H.sum() ** 2 / (variance_H**2 / df_H).sum())
+    return min(df, float(max(len(residual_CH) - 1, 1)))
+
+
 def residuals(values: Floats, strata: Ints) -> Floats:
     """Return s_i (x_i − x̄_{a(i)}): the deviation of each value from its stratum's mean, weighted."""
     share = stratum_shares(strata)

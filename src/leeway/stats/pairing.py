@@ -210,7 +210,7 @@ def _contrast(
 ) -> Contrast:
     pairs, prompts = every.subset(every.matched), ""
     absent = np.isnan(pairs.value - pairs.base)
-    reason = metrics.withheld_reason(absent, pairs.strata, names, measure)
+    reason = metrics.withheld_reason(absent, pairs.strata, pairs.clusters, names, measure)
     if not len(pairs.value):
         name = "the base" if against is None else against[0]
         reason = f"no pair: {name} was not measured under the same rendered prompts"

@@ -62,7 +62,7 @@ def rates(rows: pd.DataFrame, conditions: Mapping[str, str], *, pool_seeds: bool
 
 def _rate_line(measure: Measure, values: Floats, strata: Ints, clusters: Ints, names: list[str]) -> dict[str, object]:
     absent = np.isnan(values)
-    reason = metrics.withheld_reason(absent, strata, names, measure)
+    reason = metrics.withheld_reason(absent, strata, clusters, names, measure)
     scored = ~absent
     own_clusters = dense_codes(clusters[scored])
     line: dict[str, object] = {"axis": measure.axis, "measure": measure.name, "label": measure.label}

@@ -27,7 +27,16 @@ from scipy.stats import t
 from leeway.stats.cluster_tests import ALPHA, wild_cluster
 from leeway.stats.contrasts import ContrastMatrix, holm_by_family, pair_rates
 from leeway.stats.equivalence import one_sided
-from leeway.stats.intervals import LEVEL, RESAMPLES, Floats, Ints, residuals, stratum_shares
+from leeway.stats.intervals import (
+    LEVEL,
+    RESAMPLES,
+    Floats,
+    Ints,
+    half_residuals,
+    stratum_shares,
+    stratum_sizes,
+    welch_df,
+)
 from leeway.stats.metrics import BASE, PLAIN, Measure, analysis_table, effect_floor
 from leeway.stats.pairing import Contrast, paired_contrasts
 
@@ -150,25 +159,27 @@ def _tested(scored: dict[str, Contrast], table: pd.DataFrame, resamples: int, se
 
 
 def _student(contrasts: list[Contrast], clusters: Ints, plain: int | None) -> tuple[Floats, Floats]:
-    """Return (difference, low, high), (3, M), and p, (M,), by Student's t on clustered errors: log-odds have no bounds.
+    """Return (difference, low, high), (3, M), and p, (M,), by Welch's t on clustered errors: log-odds have no bounds.
 
     With `plain`, M is twice the number of contrasts: after the drifts come the differences from that one's.
     """
-    difference_M, residual_CM = np.empty(len(contrasts)), np.empty((len(clusters), len(contrasts)))
-    for m, scored in enumerate(c.scored for c in contrasts):
+    differences, residuals, sizes = [], [], []
+    for scored in (c.scored for c in contrasts):
         assert scored is not None
         change, where = scored.value - scored.base, np.searchsorted(clusters, scored.clusters)
-        difference_M[m] = stratum_shares(scored.strata) @ change
-        weights = residuals(change, scored.strata)
-        residual_CM[:, m] = np.bincount(where, weights=weights, minlength=len(clusters))
+        differences.append(float(stratum_shares(scored.strata) @ change))
+        residuals.append(half_residuals(change, scored.strata, where, len(clusters)))
+        sizes.append(stratum_sizes(scored.strata, where))
     if plain is not None:
-        difference_M = np.concatenate([difference_M, difference_M - difference_M[plain]])
-        residual_CM = np.hstack([residual_CM, residual_CM - residual_CM[:, [plain]]])
-    n = len(clusters)
-    error_M = np.sqrt((residual_CM**2).sum(axis=0) * n / max(n - 1, 1))
-    half_M = float(t.ppf(0.5 + LEVEL / 2, max(n - 1, 1))) * error_M
+        differences += [d - differences[plain] for d in differences]
+        residuals += [r - residuals[plain] for r in residuals]
+        sizes += [np.minimum(n, sizes[plain]) for n in sizes]
+    difference_M = np.array(differences)
+    error_M = np.array([np.sqrt((r.sum(axis=1) ** 2).sum()) for r in residuals])
+    df_M = np.array([welch_df(r, n) for r, n in zip(residuals, sizes, strict=True)])
+    half_M = t.ppf(0.5 + LEVEL / 2, df_M) * error_M
     with np.errstate(divide="ignore", invalid="ignore"):
-        p_M = 2 * t.sf(np.abs(difference_M) / error_M, max(n - 1, 1))
+        p_M = 2 * t.sf(np.abs(difference_M) / error_M, df_M)
     p_M = np.where(error_M > 0, p_M, 1.0)  # without variance nothing is rejected
     return np.stack([difference_M, difference_M - half_M, difference_M + half_M]), p_M
 
