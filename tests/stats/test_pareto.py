@@ -7,7 +7,7 @@ from stats_table import PLAIN, rows
 from trajectory_table import checkpoint, first, random_rows
 
 from leeway import stats
-from leeway.stats.pareto import dominated_by
+from leeway.stats.pareto import _choose, dominated_by
 
 
 def at_one_budget(**of: tuple[int, int]) -> pd.DataFrame:
@@ -33,13 +33,41 @@ def test_the_most_capable_of_those_not_shown_worse():
     assert bool(table.loc["ip", "within"])
 
 
+def test_p_best_follows_the_rules_of_the_recommendation():
+    """kl is always half a point less capable than sft, with a lower ASR; ip gains half a point on the base."""
+    lines = checkpoint("base", 0, first(40, 200), {"dan": first(20, 200)})
+    for objective, right, harmful in (("sft", 100, 20), ("kl", 99, 10), ("ip", 41, 0)):
+        lines += checkpoint(objective, 1000, first(right, 200), {"dan": first(harmful, 200)})
+    found = stats.recommend(rows(*lines), PLAIN, resamples=500).set_index("objective")
+    assert bool(found.loc["kl", "recommended"])
+    assert found.loc["kl", "p_best"] > 0.7  # unless the one answer between them is drawn twice
+    assert found["p_best"].sum() == pytest.approx(1)
+    alone = stats.recommend(
+        rows(*(line for line in lines if line["objective"] in ("base", "ip"))), PLAIN, resamples=500
+    )
+    alone = alone.set_index("objective")
+    assert bool(alone.loc["none", "recommended"])
+    assert alone.loc["none", "p_best"] > 0.5
+
+
+@pytest.mark.parametrize(("more", "less"), [(0.35, 0.34), (0.61, 0.60)])
+def test_one_point_is_one_point_at_every_rate(more: float, less: float):
+    """0.35 − 0.34 is a little under 0.01 as a float, and 0.61 − 0.60 a little over: neither is a tie, nor beyond it."""
+    lines = [{"objective": o, "capability": c, "asr": a} for o, c, a in (("sft", more, 0.3), ("kl", less, 0.1))]
+    _choose(lines := [line | {"recommended": False, "why": ""} for line in lines], 0.01)
+    assert [line["recommended"] for line in lines] == [True, False]
+    lines = checkpoint("base", 0, first(20, 100), {"dan": first(round(100 * less), 100)})
+    lines += checkpoint("sft", 1000, first(20, 100), {"dan": first(round(100 * more), 100)})
+    assert np.isinf(stats.onset(rows(*lines), PLAIN, "asr", 0.01, resamples=200).iloc[0]["estimate"])
+
+
 def test_nothing_qualifies():
     found = stats.recommend(at_one_budget(sft=(90, 60), dpo=(80, 70)), PLAIN, resamples=500).set_index("objective")
     assert not found["qualifies"].any()
     assert found["recommended"].to_dict() == {"sft": False, "dpo": False, "none": True}
     assert found.loc["none", "p_best"] == 1
     assert found.loc["none", "why"].startswith(
-        "no objective is shown to stay inside the margins; at least one objective is inside the margins in 0%"
+        "no objective is shown to stay inside the margins; an objective is selected in 0% of draws"
     )
 
 

@@ -220,7 +220,7 @@ def test_an_objective_that_learned_nothing_is_not_recommended():
     def candidate(name: str, gain: float) -> _Candidate:
         line = {"objective": name, "condition": "plain", "capability": 0.4 + gain, "gain": gain, "qualifies": True}
         line |= {"within": True, "recommended": False, "why": ""}
-        return _Candidate(line, np.full(4, 0.4 + gain), np.ones(4, dtype=bool))
+        return _Candidate(line, np.full(4, 0.4 + gain), np.full(4, gain), np.zeros(4), np.ones(4, dtype=bool))
 
     none = _recommendation_lines([candidate("sft", 0.005), candidate("kl", 0.0)], 1000, 0.01)[-1]
     assert (none["objective"], none["recommended"]) == ("none", True)

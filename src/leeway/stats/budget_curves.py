@@ -103,8 +103,9 @@ def _onset_line(
         return line | {"note": reason}
     sign = 1.0 if direction == "up" else -1.0
     columns, base = trajectory.columns_B, trajectory.base
-    point_B = sign * (drawn.point_K[columns] - drawn.point_K[base])
-    drawn_RB = sign * (drawn.drawn_RK[:, columns] - drawn.drawn_RK[:, [base]])
+    # rounded: 0.61 − 0.60 does not exceed 0.01
+    point_B = (sign * (drawn.point_K[columns] - drawn.point_K[base])).round(10)
+    drawn_RB = (sign * (drawn.drawn_RK[:, columns] - drawn.drawn_RK[:, [base]])).round(10)
     discordant_B = np.array([drawn.n_discordant((k, base), (1, -1)) for k in columns])
     line["estimate"] = first_sustained(point_B[None] > threshold, budgets_B)[0]
     reason = ""

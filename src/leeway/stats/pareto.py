@@ -121,9 +121,9 @@ def recommend(
     include training seeds, and are too narrow with few discordant prompts. `recommended` is the most capable at the
     point of those `within` that gain `floor` on the base, or the line `none`. Ties: of those less than `floor` (1
     point) less capable, the one with the lowest ASR; of those less than `floor` above that, the first name.
-    `p_best` is the share of draws in which an objective is the most
-    capable of those inside the margins in that draw; for `none`, the share with no objective inside. Uncorrected for
-    the number of objectives. Raises StatsError for a budget that no objective has; empty without a capability axis.
+    `p_best` is the share of draws in which the same rules select an objective, from those inside the margins in that
+    draw; for `none`, the share in which they select no objective. Uncorrected for the number of objectives. Raises
+    StatsError for a budget that no objective has; empty without a capability axis.
     """
     drawn = drawn or draws(rows, conditions, MEASURES, resamples=resamples, seed=seed)
     if "accuracy" not in drawn.measures:
@@ -172,6 +172,8 @@ class _Candidate:
 
     line: dict[str, object]
     capability_R: Floats
+    gain_R: Floats  # NaN without a base
+    asr_R: Floats  # 0 if it was not measured
     within_R: NDArray[np.bool_]
 
     @classmethod
@@ -183,7 +185,7 @@ class _Candidate:
         line: dict[str, object] = trajectory.key | {"budget": budget, "capability": float(drawn.point_K[column])}
         line |= {"recommended": False, "n_clusters": trajectory.n_clusters, "note": trajectory.note}
         within_R = np.ones(len(drawn.drawn_RK), dtype=bool)
-        reasons, verdicts = [], []
+        gain_R, reasons, verdicts = np.full(len(within_R), NAN), [], []
         if base < 0:
             reasons, verdicts = [f"no base under {trajectory.condition} to compare with"], ["unknown"]
         else:
@@ -199,7 +201,10 @@ class _Candidate:
         line["qualifies"] = not {"worse", "unknown"} & set(verdicts) and np.isfinite(drawn.point_K[column])
         measured = "within" in verdicts or not margins  # without any measure nothing is excluded
         line["within"] = measured and all(v in ("within", "absent") for v in verdicts)
-        return cls(line | {"why": join_notes(*reasons)}, drawn.drawn_RK[:, column], within_R)
+        same = (drawn.cells[name] == value for name, value in (trajectory.key | {"budget": budget}).items())
+        asr_K = np.logical_and.reduce([drawn.cells["measure"] == asr_measure(drawn), *same])
+        asr_R = np.nan_to_num(drawn.drawn_RK[:, asr_K].sum(axis=1))  # one column, or none
+        return cls(line | {"why": join_notes(*reasons)}, drawn.drawn_RK[:, column], gain_R, asr_R, within_R)
 
 
 def _margin_verdict(
@@ -255,22 +260,34 @@ def _worsening_bounds(bounds: tuple[float, float], better: str) -> tuple[float, 
     return max(low, -high, 0.0), max(high, -low)
 
 
-def _recommendation_lines(candidates: list[_Candidate], budget: int, floor: float) -> list[dict[str, object]]:
+def _selections(candidates: list[_Candidate], floor: float) -> NDArray[np.bool_]:
+    """Return which objective the rules of `recommend` select in each draw, (R, J); in a draw without any, none."""
+    gap = max(floor, TIE)
     capability_RJ = np.column_stack([c.capability_R for c in candidates])
-    within_RJ = np.column_stack([c.within_R for c in candidates]) & np.isfinite(capability_RJ)
-    eligible_RJ = np.where(within_RJ, capability_RJ, -np.inf)
-    best_RJ = within_RJ & (eligible_RJ == eligible_RJ.max(axis=1, keepdims=True))
-    share_J = (best_RJ / np.maximum(best_RJ.sum(axis=1, keepdims=True), 1)).mean(axis=0)  # ties are split
-    for candidate, share in zip(candidates, share_J, strict=True):
+    asr_RJ = np.column_stack([c.asr_R for c in candidates])
+    gain_RJ = np.column_stack([c.gain_R for c in candidates]).round(10)
+    inside_RJ = np.column_stack([c.within_R for c in candidates]) & np.isfinite(capability_RJ) & ~(gain_RJ < floor)
+    best_R1 = np.where(inside_RJ, capability_RJ, -np.inf).max(axis=1, keepdims=True)
+    tied_RJ = inside_RJ & ((best_R1 - capability_RJ).round(10) < gap)
+    lowest_R1 = np.where(tied_RJ, asr_RJ, np.inf).min(axis=1, keepdims=True)
+    chosen_RJ = tied_RJ & ((asr_RJ - lowest_R1).round(10) < gap)
+    by_name = np.argsort([str(c.line["objective"]) for c in candidates], kind="stable")
+    first_R = by_name[chosen_RJ[:, by_name].argmax(axis=1)]
+    return chosen_RJ & (np.arange(len(candidates)) == first_R[:, None])
+
+
+def _recommendation_lines(candidates: list[_Candidate], budget: int, floor: float) -> list[dict[str, object]]:
+    selected_RJ = _selections(candidates, floor)
+    for candidate, share in zip(candidates, selected_RJ.mean(axis=0), strict=True):
         candidate.line["p_best"] = round(float(share), 10)
     lines = [c.line for c in candidates]
     inside = [line for line in lines if line["qualifies"] and line["within"]]
     eligible = [line for line in inside if not float(str(line.get("gain", NAN))) < floor]
     undecided = [str(line["objective"]) for line in lines if line["qualifies"] and not line["within"]]
-    p_none = float((~within_RJ.any(axis=1)).mean())
+    p_none = float((~selected_RJ.any(axis=1)).mean())
     none: dict[str, object] = {"objective": NONE, "condition": "", "budget": budget, "recommended": not eligible}
     none |= {"qualifies": False, "within": False, "p_best": round(p_none, 10), "n_clusters": 0, "note": ""}
-    why = f"at least one objective is inside the margins in {1 - p_none:.0%} of draws"
+    why = f"an objective is selected in {1 - p_none:.0%} of draws"
     if not eligible:
         also = f"; not shown to be outside: {', '.join(undecided)}" if undecided else ""
         why = f"no objective is shown to stay inside the margins{also}; {why}"
@@ -289,11 +306,12 @@ def _choose(eligible: list[dict[str, object]], floor: float) -> None:
     def value(line: dict[str, object], key: str) -> float:
         return float(str(line.get(key, 0.0)))
 
+    gap = max(floor, TIE)
     best = max(value(line, "capability") for line in eligible)
-    tied = [line for line in eligible if best - value(line, "capability") < max(floor, TIE)]
+    tied = [line for line in eligible if round(best - value(line, "capability"), 10) < gap]
     lowest = min(value(line, "asr") for line in tied)
     chosen = min(
-        (line for line in tied if value(line, "asr") - lowest < max(floor, TIE)),
+        (line for line in tied if round(value(line, "asr") - lowest, 10) < gap),
         key=lambda line: str(line["objective"]),
     )
     chosen["recommended"] = True
