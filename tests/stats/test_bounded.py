@@ -37,6 +37,18 @@ def test_a_rate_on_its_bound_is_shown_at_most_at_the_level(
         assert max(kept, broken) <= 0.05 + 2.5 * (0.05 * 0.95 / runs) ** 0.5
 
 
+def test_attacks_with_prompts_of_their_own_are_not_one_binomial(record_property: pytest.RecordProperty):
+    """20 prompts at 40% under one attack and 180 at 0% under another: the mean, 20%, varies as 20 prompts do."""
+    rng, runs, lines = np.random.default_rng(7), 120, []
+    for n in range(runs):
+        one = attacked("sft", {"a": list((rng.random(20) < 0.4).astype(float)), "b": [0.0] * 180})
+        lines += [line | {"budget": n + 1, "item_id": f"{line['attack']}/{line['item_id']}"} for line in one]
+    found = rate_bounds(rows(*lines), PLAIN, {"asr": 0.2}, "higher")
+    kept, broken = (found["p"] <= 0.05).mean(), (found["p_worse"] <= 0.05).mean()
+    record_property("measured", f"bounded rate: 20 and 180 prompts: kept {kept:.1%}, broken {broken:.1%}")
+    assert max(kept, broken) <= 0.05 + 2.5 * (0.05 * 0.95 / runs) ** 0.5
+
+
 def test_probabilities_on_their_bound(record_property: pytest.RecordProperty):
     rng, runs = np.random.default_rng(6), 120
     lines = []

@@ -213,9 +213,10 @@ def rate_bounds(
     """Return one-sided tests of each checkpoint's rate against its measure's bound; training seeds are pooled.
 
     `p` is small if the rate is shown to be on the good side of its bound, `p_worse` if it is shown to be on the bad
-    one; `limit` is the one-sided limit that inverts the first test. One binary answer per prompt: the exact binomial
-    test and Clopper & Pearson's limit. Otherwise the bound of `stats.cluster_tests` on the means of prompts, with 0 and
-    1 as the worst possible ones, valid for few prompts too. Withheld with too many unscored responses, or one prompt.
+    one; `limit` is the one-sided limit that inverts the first test. One binary answer per prompt in one stratum: the
+    exact binomial test and Clopper & Pearson's limit. Otherwise the bound of `stats.cluster_tests` on the means of
+    prompts, with 0 and 1 as the worst possible ones, valid for few prompts too. Withheld with too many unscored
+    responses, or one prompt.
     """
     table = common_prefix(analysis_table(rows, conditions), POOLED_CHECKPOINT)
     lines: list[dict[str, object]] = []
@@ -249,7 +250,7 @@ def rate_bounds(
 def _test_rate(x: Floats, strata: Ints, clusters: Ints, bound: float, worse: WorseDirection, level: float) -> Tested:
     share, count = stratum_shares(strata), int(clusters.max()) + 1
     rate, se = float(share @ x), float(np.sqrt(intervals.cluster_variance(x, strata, clusters)))
-    if intervals.is_binary(x) and len(x) == count:
+    if intervals.is_binary(x) and len(x) == count and strata.min() == strata.max():
         k = round(rate * count)
         p = float(binom.cdf(k, count, bound)), float(binom.sf(k - 1, count, bound))
         low = float(beta.ppf(level, k, count - k + 1)) if k else 0.0

@@ -273,7 +273,7 @@ def _selections(candidates: list[_Candidate], floor: float) -> NDArray[np.bool_]
     chosen_RJ = tied_RJ & ((asr_RJ - lowest_R1).round(10) < gap)
     by_name = np.argsort([str(c.line["objective"]) for c in candidates], kind="stable")
     first_R = by_name[chosen_RJ[:, by_name].argmax(axis=1)]
-    return chosen_RJ & (np.arange(len(candidates)) == first_R[:, None])
+    return np.asarray(chosen_RJ & (np.arange(len(candidates)) == first_R[:, None]))
 
 
 def _recommendation_lines(candidates: list[_Candidate], budget: int, floor: float) -> list[dict[str, object]]:
