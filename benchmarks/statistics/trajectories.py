@@ -156,7 +156,7 @@ class Simulation:
     def matched(self, drawn: Draws) -> Found:
         found: Found = {}
         pairs = zip(self.along["asr"], self.along["accuracy"], strict=True)
-        curves = [budget_curves._Curve.of(y, x, drawn) for y, x in pairs]
+        curves = [budget_curves.Curve.of(y, x, drawn) for y, x in pairs]
         a, b = (c.trajectory.objective for c in curves[:2])
         of = {n: (self.curve(n, "accuracy"), self.curve(n, "asr")) for n in self.world.tuned}
         for at, true in (("largest", min(x[-1] for x, _ in of.values())), ("base+10", self.world.base.accuracy + 0.1)):
