@@ -156,13 +156,12 @@ class Simulation:
     def matched(self, drawn: Draws) -> Found:
         found: Found = {}
         pairs = zip(self.along["asr"], self.along["accuracy"], strict=True)
-        curves = [budget_curves.Curve.of(y, x, drawn) for y, x in pairs]
+        curves = [budget_curves.Curve.of(y, x, drawn, budget_curves.CAPABILITY) for y, x in pairs]
         a, b = (c.trajectory.objective for c in curves[:2])
         of = {n: (self.curve(n, "accuracy"), self.curve(n, "asr")) for n in self.world.tuned}
         for at, true in (("largest", min(x[-1] for x, _ in of.values())), ("base+10", self.world.base.accuracy + 0.1)):
-            lines = budget_curves._matched_lines(
-                "asr", curves, budget_curves._target(at, curves, drawn, "accuracy"), at
-            )
+            target_R = budget_curves._target(at, curves, drawn, "accuracy")
+            lines = budget_curves.matched_lines("asr", curves, target_R, at)
             line = next(t for t in lines if t["kind"] == "pair" and t["against"] == b)
             found[f"matched at {at} held"] = held(line, float(np.interp(true, *of[a]) - np.interp(true, *of[b])))
         return found
