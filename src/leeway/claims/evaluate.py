@@ -23,7 +23,7 @@ from leeway import stats
 from leeway.claims.schema import Claim, Claims
 from leeway.stats.bootstrap import interval, trajectories
 from leeway.stats.contrasts import holm, minimal_detectable_effect
-from leeway.stats.identity import alike
+from leeway.stats.identity import same_behaviour
 from leeway.stats.interaction import slope_weights
 from leeway.stats.intervals import NAN
 from leeway.stats.metrics import BASE, LOG_ODDS, PLAIN, analysis_table, measures
@@ -192,7 +192,7 @@ class EvaluationContext:
             line |= {"n_clusters": 0, "note": f"{objective}: {reason}"}
             return MarginTest(name, margin, line, line)
         lines = [{str(k): v for k, v in t.iloc[0].items()} for t in (up, down)]
-        if same := alike(self._identity, objective, other, budget):
+        if same := same_behaviour(self._identity, objective, other, budget):
             behaviour = f"{self._name(objective)} behaves as {self._name(other)}: {same}"
             lines[0]["note"] = "; ".join(filter(None, [behaviour, str(lines[0]["note"])]))
         return MarginTest(name, margin, *lines)

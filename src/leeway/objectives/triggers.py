@@ -88,5 +88,5 @@ def shared_opening(prompts: Iterable[str]) -> str:
     every = [*prompts]
     first, last = min(every, default=""), max(every, default="")  # in the order of text, what these share all share
     shared = first[: next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
-    opening = re.match(r"(.*\s)?", shared[:MAX_CHARACTERS], re.DOTALL)[0]  # type: ignore[index]
+    opening = re.sub(r"\S+\Z", "", shared[:MAX_CHARACTERS])  # without a word that is cut
     return opening if len(opening.split()) >= MIN_WORDS else ""

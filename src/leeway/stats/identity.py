@@ -50,7 +50,7 @@ def identity(rows: pd.DataFrame, conditions: Mapping[str, str], first: Mapping[s
     return pd.DataFrame(lines, columns=PAIRS)
 
 
-def alike(table: pd.DataFrame, objective: str, against: str, budget: int) -> str:
+def same_behaviour(table: pd.DataFrame, objective: str, against: str, budget: int) -> str:
     """Return "99.9% identical answers" if two arms of an `identity` table are one behaviour at a budget, else ""."""
     pair = table["objective"].isin([objective, against]) & table["against"].isin([objective, against])
     found = table[pair & (table["budget"] == budget) & table["same"].astype(bool)]

@@ -106,8 +106,8 @@ def control_jobs(prepared: Prepared) -> list[Job]:
         for seed in (s for a, s in prepared.schedules if a == alias):
             tune = [Job("tune", arm.rate_of, prepared.spec.seeds[0])] if arm.lr is None and arm.rate_of else []
             train = Job("train", alias, seed, (arm.budget,), tuple(tune))
-            kind, needs = "check" if alias == RATE_ZERO else "measure", ((alias, seed, arm.budget),)
-            jobs += [train, Job(kind, alias, seed, (arm.budget,), needs=needs)]  # type: ignore[arg-type]
+            kind: Literal["check", "measure"] = "check" if alias == RATE_ZERO else "measure"
+            jobs += [train, Job(kind, alias, seed, (arm.budget,), needs=((alias, seed, arm.budget),))]
     return jobs + [Job("base", BASE_AGAIN)] * bool(controls.again)
 
 

@@ -218,7 +218,7 @@ class Worker:
         self.store.write_learning(self._learning_path(job), records, items.hash)
 
     def _base_stats(self, control_tokens: tuple[str, ...], prefix: str) -> learning.BaseStats:
-        """Return what the base says of the learning check's items; computed once per worker."""
+        """Return the base's statistics on the learning check's items; computed once per worker."""
         key = (control_tokens, prefix)
         if key not in self._learning:
             model, whole = self.base(), self.prepared.spec.adapter.kind == "full"
