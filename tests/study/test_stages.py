@@ -318,7 +318,8 @@ def test_the_ledger_is_no_wider_than_a_screen_whatever_the_names() -> None:
     numbers = dict.fromkeys(DATA[:3] + COST, 123_456_789) | {"epochs": 1234.5678, "lr": 3.0e-5, "start_tokens": 5}
     hashes = dict.fromkeys(("data_hash", "init_hash", "reference_hash"), "0123456789abcdef")
     rows = [{"objective": n, "seed": s, "budget": 9_000_000_000, **numbers, **hashes} for n in names for s in (0, 1)]
-    text = "\n".join(ledger_report._text(rows, Matching("processed", {names[0]: "sft at 300, reference: start"}), [], []))
+    matching = Matching("processed", {names[0]: "sft at 300, reference: start"})
+    text = "\n".join(ledger_report._text(rows, matching, [], []))
     assert max(map(len, text.splitlines())) <= 100
     for name in names:
         own = [line for line in text.splitlines() if line.split()[:1] == [name]]
