@@ -26,10 +26,13 @@ def identity(rows: pd.DataFrame, conditions: Mapping[str, str], first: Mapping[s
     objective without such a condition is paired under the same template. A persona answer is Yes, No or a tie.
     Unscored and empty answers are left out, and judges do not count.
     """
-    table = rows.fillna({"attack": "", "template_hash": ""})
+    table = rows.copy()
+    for name in ("attack", "template_hash"):  # a column with nothing in it is one of floats
+        table[name] = table[name].astype(object).fillna("")
     table["condition"] = [conditions.get(h, PLAIN) for h in table["template_hash"]]
     meant = first_conditions(table, first)
-    intended = table["objective"].map(meant).fillna(table["condition"]) == table["condition"]  # the base: all
+    own = table["objective"].map(meant.get)
+    intended = own.isna() | (own == table["condition"])  # the base: all
     plain = ~table["eval"].astype(str).str.contains("@", regex=False)
     answered = table["unscored_reason"].isna() & (table["response"].fillna("") != "")
     own = table[intended & plain & answered].drop_duplicates(["objective", "budget", "template_hash", *ITEM])
