@@ -15,6 +15,7 @@ from leeway.errors import LeewayError
 from leeway.gate import output
 from leeway.gate import rules as gate_rules
 from leeway.gate.output import Gate, unscored_warning
+from leeway.gate.replication import replications
 from leeway.gate.rules import MIN_PROMPTS, Decision, Evidence, GatedCheckpoint, Kind, ResolvedRules, Rule, RuleResult
 from leeway.hashing import digest
 from leeway.report import formatting
@@ -77,7 +78,8 @@ def _decisions(results: Results, resolved: ResolvedRules) -> tuple[Decision, ...
         warnings += filter(None, map(unscored_warning, decided))
         warnings += dict.fromkeys(note for r in decided for note in r.evidence.notes)
         found.append(Decision(checkpoint, seeds, decided, tuple(warnings)))
-    return tuple(found)
+    again = replications(results, collector.rows, resolved, found)
+    return tuple(replace(d, replication=r) for d, r in zip(found, again, strict=True))
 
 
 class EvidenceCollector:
@@ -90,7 +92,7 @@ class EvidenceCollector:
             needed |= (results.judged["objective"] == c.objective) & (results.judged["budget"] == c.budget)
         if resolved.against is not None:
             needed |= results.judged["objective"] == resolved.against[0]
-        self._rows = rows = results.judged[needed]
+        self.rows = rows = results.judged[needed]
         conditions, level = results.conditions, resolved.level
         margins = {r.measure: (r.margin, w) for r, w in resolved.rules if r.margin is not None}
         self._tables: dict[Kind, pd.DataFrame] = {}
@@ -143,7 +145,7 @@ class EvidenceCollector:
     def _extremes(self) -> pd.DataFrame:
         # only if_best and if_worst are read, not the tests: a few resamples are enough
         results, against = self._results, self._resolved.against
-        return stats.contrasts(self._rows, results.conditions, against, first=results.first_conditions, resamples=200)
+        return stats.contrasts(self.rows, results.conditions, against, first=results.first_conditions, resamples=200)
 
     def prompts_needed(self, result: RuleResult) -> int | None:
         """Return how many more prompts would decide an inconclusive rule; None if decided or unknown."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,8 +76,17 @@ def gate_values(gate: Gate, provenance: dict[str, Any]) -> dict[str, Any]:
     checkpoints = []
     for d in gate.decisions:
         line = vars(d.checkpoint) | {"seeds": [*d.seeds], "outcome": d.outcome, "warnings": [*d.warnings]}
+        line["replication"] = _replication_json(d)
         checkpoints.append(line | {"rules": [_rule_json(r) for r in d.results]})
     return found | {"warnings": [*gate.warnings], "checkpoints": checkpoints}
+
+
+def _replication_json(decision: Decision) -> dict[str, Any] | None:
+    if decision.replication is None:
+        return None
+    own = decision.replication
+    found = {"sets": own.sets, "flip_rate": _rounded(decision.flip_rate), "outcomes": own.again}
+    return found | {"no_drift": own.no_drift or None, "no_drift_of": "all rules" if own.all_margins else "margins"}
 
 
 def _rule_json(result: RuleResult) -> dict[str, Any]:
@@ -106,8 +115,8 @@ def junit(gate: Gate) -> str:
         suite = ElementTree.SubElement(root, "testsuite", {"name": _xml(name), **counts, "skipped": "0"})
         for result in decision.results:
             _add_case(suite, name, result)
-        if decision.warnings:
-            ElementTree.SubElement(suite, "system-out").text = _xml("\n".join(decision.warnings))
+        if notes := [*replication_lines(decision), *decision.warnings]:
+            ElementTree.SubElement(suite, "system-out").text = _xml("\n".join(notes))
     ElementTree.indent(root, " ")
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
@@ -147,8 +156,9 @@ def markdown(gate: Gate) -> str:
             *found, outcome = table_row(result)
             lines.append("| " + " | ".join([*map(_md, found), MARK[outcome]]) + " |")
         reasons = [f"- {_md(explain(r))}" for r in decision.results if r.outcome != "pass"]
-        warnings = [f"- Note: {_md(w)}" for w in decision.warnings]
-        parts.append("\n".join([f"### {head}\n", *lines, "", *reasons, *warnings]).rstrip() + "\n")
+        notes = [f"- {_md(line)}" for line in replication_lines(decision)]
+        notes += [f"- Note: {_md(w)}" for w in decision.warnings]
+        parts.append("\n".join([f"### {head}\n", *lines, "", *reasons, *notes]).rstrip() + "\n")
     parts += [f"Note: {_md(w)}\n" for w in gate.warnings]
     text = "Differences are checkpoint − reference, in points (trait and acquiescence: in log-odds). Limits and "
     text += f"p-values are one-sided at {100 * gate.level:g}%;"
@@ -176,6 +186,7 @@ def print_gate(gate: Gate, console: Console) -> None:
             table = ("  " + "  ".join(map(format, row, align)).rstrip() for row in rows)
             _print_literal(console, f"{head}: {decision.outcome}", *table)
         _print_literal(console, *(explain(r) for r in decision.results if r.outcome != "pass"), indent=2)
+        _print_literal(console, *replication_lines(decision), indent=2)
         _print_literal(console, *(f"note: {w}" for w in decision.warnings), indent=2)
         console.print()
     _print_literal(console, *(f"note: {w}" for w in gate.warnings))
@@ -287,6 +298,25 @@ def _prompts_needed_text(result: RuleResult) -> str:
         return "the formula requires no more prompts, but the exact test does"
     outcome = "to hold" if e.satisfies(e.estimate) else "to be broken"
     return f"if the estimate is true, about {result.prompts_needed:,} more prompts would show it {outcome} (80% power)"
+
+
+def replication_lines(decision: Decision) -> list[str]:
+    """Return how often other prompts would decide otherwise, and what is decided where there is no drift."""
+    own = decision.replication
+    if own is None:
+        return []
+    lines = [f"flip rate {percent(decision.flip_rate, 0)}: {own.sets} re-drawn sets of prompts {_outcomes(own.again)}"]
+    if own.no_drift:
+        rules = "" if own.all_margins else " (rules with a margin alone)"
+        changed = "as many answers changed as observed, in random directions"
+        lines.append(f"without drift{rules}: {_outcomes(own.no_drift)} if {changed}")
+    return lines
+
+
+def _outcomes(shares: Mapping[Outcome, float]) -> str:
+    """Return "pass 81%, are inconclusive 19%"…, without outcomes that did not occur."""
+    words = {"pass": "pass in", "inconclusive": "are inconclusive in", "fail": "fail in"}
+    return ", ".join(f"{words[o]} {percent(share, 0)}" for o, share in shares.items() if share)
 
 
 def unscored_warning(result: RuleResult) -> str:

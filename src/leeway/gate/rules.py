@@ -85,6 +85,8 @@ class Rule(ConfigModel):
     @classmethod
     def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
         low, example = (-1, "two points are 0.02") if info.field_name == "margin" else (0, "60 per cent are 0.6")
+        if info.data.get("measure") in LOG_ODDS:
+            example = "in log-odds 0.2 is 5 points at even odds"
         if value is not None and not low < value < 1:
             raise ValueError(f"{value:g} is outside ({low}, 1); {example}")
         return value
@@ -310,6 +312,16 @@ class RuleResult:
 
 
 @dataclass(frozen=True)
+class Replication:
+    """A checkpoint's outcomes on re-drawn sets of prompts, as shares of the sets (`stats.replication`)."""
+
+    sets: int
+    again: dict[Outcome, float]
+    no_drift: dict[Outcome, float]  # as many prompts change, in random directions; empty without a margin
+    all_margins: bool  # else `no_drift` is of the rules with a margin alone
+
+
+@dataclass(frozen=True)
 class Decision:
     """The outcome of one checkpoint."""
 
@@ -317,10 +329,16 @@ class Decision:
     seeds: tuple[int, ...]
     results: tuple[RuleResult, ...]
     warnings: tuple[str, ...] = ()
+    replication: Replication | None = None  # None if no number can be re-drawn
 
     @property
     def outcome(self) -> Outcome:
         return worst([r.outcome for r in self.results])
+
+    @property
+    def flip_rate(self) -> float:
+        """The share of re-drawn sets of prompts with another outcome; NaN without any."""
+        return 1 - self.replication.again[self.outcome] if self.replication else NAN
 
 
 def worst(outcomes: list[Outcome]) -> Outcome:

@@ -101,7 +101,7 @@ def one_sided(
     """
     lines: list[dict[str, object]] = []
     for tested, drawn in _bounded_contrasts(rows, conditions, bounds, against, first, resamples, seed):
-        directed = [_directed_bound(bounds[c.measure.name], c.measure) for c in tested]
+        directed = [directed_bound(bounds[c.measure.name], c.measure) for c in tested]
         own = [c.line | {"bound": b, "worse": w} for c, (b, w) in zip(tested, directed, strict=True)]
         if drawn is not None:
             bound_M, higher_M = np.array([b for b, _ in directed]), np.array([w == "higher" for _, w in directed])
@@ -189,7 +189,7 @@ def _fill(contrast: Contrast, difference: float, discordant: int, se: float | No
         line["note"] = contrast_note(line, len(np.unique(scored.clusters)), discordant, se, at_a_margin=True)
 
 
-def _directed_bound(bound: DifferenceBound, measure: Measure) -> tuple[float, WorseDirection]:
+def directed_bound(bound: DifferenceBound, measure: Measure) -> tuple[float, WorseDirection]:
     if isinstance(bound, tuple):
         value, worse = bound
     elif measure.better:
@@ -218,15 +218,45 @@ def rate_bounds(
     prompts, with 0 and 1 as the worst possible ones, valid for few prompts too. Withheld with too many unscored
     responses, or one prompt.
     """
-    table = common_prefix(analysis_table(rows, conditions), POOLED_CHECKPOINT)
     lines: list[dict[str, object]] = []
-    for measure in (m for m in measures(table) if m.name in bounds):
+    for sample in rate_samples(rows, conditions, bounds):
+        bound = bounds[sample.measure]
+        line = sample.key | {"measure": sample.measure, "bound": bound, "worse": worse, "note": sample.reason}
+        line |= {"n": len(sample.values), "n_clusters": sample.n_clusters, "n_unscored": sample.n_unscored}
+        test: Tested = {}
+        if not sample.reason and sample.positions is not None:
+            test = _test_anytime(rate_test(sample.values, sample.strata, sample.positions), bound, worse, level)
+        elif not sample.reason:
+            test = bounded_rate(sample.values, sample.strata, sample.clusters, bound, worse, level)
+        lines.append(line | {name: round(value, 10) for name, value in test.items()})
+    return pd.DataFrame(lines, columns=RATE_BOUNDS)
+
+
+@dataclass(frozen=True)
+class RateSample:
+    """The scored responses behind one checkpoint's rate; `reason` says why the rate is withheld."""
+
+    key: dict[str, object]  # the columns of POOLED_CHECKPOINT
+    measure: str
+    values: Floats
+    strata: Ints
+    clusters: Ints  # dense codes
+    positions: Ints | None  # in a sequential design
+    n_clusters: int
+    n_unscored: int
+    reason: str
+
+
+def rate_samples(rows: pd.DataFrame, conditions: Mapping[str, str], wanted: Collection[str]) -> Iterator[RateSample]:
+    """Yield the sample of every checkpoint and wanted measure; training seeds are pooled."""
+    table = common_prefix(analysis_table(rows, conditions), POOLED_CHECKPOINT)
+    for measure in (m for m in measures(table) if m.name in wanted):
         if measure.log_odds:
             raise StatsError(f"{measure.name} is in log-odds and has no rate to bound: give it a margin")
         chosen = measure.select(table)
         names, strata = metrics.factorize(chosen["stratum"])
         values, clusters = chosen["value"].to_numpy(float), chosen["cluster"].to_numpy(np.intp)
-        bound, sequential = bounds[measure.name], is_sequential(chosen).to_numpy()
+        sequential = is_sequential(chosen).to_numpy()
         for key, at in metrics.group_indices(chosen, POOLED_CHECKPOINT):
             absent = np.isnan(values[at])
             scored = at[~absent]
@@ -235,19 +265,23 @@ def rate_bounds(
             reason = metrics.withheld_reason(absent, strata[at], clusters[at], names, measure)
             if not reason and count < 2:
                 reason = "a single prompt: its error cannot be estimated"
-            line = key | {"measure": measure.name, "bound": bound, "worse": worse}
-            line |= {"n": len(scored), "n_clusters": count, "n_unscored": int(absent.sum()), "note": reason}
-            test: Tested = {}
-            if not reason and sequential[at].any():
-                positions = chosen["position"].to_numpy(np.intp)[scored]
-                test = _test_anytime(rate_test(values[scored], strata[scored], positions), bound, worse, level)
-            elif not reason:
-                test = _test_rate(values[scored], strata[scored], own_clusters, bound, worse, level)
-            lines.append(line | {name: round(value, 10) for name, value in test.items()})
-    return pd.DataFrame(lines, columns=RATE_BOUNDS)
+            positions = chosen["position"].to_numpy(np.intp)[scored] if sequential[at].any() else None
+            sample = (values[scored], strata[scored], own_clusters, positions)
+            yield RateSample(key, measure.name, *sample, count, int(absent.sum()), reason)
 
 
-def _test_rate(x: Floats, strata: Ints, clusters: Ints, bound: float, worse: WorseDirection, level: float) -> Tested:
+def bounded_rate(
+    x: Floats,
+    strata: Ints,
+    clusters: Ints,
+    bound: float,
+    worse: WorseDirection,
+    level: float = ALPHA,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Tested:
+    """Return rate, limit, se and both p-values of one sample against a bound."""
     share, count = stratum_shares(strata), int(clusters.max()) + 1
     rate, se = float(share @ x), float(np.sqrt(intervals.cluster_variance(x, strata, clusters)))
     if intervals.is_binary(x) and len(x) == count and strata.min() == strata.max():
@@ -257,7 +291,7 @@ def _test_rate(x: Floats, strata: Ints, clusters: Ints, bound: float, worse: Wor
         high = float(beta.ppf(1 - level, k + 1, count - k)) if k < count else 1.0
         return _directed_test(rate, se, p, (low, high), worse)
     sums_C1, weights_C1 = (np.bincount(clusters, weights=w)[:, None].astype(np.float64) for w in (share * x, share))
-    drawn = bound_draws(sums_C1, weights_C1, resamples=RESAMPLES, seed=0, support=(0.0, 1.0))
+    drawn = bound_draws(sums_C1, weights_C1, resamples=resamples, seed=seed, support=(0.0, 1.0))
     at = np.array([bound])
     p = float(drawn.p_below(at)[0]), float(drawn.p_above(at)[0])
     return _directed_test(rate, se, p, (float(drawn.low(level)[0]), float(drawn.high(level)[0])), worse)

@@ -31,8 +31,8 @@ def identity(rows: pd.DataFrame, conditions: Mapping[str, str], first: Mapping[s
         table[name] = table[name].astype(object).fillna("")
     table["condition"] = [conditions.get(h, PLAIN) for h in table["template_hash"]]
     meant = first_conditions(table, first)
-    own = table["objective"].map(meant.get)
-    intended = own.isna() | (own == table["condition"])  # the base: all
+    wanted = table["objective"].map(meant.get)
+    intended = wanted.isna() | (wanted == table["condition"])  # the base: all
     plain = ~table["eval"].astype(str).str.contains("@", regex=False)
     answered = table["unscored_reason"].isna() & (table["response"].fillna("") != "")
     own = table[intended & plain & answered].drop_duplicates(["objective", "budget", "template_hash", *ITEM])
