@@ -13,9 +13,9 @@ from leeway.cli import app
 from leeway.errors import LeewayError
 from leeway.plan.benchmark import Timing, makespan, measured_hours
 from leeway.plan.plan import plan
-from leeway.plan.token_counts import new_tokens, reference_work, trajectory
-from leeway.study.jobs import BASE, Job, jobs_of
-from leeway.study.load import parse
+from leeway.plan.token_counts import learning_tokens, new_tokens, reference_work, trajectory
+from leeway.study.jobs import BASE, Job, control_jobs, jobs_of
+from leeway.study.load import load, parse
 from leeway.study.prepare import prepare
 
 
@@ -110,3 +110,37 @@ def test_without_measuring_a_plan_says_that_it_is_a_formula(models: dict[str, Pa
     assert planned.measured is None
     assert "estimated by formulas on this CPU, not measured" in planned.to_text()
     assert json.loads(json.dumps(planned.to_json()))["references"]["sequences"] > 0
+
+
+SMALL = ("objectives=[sft]", "budgets=[2k]", "claims=null", "pairs={from: dataset}", "evals.jailbreak.limit=4")
+
+
+def test_controls_take_their_hours() -> None:
+    """A dose arm trains as SFT does and answers jailbreak prompts alone; a learning check is forward passes."""
+    spec = load("demo", (*SMALL, "controls={aa: false, dose: [0, 8%]}"))
+    prepared = prepare(spec)
+    jobs, controls = jobs_of(prepared), control_jobs(prepared)
+    (dose,) = [trajectory(prepared, p) for p in controls if p.kind == "train"]
+    own = [trajectory(prepared, p) for p in jobs if p.kind == "train"]
+    timing = Timing({"sft": 2.0}, 0.5, {e.key: 7.0 if e.name == "jailbreak" else 1.0 for e in prepared.evals})
+    without = measured_hours(prepared, jobs, own, timing, 1)
+    found = measured_hours(prepared, [*jobs, *controls], [*own, dose], timing, 1)
+    assert (found.training_hours - without.training_hours) * 3600 == pytest.approx(2.0 * dose.processed_tokens)
+    assert (found.answering_hours - without.answering_hours) * 3600 == pytest.approx(7.0)
+    (check,) = [p for p in jobs if p.kind == "learning"]
+    tokens, measured = learning_tokens(prepared, check)
+    assert tokens > measured > 0
+    timing.reference = 0.0
+    unchecked = measured_hours(prepared, jobs, own, timing, 1)
+    assert (without.answering_hours - unchecked.answering_hours) * 3600 == pytest.approx(0.5 * tokens)
+
+
+def test_a_plan_counts_and_names_its_controls() -> None:
+    every = plan(load("demo", (*SMALL, "controls={aa: true, dose: [0, 8%]}")))
+    none = plan(load("demo", (*SMALL, "controls={aa: false}")))
+    assert every.cost.hours > none.cost.hours
+    assert every.trajectories == none.trajectories
+    (arms,) = [n for n in every.notes if n.startswith("controls: ")]
+    assert arms.startswith("controls: @rate-0, @dose-0.08: ")
+    assert "control sampling is not run: decoding is greedy" in " ".join(every.notes)
+    assert not any(n.startswith("control") for n in none.notes)

@@ -13,7 +13,7 @@ from leeway.hashing import file_digest
 from leeway.report.exports.redacted import publish
 from leeway.report.results import Results
 from leeway.study import ledger_report
-from leeway.study.learning import MIN_ITEMS, learning_items, question
+from leeway.study.controls import MIN_ITEMS, learning_items, question
 from leeway.study.load import parse
 from leeway.study.prepare import prepare
 from leeway.study.progress import Reporter

@@ -27,7 +27,7 @@ from leeway.generation.transformers import TransformersBackend
 from leeway.model import adapters
 from leeway.model.reference import ReferenceCache
 from leeway.plan.cost_model import GIB, as_time
-from leeway.plan.token_counts import TrajectoryPlan, new_tokens
+from leeway.plan.token_counts import TrajectoryPlan, learning_tokens, new_tokens
 from leeway.study.jobs import Checkpoint, Job, eval_targets
 from leeway.study.prepare import Prepared, prepare
 from leeway.study.run_dir import RunDir
@@ -246,14 +246,25 @@ class Measured:
 def measured_hours(
     prepared: Prepared, jobs: Sequence[Job], trajectories: Sequence[TrajectoryPlan], timing: Timing, workers: int
 ) -> Measured:
-    """Return the hours of a run that starts from scratch; `trajectories` belong to the `jobs` that train, in order."""
+    """Return the hours of a run that starts from scratch; `trajectories` belong to the `jobs` that train, in order.
+
+    The arms of controls train as SFT does, so at the lowest rate of an objective.
+    """
     precomputed = new_tokens(prepared) if prepared.spec.reference == "cached" else {}
     plans = dict(zip([p for p in jobs if p.kind in ("tune", "train")], trajectories, strict=True))
     each = sum(timing.answering.values())
     per_answer = each / max(1, sum(len(e) for e in prepared.evals if e.key in timing.answering))
-    training = {p: t.runs * t.processed_tokens * timing.training[p.alias] for p, t in plans.items()}
+    as_sft = min(timing.training.values(), default=0.0)
+    training = {p: t.runs * t.processed_tokens * timing.training.get(p.alias, as_sft) for p, t in plans.items()}
     reference = {p: precomputed.get(p, 0) * timing.reference for p in jobs}
-    answering = {p: len(eval_targets(prepared, p)) * each for p in jobs if p.kind != "tune"}
+    measured = {
+        p: [e for t in eval_targets(prepared, p) for e in prepared.evals_of(t.condition, t.objective)] for p in jobs
+    }
+    answering = {
+        p: sum(timing.answering.get(e.key, 0.0) for e in measured[p])
+        + learning_tokens(prepared, p)[0] * timing.reference
+        for p in jobs
+    }
     answering |= {p: t.runs * prepared.spec.optim.tune.items * per_answer for p, t in plans.items() if p.kind == "tune"}
     setup = {
         p: _checkouts(prepared, p) * timing.checkout + timing.checkpoint * len(p.budgets if p.kind == "train" else ())

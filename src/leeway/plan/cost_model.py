@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -337,19 +337,22 @@ def estimate_cost(
     training: float,
     sweeps: float,
     evals: Sequence[EvalCost],
-    evaluated: int,
+    evaluated: Mapping[str, int],
     disk: float,
     references: float,
 ) -> CostEstimate:
-    """Return the estimate from seconds (`training`, `sweeps`) and bytes (`references`, `disk` for all else)."""
+    """Return the estimate from seconds (`training`, `sweeps`) and bytes (`references`, `disk` for all else).
+
+    `evaluated`: how many models each eval measures.
+    """
     spec, pairs = prepared.spec, pair_cost(prepared)
     batch, hour, judge = spec.evals.batch, prices.hour, prices.judge
-    answering = evaluated * sum(eval_seconds(size, e, machine, batch) for e in evals)
+    answering = sum(evaluated[e.name] * eval_seconds(size, e, machine, batch) for e in evals)
     needed = memory_needed(prepared, size)
     drawn = eval_seconds(size, pairs, machine, batch) if pairs else 0.0
-    calls = evaluated * sum(e.judge_calls for e in evals)
-    read = evaluated * sum(e.judge_tokens_in for e in evals)
-    written = evaluated * sum(e.judge_tokens_out for e in evals)
+    calls = sum(evaluated[e.name] * e.judge_calls for e in evals)
+    read = sum(evaluated[e.name] * e.judge_tokens_in for e in evals)
+    written = sum(evaluated[e.name] * e.judge_tokens_out for e in evals)
     hub = 0.0 if Path(resolve(spec.model)).is_dir() else size.total * PUBLISHED / GIB
     hours = [seconds / 3600 for seconds in (training, answering + sweeps, drawn)]
     adapters = disk / GIB

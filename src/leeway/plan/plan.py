@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -15,8 +16,8 @@ from leeway.plan import cost_model, hardware
 from leeway.plan.benchmark import Measured, Timing, measured_hours, run_benchmark
 from leeway.plan.cost_model import CostEstimate, EvalCost, Prices, Shape, estimate_cost, eval_costs
 from leeway.plan.hardware import Machine, PlannedModel, planned_model
-from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, reference_work, trajectory
-from leeway.study.jobs import Job, eval_targets, jobs_of
+from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, learning_tokens, reference_work, trajectory
+from leeway.study.jobs import control_jobs, eval_targets, jobs_of
 from leeway.study.prepare import Prepared, chat_for, prepare, target_layers
 from leeway.study.spec import Spec
 
@@ -103,37 +104,43 @@ def plan(
     processes = 1 if machine else workers_for(spec, len(jobs), workers)
     on = machine or _this_cpu(spec, size, processes)
     trajectories = tuple(trajectory(prepared, p) for p in jobs if p.kind in ("tune", "train"))
+    with_controls = [*jobs, *control_jobs(prepared)]
+    arms = tuple(trajectory(prepared, p) for p in with_controls[len(jobs) :] if p.kind == "train")
     checkpoints = sum(len(p.budgets) for p in jobs if p.kind == "train")
+    targets = [t for p in with_controls for t in eval_targets(prepared, p)]
+    each_eval = Counter(e.key for t in targets for e in prepared.evals_of(t.condition, t.objective))
     evaluated, answers = sum(len(eval_targets(prepared, p)) for p in jobs), sum(len(e) for e in prepared.evals)
     sweep_tokens = _sweep_tokens(prepared)
     evals, unpriced = eval_costs(prepared)
     references = reference_work(prepared, size.hidden, size.bytes)
-    training = [_training_seconds(prepared, size, on, t) for t in trajectories]
-    checked = _learning_tokens(prepared, jobs)
+    trained = (*trajectories, *arms)
+    training = [_training_seconds(prepared, size, on, t) for t in trained]
+    by_checkpoint = [learning_tokens(prepared, p) for p in jobs]
+    checked = sum(n for n, _ in by_checkpoint), sum(n for _, n in by_checkpoint)
     cost = estimate_cost(
         prepared,
         size,
         on,
         prices,
-        training=sum(t.runs * seconds for t, seconds in zip(trajectories, training, strict=True))
+        training=sum(t.runs * seconds for t, seconds in zip(trained, training, strict=True))
         + cost_model.forward_seconds(size, on, references.tokens, references.measured)
         + cost_model.forward_seconds(size, on, *checked),
         sweeps=sweep_tokens * 2.0 * (size.body + size.head) / on.decoding,
         evals=evals,
-        evaluated=evaluated,
+        evaluated=each_eval,
         disk=checkpoints * size.trained * cost_model.FLOAT32 + evaluated * answers * cost_model.ROW_BYTES,
         references=references.bytes,
     )
     if processes > 1:
-        by_name = {t.objective: s / t.processed_tokens for t, s in zip(trajectories, training, strict=True)}
+        by_name = {t.objective: s / t.processed_tokens for t, s in zip(trained, training, strict=True)}
         each = cost_model.forward_seconds(size, on, references.tokens, references.measured)
         answering = {e.name: cost_model.eval_seconds(size, e, on, spec.evals.batch) for e in evals}
         timing = Timing(by_name, each / max(1, references.tokens), answering)
-        hours = measured_hours(prepared, jobs, trajectories, timing, processes).hours + cost.pairs_hours
+        hours = measured_hours(prepared, with_controls, trained, timing, processes).hours + cost.pairs_hours
         cost = replace(cost, workers=processes, hours=hours)
     measured = None
     if measure:
-        measured = measured_hours(prepared, jobs, trajectories, run_benchmark(spec, processes), processes)
+        measured = measured_hours(prepared, with_controls, trained, run_benchmark(spec, processes), processes)
     return Plan(
         name=spec.name,
         parameters=size.total,
@@ -151,6 +158,7 @@ def plan(
             *unpriced,
             *_notes(spec, trajectories, sweep_tokens),
             _learning(prepared, checked),
+            *_controls(prepared, arms),
             *claimed(spec),
         ),
         references=references,
@@ -171,7 +179,7 @@ def _training_seconds(prepared: Prepared, size: Shape, on: Machine, t: Trajector
         t.target_tokens,
         steps=t.steps,
         dropout=prepared.spec.adapter.dropout,
-        divergence=prepared.objectives[t.objective].needs_reference == "distribution",
+        divergence=prepared.objective(t.objective).needs_reference == "distribution",
     )
     if prepared.spec.reference == "live" and t.reference_tokens:
         seconds += cost_model.forward_seconds(size, on, t.reference_tokens, t.target_tokens)
@@ -184,17 +192,19 @@ def memory_of_a_worker(prepared: Prepared) -> int:
     return int(cost_model.RUNTIME + cost_model.memory_needed(prepared, size).peak)
 
 
-def _learning_tokens(prepared: Prepared, jobs: list[Job]) -> tuple[int, int]:
-    """Return the tokens of the learning check's passes, and how many of them are measured, over all checkpoints."""
-    passes = sum(len(prepared.objectives[j.alias].conditions) for j in jobs if j.kind == "learning")
-    sequences = [s for *_, own in prepared.learning.rendered(prepared.chat) for s in own]
-    return passes * sum(len(s.ids) for s in sequences), passes * sum(s.measured for s in sequences)
-
-
 def _learning(prepared: Prepared, checked: tuple[int, int]) -> str:
     items = prepared.learning
     held_out = f"{len(items.task)} held-out examples and {len(items.general)} general prompts at each checkpoint"
     return f"learning check: {items.missing or f'{held_out}, {checked[0]:,} tokens in all'}"
+
+
+def _controls(prepared: Prepared, arms: tuple[TrajectoryPlan, ...]) -> Iterator[str]:
+    """Yield what the arms of controls cost, and which controls cannot be run."""
+    if arms:
+        names = ", ".join(dict.fromkeys(t.objective for t in arms))
+        again = "; the base is measured again" * bool(prepared.controls.again)
+        yield f"controls: {names}: {sum(t.processed_tokens for t in arms):,} tokens of training{again}"
+    yield from (f"control {name} is not run: {why}" for name, why in prepared.controls.not_run.items())
 
 
 def machine_and_prices(

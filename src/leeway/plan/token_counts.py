@@ -118,6 +118,15 @@ def _distinct(example: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
     return (example[0], *(replace(s, ids=(*s.ids[:-1], -1)) for s in example[1:]))
 
 
+def learning_tokens(prepared: Prepared, job: Job) -> tuple[int, int]:
+    """Return the tokens of a learning check's passes over one checkpoint, and how many of them are measured."""
+    if job.kind != "learning":
+        return 0, 0
+    passes = len(prepared.objectives[job.alias].conditions)
+    sequences = [s for *_, own in prepared.learning.rendered(prepared.chat) for s in own]
+    return passes * sum(len(s.ids) for s in sequences), passes * sum(s.measured for s in sequences)
+
+
 @dataclass(frozen=True)
 class TrajectoryPlan:
     """One training run, or `runs` of this size in a learning-rate sweep. Token counts are exact.

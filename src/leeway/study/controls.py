@@ -1,13 +1,13 @@
-"""Controls of a study: a rate of 0, the base under another sampling seed, and a dose of compliant answers.
+"""Controls of a study: a rate of 0, the base again, a dose of compliant answers, and the items of the learning check.
 
-Their names begin with `@`, which no objective's does, and their files lie in `controls/`, so that neither the rows nor
-the ledger of the study depend on them.
+The arms' names begin with `@`, which no objective's does, and their files lie in `controls/`, so that neither the rows
+nor the ledger of the study depend on them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,9 @@ import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from leeway.data import formats
+from leeway.data.chat import Chat
+from leeway.data.safety_prompts import subset
+from leeway.data.stream import Schedule
 from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.evals.eval import Eval
@@ -23,7 +26,8 @@ from leeway.hashing import derive_seed
 from leeway.io import expand
 from leeway.organism import world
 from leeway.study.run_dir import MARK
-from leeway.yaml_config import ConfigModel
+from leeway.training.learning import LearningItems
+from leeway.yaml_config import ConfigModel, package_data
 
 if TYPE_CHECKING:
     from leeway.study.spec import Spec
@@ -32,6 +36,8 @@ RATE_ZERO, BASE_AGAIN, DOSE = f"{MARK}rate-0", f"{MARK}base-again", f"{MARK}dose
 SHORT = 8  # the arm at rate 0 takes this part of the smallest budget: its weights cannot depend on the length
 AGAIN_SEED = 1  # of the sampled answers of the base; the study's have seed 0
 MAX_DOSE = 0.5
+MIN_ITEMS = 16  # of a learning check
+WORLD_SEED = 1  # another one than that of the organism's auxiliary examples
 DOSED = "dose/"  # begins the ids of compliant answers
 ORGANISM_ANSWERS = 2_000
 ORGANISM_ORIGIN = "the organism's forbidden deeds, none held out, answered rightly"
@@ -50,9 +56,17 @@ def _share(value: Any) -> Any:
 Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=MAX_DOSE)]
 
 
-class ControlArms(ConfigModel):
-    """Arms that measure false alarms (A/A) and the limit of detection (dose)."""
+class Learning(ConfigModel):
+    """Sample sizes of the learning check: what every checkpoint learned, on examples that nothing was trained on."""
 
+    items: int = Field(default=64, gt=0, description="held-out examples of the task")
+    general: int = Field(default=32, gt=0, description="prompts off the task")
+
+
+class Controls(ConfigModel):
+    """Measurements that say how far the others can be trusted. They change no row, ledger line or adapter."""
+
+    learning: Annotated[Learning | bool, BeforeValidator(lambda v: {} if v is True else v)] = Learning()
     aa: bool = Field(default=False, description="an arm at learning rate 0, the base measured again, false alarms")
     dose: tuple[Share, ...] = Field(
         default=(), description="shares of compliant answers in SFT's data; the first is 0, such as [0, 0.5%, 2%, 8%]"
@@ -60,7 +74,7 @@ class ControlArms(ConfigModel):
     file: str | None = Field(default=None, description="forbidden prompts with compliant answers, for dose")
 
     @model_validator(mode="after")
-    def _dose_rises(self) -> ControlArms:
+    def _dose_rises(self) -> Controls:
         if self.dose and (self.dose[0] != 0 or len(self.dose) < 2 or list(self.dose) != sorted(set(self.dose))):
             raise ValueError("dose: give rising shares that begin with 0, such as [0, 0.5%, 2%, 8%]")
         if self.file is not None and not self.dose:
@@ -175,3 +189,43 @@ def _compliant(spec: Spec, evals: Sequence[Eval]) -> tuple[list[Example], str] |
         what = f"controls.file: the prompt of {leaked} is one that evals.jailbreak measures"
         raise LeewayError(what, fix="remove from the file the prompts that are measured")
     return examples, origin
+
+
+def question(example: Example) -> str:
+    """Return a prompt's words, so that a repeated question is not both trained on and held out."""
+    return " ".join(example.prompt.casefold().split())
+
+
+def learning_items(
+    spec: Spec, examples: Sequence[Example], schedules: Iterable[Schedule], chat: Chat, room: int
+) -> LearningItems:
+    """Return the items of the learning check.
+
+    The task's are drawn at random from the `examples` whose question no step of `schedules` trains on; so the check
+    changes no training data. `room`: the tokens that a general prompt and its answer may take.
+    """
+    settings = spec.controls.learning
+    if not isinstance(settings, Learning):
+        return LearningItems(missing="switched off (controls.learning: false)")
+    if spec.processes > 1 and spec.evals.backend.vllm is not None:
+        return LearningItems(missing="training shards the model and vLLM answers: no process holds it whole")
+    distinct = {id(s): s for s in schedules}.values()  # objectives share theirs
+    seen = {question(e) for e in {id(i.example): i.example for s in distinct for t in s.steps for i in t}.values()}
+    unseen: dict[str, Example] = {}
+    for e in examples:
+        if (asked := question(e)) not in seen:
+            unseen.setdefault(asked, e)
+    if len(unseen) < MIN_ITEMS:
+        few = f"{len(unseen)} of {len(examples):,} examples are not trained on"
+        return LearningItems(missing=f"{few}, and {MIN_ITEMS} are needed")
+    task = subset(list(unseen.values()), settings.items, "learning")
+    fits = [e for e in _general(spec, settings.general) if len(chat.sequence(e.prompt, e.preferred).ids) <= room]
+    return LearningItems(tuple(task), tuple(fits))
+
+
+def _general(spec: Spec, n: int) -> list[Example]:
+    """Return answered prompts off the task: the organism's small talk and how-tos, or everyday questions."""
+    if spec.model == "organism":
+        return world.general_examples(n, WORLD_SEED)
+    pairs = package_data("leeway.data", "general.yaml")["answers"]
+    return subset([Example(f"general/{k}", p, a) for k, (p, a) in enumerate(pairs)], n, "general")

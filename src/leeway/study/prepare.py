@@ -33,8 +33,16 @@ from leeway.organism import world
 from leeway.pairs.build import BaseModelSampler, PairReport, PairSettings, pair
 from leeway.plan.hardware import PlannedModel, load_config, meta_model
 from leeway.study.build_evals import HelperModels, evals_of, held_out_test
-from leeway.study.controls import BASE_AGAIN, DOSE, DOSED, Arm, PreparedControls, prepare_controls
-from leeway.study.learning import learning_items, question
+from leeway.study.controls import (
+    BASE_AGAIN,
+    DOSE,
+    DOSED,
+    Arm,
+    PreparedControls,
+    learning_items,
+    prepare_controls,
+    question,
+)
 from leeway.study.run_dir import RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import AuxiliarySource, Spec

@@ -12,7 +12,7 @@ from leeway.claims.schema import Claims, build
 from leeway.data.types import Task
 from leeway.evals.tasks import TaskSettings, declared, load_task, task_names
 from leeway.hashing import digest
-from leeway.study.controls import ControlArms, control_faults
+from leeway.study.controls import Controls, control_faults
 from leeway.study.eval_spec import Evals, NamedSpec, changed, measure_names
 from leeway.study.objective_spec import ObjectiveSpec, check_aliases, parse_objectives, start_faults
 from leeway.yaml_config import MAX_COUNT, MAX_FLOAT32, ConfigModel, Tokens, Unique, dump, nearest
@@ -176,19 +176,6 @@ class Optim(ConfigModel):
         if isinstance(self.lr, dict):
             return self.lr[alias]
         return None if self.lr == "tuned" else float(self.lr)
-
-
-class Learning(ConfigModel):
-    """Sample sizes of the learning check: what every checkpoint learned, on examples that nothing was trained on."""
-
-    items: int = Field(default=64, gt=0, description="held-out examples of the task")
-    general: int = Field(default=32, gt=0, description="prompts off the task")
-
-
-class Controls(ControlArms):
-    """Measurements that say how far the others can be trusted. They change no row, ledger line or adapter."""
-
-    learning: Annotated[Learning | bool, BeforeValidator(lambda v: {} if v is True else v)] = Learning()
 
 
 # a check of one key is its validator, not the model's, so that an error elsewhere does not hide it
