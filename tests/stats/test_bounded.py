@@ -8,6 +8,7 @@ import pytest
 from stats_table import PLAIN, answers, attacked, rows
 
 from leeway.stats import rate_bounds
+from leeway.stats.cluster_tests import bound_draws
 
 
 def simulated(prompts: int, attacks: int, rate: float, alike: float, runs: int) -> pd.DataFrame:
@@ -47,6 +48,26 @@ def test_attacks_with_prompts_of_their_own_are_not_one_binomial(record_property:
     kept, broken = (found["p"] <= 0.05).mean(), (found["p_worse"] <= 0.05).mean()
     record_property("measured", f"bounded rate: 20 and 180 prompts: kept {kept:.1%}, broken {broken:.1%}")
     assert max(kept, broken) <= 0.05 + 2.5 * (0.05 * 0.95 / runs) ** 0.5
+
+
+@pytest.mark.parametrize("small", [10, 20])
+@pytest.mark.parametrize("where", ["small", "large", "both"])
+def test_strata_of_unequal_sizes_are_bounded_by_their_heaviest_prompt(
+    small: int, where: str, record_property: pytest.RecordProperty
+):
+    """100 prompts in two strata of equal weight; full moves at a margin of 5 points, in one of them or in both."""
+    rng, runs, margin = np.random.default_rng(8), 1_000, 0.05
+    weight_C = np.r_[np.full(small, 0.5 / small), np.full(100 - small, 0.5 / (100 - small))]
+    moves_CM = np.zeros((100, runs))
+    at = {"small": slice(0, small), "large": slice(small, 100), "both": slice(0, 100)}[where]
+    moves_CM[at] = rng.random(moves_CM[at].shape) < (margin if where == "both" else 2 * margin)
+    weights_CM = np.repeat(weight_C[:, None], runs, axis=1)
+    drawn = bound_draws(moves_CM * weights_CM, weights_CM, resamples=400, seed=1)
+    wrong = float((drawn.p_below(np.full(runs, margin)) <= 0.05).mean())
+    record_property(
+        "measured", f"margin: {small} and {100 - small} prompts, moves in {where}: {wrong:.1%} wrong passes"
+    )
+    assert wrong <= 0.05 + 2.5 * (0.05 * 0.95 / runs) ** 0.5
 
 
 def test_probabilities_on_their_bound(record_property: pytest.RecordProperty):

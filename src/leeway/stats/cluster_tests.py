@@ -20,7 +20,7 @@ direction, the distribution is skewed and sign flips reject up to 17% of true nu
 Instead a draw weights the prompts by exponentials and adds one pseudo-prompt with the worst possible difference m (1
 for a difference, 1 or 0 for a rate), because a prompt that changes that much may exist and be absent from the sample:
 
-    U = (Σ E_c w_c x_c + e · m / C) / (Σ E_c w_c + e / C),   E_c ~ Exp(1),
+    U = (Σ E_c w_c x_c + e · m · w) / (Σ E_c w_c + e · w),   E_c ~ Exp(1),   w = max_c w_c,
 
 the bound of level 1 − α is the 1 − α quantile of U, and p(H0: δ ≥ b) = P(U ≥ b). With e ~ Exp(1) this is Gaffke's
 bound (2005), which only needs bounded values (conjectured, no counter-example known; Learned-Miller & Thomas 2019,
@@ -161,13 +161,14 @@ def bound_draws(
     clusters, contrasts = sums_CM.shape
     present_M = np.maximum((weights_CM > 0).sum(axis=0), 1)
     whole_M = _whole_prompt(sums_CM, weights_CM)
+    largest_M = np.maximum((weights_CM * present_M).max(axis=0), 1.0)
     u_R = (rng.permutation(resamples) + 0.5) / resamples  # stratified: less Monte Carlo error
     one_R, half_R = -np.log(u_R), chdtri(1, u_R) / 2  # upper quantiles of Exp(1) and Gamma(½)
     lower, upper = np.empty((resamples, contrasts)), np.empty((resamples, contrasts))
     for start in range(0, resamples, CHUNK):
         at = slice(start, min(start + CHUNK, resamples))
         weight_BC = rng.standard_exponential((at.stop - start, clusters))
-        extra_BM = one_R[at, None] * whole_M + half_R[at, None] * (1 - whole_M)
+        extra_BM = (one_R[at, None] * whole_M + half_R[at, None] * (1 - whole_M)) * largest_M
         sum_BM = weight_BC @ (sums_CM * present_M)
         total_BM = weight_BC @ (weights_CM * present_M) + extra_BM
         lower[at] = (sum_BM + extra_BM * support[0]) / total_BM
