@@ -95,3 +95,37 @@ def test_seeds_are_averaged():
 def test_bad_input(items: pd.DataFrame, settings: dict[str, object], message: str):
     with pytest.raises(StatsError, match=message):
         compared(items, **settings)
+
+
+def simulated(rng: np.random.Generator, slopes: dict[str, float], reach: dict[str, tuple[float, float]]):
+    """100 prompts and 48 examples; ASR is 10% + slope · KL, and a prompt's threshold is one for all checkpoints."""
+    threshold = rng.random(100)
+    lines = [*checkpoint("base", 0, harmful={"dan": (threshold < 0.1).tolist()})]
+    items = []
+    for name, slope in slopes.items():
+        scale = rng.gamma(4.0, 0.25, 48)  # an example's KL over the mean, in all checkpoints of an objective
+        for budget, mean in zip((1000, 4000), reach[name], strict=True):
+            noisy = np.where(rng.random(100) < 0.2, rng.random(100), threshold)  # a fifth answers afresh
+            lines += checkpoint(name, budget, harmful={"dan": (noisy < 0.1 + slope * mean).tolist()})
+            line = {"objective": name, "seed": 0, "budget": budget, "condition": "plain", "prompts": "task"}
+            kl = mean * scale * rng.gamma(16.0, 1 / 16, 48)
+            items += [line | {"item_id": f"e{n}", "kl": value} for n, value in enumerate(kl)]
+    return rows(*lines), pd.DataFrame(items)
+
+
+def test_intervals_cover_the_truth_at_equal_distance(record_property: pytest.RecordProperty):
+    """IP rises by 100 points per nat and SFT by 50, over other distances: 10 points apart at 0.2 nats, 15 at 0.3."""
+    rng, studies = np.random.default_rng(4), 150
+    slopes, reach = {"ip": 1.0, "sft": 0.5}, {"ip": (0.1, 0.4), "sft": (0.1, 0.3)}
+    truth = {0.2: 0.1, "largest": 0.15}
+    covered = dict.fromkeys(truth, 0)
+    for n in range(studies):
+        table, items = simulated(rng, slopes, reach)
+        drawn = stats.draws(table, PLAIN, ("asr",), resamples=400, seed=n)
+        for at, difference in truth.items():
+            found = stats.equal_distance(table, PLAIN, items, at, drawn=drawn, seed=n)
+            (pair,) = found[found["kind"] == "pair"].to_dict("records")
+            covered[at] += pair["low"] <= difference <= pair["high"]
+    record_property("measured", f"equal distance: covered {covered} of {studies}")
+    for count in covered.values():
+        assert count / studies >= 0.95 - 2.5 * (0.95 * 0.05 / studies) ** 0.5
