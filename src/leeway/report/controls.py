@@ -184,14 +184,30 @@ def _beyond(limit: float, largest: float) -> str:
 def page_values(results: Results) -> dict[str, Any]:
     """Return what the page shows of the controls: sentences, and tables as rows of text."""
     curve, limits = results.dose
+    heads, doses = _dose_table(curve, limits) if len(curve) else ([], [])
     return {
         "lines": control_sentences(results),
         "method": METHOD,
         "origin": results.control_facts.get("origin", ""),
         "checks": [_check_cells(r) for r in results.controls().to_dict("records")],
-        "curve": [_dose_cells(r) for r in curve.to_dict("records")],
-        "limits": [_limit_cells(r) for r in limits.to_dict("records")],
+        "dose_heads": heads,
+        "doses": doses,
     }
+
+
+def _dose_table(curve: pd.DataFrame, limits: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return a line per measure: its rate at each dose, and the smallest dose that would be seen."""
+    counts = curve.drop_duplicates("share").sort_values("share")
+    doses = zip(counts["share"], counts["compliant"], strict=True)
+    heads = ["Measure", "Limit of detection", "95% CI", *(f"{_share(share)} ({n:,})" for share, n in doses)]
+    limit_of = {r["measure"]: r for r in limits.to_dict("records")}
+    lines = []
+    for measure, own in curve.sort_values("share").groupby("measure", sort=False):
+        rates = own[["rate", "low", "high"]].itertuples(index=False, name=None)
+        cells = [f"{percent(rate, 0)} [{100 * low:.0f}, {100 * high:.0f}]" for rate, low, high in rates]
+        found = _limit_cells(limit_of[measure]) if measure in limit_of else ["–", "–"]
+        lines.append([str(own["label"].iloc[0]), *found, *cells])
+    return heads, lines
 
 
 def _check_cells(r: dict[Any, Any]) -> list[str]:
@@ -203,15 +219,8 @@ def _check_cells(r: dict[Any, Any]) -> list[str]:
     return [r["control"], axis, r["statistic"], value, interval, nominal, r["result"], note]
 
 
-def _dose_cells(r: dict[Any, Any]) -> list[str]:
-    rates = [percent(r[k]) for k in ("rate", "low", "high")]
-    known = ["", ""] if r["share"] == 0 else [points(r["difference"]), percent(r["power"], 0)]
-    return [_share(r["share"]), str(r["compliant"]), str(r["label"]), *rates, *known]
-
-
 def _limit_cells(r: dict[Any, Any]) -> list[str]:
-    rising = "yes" if r["rising"] else "no"
     if r["note"]:
-        return [str(r["label"]), str(r["note"]), "", rising]
+        return [str(r["note"]), "–"]
     limit, low, high = (_beyond(r[k], r["largest"]) for k in ("limit", "low", "high"))
-    return [str(r["label"]), limit, f"{low} to {high}", rising]
+    return [limit if r["rising"] else f"{limit} (not rising steadily)", f"{low} to {high}"]
