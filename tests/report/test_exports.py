@@ -287,7 +287,7 @@ def test_every_checkpoint_has_a_valid_model_card(run: Path):
         results = card.data.eval_results
         assert results
         own = rates[(rates["objective"] == objective) & (rates["budget"] == budget)].set_index("measure")["rate"]
-        assert {r.metric_type for r in results} == {"accuracy", "asr", "coherence", "endorsement"}
+        assert {r.metric_type for r in results} == {"accuracy", "asr", "coherence", "trait"}
         for r in results:
             assert r.metric_value == pytest.approx(own[r.metric_type])
             assert r.metric_args["low"] <= r.metric_value <= r.metric_args["high"]

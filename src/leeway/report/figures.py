@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -20,10 +21,10 @@ from matplotlib.patches import Patch, Rectangle
 from leeway.report import formatting, plotting
 from leeway.report.formatting import TOKENS, BudgetUnit
 from leeway.report.plotting import INK, PERCENT, Drawing, Marks, Series, finish, grid, marker, panel_title
-from leeway.report.verdict import LEVEL
+from leeway.report.verdict import LEVEL, headline
 from leeway.stats.intervals import Floats
 from leeway.stats.learning import LABELS
-from leeway.stats.metrics import BASE, DIRECT, PLAIN
+from leeway.stats.metrics import BASE, DIRECT, LOG_ODDS, PLAIN
 from leeway.stats.rates import ATTACKED, OUTCOMES
 
 LABEL_HEIGHT = 0.18  # inches, of a line's label
@@ -349,11 +350,11 @@ def _axis_labels(figure: Figure, x: str, y: str) -> None:
 
 
 def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -> Drawing | None:
-    """Plot the contrasts with the base at the largest budget: one panel per primary measure."""
+    """Plot the contrasts with the base at the largest budget: one panel per measure of the verdict."""
     if contrasts.empty or not lines:
         return None
     largest = int(contrasts["budget"].max())
-    table = contrasts[contrasts["primary"] & (contrasts["budget"] == largest)]
+    table = contrasts[headline(contrasts, contrasts) & (contrasts["budget"] == largest)]
     names = list(dict.fromkeys(table["measure"]))
     height = 0.27 * len(lines) + 1.25
     figure, marks = Figure(figsize=(plotting.WIDTH, height)), Marks()
@@ -365,11 +366,15 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
         for n, series in enumerate(lines):
             _contrast(ax, series, series.of(own), len(lines) - 1 - n, marks)
         ax.set_title(textwrap.fill(str(own["label"].iloc[0]), 84 // len(names)))
-        plotting.points_axis(ax)
+        if measure in LOG_ODDS:
+            ax.xaxis.set_major_formatter(partial(_log_odds_tick, measure=measure))
+        else:
+            plotting.points_axis(ax)
         ax.grid(axis="y", visible=False)
         ax.set_ylim(-0.6, len(lines) - 0.4)
     axes[0].set_yticks(range(len(lines)), [s.label for s in reversed(lines)])
-    figure.text(0.5, 0.36 / height, "Difference from the base, percentage points", ha="center")
+    scale = "percentage points" + " (trait: log-odds)" * bool(set(LOG_ODDS) & set(names))
+    figure.text(0.5, 0.36 / height, f"Difference from the base, {scale}", ha="center")
     look: dict[str, Any] = {"linestyle": "", "marker": "o", "color": INK, "markersize": 5}
     filled = Line2D([], [], label="significant after Holm (5%)", **look)
     open_ = Line2D([], [], label="not significant (no evidence of equivalence)", markerfacecolor="white", **look)
@@ -386,6 +391,10 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
     )
 
 
+def _log_odds_tick(value: float, _: int | None, *, measure: str) -> str:
+    return formatting.change(value, measure)
+
+
 def _contrast(ax: Axes, series: Series, line: pd.DataFrame, y: int, marks: Marks) -> None:
     if line.empty or math.isnan(line["difference"].iloc[0]):
         text = ax.text(0, y, " not available", va="center", fontsize=7.5, color=plotting.SOFT)
@@ -397,8 +406,8 @@ def _contrast(ax: Axes, series: Series, line: pd.DataFrame, y: int, marks: Marks
     (bar,) = ax.plot([found["low"], found["high"]], [y, y], color=series.colour, linewidth=1.6, zorder=2)
     look: dict[str, Any] = {"color": series.colour, "markerfacecolor": series.colour if significant else "white"}
     (dot,) = ax.plot(found["difference"], y, marker="o", markersize=6, zorder=3, **look)
-    low, high = formatting.points(found["low"]), formatting.points(found["high"])
-    label = f"{series.label}, {found['label']}: {formatting.points(found['difference'])} points "
+    difference, low, high = (formatting.change(found[k], found["measure"]) for k in ("difference", "low", "high"))
+    label = f"{series.label}, {found['label']}: {difference}{'' if found['measure'] in LOG_ODDS else ' points'} "
     label += f"(95% CI {low} to {high}), p (Holm) {formatting.p_value(found['p_holm'])}"
     marks.add(bar, series)
     marks.add(dot, series, label=label)

@@ -124,7 +124,8 @@ def change(value: float | None, measure: str, digits: int = 1) -> str:
     """Return a difference of a measure: signed points, or for one in log-odds signed nats, `+0.12`."""
     if measure not in LOG_ODDS or value is None or not math.isfinite(value):
         return points(value, digits) if value is None or math.isfinite(value) else MISSING
-    return f"{value:+.{digits + 1}f}".replace("-", MINUS)
+    text = f"{abs(value):.{digits + 1}f}"
+    return text if float(text) == 0 else ("+" if value > 0 else MINUS) + text
 
 
 def level(value: float | None, measure: str) -> str:

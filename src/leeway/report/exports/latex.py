@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pandas as pd
 
@@ -16,8 +17,8 @@ from leeway.report import formatting
 from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.plotting import Series
 from leeway.report.results import Results
-from leeway.report.verdict import LEVEL
-from leeway.stats.metrics import BASE, PLAIN
+from leeway.report.verdict import LEVEL, headline
+from leeway.stats.metrics import BASE, LOG_ODDS, PLAIN
 
 PAGE_ROWS = 50  # that fit on a page at \footnotesize; a longer table becomes a longtable
 # characters that break a table or that pdfLaTeX has no glyph for in T1 fonts
@@ -153,23 +154,26 @@ def main_table(
 
 
 def contrasts_table(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit) -> Table | None:
-    """Return the primary contrasts with the base at the largest budget."""
+    """Return the verdict's contrasts with the base at the largest budget."""
     if table.empty:
         return None
     largest = int(table["budget"].max())
-    own = table[table["primary"] & (table["budget"] == largest)]
+    own = table[headline(table, table) & (table["budget"] == largest)]
     rank = {(s.objective, s.condition): n for n, s in enumerate(lines)}
     columns = [("Objective", "l"), ("Measure", "l"), ("Base", "r"), ("Tuned", "r"), ("Difference", "r"), ("", "l")]
     columns += [("$p$", "r"), ("$p$, Holm", "r"), ("MDE", "r"), ("Pairs", "r"), ("Prompts", "r"), ("Unscored", "r")]
     rows = []
     for c in sorted(formatting.to_records(own), key=lambda c: rank[c["objective"], c["condition"]]):
         significant = c["p_holm"] is not None and c["p_holm"] < LEVEL
-        row = [_name(c["objective"], c["condition"]), escape(c["label"]), _percent(c["base"]), _percent(c["rate"])]
-        row.append(_points(c["difference"]) + (SIGNIFICANT if significant else ""))
-        row += [_interval(_points(c["low"]), _points(c["high"])), _p(c["p"]), _p(c["p_holm"]), _percent(c["mde"])]
+        in_log_odds = c["measure"] in LOG_ODDS
+        size, moved = (partial(_change, measure=c["measure"]),) * 2 if in_log_odds else (_percent, _points)
+        row = [_name(c["objective"], c["condition"]), escape(c["label"]), size(c["base"]), size(c["rate"])]
+        row.append(moved(c["difference"]) + (SIGNIFICANT if significant else ""))
+        row += [_interval(moved(c["low"]), moved(c["high"])), _p(c["p"]), _p(c["p_holm"]), size(c["mde"]).lstrip("+")]
         rows.append(row + [formatting.count(c[k]) for k in ("n", "n_clusters", "n_unscored")])
     at = escape(unit.at(largest))
-    caption = f"Paired differences from the base {at} in percentage points, with 95\\% confidence intervals."
+    scale = "percentage points (trait: log-odds)" if (own["measure"].isin(LOG_ODDS)).any() else "percentage points"
+    caption = f"Paired differences from the base {at} in {scale}, with 95\\% confidence intervals."
     mde = "MDE: minimal detectable effect, the smallest true difference detected with 80\\% power."
     return Table("contrasts", caption, columns, rows, [SIGNIFICANCE_NOTE, mde, MISSING_NOTE])
 
@@ -218,6 +222,10 @@ def _escaped(text_of: Callable[[float | None], str]) -> Callable[[float | None],
 
 
 _percent, _points, _p = map(_escaped, (formatting.unsigned_points, formatting.points, formatting.p_value))
+
+
+def _change(value: float | None, measure: str) -> str:
+    return escape(formatting.change(value, measure))
 
 
 def _number(value: float | None) -> str:

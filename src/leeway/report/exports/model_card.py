@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from leeway.report import formatting, narrative
 from leeway.report.formatting import MISSING, mapping
 from leeway.report.results import Results
-from leeway.report.verdict import COHERENT, LEVEL
+from leeway.report.verdict import COHERENT, LEVEL, headline
 from leeway.stats.metrics import BASE, PLAIN
 from leeway.yaml_config import package_data
 
@@ -43,9 +43,9 @@ def model_cards(results: Results, made: dict[str, pd.DataFrame]) -> dict[Path, s
 
 
 def measured_rates(results: Results, made: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
-    """Return the checkpoints' primary rates and coherence, with the base's under the same prompt and the contrast."""
+    """Return the checkpoints' rates of the verdict, and coherence, each with the base's and the contrast."""
     rates = made["rates"]
-    reported = rates[rates["primary"] | (rates["measure"] == "coherence")]
+    reported = rates[headline(rates, rates) | (rates["measure"] == "coherence")]
     reported = reported.sort_values("condition", key=lambda c: c != PLAIN, kind="stable")
     base = reported[reported["objective"] == BASE].drop_duplicates(["condition", "measure"])
     bases = {(r["condition"], r["measure"]): r for r in formatting.to_records(base)}
@@ -129,7 +129,7 @@ def _front_matter(results: Results, line: dict[str, Any], measured: list[dict[st
 
 def _eval_result(m: dict[str, Any]) -> EvalResult:
     prompt = "" if m["condition"] == "plain" else f", prompt {m['condition']}"
-    interval = f"{formatting.percent(m['low'])} to {formatting.percent(m['high'])}"
+    interval = " to ".join(formatting.level(m[k], m["measure"]) for k in ("low", "high"))
     return EvalResult(
         task_type="text-generation",
         dataset_type=f"leeway-{m['axis']}",
