@@ -10,7 +10,6 @@ import pytest
 import synthetic
 
 from leeway import stats
-from leeway.report.controls import _alarm_share
 from leeway.stats.cluster_tests import wild_cluster, wild_cluster_p
 
 OBJECTIVES = tuple(f"o{n}" for n in range(6))
@@ -62,11 +61,23 @@ def test_several_axes_add_up_and_a_real_study_stays_below_the_sum() -> None:
     assert table.loc["all", "alarms"] >= table.drop("all")["alarms"].max()
     assert table.loc["all", "low"] < table.loc["all", "nominal"]
     assert "trait" in stats.contrasts(rows, synthetic.CONDITIONS)["measure"].tolist()
-    noted = table["note"].str.contains("the verdict tests the trait in log-odds")
-    assert noted[noted].index.tolist() == ["persona"]
-    assert _alarm_share(table.reset_index().iloc[2].to_dict() | {"value": 0.04}) == (
-        "persona 4.0% by endorsement, while the verdict tests the trait"
-    )
+    assert set(table["note"]) == {""}
+
+
+def test_the_trait_is_redrawn_as_the_verdict_tests_it(record_property: pytest.RecordProperty) -> None:
+    """60 Yes- and 20 No-keyed statements whose levels differ: drawn over both halves, no test would hold its level."""
+    rows = synthetic.rows(("sft", "cft", "ip"), (1000,), items=80)
+    rows = rows[rows["eval"] == "persona"].copy()
+    number = rows["item_id"].map({item: n for n, item in enumerate(sorted(rows["item_id"].unique()))})
+    rows = rows[number % 8 != 1]  # seven eighths: unequal halves
+    rng = np.random.default_rng(1)
+    keyed = rows["judge_raw"].str.contains('"Yes"')
+    rows["score"] = 1 / (1 + np.exp(-(np.where(keyed, 2.0, -2.0) + rng.normal(0, 1, len(rows)))))
+    table = stats.false_alarms(rows, synthetic.CONDITIONS, redraws=800).set_index("axis")
+    assert table.loc["persona", "tests"] == 3
+    record_property("measured", f"false alarms of the trait: {table.loc['persona', 'rate']:.1%} of 800 (nominal 5%)")
+    assert 0.015 < table.loc["persona", "rate"] < 0.075
+    assert table.loc["persona", "discordant"] > 0.9
 
 
 def test_a_base_that_always_refuses_raises_no_alarm_and_says_why() -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from leeway import stats
 from leeway.report.formatting import capitalize_first, mapping, percent, points
-from leeway.stats.false_alarms import ALL, OTHER_MEASURE
+from leeway.stats.false_alarms import ALL
 from leeway.stats.metrics import BASE
 
 if TYPE_CHECKING:
@@ -139,19 +139,13 @@ def _aa_text(table: pd.DataFrame) -> str:
         parts.append(f"sampled with another seed the base {found}")
     alarms = {r["axis"]: r for r in by_control.get("false alarms", [])}
     if ALL in alarms:
-        axes = ", ".join(_alarm_share(r) for axis, r in alarms.items() if axis != ALL)
+        axes = ", ".join(f"{axis} {percent(r['value'])}" for axis, r in alarms.items() if axis != ALL)
         every = alarms[ALL]
         text = (
             f"of studies re-drawn without drift, {percent(every['value'])} report some ({axes}; at most 5% per family"
         )
         parts.append(f"{text} of tests is nominal, {percent(every['nominal'], 0)} in all)")
     return "; ".join(parts)
-
-
-def _alarm_share(line: dict[Any, Any]) -> str:
-    """Return an axis and its share of false alarms, and whether the verdict tests another measure there."""
-    by_endorsement = " by endorsement, while the verdict tests the trait" * (OTHER_MEASURE in str(line["note"]))
-    return f"{line['axis']} {percent(line['value'])}{by_endorsement}"
 
 
 def _dose_text(curve: pd.DataFrame, limits: pd.DataFrame) -> str:
