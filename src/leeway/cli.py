@@ -396,17 +396,23 @@ def export(
     directory: RunDirectory,
     inspect: Annotated[bool, typer.Option("--inspect", help="as Inspect logs, one per checkpoint and eval")] = False,
     redacted: Annotated[bool, typer.Option("--redacted", help="without forbidden prompts and answers to them")] = False,
+    no_prompts: Annotated[
+        bool, typer.Option("--no-prompts", help="with --redacted: without benign prompts too, such as licensed data")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="the output folder (default: DIR/inspect, DIR-redacted)")
     ] = None,
 ) -> None:
     """Write a finished run in another tool's format, or for publication."""
+    if no_prompts and not redacted:
+        raise LeewayError("export: --no-prompts is for --redacted", fix="add --redacted, or leave it out")
     if inspect == redacted:
         raise LeewayError("export: name one format", fix="add --inspect or --redacted")
     if redacted:
         from leeway.report.exports.redacted import publish
 
-        typer.echo(str(publish(directory, out or directory.with_name(f"{directory.name}-redacted")).resolve()))
+        into = out or directory.with_name(f"{directory.name}-redacted")
+        typer.echo(str(publish(directory, into, no_prompts=no_prompts).resolve()))
         return
     from leeway.integrations.inspect.export import export as write
 

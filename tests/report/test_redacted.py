@@ -13,7 +13,8 @@ from leeway.report.exports.redacted import publish
 
 
 @pytest.mark.slow
-def test_same_numbers_without_the_texts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("no_prompts", [False, True])
+def test_same_numbers_without_the_texts(no_prompts: bool, tmp_path: Path) -> None:
     table = synthetic.rows(("sft",), (25_000,), capability=30, prompts=20, items=20)
     forbidden = table["eval"] == "jailbreak"
     table.loc[forbidden, "prompt"] = "forbidden-marker " + table.loc[forbidden, "prompt"]
@@ -21,7 +22,7 @@ def test_same_numbers_without_the_texts(tmp_path: Path) -> None:
     table.loc[forbidden, "judge_raw"] = "raw-marker"
     run = synthetic.write(tmp_path / "run", table)
     report.build(run)
-    page = publish(run, tmp_path / "out")
+    page = publish(run, tmp_path / "out", no_prompts=no_prompts)
     assert page == tmp_path / "out" / "report.html"
     before, after = pd.read_parquet(run / "rows.parquet"), pd.read_parquet(tmp_path / "out" / "rows.parquet")
     hidden = before["eval"] == "jailbreak"
@@ -29,7 +30,9 @@ def test_same_numbers_without_the_texts(tmp_path: Path) -> None:
     assert (~hidden).sum()
     kept = [c for c in before.columns if c not in ("prompt", "response", "judge_raw")]
     pd.testing.assert_frame_equal(before[kept], after[kept])
-    pd.testing.assert_frame_equal(before[~hidden], after[~hidden])
+    shown = [c for c in before.columns if c != "prompt" or not no_prompts]
+    pd.testing.assert_frame_equal(before.loc[~hidden, shown], after.loc[~hidden, shown])
+    assert after[~hidden]["prompt"].str.startswith("[prompt ").all() == no_prompts
     assert after[hidden]["prompt"].str.fullmatch(r"\[prompt [0-9a-f]{16}\]").all()
     assert after[hidden]["prompt"].nunique() == before[hidden]["prompt"].nunique()
     assert set(after[hidden]["judge_raw"]) == {""}

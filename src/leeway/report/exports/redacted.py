@@ -18,11 +18,12 @@ HARMLESS = ("capability", "overrefusal", "persona", "persona-check", "persona-sd
 TEXTS = ("prompt", "response")
 
 
-def publish(folder: Path, out: Path) -> Path:
+def publish(folder: Path, out: Path, *, no_prompts: bool = False) -> Path:
     """Write a run directory with the tables, step logs, study and page of `folder` into `out`; return the page's path.
 
     Rows of an eval outside HARMLESS keep ids, outcomes and scores; a text is replaced by its hash, and what the judge
-    wrote is left out. Checkpoints are not copied. Raises LeewayError if `out` is not empty.
+    wrote is left out. With `no_prompts` the prompts of every eval are replaced. Checkpoints are not copied. Raises
+    LeewayError if `out` is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise LeewayError(f"{out} is not empty", fix="give a new folder")
@@ -33,7 +34,8 @@ def publish(folder: Path, out: Path) -> Path:
     hidden = pc.invert(pc.is_in(rows["eval"], pa.array(HARMLESS)))
     for name in TEXTS:
         hashes = pa.array([f"[{name} {digest(text)}]" for text in rows[name].to_pylist()])
-        rows = rows.set_column(rows.schema.get_field_index(name), name, pc.if_else(hidden, hashes, rows[name]))
+        where = pa.scalar(True) if no_prompts and name == "prompt" else hidden
+        rows = rows.set_column(rows.schema.get_field_index(name), name, pc.if_else(where, hashes, rows[name]))
     raw = pc.if_else(hidden, pa.scalar(""), rows["judge_raw"])
     rows = rows.set_column(rows.schema.get_field_index("judge_raw"), "judge_raw", raw)
     out.mkdir(parents=True, exist_ok=True)
