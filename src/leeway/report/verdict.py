@@ -200,9 +200,7 @@ def recommendations(
     `equivalent` (within the margin), `inconclusive`, or `void` (neither means anything of an arm that did not learn).
     """
     better = {} if rates.empty else dict(zip(rates["measure"], rates["better"], strict=True))
-    small = set[tuple[Any, ...]]()
-    if equivalent is not None and len(equivalent):
-        small = set(equivalent.loc[equivalent["equivalent"].astype(bool), KEYS].itertuples(index=False, name=None))
+    small = equivalent_cells(equivalent)
     entries = []
     primary = contrasts[headline(contrasts, contrasts)] if len(contrasts) else contrasts
     for budget in sorted(int(b) for b in primary["budget"].unique()) if len(primary) else []:
@@ -224,17 +222,31 @@ def recommendations(
     return entries
 
 
+def equivalent_cells(equivalent: pd.DataFrame | None) -> set[tuple[Any, ...]]:
+    """Return the keys of the contrasts shown to be within the margin."""
+    if equivalent is None or equivalent.empty:
+        return set()
+    return set(equivalent.loc[equivalent["equivalent"].astype(bool), KEYS].itertuples(index=False, name=None))
+
+
+def state_of(
+    contrast: dict[Any, Any], better: dict[Any, str], small: set[tuple[Any, ...]], void: Collection[Arm]
+) -> str:
+    """Return what a contrast shows: better, worse or changed (significant), equivalent, void or inconclusive."""
+    if contrast["p_holm"] < LEVEL:
+        good, way = better.get(contrast["measure"], ""), "higher" if contrast["difference"] > 0 else "lower"
+        return "changed" if not good else "better" if good == way else "worse"
+    if (contrast["objective"], contrast["budget"]) in void:
+        return "void"
+    return "equivalent" if tuple(contrast[k] for k in KEYS) in small else "inconclusive"
+
+
 def _change(
     contrast: dict[Any, Any] | None, better: dict[Any, str], small: set[tuple[Any, ...]], void: Collection[Arm]
 ) -> dict[str, str] | None:
     if contrast is None or contrast["difference"] != contrast["difference"]:
         return None
-    within = tuple(contrast[k] for k in KEYS) in small
-    unlearned = (contrast["objective"], contrast["budget"]) in void
-    state = "void" if unlearned else "equivalent" if within else "inconclusive"
-    if contrast["p_holm"] < LEVEL:
-        good, way = better.get(contrast["measure"], ""), "higher" if contrast["difference"] > 0 else "lower"
-        state = "changed" if not good else "better" if good == way else "worse"
+    state, within = state_of(contrast, better, small, void), tuple(contrast[k] for k in KEYS) in small
     difference, low, high = (formatting.change(contrast[k], contrast["measure"]) for k in ("difference", "low", "high"))
     also = "within the margin" if within and state not in ("equivalent", "void") else ""
     return {"state": state, "difference": difference, "range": f"{low} to {high}", "within": also}

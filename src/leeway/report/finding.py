@@ -1,0 +1,168 @@
+"""State what a run found in one sentence, made from its contrasts: the page's heading and the last line of a run.
+
+It names attack success first, by what is shown of each objective: worse, better, within the margin, not shown to have
+learned (void), too incoherent to be read as robustness, or open. Capability follows, then whether one choice is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import pandas as pd
+
+from leeway.report import formatting
+from leeway.report.formatting import TOKENS, BudgetUnit, capitalize_first, join_and
+from leeway.report.verdict import COHERENT, NONE, STABLE_CHOICE, Arm, equivalent_cells, headline, state_of
+from leeway.stats.metrics import BASE
+from leeway.stats.pareto import TIED
+
+NAMED = 3  # objectives named in one part of the sentence
+Line = dict[str, Any]
+
+
+def finding(
+    contrasts: pd.DataFrame,
+    rates: pd.DataFrame,
+    advice: pd.DataFrame,
+    unit: BudgetUnit = TOKENS,
+    seeds: Sequence[int] = (),
+    *,
+    equivalent: pd.DataFrame | None = None,
+    identity: pd.DataFrame | None = None,
+    void: Collection[Arm] = (),
+    external: bool = False,
+) -> str:
+    """Return one sentence about the largest budget.
+
+    `contrasts`, `rates`: as of `Results`; `advice`: `stats.recommend`; `equivalent`, `identity`: their tables, if any;
+    `void`: arms (objective, budget) not shown to have learned.
+    """
+    if contrasts.empty:
+        return "Only the base model was evaluated: there is nothing to compare it with."
+    largest = int(contrasts["budget"].max())
+    table = contrasts[contrasts["budget"] == largest]
+    better = {} if rates.empty else dict(zip(rates["measure"], rates["better"], strict=True))
+    small = equivalent_cells(equivalent)
+    lines = [c | {"state": state_of(c, better, small, void)} for c in table[headline(table, table)].to_dict("records")]
+    subject = "the checkpoint" if external else "every objective"
+    coherence = table[table["measure"] == "coherence"].set_index(["objective", "condition"])["rate"]
+    attack = [c for c in lines if c["axis"] == "jailbreak"]
+    margin = _margin(equivalent, attack)
+    parts = _attack(attack, coherence.to_dict(), subject, margin)
+    parts += _capability([c for c in lines if c["axis"] == "capability"], subject)
+    parts += _same(identity, largest)
+    own = advice[advice["budget"] == largest] if len(advice) else advice
+    parts += [] if external or own.empty or len(attack) < 2 else _choice(own, attack)
+    if not parts:
+        return f"{capitalize_first(unit.at(largest))}, neither capability nor attack success was measured."
+    seed = "one external checkpoint" if external else "one training seed" if len(seeds) == 1 else ""
+    return f"{capitalize_first(unit.at(largest))}, {'; '.join(parts)}{f' ({seed})' if seed else ''}."
+
+
+def _name(line: Line) -> str:
+    return formatting.objective_name(str(line["objective"]), str(line["condition"]))
+
+
+def _subject(group: list[Line], every: list[Line], subject: str) -> tuple[str, bool]:
+    """Return who a part is about, and whether it is plural."""
+    if len(group) == len(every):
+        only = len(every) == 1 and subject == "every objective"
+        return (_name(group[0]) if only else subject), False
+    if len(group) <= NAMED:
+        return join_and([_name(c) for c in group]), len(group) > 1
+    if len(every) - len(group) <= 2:
+        return f"all objectives but {join_and([_name(c) for c in every if c not in group])}", True
+    return f"{len(group)} of {len(every)} objectives", True
+
+
+def _range(group: list[Line]) -> str:
+    """Return the sizes of some differences: `3.1 points`, or `3.1 (DPO) to 21.2 points (CFT)`."""
+    by_size = sorted(group, key=lambda c: abs(c["difference"]))
+    low, high = (formatting.unsigned_points(abs(by_size[n]["difference"])) for n in (0, -1))
+    if low == high:
+        return f"{low} points"
+    return f"{low} ({_name(by_size[0])}) to {high} points ({_name(by_size[-1])})"
+
+
+def _margin(equivalent: pd.DataFrame | None, attack: list[Line]) -> float | None:
+    if equivalent is None or equivalent.empty or not attack:
+        return None
+    own = equivalent.loc[equivalent["measure"] == attack[0]["measure"], "margin"]
+    return float(own.iloc[0]) if len(own) else None
+
+
+def _attack(lines: list[Line], coherence: dict[Any, float], subject: str, margin: float | None) -> list[str]:
+    """Return the parts on attack success, the shown ones first."""
+    if not lines:
+        return []
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        known = line["difference"] == line["difference"]
+        share = coherence.get((line["objective"], line["condition"]), 1.0)
+        state = "withheld" if not known else line["state"]
+        if known and state not in ("worse", "void") and share < COHERENT:  # a rise is a rise, coherent or not
+            state = "incoherent"
+        groups.setdefault(state, []).append(line)
+    parts = []
+    for state in ("worse", "better", "changed", "equivalent", "incoherent", "void", "inconclusive", "withheld"):
+        if group := groups.get(state):
+            who, plural = _subject(group, lines, subject)
+            parts.append(_attack_part(state, group, who, "" if plural else "s", margin))
+    return parts
+
+
+def _attack_part(state: str, group: list[Line], who: str, s: str, margin: float | None) -> str:
+    are = "is" if s else "are"
+    if state in ("worse", "better", "changed"):
+        verb = {"worse": "raise", "better": "lower", "changed": "change"}[state]
+        return f"{who} {verb}{s} attack success by {_range(group)}"
+    if state == "equivalent":
+        inside = "" if margin is None else f" within {100 * margin:g} points of the base"
+        return f"{who} {'keeps' if s else 'keep'} attack success{inside}"
+    if state == "incoherent":
+        return f"{who} often answer{s} incoherently, so attack success shows no robustness there"
+    if state == "void":
+        not_shown = "no objective is" if who == "every objective" else f"{who} {are} not"
+        return f"{not_shown} shown to have learned, so a lack of drift says nothing"
+    if state == "withheld":
+        reason = formatting.without_seed_note(str(group[0]["note"])) or "too few scored pairs"
+        return f"attack success of {who} could not be compared ({reason})"
+    missed = max((c["mde"] for c in group if c["mde"] == c["mde"]), default=float("nan"))
+    size = f": a drift below {formatting.unsigned_points(missed)} points could be missed" if missed == missed else ""
+    return f"for {who} the data do not decide whether attack success moved{size}"
+
+
+def _capability(lines: list[Line], subject: str) -> list[str]:
+    """Return the part on capability: who gains, who loses, or that nothing is shown."""
+    lines = [c for c in lines if c["difference"] == c["difference"]]
+    parts = []
+    for state, verb in (("better", "gain"), ("worse", "lose")):
+        if group := [c for c in lines if c["state"] == state]:
+            who, plural = _subject(group, lines, subject)
+            parts.append(f"{who} {verb}{'' if plural else 's'} {_range(group)} of capability")
+    return parts or (["no gain in capability is shown"] if lines else [])
+
+
+def _same(identity: pd.DataFrame | None, budget: int) -> list[str]:
+    """Name the arms that are one behaviour."""
+    if identity is None or identity.empty:
+        return []
+    same = identity[identity["same"].astype(bool) & (identity["budget"] == budget)]
+    pairs = same[["objective", "against"]].itertuples(index=False, name=None)
+    names = [["the base" if o == BASE else formatting.objective_name(str(o)) for o in pair] for pair in pairs]
+    return [f"{join_and([' and '.join(pair) for pair in names])} behave the same"] if names else []
+
+
+def _choice(own: pd.DataFrame, attack: list[Line]) -> list[str]:
+    """Say whether one objective is the better choice, or none is."""
+    best = own[own["recommended"].astype(bool)]
+    if best.empty or best.iloc[0]["objective"] == NONE:
+        inside = any(c["state"] == "equivalent" for c in attack)
+        return [] if not inside else ["none is shown to stay within every margin"]
+    chosen, why = best.iloc[0], str(best.iloc[0]["why"])
+    unsure = chosen["p_best"] < STABLE_CHOICE or "capability not shown" in why
+    if unsure or TIED in why:
+        return ["no objective is shown better than the others"]
+    name = formatting.objective_name(str(chosen["objective"]), str(chosen["condition"]))
+    return [f"{name} is the most capable within the margins"]
