@@ -490,7 +490,9 @@ app.add_typer(judge_app, name="judge")
 
 @judge_app.command("calibrate", epilog="Example: leeway judge calibrate keywords --on xstest --out judges")
 def judge_calibrate(
-    judge: Annotated[str, typer.Argument(metavar="JUDGE", help="keywords, rubric, finetuned, or an installed one")],
+    judge: Annotated[
+        str, typer.Argument(metavar="JUDGE", help="keywords, rubric, finetuned, a guard, or an installed one")
+    ],
     on: Annotated[str, typer.Option("--on", help="xstest, or a file of prompt, response and label")] = "xstest",
     model: Annotated[str | None, typer.Option("--model", help="its model: a folder, hub id or API name")] = None,
     endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible address for --model")] = None,
@@ -499,7 +501,7 @@ def judge_calibrate(
 ) -> None:
     """Measure a judge's agreement with human labels and save it as the judge's card."""
     from leeway.cache import Cache
-    from leeway.judges import JUDGES, NEEDS_BACKEND, load_judge
+    from leeway.judges import GUARDS, JUDGES, NEEDS_BACKEND, load_judge
     from leeway.judges.calibrate import calibrate
     from leeway.study.build_evals import HelperModels
     from leeway.study.eval_spec import ModelRef
@@ -508,12 +510,14 @@ def judge_calibrate(
         raise LeewayError(f"judge {judge}: an endpoint without a model", fix="give --model, the name it serves")
     if judge in NEEDS_BACKEND and not model:
         raise LeewayError(f"judge {judge}: no model given", fix="give --model")
-    if judge in JUDGES and judge not in NEEDS_BACKEND and model:
+    if judge in JUDGES and judge not in (*NEEDS_BACKEND, *GUARDS) and model:
         raise LeewayError(f"judge {judge}: it uses no model", fix="leave --model out")
+    if judge in GUARDS and endpoint:
+        raise LeewayError(f"judge {judge}: a guard model runs on this machine", fix="leave --endpoint out")
     if not endpoint and key_env != ModelRef.model_fields["key_env"].default:
         raise LeewayError(f"judge {judge}: --key-env needs --endpoint", fix="give --endpoint, or leave --key-env out")
     backend = None
-    if model:  # its replies are cached in `out`, so that a second calibration costs nothing
+    if model and judge not in GUARDS:  # its replies are cached in `out`: a second calibration costs nothing
         helper = ModelRef(model=model, endpoint=endpoint, key_env=key_env)
         backend = HelperModels(Cache.of(out)).of(helper)
     loaded = load_judge(judge, backend, **({"model": model} if model else {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from leeway.errors import LeewayError
@@ -21,11 +22,19 @@ def _finetuned(**options: Any) -> Judge:
     return FinetunedJudge(**options)
 
 
+def _guard(name: str, **options: Any) -> Judge:
+    from leeway.judges.guard import GuardJudge
+
+    return GuardJudge(name, **options)
+
+
+GUARDS = ("harmbench", "llama-guard-3", "llama-guard-4", "wildguard")  # local models, each with a published input
 JUDGES: dict[str, Callable[..., Judge]] = {
     "finetuned": _finetuned,
     "keywords": KeywordJudge,
     "organism": OrganismJudge,
     "rubric": RubricJudge,
+    **{name: partial(_guard, name) for name in GUARDS},
 }
 NEEDS_BACKEND = ("rubric",)
 
@@ -33,8 +42,9 @@ NEEDS_BACKEND = ("rubric",)
 def load_judge(name: str, backend: Backend | None = None, **options: Any) -> Judge:
     """Return a built-in judge, or one from another package (`leeway.judges` entry points).
 
-    rubric needs `backend` (options: model, perplexity); finetuned takes model, adapter, device, batch, perplexity;
-    keywords takes perplexity. Raises LeewayError for an unknown name or option.
+    rubric needs `backend` (options: model, perplexity); finetuned takes model, adapter, device, batch, perplexity; a
+    guard model takes model, revision, device, batch, perplexity; keywords takes perplexity. Raises LeewayError for an
+    unknown name or option.
     """
     factory = JUDGES.get(name)
     if factory is None:
@@ -52,4 +62,5 @@ def load_judge(name: str, backend: Backend | None = None, **options: Any) -> Jud
         raise LeewayError(f"judge {name}: {error}", fix="leave that option out") from error
 
 
-__all__ = ["JUDGES", "NEEDS_BACKEND", "Answer", "Judge", "KeywordJudge", "OrganismJudge", "Verdict", "load_judge"]
+__all__ = ["GUARDS", "JUDGES", "NEEDS_BACKEND"]
+__all__ += ["Answer", "Judge", "KeywordJudge", "OrganismJudge", "Verdict", "load_judge"]

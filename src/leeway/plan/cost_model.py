@@ -14,6 +14,7 @@ import torch
 from leeway.data.chat import Chat
 from leeway.evals.eval import Eval, user_message
 from leeway.generation.backend import Conversation
+from leeway.judges import GUARDS
 from leeway.model.load import resolve
 from leeway.plan.hardware import Machine
 from leeway.study.prepare import Prepared
@@ -200,6 +201,8 @@ def eval_costs(prepared: Prepared) -> tuple[tuple[EvalCost, ...], tuple[str, ...
             notes.append("further turns of multi-turn attacks, and the attacker model")
         if any(j.name == "finetuned" for j in jailbreak.judge):
             notes.append("the fine-tuned judge's forward passes")
+        if guards := [j.name for j in jailbreak.judge if j.name in GUARDS]:
+            notes.append(f"the replies of {' and '.join(guards)}")
     notes += [f"{e.name}, its prompts are not known before the run" for e in found if not e.prompt_tokens]
     return found, tuple(f"not priced: {note}" for note in notes)
 

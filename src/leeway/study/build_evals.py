@@ -29,7 +29,7 @@ from leeway.generation.openai_api import ApiSettings, OpenAIBackend
 from leeway.generation.transformers import LocalBackend
 from leeway.hashing import digest
 from leeway.io import expand
-from leeway.judges import Judge, load_judge
+from leeway.judges import GUARDS, Judge, load_judge
 from leeway.judges.rubric import wording
 from leeway.model.forward import Perplexity
 from leeway.model.load import load_model, weights_hash
@@ -159,6 +159,9 @@ def _judge(part: JudgeSpec, spec: Spec, helpers: HelperModels, *, perplexity: bo
     if part.name == "finetuned":
         options |= {k: v for k, v in (("model", part.base), ("adapter", part.adapter)) if v}
         options["device"] = spec.device
+    if part.name in GUARDS:
+        options |= {"model": part.model.model, "revision": part.model.revision} if part.model else {}
+        return load_judge(part.name, device=spec.device, **options)
     if part.model is None:
         return load_judge(part.name, **options)
     rubric = wording()

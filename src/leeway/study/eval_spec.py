@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from leeway.evals.tasks import declared, task_names
-from leeway.judges import JUDGES, NEEDS_BACKEND
+from leeway.judges import GUARDS, JUDGES, NEEDS_BACKEND
 from leeway.stats.metrics import LOG_ODDS
 from leeway.stats.sequential import MARGIN
 from leeway.yaml_config import AsList, ConfigModel, Unique, nearest
@@ -95,18 +95,20 @@ class CapabilitySpec(NamedSpec):
 
 
 class JudgeSpec(NamedSpec):
-    """One judge of answers: `keywords`, `organism`, `rubric` or `finetuned`, or one of an installed package."""
+    """One judge of answers: keywords, organism, rubric, finetuned, a guard model, or one of an installed package."""
 
     name: str
-    model: ModelRef | None = Field(default=None, description="for rubric: the judge model")
+    model: ModelRef | None = Field(default=None, description="for rubric: the judge model; for a guard model: a copy")
     base: str | None = Field(default=None, description="for finetuned: another base model than the published one")
     adapter: str | None = Field(default=None, description="for finetuned: another adapter than the published one")
 
     def _faults(self) -> Iterator[str]:
         if self.name == "rubric" and self.model is None:
             yield "judge: rubric needs model (the judge model)"
-        if self.name in JUDGES and self.name not in NEEDS_BACKEND and self.model is not None:
+        if self.name in JUDGES and self.name not in (*NEEDS_BACKEND, *GUARDS) and self.model is not None:
             yield f"judge: {self.name} uses no model; leave model out"
+        if self.name in GUARDS and self.model is not None and changed(self.model, ["endpoint", "max_new_tokens"]):
+            yield f"judge: {self.name} is a local model with its own prompt; leave endpoint and max_new_tokens out"
         if self.name != "finetuned" and (self.base or self.adapter):
             yield "judge: base and adapter are for finetuned"
 
