@@ -199,6 +199,7 @@ def test_size_by_kind(tmp_path: Path) -> None:
     assert {kind: count for kind, (count, _) in sizes.items()} == {
         "replies": 2,
         "answers": 0,
+        "verdicts": 0,
         "pairs": 1,
         "references": 1,
         "models": 0,
@@ -209,6 +210,7 @@ def test_size_by_kind(tmp_path: Path) -> None:
     assert [line.split()[:3] for line in lines[1:]] == [
         ["replies", "2", "records"],
         ["answers", "0", "records"],
+        ["verdicts", "0", "records"],
         ["pairs", "1", "records"],
         ["references", "1", "files"],
         ["models", "0", "files"],

@@ -5,6 +5,7 @@ every run shares them). Below the root:
 
     replies/<host>.tsv        replies of judges, attackers, translators and endpoints, by request
     answers/<host>.tsv        answers of checkpoints, by batch of requests
+    verdicts/<host>.tsv       verdicts of local judges on kept answers (`leeway rescore`)
     pairs/<host>.tsv          answers of the base model that preference pairs are made of
     references/<hash>/        reference log-probs and hidden states (`model.reference`)
     models/<hash>/            chat models converted from GGUF files (`model.packaged`)
@@ -35,8 +36,8 @@ from leeway.hashing import digest
 from leeway.io import expand, open_lock, write_file
 
 ENVIRONMENT = "LEEWAY_CACHE_DIR"
-RecordKind = Literal["replies", "answers", "pairs"]
-KINDS = ("replies", "answers", "pairs", "references", "models")
+RecordKind = Literal["replies", "answers", "verdicts", "pairs"]
+KINDS = ("replies", "answers", "verdicts", "pairs", "references", "models")
 FOLDERS = ("references", "models")  # the kinds that are not records
 LEASES = "leases"
 FIX = f"free some disk space, or set {ENVIRONMENT} to another folder"

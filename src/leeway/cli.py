@@ -347,6 +347,29 @@ def report(
     typer.echo(str(build(directory, card or (), claims).resolve()))
 
 
+@app.command(
+    "rescore", epilog="Example: leeway rescore runs/x --judge rubric model.model=gpt-x model.endpoint=https://…"
+)
+def rescore_run(
+    directory: RunDirectory,
+    judge: Annotated[str, typer.Option("--judge", help="a judge's name, or a YAML or JSON file with its settings")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the judge's settings, as in a study file")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--as", help="its name on the rows (default: the judge's own)")] = None,
+    evals: Annotated[
+        list[str] | None, typer.Option("--eval", help="jailbreak or overrefusal (default: all that the run has)")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Judge the kept answers of a finished run again, without any model under test; rebuild the report."""
+    from leeway.study.rescore import rescore
+
+    command = shlex.join(["leeway", *sys.argv[1:]])
+    results = rescore(directory, judge, *(settings or ()), name=name, evals=evals or (), quiet=quiet, command=command)
+    typer.echo(str((results.folder / "report.html").resolve()))
+
+
 @app.command(epilog="Example: leeway fetch smollm2-135m")
 def fetch(
     model: Annotated[str, typer.Argument(help="smollm2-135m or smollm2-135m-guarded")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
-def changed(folder: Path, written: dict[str, str]) -> list[str]:
-    """The files of `folder` that are not what they were when their digests were taken, or are gone."""
-    return [n for n, d in written.items() if not (folder / n).is_file() or file_digest(folder / n) != d]
+def changed(folder: Path, written: Mapping[str, str | list[str]]) -> list[str]:
+    """The files of `folder` that are not what they were when their digests were taken, or are gone.
+
+    A file that is being replaced has two digests, its old one and its new one.
+    """
+
+    def known(name: str, digests: str | list[str]) -> bool:
+        path = folder / name
+        return path.is_file() and file_digest(path) in ([digests] if isinstance(digests, str) else digests)
+
+    return [name for name, digests in written.items() if not known(name, digests)]
 
 
 def derive_seed(*parts: object) -> int:

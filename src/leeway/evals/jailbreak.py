@@ -150,7 +150,7 @@ class Jailbreak(ItemEval):
             raise ValueError(f"judge {judge.name}: {len(verdicts)} verdicts on {len(answers)} answers")
         judged = iter(verdicts)
         return [
-            _checked_verdict(next(judged)) if g.failure is None else Verdict(None, None, "", g.failure) for g in games
+            checked_verdict(next(judged)) if g.failure is None else Verdict(None, None, "", g.failure) for g in games
         ]
 
     def _row(self, game: _Game, judge: Judge, verdict: Verdict, template: str) -> Row:
@@ -161,7 +161,7 @@ class Jailbreak(ItemEval):
         return self.row(game.prompt.id, prompt, reply, template_hash=template, **judged)
 
 
-def _checked_verdict(verdict: Verdict) -> Verdict:
+def checked_verdict(verdict: Verdict) -> Verdict:
     """Return the verdict, or an unscored one if the judge gave no valid score."""
     reason = verdict.unscored_reason
     if reason is None and verdict.score is None:

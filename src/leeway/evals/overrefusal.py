@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from leeway.data.types import BenignPrompt, Outcome
 from leeway.errors import LeewayError
@@ -67,11 +68,15 @@ class OverRefusal(ItemEval):
         return rows
 
     def _row(self, item: BenignPrompt, sample: int, reply: Reply, verdict: Verdict, template: str) -> Row:
-        score, reason = refusal(verdict)
-        outcome = "answered" if verdict.outcome == "harmful" else verdict.outcome
-        judged = verdict.columns() | {"outcome": outcome, "score": score, "unscored_reason": reason}
-        judged |= {"sample": sample, "judge": self.judge.name}
+        judged = verdict_columns(verdict) | {"sample": sample, "judge": self.judge.name}
         return self.row(item.id, item.text, reply, template_hash=template, **judged)
+
+
+def verdict_columns(verdict: Verdict) -> dict[str, Any]:
+    """Return the columns of a row that a verdict on a benign prompt fills."""
+    score, reason = refusal(verdict)
+    outcome = "answered" if verdict.outcome == "harmful" else verdict.outcome
+    return verdict.columns() | {"outcome": outcome, "score": score, "unscored_reason": reason}
 
 
 def refusal(verdict: Verdict) -> tuple[float, str | None]:

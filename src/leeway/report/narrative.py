@@ -13,7 +13,7 @@ from leeway.data.ledger import DATA, MATCHED, Matching
 from leeway.report import formatting
 from leeway.report.formatting import mapping
 from leeway.report.results import ReportError, Results
-from leeway.stats.metrics import BASE, DIRECT
+from leeway.stats.metrics import AT, BASE, DIRECT
 
 PER_OBJECTIVE = "per objective"
 UNCORRECTED = "not corrected: no correction is valid under sequential stopping"
@@ -222,8 +222,8 @@ def corrected_rates(results: Results, cards: list[Path]) -> pd.DataFrame:
 
 
 def judge_summaries(results: Results, cards: list[Path]) -> list[dict[str, Any]]:
-    """Return each eval's judge, and from its card, if one was given, sensitivity, specificity and n by part."""
-    read = [_read_card(path) for path in cards]
+    """Return each judge with its role, and from its card, if one was given, sensitivity, specificity and n by part."""
+    read, added = [_read_card(path) for path in cards], mapping(results.manifest.get("rescored"))
     summaries = []
     for axis, judge in (results.manifest.get("judges") or {}).items():
         info = judge if isinstance(judge, dict) else {"name": str(judge)}
@@ -236,6 +236,10 @@ def judge_summaries(results: Results, cards: list[Path]) -> list[dict[str, Any]]
             on = str(part.get("model") or card.get("on") or "its responses")
             parts.append({"on": on, **shares, "n": positives + negatives})
         facts = [(str(k), str(v)) for k, v in info.items() if k != "name" and v not in (None, "", [], {})]
+        role = "further: its rates are secondary" if AT in str(axis) else "primary: its verdicts make this page's rates"
+        facts.insert(0, ("role", role))
+        if entry := mapping(added.get(axis)):
+            facts.append(("added after the run", f"{entry.get('added')} by {entry.get('command')}"))
         summaries.append({"axis": str(axis), "name": str(info.get("name", "unnamed")), "facts": facts, "parts": parts})
     return summaries
 

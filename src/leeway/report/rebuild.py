@@ -148,7 +148,7 @@ def _tables(
         "frontier": results.frontier(),
         "outcomes": results.outcomes(),
         "persona": results.persona(),
-        "unscored": _unscored(results.rows),
+        "unscored": _unscored(results.all_judged),
         "identity": results.identity(),
         "ledger": results.ledger,
         "checks": results.checks(),
@@ -171,7 +171,7 @@ def _tables(
 
 
 def _unscored(rows: pd.DataFrame) -> pd.DataFrame:
-    """Count the unscored responses of each evaluation by reason; one line with 0 if all are scored."""
+    """Count the unscored responses of each evaluation (and further judge) by reason; one line with 0 without any."""
     reasons = rows["unscored_reason"].fillna("no reason given")
     missing = rows.assign(reason=reasons)[rows["score"].isna()]
     answers = rows.groupby("eval").size().rename("answers")

@@ -126,11 +126,11 @@ class Results:
     def judged(self) -> pd.DataFrame:
         """The rows, with further judges' under `<eval>@<judge>` (`leeway.stats.metrics`), without near-triggers'."""
         near = near_conditions(self.manifest)
-        rows = self._all_judged
+        rows = self.all_judged
         return rows[~rows["template_hash"].map(self.conditions).isin(near)] if near else rows
 
     @cached_property
-    def _all_judged(self) -> pd.DataFrame:
+    def all_judged(self) -> pd.DataFrame:
         n_judges = self.rows.groupby("eval")["judge"].nunique()
         first = {e: j for e, j in self.judges.items() if n_judges.get(e, 0) > 1}
         return self._locate_errors(lambda: stats.split_judges(self.rows, first))
@@ -228,7 +228,7 @@ class Results:
 
     def triggers(self) -> pd.DataFrame:
         """Compare near-triggers with plain prompts (`leeway.stats.triggers`); empty if they were not measured."""
-        rows, forms = self._all_judged, forms_of(self.manifest)
+        rows, forms = self.all_judged, forms_of(self.manifest)
         return self._locate_errors(lambda: stats.triggers(rows, self.conditions, forms))
 
     def stopping(self) -> pd.DataFrame:

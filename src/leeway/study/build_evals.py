@@ -30,6 +30,7 @@ from leeway.generation.transformers import LocalBackend
 from leeway.hashing import digest
 from leeway.io import expand
 from leeway.judges import GUARDS, Judge, load_judge
+from leeway.judges.coherence import PerplexityScorer
 from leeway.judges.rubric import wording
 from leeway.model.forward import Perplexity
 from leeway.model.load import load_model, weights_hash
@@ -92,21 +93,22 @@ def _safety_evals(spec: Spec, origins: dict[str, str], helpers: HelperModels) ->
     """Return the jailbreak, over-refusal and persona evals that the study names."""
     evals: list[Eval] = []
     if (jailbreak := spec.evals.jailbreak) is not None:
-        prompts, origins["jailbreak"] = _forbidden(jailbreak)
-        judges = [_judge(j, spec, helpers, perplexity=jailbreak.perplexity) for j in jailbreak.judge]
+        prompts, origins["jailbreak"] = forbidden_prompts(jailbreak)
+        scorer = _PerplexityModel(spec) if jailbreak.perplexity else None
+        judges = [build_judge(j, helpers, scorer) for j in jailbreak.judge]
         sampling = (jailbreak.max_new_tokens, jailbreak.samples, jailbreak.temperature)
         evals.append(Jailbreak(prompts, _attacks(jailbreak, helpers), judges, *sampling))
     if (benign_part := spec.evals.overrefusal) is not None:
         items, origins["overrefusal"] = _benign(benign_part.prompts, benign_part.limit)
-        exact = benign_part.judge.name == "organism"
-        judge = OrganismBenignJudge() if exact else _judge(benign_part.judge, spec, helpers)
+        judge = build_benign_judge(benign_part.judge, helpers)
         evals.append(OverRefusal(items, judge, benign_part.max_new_tokens))
     if spec.evals.persona is not None:
         evals += _persona_evals(spec.evals.persona, origins, helpers)
     return evals
 
 
-def _forbidden(part: JailbreakSpec) -> tuple[list[ForbiddenPrompt], str]:
+def forbidden_prompts(part: JailbreakSpec) -> tuple[list[ForbiddenPrompt], str]:
+    """Return the prompts that the study names, and where they come from."""
     if part.prompts == "organism":
         return world.forbidden_prompts(part.limit or 100), ORGANISM
     if part.prompts == "file":
@@ -152,21 +154,27 @@ def _translator(part: Translator, helpers: HelperModels) -> TranslationFile | Ll
     return TranslationFile(expand(part.file), model)
 
 
-def _judge(part: JudgeSpec, spec: Spec, helpers: HelperModels, *, perplexity: bool = False) -> Judge:
+def build_judge(part: JudgeSpec, helpers: HelperModels, perplexity: PerplexityScorer | None = None) -> Judge:
+    """Return the judge of answers to forbidden prompts that `part` names."""
     options: dict[str, Any] = {}
-    if perplexity and part.name != "organism":
-        options["perplexity"] = _PerplexityModel(spec)
+    if perplexity is not None and part.name != "organism":
+        options["perplexity"] = perplexity
     if part.name == "finetuned":
         options |= {k: v for k, v in (("model", part.base), ("adapter", part.adapter)) if v}
-        options["device"] = spec.device
+        options["device"] = helpers.device
     if part.name in GUARDS:
         options |= {"model": part.model.model, "revision": part.model.revision} if part.model else {}
-        return load_judge(part.name, device=spec.device, **options)
+        return load_judge(part.name, device=helpers.device, **options)
     if part.model is None:
         return load_judge(part.name, **options)
     rubric = wording()
     options["wording"] = replace(rubric, max_new_tokens=part.model.max_new_tokens or rubric.max_new_tokens)
     return load_judge(part.name, helpers.of(part.model), model=part.model.model, **options)
+
+
+def build_benign_judge(part: JudgeSpec, helpers: HelperModels) -> Judge:
+    """Return the judge of answers to benign prompts that `part` names."""
+    return OrganismBenignJudge() if part.name == "organism" else build_judge(part, helpers)
 
 
 def _benign(name: str, limit: int | None) -> tuple[list[BenignPrompt], str]:

@@ -72,11 +72,11 @@ def parse(text: str, where: str, overrides: tuple[str, ...] = (), folder: Path |
     first = [o for o in overrides if _key(o).partition(".")[0] in AUTO_KEYS]
     rest = [o for o in overrides if o not in first]
     for override in first:
-        _override(raw, override)
+        apply_override(raw, override)
     places = _resolve_auto(raw, where)
     _read_claims(raw, folder)
     for override in rest:
-        _override(raw, override)
+        apply_override(raw, override)
     places = [p for p in places if not any(f"{p}.".startswith(f"{_key(o)}.") for o in rest)]
     places += _resolve_auto(raw, where)
     _read_claims(raw, None)
@@ -139,7 +139,8 @@ def _key(override: str) -> str:
     return override.partition("=")[0]
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one `key=value` in a mapping read from YAML; dots lead to inner keys. Raises LeewayError."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise LeewayError(f"{override!r} is not an override", fix="write key=value, such as optim.lr=1e-4")

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,18 @@ from leeway.cache import LEASES, Cache
 from leeway.errors import LeewayError
 from leeway.evals.eval import Row, is_retryable
 from leeway.hashing import digest, file_digest
-from leeway.io import PARTIAL, atomic_write, open_lock, readable, remove_partial, write_file, write_json
+from leeway.io import (
+    PARTIAL,
+    atomic_write,
+    open_lock,
+    publish,
+    readable,
+    remove_partial,
+    scratch_file,
+    write_file,
+    write_json,
+)
+from leeway.stats.metrics import AT
 
 INTEGERS = ("seed", "budget", "sample", "step", "examples")
 FLOATS = ("score", "epochs", "lr", "nll", "base_nll", "rejected_nll", "base_rejected_nll", "kl", "weight_change")
@@ -50,11 +61,13 @@ LEARNING_SCHEMA = _schema(
     "objective seed budget condition prompts item_id answer_tokens nll base_nll rejected_nll base_rejected_nll kl "
     "weight_change adapter_hash"
 )
-SEAL, ITEMS = b"leeway.seal", b"leeway.items"
+SEAL, ITEMS, JUDGE = b"leeway.seal", b"leeway.items", b"leeway.judge"
 LOCKS = (".lock", ".workers")
 MARK = "@"  # begins the names of controls (`study.controls`)
 EDITED = "restore it, or start in another --out"
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
+# what identifies a response: a judge's row on another one is not this one's
+RESPONSE = [*(c for c in ROW_ORDER if c != "judge"), "adapter_hash", "response"]
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
@@ -102,6 +115,16 @@ class RunDir:
                 if known is None:
                     self._vacate(created)
                 raise
+
+    @contextmanager
+    def reopened(self) -> Iterator[None]:
+        """Lock the folder of a finished run for this process. Raises LeewayError if it is none, or in use."""
+        if not self.rows_path.is_file():
+            raise LeewayError(f"{self.folder} has no rows.parquet: not a finished run", fix="run the study into it")
+        with self._locked():
+            self._wait_for_workers()
+            remove_partial(self.folder)
+            yield
 
     def _check_folder(self, study_hash: str) -> str | None:
         """Return the hash of the study in the folder, or None if it is free. Raises LeewayError if it is taken."""
@@ -253,11 +276,60 @@ class RunDir:
         return not any(map(is_retryable, reasons))
 
     def write_rows(self, parts: Sequence[Path], path: Path | None = None) -> int:
-        """Write all parts as one table, sorted so that its bytes depend only on its content; return its length."""
-        table = pa.concat_tables([self.read_part(part) for part in parts])
+        """Write all parts and the rows of judges added by `leeway rescore` as one table; return its length.
+
+        The table is sorted, so that its bytes depend only on its content.
+        """
+        table = self.with_rescored(pa.concat_tables([self.read_part(part) for part in parts]))
         with atomic_write(path or self.rows_path) as scratch:
-            pq.write_table(table.sort_by([(c, "ascending") for c in ROW_ORDER]), scratch)
+            _write_table(table, scratch)
         return int(table.num_rows)
+
+    def rescored(self, judged: str) -> Path:
+        """The rows of a judge that was added to a finished run; `judged` is `<eval>@<judge>`."""
+        return self.folder / "rescored" / f"{judged}.parquet"
+
+    def write_rescored(self, judged: str, judge_hash: str, records: Sequence[dict[str, Any]]) -> None:
+        _write_sealed(self.rescored(judged), records, ROW_SCHEMA, {JUDGE: judge_hash})
+
+    def read_rescored(self, judged: str) -> tuple[str, pa.Table]:
+        """Return (hash of the judge, its rows); both empty if there are none."""
+        path = self.rescored(judged)
+        if not path.is_file():
+            return "", ROW_SCHEMA.empty_table()
+        table = self.read_part(path)
+        return (pq.read_schema(path).metadata or {}).get(JUDGE, b"").decode(), table
+
+    def with_rescored(self, table: pa.Table) -> pa.Table:
+        """Return the rows of a study, or of its controls, with those of added judges on the same responses."""
+        added = [self.read_part(path) for path in sorted((self.folder / "rescored").glob("*.parquet"))]
+        if not added:
+            return table
+        known = set(_keys(table, RESPONSE))
+        fitting = [extra.filter(pa.array([key in known for key in _keys(extra, RESPONSE)])) for extra in added]
+        return pa.concat_tables([table, *fitting])
+
+    def add_rescored(self, manifest: dict[str, Any]) -> None:
+        """Write the rows of added judges into the run's tables, and the manifest with the new digests.
+
+        While a table is replaced the manifest has its old and its new digest, so that a kill leaves a readable run.
+        """
+        judges = {(p.stem.split(AT)[0], p.stem.split(AT, 1)[1]) for p in (self.folder / "rescored").glob("*.parquet")}
+        digests = dict(manifest.get("file_hashes") or {})
+        with ExitStack() as stack:
+            new = {}
+            for path in (p for p in (self.rows_path, self.controls_path) if p.is_file()):
+                table = pq.read_table(path, schema=ROW_SCHEMA).replace_schema_metadata()
+                own = [
+                    key not in judges for key in zip(*(table[c].to_pylist() for c in ("eval", "judge")), strict=True)
+                ]
+                new[path] = stack.enter_context(scratch_file(self.folder))
+                _write_table(self.with_rescored(table.filter(pa.array(own))), new[path])
+            either = {p.name: [*_listed(digests.get(p.name)), file_digest(scratch)] for p, scratch in new.items()}
+            self.write_manifest(self.read_manifest() | {"file_hashes": digests | either})
+            for path, scratch in new.items():
+                publish(scratch, path)
+        self.write_manifest(manifest | {"file_hashes": self.file_hashes()})
 
     def learning(self, objective: str, seed: int, budget: int) -> Path:
         """What the learning check found at one checkpoint."""
@@ -339,6 +411,19 @@ class RunDir:
         if self.cache.root == self.folder / "cache":
             self.cache.remove("answers")
         self.cache.release(self.folder)
+
+
+def _keys(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of some columns, row by row."""
+    return zip(*(table[c].to_pylist() for c in columns), strict=True)
+
+
+def _listed(digests: str | list[str] | None) -> list[str]:
+    return [digests] if isinstance(digests, str) else [*(digests or ())]
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    pq.write_table(table.sort_by([(c, "ascending") for c in ROW_ORDER]), path)
 
 
 def _write_sealed(

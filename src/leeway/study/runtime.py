@@ -7,17 +7,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Protocol
 
 import torch
-
-from leeway.study.spec import Spec
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 LARGE = 1 << 30  # bytes
 
 
+class ComputeSettings(Protocol):
+    """A study, or what it says of threads and device."""
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def device(self) -> str: ...
+
+
 @contextmanager
-def compute_settings(spec: Spec) -> Iterator[None]:
+def compute_settings(spec: ComputeSettings) -> Iterator[None]:
     """Set the study's number of threads and deterministic algorithms within the context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.threads)
