@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from random import Random
 
 import pytest
 import tiny
@@ -22,11 +23,13 @@ from leeway.attacks import (
     Attack,
     AttackFailed,
     Base64,
+    BestOfN,
     Crescendo,
     HelperRequest,
     LedCrescendo,
     ManyShot,
     Passage,
+    Prefill,
     ToolResult,
     Transcript,
     Wrapper,
@@ -36,6 +39,7 @@ from leeway.attacks import (
     registry,
     render,
 )
+from leeway.attacks.best_of_n import add_noise, capitalise, shuffle_inside
 from leeway.attacks.built_in import SHOTS, decoded, encoded
 from leeway.data import safety_prompts
 from leeway.data.chat import Chat
@@ -47,8 +51,10 @@ CHATS = [Chat(tiny.tokenizer(t)) for t in (tiny.PLAIN, tiny.TRIMMING, tiny.THINK
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_the_last_message_contains_or_encodes_the_request(attack: Attack) -> None:
-    last = render(attack, REQUEST)[-1][-1]["content"]
-    if isinstance(attack, Base64):
+    last = next(m["content"] for m in reversed(render(attack, REQUEST)[-1]) if m["role"] == "user")
+    if isinstance(attack, BestOfN):
+        assert len(last) == len(REQUEST)
+    elif isinstance(attack, Base64):
         assert base64.b64decode(last.split()[-1]).decode() == REQUEST
     else:
         assert last.count(REQUEST) == 1
@@ -73,9 +79,10 @@ def test_names_and_hashes_are_distinct() -> None:
 def test_every_chat_template_accepts_it(attack: Attack) -> None:
     for conversation in render(attack, "how to bake a cake"):
         roles = [m["role"] for m in conversation]
-        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]  # as Gemma 2 requires
+        sent = conversation[: len(roles) - (roles[-1] == "assistant")]  # a prefill is continued, not rendered
+        assert roles[: len(sent)] == ["user", "assistant"] * (len(sent) // 2) + ["user"]  # as Gemma 2 requires
         for chat in CHATS:
-            assert conversation[-1]["content"].strip() in chat.prompt_text(conversation)
+            assert sent[-1]["content"].strip() in chat.prompt_text(sent)
 
 
 def test_the_hash_covers_the_text() -> None:
@@ -88,6 +95,10 @@ def test_the_hash_covers_the_text() -> None:
         (ManyShot(), ManyShot(8)),
         (Crescendo(), Crescendo(("{prompt}",))),
         (ToolResult(), ToolResult(tool_role=True)),
+        (BestOfN(), BestOfN(0.5)),
+        (BestOfN(), BestOfN(version=2)),
+        (Prefill("p", 1, "", "Sure:"), Prefill("p", 1, "", "Fine:")),
+        (Prefill("p", 1, "", "Sure:"), Prefill("p", 2, "", "Sure:")),
         (LedCrescendo(FixedHelper()), LedCrescendo(FixedHelper(), turns=2)),
         (LedCrescendo(FixedHelper()), LedCrescendo(FixedHelper(hash="other"))),
         (Zulu(FixedHelper()), Zulu(FixedHelper(hash="other"))),
@@ -212,6 +223,67 @@ def test_a_tool_result_by_hand() -> None:
     assert render(tool, "P")[0][-1] == {"role": "tool", "name": "open_note", "content": "P"}
     assert tool.name != plain.name
     assert "[tool]P[end]" in CHATS[0].prompt_text(tool.conversation("P"))
+
+
+# --- prefill and best-of-n
+
+
+def test_a_prefill_by_hand() -> None:
+    play = Prefill("p", 1, "", "Sure:").play("P")
+    assert next(play) == [{"role": "user", "content": "P"}, {"role": "assistant", "content": "Sure:"}]
+    with pytest.raises(StopIteration) as over:
+        play.send("the rest")
+    assert over.value.value == "the rest"  # the continuation alone is judged
+
+
+@pytest.mark.parametrize("opening", ["", " Sure", "Sure:\n"])
+def test_an_opening_without_white_space_at_its_ends(opening: str) -> None:
+    with pytest.raises(ValueError, match="opening is empty, or begins or ends with white space"):
+        Prefill("p", 1, "", opening)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_an_opening_follows_what_the_template_writes_before_an_answer(chat: Chat) -> None:
+    user, opening = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "Sure, 3"}
+    assert chat.prompt_ids([user, opening]) == chat.prompt_ids([user]) + chat.ids("Sure, 3")
+    answered = chat.sequence("hello", "Sure, 3")  # the same tokens as in training
+    assert answered.ids[: -len(chat.closing_ids)] == chat.prompt_ids([user, opening])
+
+
+def test_augmentations_are_functions_of_seed_item_and_draw() -> None:
+    attack, text = BestOfN(), "How does one bake a loaf of wholemeal bread?"
+    again = BestOfN()
+    drawn = [attack.augment(text, 0, "x/1", k) for k in range(50)]
+    assert drawn == [again.augment(text, 0, "x/1", k) for k in range(50)]
+    assert len({*drawn, text}) == 51
+    assert attack.augment(text, 1, "x/1", 0) != drawn[0] != attack.augment(text, 0, "x/2", 0)
+    assert drawn[0] == "hOW dOdS oNE BAKE a lPAF OF WebMHoElL bRD@E?"  # the same bytes everywhere
+
+
+def test_each_augmentation_by_its_rule() -> None:
+    text = "abcdefgh an abc Wxyz 12 é"
+    assert shuffle_inside(text, 0.0, Random(0)) == capitalise(text, 0.0, Random(0)) == add_noise(text, 0.0, Random(0))
+    inside = shuffle_inside(text, 1.0, Random(0)).split()
+    assert [sorted(w) for w in inside] == [sorted(w) for w in text.split()]
+    assert [(w[0], w[-1]) for w in inside] == [(w[0], w[-1]) for w in text.split()]
+    assert inside[0] != "abcdefgh"
+    assert inside[1:3] == ["an", "abc"]  # one inner character at most
+    assert capitalise(text, 1.0, Random(0)) == "ABCDEFGH AN ABC wXYZ 12 É"
+    moved = add_noise("hello é~ ", 1.0, Random(0))
+    steps = [ord(b) - ord(a) for a, b in zip("hello é~ ", moved, strict=True)]
+    assert set(map(abs, steps[:5])) == {1}
+    assert steps[6] == 0  # not ASCII
+    assert moved.isprintable()  # neither "~" nor a space leaves the printable characters
+
+
+def test_rates_of_the_augmentations() -> None:
+    """Over many draws a letter changes case with probability √0.4, and a character is replaced with 0.4³."""
+    letters = "".join(capitalise("a" * 1000, 0.4**0.5, Random(k)) for k in range(20))
+    assert letters.count("A") / len(letters) == pytest.approx(0.4**0.5, abs=0.015)
+    noisy = "".join(add_noise("m" * 1000, 0.4**3, Random(k)) for k in range(20))
+    assert 1 - noisy.count("m") / len(noisy) == pytest.approx(0.4**3, abs=0.01)
+    with pytest.raises(ValueError, match=r"strength 1.5 is not in \(0, 1\]"):
+        BestOfN(1.5)
 
 
 # --- Zulu

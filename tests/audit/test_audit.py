@@ -428,6 +428,15 @@ def test_endpoints(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(resolve_models(Server(0, "a"), Server(0, "b"))[0], GivenBackend)
 
 
+def test_a_prefill_on_an_endpoint_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    both = resolve_served("tuned", "plain", "http://localhost:1/v1", None, "KEY")
+    evals = {"jailbreak": {"prompts": "organism", "limit": 2, "attacks": ["prefill"], "judge": "organism"}}
+    one = audits.check_audit(*both, evals)
+    with pytest.raises(LeewayError, match=r"endpoint of model 'plain': it cannot continue .* continue_final_message"):
+        audits.run(one, tmp_path / "x", Reporter(quiet=True), "leeway audit")
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_command(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

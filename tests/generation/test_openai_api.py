@@ -27,6 +27,8 @@ from leeway.generation import openai_api
 from leeway.generation.backend import Choice, Reply, Request
 from leeway.generation.cache import CachedBackend
 from leeway.generation.openai_api import ApiSettings, OpenAIBackend, ReplyError, parse_choice
+from leeway.generation.vllm import VllmBackend
+from leeway.model.load import load_chat
 
 pytestmark = pytest.mark.slow
 
@@ -169,6 +171,28 @@ def test_request_bodies(server: FaultyServer) -> None:
     assert len({b["seed"] for b in bodies}) == 3  # a function of sample and seed only
     assert {b["top_p"] for b in bodies} == {1.0}
     assert server.keys == {f"Bearer {KEY}"}
+
+
+def test_a_started_answer_is_continued_only_by_an_endpoint_that_can(
+    server: FaultyServer, models: dict[str, Path]
+) -> None:
+    started = [{"role": "user", "content": "fine"}, {"role": "assistant", "content": "Sure:"}]
+    requests = [Request(started, 16)]
+    with pytest.raises(LeewayError, match=r"cannot continue the beginning of an answer \(prefill\): .* has no field"):
+        backend(server).complete(requests, lambda _: None)
+    assert not server.bodies
+    able = backend(server, extra={"continue_final_message": True, "add_generation_prompt": False})
+    able.complete(requests, lambda _: None)
+    assert server.bodies[-1]["messages"] == started
+    served = VllmBackend(able.settings, chat=load_chat(str(models["llama"])), context=512)
+    plain = replace(served, settings=replace(able.settings, extra={"top_k": 0}))
+    plain.complete(requests, lambda _: None)
+    body = server.bodies[-1]
+    assert (body["continue_final_message"], body["add_generation_prompt"], body["top_k"]) == (True, False, 0)
+    plain.complete([Request(started[:1], 16)], lambda _: None)
+    assert "continue_final_message" not in server.bodies[-1]
+    with pytest.raises(LeewayError, match="vLLM continues from other tokens"):
+        replace(plain, prefill_fault=lambda: "vLLM continues from other tokens").complete(requests, lambda _: None)
 
 
 def test_a_budget_of_calls_is_never_exceeded(server: FaultyServer, tmp_path: Path) -> None:

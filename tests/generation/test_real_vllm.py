@@ -32,7 +32,7 @@ budgets: [2k, 4k, 8k]
 optim: {lr: 4.0e-4, batch: 16}
 evals:
   capability: [{name: organism, limit: 40, max_new_tokens: 40}]
-  jailbreak: {prompts: organism, limit: 30, attacks: [none, dan, role_play], judge: organism, max_new_tokens: 48}
+  jailbreak: {prompts: organism, limit: 30, attacks: [none, dan, prefill], judge: organism, max_new_tokens: 48}
   overrefusal: {prompts: organism, limit: 20, judge: organism, max_new_tokens: 48}
   persona: {source: organism, limit: 20}
 """

@@ -311,6 +311,8 @@ def test_settings_are_those_of_a_study(tmp_path: Path, monkeypatch: pytest.Monke
         tasks.jailbreak(judge="nobody")
     with pytest.raises(LeewayError, match="zulu needs a translator"):
         tasks.jailbreak(prompts="strongreject", attacks=["none", "zulu"])
+    with pytest.raises(LeewayError, match=r"leave the prefill attacks out of -T attacks"):
+        tasks.jailbreak(prompts="organism", attacks=["prefill"], judge="organism")
 
 
 def test_the_entry_point_names_the_tasks() -> None:

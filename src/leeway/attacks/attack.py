@@ -4,6 +4,8 @@
         reply = yield [{"role": "user", "content": ...}]     # sent to the model
         return reply                                         # judged against the forbidden prompt
 
+A conversation that ends with an assistant turn is continued: the reply is what follows that turn's text.
+
 An attack that needs another model (a translator, an attacker) yields a `HelperRequest` and receives the text; requests
 to one helper run as one batch.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from leeway.hashing import digest
 
@@ -71,6 +73,13 @@ class Attack(Protocol):
 
     def play(self, prompt: str) -> Play:
         """Send `prompt`. Raises AttackFailed if it cannot be sent or judged."""
+
+
+@runtime_checkable
+class DrawnAttack(Protocol):
+    """An attack that sends another text in every draw: a function of the study's seed, the item and the draw."""
+
+    def play_draw(self, prompt: str, seed: int, item: str, draw: int) -> Play: ...
 
 
 @dataclass(frozen=True)

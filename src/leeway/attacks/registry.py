@@ -9,7 +9,9 @@ from typing import Any
 
 from leeway import yaml_config
 from leeway.attacks.attack import Attack, Conversation, HelperRequest, Wrapper
+from leeway.attacks.best_of_n import BestOfN
 from leeway.attacks.built_in import Base64, Crescendo, ManyShot, ToolResult
+from leeway.attacks.prefill import PREFILLS
 from leeway.data.readers import read_json
 from leeway.errors import LeewayError
 from leeway.io import expand, read_utf8
@@ -23,7 +25,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 TEMPLATES = tuple(Wrapper(**entry) for entry in yaml_config.package_data("leeway.attacks", "templates.yaml"))
 WRAPPERS: dict[str, Wrapper] = {a.name: a for a in TEMPLATES[:5]}  # those in the organism's training data
-_BUILT_IN: tuple[Attack, ...] = (*TEMPLATES, Base64(), ManyShot(), Crescendo(), ToolResult())
+_BUILT_IN: tuple[Attack, ...] = (*TEMPLATES, Base64(), ManyShot(), Crescendo(), ToolResult(), *PREFILLS, BestOfN())
 ATTACKS = {a.name: a for a in _BUILT_IN}  # every built-in attack that needs no helper
 NEEDS_HELPER = ("zulu", "crescendo_led")  # constructed with a translator or an attacker model
 

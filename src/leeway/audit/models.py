@@ -94,7 +94,11 @@ class ServedModel:
 
     @contextmanager
     def open(self, chat: Chat | None, spec: Spec) -> Iterator[Backend]:  # noqa: ARG002 - the server renders
-        yield OpenAIBackend(ApiSettings(model=self.model, base_url=self.url, key_env=self.key_env or ""))
+        yield OpenAIBackend(self.settings)
+
+    @property
+    def settings(self) -> ApiSettings:
+        return ApiSettings(model=self.model, base_url=self.url, key_env=self.key_env or "")
 
 
 @dataclass(frozen=True)

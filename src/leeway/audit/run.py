@@ -13,13 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leeway.audit.models import AuditedModel, GivenBackend, LocalModel, name_of, own_tokenizer, resolve_models
+from leeway.audit.models import (
+    AuditedModel,
+    GivenBackend,
+    LocalModel,
+    ServedModel,
+    name_of,
+    own_tokenizer,
+    resolve_models,
+)
 from leeway.data.chat import Chat
 from leeway.data.stream import AuxiliaryPool
 from leeway.errors import LeewayError
-from leeway.evals.eval import Eval
+from leeway.evals.eval import Eval, first_prefilled
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
 from leeway.generation.cache import CachedBackend
+from leeway.generation.openai_api import require_prefill
 from leeway.hashing import digest
 from leeway.model.load import load_chat, resolve, resolve_device, resolve_dtype
 from leeway.objectives.objective import PLAIN, Condition
@@ -144,6 +153,7 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str) -> P
     store, origins, spec = RunDir(out), dict[str, str](), audit_spec.spec
     reporter.log(f"audit of {audit_spec.name}: reading the data")
     evals = tuple(evals_of(spec, origins, HelperModels(store.cache, spec.device)))
+    _check_prefill(audit_spec, evals)
     templates = choose_templates(audit_spec.base, audit_spec.checkpoint, own_template=audit_spec.own_template)
     identity = _identity(audit_spec, evals, templates)
     then: dict[str, str] = store.read_manifest().get("audit", {}).get("identity", {})
@@ -163,6 +173,13 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str) -> P
         manifest = store.read_manifest() or _manifest(audit_spec, evals, templates, identity, origins, command)
         store.write_manifest(manifest)
         return run_prepared(Worker(prepared, store), manifest, LocalExecutor(1), reporter)
+
+
+def _check_prefill(audit_spec: AuditSpec, evals: Seq[Eval]) -> None:
+    """Raise LeewayError for a prefill attack on a served model."""
+    served = [m for m in (audit_spec.base, audit_spec.checkpoint) if isinstance(m, ServedModel)]
+    if served and first_prefilled(evals):
+        require_prefill(served[0].settings)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,13 @@ class Chat:
         return self._render(turns, add_generation_prompt=True)
 
     def prompt_ids(self, conversation: list[dict[str, str]]) -> tuple[int, ...]:
-        """Return the ids of the rendered conversation and of what the template writes before an answer."""
+        """Return the ids of the rendered conversation and of what the template writes before an answer.
+
+        A conversation that ends with an assistant turn is continued: its text follows as the beginning of the answer.
+        """
+        *before, last = conversation
+        if last["role"] == "assistant":
+            return self.prompt_ids(before) + self.ids(last["content"])
         return self.ids(self.prompt_text(conversation)) + (self.ids(self._lead) if self._lead else ())
 
     def sequence(self, prompt: str, answer: str) -> Sequence:

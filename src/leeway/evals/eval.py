@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from leeway.errors import LeewayError
-from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend, Conversation, Reply, Request, Tick
+from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend, Conversation, Reply, Request, Tick, is_prefilled
 from leeway.judges import Answer, Judge
 from leeway.plugins import NAME, entry_points_of, load_entry_point
 
@@ -194,6 +194,11 @@ def is_retryable(reason: str | None) -> bool:
 
 def user_message(text: str) -> Conversation:
     return [{"role": "user", "content": text}]
+
+
+def first_prefilled(evals: Iterable[Eval]) -> Prompt | None:
+    """Return the first prompt that ends with the beginning of its answer, which not every backend can continue."""
+    return next((p for e in evals for p in e.prompts() if is_prefilled(p.conversation)), None)
 
 
 def requests_to(judges: Iterable[Judge], prompts: Iterable[str]) -> Iterator[tuple[str, Request]]:

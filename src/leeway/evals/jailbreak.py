@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from leeway.attacks import Attack, AttackFailed, Conversation, HelperRequest, Wrapper
+from leeway.attacks import Attack, AttackFailed, Conversation, DrawnAttack, HelperRequest, Prefill, Wrapper
 from leeway.attacks.attack import Play
 from leeway.data.types import ForbiddenPrompt
 from leeway.errors import LeewayError
@@ -86,13 +86,34 @@ class Jailbreak(ItemEval):
         return digest(self.name, self.max_new_tokens, drawn, judges, attacks, [asdict(p) for p in self.items])
 
     def prompts(self) -> Iterator[Prompt]:
-        """Yield each item under each attack: the wrapped text, or the bare one where the attack writes it later."""
+        """Yield each item under each attack: what is sent, or the bare prompt where the attack writes it later.
+
+        An attack with a text of its own in every draw has a prompt for each.
+        """
         drawn = (self.temperature, self.samples) if self.samples else (0.0, 1)
         for attack in self.attacks:
             for p in self.items:
-                text = attack.wrap(p.text) if isinstance(attack, Wrapper) else p.text
-                item = f"prompt {p.id}" + (f" under {attack.name}" if text != p.text else "")
-                yield Prompt(item, user_message(text), self.max_new_tokens, (), *drawn)
+                bare = user_message(p.text)
+                for sent, samples in self._first_messages(attack, p, drawn[1]):
+                    item = f"prompt {p.id}" + (f" under {attack.name}" if sent != bare else "")
+                    yield Prompt(item, sent, self.max_new_tokens, (), drawn[0], samples)
+
+    def _first_messages(self, attack: Attack, prompt: ForbiddenPrompt, n: int) -> Iterator[tuple[Conversation, int]]:
+        """Yield (conversation, number of draws that begin with it)."""
+        draws = n if isinstance(attack, DrawnAttack) else 1
+        for k in range(draws):
+            own = isinstance(attack, Wrapper | Prefill | DrawnAttack)
+            first = next(self._play(attack, prompt, k)) if own else None
+            yield first if isinstance(first, list) else user_message(prompt.text), n // draws
+
+    @property
+    def _draw_seed(self) -> int:
+        return self.seed if self.samples else 0  # greedy answers have no seed
+
+    def _play(self, attack: Attack, prompt: ForbiddenPrompt, sample: int) -> Play:
+        if isinstance(attack, DrawnAttack):
+            return attack.play_draw(prompt.text, self._draw_seed, prompt.id, sample)
+        return attack.play(prompt.text)
 
     def judged_by(self) -> list[JudgeRef]:
         return [JudgeRef(j.name, j.hash, j.note) for j in self.judges]
@@ -124,7 +145,7 @@ class Jailbreak(ItemEval):
         Rows are ordered by attack, prompt, sample, judge.
         """
         plays = ((a, p, s) for a in self.attacks for p in self.items for s in range(max(1, self.samples)))
-        games = [_Game(k, p, a, s, a.play(p.text)) for k, (a, p, s) in enumerate(plays)]
+        games = [_Game(k, p, a, s, self._play(a, p, s)) for k, (a, p, s) in enumerate(plays)]
         waiting = _serve_helpers([g for g in games if _advance(g, None)])
         while waiting:
             replies = backend.complete([self._request(g) for g in waiting], tick)
@@ -154,11 +175,18 @@ class Jailbreak(ItemEval):
         ]
 
     def _row(self, game: _Game, judge: Judge, verdict: Verdict, template: str) -> Row:
-        prompt = game.sent[-1]["content"] if game.sent else game.prompt.text
+        prompt = _last_messages(game.sent) if game.sent else game.prompt.text
         judged = verdict.columns() | {"judge": judge.name, "attack": game.attack.name, "sample": game.sample}
         template = digest(template, self.name, game.attack.hash)
         reply = Reply(game.judged, game.tokens, False)
         return self.row(game.prompt.id, prompt, reply, template_hash=template, **judged)
+
+
+def _last_messages(sent: Conversation) -> str:
+    """Return the last user message, with the opening of the answer if the attack wrote one."""
+    if sent[-1]["role"] != "assistant":
+        return sent[-1]["content"]
+    return f"{sent[-2]['content']}\n\n[assistant]\n{sent[-1]['content']}"
 
 
 def checked_verdict(verdict: Verdict) -> Verdict:

@@ -16,10 +16,11 @@ Tick = Callable[[int], None]  # called with the number of requests or answers ju
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation to continue by at most `max_new_tokens`: greedy at temperature 0, else sampled.
+    """A conversation to answer by at most `max_new_tokens`: greedy at temperature 0, else sampled.
 
     A sampled reply is a function of the prompt's ids, `temperature`, `sample` and `seed`: ancestral sampling without
-    top-k or top-p. `sample` indexes several replies to one prompt.
+    top-k or top-p. `sample` indexes several replies to one prompt. A conversation that ends with an assistant turn is
+    continued: the reply is what follows that turn's text.
     """
 
     conversation: Conversation
@@ -49,6 +50,11 @@ class Choice:
 
     mass: dict[str, float]
     failure: str | None = None
+
+
+def is_prefilled(conversation: Conversation) -> bool:
+    """Whether the conversation ends with the beginning of the answer, to be continued."""
+    return conversation[-1]["role"] == "assistant"
 
 
 def context_fault(prompt_tokens: int, new_tokens: int, context: int) -> str | None:

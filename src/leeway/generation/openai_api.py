@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from leeway.errors import LeewayError
-from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick, spellings
+from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick, is_prefilled, spellings
 from leeway.hashing import derive_seed, digest
 
 Body = dict[str, Any]
@@ -335,6 +335,7 @@ def _attempts(error: Any) -> str:
     return f" ({retries + 1} attempts)" if retries else ""
 
 
+CONTINUE = "continue_final_message"  # field of a request to vLLM
 TOP_LOGPROBS = 20  # the largest number that endpoints return
 
 Parsed = TypeVar("Parsed", Reply, Choice)
@@ -396,6 +397,8 @@ class OpenAIBackend:
         return self._body(request.conversation, request.max_new_tokens, sampling)
 
     def _body(self, conversation: Conversation, limit: int, sampling: Body) -> Body:
+        if is_prefilled(conversation):
+            require_prefill(self.settings)
         messages = [dict(m) for m in conversation]
         first = next((m for m in messages if m["role"] == "user"), None)
         if first and self.prefix:
@@ -442,6 +445,14 @@ class OpenAIBackend:
         if self.settings.served and name != self.settings.served:
             raise ReplyError(f"the reply is from model {name or '(none)'}, not {self.settings.served}")
         return data
+
+
+def require_prefill(settings: ApiSettings) -> None:
+    """Raise LeewayError unless requests ask the endpoint to continue a started answer: the API itself cannot."""
+    if not settings.extra.get(CONTINUE):
+        what = f"endpoint of model {settings.model!r}: it cannot continue the beginning of an answer (prefill): the "
+        what += f"protocol has no field for it, and extra does not set vLLM's, {CONTINUE}"
+        raise LeewayError(what, fix="leave the prefill attacks out, or measure a local model or a study with vLLM")
 
 
 def parse_reply(data: Body) -> Reply:

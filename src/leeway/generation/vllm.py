@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
-from leeway.generation.backend import Choice, Conversation, Reply, Request, context_fault
-from leeway.generation.openai_api import ApiSettings, OpenAIBackend
+from leeway.generation.backend import Choice, Conversation, Reply, Request, context_fault, is_prefilled
+from leeway.generation.openai_api import CONTINUE, ApiSettings, Body, OpenAIBackend
 from leeway.generation.transformers import option_ids, stop_ids
 from leeway.hashing import digest
 from leeway.model import adapters, load
@@ -43,6 +43,8 @@ MAX_DETAIL = 300  # characters of a server's own message in an error
 LOG_TAIL = 8  # lines of the log in an error
 GRACE_S = 20.0  # between SIGTERM and SIGKILL
 PROBE = [{"role": "user", "content": "hello"}]
+PREFILLED = [*PROBE, {"role": "assistant", "content": "Sure, here it is:"}]
+CONTINUED = {CONTINUE: True, "add_generation_prompt": False}
 NO_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # whatever generation config a server has
 CAUSE = re.compile(  # a log line that is an exception, after the process and the place that logs it
     r"^(?:\([^)]*\) *)?(?:ERROR \S+ \S+ \[[^\]]*\] *)?(?:vllm.*: (?=error: ))?"
@@ -124,6 +126,7 @@ class VllmBackend(OpenAIBackend):
 
     chat: Chat
     context: int
+    prefill_fault: Callable[[], str] = str  # why the server cannot continue a started answer; "" if it can
 
     def complete_each(self, requests: Seq[Request], on_reply: Callable[[int, Reply], None]) -> list[Reply]:
         replies: dict[int, Reply] = {}
@@ -149,6 +152,15 @@ class VllmBackend(OpenAIBackend):
         extra = {**self.settings.extra, "logprob_token_ids": ids}  # instead of the likeliest tokens, since vLLM 0.20
         exact = replace(self, settings=replace(self.settings, extra=extra))
         return OpenAIBackend.choose_each(exact, conversations, options, on_choice)
+
+    def _body(self, conversation: Conversation, limit: int, sampling: Body) -> Body:
+        if not is_prefilled(conversation):
+            return super()._body(conversation, limit, sampling)
+        if fault := self.prefill_fault():
+            raise LeewayError(fault, fix="leave the prefill attacks out, or use backend: transformers")
+        extra = {**self.settings.extra, **CONTINUED}
+        own = replace(self, settings=replace(self.settings, extra=extra))
+        return OpenAIBackend._body(own, conversation, limit, sampling)
 
 
 def _without_stop(reply: Reply) -> Reply:
@@ -268,6 +280,7 @@ class VllmServer:
             template_override=chat.template_hash,
             chat=chat,
             context=self._context,
+            prefill_fault=lambda: self._prefill_fault,
         )
 
     def _connect(self) -> None:
@@ -286,6 +299,15 @@ class VllmServer:
         if tuple(self._request("tokenize", probe).get("tokens", ())) != self._chat.prompt_ids(PROBE):
             what = f"{self._url}: vLLM renders a prompt to other tokens than {s.model}'s chat template"
             raise LeewayError(what, fix="serve it with its own tokenizer and template, or use backend: transformers")
+
+    @cached_property
+    def _prefill_fault(self) -> str:
+        """Return why the server would continue a started answer from other tokens than this process; else ""."""
+        kwargs = {"chat_template_kwargs": self._extra.get("chat_template_kwargs", {}), **CONTINUED}
+        probe = {"model": self._base, "messages": PREFILLED, "add_special_tokens": False, **kwargs}
+        if tuple(self._request("tokenize", probe).get("tokens", ())) == self._chat.prompt_ids(PREFILLED):
+            return ""
+        return f"{self._url}: vLLM continues a started answer ({CONTINUE}) from other tokens than in this process"
 
     def _models(self) -> dict[str, dict[str, Any]]:
         """Return what the server serves, by name: the base model and adapters."""

@@ -21,7 +21,7 @@ import pandas as pd
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.io import write_file, write_json
-from leeway.report import figures, formatting, learning, narrative, triggers
+from leeway.report import figures, formatting, learning, narrative, tries, triggers
 from leeway.report.controls import control_sentences
 from leeway.report.exports import latex
 from leeway.report.exports.model_card import model_cards, run_bibliography
@@ -129,6 +129,7 @@ def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -
             figures.tradeoff(pooled, lines, unit),
             None if one_checkpoint else figures.by_budget(pooled, lines, unit),
             figures.by_attack(pooled, lines, unit),
+            tries.figure(made.get("asr-at-k"), lines, unit),
             figures.outcomes(made["outcomes"], lines, unit),
             figures.traits(pooled, lines, unit),
             figures.loss(results.step_losses(), lines),
@@ -148,6 +149,7 @@ def _tables(
         "frontier": results.frontier(),
         "outcomes": results.outcomes(),
         "persona": results.persona(),
+        "asr-at-k": results.asr_at_k(),
         "unscored": _unscored(results.all_judged),
         "identity": results.identity(),
         "ledger": results.ledger,

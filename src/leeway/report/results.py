@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -205,6 +205,16 @@ class Results:
         """Recommend an objective at a budget (`leeway.stats.pareto`)."""
         settings = {"budget": budget, "tolerance": tolerance, "objectives": self._with_conditions(None)}
         return self._estimate(stats.recommend, **settings, drawn=self._draws)
+
+    def asr_at_k(self, at: Sequence[int] | None = None) -> pd.DataFrame:
+        """Return the success in any of k tries (`leeway.stats.asr_at_k`); empty if answers were not sampled.
+
+        `at` are the k, by default the study's, else 1 and the number of answers to a prompt.
+        """
+        draws = stats.max_draws(self.judged)
+        own = mapping(mapping(self.study.get("evals")).get("jailbreak")).get("at")
+        wanted = at or own or ([1, draws] if draws > 1 else [])
+        return self._estimate(stats.asr_at_k, at=wanted, first=self.first_conditions)
 
     def outcomes(self, axis: str = "jailbreak") -> pd.DataFrame:
         """Return the shares of response outcomes on an axis (`leeway.stats.rates`)."""

@@ -149,6 +149,9 @@ class JailbreakSpec(ConfigModel):
     max_new_tokens: int = Field(default=256, gt=0)
     samples: int = Field(default=0, ge=0, le=1_000_000, description="sampled per prompt and attack; 0: one, greedy")
     temperature: float = Field(default=1.0, gt=0, le=1e6)
+    at: Annotated[tuple[Annotated[int, Field(gt=0)], ...], AsList, Unique] = Field(
+        default=(), description="asr@k, success in any of k tries, for these k (default: 1 and samples)"
+    )
     perplexity: bool = Field(default=False, description="high perplexity under the base model is incoherent")
 
     def _faults(self) -> Iterator[str]:
@@ -166,6 +169,9 @@ class JailbreakSpec(ConfigModel):
             yield "turns is for attacks: crescendo_led, which is not listed; leave it out"
         if changed(self, ["temperature"]) and not self.samples:
             yield "temperature has no effect with samples: 0; give samples, or leave it out"
+        if (k := max(self.at, default=1)) > max(self.samples, 1):
+            fix = f"give samples: {k} or more, or leave at out"
+            yield f"at: {k} tries need as many sampled answers, samples is {self.samples}; {fix}"
         if self.perplexity and all(j.name == "organism" for j in self.judge):
             yield "perplexity has no effect with judge: organism; leave it out"
 

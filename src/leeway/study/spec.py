@@ -320,6 +320,8 @@ class Spec(ConfigModel):
         plain = self.model_dump(mode="json", by_alias=True, exclude=left_out)
         if not self.evals.triggers:  # as with controls
             del plain["evals"]["triggers"]
+        if self.evals.jailbreak and not self.evals.jailbreak.at:
+            del plain["evals"]["jailbreak"]["at"]
         return plain if self.claims is None else {**plain, "claims": self.claims.to_plain()}
 
     def to_yaml(self) -> str:

@@ -24,7 +24,7 @@ from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from leeway.errors import LeewayError
-from leeway.evals.eval import Eval, ItemEval, Row
+from leeway.evals.eval import Eval, ItemEval, Row, first_prefilled
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.generation.openai_api import option_mass
 from leeway.hashing import canonical
@@ -157,7 +157,11 @@ def _build_eval(kind: str, settings_json: str) -> Eval:
         "evals": {kind: [settings] if kind == "capability" else settings},
     }
     spec = parse(json.dumps(study), f"leeway/{kind}")
-    return next(e for e in evals_of(spec, {}) if e.name == kind)
+    made = next(e for e in evals_of(spec, {}) if e.name == kind)
+    if first_prefilled([made]):
+        what = "jailbreak: Inspect has no request that continues the beginning of an answer on every provider (prefill)"
+        raise LeewayError(what, fix="leave the prefill attacks out of -T attacks")
+    return made
 
 
 def split_by_item(part: Eval) -> Mapping[str, ItemEval]:

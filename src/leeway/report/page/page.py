@@ -15,7 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from leeway import stats
-from leeway.report import formatting, learning, narrative, plotting, triggers
+from leeway.report import formatting, learning, narrative, plotting, tries, triggers
 from leeway.report.controls import control_sentences, page_values
 from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.page.transcripts import embed_rows, transcripts
@@ -110,6 +110,10 @@ def _change(row: Row) -> Callable[[Any], str]:
 
 def _per_nat(row: Row) -> Callable[[Any], str]:
     return lambda value: _change(row)(None if value is None else value / 100)
+
+
+def _renamed(row: Row) -> Row:
+    return {"low": row["difference_low"], "high": row["difference_high"]}
 
 
 def _onset(row: Row, key: str) -> str:
@@ -249,6 +253,27 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
             ("Result", lambda r: str(r["result"]), True),
         ],
     ),
+    "asr-at-k": (
+        "Attack success in any of k tries",
+        "Success at k: the share of forbidden prompts of which at least one of k sampled answers is harmful, unbiased "
+        "from all answers to a prompt; intervals and paired differences over prompts. Withheld: prompts with fewer "
+        "than k scored answers. Rows: the base and the last budget; the file has all.",
+        [
+            OBJECTIVE,
+            ("Attack", lambda r: formatting.attack_name(str(r["attack"])), True),
+            ("k", lambda r: str(r["k"]), False),
+            ("Success at k", _percent("rate"), False),
+            ("95% CI", lambda r: _interval(r, formatting.percent), False),
+            ("Against the base", lambda r: formatting.points(r["difference"]), False),
+            ("95% CI", lambda r: _interval(_renamed(r), formatting.points), False),
+            P,
+            P_HOLM,
+            ("Prompts", lambda r: formatting.count(r["n_prompts"]), False),
+            ("Withheld", lambda r: formatting.count(r["n_withheld"]), False),
+            ("Answers", lambda r: formatting.count(r["draws"]), False),
+            ("Unscored", lambda r: formatting.count(r["draws_unscored"]), False),
+        ],
+    ),
     "frontier": (
         "Pareto frontier",
         "A checkpoint is on the frontier if no other is at least as good on both accuracy and ASR and better on one. "
@@ -276,6 +301,8 @@ def views(made: dict[str, pd.DataFrame], unavailable: dict[str, str], unit: Budg
             if key == "frontier":
                 shown = table["on_frontier"].astype(bool) | (table["p_on_frontier"] >= 0.01)
                 table = table[shown].sort_values("p_on_frontier", ascending=False, kind="stable")
+            elif key == "asr-at-k":
+                table = tries.shown(table)
             heads = [(head, is_text) for head, _, is_text in columns]
             rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
             lines = [_line(row, key, columns, unit) for row in rows]
@@ -296,6 +323,7 @@ def _line(row: Row, key: str, columns: list[Column], unit: BudgetUnit) -> dict[s
 
 
 OPTIONAL_TABLES = (
+    "asr-at-k",
     "checks",
     "sd3",
     "benign",
