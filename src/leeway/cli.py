@@ -511,41 +511,46 @@ def organism_card(
 app.add_typer(judge_app, name="judge")
 
 
+@judge_app.command("sheet", epilog="Example: leeway judge sheet runs/x --n 300")
+def judge_sheet(
+    directory: RunDirectory,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="answers to draw (default: 200, or one for each stratum)")
+    ] = None,
+    axis: Annotated[str, typer.Option("--eval", help="jailbreak or overrefusal")] = "jailbreak",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the draw and the order")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="the CSV file (default: in DIR/sheets)")] = None,
+) -> None:
+    """Write a blind sheet of a run's answers for people to label, without objective, budget or verdict."""
+    from leeway.study.label_sheet import make_sheet
+
+    sheet = make_sheet(directory, axis, n, seed, out)
+    print(sheet.summary, file=sys.stderr)
+    typer.echo(str(sheet.path.resolve()))
+
+
 @judge_app.command("calibrate", epilog="Example: leeway judge calibrate keywords --on xstest --out judges")
 def judge_calibrate(
     judge: Annotated[
-        str, typer.Argument(metavar="JUDGE", help="keywords, rubric, finetuned, a guard, or an installed one")
-    ],
-    on: Annotated[str, typer.Option("--on", help="xstest, or a file of prompt, response and label")] = "xstest",
+        str | None,
+        typer.Argument(
+            metavar="[JUDGE]",
+            help="keywords, rubric, finetuned, a guard, or an installed one; with --run by default all of the run's",
+        ),
+    ] = None,
+    on: Annotated[
+        str, typer.Option("--on", help="xstest, a file of prompt, response and label, or a filled label sheet")
+    ] = "xstest",
+    run: Annotated[Path | None, typer.Option("--run", help="the run directory that a label sheet is from")] = None,
+    by: Annotated[Literal["objective"] | None, typer.Option("--by", help="split a label sheet's rates")] = None,
     model: Annotated[str | None, typer.Option("--model", help="its model: a folder, hub id or API name")] = None,
     endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible address for --model")] = None,
     key_env: Annotated[str, typer.Option("--key-env", help="the variable that holds its key")] = "OPENAI_API_KEY",
-    out: Annotated[Path, typer.Option("--out", help="the folder to write the card into")] = Path("judges"),
+    out: Annotated[Path, typer.Option("--out", help="the folder to write the result into")] = Path("judges"),
 ) -> None:
-    """Measure a judge's agreement with human labels and save it as the judge's card."""
-    from leeway.cache import Cache
-    from leeway.judges import GUARDS, JUDGES, NEEDS_BACKEND, load_judge
-    from leeway.judges.calibrate import calibrate
-    from leeway.study.build_evals import HelperModels
-    from leeway.study.eval_spec import ModelRef
+    """Measure a judge's agreement with human labels and save it: the judge's card, or rates by objective."""
+    from leeway.study.label_calibration import calibrate_judge
 
-    if endpoint and not model:
-        raise LeewayError(f"judge {judge}: an endpoint without a model", fix="give --model, the name it serves")
-    if judge in NEEDS_BACKEND and not model:
-        raise LeewayError(f"judge {judge}: no model given", fix="give --model")
-    if judge in JUDGES and judge not in (*NEEDS_BACKEND, *GUARDS) and model:
-        raise LeewayError(f"judge {judge}: it uses no model", fix="leave --model out")
-    if judge in GUARDS and endpoint:
-        raise LeewayError(f"judge {judge}: a guard model runs on this machine", fix="leave --endpoint out")
-    if not endpoint and key_env != ModelRef.model_fields["key_env"].default:
-        raise LeewayError(f"judge {judge}: --key-env needs --endpoint", fix="give --endpoint, or leave --key-env out")
-    backend = None
-    if model and judge not in GUARDS:  # its replies are cached in `out`: a second calibration costs nothing
-        helper = ModelRef(model=model, endpoint=endpoint, key_env=key_env)
-        backend = HelperModels(Cache.of(out)).of(helper)
-    loaded = load_judge(judge, backend, **({"model": model} if model else {}))
-    card = calibrate(loaded, on)
-    path = out / f"{loaded.name}-{loaded.hash}-{Path(on).stem}.json"
-    card.save(path)
-    typer.echo(card.to_text())
+    text, path = calibrate_judge(judge, on, run, by, (model, endpoint, key_env), out)
+    typer.echo(text)
     typer.echo(str(path.resolve()))

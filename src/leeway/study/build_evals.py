@@ -29,7 +29,7 @@ from leeway.generation.openai_api import ApiSettings, OpenAIBackend
 from leeway.generation.transformers import LocalBackend
 from leeway.hashing import digest
 from leeway.io import expand
-from leeway.judges import GUARDS, Judge, load_judge
+from leeway.judges import GUARDS, JUDGES, NEEDS_BACKEND, Judge, load_judge
 from leeway.judges.coherence import PerplexityScorer
 from leeway.judges.rubric import wording
 from leeway.model.forward import Perplexity
@@ -170,6 +170,26 @@ def build_judge(part: JudgeSpec, helpers: HelperModels, perplexity: PerplexitySc
     rubric = wording()
     options["wording"] = replace(rubric, max_new_tokens=part.model.max_new_tokens or rubric.max_new_tokens)
     return load_judge(part.name, helpers.of(part.model), model=part.model.model, **options)
+
+
+def judge_from_options(
+    name: str, model: str | None, endpoint: str | None, key_env: str, helpers: HelperModels
+) -> Judge:
+    """Return a judge by name, with `model` (a folder, hub id or API name) if it uses one. Raises LeewayError."""
+    if endpoint and not model:
+        raise LeewayError(f"judge {name}: an endpoint without a model", fix="give --model, the name it serves")
+    if name in NEEDS_BACKEND and not model:
+        raise LeewayError(f"judge {name}: no model given", fix="give --model")
+    if name in JUDGES and name not in (*NEEDS_BACKEND, *GUARDS) and model:
+        raise LeewayError(f"judge {name}: it uses no model", fix="leave --model out")
+    if name in GUARDS and endpoint:
+        raise LeewayError(f"judge {name}: a guard model runs on this machine", fix="leave --endpoint out")
+    if not endpoint and key_env != ModelRef.model_fields["key_env"].default:
+        raise LeewayError(f"judge {name}: --key-env needs --endpoint", fix="give --endpoint, or leave --key-env out")
+    backend = None
+    if model and name not in GUARDS:
+        backend = helpers.of(ModelRef(model=model, endpoint=endpoint, key_env=key_env))
+    return load_judge(name, backend, **({"model": model} if model else {}))
 
 
 def build_benign_judge(part: JudgeSpec, helpers: HelperModels) -> Judge:
