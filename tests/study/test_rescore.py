@@ -243,6 +243,9 @@ def test_rows_on_other_answers_are_left_out(copy: Path) -> None:
     changed = own.set_column(own.schema.get_field_index("response"), "response", [["other"] * own.num_rows])
     assert store.with_rescored(changed).num_rows == own.num_rows
     assert store.with_rescored(own).num_rows == table.num_rows
+    assert store.stale_rescored() == {}
+    pq.write_table(changed, store.rows_path)
+    assert store.stale_rescored() == {"jailbreak@length": table.num_rows - own.num_rows}
 
 
 def test_a_second_version_of_a_judge_needs_a_name(copy: Path, seen: list[Answer]) -> None:

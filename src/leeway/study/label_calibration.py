@@ -20,6 +20,7 @@ from leeway.report.formatting import to_records
 from leeway.report.results import Results
 from leeway.stats import labels
 from leeway.stats.intervals import NAN
+from leeway.stats.metrics import BASE
 from leeway.study.build_evals import HelperModels, judge_from_options
 from leeway.study.kept_answers import bare_prompts
 from leeway.study.label_sheet import answers_of, is_sheet, labelled_answers, missing_strata, read_sheet, records
@@ -93,6 +94,7 @@ def calibrate_on_sheet(
     """
     results, filled = Results.load(run), read_sheet(expand(sheet), Path(run))
     table, axis = labelled_answers(filled, results), filled.key["eval"]
+    table = table.sort_values("objective", kind="stable", key=lambda o: o.where(o != BASE, ""), ignore_index=True)
     verdicts = _verdicts(results, table, axis, judge)
     found: list[pd.DataFrame] = []
     samples: list[tuple[str, str, labels.LabelledSample]] = []

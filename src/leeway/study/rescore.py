@@ -206,8 +206,8 @@ def _judge(store: RunDir, one: Rescoring, rows: Sequence[dict[str, Any]], report
             todo.append(number)
         records.append(own)
     done = len(rows) - len(todo)
-    clock = reporter.clock
-    clock.left["generate"] -= done
+    reporter.clock.left["generate"] -= done
+    reporter.log(f"{one.ref.name}: {one.axis}: {len(todo):,} of {len(rows):,} answers to judge")
     columns = verdict_columns if one.axis == "overrefusal" else _checked_columns
     for start in range(0, len(todo), BATCH):
         batch = todo[start : start + BATCH]

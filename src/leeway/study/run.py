@@ -119,6 +119,8 @@ def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, r
     store.write_ledger(lines)
     store.join_learning([store.learning(j.alias, j.seed, *j.budgets) for j in jobs if j.kind == "learning"])
     rows = _write_rows(worker, jobs, manifest)
+    for judged, n in store.stale_rescored().items():
+        reporter.log(f"{judged}: {n:,} answers have changed since it scored them; run `leeway rescore` again")
     store.finish()
     reporter.log(f"{rows:,} rows; drawing the report")
     return build(store.folder)

@@ -309,6 +309,14 @@ class RunDir:
         fitting = [extra.filter(pa.array([key in known for key in _keys(extra, RESPONSE)])) for extra in added]
         return pa.concat_tables([table, *fitting])
 
+    def stale_rescored(self) -> dict[str, int]:
+        """Return, by `<eval>@<judge>`, how many rows of added judges are on answers that the run no longer has."""
+        files = sorted((self.folder / "rescored").glob("*.parquet"))
+        paths = [p for p in (self.rows_path, self.controls_path) if p.is_file()] if files else []
+        known = {key for path in paths for key in _keys(pq.read_table(path, columns=RESPONSE), RESPONSE)}
+        stale = {p.stem: sum(key not in known for key in _keys(self.read_part(p), RESPONSE)) for p in files}
+        return {judged: n for judged, n in stale.items() if n}
+
     def add_rescored(self, manifest: dict[str, Any]) -> None:
         """Write the rows of added judges into the run's tables, and the manifest with the new digests.
 
