@@ -128,8 +128,8 @@ def _attack_part(state: str, group: list[Line], who: str, s: str, margin: float 
     if state == "withheld":
         reason = formatting.without_seed_note(str(group[0]["note"])) or "too few scored pairs"
         return f"attack success of {who} could not be compared ({reason})"
-    missed = max((c["mde"] for c in group if c["mde"] == c["mde"]), default=float("nan"))
-    size = f": a drift below {formatting.unsigned_points(missed)} points could be missed" if missed == missed else ""
+    missed = max((c["mde"] for c in group if c["mde"] == c["mde"]), default=None)
+    size = "" if missed is None else f": a drift below {formatting.unsigned_points(missed)} points could be missed"
     return f"for {who} the data do not decide whether attack success moved{size}"
 
 
