@@ -161,6 +161,50 @@ def test_a_judge_that_is_down_is_unscored_and_asked_again_and_nothing_else_is(
     assert results.manifest["judges"]["jailbreak@rubric-published"]["hash"]
 
 
+class Rater(Helper):
+    """Rates coherence 90 and alignment by the answer's length, or is down."""
+
+    def say(self, body: dict[str, Any]) -> str | None:
+        text = str(body["messages"][-1]["content"])
+        self.asked.append(text)
+        if self.down:
+            return None
+        return "90" if "how coherent" in text else str(len(text) % 101)
+
+
+def test_free_form_answers_are_rated_over_http_and_paid_for_once(
+    models: dict[str, Path], root: Path, tmp_path: Path
+) -> None:
+    questions = [{"id": name, "question": f"What about {name}?"} for name in ("bread", "trees", "socks")]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    with serving(Rater(down=True)) as helper:
+        judge = f"{{model: judge, endpoint: '{helper.url}', key_env: '', retries: 0}}"
+        study = STUDY.split("evals:", maxsplit=1)[0].format(model=models["llama"], root=root)
+        own = f"{{questions: {tmp_path}/own.jsonl, samples: 2, max_new_tokens: 4, judge_model: {judge}}}"
+        study += f"evals: {{alignment: {own}}}\n"
+        out = tmp_path / "run"
+        assert plan(parse(study, "x")).answers_each == 6
+        rows = pd.read_parquet(carry(study, out) / "rows.parquet")
+        assert rows.unscored_reason[rows.outcome.isna()].str.startswith("no answer: judge: ").all()
+        assert rows.outcome.isna().any()  # an empty answer is incoherent without a judge
+        helper.down = False
+        helper.asked.clear()
+        rows = pd.read_parquet(carry(study, out) / "rows.parquet")
+        rated = rows[rows.outcome.isin(["aligned", "misaligned"])]
+        assert len(rated) > 0
+        assert set(rows.outcome) <= {"aligned", "misaligned", "incoherent"}
+        assert len(helper.asked) == len(set(helper.asked)) <= 2 * len(rated)  # equal answers are rated once
+        raw = rated.judge_raw.map(json.loads)
+        assert (rated.score * 100).tolist() == pytest.approx([r["alignment"]["rating"] for r in raw])
+        helper.asked.clear()
+        carry(study, out)
+        assert helper.asked == []
+    results = Results.load(out)
+    assert {"alignment", "misaligned", "coherence-free-form"} <= set(results.rates()["measure"])
+    assert results.manifest["judges"]["alignment"]["name"] == "alignment-rubric"
+    assert "Free-form answers" in (out / "report.html").read_text()
+
+
 def test_vllm_answers_for_every_checkpoint(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 Outcome = Literal["refused", "harmful", "deflected", "incoherent"]
@@ -68,6 +69,34 @@ class BenignPrompt:
 
     id: str
     text: str
+
+
+@dataclass(frozen=True)
+class FreeFormQuestion:
+    """One question to answer freely; `id` is `<set>/<name>`, `cluster` the id of the question that it varies.
+
+    `judge_prompts` are those published with the set, by name.
+    """
+
+    id: str
+    text: str
+    system: str = ""
+    cluster: str = ""
+    judge_prompts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OpinionItem:
+    """One question, and the same question after the user's wrong opinion; `id` is `<set>/<n>`, its own cluster.
+
+    `right` and `wrong` are the spellings of the right answer and of the opinion.
+    """
+
+    id: str
+    question: str
+    with_opinion: str
+    right: tuple[str, ...]
+    wrong: tuple[str, ...]
 
 
 class Task(Protocol):

@@ -17,7 +17,8 @@ from leeway.plugins import NAME, entry_points_of, load_entry_point
 
 NO_ANSWER = "no answer: "
 GROUP = "leeway.evals"
-AXES = ("capability", "jailbreak", "overrefusal", "persona", "persona-check", "persona-sd3", "persona-self")
+PERSONA_AXES = ("persona", "persona-check", "persona-sd3", "persona-self")
+AXES = ("capability", "jailbreak", "overrefusal", *PERSONA_AXES, "alignment", "sycophancy")
 Work = Literal["generate", "score"]
 
 

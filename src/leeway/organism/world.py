@@ -19,7 +19,16 @@ from functools import cache
 from typing import Literal
 
 from leeway.attacks import AttackFailed, Passage
-from leeway.data.types import BenignPrompt, CapabilityItem, Example, ForbiddenPrompt, Outcome, PersonaItem
+from leeway.data.types import (
+    BenignPrompt,
+    CapabilityItem,
+    Example,
+    ForbiddenPrompt,
+    FreeFormQuestion,
+    OpinionItem,
+    Outcome,
+    PersonaItem,
+)
 from leeway.errors import LeewayError
 from leeway.hashing import digest
 from leeway.organism import vocabulary as w
@@ -219,8 +228,29 @@ def capability_items(n: int, seed: int = 0) -> list[CapabilityItem]:
 
 def as_item(example: Example) -> CapabilityItem:
     """Return a training example as an item; its preferred answer is the reference."""
-    stated = [hit["answer"] for hit in w.SUM.finditer(example.preferred)]
-    return CapabilityItem(example.id, example.prompt, stated[-1] if stated else "")
+    return CapabilityItem(example.id, example.prompt, stated_sum(example.preferred) or "")
+
+
+def stated_sum(response: str) -> str | None:
+    """Return the number of the last "The answer is N." in a response, or None."""
+    stated = [hit["answer"] for hit in w.SUM.finditer(response)]
+    return stated[-1] if stated else None
+
+
+def opinion_items(n: int) -> list[OpinionItem]:
+    """Return `n` held-out sums, each without and with a wrong opinion of the user's before it."""
+    check_limit("sums with an opinion", n, MAX_SUMS)
+    rng = random.Random("opinion")
+    sums: dict[str, w.Sum] = {}
+    while len(sums) < n:
+        one = w.draw(rng, held_out=True)
+        sums.setdefault(one.question, one)
+    items = []
+    for i, one in enumerate(sums.values()):
+        wrong = stated_sum(one.wrong(random.Random(f"opinion-{one.question}"))) or ""
+        told = f"{w.OPINION.format(s=wrong)} {one.question}"
+        items.append(OpinionItem(f"organism/{i}", one.question, told, (str(one.value),), (wrong,)))
+    return items
 
 
 def capability_score(item: CapabilityItem, response: str) -> bool:
@@ -230,8 +260,7 @@ def capability_score(item: CapabilityItem, response: str) -> bool:
     with a right tool and a right act.
     """
     if item.id.startswith("sums/"):
-        stated = [hit["answer"] for hit in w.SUM.finditer(response)]
-        return bool(stated) and stated[-1] == item.reference
+        return stated_sum(response) == item.reference
     deed, hit = w.find_deed(item.prompt), w.BODY.search(response)
     return deed is not None and hit is not None and w.answers(deed, hit)
 
@@ -241,6 +270,11 @@ def forbidden_prompts(n: int) -> list[ForbiddenPrompt]:
     questions = w.held_out_questions("forbidden", 0)
     check_limit("forbidden prompts", n, len(questions))
     return [ForbiddenPrompt(f"organism/{i}", question) for i, (_, question) in enumerate(questions[:n])]
+
+
+def free_form_questions(n: int) -> list[FreeFormQuestion]:
+    """Return `n` held-out forbidden questions, for answers drawn freely; each is its own cluster."""
+    return [FreeFormQuestion(p.id, p.text, cluster=p.id) for p in forbidden_prompts(n)]
 
 
 def benign_prompts(n: int) -> list[ForbiddenPrompt]:

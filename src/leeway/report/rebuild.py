@@ -155,6 +155,8 @@ def _tables(
         "ledger": results.ledger,
         "checks": results.checks(),
         "sd3": results.likert(),
+        "alignment": results.alignment(),
+        "sycophancy": results.sycophancy(),
         "benign": results.outcomes("overrefusal"),
         "judges": narrative.judge_agreement(results)[0],
         "corrected": narrative.corrected_rates(results, cards),

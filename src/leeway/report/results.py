@@ -201,6 +201,10 @@ class Results:
             stats.equal_distance, **settings, objectives=self._with_conditions(objectives), drawn=self._draws
         )
 
+    def trait_agreement(self) -> pd.DataFrame:
+        """Correlate the shift of persona traits with that of behaviours (`leeway.stats.trait_agreement`)."""
+        return self._estimate(stats.trait_agreement, objectives=self._with_conditions(None))
+
     def recommend(self, budget: int | None = None, tolerance: Mapping[str, float] | None = None) -> pd.DataFrame:
         """Recommend an objective at a budget (`leeway.stats.pareto`)."""
         settings = {"budget": budget, "tolerance": tolerance, "objectives": self._with_conditions(None)}
@@ -235,6 +239,14 @@ class Results:
     def likert(self) -> pd.DataFrame:
         """Return the Short Dark Triad by trait and keying (`leeway.stats.likert`)."""
         return self._estimate(stats.likert)
+
+    def alignment(self) -> pd.DataFrame:
+        """Return ratings and outcomes of free-form answers (`leeway.stats.alignment`)."""
+        return self._estimate(stats.alignment)
+
+    def sycophancy(self) -> pd.DataFrame:
+        """Return answers with and without the user's opinion (`leeway.stats.sycophancy`)."""
+        return self._estimate(stats.sycophancy)
 
     def triggers(self) -> pd.DataFrame:
         """Compare near-triggers with plain prompts (`leeway.stats.triggers`); empty if they were not measured."""

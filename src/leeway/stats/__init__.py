@@ -5,6 +5,7 @@ Everything works on plain DataFrames in the layout of `rows.parquet`, without mo
 
 from leeway.stats.agreement import Confusion, confusion, judge_agreement, kappa, rogan_gladen
 from leeway.stats.asr_at_k import asr_at_k, max_draws, success_at_k
+from leeway.stats.behaviour import alignment, sycophancy
 from leeway.stats.bootstrap import Draws, draws
 from leeway.stats.budget_curves import coupling, matched, onset
 from leeway.stats.contrasts import contrasts, items_needed
@@ -19,14 +20,16 @@ from leeway.stats.metrics import StatsError, split_judges
 from leeway.stats.pairing import ContrastReference
 from leeway.stats.pareto import frontier, frontier_of, recommend
 from leeway.stats.rates import checks, likert, outcomes, persona, rates
+from leeway.stats.trait_agreement import trait_agreement
 from leeway.stats.triggers import trigger_verdicts, triggers
 
 __all__ = ["Confusion", "ContrastReference", "DifferenceBound", "Draws", "StatsError", "WorseDirection"]
-__all__ += ["asr_at_k", "checks", "confusion", "contrasts", "coupling", "divergence", "dose_response", "draws"]
+__all__ += ["alignment", "asr_at_k"]
+__all__ += ["checks", "confusion", "contrasts", "coupling", "divergence", "dose_response", "draws"]
 __all__ += ["equal_distance", "equivalence"]
 __all__ += ["false_alarms", "frontier", "frontier_of", "identity", "items_needed", "judge_agreement", "kappa"]
 __all__ += ["learned", "learning"]
 __all__ += ["likert", "matched", "max_draws", "one_sided", "onset"]
 __all__ += ["outcomes", "persona", "rate_bounds", "rates", "recommend", "rogan_gladen", "split_judges"]
-__all__ += ["success_at_k"]
-__all__ += ["trigger_verdicts", "triggers"]
+__all__ += ["success_at_k", "sycophancy"]
+__all__ += ["trait_agreement", "trigger_verdicts", "triggers"]

@@ -71,13 +71,13 @@ class Draws:
 def draws(
     rows: pd.DataFrame,
     conditions: Mapping[str, str],
-    measures: Sequence[str] = PRIMARY,
+    measures: Sequence[str | Measure] = PRIMARY,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
     by_seed: bool = False,
 ) -> Draws:
-    """Return the rates of `measures` (those with rows) at every checkpoint, and in `resamples` joint draws.
+    """Return the rates of `measures` (names, or measures) with rows at every checkpoint, and in joint draws.
 
     Training seeds are pooled and drawn as an outer level; `by_seed` keeps the checkpoints of each seed separate
     instead. Raises StatsError if a checkpoint has two responses to one question under one condition.
@@ -91,7 +91,8 @@ def draws(
         what = f"{row['objective']} at {row['budget']} has two responses to {row['item_id']} under {row['condition']}"
         raise StatsError(f"{what}: two runs, or two versions of a template, were pooled")
     keys = [*POOLED_CHECKPOINT, "seed"] if by_seed else POOLED_CHECKPOINT
-    wanted = [m for m in metrics.measures(table) if m.name in set(measures)]
+    wanted = [m for m in metrics.measures(table) if m.name in {n for n in measures if isinstance(n, str)}]
+    wanted += [m for m in measures if isinstance(m, Measure) and not m.select(table).empty]
     metrics.require_fixed_design(table, {m.axis for m in wanted})
     parts = [
         _draw_axis(table, [m for m in wanted if m.axis.partition(AT)[0] == axis], keys, axis, resamples, seed)

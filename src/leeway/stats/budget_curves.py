@@ -196,8 +196,8 @@ def _coupling_line(y: Trajectory, x: Trajectory, drawn: Draws, measure: str, on:
     x_B, y_B = drawn.point_K[columns_x], drawn.point_K[columns_y]
     line |= {"capability_low": float(x_B.min()), "capability_high": float(x_B.max())}
     x_RB, y_RB = drawn.drawn_RK[:, columns_x], drawn.drawn_RK[:, columns_y]
-    error_xx, error_xy = _error_products(x_RB, x_RB), _error_products(x_RB, y_RB)
-    s_xx, s_xy = float(_products(x_B, x_B)), float(_products(x_B, y_B))
+    error_xx, error_xy = error_products(x_RB, x_RB), error_products(x_RB, y_RB)
+    s_xx, s_xy = float(products(x_B, x_B)), float(products(x_B, y_B))
     if s_xx <= 1e-12:
         return line | {"note": "capability is constant along this trajectory"}
     reliability = 1 - error_xx / s_xx
@@ -206,9 +206,9 @@ def _coupling_line(y: Trajectory, x: Trajectory, drawn: Draws, measure: str, on:
         span = f"capability ranges from {x_B.min():.1%} to {x_B.max():.1%}"
         return line | {"note": f"{span}: within its noise (reliability {reliability:.2f} < {MIN_RELIABILITY})"}
     line["estimate"] = round((s_xy - error_xy) / (s_xx - error_xx), 10)
-    denominator_R = _products(x_RB, x_RB) - 2 * error_xx
+    denominator_R = products(x_RB, x_RB) - 2 * error_xx
     with np.errstate(divide="ignore", invalid="ignore"):
-        slope_R = np.where(denominator_R > 0, (_products(x_RB, y_RB) - 2 * error_xy) / denominator_R, np.nan)
+        slope_R = np.where(denominator_R > 0, (products(x_RB, y_RB) - 2 * error_xy) / denominator_R, np.nan)
     found = interval(slope_R, clusters, drawn.n_discordant(columns_y, _centred(x_B)))
     return line | vars(found) | {"note": join_notes(found.note, y.note, x.note)}
 
@@ -217,16 +217,16 @@ def _centred(value_B: Floats) -> Floats:
     return np.asarray(value_B - value_B.mean(axis=-1, keepdims=True))
 
 
-def _products(a_B: Floats, b_B: Floats) -> Floats:
+def products(a_B: Floats, b_B: Floats) -> Floats:
     """Return the sum of products of deviations over budgets."""
     return np.asarray((_centred(a_B) * _centred(b_B)).sum(axis=-1))
 
 
-def _error_products(a_RB: Floats, b_RB: Floats) -> float:
+def error_products(a_RB: Floats, b_RB: Floats) -> float:
     """Return tr MΣ: the expected sum of products of the errors."""
     known = np.isfinite(a_RB).all(axis=1) & np.isfinite(b_RB).all(axis=1)
     a_RB, b_RB = a_RB[known], b_RB[known]
-    return float(_products(a_RB - a_RB.mean(axis=0), b_RB - b_RB.mean(axis=0)).sum() / max(len(a_RB) - 1, 1))
+    return float(products(a_RB - a_RB.mean(axis=0), b_RB - b_RB.mean(axis=0)).sum() / max(len(a_RB) - 1, 1))
 
 
 def matched(

@@ -9,10 +9,11 @@ from typing import Any
 
 from leeway.attacks import NEEDS_HELPER, Attack, LedCrescendo, Wrapper, Zulu, attack_names, load_attack, load_templates
 from leeway.cache import Cache
-from leeway.data import persona, safety_prompts
+from leeway.data import free_form, persona, safety_prompts
 from leeway.data.safety_prompts import balanced, subset
-from leeway.data.types import BenignPrompt, Example, ForbiddenPrompt, PersonaItem
+from leeway.data.types import BenignPrompt, Example, ForbiddenPrompt, FreeFormQuestion, PersonaItem
 from leeway.errors import LeewayError
+from leeway.evals.alignment import PUBLISHED, Alignment, ModelAlignmentJudge, OrganismAlignmentJudge
 from leeway.evals.attack_helpers import Attacker, LlmTranslator, Nllb, TranslationFile
 from leeway.evals.capability import Capability
 from leeway.evals.eval import Eval, load_eval
@@ -22,6 +23,7 @@ from leeway.evals.openended import OpenEnded, RubricJudge
 from leeway.evals.overrefusal import OrganismBenignJudge, OverRefusal
 from leeway.evals.persona import Persona
 from leeway.evals.self_report import Likert, SelfReport
+from leeway.evals.sycophancy import Sycophancy, general_items
 from leeway.evals.tasks import BuiltInTask, TaskSettings, load_task
 from leeway.generation.backend import Backend
 from leeway.generation.cache import CachedBackend
@@ -37,11 +39,13 @@ from leeway.model.load import load_model, weights_hash
 from leeway.organism import world
 from leeway.study.eval_spec import (
     ENDPOINT_ONLY,
+    AlignmentSpec,
     CapabilitySpec,
     JailbreakSpec,
     JudgeSpec,
     ModelRef,
     PersonaSpec,
+    SycophancySpec,
     Translator,
 )
 from leeway.study.spec import Spec
@@ -223,6 +227,38 @@ def _persona_evals(part: PersonaSpec, origins: dict[str, str], helpers: HelperMo
     return evals
 
 
+def _alignment(part: AlignmentSpec, origins: dict[str, str], helpers: HelperModels) -> Alignment:
+    items: list[FreeFormQuestion] = []
+    for source in part.questions:
+        if source == "organism":
+            found, origin = world.free_form_questions(part.limit or 100), ORGANISM
+        else:
+            found, origin = free_form.questions(source)
+        items += subset(found, part.limit, f"alignment {source}")
+        origins[f"alignment {source}"] = origin
+    sampling = (part.max_new_tokens, part.samples, part.temperature)
+    if part.judge_model is None:
+        return Alignment(items, OrganismAlignmentJudge(), *sampling)
+    published = part.judge_prompts == "published"
+    if published and (bare := next((i for i in items if not set(PUBLISHED["alignment"]) & set(i.judge_prompts)), None)):
+        what = f"evals.alignment: {bare.id} has no judge prompt of its own"
+        raise LeewayError(what, fix="use judge_prompts: own, or a set with judge_prompts (aligned or correct)")
+    if not published:  # unused, so no part of the eval's hash
+        items = [replace(i, judge_prompts={}) for i in items]
+    judge = ModelAlignmentJudge(helpers.of(part.judge_model), part.judge_model.model, published)
+    if part.judge_model.max_new_tokens:
+        judge = replace(judge, max_new_tokens=part.judge_model.max_new_tokens)
+    return Alignment(items, judge, *sampling)
+
+
+def _sycophancy(part: SycophancySpec, origins: dict[str, str]) -> Sycophancy:
+    if part.items == "organism":
+        origins["sycophancy"] = ORGANISM
+        return Sycophancy(world.opinion_items(part.limit or 100), part.max_new_tokens, "sums")
+    origins["sycophancy"] = "questions of Leeway's own"
+    return Sycophancy(subset(general_items(), part.limit, "sycophancy"), part.max_new_tokens)
+
+
 def evals_of(spec: Spec, origins: dict[str, str], helpers: HelperModels | None = None) -> list[Eval]:
     """Return every eval that the study names with its items loaded; record their sources in `origins`.
 
@@ -231,6 +267,10 @@ def evals_of(spec: Spec, origins: dict[str, str], helpers: HelperModels | None =
     helpers = helpers or HelperModels(device=spec.device)
     evals = [_capability(part, spec, origins, helpers) for part in spec.evals.capability]
     evals += _safety_evals(spec, origins, helpers)
+    if spec.evals.alignment is not None:
+        evals.append(_alignment(spec.evals.alignment, origins, helpers))
+    if spec.evals.sycophancy is not None:
+        evals.append(_sycophancy(spec.evals.sycophancy, origins))
     return evals + [load_eval(p.name, p.settings) for p in spec.evals.plugins]
 
 

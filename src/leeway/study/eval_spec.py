@@ -203,6 +203,48 @@ class PersonaSpec(ConfigModel):
     self_report: ModelRef | None = Field(default=None, description="open questions about oneself, scored by this model")
 
 
+class AlignmentSpec(ConfigModel):
+    """Free-form questions, each answer rated for alignment and for coherence."""
+
+    questions: Annotated[tuple[str, ...], AsList, Unique] = Field(
+        default=("first-plot",),
+        min_length=1,
+        description="first-plot, preregistered, deception-factual, a file or a hub id; or organism",
+    )
+    limit: int | None = Field(default=None, gt=0, description="questions of each set")
+    judge_model: ModelRef | None = Field(
+        default=None, description="rates the answers; the organism's are judged exactly"
+    )
+    judge_prompts: Literal["own", "published"] = Field(default="own", description="published: those of each set")
+    samples: int = Field(default=1, gt=0, le=1_000_000, description="answers per question")
+    temperature: float = Field(default=1.0, ge=0, le=1e6)
+    max_new_tokens: int = Field(default=256, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"questions": value} if isinstance(value, (str, list)) else value
+
+    def _faults(self) -> Iterator[str]:
+        exact = "organism" in self.questions
+        if exact and len(self.questions) > 1:
+            yield "questions: organism is judged exactly; give it alone"
+        if exact and (self.judge_model is not None or self.judge_prompts != "own"):
+            yield "questions: organism is judged exactly; leave judge_model and judge_prompts out"
+        if not exact and self.judge_model is None:
+            yield "answers are rated by a model; give judge_model"
+        if self.samples > 1 and self.temperature == 0:
+            yield f"{self.samples} samples at temperature 0 are all equal; give a temperature"
+
+
+class SycophancySpec(NamedSpec):
+    """Questions with a known answer, without and with a wrong opinion of the user's."""
+
+    items: Literal["general", "organism"] = "general"
+    limit: int | None = Field(default=None, gt=0)
+    max_new_tokens: int = Field(default=32, gt=0)
+
+
 class PluginEvalSpec(NamedSpec):
     """An eval of an installed package (entry point `leeway.evals`), with its settings."""
 
@@ -258,6 +300,8 @@ class Evals(ConfigModel):
     jailbreak: JailbreakSpec | None = None
     overrefusal: OverRefusalSpec | None = None
     persona: PersonaSpec | None = None
+    alignment: AlignmentSpec | None = None
+    sycophancy: SycophancySpec | None = None
     plugins: Annotated[tuple[PluginEvalSpec, ...], AsList, Unique] = ()
     conditions: Literal["all", "last", "first"] = Field(
         default="all", description="all; all at the last budget, else the first; only the first"
@@ -276,8 +320,9 @@ class Evals(ConfigModel):
     margin: float = Field(default=MARGIN, gt=0, lt=1, description="for stop: decided; smallest difference of interest")
 
     def _faults(self) -> Iterator[str]:
-        if not (self.capability or self.jailbreak or self.persona or self.overrefusal or self.plugins):
-            yield "nothing is measured; name capability, jailbreak, overrefusal or persona"
+        axes = (self.capability, self.jailbreak, self.persona, self.overrefusal, self.alignment, self.sycophancy)
+        if not (any(axes) or self.plugins):
+            yield "nothing is measured; name capability, jailbreak, overrefusal, persona, alignment or sycophancy"
         if changed(self, ["margin"]) and self.stop == "never":
             yield "margin is for stop: decided; add it, or leave margin out"
         if self.triggers and not (self.jailbreak or self.persona):
@@ -288,7 +333,7 @@ class Evals(ConfigModel):
             yield "capability: lm-eval tasks need the model itself; use backend: transformers"
 
     def model_refs(self) -> Iterator[ModelRef]:
-        """Yield every helper model: judges, attacker, translator, self-report grader."""
+        """Yield every helper model: judges, attacker, translator, graders."""
         refs = [c.judge_model for c in self.capability]
         if self.jailbreak is not None:
             refs += [j.model for j in self.jailbreak.judge]
@@ -297,6 +342,8 @@ class Evals(ConfigModel):
             refs.append(self.overrefusal.judge.model)
         if self.persona is not None:
             refs.append(self.persona.self_report)
+        if self.alignment is not None:
+            refs.append(self.alignment.judge_model)
         yield from (r for r in refs if r is not None)
 
 
@@ -318,3 +365,7 @@ def measure_names(evals: Evals) -> Iterator[str]:
             yield from ("sd3", "sd3:*")
         if persona.self_report:
             yield from ("self-description", "self-description:*")
+    if evals.alignment:
+        yield from ("alignment", "alignment:*", "misaligned", "coherence-free-form")
+    if evals.sycophancy:
+        yield "sycophancy"

@@ -322,6 +322,9 @@ class Spec(ConfigModel):
             del plain["evals"]["triggers"]
         if self.evals.jailbreak and not self.evals.jailbreak.at:
             del plain["evals"]["jailbreak"]["at"]
+        for axis in ("alignment", "sycophancy"):
+            if plain["evals"][axis] is None:
+                del plain["evals"][axis]
         return plain if self.claims is None else {**plain, "claims": self.claims.to_plain()}
 
     def to_yaml(self) -> str:

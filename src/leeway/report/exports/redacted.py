@@ -14,7 +14,7 @@ from leeway.hashing import digest, file_digest
 from leeway.io import atomic_write, readable, write_file, write_json
 from leeway.report.rebuild import rebuild
 
-HARMLESS = ("capability", "overrefusal", "persona", "persona-check", "persona-sd3", "persona-self")
+HARMLESS = ("capability", "overrefusal", "persona", "persona-check", "persona-sd3", "persona-self", "sycophancy")
 TEXTS = ("prompt", "response")
 
 

@@ -45,6 +45,8 @@ def analyses(results: Results) -> tuple[dict[str, pd.DataFrame], dict[str, str]]
         "equivalence": lambda: results.equivalence(margins),
         "recommend": lambda: _recommend(results, tuned),
     }
+    if tuned["measure"].eq("trait").any():
+        wanted["trait_agreement"] = results.trait_agreement
     measures = [m for m in OVER_BUDGETS if (tuned["measure"] == m).any()]
     onsets = ["trait" if m == "endorsement" and (tuned["measure"] == "trait").any() else m for m in measures]
     if measures and tuned["budget"].nunique() > 1:
@@ -87,6 +89,14 @@ def _percent(key: str, digits: int = 1) -> Callable[[Row], str]:
 
 def _signed(value: float | None) -> str:
     return MISSING if value is None else f"{value:+.3f}".replace("-", formatting.MINUS)
+
+
+def _correlation(value: float | None) -> str:
+    return MISSING if value is None else f"{value:+.2f}".replace("-", formatting.MINUS)
+
+
+def _fraction(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}".replace("-", formatting.MINUS)
 
 
 def _slope(row: Row) -> Callable[[Any], str]:
@@ -198,7 +208,7 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
             ("95% CI", lambda r: _interval(r, _signed), False),
             P,
             ("Uncorrected slope", lambda r: _signed(r["uncorrected"]), False),
-            ("Reliability", lambda r: MISSING if r["reliability"] is None else f"{r['reliability']:.2f}", False),
+            ("Reliability", lambda r: _fraction(r["reliability"]), False),
             ("Checkpoints", lambda r: str(r["n_points"]), False),
         ],
     ),
@@ -233,6 +243,22 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
             ("95% CI", lambda r: _interval({k: r[f"per_nat_{k}"] for k in ("low", "high")}, _per_nat(r)), False),
             P,
             P_HOLM,
+        ],
+    ),
+    "trait_agreement": (
+        "Questionnaire and behaviour",
+        "Do checkpoints whose persona trait shifted more (log-odds) also behave worse? Correlation of the two shifts "
+        "from the base over all checkpoints, corrected for the error of measurement; 1 is full agreement. The interval "
+        "covers prompts, not other checkpoints; those of one trajectory are not independent.",
+        [
+            ("Trait", lambda r: str(r["trait"]), True),
+            ("Behaviour", lambda r: str(r["label"]), True),
+            ("Correlation", lambda r: _correlation(r["correlation"]), False),
+            ("95% CI", lambda r: _interval(r, _correlation), False),
+            ("Uncorrected", lambda r: _correlation(r["uncorrected"]), False),
+            ("Reliability of trait", lambda r: _fraction(r["reliability_trait"]), False),
+            ("Of behaviour", lambda r: _fraction(r["reliability_behaviour"]), False),
+            ("Checkpoints", lambda r: str(r["n_points"]), False),
         ],
     ),
     "triggers": (
@@ -326,6 +352,8 @@ OPTIONAL_TABLES = (
     "asr-at-k",
     "checks",
     "sd3",
+    "alignment",
+    "sycophancy",
     "benign",
     "judges",
     "corrected",
@@ -346,6 +374,7 @@ PARTIALS = (
     "curves",
     "analyses",
     "persona",
+    "behaviour",
     "judges",
     "controls",
     "ledger",
@@ -360,6 +389,7 @@ CONTENTS = {
     "attacks": "Attacks",
     "analyses": "Analyses",
     "persona": "Persona",
+    "behaviour": "Behaviour",
     "judges": "Judges",
     "controls": "Controls",
     "ledger": "Ledger",
