@@ -6,12 +6,12 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.statistics import claims, difference, learning, margins, runs
+from benchmarks.statistics import claims, difference, judges, learning, margins, runs
 from benchmarks.statistics.finding import Finding, table
 
 PARTS = [difference.signs, difference.errors, difference.exact, difference.families]
 PARTS += [claims.wrong_verdicts, margins.at_margin, margins.earned, runs.over_training_runs, runs.rates, runs.power]
-PARTS += [learning.voids]
+PARTS += [learning.voids, judges.differential]
 FULL, FAST = 4_000, 500
 
 

@@ -147,7 +147,8 @@ def test_judges_over_rows_by_hand() -> None:
     lines, tables = judge_agreement(table)
     [line] = lines.to_dict("records")
     assert (line["judge_a"], line["judge_b"], line["n"], line["n_unscored"]) == ("a", "b", 9, 1)
-    assert (line["agreement"], line["low"], line["high"]) == (pytest.approx(7 / 9), *wilson(7, 9))
+    # by prompt: variance 6/5 · (3 · 4² + 2² + 2 · 7²)/81² = 20/729, so 9 answers are (14/81)/(20/729) = 6.3 trials
+    assert (line["agreement"], line["low"], line["high"]) == pytest.approx((7 / 9, *wilson(4.9, 6.3)))
     assert line["kappa"] == pytest.approx((7 / 9 - (6 * 4 + 3 * 5) / 81) / (1 - (6 * 4 + 3 * 5) / 81))
     assert tables["a", "b"].loc["refused", "harmful"] == 2
     assert tables["a", "b"].to_numpy().sum() == 9

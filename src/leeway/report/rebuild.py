@@ -21,7 +21,7 @@ import pandas as pd
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.io import write_file, write_json
-from leeway.report import figures, formatting, learning, narrative, tries, triggers
+from leeway.report import figures, formatting, judges, learning, narrative, tries, triggers
 from leeway.report.controls import control_sentences
 from leeway.report.exports import latex
 from leeway.report.exports.model_card import model_cards, run_bibliography
@@ -63,6 +63,7 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
                 learning=learning.sentences(made.get("learned"), results.manifest, unit),
                 void=learning.void_arms(made.get("learned")),
                 triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
+                judges=judges.sentences(made.get("judge_pairs"), made.get("worst_case"), unit),
             ),
             *control_sentences(results),
         ],
@@ -159,6 +160,8 @@ def _tables(
         "sycophancy": results.sycophancy(),
         "benign": results.outcomes("overrefusal"),
         "judges": narrative.judge_agreement(results)[0],
+        "judge_pairs": results.judge_pairs(),
+        "worst_case": results.worst_case(),
         "corrected": narrative.corrected_rates(results, cards),
         "claims": results.claims(claims),
         "sequential": results.stopping(),

@@ -253,6 +253,14 @@ class Results:
         rows, forms = self.all_judged, forms_of(self.manifest)
         return self._locate_errors(lambda: stats.triggers(rows, self.conditions, forms))
 
+    def judge_pairs(self) -> pd.DataFrame:
+        """Return agreement and differential error of every pair of judges (`leeway.stats.judge_pairs`)."""
+        return self._estimate(stats.judge_pairs, first=self.first_conditions)
+
+    def worst_case(self) -> pd.DataFrame:
+        """Return attack success over all judges (`leeway.stats.worst_case`); empty with one judge."""
+        return stats.worst_case(self.pooled_rates(), self.contrasts())
+
     def stopping(self) -> pd.DataFrame:
         """Return prompts and responses used per checkpoint under sequential stopping; empty for a fixed design."""
         return sequential.sample_sizes(self.rows, self.conditions)

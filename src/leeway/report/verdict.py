@@ -43,11 +43,12 @@ def verdict(
     learning: Sequence[str] = (),
     void: Collection[Arm] = (),
     triggers: Sequence[str] = (),
+    judges: Sequence[str] = (),
 ) -> list[str]:
     """Return texts on capability at the largest budget, on the other axes, on how far both can be trusted, on learning.
 
     `learning`: sentences of `report.learning`. `void`: checkpoints of which "no drift" says nothing. `triggers`: those
-    of `report.triggers`, a last text.
+    of `report.triggers`, a text of their own; `judges`: those of `report.judges`, another one.
     """
     if contrasts.empty:
         return ["Only the base model was evaluated: there is nothing to compare it with."]
@@ -70,7 +71,7 @@ def verdict(
         trust.append(f"{untested} of {len(table)} contrasts have too few scored pairs and are not reported.")
     trust += behaviours(identity, largest)
     texts = [f"{first}.", f"{capitalize_first('; '.join(second))}{_coherence(at_largest)}.", " ".join(trust)]
-    return [*texts, *(" ".join(control) for control in (learning, triggers) if control)]
+    return [*texts, *(" ".join(control) for control in (learning, triggers, judges) if control)]
 
 
 def headline(contrasts: pd.DataFrame | dict[str, Any], table: pd.DataFrame) -> Any:

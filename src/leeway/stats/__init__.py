@@ -15,6 +15,7 @@ from leeway.stats.equivalence import DifferenceBound, WorseDirection, equivalenc
 from leeway.stats.false_alarms import false_alarms
 from leeway.stats.identity import identity
 from leeway.stats.interaction import divergence
+from leeway.stats.judge_pairs import judge_pairs, worst_case
 from leeway.stats.learning import learned, learning
 from leeway.stats.metrics import StatsError, split_judges
 from leeway.stats.pairing import ContrastReference
@@ -27,9 +28,9 @@ __all__ = ["Confusion", "ContrastReference", "DifferenceBound", "Draws", "StatsE
 __all__ += ["alignment", "asr_at_k"]
 __all__ += ["checks", "confusion", "contrasts", "coupling", "divergence", "dose_response", "draws"]
 __all__ += ["equal_distance", "equivalence"]
-__all__ += ["false_alarms", "frontier", "frontier_of", "identity", "items_needed", "judge_agreement", "kappa"]
-__all__ += ["learned", "learning"]
+__all__ += ["false_alarms", "frontier", "frontier_of", "identity", "items_needed", "judge_agreement", "judge_pairs"]
+__all__ += ["kappa", "learned", "learning"]
 __all__ += ["likert", "matched", "max_draws", "one_sided", "onset"]
 __all__ += ["outcomes", "persona", "rate_bounds", "rates", "recommend", "rogan_gladen", "split_judges"]
 __all__ += ["success_at_k", "sycophancy"]
-__all__ += ["trait_agreement", "trigger_verdicts", "triggers"]
+__all__ += ["trait_agreement", "trigger_verdicts", "triggers", "worst_case"]

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, TAILS, Ints, wilson
+from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, TAILS, Ints, estimate, wilson
 from leeway.stats.metrics import StatsError
 
 RateInterval = tuple[float, float, float]  # estimate, low, high; NaN without observations
@@ -169,7 +169,7 @@ def judge_agreement(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple[str, s
     """Return the agreement of each pair of judges on the outcomes of the same responses, and their confusion tables.
 
     `rows` has one row per response and judge. Responses that either judge could not score count in `n_unscored` only.
-    Intervals: Wilson for the agreement, bootstrap over prompts for κ.
+    Intervals are clustered by prompt: Wilson for the agreement, bootstrap for κ.
     """
     responses = rows[rows["outcome"].notna() | rows["unscored_reason"].notna()]
     key = [k for k in RESPONSE if k in responses.columns]
@@ -185,10 +185,13 @@ def judge_agreement(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple[str, s
             continue
         scored = both.dropna(subset=["outcome", "outcome_b"])
         line: dict[str, object] = {"judge_a": a, "judge_b": b, "n": len(scored), "n_unscored": len(both) - len(scored)}
-        agreement = estimate = UNDEFINED
+        agreement = chance_corrected = UNDEFINED
         if len(scored):
-            agreement = wilson_rate(int((scored["outcome"] == scored["outcome_b"]).sum()), len(scored))
-            estimate = kappa(list(scored["outcome"]), list(scored["outcome_b"]), list(scored["cluster"]))
-        lines.append(line | dict(zip(AGREEMENT_COLUMNS[4:], (*agreement, *estimate), strict=True)))
+            same = (scored["outcome"] == scored["outcome_b"]).to_numpy(float)
+            clusters = np.unique(scored["cluster"].astype(str), return_inverse=True)[1]
+            found = estimate(same, np.zeros(len(same), dtype=np.intp), clusters)
+            agreement = found.mean, found.low, found.high
+            chance_corrected = kappa(list(scored["outcome"]), list(scored["outcome_b"]), list(scored["cluster"]))
+        lines.append(line | dict(zip(AGREEMENT_COLUMNS[4:], (*agreement, *chance_corrected), strict=True)))
         tables[a, b] = pd.crosstab(scored["outcome"], scored["outcome_b"]).rename_axis(index=a, columns=b)
     return pd.DataFrame(lines, columns=AGREEMENT_COLUMNS), tables

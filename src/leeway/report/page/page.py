@@ -15,7 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from leeway import stats
-from leeway.report import formatting, learning, narrative, plotting, tries, triggers
+from leeway.report import formatting, judges, learning, narrative, plotting, tries, triggers
 from leeway.report.controls import control_sentences, page_values
 from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.page.transcripts import embed_rows, transcripts
@@ -356,6 +356,8 @@ OPTIONAL_TABLES = (
     "sycophancy",
     "benign",
     "judges",
+    "judge_pairs",
+    "worst_case",
     "corrected",
     "claims",
     "sequential",
@@ -417,6 +419,7 @@ def context(
     advice = made.get("recommend", pd.DataFrame())
     learned = learning.sentences(made.get("learned"), results.manifest, unit)
     void = learning.void_arms(made.get("learned"))
+    judged = judges.sentences(made.get("judge_pairs"), made.get("worst_case"), unit)
     return {
         **_assets(),
         **_study(results, lines, unit),
@@ -433,6 +436,7 @@ def context(
                 learning=learned,
                 void=void,
                 triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
+                judges=judged,
             ),
             *control_sentences(results),
         ],
@@ -456,6 +460,8 @@ def context(
         "persona": persona,
         "unscored": formatting.to_records(made["unscored"]),
         "optional": {k: formatting.to_records(made[k]) if k in made else [] for k in OPTIONAL_TABLES},
+        "judge_sentences": judged,
+        "judge_rule": judges.RULE,
         "confusions": narrative.judge_agreement(results)[1],
         "judges": narrative.judge_summaries(results, [*cards]),
         "transcripts": transcripts(results.first_judged, results.conditions, lines),
