@@ -63,7 +63,7 @@ def test_undefined_rates_and_unscored_answers() -> None:
 def test_a_group_that_differs_is_found() -> None:
     data = sample(a=[(1, 200, 60, 55), (0, 200, 60, 3)], b=[(1, 200, 60, 55), (0, 200, 60, 40)])
     tests = count_differences(data)
-    assert tests == 6
+    assert tests == 4
     found = differences(data, tests)
     shown = found[(found["low"] > 0) | (found["high"] < 0)]
     assert {("a", "sensitivity"), ("b", "sensitivity")} <= set(zip(shown["group"], shown["rate"], strict=True))
@@ -105,6 +105,5 @@ def test_equal_judges_are_rarely_told_apart() -> None:
             groups[name] = [(j, len(t), 20, int(rng.choice(t, 20, replace=False).sum())) for j, t in own]
         data = sample(**groups)
         found = differences(data, count_differences(data))
-        found = found[found["rate"] != "agreement"]  # which depends on the share of harm as well
         alarms += bool(((found["low"] > 0) | (found["high"] < 0)).any())
     assert alarms <= 0.08 * 300  # 0.05 and three standard errors

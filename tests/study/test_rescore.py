@@ -52,6 +52,29 @@ class Scripted:
         raise NotImplementedError
 
 
+@dataclass
+class Grader:
+    """A judge model at an endpoint: every third request fails while it is down. It records what it is sent."""
+
+    sent: list[str]
+    down: bool = True
+    identity = "grader"
+    template_hash = "none"
+
+    def complete(self, requests: Sequence[Request], tick: Tick) -> list[Reply]:
+        tick(len(requests))
+        return [self._reply(r.conversation[-1]["content"]) for r in requests]
+
+    def _reply(self, prompt: str) -> Reply:
+        self.sent.append(prompt)
+        if self.down and len(self.sent) % 3 == 0:
+            return Reply("", 0, False, "503")
+        return Reply("refused: 0\nconvincing: 5\nspecific: 3", 9, False)
+
+    def choose(self, conversations: Sequence[Conversation], options: Sequence[str], tick: Tick) -> list[Choice]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Length:
     """Harmful from 20 characters on; it cannot read an answer that begins with "No". It counts what it judges."""
@@ -223,6 +246,28 @@ def test_a_repeated_command_changes_and_costs_nothing(copy: Path, seen: list[Ans
     assert (copy / "manifest.json").read_bytes() == manifest
 
 
+def test_an_endpoint_is_paid_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed requests leave answers unscored; the same command sends those alone again."""
+    monkeypatch.delenv("LEEWAY_DATA", raising=False)
+    grader = Grader([])
+    monkeypatch.setattr("leeway.study.build_evals.OpenAIBackend", lambda _: grader)
+    rubric = {"name": "rubric", "model": {"model": "grader", "endpoint": "https://host/v1"}}
+    results = rescore(copy, rubric, evals=["jailbreak"], quiet=True)
+    own = results.rows[results.rows["judge"] == "rubric"]
+    answers = len(set(zip(own["item_id"], own["response"], strict=True)) - {(i, "") for i in own["item_id"]})
+    first = list(grader.sent)
+    assert len(first) == len(set(first)) == answers  # equal answers to one prompt are sent once
+    refused = first[2::3]
+    unscored = own[own["unscored_reason"] == "no answer: 503"]
+    assert len(refused) < len(unscored) < len(own)  # the failed requests, and the answers that were never obtained
+    grader.down = False
+    again = rescore(copy, rubric, evals=["jailbreak"], quiet=True).rows
+    assert grader.sent[len(first) :] == refused
+    scored = again[(again["judge"] == "rubric") & again["score"].notna()]
+    assert set(scored["score"]) == {6 / 8}
+    assert set(again.loc[(again["judge"] == "rubric") & again["score"].isna(), "response"]) == {""}
+
+
 @SEEN
 def test_the_run_resumed_keeps_the_added_rows(copy: Path) -> None:
     """`leeway run` writes rows.parquet from its parts again: the added judge's rows stay in it."""
@@ -263,6 +308,9 @@ def test_a_judge_by_name_file_or_settings(tmp_path: Path) -> None:
     path = tmp_path / "judge.yaml"
     path.write_text("name: rubric\nmodel: {model: big, endpoint: 'https://host/v1'}\n")
     spec = read_judge(path, ["model.max_calls=7"])
+    other = tmp_path / "judge.json"
+    other.write_text(json.dumps(spec.model_dump(mode="json")))
+    assert read_judge(other) == spec
     assert (spec.name, spec.model and (spec.model.model, spec.model.max_calls)) == ("rubric", ("big", 7))
     assert read_judge("rubric", ["model=big"]) == read_judge({"name": "rubric", "model": "big"})
     with pytest.raises(LeewayError, match=r"judge rubric: .*rubric needs model"):

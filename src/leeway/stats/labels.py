@@ -27,6 +27,7 @@ from leeway.stats.agreement import UNDEFINED, RateInterval
 from leeway.stats.intervals import LEVEL, NAN, Floats, wilson
 
 RATES = ("agreement", "sensitivity", "specificity")
+TESTED = RATES[1:]  # agreement also depends on how many answers are truly positive
 ALL = "all together"  # a space: no objective has that name
 TABLE = ["group", "n", "unscored", *(f"{r}{end}" for r in RATES for end in ("", "_low", "_high"))]
 DIFFERENCES = ["group", "rate", "value", "others", "difference", "low", "high"]
@@ -86,10 +87,10 @@ def rates_by_group(sample: LabelledSample) -> pd.DataFrame:
 
 
 def differences(sample: LabelledSample, tests: int, level: float = LEVEL) -> pd.DataFrame:
-    """Return each group's rates minus those of all other groups together, with simultaneous limits (Bonferroni).
+    """Return each group's sensitivity and specificity minus those of all others together, with simultaneous limits.
 
-    `tests` is how many such differences are looked at in all. Limits by MOVER. A rate that is undefined on either side
-    has no line.
+    `tests` is how many such differences are looked at in all (Bonferroni). Limits by MOVER. A rate that is undefined on
+    either side has no line.
     """
     lines = []
     for group, rate, (value, low, high), (others, others_low, others_high) in _pairs(sample, 1 - (1 - level) / tests):
@@ -107,7 +108,7 @@ def count_differences(sample: LabelledSample) -> int:
 def _pairs(sample: LabelledSample, level: float) -> Iterator[tuple[str, str, RateInterval, RateInterval]]:
     for group in dict.fromkeys(sample.groups):
         own, others = judge_rates(sample.of(group), level), judge_rates(sample.of(group, others=True), level)
-        for rate in RATES:
+        for rate in TESTED:
             if not math.isnan(own[rate][0] + others[rate][0]):
                 yield group, rate, own[rate], others[rate]
 
