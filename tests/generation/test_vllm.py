@@ -401,6 +401,7 @@ def test_a_prompt_is_rendered_as_in_training(models: dict[str, Path]) -> None:
     )
     tokenizer.chat_template = tokenizer.chat_template.replace(ending, ending.removesuffix("{% endif %}") + thoughtful)
     assert template_kwargs(Chat(tokenizer)) == {"enable_thinking": False}
+    assert template_kwargs(Chat(tokenizer).with_thinking()) == {}
 
 
 def test_the_weights_hash_is_the_loaded_models(models: dict[str, Path]) -> None:

@@ -137,6 +137,7 @@ def test_all_errors_at_once_with_the_nearest_known_key() -> None:
         ("evals.jailbreak={translator: {from: nllb}}", "translator is for attacks: zulu, which is not listed"),
         ("evals.jailbreak={turns: 3}", "turns is for attacks: crescendo_led, which is not listed"),
         ("evals.jailbreak={temperature: 0.5}", "temperature has no effect with samples: 0"),
+        ("evals={thinking: true, capability: ['lm-eval:arc_easy']}", "thinking: lm-eval tasks are answered without a"),
         ("evals.jailbreak={at: [1, 5]}", "at: 5 tries need as many sampled answers, samples is 0; give samples: 5"),
         ("evals.jailbreak={samples: 4, at: 5}", "at: 5 tries need as many sampled answers, samples is 4"),
         ("evals.jailbreak={samples: 4, at: [2, 2]}", "evals.jailbreak.at"),

@@ -68,7 +68,7 @@ class LocalModel:
             model.hash = self.identity
         try:
             with adapters.merged(model):
-                yield TransformersBackend(model, "", spec.evals.batch, "failure")
+                yield TransformersBackend(model, "", spec.evals.batch, "failure", spec.evals.thinking)
         finally:
             del model
             gc.collect()

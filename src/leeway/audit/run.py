@@ -155,6 +155,7 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str) -> P
     evals = tuple(evals_of(spec, origins, HelperModels(store.cache, spec.device)))
     _check_prefill(audit_spec, evals)
     templates = choose_templates(audit_spec.base, audit_spec.checkpoint, own_template=audit_spec.own_template)
+    _check_thinking(audit_spec, templates)
     identity = _identity(audit_spec, evals, templates)
     then: dict[str, str] = store.read_manifest().get("audit", {}).get("identity", {})
     if differs := [n for n in {**identity, **then} if then and then.get(n) != identity.get(n)]:
@@ -180,6 +181,18 @@ def _check_prefill(audit_spec: AuditSpec, evals: Seq[Eval]) -> None:
     served = [m for m in (audit_spec.base, audit_spec.checkpoint) if isinstance(m, ServedModel)]
     if served and first_prefilled(evals):
         require_prefill(served[0].settings)
+
+
+def _check_thinking(audit_spec: AuditSpec, templates: Templates) -> None:
+    """Raise LeewayError for `evals.thinking` on a model that does not run in this process, or knows no thoughts."""
+    if not audit_spec.spec.evals.thinking:
+        return
+    if not all(isinstance(m, LocalModel) for m in (audit_spec.base, audit_spec.checkpoint)):
+        what = "evals.thinking: an endpoint or a given backend renders its own template"
+        raise LeewayError(what, fix="leave it out, and set thinking where the model is served")
+    for chat in (templates.base, templates.checkpoint):
+        if chat is not None:
+            chat.with_thinking()
 
 
 @dataclass(frozen=True)

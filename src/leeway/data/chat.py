@@ -15,6 +15,8 @@ from typing import Any
 from leeway.errors import LeewayError
 from leeway.hashing import digest
 
+THINK, END_THINK = "<think>", "</think>"  # around a thought, as Qwen 3, DeepSeek-R1 and others write it
+OPENED = re.compile(rf"{THINK}\s*$")
 PROBE_QUESTION = "leeway-probe-question"
 PROBE_ANSWER = "leeway-probe-answer"
 CACHED = 4096  # rendered sequences
@@ -59,13 +61,15 @@ class Chat:
     """A tokenizer with its chat template. `prefix` precedes the first user message (a control token, for example).
 
     What the template writes before every answer (an empty thought, for example) is part of the prompt, in training and
-    at test time, and never a target.
+    at test time, and never a target. `thinking` leaves it out of prompts: the model then thinks before it answers.
     """
 
     tokenizer: Any
     prefix: str = ""
+    thinking: bool = False
     closing_ids: tuple[int, ...] = field(init=False)
     _lead: str = field(init=False)
+    _opener: str = field(init=False)  # of a thought, which only the prompt of a new answer has
     _special: dict[int, str] = field(init=False, repr=False)
     _spellings: re.Pattern[str] = field(init=False, repr=False)
     _rendered: dict[tuple[str, str, str], Sequence] = field(init=False, repr=False, default_factory=dict)
@@ -81,7 +85,7 @@ class Chat:
             fix = "put chat_template into tokenizer_config.json (or chat_template.jinja), or use the chat model"
             raise self._error(what, fix)
         self._read_special_tokens()
-        self._lead, closing = self._turn_shape()
+        self._opener, self._lead, closing = self._turn_shape()
         self.closing_ids = self._closing(closing)
 
     def _error(self, what: str, fix: str) -> LeewayError:
@@ -92,6 +96,25 @@ class Chat:
         other = copy.copy(self)
         other.prefix = prefix
         return other
+
+    def with_thinking(self) -> Chat:
+        """Return the chat whose answers begin with a thought. Raises LeewayError if its template knows no thoughts."""
+        if not self.knows_thinking:
+            what = "its chat template has neither enable_thinking nor <think>"
+            raise self._error(what, "leave evals.thinking out")
+        other = copy.copy(self)
+        other.thinking = True
+        return other
+
+    @property
+    def knows_thinking(self) -> bool:
+        template = str(self.tokenizer.chat_template)
+        return "enable_thinking" in template or THINK in template
+
+    def opens_thought(self, conversation: list[dict[str, str]]) -> bool:
+        """Whether the prompt of a conversation ends inside a thought."""
+        prefilled = conversation[-1]["role"] == "assistant"
+        return self.thinking and not prefilled and bool(OPENED.search(self.prompt_text(conversation)))
 
     def with_control_tokens(self, tokens: tuple[str, ...]) -> Chat:
         """Return the chat over a copy of its tokenizer with `tokens` added, their ids after the last one in use."""
@@ -109,7 +132,8 @@ class Chat:
 
     @property
     def template_hash(self) -> str:
-        return digest("chat", str(self.tokenizer.chat_template), self.prefix, self._lead)
+        thinking = ["thinking"] if self.thinking else []
+        return digest("chat", str(self.tokenizer.chat_template), self.prefix, self._lead, *thinking)
 
     def prompt_text(self, conversation: list[dict[str, str]]) -> str:
         """Return the rendered conversation up to the start of the assistant's answer."""
@@ -117,17 +141,33 @@ class Chat:
         if self.prefix:
             first = next(i for i, m in enumerate(turns) if m["role"] == "user")
             turns[first]["content"] = self.prefix + turns[first]["content"]
-        return self._render(turns, add_generation_prompt=True)
+        if self.thinking:
+            return self._render(turns, add_generation_prompt=True, **self._thinking_kwargs)
+        return self._render(turns, add_generation_prompt=True).removesuffix(self._opener)
+
+    @property
+    def _thinking_kwargs(self) -> dict[str, bool]:
+        return {"enable_thinking": True} if "enable_thinking" in str(self.tokenizer.chat_template) else {}
 
     def prompt_ids(self, conversation: list[dict[str, str]]) -> tuple[int, ...]:
         """Return the ids of the rendered conversation and of what the template writes before an answer.
 
-        A conversation that ends with an assistant turn is continued: its text follows as the beginning of the answer.
+        A conversation that ends with an assistant turn is continued: its text follows as the beginning of the answer,
+        which has no thought.
         """
         *before, last = conversation
         if last["role"] == "assistant":
-            return self.prompt_ids(before) + self.ids(last["content"])
-        return self.ids(self.prompt_text(conversation)) + (self.ids(self._lead) if self._lead else ())
+            return self.without_thinking().prompt_ids(before) + self.ids(last["content"])
+        lead = "" if self.thinking else self._lead
+        return self.ids(self.prompt_text(conversation)) + (self.ids(lead) if lead else ())
+
+    def without_thinking(self) -> Chat:
+        """Return the chat of training, whose answers have no thought."""
+        if not self.thinking:
+            return self
+        other = copy.copy(self)
+        other.thinking = False
+        return other
 
     def sequence(self, prompt: str, answer: str) -> Sequence:
         """Return one user turn and its answer; targets are the answer and the end of the turn. Cached across epochs."""
@@ -139,7 +179,7 @@ class Chat:
         return self._rendered[key]
 
     def _sequence(self, prompt: str, answer: str) -> Sequence:
-        prompt_ids = self.prompt_ids([{"role": "user", "content": prompt}])
+        prompt_ids = self.without_thinking().prompt_ids([{"role": "user", "content": prompt}])
         return Sequence(prompt_ids + self.ids(answer) + self.closing_ids, len(prompt_ids))
 
     def ids(self, text: str) -> tuple[int, ...]:
@@ -152,26 +192,33 @@ class Chat:
         return next((self._special[i] for i in self.ids(text) if i in self._special), None)
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        """Return the text without special tokens, except those around a thought."""
+        marks = {i for i, text in self._special.items() if text in (THINK, END_THINK)}
+        if marks.isdisjoint(ids):
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode([i for i in ids if i in marks or i not in self._special]))
 
-    def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return str(text)
+    def _render(self, turns: list[dict[str, str]], **arguments: bool) -> str:
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **arguments))
 
-    def _turn_shape(self) -> tuple[str, str]:
-        """Return what the template writes between the generation prompt and the answer, and after the answer."""
+    def _turn_shape(self) -> tuple[str, str, str]:
+        """Return what the template opens a new answer's thought with, and writes before and after a given answer.
+
+        The opener is empty if a rendered answer begins with it too (its thought is then closed before the answer).
+        """
         user = [{"role": "user", "content": PROBE_QUESTION}]
         prompt = self._render(user, add_generation_prompt=True)
         whole = self._render([*user, {"role": "assistant", "content": PROBE_ANSWER}], add_generation_prompt=False)
         if PROBE_QUESTION not in prompt or prompt == self._render(user, add_generation_prompt=False):
             what = "its chat template ignores add_generation_prompt"
             raise self._error(what, "correct the template so that a prompt ends where the assistant begins")
+        opened, prompt = prompt, prompt if whole.startswith(prompt) else OPENED.sub("", prompt)
         if not whole.startswith(prompt) or PROBE_ANSWER not in whole[len(prompt) :]:
             what = "its chat template renders an answered prompt differently from the prompt alone"
             fix = "correct the template so that the rendered prompt is a prefix of the rendered conversation"
             raise self._error(what, fix)
         lead, closing = whole[len(prompt) :].split(PROBE_ANSWER)
-        return lead, closing
+        return opened[len(prompt) :], lead, closing
 
     def _closing(self, text: str) -> tuple[int, ...]:
         """Return the ids that end a turn: up to the first special token after the answer, else the tokenizer's EOS."""

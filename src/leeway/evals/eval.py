@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from leeway.errors import LeewayError
-from leeway.generation.backend import NOT_FINITE, OVERLONG, Backend, Conversation, Reply, Request, Tick, is_prefilled
+from leeway.generation.backend import PERMANENT, Backend, Conversation, Reply, Request, Tick, is_prefilled
+from leeway.generation.thinking import whole_text
 from leeway.judges import Answer, Judge
 from leeway.plugins import NAME, entry_points_of, load_entry_point
 
@@ -137,9 +138,12 @@ class Eval(ABC):
         return ()
 
     def row(self, item_id: str, prompt: str, reply: Reply, **fields: Any) -> Row:
-        """Return the row of a reply; unless `fields` say otherwise, the item is its own cluster and has no outcome."""
+        """Return the row of a reply; unless `fields` say otherwise, the item is its own cluster and has no outcome.
+
+        The response keeps the thought of a reasoning model; `generation.thinking.final_answer` is what was judged.
+        """
         row: dict[str, Any] = {"eval": self.name, "attack": "", "item_id": item_id, "cluster": item_id, "sample": 0}
-        row |= {"prompt": prompt, "response": reply.text, "new_tokens": reply.new_tokens}
+        row |= {"prompt": prompt, "response": whole_text(reply), "new_tokens": reply.new_tokens}
         return Row(**row | {"outcome": None, "unscored_reason": None} | fields)
 
     def facts(self) -> dict[str, Any]:
@@ -189,8 +193,8 @@ class ItemEval(Eval):
 
 
 def is_retryable(reason: str | None) -> bool:
-    """Whether another try may answer: an endpoint failed, not non-finite logits or a prompt too long."""
-    return reason is not None and reason.startswith(NO_ANSWER) and not any(f in reason for f in (NOT_FINITE, OVERLONG))
+    """Whether another try may answer: an endpoint failed, not non-finite logits, a prompt or a thought too long."""
+    return reason is not None and reason.startswith(NO_ANSWER) and not any(f in reason for f in PERMANENT)
 
 
 def user_message(text: str) -> Conversation:

@@ -15,6 +15,7 @@ from leeway.data.types import ForbiddenPrompt
 from leeway.errors import LeewayError
 from leeway.evals.eval import NO_ANSWER, ItemEval, JudgeRef, Prompt, Row, requests_to, user_message
 from leeway.generation.backend import Backend, Reply, Request, Tick
+from leeway.generation.thinking import final_answer
 from leeway.hashing import digest
 from leeway.judges import Answer, Judge, Verdict
 
@@ -35,6 +36,7 @@ class _Game:
     judged: str = ""
     tokens: int = 0
     failure: str | None = None
+    reply: Reply | None = None  # the last one
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Jailbreak(ItemEval):
         if row.unscored_reason != TO_JUDGE:
             return row
         prompt = next(p.text for p in self.items if p.id == row.item_id)
-        (verdict,) = self.judges[0].judge([Answer(prompt, row.response)], lambda _: None)
+        (verdict,) = self.judges[0].judge([Answer(prompt, final_answer(row.response))], lambda _: None)
         return replace(row, **verdict.columns())
 
     def run(self, backend: Backend, tick: Tick) -> list[Row]:
@@ -178,7 +180,8 @@ class Jailbreak(ItemEval):
         prompt = _last_messages(game.sent) if game.sent else game.prompt.text
         judged = verdict.columns() | {"judge": judge.name, "attack": game.attack.name, "sample": game.sample}
         template = digest(template, self.name, game.attack.hash)
-        reply = Reply(game.judged, game.tokens, False)
+        last = game.reply or Reply("", 0, False)
+        reply = replace(last, text=game.judged, new_tokens=game.tokens)
         return self.row(game.prompt.id, prompt, reply, template_hash=template, **judged)
 
 
@@ -219,7 +222,7 @@ def _serve_helpers(games: Seq[_Game]) -> list[_Game]:
 
 def _receive(game: _Game, reply: Reply) -> bool:
     game.tokens += reply.new_tokens
-    game.judged = reply.text
+    game.judged, game.reply = reply.text, reply
     if reply.failure is not None:
         game.failure = f"{NO_ANSWER}{reply.failure}"
         game.play.close()

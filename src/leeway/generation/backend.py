@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 Conversation = list[dict[str, str]]
-NOT_FINITE = "the model's logits are not finite"  # a permanent failure: a retry cannot succeed
-OVERLONG = "exceed its context of"  # another permanent failure
+NOT_FINITE = "the model's logits are not finite"
+OVERLONG = "exceed its context of"
+CUT_THINKING = "the limit of new tokens cut it off inside its thinking"
+ENDED_THINKING = "it ended inside its thinking"
+PERMANENT = (NOT_FINITE, OVERLONG, CUT_THINKING, ENDED_THINKING)  # failures that a retry repeats
 Tick = Callable[[int], None]  # called with the number of requests or answers just completed
 
 
@@ -36,12 +39,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """The text, its length in tokens, and whether the limit cut it off; or why there is none: the item is unscored."""
+    """The text, its length in tokens, and whether the limit cut it off; or why there is none: the item is unscored.
+
+    `reasoning` is what a reasoning model wrote before its final answer, the text (`generation.thinking`).
+    """
 
     text: str
     new_tokens: int
     cut: bool
     failure: str | None = None
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)

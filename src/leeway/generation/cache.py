@@ -13,7 +13,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 from leeway.cache import RecordStore
-from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
+from leeway.generation.backend import (
+    CUT_THINKING,
+    ENDED_THINKING,
+    Backend,
+    Choice,
+    Conversation,
+    Reply,
+    Request,
+    Tick,
+)
 from leeway.hashing import digest
 
 Answer = TypeVar("Answer", Reply, Choice)
@@ -40,7 +49,9 @@ class _Wrapper:
 
 @dataclass(frozen=True)
 class CachedBackend(_Wrapper):
-    """Send `backend` the requests that `cache` does not hold, each distinct request once. Failures are not cached.
+    """Send `backend` the requests that `cache` does not hold, each distinct request once.
+
+    Failures are not cached, except those of a reply that came and has no final answer.
 
     A reply is on disk as soon as it arrives from a backend that has `complete_each` and `choose_each` (an endpoint's),
     else after every BATCH requests.
@@ -73,7 +84,7 @@ class CachedBackend(_Wrapper):
 
         def on_answer(number: int, answer: Answer) -> None:
             key = names[number]
-            if answer.failure is None:
+            if answer.failure is None or answer.failure in (CUT_THINKING, ENDED_THINKING):  # paid for as an answer is
                 self.cache.put({key: asdict(answer)})
             answers[key] = answer
             tick(counts[key])

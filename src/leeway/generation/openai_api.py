@@ -25,7 +25,8 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from leeway.errors import LeewayError
-from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick, is_prefilled, spellings
+from leeway.generation.backend import CUT_THINKING, Choice, Conversation, Reply, Request, Tick, is_prefilled, spellings
+from leeway.generation.thinking import without_thinking
 from leeway.hashing import derive_seed, digest
 
 Body = dict[str, Any]
@@ -376,8 +377,19 @@ class OpenAIBackend:
 
     def complete_each(self, requests: Seq[Request], on_reply: Callable[[int, Reply], None]) -> list[Reply]:
         """Return one reply per request, in order; call `on_reply(index, reply)` as each arrives."""
+        replies: dict[int, Reply] = {}
+
+        def on_result(i: int, reply: Reply) -> None:
+            replies[i] = without_thinking(reply, opened=self._opens_thought(requests[i]))
+            on_reply(i, replies[i])
+
         bodies = [self._completion_body(r) for r in requests]
-        return self._request_all(bodies, parse_reply, lambda failure: Reply("", 0, False, failure), on_reply)
+        self._request_all(bodies, parse_reply, lambda failure: Reply("", 0, False, failure), on_result)
+        return [replies[i] for i in range(len(requests))]
+
+    def _opens_thought(self, request: Request) -> bool:  # noqa: ARG002 - an endpoint's template is unknown
+        """Whether the rendered prompt ends inside a thought."""
+        return False
 
     def choose_each(
         self, conversations: Seq[Conversation], options: Seq[str], on_choice: Callable[[int, Choice], None]
@@ -466,12 +478,23 @@ def parse_reply(data: Body) -> Reply:
     text = message.get("content")
     if not text and isinstance(message.get("refusal"), str):
         text = message["refusal"]
+    reasoning = message.get("reasoning_content") or message.get("reasoning")  # as servers with a parser return it
+    reasoning, usage = reasoning if isinstance(reasoning, str) else "", token_usage(data)
+    tokens = usage[1] if usage else 0
+    if not text and reason == "length" and (reasoning or _reasoning_tokens(data)):
+        return Reply("", tokens, True, CUT_THINKING, reasoning.strip())
     if text is None and reason == "length":
-        text = ""  # the limit was reached before the answer began (while reasoning, for example)
+        text = ""  # the limit was reached before the answer began
     if not isinstance(text, str):
         raise ReplyError(f"the reply has no text (finish_reason {reason})")
-    usage = token_usage(data)
-    return Reply(text.strip(), usage[1] if usage else 0, reason == "length")
+    return Reply(text.strip(), tokens, reason == "length", None, reasoning.strip())
+
+
+def _reasoning_tokens(data: Body) -> int:
+    """Return the number of hidden reasoning tokens that the endpoint reports, or 0."""
+    details = (data.get("usage") or {}).get("completion_tokens_details")
+    count = details.get("reasoning_tokens") if isinstance(details, dict) else 0
+    return count if isinstance(count, int) else 0
 
 
 def parse_choice(data: Body, options: Seq[str]) -> Choice:

@@ -23,6 +23,7 @@ from torch import Tensor
 from leeway.data.chat import Chat
 from leeway.errors import LeewayError
 from leeway.generation.backend import NOT_FINITE, Choice, Conversation, Reply, Request, Tick, context_fault, spellings
+from leeway.generation.thinking import without_thinking
 from leeway.hashing import derive_seed, digest
 from leeway.model import adapters
 from leeway.model.fused.decoder import why_not
@@ -109,17 +110,20 @@ class TransformersBackend:
     """Generate with `model` in its current state (adapter merged or not); batches depend on the requests only.
 
     `overlong`: whether a prompt without room for its reply raises, or fails that request alone. Use "failure" where a
-    conversation grows turn by turn, or for a judge's prompt that contains a reply.
+    conversation grows turn by turn, or for a judge's prompt that contains a reply. `thinking`: replies begin with a
+    thought; options are chosen without one.
     """
 
     model: Model
     prefix: str = ""
     batch: int = 128
     overlong: Literal["error", "failure"] = "error"
+    thinking: bool = False
 
     @property
     def chat(self) -> Chat:
-        return self.model.chat.with_prefix(self.prefix)
+        chat = self.model.chat.with_prefix(self.prefix)
+        return chat.with_thinking() if self.thinking else chat
 
     @property
     def identity(self) -> str:
@@ -140,7 +144,8 @@ class TransformersBackend:
     @torch.no_grad()
     def complete(self, requests: Seq[Request], tick: Tick) -> list[Reply]:
         """Return greedy or sampled replies. Raises LeewayError if a prompt and its reply exceed the context."""
-        prompts = [self.chat.prompt_ids(r.conversation) for r in requests]
+        chat = self.chat
+        prompts = [chat.prompt_ids(r.conversation) for r in requests]
         replies: list[Reply | None] = [None] * len(requests)
         fitting = []
         for i, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
@@ -163,7 +168,8 @@ class TransformersBackend:
                 sampler = AncestralSampler(temperature, streams)
             outputs = self._generate_ids([prompts[i] for i in batch], limit, sampler)
             for i, (new, bad_step) in zip(batch, outputs, strict=True):
-                replies[i] = self._reply(new, limit, bad_step)
+                reply = self._reply(new, limit, bad_step)
+                replies[i] = without_thinking(reply, opened=chat.opens_thought(requests[i].conversation))
             tick(len(batch))
         return [r for r in replies if r is not None]
 
@@ -180,8 +186,9 @@ class TransformersBackend:
 
         Raises LeewayError if no token spells an option: its first token may begin other words.
         """
-        tokens = option_ids(self.chat, options)
-        prompts = [self.chat.prompt_ids(c) for c in conversations]
+        chat = self.chat.without_thinking()
+        tokens = option_ids(chat, options)
+        prompts = [chat.prompt_ids(c) for c in conversations]
         choices: list[Choice | None] = [None] * len(prompts)
         for batch in self._batches([(len(p),) for p in prompts]):
             p_BV = self._next_logits([prompts[i] for i in batch]).float().softmax(-1)

@@ -88,7 +88,7 @@ class VllmSettings:
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True), none is started, and the settings for starting one have no effect. It loads
     adapters by path, so it must see the same files. `max_lora_rank` is rounded up to a supported value. `log` receives
     the server's output (None: a temporary file, deleted on success). For `concurrency`, `timeout_s` and `retries` see
-    `ApiSettings`.
+    `ApiSettings`. `thinking`: replies begin with a thought.
     """
 
     model: str
@@ -104,6 +104,7 @@ class VllmSettings:
     concurrency: int = 64
     timeout_s: float = 600.0
     retries: int = 2
+    thinking: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.max_lora_rank <= LORA_RANKS[-1]:
@@ -142,6 +143,7 @@ class VllmBackend(OpenAIBackend):
                 fitting.append(i)
             else:
                 add(i, Reply("", 0, False, fault))
+
         super().complete_each([requests[i] for i in fitting], lambda k, reply: add(fitting[k], _without_stop(reply)))
         return [replies[i] for i in range(len(requests))]
 
@@ -152,6 +154,15 @@ class VllmBackend(OpenAIBackend):
         extra = {**self.settings.extra, "logprob_token_ids": ids}  # instead of the likeliest tokens, since vLLM 0.20
         exact = replace(self, settings=replace(self.settings, extra=extra))
         return OpenAIBackend.choose_each(exact, conversations, options, on_choice)
+
+    def _opens_thought(self, request: Request) -> bool:
+        return self.chat.opens_thought(request.conversation)
+
+    def _completion_body(self, request: Request) -> Body:
+        body = super()._completion_body(request)
+        if self.chat.thinking and not is_prefilled(request.conversation):
+            body["chat_template_kwargs"] = template_kwargs(self.chat)
+        return body
 
     def _body(self, conversation: Conversation, limit: int, sampling: Body) -> Body:
         if not is_prefilled(conversation):
@@ -222,7 +233,7 @@ class VllmServer:
     def facts(self) -> dict[str, Any]:
         """Return the manifest entry of the server; the dtype behind an `endpoint` is unknown."""
         s = self.settings
-        own = {"dtype": s.resolved_dtype, "args": list(s.args)}
+        own: dict[str, Any] = {"dtype": s.resolved_dtype, "args": list(s.args)}
         return {"version": self.version, **({"endpoint": s.endpoint} if s.endpoint else own)}
 
     @cached_property
@@ -271,6 +282,7 @@ class VllmServer:
 
     def _backend(self, name: str, adapter: str, prefix: str) -> VllmBackend:
         s, chat = self.settings, self._chat.with_prefix(prefix)
+        chat = chat.with_thinking() if s.thinking else chat
         return VllmBackend(
             ApiSettings(
                 name, f"{self._url}/v1", "", s.concurrency, s.timeout_s, s.retries, extra=self._extra, served=name
@@ -446,7 +458,7 @@ def template_kwargs(chat: Chat) -> dict[str, Any]:
     """
     turns = PROBE
     expected = chat.prompt_ids(turns)
-    candidates: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False})
+    candidates: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": chat.thinking})
     for kwargs in candidates:
         text = chat.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
         if chat.ids(str(text)) == expected:

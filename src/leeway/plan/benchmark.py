@@ -134,7 +134,7 @@ def measure(prepared: Prepared, scratch: Path) -> Timing:
     model = work.base()
     found.checkout = time.perf_counter() - began
     adapters.attach(model, work.adapter, seed=0)
-    backend = TransformersBackend(model, "", prepared.spec.evals.batch, overlong="failure")
+    backend = TransformersBackend(model, "", prepared.spec.evals.batch, "failure", prepared.spec.evals.thinking)
     with adapters.merged(model):
         for e in prepared.evals:
             if prompts := [p for p in e.prompts() for _ in range(p.samples)]:

@@ -151,6 +151,7 @@ def _tables(
         "outcomes": results.outcomes(),
         "persona": results.persona(),
         "asr-at-k": results.asr_at_k(),
+        "thinking": results.thinking(),
         "unscored": _unscored(results.all_judged),
         "identity": results.identity(),
         "ledger": results.ledger,

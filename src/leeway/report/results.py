@@ -220,6 +220,10 @@ class Results:
         wanted = at or own or ([1, draws] if draws > 1 else [])
         return self._estimate(stats.asr_at_k, at=wanted, first=self.first_conditions)
 
+    def thinking(self) -> pd.DataFrame:
+        """Return how many answers begin with a thought or are cut off in it (`leeway.stats.thinking`)."""
+        return self._locate_errors(lambda: stats.thinking(self.first_judged, self.conditions))
+
     def outcomes(self, axis: str = "jailbreak") -> pd.DataFrame:
         """Return the shares of response outcomes on an axis (`leeway.stats.rates`)."""
         return self._estimate(stats.outcomes, axis=axis)

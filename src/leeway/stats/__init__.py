@@ -21,6 +21,7 @@ from leeway.stats.metrics import StatsError, split_judges
 from leeway.stats.pairing import ContrastReference
 from leeway.stats.pareto import frontier, frontier_of, recommend
 from leeway.stats.rates import checks, likert, outcomes, persona, rates
+from leeway.stats.thinking import thinking
 from leeway.stats.trait_agreement import trait_agreement
 from leeway.stats.triggers import trigger_verdicts, triggers
 
@@ -32,5 +33,5 @@ __all__ += ["false_alarms", "frontier", "frontier_of", "identity", "items_needed
 __all__ += ["kappa", "learned", "learning"]
 __all__ += ["likert", "matched", "max_draws", "one_sided", "onset"]
 __all__ += ["outcomes", "persona", "rate_bounds", "rates", "recommend", "rogan_gladen", "split_judges"]
-__all__ += ["success_at_k", "sycophancy"]
+__all__ += ["success_at_k", "sycophancy", "thinking"]
 __all__ += ["trait_agreement", "trigger_verdicts", "triggers", "worst_case"]

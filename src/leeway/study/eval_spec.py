@@ -314,6 +314,9 @@ class Evals(ConfigModel):
     backend: BackendSpec = Field(
         default=BackendSpec(), description="transformers, or a vLLM server with one adapter per checkpoint"
     )
+    thinking: bool = Field(
+        default=False, description="a reasoning model thinks before it answers; the answer is judged"
+    )
     stop: Literal["never", "decided"] = Field(
         default="never", description="run all items, or in stages until every contrast with the base is decided"
     )
@@ -331,6 +334,8 @@ class Evals(ConfigModel):
             yield "triggers need all prompts under every form; use stop: never, or leave triggers out"
         if self.backend.vllm and any(c.name.startswith("lm-eval:") for c in self.capability):
             yield "capability: lm-eval tasks need the model itself; use backend: transformers"
+        if self.thinking and any(c.name.startswith("lm-eval:") for c in self.capability):
+            yield "thinking: lm-eval tasks are answered without a thought; leave them out, or thinking"
 
     def model_refs(self) -> Iterator[ModelRef]:
         """Yield every helper model: judges, attacker, translator, graders."""

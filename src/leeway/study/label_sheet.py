@@ -24,6 +24,7 @@ import pandas as pd
 
 from leeway.data import readers
 from leeway.errors import LeewayError
+from leeway.generation.thinking import final_answer
 from leeway.hashing import derive_seed, digest
 from leeway.io import readable, verify_checksum, with_checksum, write_file, write_json
 from leeway.report.formatting import mapping
@@ -120,13 +121,17 @@ def _draw(
 
 
 def answers_of(results: Results, axis: str) -> pd.DataFrame:
-    """Return the primary judge's rows on answers that were obtained, near-triggers left out; see STRATUM, RESPONSE."""
+    """Return the primary judge's rows on answers that were obtained, near-triggers left out; see STRATUM, RESPONSE.
+
+    The response is the final answer, as judges read it, without a thought.
+    """
     rows = results.first_judged
     rows = rows[rows["eval"] == axis].astype(object)
     rows = rows.where(rows.notna(), None)
     obtained = [not has_no_answer(row) for row in records(rows)]
     rows = rows[obtained].sort_values(KEY, kind="stable", ignore_index=True)
-    return rows.assign(outcome=rows["outcome"].fillna(UNSCORED), attack=rows["attack"].fillna(""))
+    final = rows["response"].map(final_answer)
+    return rows.assign(response=final, outcome=rows["outcome"].fillna(UNSCORED), attack=rows["attack"].fillna(""))
 
 
 def records(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -315,6 +315,8 @@ def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedMode
         chat, context = load_chat(spec.model, spec.revision), load_context(spec.model, spec.revision)
     else:
         chat, context = model.chat, model.context
+    if spec.evals.thinking:
+        chat.with_thinking()
     if spec.adapter.targets != "all-linear":
         target_layers(spec, meta_model(model.config if model else load_config(spec)))
     objectives = {o.alias: o.build() for o in spec.objectives}

@@ -27,6 +27,7 @@ from leeway.errors import LeewayError
 from leeway.evals.eval import JudgeRef, is_retryable
 from leeway.evals.jailbreak import checked_verdict
 from leeway.evals.overrefusal import verdict_columns
+from leeway.generation.thinking import final_answer
 from leeway.io import expand, read_utf8
 from leeway.judges import Answer, Judge, Verdict
 from leeway.judges.cached import CachedJudge
@@ -212,7 +213,9 @@ def _judge(store: RunDir, one: Rescoring, rows: Sequence[dict[str, Any]], report
     for start in range(0, len(todo), BATCH):
         batch = todo[start : start + BATCH]
         began = time.monotonic()
-        verdicts = judge.judge([Answer(rows[k]["bare_prompt"], rows[k]["response"]) for k in batch], lambda _: None)
+        verdicts = judge.judge(
+            [Answer(rows[k]["bare_prompt"], final_answer(rows[k]["response"])) for k in batch], lambda _: None
+        )
         for k, verdict in zip(batch, verdicts, strict=True):
             filled = columns(verdict)
             records[k] |= filled | {"score": None if math.isnan(filled["score"]) else filled["score"]}

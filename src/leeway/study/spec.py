@@ -320,6 +320,8 @@ class Spec(ConfigModel):
         plain = self.model_dump(mode="json", by_alias=True, exclude=left_out)
         if not self.evals.triggers:  # as with controls
             del plain["evals"]["triggers"]
+        if not self.evals.thinking:
+            del plain["evals"]["thinking"]
         if self.evals.jailbreak and not self.evals.jailbreak.at:
             del plain["evals"]["jailbreak"]["at"]
         for axis in ("alignment", "sycophancy"):

@@ -269,7 +269,8 @@ class Worker:
                 yield backend, external.adapter_hash
         elif server is None:
             model, adapter_hash = self._load_checkpoint(target)
-            local = TransformersBackend(model, prefix, self.prepared.spec.evals.batch, overlong="failure")
+            evals = self.prepared.spec.evals
+            local = TransformersBackend(model, prefix, evals.batch, "failure", evals.thinking)
             with adapters.merged(model):
                 yield cached_backend(local, adapter_hash, self.store.cache.records("answers")), adapter_hash
         elif target.objective in (BASE, BASE_AGAIN):
@@ -407,7 +408,8 @@ def vllm_server(spec: Spec, notify: Callable[[str], None]) -> VllmServer:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    settings = VllmSettings(spec.model, spec.revision, spec.dtype, spec.adapter.r, own.endpoint, args=own.args)
+    model = (spec.model, spec.revision, spec.dtype, spec.adapter.r)
+    settings = VllmSettings(*model, own.endpoint, args=own.args, thinking=spec.evals.thinking)
     return VllmServer(settings, notify)
 
 

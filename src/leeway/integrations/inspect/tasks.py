@@ -27,6 +27,7 @@ from leeway.errors import LeewayError
 from leeway.evals.eval import Eval, ItemEval, Row, first_prefilled
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.generation.openai_api import option_mass
+from leeway.generation.thinking import without_thinking
 from leeway.hashing import canonical
 from leeway.study.build_evals import evals_of
 from leeway.study.load import parse
@@ -118,7 +119,9 @@ def reply_of(output: chat.ModelOutput) -> Reply:
         return Reply("", tokens, False, output.error or "the provider returned nothing")
     if output.stop_reason == "content_filter":
         return Reply("", tokens, False, "the provider's content filter withheld it")
-    return Reply(output.completion.strip(), tokens, output.stop_reason in ("max_tokens", "model_length"))
+    return without_thinking(
+        Reply(output.completion.strip(), tokens, output.stop_reason in ("max_tokens", "model_length"))
+    )
 
 
 def choice_of(output: chat.ModelOutput, options: Seq[str]) -> Choice:

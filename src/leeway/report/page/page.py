@@ -300,6 +300,23 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
             ("Unscored", lambda r: formatting.count(r["draws_unscored"]), False),
         ],
     ),
+    "thinking": (
+        "Thoughts before answers",
+        "Answers that begin with a thought; judges read what follows it. An answer without an end of its thought, cut "
+        "off by the limit of new tokens or ended there, is unscored.",
+        [
+            OBJECTIVE,
+            ("Budget", lambda r: r["tick"](int(r["budget"])) if r["budget"] else MISSING, False),
+            ("Seed", lambda r: str(r["seed"]) if r["budget"] else MISSING, False),
+            ("Eval", lambda r: str(r["axis"]), True),
+            ("Answers", lambda r: formatting.count(r["n"]), False),
+            ("With a thought", lambda r: formatting.count(r["n_thinking"]), False),
+            ("Cut off in it", lambda r: formatting.count(r["n_cut"]), False),
+            ("Ended in it", lambda r: formatting.count(r["n_ended"]), False),
+            ("Unanswered", _percent("cut"), False),
+            ("New tokens, mean", lambda r: formatting.count(r["new_tokens"]), False),
+        ],
+    ),
     "frontier": (
         "Pareto frontier",
         "A checkpoint is on the frontier if no other is at least as good on both accuracy and ASR and better on one. "
@@ -350,6 +367,7 @@ def _line(row: Row, key: str, columns: list[Column], unit: BudgetUnit) -> dict[s
 
 OPTIONAL_TABLES = (
     "asr-at-k",
+    "thinking",
     "checks",
     "sd3",
     "alignment",

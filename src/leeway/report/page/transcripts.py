@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from leeway.generation.thinking import final_answer
 from leeway.report import formatting
 from leeway.report.formatting import TOKENS, BudgetUnit
 from leeway.report.plotting import Series, key_of
@@ -68,13 +69,18 @@ def _transcript(axis: str, attack: str, item: str, same: pd.DataFrame, lines: li
     for objective, condition in models:
         own = same[(same["objective"] == objective) & (same["condition"] == condition)].sort_values("seed").head(1)
         for row, outcome in zip(own.to_dict("records"), _outcome_labels(own), strict=True):
-            text, cut = formatting.escape_invisible(str(row["response"]))
+            text, cut = formatting.escape_invisible(_without_thought(str(row["response"])))
             shown = {"model": formatting.objective_name(objective, condition), "text": text, "cut": cut}
             shown["outcome"] = f"score {row['score']:.2f}" if outcome == "graded" else str(outcome)
             responses.append(shown | {"collapsed": axis == "jailbreak" and outcome not in OPEN})
     prompt, cut = formatting.escape_invisible(str(same["prompt"].iloc[0]), MAX_PROMPT_CHARS)
     found = {"axis": axis, "attack": formatting.attack_name(attack) if attack else "", "item": item}
     return found | {"prompt": prompt, "prompt_cut": cut, "responses": responses}
+
+
+def _without_thought(response: str) -> str:
+    """Return the final answer; a thought without one as it is."""
+    return final_answer(response) or response
 
 
 def _outcome_labels(rows: pd.DataFrame) -> pd.Series[str]:
