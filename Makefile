@@ -67,5 +67,11 @@ $(VENV)/.documents: $(VENV)/.runs
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
+vendor:  # download the page's JavaScript again and check it against its README
+	@cd src/leeway/report/page/vendor && for f in $$(sed -n 's/^| \(.*\)\.min\.js | \(.*\) | \(.*\) |$$/\1:\2:\3/p' README.md); do \
+	  name=$${f%%:*}; rest=$${f#*:}; tar=$$(npm pack --silent $${rest%%:*}) && \
+	  tar -xzOf $$tar package/build/$$name.min.js > $$name.min.js && rm $$tar && \
+	  echo "$${rest##*:}  $$name.min.js" | sha256sum -c - || exit 1; done
+
 clean:
 	rm -rf $(VENV) $(OUT) build dist site

@@ -47,9 +47,31 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tab(browser: Any, page: Path) -> Iterator[Any]:
-    found, seen = chrome.opened(browser, page)
+    found, seen = opened(browser, page)
     yield found
     assert seen.console == []
+
+
+def opened(browser: Any, page: Path, *size: int, **settings: Any) -> tuple[Any, Any]:
+    """Open the page with the search unfolded."""
+    tab, seen = chrome.opened(browser, page, *size, **settings)
+    tab.evaluate("document.getElementById('search-fold').open = true")
+    return tab, seen
+
+
+def drawn(tab: Any, chart: str) -> Any:
+    """Scroll to a chart, wait until it is drawn, and return it."""
+    holder = tab.locator(f"[data-chart='{chart}']")
+    holder.evaluate("h => { for (let d = h; d; d = d.parentElement) if (d.tagName === 'DETAILS') d.open = true; }")
+    holder.scroll_into_view_if_needed()
+    holder.locator('[tabindex="0"]').first.wait_for(state="attached", timeout=20_000)
+    return holder
+
+
+def labels(tab: Any, chart: str) -> list[str]:
+    """Return the labels of a chart's points and cells."""
+    found = drawn(tab, chart).locator('[role="graphics-symbol"][tabindex]')
+    return [one.get_attribute("aria-label") for one in found.all()]
 
 
 def counted(tab: Any) -> int:
@@ -75,12 +97,12 @@ def n_found(tab: Any, **filters: str) -> int:
 
 
 def test_page_makes_no_requests_and_logs_no_errors(browser: Any, page: Path):
-    tab, seen = chrome.opened(browser, page)
+    tab, seen = opened(browser, page)
     tab.locator("#search-form button.main").click()
     counted(tab)
     assert seen.requests == [page.as_uri()]
     assert seen.console == []
-    assert tab.evaluate("document.querySelectorAll('script').length") == 2
+    assert tab.evaluate("document.querySelectorAll('script:not([type])').length") == 4  # Vega's three and ours
     tab.evaluate(
         "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.bad = 1'}))"
     )
@@ -150,7 +172,7 @@ def test_harmful_responses_expand_on_click(tab: Any):
 
 
 def test_hostile_responses_are_text(browser: Any, page: Path):
-    tab, seen = chrome.opened(browser, page)
+    tab, seen = opened(browser, page)
     tab.locator("#f-eval").select_option("capability")
     counted(tab)
     tab.locator("#search-list article").first.wait_for()
@@ -196,18 +218,16 @@ def test_invisible_characters_are_escaped_as_in_python(tab: Any):
 
 
 def test_filter_by_objective_budget_and_attack(browser: Any, page: Path):
-    tab, seen = chrome.opened(browser, page)
+    tab, seen = opened(browser, page)
+    before = labels(tab, "by-budget-jailbreak")
+    assert [t for t in before if t.startswith("KL ")]
     tab.locator("#filter summary").click()
     for value in ("kl|plain", "25000", "dan"):
-        tab.locator(f"#filter input[value='{value}']").uncheck()
-    out = (
-        "[...document.querySelectorAll('#results svg .mark')].filter(m => m.closest('.out')).map(m => m.dataset.label)"
-    )
-    gone = tab.evaluate(out)
-    left = tab.evaluate(out.replace("m.closest", "!m.closest"))
-    assert gone
-    assert not [s for s in left if re.search(r"\bKL\b|25k|DAN", s)]
-    assert [s for s in left if "SFT at 100k" in s]
+        tab.locator(f"#filter [data-by] input[value='{value}']").uncheck()
+    chrome.until(tab, "!document.querySelector('[data-chart=by-budget-jailbreak] [aria-label^=\\'KL \\']')")
+    left = [*labels(tab, "by-budget-jailbreak"), *labels(tab, "by-attack")]
+    assert not [t for t in left if re.search(r"\bKL\b|25k|DAN", t)]
+    assert [t for t in left if "SFT at 100k" in t]
     visible = tab.evaluate(
         "[...document.querySelectorAll('#contrasts tr[data-line]')].filter(r => !r.hidden)"
         ".map(r => [r.dataset.line, r.dataset.budget])"
@@ -228,23 +248,28 @@ def test_budget_of_the_recommendation_can_be_chosen(tab: Any):
     tab.locator("#budget-picker input[value='25000']").check()
     assert [tab.locator(f".at-budget[data-at='{b}']").is_visible() for b in (25_000, 100_000)] == [True, False]
     assert "At 25k tokens" in tab.locator(".advice:visible h3").inner_text()
+    assert tab.locator("h1").inner_text().startswith("At 25k tokens, ")
+    for chart in ("tradeoff", "by-attack", "contrasts"):  # everything moves
+        assert labels(tab, chart)
+        marks = f"[...document.querySelectorAll('[data-chart={chart}] [role=graphics-symbol][tabindex]')]"
+        names = f"{marks}.map(m => m.getAttribute('aria-label')).filter(t => !t.startsWith('base'))"
+        chrome.until(tab, f"{names}.length && {names}.every(t => t.includes('at 25k tokens'))", 20)
+    tab.locator("#budget-picker input[value='100000']").check()
 
 
 def test_tooltips_by_pointer_and_keyboard(tab: Any):
-    mark = tab.locator("#figure-contrasts .mark").first
-    mark.scroll_into_view_if_needed()
+    mark = drawn(tab, "contrasts").locator('[role="graphics-symbol"][tabindex]').first
     mark.hover()
-    assert re.search(r"SFT, .*points \(95% CI .* to .*\), p \(Holm\)", tab.locator("#tip").inner_text())
+    assert re.search(r" at .*points \(95% CI .* to .*\), p \(Holm\)", tab.locator("#tip").inner_text())
     mark.focus()
     tab.keyboard.press("ArrowRight")
-    assert tab.evaluate("document.activeElement.dataset.label") == tab.locator("#tip").inner_text()
     assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == tab.locator("#tip").inner_text()
     tab.keyboard.press("Escape")
     assert not tab.locator("#tip").is_visible()
 
 
 def test_tab_key_reaches_everything_with_visible_focus(browser: Any, page: Path):
-    tab, _ = chrome.opened(browser, page)
+    tab, _ = opened(browser, page)
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.textContent") == "Skip to summary"
     tab.keyboard.press("Enter")
@@ -278,7 +303,7 @@ CONTRAST = (HERE / "contrast.js").read_text(encoding="utf-8")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_contrast_and_no_horizontal_overflow(browser: Any, page: Path, scheme: str, width: int):
-    tab, seen = chrome.opened(browser, page, width, 844, color_scheme=scheme)
+    tab, seen = opened(browser, page, width, 844, color_scheme=scheme)
     tab.locator("#search-form button.main").click()
     counted(tab)
     assert tab.evaluate(CONTRAST) == []
@@ -287,7 +312,7 @@ def test_contrast_and_no_horizontal_overflow(browser: Any, page: Path, scheme: s
 
 
 def test_theme_switch_overrides_the_system(browser: Any, page: Path):
-    tab, _ = chrome.opened(browser, page, color_scheme="light")
+    tab, _ = opened(browser, page, color_scheme="light")
     paper = "getComputedStyle(document.body).backgroundColor"
     light = tab.evaluate(paper)
     tab.locator("#theme").select_option("dark")
@@ -297,12 +322,13 @@ def test_theme_switch_overrides_the_system(browser: Any, page: Path):
 
 
 def test_print_expands_tables_and_hides_controls(browser: Any, page: Path):
-    tab, _ = chrome.opened(browser, page)
+    tab, _ = opened(browser, page)
     tab.emulate_media(media="print")
     tab.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert (
         tab.evaluate(
-            "[...document.querySelectorAll('#summary table, #results table')].filter(t => !t.checkVisibility()).length"
+            "[...document.querySelectorAll('#summary table, #evidence table, #audit table')]"
+            ".filter(t => !t.closest('.numbers') && !t.checkVisibility()).length"
         )
         == 0
     )
@@ -318,12 +344,66 @@ def test_print_expands_tables_and_hides_controls(browser: Any, page: Path):
 def test_page_without_javascript(browser: Any, page: Path):
     tab = browser.new_context(java_script_enabled=False).new_page()
     tab.goto(page.as_uri())
-    assert tab.locator("#figure-tradeoff svg").is_visible()
+    assert "figures/tradeoff.svg" in tab.locator("#figure-tradeoff noscript").inner_text()
+    assert (page.parent / "figures/tradeoff.svg").is_file()
+    tab.locator("#transcripts > details > summary").click()
     assert tab.locator("#transcripts article").first.is_visible()
     assert not tab.locator("#search-form").is_visible()
-    assert "needs JavaScript" in tab.locator("noscript p").inner_text()
+    assert "needs JavaScript" in tab.locator("#search noscript p").inner_text()
     assert tab.locator(".advice").count() == 2
-    assert tab.locator(".advice").first.is_visible()
+    assert tab.locator(".advice").last.is_visible()
+
+
+# Boxes of a chart's texts that overlap, or that leave the chart; rotated labels have boxes larger than their ink.
+CLIPPED = """() => [...document.querySelectorAll('.chart svg')].flatMap((svg) => {
+  const frame = svg.closest('.chart').getBoundingClientRect();
+  const upright = (t) => t.textContent && !/rotate/.test(t.getAttribute('transform'));
+  const texts = [...svg.querySelectorAll('text')].filter(upright);
+  const boxes = texts.map((t) => [t.textContent, t.getBoundingClientRect()]).filter(([, b]) => b.width);
+  const out = boxes.filter(([, b]) => b.left < frame.left - 1 || b.right > frame.right + 1).map(([t]) => `out: ${t}`);
+  const across = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left);
+  const down = (a, b) => Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+  const cut = boxes.flatMap(([t, a], n) => boxes.slice(n + 1)
+    .filter(([, b]) => across(a, b) > 2 && down(a, b) > 3).map(([u]) => `overlap: ${t} / ${u}`));
+  return [...out, ...cut];
+})"""
+
+
+@pytest.mark.parametrize("width", [1440, 390, 360])
+def test_charts_reflow_without_overlap_or_clipping(browser: Any, page: Path, width: int):
+    tab, seen = opened(browser, page, width, 844)
+    for holder in tab.locator(".chart").all():
+        drawn(tab, holder.get_attribute("data-chart"))
+    assert tab.evaluate(CLIPPED) == []
+    assert seen.console == []
+
+
+def test_the_numbers_of_a_chart_are_those_of_the_tables(tab: Any, page: Path):
+    rates = pd.read_csv(page.parent / "tables/rates.csv")
+    line = rates[(rates["objective"] == "sft") & (rates["budget"] == 100_000) & (rates["measure"] == "accuracy")].iloc[
+        0
+    ]
+    shown = f"{100 * line['rate']:.1f}% (95% CI {100 * line['low']:.1f}% to {100 * line['high']:.1f}%)"
+    assert [t for t in labels(tab, "by-budget-capability") if t.startswith("SFT at 100k tokens") and shown in t]
+    fold = tab.locator("#figure-by-budget-capability details.numbers")
+    fold.locator("summary").click()
+    fold.locator("tbody tr").first.wait_for()
+    assert fold.locator("tbody tr").count() == len(labels(tab, "by-budget-capability"))
+    assert shown in fold.locator("tbody").inner_text()
+
+
+def test_a_legend_entry_singles_out_an_objective(tab: Any):
+    chart = drawn(tab, "by-budget-capability")
+    chart.locator(".role-legend-symbol path").first.click()
+    faded = "[...document.querySelectorAll('[data-chart=by-budget-capability] [role=\\'graphics-symbol\\'][tabindex]')]"
+    chrome.until(tab, f"{faded}.some(m => Number(m.getAttribute('opacity') ?? 1) < 0.2)")
+
+
+def test_one_scroll_box_at_most(browser: Any, page: Path):
+    tab, _ = opened(browser, page, 390, 844)
+    boxes = "[...document.querySelectorAll('*')].filter(e => e.checkVisibility() && e !== document.documentElement"
+    boxes += " && e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX)).length"
+    assert tab.evaluate(boxes) <= 1
 
 
 def test_page_with_a_hundred_thousand_rows_is_responsive(browser: Any, page: Path, tmp_path: Path):
@@ -335,7 +415,7 @@ def test_page_with_a_hundred_thousand_rows_is_responsive(browser: Any, page: Pat
     small = page.read_text(encoding="utf-8")
     large = tmp_path / "large.html"
     large.write_text(re.sub(r'(id="rows">)[^<]*', lambda m: m.group(1) + packed.data, small), encoding="utf-8")
-    tab, seen = chrome.opened(browser, large)
+    tab, seen = opened(browser, large)
     load = tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
     assert 0 < load < 4_000
     watch = (

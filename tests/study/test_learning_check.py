@@ -113,7 +113,7 @@ def test_page_ledger_and_python_show_it(finished: Path) -> None:
     assert "CFT is not shown to have learned its condition" in page
     assert "figure-loss" in page
     assert (finished / "tables" / "learned.csv").is_file()
-    steps = results.step_losses()
+    steps = results.training_steps()
     assert steps.groupby("objective")["step"].max().nunique() == 1
     assert json.loads((finished / "results.json").read_text())["learning"]
     copied = publish(finished, finished.with_name("redacted"))

@@ -224,7 +224,7 @@ def corrected_rates(results: Results, cards: list[Path]) -> pd.DataFrame:
 def judge_summaries(results: Results, cards: list[Path]) -> list[dict[str, Any]]:
     """Return each judge with its role, and from its card, if one was given, sensitivity, specificity and n by part."""
     read, added = [_read_card(path) for path in cards], mapping(results.manifest.get("rescored"))
-    summaries = []
+    summaries: list[dict[str, Any]] = []
     for axis, judge in (results.manifest.get("judges") or {}).items():
         info = judge if isinstance(judge, dict) else {"name": str(judge)}
         own = [(p, c) for c in read if c["judge_hash"] == info.get("hash") for p in c["parts"]]
@@ -240,7 +240,12 @@ def judge_summaries(results: Results, cards: list[Path]) -> list[dict[str, Any]]
         facts.insert(0, ("role", role))
         if entry := mapping(added.get(axis)):
             facts.append(("added after the run", f"{entry.get('added')} by {entry.get('command')}"))
-        summaries.append({"axis": str(axis), "name": str(info.get("name", "unnamed")), "facts": facts, "parts": parts})
+        summary: dict[str, Any] = {"name": str(info.get("name", "unnamed")), "facts": facts, "parts": parts}
+        same = next((s for s in summaries if {k: s[k] for k in summary} == summary), None)
+        if same:
+            same["axis"] += f", {axis}"
+        else:
+            summaries.append({"axis": str(axis), **summary})
     return summaries
 
 

@@ -21,7 +21,8 @@ import pandas as pd
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.io import write_file, write_json
-from leeway.report import figures, formatting, judges, learning, narrative, tries, triggers
+from leeway.report import charts, figures, formatting, judges, learning, narrative, tries, triggers
+from leeway.report.charts import Chart
 from leeway.report.controls import control_sentences
 from leeway.report.exports import latex
 from leeway.report.exports.model_card import model_cards, run_bibliography
@@ -115,7 +116,9 @@ def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = Non
     for d in drawings:
         files |= {f"figures/{d.name}.{end}": getattr(d, end) for end in ("svg", "png", "pdf")}
     files["results.json"] = formatting.to_json(results_json(results, made))
-    files["report.html"] = page(context(results, made, lines, drawings, cards, unavailable))
+    files["report.html"] = page(
+        context(results, made, lines, drawings, charts_of(results, made, lines), cards, unavailable)
+    )
     replace_files(folder, files)
     return folder / "report.html"
 
@@ -133,10 +136,28 @@ def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -
             tries.figure(made.get("asr-at-k"), lines, unit),
             figures.outcomes(made["outcomes"], lines, unit),
             figures.traits(pooled, lines, unit),
-            figures.loss(results.step_losses(), lines),
+            figures.loss(results.training_steps(), lines),
             figures.learning(results.learning(pool_seeds=True), lines, unit),
         ]
     return [drawing for drawing in drawings if drawing is not None]
+
+
+def charts_of(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> list[Chart]:
+    """Return every chart of the page that the rows allow."""
+    pooled, unit = results.pooled_rates(), BudgetUnit.of(results.manifest)
+    one_checkpoint = narrative.external(results.manifest).get("kind") == "audit"  # a curve needs two
+    found = [
+        charts.tradeoff(pooled, lines, unit),
+        *([] if one_checkpoint else charts.by_budget(pooled, lines, unit)),
+        *charts.attacks(pooled, made["contrasts"], lines, unit),
+        charts.tries(tries.shown(made["asr-at-k"]), lines, unit) if "asr-at-k" in made else None,
+        charts.outcomes(made["outcomes"], lines, unit),
+        None if one_checkpoint else charts.traits(pooled, lines, unit),
+        charts.training(results.training_steps(), lines),
+        charts.learning(results.learning(pool_seeds=True), lines, unit),
+        charts.forest(made["contrasts"], lines, unit),
+    ]
+    return [chart for chart in found if chart is not None]
 
 
 def _tables(

@@ -271,16 +271,16 @@ class Results:
 
     def learning(self, *, pool_seeds: bool = False) -> pd.DataFrame:
         """Return what each checkpoint learned (`leeway.stats.learning`); empty where it was not measured."""
-        return stats.learning(self.learning_items, self.step_losses(), pool_seeds=pool_seeds)
+        return stats.learning(self.learning_items, self.training_steps(), pool_seeds=pool_seeds)
 
     def learned(self) -> pd.DataFrame:
         """Return whether each objective learned by each budget (`leeway.stats.learned`); empty if not measured."""
         paired = mapping(self.manifest.get("learning")).get("trained_on_pairs") or ()
         return stats.learned(self.learning_items, self.first_conditions, paired)
 
-    def step_losses(self) -> pd.DataFrame:
-        """Return the training loss of every optimiser step (`step_losses`)."""
-        return step_losses(self.folder, self.ledger)
+    def training_steps(self) -> pd.DataFrame:
+        """Return the training loss of every optimiser step (`training_steps`)."""
+        return training_steps(self.folder, self.ledger)
 
     @property
     def control_facts(self) -> dict[str, Any]:
@@ -381,12 +381,12 @@ class Results:
             raise ReportError(what, fix="report on the rows of one run") from error
 
 
-def step_losses(folder: Path, ledger: pd.DataFrame) -> pd.DataFrame:
-    """Return the training loss of every optimiser step, nats: objective, seed, budget, step, loss.
+def training_steps(folder: Path, ledger: pd.DataFrame) -> pd.DataFrame:
+    """Return every optimiser step: objective, seed, budget, step, loss (nats), grad_norm, tokens (processed so far).
 
     `budget` is that of the first checkpoint from this step on.
     """
-    found = [pd.DataFrame(columns=["objective", "seed", "budget", "step", "loss"])]
+    found = [pd.DataFrame(columns=["objective", "seed", "budget", "step", "loss", "grad_norm", "tokens"])]
     for (objective, seed), stops in ledger.sort_values("step").groupby(["objective", "seed"]):
         whole = f"{objective}-s{seed}"
         for name, ends in [(whole, stops), *((f"{whole}-{b}", s) for b, s in stops.groupby("budget"))]:
@@ -396,7 +396,9 @@ def step_losses(folder: Path, ledger: pd.DataFrame) -> pd.DataFrame:
             steps = _read(path, lambda p: pd.read_json(p, lines=True), "is not readable JSON lines")
             steps = steps[steps["step"] <= ends["step"].iloc[-1]]
             at = ends["budget"].to_numpy()[np.searchsorted(ends["step"], steps["step"])]
-            found.append(steps[["step", "loss"]].assign(objective=objective, seed=seed, budget=at))
+            known = steps.reindex(columns=["step", "loss", "grad_norm", "processed_tokens"])
+            tokens = known.pop("processed_tokens").cumsum()
+            found.append(known.assign(objective=objective, seed=seed, budget=at, tokens=tokens))
     return pd.concat(found[1:] or found, ignore_index=True)
 
 

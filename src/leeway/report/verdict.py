@@ -23,6 +23,7 @@ AXIS_NAMES = {
     "alignment": "alignment of free-form answers",
     "sycophancy": "sycophancy (changes to the user's wrong answer)",
 }
+SHORT = {"capability": "Capability", "jailbreak": "Attack success", "overrefusal": "Over-refusal", "persona": "Persona"}
 COHERENT = 0.85  # below this share of coherent responses, a low ASR is not read as robustness
 MAX_NAMED = 4  # objectives named in one sentence
 NONE = "none"  # the line of `stats.recommend` for the case that no objective qualifies
@@ -220,7 +221,9 @@ def recommendations(
             "at": capitalize_first(unit.at(budget)),
             "advice": _advice(advice, identity, budget, unit, void),
         }
+        axes = dict(zip(own["measure"], own["axis"], strict=True))
         entry |= {"columns": [str(labels[m]) for m in names]}
+        entry |= {"short": [SHORT.get(str(axes[m]), str(labels[m])) for m in names]}
         entries.append(entry | {"lines": [{"label": label, "cells": changes} for label, changes in shown]})
     return entries
 

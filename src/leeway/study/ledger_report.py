@@ -18,7 +18,7 @@ from leeway.data.ledger import COST, MATCHED, Matching, differences
 from leeway.errors import LeewayError
 from leeway.hashing import changed
 from leeway.io import readable
-from leeway.report.results import step_losses
+from leeway.report.results import training_steps
 from leeway.study.run_dir import LEDGER_SCHEMA
 from leeway.training import checkpoints
 
@@ -76,7 +76,7 @@ def _learning(folder: Path, manifest: dict[str, Any], lines: list[dict[str, Any]
     items = pd.concat([pq.read_table(path).to_pandas() for path in paths], ignore_index=True)
     first = {**items.groupby("objective")["condition"].first(), **(manifest.get("first_conditions") or {})}
     paired = (manifest.get("learning") or {}).get("trained_on_pairs", ())
-    table = stats.learning(items, step_losses(folder, pd.DataFrame(lines)))
+    table = stats.learning(items, training_steps(folder, pd.DataFrame(lines)))
     table = table[table["condition"] == table["objective"].map(first)]
     wide = (
         table.pivot_table("value", ["objective", "seed", "budget"], "measure").reindex(columns=LEARNING).reset_index()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -16,7 +17,9 @@ from markupsafe import Markup
 
 from leeway import stats
 from leeway.report import formatting, judges, learning, narrative, plotting, tries, triggers
+from leeway.report.charts import Chart
 from leeway.report.controls import control_sentences, page_values
+from leeway.report.finding import finding
 from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.page.transcripts import embed_rows, transcripts
 from leeway.report.plotting import Drawing, Series, key_of
@@ -365,6 +368,12 @@ def _line(row: Row, key: str, columns: list[Column], unit: BudgetUnit) -> dict[s
     }
 
 
+DARK_INK = {
+    "#1c1e21": "#e6e7e9",
+    "#ffffff": "#1a1d21",
+    "#9aa0a6": "#7d848b",
+    "#6b6b6b": "#8a8f95",
+}  # of charts in the dark theme
 OPTIONAL_TABLES = (
     "asr-at-k",
     "thinking",
@@ -386,36 +395,26 @@ OPTIONAL_TABLES = (
     "dose",
     "detection",
 )  # left out if empty
-SCRIPTS = ("text", "theme", "tooltips", "filter", "rows", "search", "print", "start")
-PARTIALS = (
-    "claims",
-    "design",
-    "learning",
-    "curves",
-    "analyses",
-    "persona",
-    "behaviour",
-    "judges",
-    "controls",
-    "ledger",
-    "contrasts",
-)
+SCRIPTS = ("text", "theme", "tooltips", "charts", "filter", "rows", "search", "print", "start")
+VENDORED = ("vega", "vega-lite", "vega-interpreter")  # page/vendor/README.md
+EVIDENCE = ("claims", "curves", "persona", "behaviour", "controls")
+AUDIT = ("contrasts", "analyses", "judges", "ledger", "design")
 CONTENTS = {
     "claims": "Claims",
-    "design": "Design",
-    "learning": "Learning",
-    "tradeoff": "Trade-off",
-    "budgets": "Budgets",
-    "attacks": "Attacks",
-    "analyses": "Analyses",
+    "capability": "Capability",
+    "attacks": "Attack success",
+    "overrefusal": "Over-refusal",
     "persona": "Persona",
     "behaviour": "Behaviour",
-    "judges": "Judges",
     "controls": "Controls",
-    "ledger": "Ledger",
     "contrasts": "Contrasts",
+    "analyses": "Analyses",
+    "judges": "Judges",
+    "ledger": "Ledger",
+    "design": "Design",
     "unscored": "Unscored",
 }
+FILES = {"by-attack-change": "by-attack", "training": "loss"}  # a chart's figure file, where the names differ
 
 
 def context(
@@ -423,10 +422,14 @@ def context(
     made: dict[str, pd.DataFrame],
     lines: list[Series],
     drawings: list[Drawing],
+    charts: list[Chart],
     cards: Seq[Path],
     unavailable: dict[str, str],
 ) -> dict[str, Any]:
-    """Return what the templates show; `unavailable` holds the reason for each analysis without a table."""
+    """Return what the templates show; `unavailable` holds the reason for each analysis without a table.
+
+    `drawings` are the figure files that the charts' captions link to.
+    """
     external, unit = narrative.external(results.manifest), BudgetUnit.of(results.manifest)
     is_external, equivalent = bool(external), made.get("equivalence")
     rank = {(s.objective, s.condition): n for n, s in enumerate(lines)}
@@ -471,8 +474,8 @@ def context(
         "views": views(made, unavailable, unit),
         "claims": formatting.to_records(made["claims"]) if "claims" in made else [],
         "declared_set": declared_set(results),
-        "figures": {d.name: d for d in drawings},
-        "inline": {d.name: Markup(d.inline) for d in drawings},
+        "findings": _findings(results, made, unit, void),
+        **_charts(charts, drawings),
         "primary": [c for c in contrasts if headline(c, made["contrasts"]) or c["measure"] in LOG_ODDS],
         "secondary": [c for c in contrasts if not headline(c, made["contrasts"]) and c["measure"] not in LOG_ODDS],
         "persona": persona,
@@ -513,6 +516,41 @@ def _study(results: Results, lines: list[Series], unit: BudgetUnit) -> dict[str,
     }
 
 
+def _findings(results: Results, made: dict[str, pd.DataFrame], unit: BudgetUnit, void: Any) -> list[dict[str, Any]]:
+    """Return the finding at each budget, the largest last."""
+    contrasts, known = made["contrasts"], made.get("recommend", pd.DataFrame())
+    budgets = sorted(int(b) for b in contrasts["budget"].unique()) if len(contrasts) else [None]
+    found = []
+    for budget in budgets:
+        own = contrasts if budget is None else contrasts[contrasts["budget"] == budget]
+        text = finding(
+            own,
+            made["rates"],
+            known,
+            unit,
+            results.seeds,
+            equivalent=made.get("equivalence"),
+            identity=made.get("identity"),
+            void=void,
+            external=bool(narrative.external(results.manifest)),
+        )
+        found.append({"budget": budget, "text": text})
+    return found
+
+
+def _charts(charts: list[Chart], drawings: list[Drawing]) -> dict[str, Any]:
+    """Return the charts by name, their specifications as JSON that is safe inside a script element, and their files."""
+    drawn = {d.name for d in drawings}
+    named = {c.name: FILES.get(c.name, "by-budget" if c.name.startswith("by-budget") else c.name) for c in charts}
+    as_json = {c.name: json.dumps(c.spec, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for c in charts}
+    return {
+        "charts": {c.name: c for c in charts},
+        "specs": {name: Markup(text.replace("<", "\\u003c")) for name, text in as_json.items()},
+        "files": {name: file if file in drawn else "" for name, file in named.items()},
+        "dark_colours": Markup(json.dumps({**plotting.ON_DARK, **DARK_INK})),
+    }
+
+
 def _ledger(results: Results, lines: list[Series]) -> dict[str, Any]:
     rule = narrative.matching_rule(results.manifest)
     columns, matched = narrative.matched_columns(results.ledger, rule)
@@ -530,17 +568,29 @@ def _assets() -> dict[str, Any]:
     """Return the page's style and script, and the hashes that its Content Security Policy allows."""
     here = files("leeway.report.page")
     style = plotting.with_line_colours(here.joinpath("styles/page.css").read_text(encoding="utf-8"))
-    parts = [here.joinpath(f"scripts/{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
-    assets = {"style": style, "script": '"use strict";\n(() => {\n' + "\n".join(parts) + "})();\n"}
-    hashes = {name: hashlib.sha256(text.encode("utf-8")).digest() for name, text in assets.items()}
-    found: dict[str, Any] = {name: Markup(text) for name, text in assets.items()}
-    return found | {f"{name}_hash": base64.b64encode(digest).decode("ascii") for name, digest in hashes.items()}
+    own = "\n".join(here.joinpath(f"scripts/{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    vendored = [here.joinpath(f"vendor/{name}.min.js").read_text(encoding="utf-8") for name in VENDORED]
+    scripts = [*vendored, f'"use strict";\n(() => {{\n{own}}})();\n']
+    return {
+        "style": Markup(style),
+        "style_hash": _sha256(style),
+        "scripts": [Markup(text) for text in scripts],
+        "script_hashes": [_sha256(text) for text in scripts],
+    }
+
+
+def _sha256(text: str) -> str:
+    """Return a hash in the form of a Content Security Policy."""
+    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
 def page(values: dict[str, Any]) -> str:
     """Render the page from the values of `context`."""
     filters = {"themed": plotting.themed, "budget": values["unit"].tick, "line_key": key_of}
     environment = formatting.templates("leeway.report.page", "templates", html=True, **filters)
-    results = "".join(environment.get_template(f"{name}.html.j2").render(values) for name in PARTIALS)
-    contents = [(key, title) for key, title in CONTENTS.items() if f'<section id="{key}"' in results]
-    return environment.get_template("page.html.j2").render(values, results=Markup(results), contents=contents)
+    parts = {}
+    for name, partials in (("evidence", EVIDENCE), ("audit", AUDIT)):
+        parts[name] = "".join(environment.get_template(f"{p}.html.j2").render(values) for p in partials)
+    found = {n: [(k, t) for k, t in CONTENTS.items() if f'<section id="{k}"' in text] for n, text in parts.items()}
+    html = {name: Markup(text) for name, text in parts.items()}
+    return environment.get_template("page.html.j2").render(values, **html, contents=found)

@@ -3,7 +3,7 @@
 function print() {
   const opened = [];
   addEventListener("beforeprint", () => {
-    for (const details of document.querySelectorAll("#summary details, #results details, #reproduce details")) {
+    for (const details of document.querySelectorAll("#summary details, #evidence details, #audit details, #reproduce details")) {
       if (!details.open) { details.open = true; opened.push(details); }
     }
   });

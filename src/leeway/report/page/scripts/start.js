@@ -3,6 +3,7 @@
 for (const part of document.querySelectorAll(".needs-script")) part.classList.remove("needs-script");
 theme();
 tooltips();
+charts();
 filter();
 budgetPicker();
 search();

@@ -1,0 +1,98 @@
+// Draw each chart from its Vega-Lite specification: at its width, in the theme's colours, with what the filter shows.
+
+const shown = {}; // parameter of the specifications -> value: lines, budgets, attacks, budget
+const drawn = new Map(); // holder -> { view, width }
+const DARK = JSON.parse(document.getElementById("dark-colours").textContent);
+
+function charts() {
+  const holders = [...document.querySelectorAll(".chart")];
+  // drawn when first near the screen: the page appears at once, and a chart in closed details has no width before
+  const near = new IntersectionObserver((entries) => {
+    for (const e of entries) if (e.isIntersecting) draw(e.target);
+  }, { rootMargin: "400px" });
+  const size = new ResizeObserver((entries) => {
+    for (const { target } of entries) if (drawn.has(target) && drawn.get(target).width !== target.clientWidth && target.clientWidth) draw(target);
+  });
+  for (const holder of holders) { near.observe(holder); size.observe(holder); numbers(holder); }
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  document.getElementById("theme").addEventListener("change", redraw);
+  addEventListener("beforeprint", () => { for (const holder of holders) if (!drawn.has(holder)) draw(holder); });
+}
+
+function redraw() { for (const holder of drawn.keys()) draw(holder); }
+
+/** Set parameters of all charts: those that are drawn are laid out again, the others follow when they are drawn. */
+function setParameters(values) {
+  Object.assign(shown, values);
+  for (const [holder, { view, names }] of drawn) {
+    let changed = false;
+    for (const [name, value] of Object.entries(values)) if (names.has(name)) { view.signal(name, value); changed = true; }
+    if (changed) view.runAsync().then(() => keyboardNavigation(holder));
+  }
+}
+
+function specification(holder) { return document.getElementById(`spec-${holder.dataset.chart}`).textContent; }
+
+function draw(holder) {
+  const width = holder.clientWidth || 640;
+  if (drawn.has(holder)) drawn.get(holder).view.finalize();
+  const styles = getComputedStyle(document.documentElement), colour = (name) => styles.getPropertyValue(`--${name}`).trim();
+  const isDark = styles.colorScheme === "dark";
+  const text = isDark ? specification(holder).replace(/#[0-9A-Fa-f]{6}/g, (c) => DARK[c.toLowerCase()] || c) : specification(holder);
+  const spec = fit(JSON.parse(text), width);
+  for (const p of spec.params || []) if (p.name in shown) p.value = shown[p.name];
+  spec.config = config(colour, width);
+  const view = new vega.View(vega.parse(vegaLite.compile(spec).spec, null, { ast: true }), {
+    expr: vega.expressionInterpreter, renderer: "svg", container: holder, hover: true, logLevel: vega.Error,
+  });
+  view.tooltip((_, event, item, value) => (value ? showTip(value, event.clientX, event.clientY) : hideTip()));
+  view.addEventListener("click", (event, item) => { if (item && item.tooltip) showTip(item.tooltip, event.clientX, event.clientY); });
+  drawn.set(holder, { view, width, names: new Set((spec.params || []).map((p) => p.name)) });
+  view.runAsync().then(() => {
+    const svg = holder.querySelector("svg");
+    svg.setAttribute("role", "group");
+    svg.setAttribute("aria-labelledby", `title-${holder.dataset.chart}`);
+    svg.setAttribute("aria-description", spec.description);
+    keyboardNavigation(holder);
+  });
+}
+
+/** Set a chart's width, or the number and the width of its panels. */
+function fit(spec, width) {
+  const panels = spec.usermeta && spec.usermeta.panels;
+  if (!panels && spec.height.step) return { ...spec, width: Math.max(120, width - 116), autosize: { type: "pad" } };
+  if (!panels) return { ...spec, width, autosize: { type: "fit-x", contains: "padding" } };
+  const rowHeads = spec.usermeta.rows ? 122 : 0, axis = 56, gap = 22;
+  const columns = Math.max(1, Math.min(panels, Math.floor(width / spec.usermeta.panel)));
+  const each = (width - 8 - rowHeads - columns * (rowHeads ? 0 : axis) - (columns - 1) * gap) / columns;
+  return { ...spec, columns, spacing: gap, spec: { ...spec.spec, width: Math.max(90, Math.floor(each)) } };
+}
+
+function config(colour, width) {
+  const font = 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
+  const ink = colour("ink"), soft = colour("soft"), grid = colour("grid"), faint = colour("faint");
+  return {
+    background: "transparent", font, padding: 2,
+    view: { stroke: null },
+    axis: { labelColor: ink, titleColor: soft, gridColor: grid, domainColor: faint, tickColor: faint, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", labelOverlap: true, labelSeparation: 4 },
+    header: { labelColor: ink, labelFontSize: 13, labelFontWeight: "bold", labelAnchor: "start", labelLimit: Math.max(120, width - 60) },
+    legend: { orient: "top", direction: "horizontal", columns: Math.max(2, Math.floor(width / 112)), labelColor: ink, labelFontSize: 12, symbolSize: 90, labelLimit: 140, rowPadding: 4 },
+    text: { fill: ink }, rule: { color: ink },
+  };
+}
+
+/** Fill the chart's folded table from its data when it is opened. */
+function numbers(holder) {
+  const details = holder.parentElement.querySelector("details.numbers");
+  details.addEventListener("toggle", () => {
+    const body = details.querySelector("tbody");
+    if (!details.open || body.childElementCount) return;
+    const spec = JSON.parse(specification(holder));
+    for (const text of new Set(spec.data.values.map((d) => d.text).filter(Boolean))) {
+      const row = body.insertRow();
+      const at = text.indexOf(": ");
+      row.append(Object.assign(document.createElement("th"), { scope: "row", className: "text", textContent: at < 0 ? text : text.slice(0, at) }));
+      Object.assign(row.insertCell(), { className: "text", textContent: at < 0 ? "" : text.slice(at + 2) });
+    }
+  });
+}
