@@ -109,15 +109,15 @@ def test_page_ledger_and_python_show_it(finished: Path) -> None:
     learned = results.learned().set_index(["objective", "budget"])
     assert learned.loc[("cft", 400), "cue_gap"] == learned.loc[("cft", 400), "cue_gap"]
     page = (finished / "report.html").read_text()
-    assert '<section id="learning"' in page
+    assert 'figure id="figure-training"' in page
     assert "CFT is not shown to have learned its condition" in page
-    assert "figure-loss" in page
+    assert "figure-learning" in page
     assert (finished / "tables" / "learned.csv").is_file()
     steps = results.training_steps()
     assert steps.groupby("objective")["step"].max().nunique() == 1
     assert json.loads((finished / "results.json").read_text())["learning"]
     copied = publish(finished, finished.with_name("redacted"))
-    assert '<section id="learning"' in copied.read_text()
+    assert 'figure id="figure-training"' in copied.read_text()
     view = ledger_report.view(finished)
     assert "learned" in view.text
     assert view.faults == ()

@@ -189,7 +189,7 @@ def _panels(
 
 
 def _over_budgets(axis: Spec, x: Spec, lines: list[Series], *, zero: bool, every: bool = False) -> list[Spec]:
-    """Return the layers of a curve: line, ribbon, base, points with tooltips; `every`: the base is a curve as others."""
+    """Return the layers of a curve: line, ribbon, base, points with tooltips; `every`: the base is a curve too."""
     scale = {"zero": zero}
     y: Spec = {"field": "value", "type": QUANTITY, "title": None, "axis": axis, "scale": scale}
     colour = line_colour(lines)
@@ -283,8 +283,8 @@ def tries(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -
     return spec_of(
         "asr-at-k",
         "Attack success in any of k tries",
-        "Share of forbidden prompts of which at least one of k sampled answers is harmful, estimated without bias from all "
-        "answers to the prompt; the base and the last budget. Bands: 95% CIs over prompts.",
+        "Share of forbidden prompts of which at least one of k sampled answers is harmful, estimated without bias from "
+        "all answers to the prompt; the base and the last budget. Bands: 95% CIs over prompts.",
         "Line charts of the success in any of k tries, one panel per attack, one line per objective.",
         data,
         body,
