@@ -401,17 +401,49 @@ def cache(
     typer.echo(describe(cache))
 
 
-@app.command(epilog="Example: leeway compare runs/a runs/b --out compared")
+@app.command(epilog="Example: leeway compare base=logs/base.eval tuned=logs/tuned.eval --margin 0.05 --out compared")
 def compare(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="two or more run directories")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="run directories; or logs of Inspect or lm-eval, each PATH or NAME=PATH, the base first",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="the output folder")] = Path("leeway-compare"),
-    pool: Annotated[bool, typer.Option("--pool", help="pool the training seeds of one study")] = False,
+    pool: Annotated[bool, typer.Option("--pool", help="runs: pool the training seeds of one study")] = False,
+    metric: Annotated[list[str] | None, typer.Option("--metric", help="logs: a metric or pattern; repeatable")] = None,
+    margin: Annotated[
+        list[str] | None, typer.Option("--margin", metavar="[METRIC=]X", help="logs: test equivalence within ±X")
+    ] = None,
+    value_range: Annotated[
+        list[str] | None, typer.Option("--range", metavar="METRIC=LOW:HIGH", help="logs: bounds of a score")
+    ] = None,
+    cluster_by: Annotated[str | None, typer.Option("--cluster-by", help="logs: a metadata field of the items")] = None,
+    allow: Annotated[bool, typer.Option("--allow", help="logs: list differing settings, do not refuse")] = False,
 ) -> None:
-    """Contrast several studies, or pool the runs of one; refuse or list what is not comparable."""
+    """Contrast studies, pool runs, or contrast checkpoints by their Inspect or lm-eval logs, paired by item."""
+    from leeway.integrations import logs
+
+    if logs.are_logs(runs):
+        if pool:
+            raise LeewayError("compare: --pool is for run directories", fix="leave --pool out")
+        from leeway.report.compare.logs import output
+
+        margins, ranges = logs.parse_margins(margin or []), logs.parse_ranges(value_range or [])
+        made = logs.compare_logs(
+            runs, metrics=metric or (), margins=margins, ranges=ranges, cluster_by=cluster_by, allow=allow
+        )
+        page = output.write(made, out)
+        typer.echo(output.text(made))
+        typer.echo(str(page.resolve()))
+        return
     from leeway.report.compare.compare import compare as make
     from leeway.report.compare.compare import write
 
-    typer.echo(str(write(make(directories, pooling=pool), out).resolve()))
+    if metric or margin or value_range or cluster_by or allow:
+        raise LeewayError("compare: these options are for logs of Inspect or lm-eval", fix="give only --out and --pool")
+    typer.echo(str(write(make([Path(r) for r in runs], pooling=pool), out).resolve()))
 
 
 @app.command(epilog="Example: leeway export runs/x --inspect")

@@ -232,7 +232,7 @@ def _widths(decision: Decision) -> list[int]:
 def title(decision: Decision, scale: BudgetUnit) -> str:
     """Return the checkpoint's name: "SFT at 400k tokens", "CFT <SAFE> at 400k tokens"."""
     own = decision.checkpoint
-    return safe(f"{formatting.objective_name(own.objective, own.condition)} {scale.at(own.budget)}")
+    return safe(f"{formatting.objective_name(own.objective, own.condition)} {scale.at(own.budget)}".rstrip())
 
 
 def reference_name(gate: Gate) -> str:
@@ -240,7 +240,7 @@ def reference_name(gate: Gate) -> str:
         return BASE
     objective, budget = gate.against
     at = "at the same budget" if budget is None else gate.scale.at(budget)
-    return safe(f"{formatting.objective_name(objective)} {at}")
+    return safe(f"{formatting.objective_name(objective)} {at}".rstrip())
 
 
 def table_row(result: RuleResult) -> tuple[str, ...]:

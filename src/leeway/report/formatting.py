@@ -41,31 +41,31 @@ INVISIBLE = re.compile(
 
 @dataclass(frozen=True)
 class BudgetUnit:
-    """What a run's budgets count: tokens, trainer steps, or an unknown amount (external checkpoints)."""
+    """What a run's budgets count: tokens, trainer steps, an unknown amount (external checkpoints), or none (logs)."""
 
-    count: Literal["tokens", "steps", "unknown"] = "tokens"
+    count: Literal["tokens", "steps", "unknown", "none"] = "tokens"
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> BudgetUnit:
         """Read the unit from a manifest; studies count tokens."""
         count = mapping(manifest.get("external")).get("count")
-        return cls("steps" if count == "steps" else "unknown" if count == "unknown" else "tokens")
+        return cls(count if count in ("steps", "unknown", "none") else "tokens")
 
     def tick(self, budget: int) -> str:
         """Return the label of an axis or table: `25k`, `40`, or `tuned` if the unit is unknown."""
-        if self.count == "unknown":
-            return "tuned"
+        if self.count in ("unknown", "none"):
+            return "tuned" if self.count == "unknown" else MISSING
         return f"{budget:,}" if self.count == "steps" else format_budget(budget)
 
     def at(self, budget: int) -> str:
-        """Return the phrase for a sentence: `at 25k tokens`, `at step 40`, `after fine-tuning`."""
-        if self.count == "unknown":
-            return "after fine-tuning"
+        """Return the phrase for a sentence: `at 25k tokens`, `at step 40`, `after fine-tuning`, or nothing."""
+        if self.count in ("unknown", "none"):
+            return "after fine-tuning" if self.count == "unknown" else ""
         return f"at step {budget:,}" if self.count == "steps" else f"at {format_budget(budget)} tokens"
 
     @property
     def axis(self) -> str:
-        return {"tokens": "Training budget, tokens", "steps": "Training step", "unknown": ""}[self.count]
+        return {"tokens": "Training budget, tokens", "steps": "Training step"}.get(self.count, "")
 
 
 TOKENS = BudgetUnit()

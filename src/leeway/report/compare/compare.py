@@ -187,11 +187,11 @@ def _forest(comparison: StudyComparison, measure: str, own: pd.DataFrame, over: 
         for _, line in lines.iterrows():
             y -= 1
             k = names.index(line["study"])
-            _point(ax, line, y, "difference", MARKERS[k % len(MARKERS)], COLOURS[k % len(COLOURS)])
-            ticks.append((y, _short(line["study"])))
+            draw_interval(ax, line, y, "difference", MARKERS[k % len(MARKERS)], COLOURS[k % len(COLOURS)])
+            ticks.append((y, short_name(line["study"])))
         for _, line in mean.iterrows():
             y -= 1
-            _point(ax, line, y, "estimate", "d", INK, size=8)
+            draw_interval(ax, line, y, "estimate", "d", INK, size=8)
             ticks.append((y, MEAN if comparison.kind == "contrasted" else "pooled"))
         y -= 1
     ax.axvline(0, color=INK, linewidth=0.9, zorder=1)
@@ -212,7 +212,7 @@ def _forest(comparison: StudyComparison, measure: str, own: pd.DataFrame, over: 
     )
 
 
-def _point(ax: Axes, line: pd.Series, y: int, at: str, mark: str, colour: str, size: float = 5) -> None:
+def draw_interval(ax: Axes, line: pd.Series, y: int, at: str, mark: str, colour: str, size: float = 5) -> None:
     if math.isnan(line[at]):
         ax.text(0, y, " not available", va="center", fontsize=7.5, color=FAINT)
         return
@@ -220,7 +220,7 @@ def _point(ax: Axes, line: pd.Series, y: int, at: str, mark: str, colour: str, s
     ax.plot([line[at]], [y], marker=mark, color=colour, markersize=size, zorder=3)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     text = formatting.escape_invisible(name)[0]
     return text if len(text) < 30 else f"{text[:28]}…"
 

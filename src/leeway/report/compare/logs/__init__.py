@@ -1,0 +1,1 @@
+"""Paired comparison of checkpoints from logs of other evaluation tools."""
