@@ -18,6 +18,7 @@ from leeway.report.compare.logs.compare import LogComparison, compare
 from leeway.report.compare.logs.match import LogOptions
 from leeway.report.compare.logs.output import as_json, markdown, page, sentences, text, write
 from leeway.report.compare.logs.samples import Answer, Checkpoint, TaskLog, flatten, plain, shorten
+from leeway.report.rebuild import rebuild
 from leeway.report.results import Results
 
 
@@ -264,6 +265,7 @@ def test_names_options_and_fields_that_do_not_exist(tmp_path: Path) -> None:
     for options, message in (
         (LogOptions(metrics=["mtch"]), r"no metric 'mtch'; did you mean 'sums/match'\?"),
         (LogOptions(margins={"acc": 0.1}), "no metric 'acc'"),
+        (LogOptions(metrics=["match"], margins={"other/match": 0.1}), "no metric 'other/match'"),
         (LogOptions(margins={"*": 5}), "the margin is 5; give a fraction"),
         (LogOptions(cluster_by="passage"), r"item 0 of first has no field 'passage' \(it has none\)"),
     ):
@@ -341,6 +343,8 @@ def test_folder_is_read_as_results_and_by_the_gate(written: tuple[LogComparison,
     rule.write_text("rules:\n  - {measure: sums/match, margin: 0.05}\n")
     with pytest.raises(LeewayError, match="add worse"):
         gate(out, rule)
+    with pytest.raises(LeewayError, match=r"holds a comparison of logs; open its compare.html"):
+        rebuild(out)
 
 
 def test_a_run_directory_is_not_overwritten(written: tuple[LogComparison, Path], tmp_path: Path) -> None:

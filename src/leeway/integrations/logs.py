@@ -112,7 +112,7 @@ def read_checkpoints(arguments: Seq[str]) -> list[Checkpoint]:
             found.append(_checkpoint(key, by_name[key]))
         elif isinstance(key, int):
             logs, path = unnamed[key]
-            name = models[key] if taken.count(models[key]) == 1 else path.stem
+            name = models[key] if taken.count(models[key]) == 1 else path.name if path.is_dir() else path.stem
             found.append(_checkpoint(name, logs))
     return found
 

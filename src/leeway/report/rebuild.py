@@ -105,6 +105,10 @@ def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = Non
     target path.
     """
     results = Results.load(folder)
+    if narrative.external(results.manifest).get("kind") == "logs":
+        raise LeewayError(
+            f"{folder} holds a comparison of logs", fix="open its compare.html, or compare the logs again"
+        )
     made, unavailable = _tables(results, [*cards], claims)
     objectives = [str(o) for o in results.rows["objective"].unique()]
     lines = series_of(made["rates"], narrative.order_objectives(objectives, results.study))

@@ -96,7 +96,8 @@ def _answers(path: Path, samples: list[Any]) -> tuple[list[Answer], dict[str, st
             metrics[metric] = None
             if not isinstance(value, float):
                 unusable.setdefault(metric, value[0])
-    whole = {m.partition("/")[0] for m in metrics if "/" in m}  # scorers with several values: NaN stands for all
+    scored = [(name, score) for s in samples for name, score in (s.scores or {}).items()]
+    whole = {name for name, score in scored if isinstance(score.value, Mapping)}  # their NaN stands for all keys
     metrics = {m: None for m in metrics if m not in whole and m not in unusable}
     answers, seen = [], set()
     for sample, values in found:
@@ -148,7 +149,7 @@ def _reason(sample: Any, metric: str) -> str:
     """Return why a sample has no score."""
     if sample.invalidation:
         return "invalidated"
-    score = (sample.scores or {}).get(metric) or (sample.scores or {}).get(metric.partition("/")[0])
+    score = next((s for n, s in (sample.scores or {}).items() if metric == n or metric.startswith(f"{n}/")), None)
     if score is not None:
         return f"unscored: {shorten(score.reason)}" if score.reason else "unscored"
     if sample.error is not None:

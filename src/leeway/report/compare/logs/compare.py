@@ -17,7 +17,7 @@ import pandas as pd
 
 from leeway.errors import LeewayError
 from leeway.report import formatting
-from leeway.report.compare.logs.match import LogOptions, Matched, match
+from leeway.report.compare.logs.match import LogOptions, Matched, match, selects
 from leeway.report.compare.logs.samples import Checkpoint
 from leeway.report.results import LEDGER_COLUMNS, Results
 from leeway.report.verdict import LEVEL
@@ -99,9 +99,9 @@ class LogComparison:
         """Tests of equivalence at the margins of the options, Holm over all lines; empty without margins."""
         margins = {}
         for measure, (task, metric) in self.matched.measures.items():
-            given = self.options.margins
-            if name := next((n for n in (measure, metric, task, "*") if n in given), None):
-                margins[measure] = given[name]
+            given = [v for n, v in sorted(self.options.margins.items()) if n != "*" and selects(n, task, metric)]
+            if margin := next(iter(given), self.options.margins.get("*")):
+                margins[measure] = margin
         if not margins:
             return pd.DataFrame(columns=EQUIVALENCE)
         table = self.results.equivalence(margins)

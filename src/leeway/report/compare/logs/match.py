@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -100,7 +100,7 @@ def _task_differences(checkpoints: Seq[Checkpoint], options: LogOptions) -> list
     found = []
     for task in dict.fromkeys(t for c in checkpoints for t in c.tasks):
         metrics = dict.fromkeys(m for c in checkpoints if task in c.tasks for m in c.tasks[task].metrics)
-        if options.metrics and not any(_selects(p, task, m) for p in options.metrics for m in metrics):
+        if options.metrics and not any(selects(p, task, m) for p in options.metrics for m in metrics):
             continue
         has = {c.name: "yes" if task in c.tasks else NOT_RECORDED for c in checkpoints}
         if NOT_RECORDED in has.values():
@@ -176,13 +176,13 @@ def _measures(
     for task in tasks:
         logs = {c.name: c.tasks[task] for c in checkpoints}
         known += [(task, m) for m in dict.fromkeys(m for log in logs.values() for m in (*log.metrics, *log.unusable))]
-    _check_patterns([*options.metrics, *options.ranges, *options.margins], known)
+    _check_patterns([*options.metrics, *options.ranges], known)
     for task, metric in known:
         measure, logs = measure_name(task, metric), {c.name: c.tasks[task] for c in checkpoints}
-        patterns = [p for p in options.metrics if _selects(p, task, metric)]
+        patterns = [p for p in options.metrics if selects(p, task, metric)]
         if options.metrics and not patterns:
             continue
-        bounds = next((r for p, r in options.ranges.items() if _selects(p, task, metric)), None)
+        bounds = next((r for p, r in options.ranges.items() if selects(p, task, metric)), None)
         if reason := _unusable(logs, measure, metric, bounds):
             if any(not WILD.search(p) for p in patterns):
                 raise LeewayError(f"compare: {measure} {reason}", fix="name another --metric")
@@ -194,13 +194,14 @@ def _measures(
     if not found:
         listed = "; ".join(f"{d['what']} {d['effect']}" for d in left_out) or "the logs hold no scores"
         raise LeewayError(f"compare: no metric is left ({listed})", fix="see the metrics of the logs")
+    _check_patterns(options.margins, list(found.values()))
     return found, ranges, left_out
 
 
-def _check_patterns(patterns: Seq[str], known: Seq[tuple[str, str]]) -> None:
-    """Raise LeewayError for a pattern that no metric of the logs has."""
+def _check_patterns(patterns: Iterable[str], known: Seq[tuple[str, str]]) -> None:
+    """Raise LeewayError for a pattern that selects no metric."""
     for pattern in patterns:
-        if not any(_selects(pattern, task, metric) for task, metric in known):
+        if not any(selects(pattern, task, metric) for task, metric in known):
             names = [measure_name(task, metric) for task, metric in known]
             what = f"compare: no metric {pattern!r}{nearest(pattern, names)} (the logs have {', '.join(names)})"
             raise LeewayError(what, fix="name one of them")
@@ -211,7 +212,7 @@ def measure_name(task: str, metric: str) -> str:
     return f"{task}/{metric}".replace(AT, "_at_")
 
 
-def _selects(pattern: str, task: str, metric: str) -> bool:
+def selects(pattern: str, task: str, metric: str) -> bool:
     """Return whether a pattern names a measure, a metric (with or without lm-eval's filter), or a task."""
     names = (measure_name(task, metric), metric, metric.partition(",")[0], task)
     return any(fnmatchcase(name, pattern) for name in (*names, *(n.replace(AT, "_at_") for n in names)))

@@ -96,7 +96,7 @@ def sentences(comparison: LogComparison) -> list[str]:
         margins = sorted(set(table["margin"]))
         margin = f"±{100 * margins[0]:g} points" if len(margins) == 1 else "their margins"
         named = [f"{c} on {m}" for c, m in shown[["checkpoint", "measure"]].itertuples(index=False, name=None)]
-        listed = f": {formatting.join_and(named)}" if named else ""
+        listed = f" ({formatting.join_and(named)})" if named else ""
         found.append(f"Equivalent to {comparison.base} within {margin}: {len(shown)} of {len(table)}{listed}.")
     found += _unpaired(comparison) + _unscored(comparison)
     for d in comparison.matched.differences:
@@ -125,12 +125,12 @@ def _differences(comparison: LogComparison) -> str:
     table = _primary(comparison)
     tested, significant = int(table["p_holm"].notna().sum()), table[table["p_holm"] < LEVEL]
     named = [
-        f"{c} on {m} {points(d)}"
+        f"{c} on {m}, {points(d)}"
         for c, m, d in significant[["checkpoint", "measure", "difference"]].itertuples(index=False, name=None)
     ]
-    listed = f": {formatting.join_and(named)} points" if named else ""
+    listed = f" ({'; '.join(named)} points)" if named else ""
     text = f"Significantly different from {comparison.base}: {len(significant)} of {tested}{listed}"
-    text += f" (Holm over {tested} comparison{'s' * (tested != 1)})."
+    text += f"; Holm over {tested} comparison{'s' * (tested != 1)}."
     return f"{text} A non-significant difference is no evidence of equality."
 
 
