@@ -428,15 +428,7 @@ def compare(
     if logs.are_logs(runs):
         if pool:
             raise LeewayError("compare: --pool is for run directories", fix="leave --pool out")
-        from leeway.report.compare.logs import output
-
-        margins, ranges = logs.parse_margins(margin or []), logs.parse_ranges(value_range or [])
-        made = logs.compare_logs(
-            runs, metrics=metric or (), margins=margins, ranges=ranges, cluster_by=cluster_by, allow=allow
-        )
-        page = output.write(made, out)
-        typer.echo(output.text(made))
-        typer.echo(str(page.resolve()))
+        typer.echo(logs.compare_and_write(runs, out, metric, margin, value_range, cluster_by, allow=allow))
         return
     from leeway.report.compare.compare import compare as make
     from leeway.report.compare.compare import write

@@ -44,6 +44,25 @@ def compare_logs(
     return compare(read_checkpoints(logs), options)
 
 
+def compare_and_write(
+    logs: Seq[str],
+    out: Path,
+    metrics: Seq[str] | None = None,
+    margins: Seq[str] | None = None,
+    ranges: Seq[str] | None = None,
+    cluster_by: str | None = None,
+    *,
+    allow: bool = False,
+) -> str:
+    """Compare logs with options as on the command line, write the folder, and return the table and the page's path."""
+    from leeway.report.compare.logs import output
+
+    bounds, by_name = parse_margins(margins or ()), parse_ranges(ranges or ())
+    made = compare_logs(logs, metrics=metrics or (), margins=bounds, ranges=by_name, cluster_by=cluster_by, allow=allow)
+    page = output.write(made, out)
+    return f"{output.text(made)}\n{page.resolve()}"
+
+
 def are_logs(arguments: Seq[str]) -> bool:
     """Return whether any argument names logs, not a run directory of Leeway."""
     for argument in arguments:
