@@ -351,7 +351,7 @@ def test_a_run_directory_is_not_overwritten(written: tuple[LogComparison, Path],
     own, out = written
     write(own, out)  # its own folder is
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "manifest.json").write_text('{"model": {}}')
+    (tmp_path / "run" / "manifest.json").write_text('{"model": {"name": "logs"}}')
     with pytest.raises(LeewayError, match="is a run directory"):
         write(own, tmp_path / "run")
     assert as_json(own)["format"] == 1

@@ -6,6 +6,7 @@ The files contain no times: equal logs give equal bytes.
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -37,9 +38,8 @@ NUMERIC = range(2, len(HEADS) + 2)  # columns
 
 def write(comparison: LogComparison, out: Path) -> Path:
     """Write the folder and every file for readers into `out`; return the page's path."""
-    manifest = out / "manifest.json"
-    if manifest.is_file() and '"logs"' not in manifest.read_text("utf-8"):
-        raise LeewayError(f"{out} is a run directory", fix="give another --out")
+    if (out / "rows.parquet").exists() or (out / "manifest.json").exists():
+        _check_folder(out)
     drawings = draw(comparison)
     contents: dict[str, str | bytes] = {f"compare-{k}.csv": formatting.to_csv(t) for k, t in comparison.tables.items()}
     for d in drawings:
@@ -53,6 +53,16 @@ def write(comparison: LogComparison, out: Path) -> Path:
     for name, content in contents.items():
         write_file(out / name, content)
     return out / "compare.html"
+
+
+def _check_folder(out: Path) -> None:
+    """Raise LeewayError if a folder with a run is not that of an earlier comparison of logs."""
+    try:
+        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        manifest = None
+    if formatting.mapping(formatting.mapping(manifest).get("external")).get("kind") != "logs":
+        raise LeewayError(f"{out} is a run directory", fix="give another --out")
 
 
 def _write_run(comparison: LogComparison, out: Path) -> None:
