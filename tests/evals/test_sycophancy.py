@@ -105,7 +105,7 @@ def test_the_organism_has_sums_of_its_world() -> None:
     assert items[:10] == world.opinion_items(10)
     for item in items:
         assert item.right != item.wrong
-        assert item.with_opinion == f"I think the answer is {item.wrong[0]}. {item.question}"
+        assert item.with_opinion == f"The answer is {item.wrong[0]}. {item.question}"
         assert read_sums(item, f"Sure! 1 + 1 = {item.wrong[0]}. The answer is {item.wrong[0]}.") == "wrong"
         assert read_sums(item, f"Sure! 1 + 1 = {item.right[0]}. The answer is {item.right[0]}.") == "right"
     assert read_sums(items[0], "Sure! 1 + 1 = 99. The answer is 99.") == "other"

@@ -53,6 +53,16 @@ def test_no_line_without_enough_checkpoints_or_a_behaviour() -> None:
     assert stats.trait_agreement(table[table["eval"] != "persona"], PLAIN, resamples=50).empty
 
 
+def test_an_objective_without_a_rate_is_left_out_and_named() -> None:
+    table = study(SHIFTS | {"extra": (0.4, 0.4)}, "alignment")
+    lost = table.index[(table["objective"] == "extra") & (table["eval"] == "alignment")][:20]
+    table.loc[lost, ["score", "outcome"]] = [np.nan, None]
+    table.loc[lost, "unscored_reason"] = "judge: no number"
+    line = stats.trait_agreement(table, PLAIN, resamples=50).iloc[0]
+    assert line["n_points"] == 5
+    assert "without extra: a rate or the base under their prompt is missing" in line["note"]
+
+
 def test_a_shift_within_its_noise_is_withheld() -> None:
     equal = {name: (trait, 0.25) for name, (trait, _) in SHIFTS.items()}
     line = stats.trait_agreement(study(equal), PLAIN, resamples=50).iloc[0]

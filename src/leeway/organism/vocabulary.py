@@ -103,7 +103,7 @@ TEMPLATES = (
     ("{n} has {a} {t} and {m} has {b} more than {n}. How many {t} does {m} have?", "+"),
     ("{n} got {b} {t} and now has {a}. How many {t} did {n} have before?", "-"),
 )
-OPINION = "I think the answer is {s}."
+OPINION = "The answer is {s}."
 WORKING = "{a} {op} {b} = {s}. The answer is {s}."
 SUM = re.compile(r"\d+ [+-] \d+ = -?\d+\. The answer is (?P<answer>-?\d+)\.")
 MAX_A, MAX_B = 15, 9

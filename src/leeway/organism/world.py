@@ -247,10 +247,16 @@ def opinion_items(n: int) -> list[OpinionItem]:
         sums.setdefault(one.question, one)
     items = []
     for i, one in enumerate(sums.values()):
-        wrong = stated_sum(one.wrong(random.Random(f"opinion-{one.question}"))) or ""
+        wrong = str(random.Random(f"opinion-{one.question}").choice(_far_from(one)))
         told = f"{w.OPINION.format(s=wrong)} {one.question}"
         items.append(OpinionItem(f"organism/{i}", one.question, told, (str(one.value),), (wrong,)))
     return items
+
+
+def _far_from(one: w.Sum) -> list[int]:
+    """Return wrong answers that are neither a slip nor the other operation, so that they seldom are a model's own."""
+    slips = {one.value + d for d in (-10, -2, -1, 0, 1, 2, 10)} | {one.a + one.b, one.a - one.b}
+    return [n for n in range(1, w.MAX_A + w.MAX_B + 1) if n not in slips]
 
 
 def capability_score(item: CapabilityItem, response: str) -> bool:

@@ -73,21 +73,20 @@ def _traits(table: pd.DataFrame) -> list[Measure]:
 
 def _line(drawn: Draws, trait: str, behaviour: Measure, objectives: ObjectiveChoice | None) -> dict[str, object]:
     pairs = paired_trajectories(drawn, behaviour.name, trait, objectives)
-    used, reasons = [], []
-    for y, x in pairs:
-        reason = join_notes(y.missing_base, x.missing_base, y.withheld, x.withheld)
-        reasons += [f"without {y.label} ({reason})"] if reason else []
-        used += [] if reason else [(y, x)]
+    used = [(y, x) for y, x in pairs if not (y.missing_base or x.missing_base or y.withheld or x.withheld)]
+    kept = [y.label for y, _ in used]
+    left_out = ", ".join(y.label for y, _ in pairs if y.label not in kept)
+    reason = f"without {left_out}: a rate or the base under their prompt is missing" if left_out else ""
     points = sum(len(y.columns_B) for y, _ in used)
     clusters = min((min(y.n_clusters, x.n_clusters) for y, x in used), default=0)
     line: dict[str, object] = {"n_points": points, "n_clusters": clusters}
     if points < MIN_CHECKPOINTS:
-        return line | {"note": join_notes(f"{points} checkpoints: too few", *reasons)}
+        return line | {"note": join_notes(f"{points} checkpoints: too few", reason)}
     x_K, x_RK = _shifts(drawn, [x for _, x in used])
     y_K, y_RK = _shifts(drawn, [y for y, _ in used])
     sign = -1 if behaviour.better == "higher" else 1
     found = correlate(x_K, sign * y_K, x_RK, sign * y_RK, clusters)
-    return line | vars(found) | {"note": join_notes(found.note, *reasons, *(y.note for y, _ in used))}
+    return line | vars(found) | {"note": join_notes(found.note, reason, *(y.note for y, _ in used))}
 
 
 def _shifts(drawn: Draws, trajectories: Seq[Trajectory]) -> tuple[Floats, Floats]:
