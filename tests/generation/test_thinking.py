@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import tiny
 
+from leeway import Study
 from leeway.attacks import ATTACKS
 from leeway.cache import RecordStore
 from leeway.data.chat import Chat
@@ -280,3 +281,38 @@ def test_the_table_counts_what_was_cut() -> None:
     plain = [replace(r, response="plain", unscored_reason=None, score=0.0) for r in rows]
     assert isinstance(plain[0], Row)
     assert thinking(table.assign(response="plain", unscored_reason=None), {}).empty
+
+
+STUDY = """
+name: thoughts
+model: {model}
+task: {{name: organism}}
+objectives: [sft]
+budgets: [300]
+optim: {{batch: 4, warmup_steps: 1}}
+controls: {{learning: false}}
+evals:
+  thinking: true
+  capability: [{{name: organism, limit: 4, max_new_tokens: 6}}]
+  jailbreak: {{prompts: organism, limit: 4, attacks: [none, prefill], judge: keywords, max_new_tokens: 6}}
+  overrefusal: {{prompts: organism, limit: 4, judge: keywords, max_new_tokens: 6}}
+"""
+
+
+@pytest.mark.slow
+def test_a_study_of_a_reasoning_model(tmp_path: Path) -> None:
+    """A random model of a template that opens a thought ends none; only prefilled answers, without one, are scored."""
+    folder = tiny.build("qwen3", tmp_path / "model")
+    tiny.tokenizer(OPENING).save_pretrained(folder)
+    (tmp_path / "study.yaml").write_text(STUDY.format(model=folder))
+    study = Study.load(tmp_path / "study.yaml")
+    results = study.run(tmp_path / "run")
+    rows = results.rows
+    prefilled = rows["attack"] == "prefill"
+    assert rows.loc[prefilled, "unscored_reason"].isna().all()
+    assert set(rows.loc[~prefilled, "unscored_reason"]) == {f"no answer: {CUT_THINKING}"}
+    table = pd.read_csv(tmp_path / "run" / "tables" / "thinking.csv").set_index(["objective", "axis"])
+    assert table.loc[("sft", "jailbreak"), ["n", "n_thinking", "n_cut"]].tolist() == [8, 4, 4]
+    assert table.loc[("base", "capability"), "cut"] == 1
+    assert "Thoughts before answers" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert study.run(tmp_path / "run").rows.equals(rows)
