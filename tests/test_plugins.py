@@ -232,7 +232,7 @@ def test_an_eval_of_another_package_is_planned_run_cached_and_recorded(
 
 def test_a_missing_file_of_labels(tmp_path: Path) -> None:
     with pytest.raises(LeewayError, match=r"none\.csv: no such file; check that path"):
-        judge_calibrate("keywords", str(tmp_path / "none.csv"), None, None, "OPENAI_API_KEY", tmp_path)
+        judge_calibrate("keywords", str(tmp_path / "none.csv"), out=tmp_path)
 
 
 def test_a_judge_with_and_without_a_model() -> None:

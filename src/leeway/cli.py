@@ -567,6 +567,9 @@ def judge_calibrate(
     ] = "xstest",
     run: Annotated[Path | None, typer.Option("--run", help="the run directory that a label sheet is from")] = None,
     by: Annotated[Literal["objective"] | None, typer.Option("--by", help="split a label sheet's rates")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="count partial refusals as refusals (default: full ones only)")
+    ] = False,
     model: Annotated[str | None, typer.Option("--model", help="its model: a folder, hub id or API name")] = None,
     endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible address for --model")] = None,
     key_env: Annotated[str, typer.Option("--key-env", help="the variable that holds its key")] = "OPENAI_API_KEY",
@@ -575,6 +578,18 @@ def judge_calibrate(
     """Measure a judge's agreement with human labels and save it: the judge's card, or rates by objective."""
     from leeway.study.label_calibration import calibrate_judge
 
-    text, path = calibrate_judge(judge, on, run, by, (model, endpoint, key_env), out)
+    text, path = calibrate_judge(judge, on, run, by, (model, endpoint, key_env), out, partial=partial)
     typer.echo(text)
     typer.echo(str(path.resolve()))
+
+
+@judge_app.command("fit", epilog="Example: leeway judge fit --out my-judge")
+def judge_fit(
+    out: Annotated[Path, typer.Option("--out", help="the folder to write weights and card into")],
+) -> None:
+    """Fit the refusal classifier to XSTest's labels (LEEWAY_DATA; a minute) and measure it on models left out."""
+    from leeway.judges.fit import fit_and_save
+
+    card = fit_and_save(out, lambda line: print(line, file=sys.stderr, flush=True))
+    typer.echo(card.to_text())
+    typer.echo(str(out.resolve()))

@@ -81,6 +81,25 @@ def test_a_card_by_hand(tmp_path: Path) -> None:
     assert (card.judge, card.judge_hash) == ("simple", "s")
 
 
+def test_a_partial_refusal_may_count_as_a_refusal(tmp_path: Path) -> None:
+    card = calibrate(Simple(), str(own_file(tmp_path)), partial_is_refusal=True)
+    [part] = card.parts
+    assert part.sensitivity[0] == pytest.approx(4 / 5)
+    assert part.specificity[0] == 1.0
+    assert "full or partial refusal or not" in card.to_text()
+
+
+def test_a_judge_is_not_calibrated_on_answers_it_was_fitted_to(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Fitted(Simple):
+        fitted_on: frozenset[str] = frozenset()
+
+    path = own_file(tmp_path)
+    data_hash = calibrate(Simple(), str(path)).parts[0].data_hash
+    with pytest.raises(LeewayError, match=r"judge simple: it was fitted to .*mine\.csv"):
+        calibrate(Fitted(fitted_on=frozenset({data_hash})), str(path))
+
+
 def test_a_card_is_saved(tmp_path: Path) -> None:
     path = own_file(tmp_path)
     card = calibrate(Simple(), str(path))

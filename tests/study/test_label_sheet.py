@@ -301,3 +301,5 @@ def test_options_that_do_not_fit(run: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises(LeewayError, match=fault):
             calibrate_judge(judge, on, where, by, none, tmp_path)
+    with pytest.raises(LeewayError, match="--partial: a label sheet has no partial refusals"):
+        calibrate_judge(None, str(path), run, None, none, tmp_path, partial=True)

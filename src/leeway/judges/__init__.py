@@ -10,6 +10,7 @@ from leeway.errors import LeewayError
 from leeway.generation.backend import Backend
 from leeway.judges.judge import Answer, Judge, OrganismJudge, Verdict
 from leeway.judges.keywords import KeywordJudge
+from leeway.judges.refusal_classifier import RefusalClassifier
 from leeway.judges.rubric import RubricJudge
 from leeway.plugins import entry_points_of, load_entry_point
 
@@ -33,6 +34,7 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "finetuned": _finetuned,
     "keywords": KeywordJudge,
     "organism": OrganismJudge,
+    "refusal-classifier": RefusalClassifier,
     "rubric": RubricJudge,
     **{name: partial(_guard, name) for name in GUARDS},
 }
@@ -43,8 +45,8 @@ def load_judge(name: str, backend: Backend | None = None, **options: Any) -> Jud
     """Return a built-in judge, or one from another package (`leeway.judges` entry points).
 
     rubric needs `backend` (options: model, perplexity); finetuned takes model, adapter, device, batch, perplexity; a
-    guard model takes model, revision, device, batch, perplexity; keywords takes perplexity. Raises LeewayError for an
-    unknown name or option.
+    guard model takes model, revision, device, batch, perplexity; keywords and refusal-classifier take perplexity.
+    Raises LeewayError for an unknown name or option.
     """
     factory = JUDGES.get(name)
     if factory is None:
@@ -63,4 +65,4 @@ def load_judge(name: str, backend: Backend | None = None, **options: Any) -> Jud
 
 
 __all__ = ["GUARDS", "JUDGES", "NEEDS_BACKEND"]
-__all__ += ["Answer", "Judge", "KeywordJudge", "OrganismJudge", "Verdict", "load_judge"]
+__all__ += ["Answer", "Judge", "KeywordJudge", "OrganismJudge", "RefusalClassifier", "Verdict", "load_judge"]

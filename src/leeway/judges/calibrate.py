@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -21,7 +22,7 @@ from leeway.data.readers import Record, field, read
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.io import expand, write_json
-from leeway.judges.judge import Answer, Judge
+from leeway.judges.judge import Answer, Judge, Verdict
 from leeway.stats.agreement import Confusion, RateInterval, confusion, kappa, wilson_rate
 
 Label = Literal["full_compliance", "full_refusal", "partial_refusal", "refused", "harmful", "deflected", "incoherent"]
@@ -29,17 +30,19 @@ Label = Literal["full_compliance", "full_refusal", "partial_refusal", "refused",
 CARD_VERSION = 1
 FULL_REFUSAL = ("full_refusal", "refused")
 PARTIAL_REFUSAL = "partial_refusal"
+ANY_REFUSAL = (*FULL_REFUSAL, PARTIAL_REFUSAL)
 XSTEST_FILE = "xstest_v2_completions_{}.csv"
 
 
 @dataclass(frozen=True)
 class LabelledAnswer:
-    """An answer and its human label; `id` identifies the prompt."""
+    """An answer and its human label; `id` identifies the prompt, `prompt_type` is XSTest's."""
 
     id: str
     prompt: str
     response: str
     label: Label
+    prompt_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class LabelledSet:
 class ModelCalibration:
     """A judge against human labels on one model's answers; shares are (estimate, low, high), 95% intervals.
 
-    Positive is full refusal; all other labels are negative, partial refusals included. `partial_refused` is the share
-    of partial refusals that the judge calls refused, `without_partial` the counts without them. `outcomes` counts the
+    Positive is full refusal, or full and partial refusal; the card says which. `partial_refused` is the share of
+    partial refusals that the judge calls refused, `without_partial` the counts without them. `outcomes` counts the
     judge's outcomes under each label, "unscored" included.
     """
 
@@ -86,6 +89,7 @@ class Card:
     note: str
     on: str
     parts: tuple[ModelCalibration, ...]
+    positive: str = "full refusal"
     version: int = CARD_VERSION
 
     def save(self, path: Path) -> None:
@@ -102,20 +106,33 @@ class Card:
             lines.append((p.model, str(p.n), str(p.unscored), *cells))
         width = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)).rstrip() for line in lines]
-        head = f"judge {self.judge} ({self.judge_hash}) on {self.on}: full refusal or not"
+        head = f"judge {self.judge} ({self.judge_hash}) on {self.on}: {self.positive} or not"
         return "\n".join([head, *table, self.note])
 
 
-def calibrate(judge: Judge, on: str = "xstest") -> Card:
-    """Judge labelled answers: `xstest` (under LEEWAY_DATA), or a file with prompt, response and label."""
+def calibrate(judge: Judge, on: str = "xstest", *, partial_is_refusal: bool = False) -> Card:
+    """Judge labelled answers: `xstest` (under LEEWAY_DATA), or a file with prompt, response and label.
+
+    Raises LeewayError for answers that the judge was fitted to.
+    """
     sets = load_xstest() if on == "xstest" else [load_labelled(expand(on))]
-    return Card(judge.name, judge.hash, judge.note, on, tuple(_calibrate_model(judge, s) for s in sets))
+    positive, parts = ANY_REFUSAL if partial_is_refusal else FULL_REFUSAL, []
+    for data in sets:
+        if data.hash in getattr(judge, "fitted_on", ()):
+            what = f"judge {judge.name}: it was fitted to {data.origin}"
+            raise LeewayError(
+                what, fix="`leeway judge fit` measures it on models that are left out; calibrate on other answers"
+            )
+        verdicts = judge.judge([Answer(a.prompt, a.response) for a in data.answers], lambda _: None)
+        parts.append(calibrate_model(verdicts, data, positive))
+    what = "full or partial refusal" if partial_is_refusal else "full refusal"
+    return Card(judge.name, judge.hash, judge.note, on, tuple(parts), what)
 
 
-def _calibrate_model(judge: Judge, data: LabelledSet) -> ModelCalibration:
-    verdicts = judge.judge([Answer(a.prompt, a.response) for a in data.answers], lambda _: None)
+def calibrate_model(verdicts: Seq[Verdict], data: LabelledSet, positive: tuple[str, ...]) -> ModelCalibration:
+    """Compare a judge's verdicts on one model's answers with their labels; `positive` labels are refusals."""
     refused = [None if v.outcome is None else v.outcome == "refused" for v in verdicts]
-    labelled = [(a, a.label in FULL_REFUSAL, judged) for a, judged in zip(data.answers, refused, strict=True)]
+    labelled = [(a, a.label in positive, judged) for a, judged in zip(data.answers, refused, strict=True)]
     scored = [(str(true), str(judged), a.id) for a, true, judged in labelled if judged is not None]
     partial = [judged for a, _, judged in labelled if a.label == PARTIAL_REFUSAL and judged is not None]
     whole = [(true, judged) for a, true, judged in labelled if a.label != PARTIAL_REFUSAL]
@@ -169,7 +186,8 @@ def _load(path: Path, model: str, origin: str, label_column: str) -> LabelledSet
         prompt = field(record, ("prompt",), where)
         label = _label(re.sub(r"^\d_", "", field(record, (label_column,), where)), where)
         name = prompt if label_column == "label" else f"xstest/{field(record, ('id',), where).removeprefix('v2-')}"
-        answers.append(LabelledAnswer(name, prompt, _response(record, where), label))
+        kind = str(record.get("type") or "")
+        answers.append(LabelledAnswer(name, prompt, _response(record, where), label, kind))
     return LabelledSet(model, tuple(answers), origin, file_digest(path))
 
 

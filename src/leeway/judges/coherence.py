@@ -112,16 +112,21 @@ def _language(prompt: str, body: str) -> str | None:
     """Compare script and language with the prompt's, unless the prompt itself mentions a language."""
     if TRANSLATE.search(prompt):
         return None
-    limits, count = coherence_rules(), len(WORD.findall(body))
-    of_prompt, of_body = scripts(prompt), scripts(body)
+    limits, of_prompt, in_prompt = coherence_rules(), scripts(prompt), function_words(prompt)
     own = [s for s, n in of_prompt.items() if n >= limits["script_of_prompt"] * of_prompt.total()]
-    enough = own and of_body.total() >= limits["script_from_letters"]
-    if enough and sum(of_body[s] for s in own) < limits["script_share"] * of_body.total():
-        return "another script"
-    in_prompt, in_body = function_words(prompt), function_words(body)
     language = max(in_prompt, key=lambda k: in_prompt[k])
-    if in_prompt[language] < limits["prompt_language"] or count < limits["language_from_words"]:
+    return other_language(body, own, language if in_prompt[language] >= limits["prompt_language"] else None)
+
+
+def other_language(body: str, own_scripts: Seq[str], language: str | None) -> str | None:
+    """Return how a text differs from `own_scripts` and `language` (if known), or None."""
+    limits, count, of_body = coherence_rules(), len(WORD.findall(body)), scripts(body)
+    enough = own_scripts and of_body.total() >= limits["script_from_letters"]
+    if enough and sum(of_body[s] for s in own_scripts) < limits["script_share"] * of_body.total():
+        return "another script"
+    if language is None or count < limits["language_from_words"]:
         return None
+    in_body = function_words(body)
     other = max(in_body[k] for k in in_body if k != language)
     if in_body[language] <= limits["own_language"] and other >= limits["other_language"]:
         return "another language"

@@ -126,11 +126,14 @@ def calibrate_judge(
     by: By | None,
     options: tuple[str | None, str | None, str],
     out: Path,
+    *,
+    partial: bool = False,
 ) -> tuple[str, Path]:
     """Calibrate on labelled answers or, with `run`, on a label sheet; return (text, path of the saved result).
 
     `options` are the judge's model, its endpoint and the variable with its key; replies of that model are cached in
-    `out`, so that a second calibration costs nothing. Raises LeewayError.
+    `out`, so that a second calibration costs nothing. `partial` counts partial refusals as refusals.
+    Raises LeewayError.
     """
     if run is None:
         if judge is None:
@@ -138,10 +141,14 @@ def calibrate_judge(
         if by is not None or is_sheet(expand(on)):
             what = f"--by {by}" if by else f"{on}: a label sheet"
             raise LeewayError(f"{what}: which run is it from", fix="give --run, its run directory")
-        card = calibrate(judge_from_options(judge, *options, HelperModels(Cache.of(out))), on)
-        path = out / f"{card.judge}-{card.judge_hash}-{Path(on).stem}.json"
+        card = calibrate(
+            judge_from_options(judge, *options, HelperModels(Cache.of(out))), on, partial_is_refusal=partial
+        )
+        path = out / f"{card.judge}-{card.judge_hash}-{Path(on).stem}{'-partial' if partial else ''}.json"
         card.save(path)
         return card.to_text(), path
+    if partial:
+        raise LeewayError("--partial: a label sheet has no partial refusals", fix="leave --partial out")
     if not is_sheet(expand(on)):
         raise LeewayError(f"--on {on}: not a label sheet", fix="with --run, give a sheet of `leeway judge sheet`")
     known = judge is None or judge in set(map(str, Results.load(run).rows["judge"]))
