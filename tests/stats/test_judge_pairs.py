@@ -95,6 +95,19 @@ def test_three_judges_are_three_pairs_and_one_family() -> None:
     assert (sft["p_holm"] >= sft["p"]).all()
 
 
+def test_a_sequential_design_has_the_anytime_valid_test() -> None:
+    table = study([1.0, 0.0] * 6)
+    fixed = one(stats.judge_pairs(table, PLAIN), objective="sft")
+    table["design"] = np.where((table["objective"] == "sft") & (table["eval"] != "capability"), "sequential", "fixed")
+    found = one(stats.judge_pairs(table, PLAIN), objective="sft")
+    assert found["differential"] == fixed["differential"]
+    assert found["p"] > fixed["p"]
+    assert (
+        found["differential_high"] - found["differential_low"] > fixed["differential_high"] - fixed["differential_low"]
+    )
+    assert found["note"].startswith("sequential design: 12 prompts")
+
+
 def test_one_judge_or_no_base() -> None:
     alone = rows(*attacked("base", {"dan": [0.0]}), *attacked("sft", {"dan": [1.0]}))
     assert stats.judge_pairs(alone, PLAIN).empty

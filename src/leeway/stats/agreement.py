@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, TAILS, Ints, estimate, wilson
+from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, TAILS, Floats, Ints, estimate, wilson
 from leeway.stats.metrics import StatsError
 
 RateInterval = tuple[float, float, float]  # estimate, low, high; NaN without observations
@@ -66,12 +66,16 @@ def wilson_rate(k: int, n: int) -> RateInterval:
 
 def cohen_kappa(table_KK: Ints) -> float:
     """Return κ = (p_o − p_e) / (1 − p_e) of a square table of counts (Cohen 1960); NaN if p_e is 1."""
-    total = table_KK.sum()
-    if total == 0:
-        return NAN
-    observed = float(np.trace(table_KK)) / total
-    expected = float((table_KK.sum(axis=1) * table_KK.sum(axis=0)).sum()) / total**2
-    return NAN if expected >= 1 else float((observed - expected) / (1 - expected))
+    return float(_kappas(table_KK[None])[0])
+
+
+def _kappas(tables_BKK: Ints) -> Floats:
+    """Return the κ of each table, (B,)."""
+    total_B = tables_BKK.sum(axis=(1, 2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        observed_B = np.trace(tables_BKK, axis1=1, axis2=2) / total_B
+        expected_B = (tables_BKK.sum(axis=2) * tables_BKK.sum(axis=1)).sum(axis=1) / total_B**2
+        return np.where(expected_B < 1, (observed_B - expected_B) / (1 - expected_B), NAN)
 
 
 def kappa(
@@ -97,7 +101,7 @@ def kappa(
         return point, NAN, NAN
     rng = np.random.default_rng(seed)
     draws_BC = rng.multinomial(count, np.full(count, 1 / count), size=min(resamples, RESAMPLES))
-    drawn = np.array([cohen_kappa(t.reshape(size, size)) for t in draws_BC @ cells_CK])
+    drawn = _kappas((draws_BC @ cells_CK).reshape(-1, size, size))
     defined = drawn[~np.isnan(drawn)]
     if not len(defined):
         return point, NAN, NAN
