@@ -10,7 +10,7 @@ import pandas as pd
 
 from leeway import stats
 from leeway.data.ledger import DATA, MATCHED, Matching
-from leeway.report import formatting
+from leeway.report import formatting, plotting
 from leeway.report.formatting import mapping
 from leeway.report.results import ReportError, Results
 from leeway.stats.metrics import AT, BASE, DIRECT
@@ -29,7 +29,7 @@ def study_description(results: Results) -> list[tuple[str, str]]:
         own = [(str(term), str(text)) for term, text in info.get("description", [])]
         return [*own, *_evaluation_description(results)]
     tuned = rows[rows["objective"] != BASE]
-    objectives = order_objectives([str(o) for o in tuned["objective"].unique()], study)
+    objectives = plotting.order_objectives([str(o) for o in tuned["objective"].unique()], study)
     budgets = sorted(int(b) for b in tuned["budget"].unique())
     terms = [("Model", _model(manifest.get("model"), study.get("model")))]
     terms.append(("Task", _task(study.get("task"), manifest.get("data"))))
@@ -52,15 +52,6 @@ def study_description(results: Results) -> list[tuple[str, str]]:
 def external(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return what is recorded of a checkpoint that the run did not train; empty for a study."""
     return mapping(manifest.get("external"))
-
-
-def order_objectives(objectives: list[str], study: dict[str, Any]) -> list[str]:
-    """Sort objectives as in the study file; others follow alphabetically."""
-    named = study.get("objectives")
-    order: list[str] = []
-    for entry in named if isinstance(named, list | dict) else []:
-        order += [str(alias) for alias in entry] if isinstance(entry, dict) else [str(entry)]
-    return [o for o in order if o in objectives] + sorted(set(objectives) - set(order))
 
 
 def matching_rule(manifest: dict[str, Any]) -> Matching:

@@ -78,6 +78,15 @@ def series_of(table: pd.DataFrame, order: list[str]) -> list[Series]:
     return lines
 
 
+def order_objectives(objectives: list[str], study: dict[str, Any]) -> list[str]:
+    """Sort objectives as in the study file; others follow alphabetically."""
+    named = study.get("objectives")
+    order: list[str] = []
+    for entry in named if isinstance(named, list | dict) else []:
+        order += [str(alias) for alias in entry] if isinstance(entry, dict) else [str(entry)]
+    return [o for o in order if o in objectives] + sorted(set(objectives) - set(order))
+
+
 class Marks(dict[str, dict[str, str]]):
     """What the elements of a figure show, as data attributes by their id in its SVG."""
 

@@ -28,7 +28,7 @@ from leeway.report.exports import latex
 from leeway.report.exports.model_card import model_cards, run_bibliography
 from leeway.report.formatting import BudgetUnit
 from leeway.report.page.page import OPTIONAL_TABLES, analyses, context, page
-from leeway.report.plotting import Drawing, Series, series_of, style
+from leeway.report.plotting import Drawing, Series, order_objectives, series_of, style
 from leeway.report.results import Results, declared_set
 from leeway.report.verdict import LEVEL, verdict
 from leeway.stats import intervals
@@ -111,7 +111,7 @@ def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = Non
         )
     made, unavailable = _tables(results, [*cards], claims)
     objectives = [str(o) for o in results.rows["objective"].unique()]
-    lines = series_of(made["rates"], narrative.order_objectives(objectives, results.study))
+    lines = series_of(made["rates"], order_objectives(objectives, results.study))
     drawings = draw(results, made, lines)
     files: dict[str, str | bytes] = {f"tables/{n}.tex": t for n, t in latex.paper_tables(results, made, lines).items()}
     files["citation.bib"] = run_bibliography(results)
@@ -168,7 +168,7 @@ def _tables(
     results: Results, cards: list[Path], claims: str | Path | None
 ) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     """Return every table by name, and the reason for each analysis that is unavailable."""
-    order = narrative.order_objectives([str(o) for o in results.rows["objective"].unique()], results.study)
+    order = order_objectives([str(o) for o in results.rows["objective"].unique()], results.study)
     tables = {
         "rates": results.rates(),
         "contrasts": results.contrasts(),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,9 @@ from leeway.stats.budget_curves import Direction
 from leeway.stats.distance import Distance
 from leeway.stats.metrics import BASE
 from leeway.yaml_config import load as load_yaml
+
+if TYPE_CHECKING:
+    from leeway.report.plots import Plots
 
 ROW_COLUMNS = ["objective", "seed", "budget", "eval", "attack", "item_id", "cluster", "sample", "prompt"]
 ROW_COLUMNS += ["response", "outcome", "score", "unscored_reason", "judge", "judge_raw", "template_hash"]
@@ -143,6 +146,13 @@ class Results:
     def rates(self) -> pd.DataFrame:
         """Return every measure at every checkpoint with its interval (`leeway.stats.rates`)."""
         return self._rates.copy()
+
+    @property
+    def plot(self) -> Plots:
+        """The page's charts, as `results.plot.tradeoff()`; a notebook shows them."""
+        from leeway.report.plots import Plots
+
+        return Plots(self)
 
     def pooled_rates(self) -> pd.DataFrame:
         """Return the rates with training seeds pooled, as in the figures."""
