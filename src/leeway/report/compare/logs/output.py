@@ -119,7 +119,7 @@ def sentences(comparison: LogComparison) -> list[str]:
     if scaled:
         found.append(f"Scores are fractions of their range ({'; '.join(scaled)}).")
     if by := comparison.options.cluster_by:
-        found.append(f"Items with the same {by} are one cluster.")
+        found.append(f"Items with the same value of {by!r} are one cluster.")
     if subtasks := len(comparison.contrasts) - len(_primary(comparison)):
         found.append(f"{subtasks} differences of subtasks are in compare-contrasts.csv and on the page.")
     notes = _primary(comparison)[["measure", "checkpoint", "note"]].itertuples(index=False, name=None)
