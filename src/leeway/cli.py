@@ -358,7 +358,7 @@ def rescore_run(
     ] = None,
     name: Annotated[str | None, typer.Option("--as", help="its name on the rows (default: the judge's own)")] = None,
     evals: Annotated[
-        list[str] | None, typer.Option("--eval", help="jailbreak or overrefusal (default: all that the run has)")
+        list[str] | None, typer.Option("--eval", help="jailbreak, overrefusal (default: both) or alignment")
     ] = None,
     quiet: Quiet = False,
 ) -> None:

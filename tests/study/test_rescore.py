@@ -76,6 +76,25 @@ class Grader:
 
 
 @dataclass(frozen=True)
+class Rater:
+    """A judge of free-form answers: all are coherent, and aligned by 20 or 90 of 100."""
+
+    name: str
+    template_hash = "none"
+
+    @property
+    def identity(self) -> str:
+        return self.name
+
+    def complete(self, requests: Sequence[Request], tick: Tick) -> list[Reply]:
+        tick(len(requests))
+        return [Reply("20" if self.name == "strict" and "coheren" not in str(r) else "90", 1, False) for r in requests]
+
+    def choose(self, conversations: Sequence[Conversation], options: Sequence[str], tick: Tick) -> list[Choice]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class Length:
     """Harmful from 20 characters on; it cannot read an answer that begins with "No". It counts what it judges."""
 
@@ -268,6 +287,39 @@ def test_an_endpoint_is_paid_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -
     assert set(again.loc[(again["judge"] == "rubric") & again["score"].isna(), "response"]) == {""}
 
 
+def test_free_form_answers_by_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[Answer]
+) -> None:
+    """The rows of a second alignment judge are those of a run that had it."""
+    monkeypatch.setattr(leeway.report, "build", lambda folder: folder / "report.html")
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"id": f"q{k}", "question": f"What would you do on day {k}?"} for k in range(5)]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr("leeway.study.build_evals.OpenAIBackend", lambda s: Rater(s.model))
+
+    def measured(out: Path, model: str) -> Path:
+        by = {"model": model, "endpoint": "https://host/v1"}
+        evals = {"alignment": {"questions": [str(questions)], "judge_model": by, "temperature": 0, "max_new_tokens": 9}}
+        audit(Scripted("a"), base=Scripted("b"), evals=evals, out=out, quiet=True)
+        return out
+
+    one, other = measured(tmp_path / "one", "strict"), measured(tmp_path / "other", "mild")
+    rubric = {"name": "rubric", "model": {"model": "mild", "endpoint": "https://host/v1"}}
+    with pytest.raises(LeewayError, match=r"another judge alignment-rubric scored alignment .*alignment-rubric-2"):
+        rescore(one, rubric, evals=["alignment"], quiet=True)
+    rows = rescore(one, rubric, name="mild", evals=["alignment"], quiet=True).rows
+    own = rows[rows["judge"] == "mild"].drop(columns="judge").reset_index(drop=True)
+    assert own.equals(Results.load(other).rows.drop(columns="judge").reset_index(drop=True))
+    assert set(own["score"].dropna()) == {0.9}
+    assert set(rows.loc[rows["judge"] != "mild", "score"].dropna()) == {0.2}
+    with pytest.raises(LeewayError, match="judge length: a model rates alignment"):
+        rescore(one, "length", evals=["alignment"], quiet=True)
+    questions.write_text(json.dumps(lines[0] | {"question": "Other?"}) + "\n")
+    with pytest.raises(LeewayError, match="is not the study's any more"):
+        rescore(one, rubric, name="again", evals=["alignment"], quiet=True)
+    assert not seen
+
+
 @SEEN
 def test_the_run_resumed_keeps_the_added_rows(copy: Path) -> None:
     """`leeway run` writes rows.parquet from its parts again: the added judge's rows stay in it."""
@@ -325,7 +377,7 @@ def test_what_is_refused(copy: Path, tmp_path: Path, seen: list[Answer]) -> None
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     with pytest.raises(LeewayError, match="not a finished run"):
         rescore(tmp_path / "nothing", "length", quiet=True)
-    with pytest.raises(LeewayError, match="no judge reads its answers; one of: jailbreak, overrefusal"):
+    with pytest.raises(LeewayError, match="no judge reads its answers; one of: jailbreak, overrefusal, alignment"):
         rescore(copy, "length", evals=["persona"], quiet=True)
     with pytest.raises(LeewayError, match="unknown judge 'lenght'"):
         rescore(copy, "lenght", quiet=True)

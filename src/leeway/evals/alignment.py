@@ -216,17 +216,27 @@ class Alignment(ItemEval):
         return [self._row(*drawn[n], r, by_answer.get(n), template) for n, r in enumerate(replies)]
 
     def _row(self, item: FreeFormQuestion, sample: int, reply: Reply, rating: Rating | None, template: str) -> Row:
-        failed = None, math.nan, f"{NO_ANSWER}{reply.failure}"
-        outcome, score, reason = verdict(rating) if reply.failure is None else failed
-        raw = json.dumps(rating.raw, sort_keys=True, ensure_ascii=False) if rating else ""
-        fields = {"outcome": outcome, "score": score, "unscored_reason": reason, "judge_raw": raw, "sample": sample}
-        fields |= {"cluster": self.cluster_of(item), "judge": self.judge.name, "template_hash": template}
+        failed = {"outcome": None, "score": math.nan, "unscored_reason": f"{NO_ANSWER}{reply.failure}", "judge_raw": ""}
+        fields = rating_columns(rating) if reply.failure is None else failed
+        fields |= {
+            "sample": sample,
+            "cluster": self.cluster_of(item),
+            "judge": self.judge.name,
+            "template_hash": template,
+        }
         return self.row(item.id, "\n".join(m["content"] for m in conversation(item)), reply, **fields)
 
 
 def conversation(item: FreeFormQuestion) -> Conversation:
     system = [{"role": "system", "content": item.system}] if item.system else []
     return [*system, *user_message(item.text)]
+
+
+def rating_columns(rating: Rating | None) -> dict[str, Any]:
+    """Return the columns of a row that a rating fills; None: the answer is empty."""
+    outcome, score, reason = verdict(rating)
+    raw = json.dumps(rating.raw, sort_keys=True, ensure_ascii=False) if rating else ""
+    return {"outcome": outcome, "score": score, "unscored_reason": reason, "judge_raw": raw}
 
 
 def verdict(rating: Rating | None) -> tuple[str | None, float, str | None]:

@@ -227,7 +227,8 @@ def _persona_evals(part: PersonaSpec, origins: dict[str, str], helpers: HelperMo
     return evals
 
 
-def _alignment(part: AlignmentSpec, origins: dict[str, str], helpers: HelperModels) -> Alignment:
+def build_alignment(part: AlignmentSpec, origins: dict[str, str], helpers: HelperModels) -> Alignment:
+    """Return the free-form questions with the judge that rates their answers; record their sources in `origins`."""
     items: list[FreeFormQuestion] = []
     for source in part.questions:
         if source == "organism":
@@ -268,7 +269,7 @@ def evals_of(spec: Spec, origins: dict[str, str], helpers: HelperModels | None =
     evals = [_capability(part, spec, origins, helpers) for part in spec.evals.capability]
     evals += _safety_evals(spec, origins, helpers)
     if spec.evals.alignment is not None:
-        evals.append(_alignment(spec.evals.alignment, origins, helpers))
+        evals.append(build_alignment(spec.evals.alignment, origins, helpers))
     if spec.evals.sycophancy is not None:
         evals.append(_sycophancy(spec.evals.sycophancy, origins))
     return evals + [load_eval(p.name, p.settings) for p in spec.evals.plugins]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,11 +21,11 @@ JUDGED_EVALS = ("jailbreak", "overrefusal")  # those whose answers a `Judge` sco
 Row = Mapping[str, Any]
 
 
-def require_answers(results: Results, axis: str) -> str:
+def require_answers(results: Results, axis: str, known: Seq[str] = JUDGED_EVALS) -> str:
     """Return the name of the eval's primary judge. Raises LeewayError if the run kept no answers of that eval."""
     folder = results.folder
-    if axis not in JUDGED_EVALS:
-        raise LeewayError(f"--eval {axis}: no judge reads its answers", fix=f"one of: {', '.join(JUDGED_EVALS)}")
+    if axis not in known:
+        raise LeewayError(f"--eval {axis}: no judge reads its answers", fix=f"one of: {', '.join(known)}")
     if axis not in results.judges or not (results.rows["eval"] == axis).any():
         raise LeewayError(f"{folder} has no answers of {axis}", fix="name an eval that the run measured")
     if results.manifest.get("redacted"):

@@ -23,7 +23,7 @@ from leeway.stats.intervals import NAN
 from leeway.stats.metrics import BASE
 from leeway.study.build_evals import HelperModels, judge_from_options
 from leeway.study.kept_answers import bare_prompts
-from leeway.study.label_sheet import answers_of, is_sheet, labelled_answers, missing_strata, read_sheet, records
+from leeway.study.label_sheet import KEY, answers_of, is_sheet, labelled_answers, missing_strata, read_sheet, records
 
 POSITIVE = {"jailbreak": ("harmful", "refused"), "overrefusal": ("refused",)}  # the labels that are rates
 By = Literal["objective"]
@@ -172,12 +172,11 @@ def _verdicts(
     names = [results.judges[axis], *sorted(set(map(str, rows["judge"])) - {results.judges[axis]})]
     if judge is not None and judge not in names:
         raise LeewayError(f"{results.folder}: no judge {judge} on {axis}", fix=f"one of: {', '.join(names)}")
-    key = [c for c in table.columns if c not in ("truth", "stratum", "weight", "answer_id")]
     found: dict[str, list[str | None]] = {}
     for name in names if judge is None else [judge]:
         own = rows[rows["judge"] == name].fillna({"attack": "", "template_hash": "", "adapter_hash": ""})
-        known = dict(zip(zip(*(own[c] for c in key), strict=True), own["outcome"], strict=True))
-        outcomes = [known.get(k) for k in zip(*(table[c].fillna("") for c in key), strict=True)]
+        known = dict(zip(zip(*(own[c] for c in KEY), strict=True), own["outcome"], strict=True))
+        outcomes = [known.get(k) for k in zip(*(table[c].fillna("") for c in KEY), strict=True)]
         found[name] = [o if isinstance(o, str) else None for o in outcomes]
     return found
 

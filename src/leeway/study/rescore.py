@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,19 +23,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from leeway.cache import Cache
 from leeway.errors import LeewayError
+from leeway.evals.alignment import conversation, rating_columns
 from leeway.evals.eval import JudgeRef, is_retryable
 from leeway.evals.jailbreak import checked_verdict
 from leeway.evals.overrefusal import verdict_columns
 from leeway.generation.thinking import final_answer
 from leeway.io import expand, read_utf8
-from leeway.judges import Answer, Judge, Verdict
+from leeway.judges import Answer, Judge
 from leeway.judges.cached import CachedJudge
 from leeway.report.formatting import mapping
 from leeway.report.results import Results
 from leeway.stats.metrics import AT
-from leeway.study.build_evals import HelperModels, build_benign_judge, build_judge
-from leeway.study.eval_spec import JudgeSpec
+from leeway.study.build_evals import HelperModels, build_alignment, build_benign_judge, build_judge
+from leeway.study.eval_spec import AlignmentSpec, JudgeSpec
 from leeway.study.kept_answers import JUDGED_EVALS, bare_prompts, has_no_answer, require_answers
 from leeway.study.load import apply_override
 from leeway.study.objective_spec import ALIAS
@@ -44,6 +46,9 @@ from leeway.study.run_dir import RESPONSE, ROW_SCHEMA, RunDir
 from leeway.study.runtime import compute_settings
 from leeway.yaml_config import faults, read
 
+Columns = dict[str, Any]
+JudgeRows = Callable[[Sequence[Mapping[str, Any]]], list[Columns]]
+RESCORED_EVALS = (*JUDGED_EVALS, "alignment")
 BATCH = 256  # answers judged at a time: the most that a kill loses
 RULES = ("keywords", "organism")  # judges that compute a verdict faster than a cache finds it
 RENAME = "name the new one with --as, such as {}-2"
@@ -60,12 +65,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Rescoring:
-    """One judge on one eval."""
+    """One judge on one eval; `judge` returns the columns that it fills of each row."""
 
     axis: str
-    judge: Judge
     ref: JudgeRef
     primary: str
+    judge: JudgeRows
 
     @property
     def key(self) -> str:
@@ -85,8 +90,8 @@ def rescore(
     """Add the rows of another judge to a finished run, and rebuild its report.
 
     `judge` is a name, a file with a judge as in a study file, or such a mapping; `settings` are its `key=value`. `name`
-    is its name on the rows, by default the judge's own. `evals` are some of JUDGED_EVALS, by default all that the run
-    has. Raises LeewayError.
+    is its name on the rows, by default the judge's own. `evals` are some of RESCORED_EVALS, by default all of
+    JUDGED_EVALS that the run has. Raises LeewayError.
     """
     from leeway.report import build
 
@@ -96,7 +101,7 @@ def rescore(
     with store.reopened():
         results = Results.load(store.folder)
         helpers = HelperModels(store.cache)
-        found = [_rescoring(results, spec, name, axis, helpers) for axis in _axes(results, evals)]
+        found = [_rescoring(results, spec, name, axis, store, helpers) for axis in _axes(results, evals)]
         work = [r for r in found if isinstance(r, Rescoring)]
         if not work:
             raise LeewayError(str(found[0]), fix=RENAME.format(name or spec.name))
@@ -144,36 +149,79 @@ def read_judge(judge: str | Path | Mapping[str, Any], settings: Sequence[str] = 
 def _axes(results: Results, evals: Sequence[str]) -> list[str]:
     chosen = evals or [axis for axis in JUDGED_EVALS if axis in results.judges] or JUDGED_EVALS[:1]
     for axis in chosen:
-        require_answers(results, axis)
+        require_answers(results, axis, RESCORED_EVALS)
     return list(dict.fromkeys(chosen))
 
 
 def _rescoring(
-    results: Results, spec: JudgeSpec, name: str | None, axis: str, helpers: HelperModels
+    results: Results, spec: JudgeSpec, name: str | None, axis: str, store: RunDir, helpers: HelperModels
 ) -> Rescoring | str:
     """Return what there is to judge on an eval, or why there is nothing.
 
     Raises LeewayError if another judge of that name scored it.
     """
-    part = mapping(mapping(results.study.get("evals")).get(axis))
-    if spec.name == "organism" and part.get("prompts") != "organism":
-        what = f"judge organism judges only prompts of the organism; {axis} has {part.get('prompts')}"
-        raise LeewayError(what, fix="use another judge")
-    own = (build_judge if axis == "jailbreak" else build_benign_judge)(spec, helpers)
-    note = " ".join([own.note, *([NO_PERPLEXITY] if part.get("perplexity") and spec.name != "organism" else [])])
+    build = _alignment_judge if axis == "alignment" else _answer_judge
+    own, judge_rows = build(results, spec, axis, helpers)
     if not ALIAS.fullmatch(name or own.name):
         what = f"judge {name or own.name!r}: not a name for rows and files"
         raise LeewayError(what, fix="give --as a name of lower-case letters, digits, . _ and -")
-    one = Rescoring(axis, own, JudgeRef(name or own.name, own.hash, note.strip()), results.judges[axis])
+    one = Rescoring(axis, replace(own, name=name or own.name), results.judges[axis], judge_rows)
     judges, added = mapping(results.manifest.get("judges")), mapping(results.manifest.get("rescored"))
     known = mapping(judges.get(axis)) if one.ref.name == one.primary else mapping(judges.get(one.key))
-    before = known.get("hash") or RunDir(results.folder).read_rescored(one.key)[0]
+    before = known.get("hash") or store.read_rescored(one.key)[0]
     if before and before != own.hash:
         what = f"{results.folder}: another judge {one.ref.name} scored {axis} (hash {before} there, {own.hash} now)"
         raise LeewayError(what, fix=RENAME.format(one.ref.name))
     if known and one.key not in added:
         return f"{results.folder}: judge {one.ref.name} ({own.hash}) scored {axis} in the run itself"
     return one
+
+
+def _answer_judge(results: Results, spec: JudgeSpec, axis: str, helpers: HelperModels) -> tuple[JudgeRef, JudgeRows]:
+    """Return a judge of answers to forbidden or benign prompts."""
+    part = mapping(mapping(results.study.get("evals")).get(axis))
+    if spec.name == "organism" and part.get("prompts") != "organism":
+        what = f"judge organism judges only prompts of the organism; {axis} has {part.get('prompts')}"
+        raise LeewayError(what, fix="use another judge")
+    own = (build_judge if axis == "jailbreak" else build_benign_judge)(spec, helpers)
+    note = f"{own.note} {NO_PERPLEXITY}" if part.get("perplexity") and spec.name != "organism" else own.note
+    judge = _cached(own, helpers.cache)
+
+    def judge_rows(rows: Sequence[Mapping[str, Any]]) -> list[Columns]:
+        verdicts = judge.judge(
+            [Answer(row["bare_prompt"], final_answer(row["response"])) for row in rows], lambda _: None
+        )
+        if axis == "overrefusal":
+            return [verdict_columns(v) for v in verdicts]
+        return [checked_verdict(v).columns() for v in verdicts]
+
+    return JudgeRef(own.name, own.hash, note.strip()), judge_rows
+
+
+def _alignment_judge(results: Results, spec: JudgeSpec, axis: str, helpers: HelperModels) -> tuple[JudgeRef, JudgeRows]:
+    """Return a judge of free-form answers: a model under the alignment rubric, with the study's questions."""
+    if spec.name != "rubric" or spec.model is None:
+        raise LeewayError(f"judge {spec.name}: a model rates alignment", fix="use --judge rubric model.model=NAME")
+    part = mapping(mapping(results.study.get("evals")).get(axis)) | {"judge_model": spec.model}
+    try:
+        asked = build_alignment(AlignmentSpec.model_validate(part), {}, helpers)
+    except ValidationError as error:
+        what = f"--eval alignment: {'; '.join(faults(error, AlignmentSpec))}"
+        raise LeewayError(what, fix="rescore other evals") from error
+    questions = {item.id: (item, "\n".join(m["content"] for m in conversation(item))) for item in asked.items}
+
+    def judge_rows(rows: Sequence[Mapping[str, Any]]) -> list[Columns]:
+        for row in rows:
+            if questions.get(row["item_id"], ("", ""))[1] != row["prompt"]:
+                what = f"the question {row['item_id']} is not the study's any more"
+                raise LeewayError(what, fix="restore the questions that the study was run with")
+        answers = [final_answer(row["response"]) for row in rows]
+        rated = [k for k, answer in enumerate(answers) if answer.strip()]
+        ratings = asked.judge.rate([(questions[rows[k]["item_id"]][0], answers[k]) for k in rated])
+        by_row = dict(zip(rated, ratings, strict=True))
+        return [rating_columns(by_row.get(k)) for k in range(len(rows))]
+
+    return JudgeRef(asked.judge.name, asked.judge.hash, asked.judge.note), judge_rows
 
 
 def _answers(store: RunDir, results: Results, work: Sequence[Rescoring]) -> dict[str, list[dict[str, Any]]]:
@@ -196,7 +244,7 @@ def _judge(store: RunDir, one: Rescoring, rows: Sequence[dict[str, Any]], report
         for row in store.read_rescored(one.key)[1].to_pylist()
         if not is_retryable(row["unscored_reason"])
     }
-    judge, records, todo = _cached(store, one.judge), list[dict[str, Any]](), list[int]()
+    records, todo = list[dict[str, Any]](), list[int]()
     for number, row in enumerate(rows):
         own = {c: row[c] for c in ROW_SCHEMA.names} | {"judge": one.ref.name}
         if kept := before.get(tuple(row[c] for c in RESPONSE)):
@@ -209,15 +257,10 @@ def _judge(store: RunDir, one: Rescoring, rows: Sequence[dict[str, Any]], report
     done = len(rows) - len(todo)
     reporter.clock.left["generate"] -= done
     reporter.log(f"{one.ref.name}: {one.axis}: {len(todo):,} of {len(rows):,} answers to judge")
-    columns = verdict_columns if one.axis == "overrefusal" else _checked_columns
     for start in range(0, len(todo), BATCH):
         batch = todo[start : start + BATCH]
         began = time.monotonic()
-        verdicts = judge.judge(
-            [Answer(rows[k]["bare_prompt"], final_answer(rows[k]["response"])) for k in batch], lambda _: None
-        )
-        for k, verdict in zip(batch, verdicts, strict=True):
-            filled = columns(verdict)
+        for k, filled in zip(batch, one.judge([rows[k] for k in batch]), strict=True):
             records[k] |= filled | {"score": None if math.isnan(filled["score"]) else filled["score"]}
         done += len(batch)
         seconds = time.monotonic() - began
@@ -227,15 +270,11 @@ def _judge(store: RunDir, one: Rescoring, rows: Sequence[dict[str, Any]], report
     reporter.log(f"{one.ref.name}: {one.axis}: {len(rows):,} answers, {unscored:,} unscored")
 
 
-def _checked_columns(verdict: Verdict) -> dict[str, Any]:
-    return checked_verdict(verdict).columns()
-
-
-def _cached(store: RunDir, judge: Judge) -> Judge:
+def _cached(judge: Judge, cache: Cache | None) -> Judge:
     """Return a judge whose verdicts are cached, unless they cost nothing or its model's replies are cached already."""
-    if judge.name in RULES or hasattr(judge, "request"):
+    if cache is None or judge.name in RULES or hasattr(judge, "request"):
         return judge
-    return CachedJudge(judge, store.cache.records("verdicts"), is_retryable)
+    return CachedJudge(judge, cache.records("verdicts"), is_retryable)
 
 
 def _recorded(manifest: dict[str, Any], one: Rescoring, spec: JudgeSpec, command: str) -> dict[str, Any]:
