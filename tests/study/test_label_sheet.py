@@ -178,6 +178,20 @@ def test_rates_by_hand(run: Path) -> None:
     assert "inverse of their sampling probability" in found.to_text()
 
 
+def test_thoughts_are_neither_shown_nor_compared(run: Path) -> None:
+    """People label final answers; the judges' verdicts on rows with a thought are found all the same."""
+    rows = pd.read_parquet(run / "rows.parquet")
+    rows["response"] = "<think>\nwell\n</think>\n\n" + rows["response"]
+    rows.to_parquet(run / "rows.parquet")
+    path = run / "manifest.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "file_hashes"}))
+    sheet = make_sheet(run)
+    assert "think" not in sheet.text
+    found = calibrate_on_sheet(fill(sheet.path, truth), run, "first", "objective")
+    assert found.table["unscored"].tolist() == [0] * len(found.table)
+    assert found.table["agreement"].iloc[0] == pytest.approx(0.75)
+
+
 def test_weights_by_hand(run: Path) -> None:
     """With one label per stratum an answer counts as its whole stratum; a stratum without a label is not covered."""
     sheet = make_sheet(run, n=5)

@@ -190,6 +190,19 @@ def test_bare_prompts_without_direct_requests(tmp_path: Path, seen: list[Answer]
     assert not any("DAN" in a.prompt for a in seen)
 
 
+def test_the_judge_reads_final_answers(copy: Path, seen: list[Answer]) -> None:
+    """Of an answer with a thought the judge reads what follows it; the row keeps both."""
+    store = RunDir(copy)
+    table = pq.read_table(store.rows_path)
+    whole = [f"<think>\nhm\n</think>\n\n{text}" if text else "" for text in table["response"].to_pylist()]
+    changed = table.set_column(table.schema.get_field_index("response"), "response", [whole])
+    pq.write_table(changed, store.rows_path)
+    store.write_manifest(store.read_manifest() | {"file_hashes": store.file_hashes()})
+    rows = rescore(copy, "length", evals=["jailbreak"], quiet=True).rows
+    assert {a.response for a in seen} <= set(REPLIES)
+    assert set(rows.loc[rows["judge"] == "length", "response"]) <= set(whole)
+
+
 def killed(what: Callable[[], object]) -> int:
     """Run in a child process; return its exit code, minus the signal that killed it."""
     child = os.fork()
