@@ -81,7 +81,8 @@ def test_a_hostile_override_is_refused(value: str) -> None:
 def test_a_tag_that_does_not_fit_its_value(value: str) -> None:
     with pytest.raises(LeewayError, match=r"^study[:,]") as found:
         parse(f"name: {value}\n", "study")
-    assert "\n" not in str(found.value)
+    head, *faults = str(found.value).split("\n")
+    assert not faults or head == f"study: {len(faults)} faults"
 
 
 def test_an_override_of_thousands_of_levels() -> None:

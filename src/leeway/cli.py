@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -247,7 +248,8 @@ def plan(
     if workers is not None and gpu is not None:
         raise LeewayError("--workers runs on this machine, --gpu names another", fix="leave one of them out")
     planned = make_plan(load(study, tuple(overrides or ())), machine, prices, measure=measure, workers=workers)
-    typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text())
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text(width))
 
 
 @app.command(epilog="Example: leeway show study.yaml -n 2")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class LeewayError(Exception):
     """What is wrong and where, and the fix: `LeewayError("budgets: 8k comes after 16k", fix="sort them")`."""
@@ -10,6 +12,13 @@ class LeewayError(Exception):
         self.what = what
         self.fix = fix
         super().__init__(f"{what}; {fix}" if fix else what)
+
+
+def all_faults(where: str, faults: Sequence[str]) -> LeewayError:
+    """Return one error that lists all faults, one a line if there are several."""
+    if len(faults) == 1:
+        return LeewayError(f"{where}: {faults[0]}" if where else faults[0])
+    return LeewayError("\n  ".join([f"{where}: {len(faults)} faults" if where else f"{len(faults)} faults", *faults]))
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from importlib.resources import files
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import AfterValidator, BeforeValidator
@@ -28,6 +28,7 @@ MAX_COUNT = 2**53  # the largest count that a float, and so JSON and tables, hol
 MAX_FLOAT32 = 3.4e38
 MAX_DEPTH = 50
 MAX_NODES = 100_000  # with every alias expanded
+MAX_PLACES = 2  # of a key that belongs elsewhere; more are no hint
 MAX_SHOWN = 200  # characters of a value in a message
 UNFOLDED = 2**31  # line width: ruamel.yaml folds some quoted texts wrongly
 
@@ -130,6 +131,7 @@ class ConfigModel(BaseModel):
     """A typed mapping of such a file: unknown keys, non-finite numbers and stray booleans are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    RENAMED: ClassVar[dict[str, str]] = {}  # other tools' names for keys of the whole file, and their places in it
 
     @field_validator("*", mode="before")
     @classmethod
@@ -180,7 +182,7 @@ AsList = BeforeValidator(lambda value: value if isinstance(value, (list, tuple))
 
 def nearest(word: str, known: Any) -> str:
     """Return `; did you mean …?` with the most similar known word, or nothing."""
-    matches = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(word, [str(k) for k in known], n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -204,9 +206,7 @@ def _fault(error: Any, root: type[BaseModel]) -> list[str]:
     path = [str(p) for p in error["loc"]]
     where, shown = ".".join(path), _cut(_text(error["input"]))
     if error["type"] == "extra_forbidden":
-        known = _keys_at(path[:-1], root)
-        listed = f" (known here: {', '.join(known)})"
-        return [f"unknown key {where!r}{nearest(path[-1], known) or listed}"]
+        return [f"unknown key {where!r}{_hint(path, root)}"]
     if error["type"] == "missing":
         return [f"{where} is missing"]
     if error["type"] in ("tuple_type", "list_type"):
@@ -220,6 +220,28 @@ def _fault(error: Any, root: type[BaseModel]) -> list[str]:
         prefix = f"{where}: " if where and not message.startswith(where) else ""
         return [prefix + line for line in message.split("\n")]
     return [f"{where}: {message[0].lower() + message[1:]}, not {shown}"]
+
+
+def _hint(path: list[str], root: type[BaseModel]) -> str:
+    """Return where an unknown key may belong: other tools' names first, then similar keys, then its place elsewhere."""
+    known, key = _keys_at(path[:-1], root), path[-1]
+    if place := getattr(root, "RENAMED", {}).get(key.lower()):
+        return f"; did you mean {place!r}?"
+    if near := nearest(key, known):
+        return near
+    places = [place for place in _places(root) if place.rpartition(".")[2] == key]
+    if 0 < len(places) <= MAX_PLACES:
+        return f"; did you mean {' or '.join(map(repr, places))}?"
+    return f" (known here: {', '.join(known)})"
+
+
+def _places(model: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the place of every key of a model and of the mappings in it, such as `optim.lr`."""
+    for name, field in model.model_fields.items():
+        place = f"{prefix}{field.alias or name}"
+        yield place
+        if inner := _model_in(field.annotation):
+            yield from _places(inner, f"{place}.")
 
 
 def _text(value: Any, text: Callable[[Any], str] = repr) -> str:

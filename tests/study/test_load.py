@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from leeway.data import supergpqa
+from leeway.data.readers import read
 from leeway.errors import LeewayError
 from leeway.study.build_evals import evals_of
 from leeway.study.load import load, parse
@@ -23,6 +24,15 @@ budgets: [1k]
 evals:
   capability: auto
   persona: {source: organism, limit: auto}
+"""
+
+FILES = """
+name: x
+model: organism
+task: {files: {train: a.jsonl, test: b.jsonl}}
+objectives: [sft]
+budgets: [1k]
+evals: {capability: [files]}
 """
 
 
@@ -162,3 +172,31 @@ def test_supergpqa_trains_on_other_questions_than_it_tests(tmp_path: Path, monke
     assert trained[0].preferred.endswith("\n\nAnswer: A")
     grade = capability.grade  # type: ignore[attr-defined]
     assert grade(capability.items[0], f"{capability.items[0].options[0]}\n\nAnswer: A")[0]  # type: ignore[attr-defined]
+
+
+def test_files_are_relative_to_the_study_file_else_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "study").mkdir()
+    path = tmp_path / "study" / "x.yaml"
+    path.write_text(FILES)
+    (tmp_path / "study" / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    files = load("study/x.yaml").task.files
+    assert (files.train, files.test) == ("study/a.jsonl", "b.jsonl")
+    assert load(str(path)) == load("study/x.yaml")
+    (tmp_path / "a.jsonl").touch()  # an override is relative to the current folder
+    assert load("study/x.yaml", ("task.files.train=a.jsonl",)).task.files.train == "a.jsonl"
+    monkeypatch.chdir(tmp_path / "study")  # from its own folder a study keeps its paths, and its hash
+    assert load("x.yaml").task.files.train == load(str(path)).task.files.train == "a.jsonl"
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert load(str(path)).task.files.train == str(tmp_path / "study" / "a.jsonl")
+
+
+def test_a_missing_file_names_the_path_that_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LeewayError) as found:
+        list(read(Path("a.jsonl")))
+    assert str(found.value).startswith(f"a.jsonl: no such file ({tmp_path}/a.jsonl); check that path; a study's are ")

@@ -58,7 +58,9 @@ def load(source: Source, *, revision: str | None = None) -> Loaded:
 def read(path: Path) -> Iterator[Record]:
     """Yield the records of a .jsonl, .json (a list), .csv or .tsv file, or .gz of it; errors name the line."""
     if not path.is_file():
-        raise LeewayError(f"{path}: no such file", fix="check that path")
+        tried = "" if path.is_absolute() else f" ({path.absolute()})"
+        fix = "check that path" + ("; a study's are relative to its file, or to the current folder" if tried else "")
+        raise LeewayError(f"{path}: no such file{tried}", fix=fix)
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
     try:
         with (

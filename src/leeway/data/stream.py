@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -13,6 +13,8 @@ import numpy as np
 from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.hashing import canonical, derive_seed
+
+OVERSHOOT = 1.1  # a checkpoint beyond this multiple of its budget is pointed out
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,24 @@ def schedule(
             budget, digest = budgets[len(stops)], running.hexdigest()[:16]
             stops.append(BudgetStop(budget, len(steps), seen, position, position / len(examples), digest))
     return Schedule(tuple(steps), tuple(stops))
+
+
+def budget_notes(stops: Iterable[tuple[int, int, int]], warmup_steps: int) -> list[str]:
+    """State which checkpoints lie inside the warm-up of the learning rate, and which budgets a step overshoots.
+
+    `stops`: (budget, optimiser step, source tokens) of each checkpoint.
+    """
+    found, known = list[str](), sorted(set(stops))
+    early = {budget: step for budget, step, _ in known if step <= warmup_steps}
+    if early:
+        named = ", ".join(f"{budget:,} tokens (step {step})" for budget, step in early.items())
+        which = "checkpoint lies" if len(early) == 1 else "checkpoints lie"
+        found.append(f"{len(early)} {which} inside the warm-up of {warmup_steps} steps, below the full rate: {named}")
+    over = {budget: tokens for budget, _, tokens in known if tokens > OVERSHOOT * budget}
+    if over:
+        named = ", ".join(f"{budget:,} trains {tokens:,} tokens" for budget, tokens in over.items())
+        found.append(f"a budget ends with its optimiser step: {named}")
+    return found
 
 
 @lru_cache(maxsize=64)

@@ -113,9 +113,46 @@ class ApiSettings:
             raise LeewayError(what, fix="set it to the key alone, without spaces or quotes")
         return key
 
+    @property
+    def may_use_proxy(self) -> bool:
+        return urlsplit(self.base_url).hostname not in ("localhost", "127.0.0.1", "::1")
+
     def price(self, tokens_in: int, tokens_out: int) -> float:
         """Return dollars; 0 without prices."""
         return ((self.price_in or 0.0) * tokens_in + (self.price_out or 0.0) * tokens_out) / 1e6
+
+
+def check_access(settings: ApiSettings, timeout_s: float) -> None:
+    """Ask an endpoint for its models. Raises LeewayError without a key, a connection, or if the key is refused.
+
+    Any other answer passes: not every server lists its models, and the request is no completion, so it costs nothing.
+    """
+    openai, key = _openai_client(), settings.key()
+    client = openai.OpenAI(
+        api_key=key,
+        base_url=settings.base_url,
+        timeout=timeout_s,
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(trust_env=settings.may_use_proxy, follow_redirects=False),
+    )
+    with client:
+        try:
+            client.models.list()
+        except openai.AuthenticationError:
+            fix = f"check the value of {name}" if (name := settings.key_env) else "set key_env"
+            raise LeewayError(f"{settings.base_url}: the key was refused (HTTP 401)", fix=fix) from None
+        except openai.APIConnectionError:
+            what = f"endpoint of model {settings.model!r}: {settings.base_url} cannot be reached"
+            raise LeewayError(what, fix="start the server, or correct endpoint") from None
+        except (openai.OpenAIError, ValueError):
+            return
+
+
+def _openai_client() -> Any:
+    try:
+        return import_module("openai")
+    except ImportError as error:
+        raise LeewayError("an endpoint needs the openai client", fix="pip install 'leeway[api]'") from error
 
 
 @dataclass
@@ -208,10 +245,7 @@ class ApiClient:
     """One connection pool to an endpoint. Use it as an async context manager, inside one event loop."""
 
     def __init__(self, settings: ApiSettings, spent: Spending) -> None:
-        try:
-            openai: Any = import_module("openai")
-        except ImportError as error:
-            raise LeewayError("an endpoint needs the openai client", fix="pip install 'leeway[api]'") from error
+        openai: Any = _openai_client()
         self.settings, self.spent = settings, spent
         self._key = settings.key()
         self._limiter = SpendLimiter(settings, spent)
@@ -230,7 +264,7 @@ class ApiClient:
             timeout=settings.timeout_s,
             max_retries=settings.retries,
             http_client=LimitedClient(
-                trust_env=urlsplit(settings.base_url).hostname not in ("localhost", "127.0.0.1", "::1"),  # no proxy
+                trust_env=settings.may_use_proxy,
                 headers={"Accept-Encoding": "identity"},  # a small compressed body can expand without limit
                 follow_redirects=False,  # a redirect would hand the prompt to another host
             ),

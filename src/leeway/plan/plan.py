@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from html import escape
+from pathlib import Path
 
 import torch
 
@@ -18,7 +21,8 @@ from leeway.plan.cost_model import CostEstimate, EvalCost, Prices, Shape, estima
 from leeway.plan.hardware import Machine, PlannedModel, planned_model
 from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, learning_tokens, reference_work, trajectory
 from leeway.study.jobs import control_jobs, eval_targets, jobs_of
-from leeway.study.prepare import Prepared, chat_for, prepare, target_layers
+from leeway.study.preflight import resource_faults, service_faults
+from leeway.study.prepare import Prepared, chat_for, notes_on_budgets, prepare, target_layers
 from leeway.study.spec import Spec
 
 NO_PRICES = Prices()
@@ -38,6 +42,7 @@ class Plan:
     left_out: int
     resolved_defaults: tuple[str, ...]
     missing: tuple[str, ...]
+    warnings: tuple[str, ...]
     counts_exactly: bool
     notes: tuple[str, ...]
     references: ReferenceWork
@@ -50,34 +55,66 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
-    def to_text(self) -> str:
+    def to_text(self, width: int | None = None) -> str:
+        """Return the plan as lines; with `width`, sentences are wrapped to it between words."""
+        heads, *rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        table = ["  ".join(f"{c:{'<' if n == 0 else '>'}{widths[n]}}" for n, c in enumerate(r)) for r in (heads, *rows)]
+        before, after = self._lines()
+        wrapped = [[part for line in lines for part in wrap(line, width)] for lines in (before, after)]
+        return "\n".join([*wrapped[0], *table, *wrapped[1]])
+
+    def _repr_html_(self) -> str:
+        """Show the plan in a notebook."""
+        heads, *rows = self._rows()
+        before, after = ("".join(f"<div>{escape(line)}</div>" for line in lines) for lines in self._lines())
+        head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in rows)
+        return f"{before}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{after}"
+
+    def _rows(self) -> list[list[str]]:
+        """Return the table of trajectories, its heads first."""
         about = "" if self.counts_exactly else "~"
-        names = [f"{t.objective}{f' ({t.purpose})' if t.purpose else ''}" for t in self.trajectories]
-        wide = max(map(len, [*names, "objective"])) + 1
-        columns = "".join(f"{c:>12}" for c in ("source", "targets", "processed", "reference"))
-        rows = [f"{'objective':{wide}}{'seed':>5}{'to budget':>11}{'steps':>8}{columns}"]
-        for name, t in zip(names, self.trajectories, strict=True):
-            counts = (t.source_tokens, t.target_tokens, t.processed_tokens, t.reference_tokens)
-            tokens = "".join(f"{about + f'{n:,}':>12}" for n in counts)
-            rows.append(f"{name:{wide}}{t.seed:>5}{t.budgets[-1]:>11,}{about + f'{t.steps:,}':>8}{tokens}")
+        rows = [["objective", "seed", "to budget", "steps", "source", "targets", "processed", "reference"]]
+        for t in self.trajectories:
+            name = f"{t.objective}{f' ({t.purpose})' if t.purpose else ''}"
+            counts = (t.steps, t.source_tokens, t.target_tokens, t.processed_tokens, t.reference_tokens)
+            rows.append([name, str(t.seed), f"{t.budgets[-1]:,}", *(about + f"{n:,}" for n in counts)])
+        return rows
+
+    def _lines(self) -> tuple[list[str], list[str]]:
+        """Return the lines before and after the table."""
+        about = "" if self.counts_exactly else "~"
         references, shared = self.references, []
         if references.sequences:  # less than the column's sum: sequences are shared across trajectories
             passes = f"{about}{references.tokens:,} tokens of {about}{references.sequences:,} sequences"
             shared = [f"references: {passes} go through them, once each; kept on disk ({_size(references.bytes)})"]
-        return "\n".join(
-            [
-                f"{self.name}: {sum(t.runs for t in self.trajectories)} training runs, {self.checkpoints} checkpoints, "
-                f"{self.evaluated} evaluations of {self.answers_each:,} answers; {self.parameters:,} parameters",
-                *(f"missing: {m}" for m in self.missing),
-                *(f"auto: {line}" for line in self.resolved_defaults),
-                *rows,
-                *shared,
-                *(_eval_line(e, about) for e in self.evals),
-                *self.notes,
-                f"left out as too long: {self.left_out}",
-                *([*self.measured.lines(), *self.cost.other_lines()] if self.measured else self.cost.lines()),
-            ]
-        )
+        before = [
+            f"{self.name}: {sum(t.runs for t in self.trajectories)} training runs, {self.checkpoints} checkpoints, "
+            f"{self.evaluated} evaluations of {self.answers_each:,} answers; {self.parameters:,} parameters",
+            *(f"missing: {m}" for m in self.missing),
+            *(f"warning: a run would stop: {w}" for w in self.warnings),
+            *(f"auto: {line}" for line in self.resolved_defaults),
+        ]
+        after = [
+            *shared,
+            *(_eval_line(e, about) for e in self.evals),
+            *self.notes,
+            f"left out as too long: {self.left_out}",
+            *([*self.measured.lines(), *self.cost.other_lines()] if self.measured else self.cost.lines()),
+        ]
+        return before, after
+
+
+def wrap(line: str, width: int | None) -> list[str]:
+    """Return a line wrapped between words, further lines indented; unchanged without a width."""
+    if width is None:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()))
+    filled = textwrap.TextWrapper(
+        width, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False
+    )
+    return filled.wrap(line) or [line]
 
 
 def _size(n: float) -> str:
@@ -152,11 +189,13 @@ def plan(
         left_out=len(prepared.left_out),
         resolved_defaults=spec.resolved_defaults,
         missing=model.missing,
+        warnings=() if machine else _warnings(spec, size, checkpoints, processes, exact=not model.missing),
         counts_exactly=model.counts_exactly,
         notes=(
             *_undrawn(prepared),
             *unpriced,
             *_notes(spec, trajectories, sweep_tokens),
+            *notes_on_budgets(prepared),
             _learning(prepared, checked),
             *_controls(prepared, arms),
             *claimed(spec),
@@ -188,8 +227,14 @@ def _training_seconds(prepared: Prepared, size: Shape, on: Machine, t: Trajector
 
 def memory_of_a_worker(prepared: Prepared) -> int:
     """Return the estimated bytes of main memory of a CPU worker, for scheduling."""
-    size = _shape(prepared.spec, planned_model(prepared.spec), cpu=True)
+    size = model_shape(prepared.spec, cpu=True)
     return int(cost_model.RUNTIME + cost_model.memory_needed(prepared, size).peak)
+
+
+def _warnings(spec: Spec, size: Shape, checkpoints: int, workers: int, *, exact: bool) -> tuple[str, ...]:
+    """Return what would stop a run on this machine before the first step."""
+    resources = resource_faults(spec, size, Path("runs") / spec.name, checkpoints, workers) if exact else []
+    return (*service_faults(spec, hub=False), *resources)
 
 
 def _learning(prepared: Prepared, checked: tuple[int, int]) -> str:
@@ -254,6 +299,11 @@ def _shape(spec: Spec, model: PlannedModel, *, cpu: bool) -> Shape:
         width=wide,
         fused=supported and spec.optim.layout in ("auto", "fused"),
     )
+
+
+def model_shape(spec: Spec, *, cpu: bool) -> Shape:
+    """Return the sizes of the study's model, from its config."""
+    return _shape(spec, planned_model(spec), cpu=cpu)
 
 
 def _this_cpu(spec: Spec, size: Shape, workers: int) -> Machine:

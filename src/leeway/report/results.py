@@ -97,6 +97,15 @@ class Results:
             )
         return results
 
+    def _repr_html_(self) -> str:
+        """Show the table of arms and the finding in a notebook; the report is rebuilt if the run has none."""
+        from leeway.report import build
+        from leeway.report.arms import arms_of
+
+        if not (self.folder / "results.json").is_file():
+            build(self.folder)
+        return arms_of(self.folder).to_html()
+
     @property
     def conditions(self) -> dict[str, str]:
         """The test-time condition (`plain`, `<SAFE>`) of each template hash."""

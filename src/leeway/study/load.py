@@ -6,6 +6,7 @@ checked, so a saved study holds the values; `Spec.resolved_defaults` lists them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
@@ -17,8 +18,8 @@ from pydantic import ValidationError
 from ruamel.yaml.error import YAMLError
 
 from leeway.claims.schema import read_source
-from leeway.errors import LeewayError
-from leeway.io import read_utf8
+from leeway.errors import LeewayError, all_faults
+from leeway.io import expand, read_utf8
 from leeway.study.objective_spec import WRITTEN
 from leeway.study.spec import Spec
 from leeway.yaml_config import dump, faults, nearest, package_data, problem, read
@@ -36,6 +37,22 @@ PRESETS: dict[str, str] = {
     "other-bases": "the six objectives on another base model, one run per model",
 }
 MAX_LEVELS = 20  # of an override's key; a study file has fewer
+FILES = (  # places of paths in a study file; * is any item
+    "task.files.*",
+    "auxiliary.*",
+    "auxiliary.*.file",
+    "evals.capability.*.source",
+    "evals.capability.*.include_path",
+    "evals.jailbreak.file",
+    "evals.jailbreak.templates",
+    "evals.jailbreak.translator.file",
+    "evals.jailbreak.judge.adapter",
+    "evals.jailbreak.judge.*.adapter",
+    "evals.overrefusal.judge.adapter",
+    "controls.file",
+    "objectives.*.*.start.adapter",
+)
+NO_FILES = ("organism",)  # at such a place
 AUTO = "auto"
 AUTO_KEYS = ("model", "task")  # of a study, that `auto` depends on
 
@@ -60,12 +77,15 @@ def preset_text(name: str) -> str:
 def parse(text: str, where: str, overrides: tuple[str, ...] = (), folder: Path | None = None) -> Spec:
     """Return a checked study from YAML and `key=value` overrides; raise one LeewayError that lists all errors.
 
-    A path of claims in the file is relative to `folder`; one in an override, to the current directory. Overrides of
-    model and task apply before `auto` is resolved, the others after.
+    A path in the file is relative to `folder`, or, if nothing is there, to the current directory; one in an override to
+    the current directory. Overrides of model and task apply before `auto` is resolved, the others after.
     """
     raw = read(text, where)
     if not isinstance(raw, dict):
         raise LeewayError(f"{where}: not a study", fix="start from `leeway studies demo`")
+    if folder is not None:
+        for place in FILES:
+            _resolve_paths(raw, place.split("."), folder)
     keys = [_key(o) for o in overrides]
     if repeated := next((k for k in keys if keys.count(k) > 1), None):
         raise LeewayError(f"override {repeated} is given twice", fix="give it once")
@@ -84,7 +104,7 @@ def parse(text: str, where: str, overrides: tuple[str, ...] = (), folder: Path |
     try:
         return Spec.model_validate(raw, context=WRITTEN).with_resolved_defaults(values)
     except ValidationError as error:
-        raise LeewayError(f"{where}: " + "; ".join(faults(error, Spec))) from error
+        raise all_faults(where, faults(error, Spec)) from error
 
 
 @cache
@@ -128,6 +148,20 @@ def _at(value: Any, place: str) -> Any:
     for key in place.split(".") if place else ():
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _resolve_paths(value: Any, place: list[str], folder: Path) -> None:
+    """Replace the paths at a place by those of files or folders below `folder`, if they are there.
+
+    The new path is relative to the current directory where it lies below, so that a study keeps its hash.
+    """
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in [(k, v) for k, v in items if place[0] in ("*", str(k))]:
+        if len(place) > 1:
+            _resolve_paths(inner, place[1:], folder)
+        elif isinstance(inner, str) and inner and inner not in NO_FILES and (found := folder / expand(inner)).exists():
+            whole, here = Path(os.path.normpath(found.absolute())), Path.cwd()
+            value[key] = str(whole.relative_to(here) if whole.is_relative_to(here) and whole != here else whole)
 
 
 def _read_claims(raw: dict[str, Any], folder: Path | None) -> None:

@@ -14,7 +14,7 @@ from leeway.cache import Cache
 from leeway.data import formats
 from leeway.data.chat import Chat
 from leeway.data.safety_prompts import subset
-from leeway.data.stream import AuxiliaryPool, Schedule, StreamItem, schedule
+from leeway.data.stream import AuxiliaryPool, Schedule, StreamItem, budget_notes, schedule
 from leeway.data.types import Example
 from leeway.errors import LeewayError
 from leeway.evals.capability import Capability, number
@@ -446,6 +446,15 @@ def _scheduler(prepared: Prepared, examples: list[Example]) -> Callable[[str, in
 
     by_objective = spec.budget.count == "processed"
     return lambda alias, seed, budgets: cut(alias if by_objective else None, seed, budgets)
+
+
+def notes_on_budgets(prepared: Prepared) -> list[str]:
+    """Return which checkpoints lie inside the warm-up, and which budgets of source tokens a step overshoots."""
+    spec = prepared.spec
+    stops = [m for (alias, _), s in prepared.schedules.items() if alias in prepared.objectives for m in s.stops]
+    counted = {(m.budget, m.step, m.source_tokens if spec.budget.count == "source" else m.budget) for m in stops}
+    constant = spec.optim.schedule == "constant"  # under another one, `plan` names the runs that never decay
+    return budget_notes(counted, spec.optim.warmup_steps if constant else 0)
 
 
 def _check_epochs(examples: list[Example], budget: int, tokens: Callable[[StreamItem], float]) -> None:

@@ -1,14 +1,15 @@
-"""Live progress with an ETA: a rich bar on a terminal, else one line per step or batch; nothing when quiet."""
+"""Progress of a run with an ETA: what workers report, one row per trajectory, and lines for logs.
+
+How rows look on a terminal and in a notebook is in `screen`.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from pathlib import Path
+from typing import Literal, Protocol
 
 from leeway.data.stream import BudgetStop
 from leeway.evals.eval import Eval, Work
@@ -18,22 +19,59 @@ from leeway.training.loop import Step
 from leeway.training.trajectory import Trajectory
 
 Kind = Literal["train"] | Work
-OnProgress = Callable[[Kind, float, str], None]  # kind of work, units done, what
-Event = tuple[Kind, float, float, str]  # kind of work, units done, seconds, what
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One optimiser step of a trajectory; as text, a line of a log."""
+
+    trajectory: str
+    step: int
+    stop: int  # the step of the next checkpoint
+    steps: int  # of the whole trajectory
+    budget: int  # of the next checkpoint
+    loss: float  # nats
+    speed: float  # processed tokens per second
+
+    def __str__(self) -> str:
+        what = f"{self.trajectory} step {self.step}/{self.stop} to {self.budget:,} tokens | loss {self.loss:.4f}"
+        return f"{what} | {self.speed:,.0f} tok/s"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How many answers of an eval a checkpoint has given; as text, a line of a log."""
+
+    target: str
+    eval: str
+    answered: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.target} | {self.eval} {self.answered}/{self.total}"
+
+
+Update = TrainingStep | Answers | str
+OnProgress = Callable[[Kind, float, Update], None]  # kind of work, units done, what
+Event = tuple[Kind, float, float, Update]  # kind of work, units done, seconds, what
 
 PRIOR = {"train": 1e-4, "generate": 6e-3, "score": 1e-3}  # seconds per unit before anything is measured
+
+
+def trajectory_name(alias: str, seed: int) -> str:
+    return f"{alias} s{seed}"
 
 
 def of_training(
     on_progress: OnProgress, trajectory: Trajectory, stop: BudgetStop
 ) -> tuple[Callable[[Step], None], Callable[[int, int], None]]:
     """Return callbacks that report optimiser steps on the way to `stop`, and tokens of the precomputed reference."""
-    name = f"{trajectory.alias} s{trajectory.seed}"
+    name = trajectory_name(trajectory.alias, trajectory.seed)
 
     def on_step(step: Step) -> None:
-        what = f"{name} step {step.step}/{stop.step} to {stop.budget:,} tokens | loss {step.loss:.4f}"
-        speed = f"{step.processed_tokens / step.seconds:,.0f} tok/s"
-        on_progress("train", step.processed_tokens + step.reference_tokens / 2, f"{what} | {speed}")
+        units, speed = step.processed_tokens + step.reference_tokens / 2, step.processed_tokens / step.seconds
+        where = (step.step, stop.step, len(trajectory.schedule.steps), stop.budget)
+        on_progress("train", units, TrainingStep(name, *where, step.loss, speed))
 
     def on_reference(done: int, total: int) -> None:
         on_progress("train", 0.0, f"{name} precomputing its reference | {done:,}/{total:,} tokens")
@@ -48,7 +86,7 @@ def on_answers(on_progress: OnProgress, target: str, e: Eval) -> Callable[[int],
     def report(n: int) -> None:
         nonlocal answered
         answered += n
-        on_progress(work, n, f"{target} | {e.key} {answered}/{total}")
+        on_progress(work, n, Answers(target, e.key, answered, total))
 
     return report
 
@@ -83,54 +121,113 @@ class Clock:
         return spent / (spent + eta) if spent + eta else 1.0
 
 
+class View(Protocol):
+    """Shows a run on a screen: rows that are redrawn, and lines above them."""
+
+    def start(self, rows: Sequence[Row]) -> None: ...
+
+    def update(self, event: Event, clock: Clock, workers: int) -> None: ...
+
+    def log(self, line: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Row:
+    """A trajectory's row: where it is, and since when it has trained here."""
+
+    name: str
+    steps: int
+    budget: int  # the last
+    step: int = 0  # done, of an earlier run as well
+    last: TrainingStep | None = None
+    seconds: float = 0.0  # of training in this run
+    began_at: int = 0  # step
+
+    def train(self, at: TrainingStep, seconds: float) -> None:
+        if self.last is None or at.step <= self.last.step:  # the first, or a learning-rate sweep has ended
+            self.began_at, self.seconds = at.step - 1, 0.0
+        self.step, self.last, self.seconds = at.step, at, self.seconds + seconds
+
+    @property
+    def steps_in_all(self) -> int:
+        return self.last.steps if self.last else self.steps
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.steps_in_all
+
+    def eta(self) -> float | None:
+        """Return the seconds of training that are left; None before the first step."""
+        if self.last is None:
+            return None
+        return self.seconds / (self.step - self.began_at) * (self.steps_in_all - self.step)
+
+
+class Lines:
+    """One plain line per step or batch, for logs."""
+
+    def start(self, rows: Sequence[Row]) -> None:
+        """Print nothing: each line names its trajectory."""
+
+    def update(self, event: Event, clock: Clock, workers: int) -> None:
+        share, eta = 100 * clock.fraction_done(), duration(clock.eta() / workers)
+        self.log(f"{event[3]} | {share:.0f}% | ETA {eta}")
+
+    def log(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Print nothing."""
+
+
 class Reporter:
-    """Prints a run's progress to stderr."""
+    """Prints a run's progress: rows on a terminal or in a notebook, plain lines in a log, nothing when quiet."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.clock = Clock()
         self.workers = 1
-        self._quiet = quiet
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        if not quiet and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.fields[what]}", markup=False),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[eta]}"),
-                console=Console(stderr=True),
-            )
+        self.rows: list[Row] = []
+        self._view: View | None = None if quiet else choose_view()
 
     def __enter__(self) -> Reporter:
-        if self._bar:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=1.0, what="starting", eta="")
+        if self._view:
+            self._view.start(self.rows)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._view:
+            self._view.stop()
 
     def on_event(self, event: Event) -> None:
-        """Count an event of a worker and print it with the new ETA."""
+        """Count an event of a worker and show it with the new ETA."""
         kind, units, seconds, what = event
         self.clock.spend(kind, units, seconds)
-        if self._quiet:
-            return
-        eta = f"ETA {duration(self.clock.eta() / self.workers)}"
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=self.clock.fraction_done(), what=what, eta=eta)
-        else:
-            print(f"{what} | {100 * self.clock.fraction_done():.0f}% | {eta}", file=sys.stderr, flush=True)
+        if isinstance(what, TrainingStep):
+            for row in (r for r in self.rows if r.name == what.trajectory):
+                row.train(what, seconds)
+        if self._view:
+            self._view.update(event, self.clock, self.workers)
 
     def log(self, line: str) -> None:
-        if self._quiet:
-            return
-        if self._bar:
-            self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        if self._view:
+            self._view.log(line)
+
+    def summarise(self, folder: Path) -> None:
+        """Show the table of arms and the finding of a finished run."""
+        if self._view:
+            from leeway.report.arms import arms_of
+            from leeway.study.screen import show_arms
+
+            show_arms(arms_of(folder))
+
+
+def choose_view() -> View:
+    """Return the view for where this process runs: a notebook, a terminal, or a log."""
+    from leeway.study import screen
+
+    return screen.notebook() or screen.terminal() or Lines()
 
 
 def duration(seconds: float) -> str:

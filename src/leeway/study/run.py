@@ -7,35 +7,37 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
 from leeway.data.ledger import check_matched
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, all_faults
 from leeway.io import remove_partial
 from leeway.model.reference import ReferenceCache
+from leeway.plan.plan import Plan, model_shape, plan
 from leeway.report.results import Results
 from leeway.study import sequential_eval
 from leeway.study.controls import RATE_ZERO
-from leeway.study.executors.local import Executor, LocalExecutor, requires_single_worker
+from leeway.study.executors.local import Executor, LocalExecutor, requires_single_worker, workers_for
 from leeway.study.jobs import Job, compliant_count, control_jobs, eval_targets, jobs_of, relative_cost, schedule_of
-from leeway.study.load import load
+from leeway.study.load import load, parse
 from leeway.study.manifest import check_unchanged, matching
-from leeway.study.prepare import PairSampling, Prepared, prepare
-from leeway.study.progress import Reporter
+from leeway.study.preflight import SPARE_DISK, on_cpu, prepare_checked, resource_faults, service_faults
+from leeway.study.prepare import PairSampling, Prepared, notes_on_budgets
+from leeway.study.progress import Reporter, Row, trajectory_name
 from leeway.study.run_dir import MARK, RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker
 from leeway.training import checkpoints
 from leeway.training.distributed import check
 from leeway.training.trajectory import read_choice
-
-NEEDED_DISK = 64 << 20  # bytes
+from leeway.yaml_config import dump
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,21 @@ class Study:
     def load(cls, path: str | Path, *overrides: str) -> Study:
         """Load a file or preset with `key=value` overrides; raises LeewayError with all faults at once."""
         return cls(load(str(path), overrides))
+
+    @classmethod
+    def from_dict(cls, study: Mapping[str, Any], *overrides: str) -> Study:
+        """Check a study given as a mapping like a study file's; its paths are relative to the current directory."""
+        return cls(parse(dump(dict(study)), "study", overrides))
+
+    def plan(self, **settings: Any) -> Plan:
+        """Estimate tokens, hours, memory and disk, as `leeway plan` does; `settings` are those of `plan.plan.plan`."""
+        return plan(self.spec, **settings)
+
+    def _repr_html_(self) -> str:
+        """Show the study file in a notebook, every default written out."""
+        return (
+            f"<details open><summary>study {self.spec.name}</summary><pre>{escape(self.spec.to_yaml())}</pre></details>"
+        )
 
     def run(
         self,
@@ -80,15 +97,20 @@ def run(
         check(spec.processes, spec.device)
     store = RunDir(out)
     with store.claimed(spec.hash, spec.to_yaml()), _executor(executor, workers, reporter) as chosen:
-        if (free := shutil.disk_usage(out).free) < NEEDED_DISK:
-            what = f"{out}: no disk space ({free >> 20} MiB left, {NEEDED_DISK >> 20} MiB needed)"
+        if (free := shutil.disk_usage(out).free) < SPARE_DISK:
+            what = f"{out}: no disk space ({free >> 20} MiB left, {SPARE_DISK >> 20} MiB needed)"
             raise LeewayError(what, fix="free some, or give another --out")
         store.cache.acquire(out)
         for line in spec.resolved_defaults:
             reporter.log(f"{spec.name}: auto: {line}")
         reporter.log(f"{spec.name}: reading the data")
         sampling = PairSampling(store.cache, True, _on_sampled(spec, reporter))
-        worker = Worker(prepare(spec, sampling), store)
+        complete = store.rows_path.is_file()  # what is left of a finished run needs no service, or fails as it did
+        found = [] if complete else service_faults(spec, local=executor == "local")
+        worker = Worker(prepare_checked(spec, sampling, found), store)
+        _check_resources(worker, workers if executor == "local" else 1)
+        for line in notes_on_budgets(worker.prepared):
+            reporter.log(f"{spec.name}: note: {line}")
         manifest = store.read_manifest()
         if manifest:
             check_unchanged(worker.prepared, manifest, out)
@@ -96,6 +118,17 @@ def run(
             manifest = chosen.manifest(worker, command)
             store.write_manifest(manifest)
         return run_prepared(worker, manifest, chosen, reporter)
+
+
+def _check_resources(worker: Worker, workers: int | None) -> None:
+    """Raise LeewayError where the checkpoints to come do not fit on the disk, or the weights in memory."""
+    spec, jobs = worker.prepared.spec, [job for job in jobs_of(worker.prepared) if job.kind == "train"]
+    missing = sum(not worker.has_checkpoint((job.alias, job.seed, b)) for job in jobs for b in job.budgets)
+    if not missing:
+        return
+    size, n = model_shape(spec, cpu=on_cpu(spec)), workers_for(spec, len(jobs), workers)
+    if faults := resource_faults(spec, size, worker.store.folder, missing, n):
+        raise all_faults("" if len(faults) == 1 else spec.name, faults)
 
 
 def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, reporter: Reporter) -> Path:
@@ -107,6 +140,7 @@ def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, r
     _count_work(worker, [*jobs, *controls], reporter)
     left = [job for job in [*jobs, *controls] if not worker.is_complete(job)]
     reporter.workers = executor.workers(prepared, len(left)) if left else 1
+    reporter.rows = [_row(worker, job) for job in [*jobs, *controls] if job.kind == "train"]
     with reporter:
         complete = (job for job in jobs if job not in left)
         lines = [line for job in complete for line in worker.ledger_lines(job, checkpoints.verified_ledger)]
@@ -123,7 +157,16 @@ def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, r
         reporter.log(f"{judged}: {n:,} answers have changed since it scored them; run `leeway rescore` again")
     store.finish()
     reporter.log(f"{rows:,} rows; drawing the report")
-    return build(store.folder)
+    page = build(store.folder)
+    reporter.summarise(store.folder)
+    return page
+
+
+def _row(worker: Worker, job: Job) -> Row:
+    """Return a trajectory's progress row, with the steps of an earlier run."""
+    stops = schedule_of(worker.prepared, job).stops
+    done = [s.step for s in stops if worker.has_checkpoint((job.alias, job.seed, s.budget))]
+    return Row(trajectory_name(job.alias, job.seed), stops[-1].step, stops[-1].budget, max(done, default=0))
 
 
 def _write_rows(worker: Worker, jobs: list[Job], manifest: dict[str, Any]) -> int:

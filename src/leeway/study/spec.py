@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, StrictInt, field_validator, model_validator
 
@@ -187,6 +187,25 @@ def _rising(budgets: tuple[int, ...]) -> tuple[int, ...]:
 
 class Spec(ConfigModel):
     """A whole study."""
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("data", "dataset", "datasets", "train_file", "train_data", "dataset_name"), "task"),
+        **dict.fromkeys(("base", "base_model", "model_name", "model_name_or_path"), "model"),
+        **dict.fromkeys(("learning_rate", "learning-rate"), "optim.lr"),
+        **dict.fromkeys(("batch_size", "per_device_train_batch_size", "train_batch_size"), "optim.batch"),
+        **dict.fromkeys(("warmup", "num_warmup_steps"), "optim.warmup_steps"),
+        **dict.fromkeys(("optimizer", "optimiser", "training"), "optim"),
+        **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "optim.schedule"),
+        **dict.fromkeys(("max_grad_norm", "grad_clip", "gradient_clipping"), "optim.clip"),
+        **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_steps", "tokens", "train_tokens"), "budgets"),
+        **dict.fromkeys(("lora", "peft"), "adapter"),
+        **dict.fromkeys(("rank", "lora_r", "lora_rank"), "adapter.r"),
+        "lora_alpha": "adapter.alpha",
+        "lora_dropout": "adapter.dropout",
+        "target_modules": "adapter.targets",
+        **dict.fromkeys(("loss", "losses", "method", "methods"), "objectives"),
+        **dict.fromkeys(("eval", "evaluation", "benchmarks"), "evals"),
+    }
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str

@@ -21,7 +21,7 @@ from leeway.io import open_lock
 from leeway.study.jobs import Checkpoint, Job
 from leeway.study.manifest import manifest
 from leeway.study.prepare import PairSampling, Prepared, prepare
-from leeway.study.progress import Event, Kind, OnProgress
+from leeway.study.progress import Event, Kind, OnProgress, Update
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker
@@ -105,7 +105,7 @@ def timed(on_event: OnEvent) -> OnProgress:
     """Return a progress callback that adds the seconds since the last event."""
     last = time.perf_counter()
 
-    def on_progress(kind: Kind, units: float, what: str) -> None:
+    def on_progress(kind: Kind, units: float, what: Update) -> None:
         nonlocal last
         now = time.perf_counter()
         on_event((kind, units, now - last, what))

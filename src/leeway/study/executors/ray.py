@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from leeway.cache import ENVIRONMENT, shared_root
-from leeway.errors import LeewayError, first_line
+from leeway.errors import LeewayError, all_faults, first_line
 from leeway.hashing import digest
 from leeway.plan.plan import memory_of_a_worker
 from leeway.study.executors.local import OnEvent, ready, requires_single_worker, timed
 from leeway.study.jobs import Job
 from leeway.study.manifest import PACKAGES, manifest
+from leeway.study.preflight import service_faults
 from leeway.study.prepare import PairSampling, Prepared, prepare
 from leeway.study.progress import Event
 from leeway.study.run_dir import RunDir
@@ -64,8 +65,10 @@ class RayWorker:
                     raise LeewayError(what, fix="install the same versions on every node")
             self._resources.enter_context(_shared_lock(folder, token))
             scratch = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="leeway-"))
-            store = RunDir(folder)
-            prepared = prepare(Spec.model_validate(raw_spec), PairSampling(store.cache))
+            store, spec = RunDir(folder), Spec.model_validate(raw_spec)
+            if faults := [] if store.rows_path.is_file() else service_faults(spec):
+                return all_faults(platform.node(), faults)
+            prepared = prepare(spec, PairSampling(store.cache))
             self._worker = Worker(prepared, store, timed(self._events.append), Path(scratch))
         except LeewayError as error:
             return error
