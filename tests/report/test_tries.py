@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from leeway.report import tries
+from leeway.report import charts, tries
 from leeway.report.plotting import series_of, style
 
 
@@ -28,15 +28,16 @@ def test_the_base_and_the_last_budget_are_shown_by_the_first_judge() -> None:
     assert (own["axis"] == "jailbreak").all()
 
 
-def test_every_point_of_the_figure_is_described() -> None:
+def test_every_point_of_the_chart_is_described() -> None:
     lines = series_of(TABLE, ["sft", "dpo"])
     with style():
-        drawing = tries.figure(TABLE, lines)
-    assert drawing is not None
-    labels = [m["data-label"] for m in drawing.marks.values() if "data-label" in m]
+        assert tries.figure(TABLE, lines) is not None
+    chart = charts.tries(tries.shown(TABLE), lines)
+    assert chart is not None
+    labels = [d["text"] for d in chart.spec["data"]["values"]]
     assert len(labels) == 3 * 3 * 2  # three lines, three panels, two k
-    assert "SFT at 4k tokens, k = 5: 54.0% (95% CI 44.0% to 64.0%), 30 prompts" in labels
-    assert "base, k = 1: 10.0% (95% CI 0.0% to 20.0%), 30 prompts" in labels
+    assert "SFT at 4k tokens, DAN, k = 5: 54.0% (95% CI 44.0% to 64.0%), 30 prompts" in labels
+    assert "base, DAN, k = 1: 10.0% (95% CI 0.0% to 20.0%), 30 prompts" in labels
 
 
 def test_there_is_no_figure_without_a_rate() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -20,7 +19,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from leeway.report import formatting, plotting
 from leeway.report.formatting import TOKENS, BudgetUnit
-from leeway.report.plotting import INK, PERCENT, Drawing, Marks, Series, finish, grid, marker, panel_title
+from leeway.report.plotting import INK, PERCENT, Drawing, Series, finish, grid, marker, panel_title
 from leeway.report.verdict import LEVEL, headline
 from leeway.stats.intervals import Floats
 from leeway.stats.learning import LABELS
@@ -32,7 +31,6 @@ FONT_SIZE = 7.5  # points, of labels inside panels
 PANEL_GAP = 0.71  # inches
 STEPS = 10  # of the training loss's running mean
 BASE_BUDGET = -1  # position of the base; a budget of 0 is a checkpoint with an unknown number of tokens
-Show = Callable[[float, float, float], str]  # value, low, high -> text
 HEAT = LinearSegmentedColormap.from_list("leeway", ["#fdf6ee", "#f7c58b", "#e6842a", "#a83c00", "#5c1d00"])
 EDGE = "#6b6b6b"
 FILLS = {
@@ -49,15 +47,12 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
     if wide is None or not lines:
         return None
     figure, panels = grid(len(lines), height=2.35, top=0.12)
-    marks = Marks()
     for ax, own in zip(panels, lines, strict=True):
-        marks.add(ax, own)
         for other in lines:
             path = other.with_base(wide)
             if other is not own:
-                (grey,) = ax.plot(path["x"], path["y"], color=plotting.GHOST, linewidth=1, zorder=1)
-                marks.add(grey, other)
-        _trajectory(ax, own, own.with_base(wide), marks, unit)
+                ax.plot(path["x"], path["y"], color=plotting.GHOST, linewidth=1, zorder=1)
+        _trajectory(ax, own, own.with_base(wide))
         panel_title(ax, own)
     _axis_labels(figure, "Capability: accuracy (higher is better)", "ASR (lower is better)")
     for ax in panels:
@@ -74,28 +69,20 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
         "labelled; other objectives in grey. Crosses: 95% CIs. Lower right is better.",
         f"Scatter plots of accuracy against attack success rate for {formatting.join_and([s.label for s in lines])}, "
         "one panel each, with one point per budget.",
-        marks,
     )
 
 
-def _trajectory(ax: Axes, own: Series, path: pd.DataFrame, marks: Marks, unit: BudgetUnit) -> None:
+def _trajectory(ax: Axes, own: Series, path: pd.DataFrame) -> None:
     """Plot one trajectory: the base as a star, intervals as crosses."""
     ax.plot(path["x"], path["y"], color=own.colour, zorder=3)
     for point in path.to_dict("records"):
-        is_base, budget = point["objective"] == BASE, int(point["budget"])
+        is_base = point["objective"] == BASE
         cross: dict[str, Any] = {"color": INK if is_base else own.colour, "alpha": 0.45, "linewidth": 1, "zorder": 2}
-        keys: dict[str, Any] = {} if is_base else {"line": own, "budget": budget}
         across = ([point["x_low"], point["x_high"]], [point["y"]] * 2)
         for x, y in (across, ([point["x"]] * 2, [point["y_low"], point["y_high"]])):
-            (arm,) = ax.plot(x, y, **cross)
-            marks.add(arm, **keys)
+            ax.plot(x, y, **cross)
         look: dict[str, Any] = {"marker": "*", "markersize": 10, "color": INK, "zorder": 5}
-        (dot,) = ax.plot(point["x"], point["y"], linestyle="", **(look if is_base else marker(own) | {"zorder": 4}))
-        name = formatting.objective_name(str(point["objective"]), own.condition)
-        label = f"{name}{'' if is_base else ' ' + unit.at(budget)}: "
-        label += f"accuracy {formatting.percent_ci(point['x'], point['x_low'], point['x_high'])}, "
-        label += f"ASR {formatting.percent_ci(point['y'], point['y_low'], point['y_high'])}"
-        marks.add(dot, **keys, label=label)
+        ax.plot(point["x"], point["y"], linestyle="", **(look if is_base else marker(own) | {"zorder": 4}))
 
 
 def by_budget(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -> Drawing | None:
@@ -109,12 +96,11 @@ def by_budget(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKEN
     figure = Figure(figsize=(plotting.WIDTH, total))
     panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
     figure.subplots_adjust(left=0.075, right=0.84, top=1 - 0.3 / total, bottom=0.48 / total, hspace=PANEL_GAP / tall)
-    marks = Marks()
     for ax, measure in zip(panels, names, strict=True):
         table = primary[primary["measure"] == measure]
-        _by_budget_panel(ax, table, lines, marks, unit=unit)
+        _by_budget_panel(ax, table, lines, unit=unit)
         ax.set_title(str(table["label"].iloc[0]))
-        _label_lines(ax, table, lines, marks)
+        _label_lines(ax, table, lines)
         ax.yaxis.set_major_formatter(PERCENT)
     panels[-1].set_xlabel(f"{unit.axis} (logarithmic)")
     return finish(
@@ -124,7 +110,6 @@ def by_budget(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKEN
         "Bars: 95% CIs, offset horizontally for legibility. Dashed black line: base with the plain prompt. Dotted line "
         "in an objective’s colour: base with that objective’s test-time prompt, with which it is compared.",
         f"Line charts of {formatting.join_and([str(n) for n in names])} by training budget, one line per objective.",
-        marks,
     )
 
 
@@ -135,9 +120,8 @@ def traits(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) 
     if not names or not lines:
         return None
     figure, panels = grid(len(names), height=2.5, top=0.32 + 0.2 * (len(lines) > 6))
-    marks = Marks()
     for ax, measure in zip(panels, names, strict=True):
-        _by_budget_panel(ax, table[table["measure"] == measure], lines, marks, unit=unit)
+        _by_budget_panel(ax, table[table["measure"] == measure], lines, unit=unit)
         ax.set_title(measure.split(":", 1)[1].replace("-", " ").capitalize())
         ax.yaxis.set_major_formatter(PERCENT)
         ax.tick_params(axis="x", labelsize=7)
@@ -150,7 +134,6 @@ def traits(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) 
         "Endorsement is P(matching answer) / (P(Yes) + P(No)), averaged over statements. Bars: 95% CIs by cluster "
         "bootstrap. A model that always answers Yes scores 50%; the table separates Yes-keyed and No-keyed statements.",
         "Line charts of endorsement by budget, one panel per trait, one line per objective.",
-        marks,
     )
 
 
@@ -161,15 +144,11 @@ def learning(measured: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOK
     if not shown or not lines:
         return None
     figure, panels = grid(len(shown), columns=2, height=2.2, top=0.32 + 0.2 * (len(lines) > 6), share=False)
-    marks = Marks()
     for ax, measure in zip(panels, shown, strict=True):
-        show = formatting.percent_ci if measure in ("preference", "weight-change") else formatting.nats_ci
         own = table[table["measure"] == measure]
-        _by_budget_panel(
-            ax, own, lines, marks, unit=unit, show=show, bottom=None if measure in ("nll", "margin") else 0
-        )
+        _by_budget_panel(ax, own, lines, unit=unit, bottom=None if measure in ("nll", "margin") else 0)
         ax.set_title(LABELS[measure])
-        if show is formatting.percent_ci:
+        if measure in ("preference", "weight-change"):
             ax.yaxis.set_major_formatter(PERCENT)
     _axis_labels(figure, unit.axis, "")
     _legend(figure, lines)
@@ -181,7 +160,6 @@ def learning(measured: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOK
         "log-probability per token; KL(checkpoint ‖ base) of the next token along reference answers. Bars: 95% CIs "
         "over examples. Dashed black line: base with the plain prompt.",
         f"Line charts of {formatting.join_and([LABELS[m] for m in shown])} by training budget, one line per objective.",
-        marks,
     )
 
 
@@ -191,14 +169,11 @@ def loss(losses: pd.DataFrame, lines: list[Series]) -> Drawing | None:
         return None
     firsts = list({s.objective: s for s in lines}.values())
     figure, panels = grid(len(firsts), height=1.75, top=0.12, share=False)
-    marks = Marks()
     for ax, series in zip(panels, firsts, strict=True):
         own = losses[losses["objective"] == series.objective].groupby("step")["loss"].mean()
         ax.plot(own.index, own, color=plotting.GHOST, linewidth=0.8)
         smooth = own.rolling(STEPS, min_periods=1).mean()
-        (line,) = ax.plot(smooth.index, smooth, color=series.colour)
-        name = formatting.objective_name(series.objective)
-        marks.add(line, series, label=f"{name}: loss {smooth.iloc[0]:.3f} at first, {smooth.iloc[-1]:.3f} at last")
+        ax.plot(smooth.index, smooth, color=series.colour)
         panel_title(ax, replace(series, condition=PLAIN))
     _axis_labels(figure, "Optimiser step", "Training loss, nats")
     about = (
@@ -206,7 +181,7 @@ def loss(losses: pd.DataFrame, lines: list[Series]) -> Drawing | None:
     )
     about += "quantities: compare shapes, not heights."
     alt = "Line charts of the training loss by optimiser step, one panel per objective."
-    return finish(figure, "loss", "Training loss", about, alt, marks)
+    return finish(figure, "loss", "Training loss", about, alt)
 
 
 def _legend(figure: Figure, lines: list[Series]) -> None:
@@ -219,10 +194,8 @@ def _by_budget_panel(
     ax: Axes,
     table: pd.DataFrame,
     lines: list[Series],
-    marks: Marks,
     *,
     unit: BudgetUnit = TOKENS,
-    show: Show = formatting.percent_ci,
     bottom: float | None = 0,
 ) -> None:
     """Plot all objectives by budget in one panel, offset within a budget, with the base as horizontal lines."""
@@ -230,44 +203,29 @@ def _by_budget_panel(
     place = {b: math.log2(max(b, 1)) for b in budgets}  # an unknown budget (0) comes first
     gap = min(np.diff(sorted(place.values())), default=1.0) if len(place) > 1 else 1.0
     width = 0.55 * float(gap)
-    _base_lines(ax, table, lines, marks, show)
+    _base_lines(ax, table, lines)
     for n, series in enumerate(lines):
         own = series.of(table)
         own = own[own["rate"].notna()]
         x = np.array([place[int(b)] for b in own["budget"]]) + width * ((n + 0.5) / len(lines) - 0.5)
-        (line,) = ax.plot(x, own["rate"], color=series.colour, zorder=3, linewidth=1.3)
-        marks.add(line, series)
+        ax.plot(x, own["rate"], color=series.colour, zorder=3, linewidth=1.3)
         for at, point in zip(x, own.to_dict("records"), strict=True):
-            _point(ax, float(at), point, series, marks, unit, show)
+            ax.vlines(at, point["low"], point["high"], color=series.colour, linewidth=1, alpha=0.55, zorder=2)
+            ax.plot(at, point["rate"], linestyle="", zorder=3, **marker(series, small=True))
     ax.set_xticks(list(place.values()), [unit.tick(b) for b in budgets])
     ax.set_xlim(min(place.values(), default=0) - 0.55 * gap, max(place.values(), default=1) + 0.55 * gap)
     ax.set_ylim(bottom=bottom)
     ax.grid(axis="x", visible=False)
 
 
-def _point(
-    ax: Axes, x: float, point: dict[Any, Any], series: Series, marks: Marks, unit: BudgetUnit, show: Show
-) -> None:
-    budget, (rate, low, high) = int(point["budget"]), (point[k] for k in ("rate", "low", "high"))
-    bar = ax.vlines(x, low, high, color=series.colour, linewidth=1, alpha=0.55, zorder=2)
-    marks.add(bar, series, budget=budget)
-    (dot,) = ax.plot(x, rate, linestyle="", zorder=3, **marker(series, small=True))
-    n = f", n {point['n']:,}" if point["n"] else ""
-    text = f"{point['label']} {show(rate, low, high)}{n}"
-    marks.add(dot, series, budget=budget, label=f"{series.label} {unit.at(budget)}: {text}")
-
-
-def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks, show: Show) -> None:
+def _base_lines(ax: Axes, table: pd.DataFrame, lines: list[Series]) -> None:
     base = table[table["objective"] == BASE].dropna(subset="rate").drop_duplicates("condition", keep="last")
     for line in base.to_dict("records"):
         owner = next((s for s in lines if s.condition == line["condition"]), None)
-        label = f"{formatting.objective_name(BASE, line['condition'])}: {line['label']} "
-        label += show(line["rate"], line["low"], line["high"])
         if line["condition"] == PLAIN:
-            marks.add(ax.axhline(line["rate"], linewidth=1.1, zorder=1, color=INK, dashes=(5, 3)), label=label)
+            ax.axhline(line["rate"], linewidth=1.1, zorder=1, color=INK, dashes=(5, 3))
         elif owner:
-            dotted = ax.axhline(line["rate"], linewidth=1.1, zorder=1, color=owner.colour, dashes=(1, 2))
-            marks.add(dotted, owner, label=label)
+            ax.axhline(line["rate"], linewidth=1.1, zorder=1, color=owner.colour, dashes=(1, 2))
 
 
 def _capability_and_asr(rates: pd.DataFrame) -> pd.DataFrame | None:
@@ -299,7 +257,7 @@ def _label_ends(ax: Axes, path: pd.DataFrame, unit: BudgetUnit) -> None:
         ax.annotate(unit.tick(int(end["budget"])), (end["x"], end["y"]), **side, **look)
 
 
-def _label_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Marks) -> None:
+def _label_lines(ax: Axes, table: pd.DataFrame, lines: list[Series]) -> None:
     """Label the lines at the right end, with their markers, without overlaps."""
     ends: list[tuple[float, str, Series | None]] = []
     for series in lines:
@@ -319,12 +277,10 @@ def _label_lines(ax: Axes, table: pd.DataFrame, lines: list[Series], marks: Mark
         arrow: dict[str, Any] = {"arrowstyle": "-", "color": line.colour if line else INK, "linewidth": 0.5}
         arrow |= {"shrinkA": 0, "shrinkB": 1, "relpos": (0, 0.5)}
         end: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
-        text = ax.annotate(label, (right, rate), xytext=(1.045, up), arrowprops=arrow, **end)
-        marks.add(text, line)
+        ax.annotate(label, (right, rate), xytext=(1.045, up), arrowprops=arrow, **end)
         if line:
             look = marker(line, small=True)
-            dot = ax.add_artist(Line2D([1.037], [up], transform=ax.transAxes, clip_on=False, linestyle="", **look))
-            marks.add(dot, line)
+            ax.add_artist(Line2D([1.037], [up], transform=ax.transAxes, clip_on=False, linestyle="", **look))
 
 
 def spread_labels(heights: list[float], gap: float, low: float, high: float) -> list[float]:
@@ -357,14 +313,14 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
     table = contrasts[headline(contrasts, contrasts) & (contrasts["budget"] == largest)]
     names = list(dict.fromkeys(table["measure"]))
     height = 0.27 * len(lines) + 1.25
-    figure, marks = Figure(figsize=(plotting.WIDTH, height)), Marks()
+    figure = Figure(figsize=(plotting.WIDTH, height))
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     figure.subplots_adjust(left=0.13, right=0.97, top=1 - 0.54 / height, bottom=0.72 / height, wspace=0.1)
     for ax, measure in zip(axes, names, strict=True):
         own = table[table["measure"] == measure]
         ax.axvline(0, color=INK, linewidth=0.9, zorder=1)
         for n, series in enumerate(lines):
-            _contrast(ax, series, series.of(own), len(lines) - 1 - n, marks)
+            _contrast(ax, series, series.of(own), len(lines) - 1 - n)
         ax.set_title(textwrap.fill(str(own["label"].iloc[0]), 84 // len(names)))
         if measure in LOG_ODDS:
             ax.xaxis.set_major_formatter(partial(_log_odds_tick, measure=measure))
@@ -387,7 +343,6 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
         "Holm’s correction in the family of one axis at one budget.",
         f"Forest plots of differences from the base {unit.at(largest)} by objective and measure; the table of "
         "contrasts has the numbers.",
-        marks,
     )
 
 
@@ -395,22 +350,15 @@ def _log_odds_tick(value: float, _: int | None, *, measure: str) -> str:
     return formatting.change(value, measure)
 
 
-def _contrast(ax: Axes, series: Series, line: pd.DataFrame, y: int, marks: Marks) -> None:
+def _contrast(ax: Axes, series: Series, line: pd.DataFrame, y: int) -> None:
     if line.empty or math.isnan(line["difference"].iloc[0]):
-        text = ax.text(0, y, " not available", va="center", fontsize=7.5, color=plotting.SOFT)
-        note = "" if line.empty else f": {line['note'].iloc[0]}"
-        marks.add(text, series, label=f"{series.label}: not available{note}")
+        ax.text(0, y, " not available", va="center", fontsize=7.5, color=plotting.SOFT)
         return
     found = line.iloc[0]
     significant = found["p_holm"] < LEVEL
-    (bar,) = ax.plot([found["low"], found["high"]], [y, y], color=series.colour, linewidth=1.6, zorder=2)
+    ax.plot([found["low"], found["high"]], [y, y], color=series.colour, linewidth=1.6, zorder=2)
     look: dict[str, Any] = {"color": series.colour, "markerfacecolor": series.colour if significant else "white"}
-    (dot,) = ax.plot(found["difference"], y, marker="o", markersize=6, zorder=3, **look)
-    difference, low, high = (formatting.change(found[k], found["measure"]) for k in ("difference", "low", "high"))
-    label = f"{series.label}, {found['label']}: {difference}{'' if found['measure'] in LOG_ODDS else ' points'} "
-    label += f"(95% CI {low} to {high}), p (Holm) {formatting.p_value(found['p_holm'])}"
-    marks.add(bar, series)
-    marks.add(dot, series, label=label)
+    ax.plot(found["difference"], y, marker="o", markersize=6, zorder=3, **look)
 
 
 def by_attack(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -> Drawing | None:
@@ -424,10 +372,9 @@ def by_attack(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKEN
     columns = 2 if len(budgets) > 7 else 3
     height = 0.25 * len(attacks) + 0.62
     figure, axes = grid(len(lines), columns=columns, height=height, top=0.1, left=0.13, bottom=0.3)
-    highest, marks = max(0.2, float(table["rate"].max())), Marks()
+    highest = max(0.2, float(table["rate"].max()))
     for ax, series in zip(axes, lines, strict=True):
-        marks.add(ax, series)
-        _heat(ax, series, table, attacks, highest, marks, unit)
+        _heat(ax, series, table, attacks, highest)
         ax.set_xticks(np.arange(len(budgets)) + 0.5, [_short(b, unit) for b in budgets], fontsize=7)
         ax.set_yticks(np.arange(len(attacks)) + 0.5, [formatting.attack_name(a) for a in attacks])
         panel_title(ax, series)
@@ -439,29 +386,22 @@ def by_attack(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKEN
         "direct requests without an attack. Dash: not measured, or too many unscored responses. Intervals: "
         "tables/rates.csv.",
         "Heat maps of attack success rate by attack and budget, one panel per objective, with numbers.",
-        marks,
     )
 
 
-def _heat(
-    ax: Axes, series: Series, table: pd.DataFrame, attacks: list[str], highest: float, marks: Marks, unit: BudgetUnit
-) -> None:
+def _heat(ax: Axes, series: Series, table: pd.DataFrame, attacks: list[str], highest: float) -> None:
     """Draw one panel, with rectangles: imshow would embed a bitmap, which the page's policy forbids."""
     budgets = _budgets(table)
     cells = {(str(c["attack"]), int(c["budget"])): c for c in series.with_base(table).to_dict("records")}
     for (i, attack), (j, budget) in product(enumerate(attacks), enumerate(budgets)):
         cell = cells.get((attack, budget))
         rate = float(cell["rate"]) if cell else math.nan
-        keys: dict[str, Any] = {"line": series, "budget": None if budget == BASE_BUDGET else budget, "attack": attack}
         if cell and not math.isnan(rate):
             colour = HEAT(rate / highest)
-            box = ax.add_patch(Rectangle((j, i), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.4))
-            asr = formatting.percent_ci(rate, cell["low"], cell["high"])
-            label = f"{_checkpoint(series, budget, unit)}, {formatting.attack_name(attack)}: ASR {asr}"
-            marks.add(box, **keys, label=label)
+            ax.add_patch(Rectangle((j, i), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.4))
         ink = _text_colour(HEAT(rate / highest)) if not math.isnan(rate) else INK
         text = "–" if math.isnan(rate) else f"{100 * rate:.0f}"
-        marks.add(ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7.5, color=ink), **keys)
+        ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7.5, color=ink)
     ax.set_xlim(0, len(budgets))
     ax.set_ylim(len(attacks), 0)
     ax.axvline(1, color="white", linewidth=4)
@@ -489,11 +429,9 @@ def outcomes(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
     budgets = _budgets(chosen)
     x = np.arange(len(budgets)) + 0.25 * (np.array(budgets) > BASE_BUDGET)
     figure, axes = grid(len(lines), height=1.9, top=0.28, bottom=0.3)
-    marks = Marks()
     for ax, series in zip(axes, lines, strict=True):
         own = series.with_base(chosen).set_index("budget").reindex(budgets)
-        marks.add(ax, series)
-        _stacked_bars(ax, x, own, series, marks, unit)
+        _stacked_bars(ax, x, own)
         ax.set_xticks(x, [_short(b, unit) for b in budgets], fontsize=7)
         panel_title(ax, series)
     handles = [
@@ -507,22 +445,17 @@ def outcomes(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
         "Shares of the responses with an outcome, averaged over attacks. Incoherent responses are shown separately: a "
         "model that only produces them has a low ASR.",
         "Stacked bars of refused, deflected, incoherent and harmful responses by budget, one panel per objective.",
-        marks,
     )
 
 
-def _stacked_bars(ax: Axes, x: Floats, own: pd.DataFrame, series: Series, marks: Marks, unit: BudgetUnit) -> None:
+def _stacked_bars(ax: Axes, x: Floats, own: pd.DataFrame) -> None:
     floor = np.zeros(len(x))
     for outcome in reversed(OUTCOMES):
         fill, hatch = FILLS[outcome]
         share = own[outcome].fillna(0).to_numpy(float)
         look: dict[str, Any] = {"color": fill, "hatch": hatch, "edgecolor": EDGE if hatch else fill, "linewidth": 0}
-        bars = ax.bar(x, share, 0.86, bottom=floor, **look)
+        ax.bar(x, share, 0.86, bottom=floor, **look)
         floor += share
-        for bar, budget, height in zip(bars, own.index, share, strict=True):
-            name = _checkpoint(series, budget, unit)
-            label = f"{name}: {formatting.percent(height)} of responses {outcome}" if height else ""
-            marks.add(bar, series, budget=None if budget == BASE_BUDGET else int(budget), label=label)
     for place in x[own[OUTCOMES].isna().all(axis=1).to_numpy()]:
         ax.text(place, 0.02, "–", ha="center", va="bottom", fontsize=7.5, color=INK)
     ax.set_ylim(0, 1)
@@ -540,9 +473,3 @@ def _budgets(table: pd.DataFrame) -> list[int]:
 
 def _short(budget: int, unit: BudgetUnit) -> str:
     return "base" if budget == BASE_BUDGET else unit.tick(budget)
-
-
-def _checkpoint(series: Series, budget: int, unit: BudgetUnit) -> str:
-    if budget == BASE_BUDGET:
-        return formatting.objective_name(BASE, series.condition)
-    return f"{series.label} {unit.at(int(budget))}"

@@ -1,4 +1,4 @@
-"""Shared parts of the figures: style, lines and their colours, marks with tooltips, rendering, inline SVG."""
+"""Shared parts of the figures: style, lines and their colours, rendering, inline SVG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -87,20 +86,6 @@ def order_objectives(objectives: list[str], study: dict[str, Any]) -> list[str]:
     return [o for o in order if o in objectives] + sorted(set(objectives) - set(order))
 
 
-class Marks(dict[str, dict[str, str]]):
-    """What the elements of a figure show, as data attributes by their id in its SVG."""
-
-    def add(
-        self, artist: Artist, line: Series | None = None, budget: int | None = None, attack: str = "", label: str = ""
-    ) -> None:
-        """Record an artist's line, budget and attack, for the page's filter, and its tooltip `label`."""
-        key = f"mark{len(self)}"
-        artist.set_gid(key)
-        shown = {"attack": attack, "budget": "" if budget is None else str(budget), "label": label}
-        shown["line"] = key_of(line.objective, line.condition) if line else ""
-        self[key] = {f"data-{name}": value for name, value in shown.items() if value}
-
-
 def key_of(objective: str, condition: str) -> str:
     """Return the filter key of a line; empty for the base, which no filter hides."""
     return "" if objective == BASE else f"{objective}|{condition}"
@@ -130,11 +115,10 @@ STYLE_ATTRIBUTE = re.compile(r' style="([^"]*)"')
 PAINT = re.compile(r'(?<= )(fill|stroke)="(#[0-9a-f]{6})"')
 
 
-def inline(svg: str, name: str, alt: str, marks: Marks) -> str:
+def inline(svg: str, name: str, alt: str) -> str:
     """Convert matplotlib's SVG for embedding in a page with a strict Content Security Policy.
 
-    Style declarations become attributes, colours become theme variables, marks get their data attributes, and the
-    figure gets `alt` as its title.
+    Style declarations become attributes, colours become theme variables, and the figure gets `alt` as its title.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r' xmlns(:xlink)?="[^"]*"', "", body).replace("xlink:href=", "href=")
@@ -142,7 +126,6 @@ def inline(svg: str, name: str, alt: str, marks: Marks) -> str:
     body = STYLE_ATTRIBUTE.sub(lambda m: _attributes(m.group(1)), body)
     body = PAINT.sub(lambda m: f'{m.group(1)}="{themed(m.group(2))}"', body)
     body = re.sub(r"\n\s*", " ", body).replace("> <", "><")
-    body = re.sub(rf'id="{re.escape(name)}-(mark\d+)"', lambda m: _with_data(m.group(1), m.group(0), marks), body)
     title = f'<title id="{name}-title">{html.escape(alt, quote=False)}</title>'
     opened = f'<svg role="img" aria-labelledby="{name}-title" stroke-linejoin="round" stroke-linecap="butt" '
     return re.sub(r"<svg ([^>]*)>", lambda m: f"{opened}{m.group(1)}>{title}", body, count=1)
@@ -166,13 +149,6 @@ def _attributes(declarations: str) -> str:
     """Return style declarations as attributes, without the font, which the page sets."""
     pairs = [[part.strip() for part in declaration.split(":", 1)] for declaration in declarations.split(";")]
     return "".join(f' {pair[0]}="{pair[-1]}"' for pair in pairs if pair[0] not in ("", "font-family"))
-
-
-def _with_data(key: str, attribute: str, marks: Marks) -> str:
-    if key not in marks:
-        return attribute
-    data = "".join(f' {k}="{html.escape(v)}"' for k, v in marks[key].items())
-    return attribute + (' class="mark"' if "data-label" in marks[key] else "") + data
 
 
 WIDTH = 8.0  # inches, drawn 960 CSS pixels wide: 8.5 pt text is 14 pixels
@@ -216,12 +192,11 @@ class Drawing:
     svg: str
     png: bytes
     pdf: bytes
-    marks: Marks
 
     @property
     def inline(self) -> str:
         """The SVG for embedding in an HTML page."""
-        return inline(self.svg, self.name, self.alt, self.marks)
+        return inline(self.svg, self.name, self.alt)
 
 
 @contextmanager
@@ -233,7 +208,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def finish(figure: Figure, name: str, title: str, caption: str, alt: str, marks: Marks | None = None) -> Drawing:
+def finish(figure: Figure, name: str, title: str, caption: str, alt: str) -> Drawing:
     """Render to SVG, PNG and PDF without dates or random ids, so that equal figures give equal bytes."""
     svg, png, pdf = io.BytesIO(), io.BytesIO(), io.BytesIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -241,7 +216,7 @@ def finish(figure: Figure, name: str, title: str, caption: str, alt: str, marks:
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
     figure.savefig(pdf, format="pdf", metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
     drawn = _unique_ids(svg.getvalue().decode("utf-8"), name)
-    return Drawing(name, title, caption, alt, drawn, png.getvalue(), pdf.getvalue(), marks or Marks())
+    return Drawing(name, title, caption, alt, drawn, png.getvalue(), pdf.getvalue())
 
 
 def points_axis(ax: Axes) -> None:

@@ -137,7 +137,7 @@ def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -
             figures.tradeoff(pooled, lines, unit),
             None if one_checkpoint else figures.by_budget(pooled, lines, unit),
             figures.by_attack(pooled, lines, unit),
-            tries.figure(made.get("asr-at-k"), lines, unit),
+            tries.figure(made.get("asr-at-k"), lines),
             figures.outcomes(made["outcomes"], lines, unit),
             figures.traits(pooled, lines, unit),
             figures.loss(results.training_steps(), lines),

@@ -8,8 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from leeway.report import formatting
-from leeway.report.formatting import TOKENS, BudgetUnit
-from leeway.report.plotting import INK, PERCENT, Drawing, Marks, Series, finish, grid, marker
+from leeway.report.plotting import INK, PERCENT, Drawing, Series, finish, grid, marker
 from leeway.stats.metrics import AT, BASE, PLAIN
 from leeway.stats.rates import ATTACKED
 
@@ -21,7 +20,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     return chosen
 
 
-def figure(table: pd.DataFrame | None, lines: list[Series], unit: BudgetUnit = TOKENS) -> Drawing | None:
+def figure(table: pd.DataFrame | None, lines: list[Series]) -> Drawing | None:
     """Plot success by k at the last budget: one panel per attack, one line per objective, the base dashed."""
     if table is None or table.empty:
         return None
@@ -31,12 +30,12 @@ def figure(table: pd.DataFrame | None, lines: list[Series], unit: BudgetUnit = T
     if not attacks:
         return None
     drawing, panels = grid(len(attacks), height=2.3, top=0.4)
-    marks, ks = Marks(), sorted(int(k) for k in own["k"].unique())
+    ks = sorted(int(k) for k in own["k"].unique())
     base = Series(BASE, PLAIN, INK, "*", filled=True)
     present = [s for s in [base, *lines] if not s.of(own).empty]
     for (ax, attack), (n, series) in product(zip(panels, attacks, strict=True), enumerate(present)):
         offset = 0.5 * ((n + 0.5) / len(present) - 0.5)
-        _line(ax, series.of(own[own["attack"] == attack]), series, ks, offset, marks, unit)
+        _line(ax, series.of(own[own["attack"] == attack]), series, ks, offset)
     for ax, attack in zip(panels, attacks, strict=True):
         ax.set_title("Mean over attacks" if attack == ATTACKED else formatting.attack_name(attack))
         ax.set_xticks(range(len(ks)), [f"{k:,}" for k in ks])
@@ -51,23 +50,13 @@ def figure(table: pd.DataFrame | None, lines: list[Series], unit: BudgetUnit = T
         "all answers to the prompt; the base (star) and the last budget. Bars: 95% CIs over prompts."
     )
     alt = "Line charts of the success in any of k tries, one panel per attack, one line per objective."
-    return finish(drawing, "asr-at-k", "Attack success in any of k tries", about, alt, marks)
+    return finish(drawing, "asr-at-k", "Attack success in any of k tries", about, alt)
 
 
-def _line(
-    ax: Axes, own: pd.DataFrame, series: Series, ks: list[int], offset: float, marks: Marks, unit: BudgetUnit
-) -> None:
+def _line(ax: Axes, own: pd.DataFrame, series: Series, ks: list[int], offset: float) -> None:
     own = own.sort_values("k")
     x = [ks.index(int(k)) + offset for k in own["k"]]
-    (path,) = ax.plot(x, own["rate"], color=series.colour, linewidth=1.2, zorder=2)
-    line = None if series.objective == BASE else series
-    marks.add(path, line)
+    ax.plot(x, own["rate"], color=series.colour, linewidth=1.2, zorder=2)
     for at, point in zip(x, own.to_dict("records"), strict=True):
-        bar = ax.vlines(at, point["low"], point["high"], color=series.colour, linewidth=1, alpha=0.55, zorder=2)
-        (dot,) = ax.plot(at, point["rate"], linestyle="", zorder=3, **marker(series, small=True))
-        budget = int(point["budget"]) if line else None
-        when = "" if budget is None else f" {unit.at(budget)}"
-        rate = formatting.percent_ci(point["rate"], point["low"], point["high"])
-        text = f"{series.label}{when}, k = {point['k']}: {rate}, {point['n_prompts']:,} prompts"
-        marks.add(bar, line, budget)
-        marks.add(dot, line, budget, label=text)
+        ax.vlines(at, point["low"], point["high"], color=series.colour, linewidth=1, alpha=0.55, zorder=2)
+        ax.plot(at, point["rate"], linestyle="", zorder=3, **marker(series, small=True))
