@@ -87,7 +87,7 @@ def _check_names(checkpoints: Seq[Checkpoint]) -> None:
     names = [c.name for c in checkpoints]
     if twice := [n for n, count in Counter(names).items() if count > 1]:
         what = f"compare: two checkpoints are named {twice[0]}"
-        raise LeewayError(what, fix=f"name them: base={checkpoints[0].name} tuned=…")
+        raise LeewayError(what, fix="name them: base=PATH tuned=PATH")
     if BASE in names[1:]:
         raise LeewayError(f"compare: {BASE} is the name of the first checkpoint", fix="give it first, or another name")
     tools = {c.tool: c.name for c in checkpoints}
