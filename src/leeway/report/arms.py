@@ -21,7 +21,7 @@ from leeway.report.finding import finding
 from leeway.report.formatting import BudgetUnit, capitalize_first, mapping
 from leeway.report.plotting import order_objectives
 from leeway.report.results import ReportError
-from leeway.report.verdict import KEYS, coverage, equivalent_cells, headline, state_of
+from leeway.report.verdict import coverage, equivalent_cells, headline, state_of
 from leeway.stats.metrics import BASE, LOG_ODDS
 from leeway.yaml_config import load as load_yaml
 
@@ -150,8 +150,6 @@ def _cell(contrast: dict[str, Any], better: dict[Any, str], small: set[Any], voi
     if contrast["difference"] != contrast["difference"]:
         return None
     state, measure = state_of(contrast, better, small, void), contrast["measure"]
-    if tuple(contrast[k] for k in KEYS) in small:  # a change that is shown, and shown to be small
-        state = "void" if (contrast["objective"], contrast["budget"]) in void else "equivalent"
     numbers = [contrast[k] for k in ("difference", "low", "high")]
     texts = [[formatting.change(n, measure, digits) for n in numbers] for digits in range(1, MAX_DIGITS + 1)]
     difference, low, high = next((t for t in texts if t[1] != t[2]), texts[0])  # an interval has two ends

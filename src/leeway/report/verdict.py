@@ -238,13 +238,17 @@ def equivalent_cells(equivalent: pd.DataFrame | None) -> set[tuple[Any, ...]]:
 def state_of(
     contrast: dict[Any, Any], better: dict[Any, str], small: set[tuple[Any, ...]], void: Collection[Arm]
 ) -> str:
-    """Return what a contrast shows: better, worse or changed (significant), equivalent, void or inconclusive."""
-    if contrast["p_holm"] < LEVEL:
-        good, way = better.get(contrast["measure"], ""), "higher" if contrast["difference"] > 0 else "lower"
-        return "changed" if not good else "better" if good == way else "worse"
-    if (contrast["objective"], contrast["budget"]) in void:
+    """Return what a contrast shows: equivalent, better, worse or changed (significant), void or inconclusive.
+
+    A change that is significant and shown to be within the margin is equivalent, unless the arm did not learn.
+    """
+    significant, small_change = contrast["p_holm"] < LEVEL, tuple(contrast[k] for k in KEYS) in small
+    if (contrast["objective"], contrast["budget"]) in void and (small_change or not significant):
         return "void"
-    return "equivalent" if tuple(contrast[k] for k in KEYS) in small else "inconclusive"
+    if small_change or not significant:
+        return "equivalent" if small_change else "inconclusive"
+    good, way = better.get(contrast["measure"], ""), "higher" if contrast["difference"] > 0 else "lower"
+    return "changed" if not good else "better" if good == way else "worse"
 
 
 def _change(
@@ -252,10 +256,9 @@ def _change(
 ) -> dict[str, str] | None:
     if contrast is None or contrast["difference"] != contrast["difference"]:
         return None
-    state, within = state_of(contrast, better, small, void), tuple(contrast[k] for k in KEYS) in small
+    state = state_of(contrast, better, small, void)
     difference, low, high = (formatting.change(contrast[k], contrast["measure"]) for k in ("difference", "low", "high"))
-    also = "within the margin" if within and state not in ("equivalent", "void") else ""
-    return {"state": state, "difference": difference, "range": f"{low} to {high}", "within": also}
+    return {"state": state, "difference": difference, "range": f"{low} to {high}"}
 
 
 def _advice(
