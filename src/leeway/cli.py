@@ -177,7 +177,22 @@ Executor = Annotated[
         show_default=False,
     ),
 ]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="NAME[.SETTING=VALUE]",
+        help="send the run to wandb, mlflow, tensorboard or trackio; may be repeated",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print only the final paths")]
+
+
+def _command() -> str:
+    """Return the command line for the manifest, without trackers."""
+    from leeway.integrations.trackers.tracker import without_trackers
+
+    return shlex.join(["leeway", *without_trackers(sys.argv[1:])])
 
 
 def _print_version(requested: bool) -> None:
@@ -196,9 +211,9 @@ def root(
 
 
 @app.command(epilog="Example: leeway demo --out runs/demo")
-def demo(out: Out = None, workers: Workers = None, quiet: Quiet = False) -> None:
+def demo(out: Out = None, workers: Workers = None, track: Track = None, quiet: Quiet = False) -> None:
     """Run the embedded study on a CPU, without any download."""
-    run("demo", None, out or Path("leeway-demo"), workers, "local", quiet)
+    run("demo", None, out or Path("leeway-demo"), workers, "local", track, quiet)
 
 
 @app.command(epilog="Example: leeway studies real-data > study.yaml")
@@ -272,6 +287,7 @@ def run(
     out: Out = None,
     workers: Workers = None,
     executor: Executor = "local",
+    track: Track = None,
     quiet: Quiet = False,
 ) -> None:
     """Run a study; the same command resumes it."""
@@ -280,8 +296,8 @@ def run(
     from leeway.study.run import run as run_study
 
     spec = load(study, tuple(overrides or ()))
-    command = shlex.join(["leeway", *sys.argv[1:]])
-    page = run_study(spec, out or Path("runs") / spec.name, Reporter(quiet=quiet), command, workers, executor)
+    reporter, into = Reporter(quiet=quiet), out or Path("runs") / spec.name
+    page = run_study(spec, into, reporter, _command(), workers, executor, track or ())
     typer.echo(str(page.resolve()))
 
 
@@ -302,6 +318,7 @@ def audit(
     own_template: Annotated[bool, typer.Option("--own-template", help="prompt each under its own template")] = False,
     other_base: Annotated[bool, typer.Option("--other-base", help="allow a base other than the adapter's")] = False,
     out: Out = None,
+    track: Track = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure a model that was trained elsewhere against its base; the same command resumes it."""
@@ -318,8 +335,8 @@ def audit(
     else:
         models = resolve_models(model, base, adapter, other_base=other_base)
     spec = check_audit(*models, study, settings, name=name, tokens=tokens, own_template=own_template)
-    command = shlex.join(["leeway", *sys.argv[1:]])
-    page = run_audit(spec, out or Path("runs") / f"audit-{spec.name}", Reporter(quiet=quiet), command)
+    into = out or Path("runs") / f"audit-{spec.name}"
+    page = run_audit(spec, into, Reporter(quiet=quiet), _command(), track or ())
     typer.echo(str(page.resolve()))
 
 
@@ -367,8 +384,8 @@ def rescore_run(
     """Judge the kept answers of a finished run again, without any model under test; rebuild the report."""
     from leeway.study.rescore import rescore
 
-    command = shlex.join(["leeway", *sys.argv[1:]])
-    results = rescore(directory, judge, *(settings or ()), name=name, evals=evals or (), quiet=quiet, command=command)
+    settings, evals = settings or [], evals or []
+    results = rescore(directory, judge, *settings, name=name, evals=evals, quiet=quiet, command=_command())
     typer.echo(str((results.folder / "report.html").resolve()))
 
 

@@ -30,6 +30,8 @@ from leeway.generation.backend import Backend, Choice, Conversation, Reply, Requ
 from leeway.generation.cache import CachedBackend
 from leeway.generation.openai_api import require_prefill
 from leeway.hashing import digest
+from leeway.integrations.trackers.process import Trackers
+from leeway.integrations.trackers.tracker import Choices, choose
 from leeway.model.load import load_chat, resolve, resolve_device, resolve_dtype
 from leeway.objectives.objective import PLAIN, Condition
 from leeway.study.build_evals import HelperModels, evals_of
@@ -148,8 +150,9 @@ def load_evals(evals: EvalsSource, overrides: Seq[str] = (), *, organism: bool =
     return spec
 
 
-def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str) -> Path:
+def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str, track: Choices = ()) -> Path:
     """Run an audit into `out`, resuming what is there; return the report's path."""
+    choices = choose(track)
     store, origins, spec = RunDir(out), dict[str, str](), audit_spec.spec
     reporter.log(f"audit of {audit_spec.name}: reading the data")
     evals = tuple(evals_of(spec, origins, HelperModels(store.cache, spec.device)))
@@ -162,7 +165,10 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str) -> P
         changed = f"{differs[0]} is {then.get(differs[0])} there, and {identity.get(differs[0])} here"
         what = f"{store.folder} holds another audit: {changed}"
         raise LeewayError(what, fix="give another --out, or repeat the command of that audit")
-    with store.claimed(digest("audit", identity), _as_yaml(audit_spec)):
+    with (
+        store.claimed(digest("audit", identity), _as_yaml(audit_spec)),
+        Trackers(choices, out, reporter.log) as trackers,
+    ):
         store.cache.acquire(out)
         external = {  # the checkpoint first, since it is the one that may not load
             audit_spec.name: ExternalCheckpoint(audit_spec.checkpoint, spec, templates, audit_spec.tokens),
@@ -173,7 +179,7 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str) -> P
         prepared = Prepared(spec, no_chat, 0, {}, nothing, {}, None, evals, 0, (), None, origins, external)
         manifest = store.read_manifest() or _manifest(audit_spec, evals, templates, identity, origins, command)
         store.write_manifest(manifest)
-        return run_prepared(Worker(prepared, store), manifest, LocalExecutor(1), reporter)
+        return run_prepared(Worker(prepared, store), manifest, LocalExecutor(1), reporter, trackers)
 
 
 def _check_prefill(audit_spec: AuditSpec, evals: Seq[Eval]) -> None:

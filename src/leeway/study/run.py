@@ -18,6 +18,8 @@ import pandas as pd
 
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError, all_faults
+from leeway.integrations.trackers.process import Trackers
+from leeway.integrations.trackers.tracker import Choices, choose
 from leeway.io import remove_partial
 from leeway.model.reference import ReferenceCache
 from leeway.plan.plan import Plan, model_shape, plan
@@ -73,13 +75,16 @@ class Study:
         quiet: bool = False,
         workers: int | None = 1,
         executor: Literal["local", "ray"] = "local",
+        track: Choices = (),
     ) -> Results:
         """Run into `out`, resuming what is there. Several workers or `processes` need a `__main__` guard.
+
+        `track` names trackers: `["tensorboard", {"mlflow": {"uri": "http://localhost:5000"}}]`.
 
         With `executor="ray"` the workers are those of a Ray cluster; `workers=None` is as many as it has room for.
         """
         command = f"Study.load({self.spec.name!r}).run({str(out)!r})"
-        run(self.spec, Path(out), Reporter(quiet=quiet), command, workers, executor)
+        run(self.spec, Path(out), Reporter(quiet=quiet), command, workers, executor, track)
         return Results.load(Path(out))
 
 
@@ -90,13 +95,19 @@ def run(
     command: str,
     workers: int | None = None,
     executor: Literal["local", "ray"] = "local",
+    track: Choices = (),
 ) -> Path:
     """Run `spec` into `out`, resuming what is there; return the report's path."""
+    choices = choose(track)
     requires_single_worker(spec, workers)  # refuse a bad number of workers before anything is written
     if executor == "local":
         check(spec.processes, spec.device)
     store = RunDir(out)
-    with store.claimed(spec.hash, spec.to_yaml()), _executor(executor, workers, reporter) as chosen:
+    with (
+        store.claimed(spec.hash, spec.to_yaml()),
+        Trackers(choices, out, reporter.log) as trackers,
+        _executor(executor, workers, reporter) as chosen,
+    ):
         if (free := shutil.disk_usage(out).free) < SPARE_DISK:
             what = f"{out}: no disk space ({free >> 20} MiB left, {SPARE_DISK >> 20} MiB needed)"
             raise LeewayError(what, fix="free some, or give another --out")
@@ -117,7 +128,7 @@ def run(
         else:
             manifest = chosen.manifest(worker, command)
             store.write_manifest(manifest)
-        return run_prepared(worker, manifest, chosen, reporter)
+        return run_prepared(worker, manifest, chosen, reporter, trackers)
 
 
 def _check_resources(worker: Worker, workers: int | None) -> None:
@@ -131,7 +142,9 @@ def _check_resources(worker: Worker, workers: int | None) -> None:
         raise all_faults("" if len(faults) == 1 else spec.name, faults)
 
 
-def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, reporter: Reporter) -> Path:
+def run_prepared(
+    worker: Worker, manifest: dict[str, Any], executor: Executor, reporter: Reporter, trackers: Trackers
+) -> Path:
     """Run all jobs that are not complete, write rows, ledger and report; return the report's path."""
     from leeway.report import build
 
@@ -139,6 +152,7 @@ def run_prepared(worker: Worker, manifest: dict[str, Any], executor: Executor, r
     jobs, controls = jobs_of(prepared), control_jobs(prepared)
     _count_work(worker, [*jobs, *controls], reporter)
     left = [job for job in [*jobs, *controls] if not worker.is_complete(job)]
+    trackers.start(worker, jobs)
     reporter.workers = executor.workers(prepared, len(left)) if left else 1
     reporter.rows = [_row(worker, job) for job in [*jobs, *controls] if job.kind == "train"]
     with reporter:

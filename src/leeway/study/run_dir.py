@@ -174,8 +174,9 @@ class RunDir:
     def _vacate(self, created: bool) -> None:
         """Remove what this run wrote if nothing in the folder is finished work; otherwise leave everything.
 
-        Only `study.yaml`, the manifest, locks, the lease, partial files and empty step logs are not work. They are
-        removed one by one; folders only if they are empty, and the run directory only if this process created it.
+        Only `study.yaml`, the manifest, locks, the lease, trackers' files, partial files and empty step logs are not
+        work. They are removed one by one; folders only if they are empty, and the run directory only if this process
+        created it.
         """
         paths = sorted(self.folder.rglob("*"), reverse=True)  # the content of a folder before the folder
         folders = [p for p in paths if p.is_dir() and not p.is_symlink()]
@@ -195,6 +196,7 @@ class RunDir:
         if path.is_symlink():
             return False
         own = path in (self.folder / "study.yaml", self.manifest_path) or path.parent == self.cache.root / LEASES
+        own |= path.is_relative_to(self.folder / "trackers")
         return own or path.name.startswith((*LOCKS, PARTIAL)) or (path.suffix == ".jsonl" and not path.stat().st_size)
 
     def _wait_for_workers(self, patience: float = 10.0) -> None:
