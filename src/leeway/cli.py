@@ -485,6 +485,22 @@ def export(
     typer.echo(str(write(directory, out)[0].parent.resolve()))
 
 
+@app.command(epilog="Example: leeway push runs/x me/sft-64k --objective sft --budget 64k")
+def push(
+    directory: RunDirectory,
+    repo: Annotated[str | None, typer.Argument(help="owner/name on the Hugging Face Hub")] = None,
+    objective: Annotated[str | None, typer.Option("--objective", help="(default: the only one)")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="such as 64k (default: the largest)")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="(default: the first)")] = None,
+    public: Annotated[bool, typer.Option("--public", help="allow a public repository (default: private)")] = False,
+    dry_run: Annotated[Path | None, typer.Option("--dry-run", help="write this folder, and push nothing")] = None,
+) -> None:
+    """Push a checkpoint to the Hub, with the study's results as its model card, study file and ledger."""
+    from leeway.integrations.hub import push as push_checkpoint
+
+    typer.echo(push_checkpoint(directory, repo, objective, budget, seed, public=public, dry_run=dry_run))
+
+
 @app.command(epilog="Example: leeway gate runs/x --rule rule.yaml")
 def gate(
     directory: RunDirectory,

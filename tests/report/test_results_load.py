@@ -120,3 +120,29 @@ def test_rows_of_two_runs_are_rejected(run: Path):
     pd.concat([table, table]).to_parquet(run / "rows.parquet")
     with pytest.raises(ReportError, match="rows of two runs were pooled"):
         Results.load(run).contrasts()
+
+
+def test_rows_as_a_dataset_have_types_and_hide_forbidden_texts_on_request(tmp_path: Path) -> None:
+    rows = synthetic.rows(("sft",), (25_000,), capability=10, prompts=10, items=10)
+    results = Results.load(synthetic.write(tmp_path / "run", rows))
+    whole, redacted = results.dataset(), results.dataset(redacted=True)
+    assert len(whole) == len(redacted) == len(rows)
+    assert {name: whole.features[name].dtype for name in ("objective", "seed", "score", "new_tokens", "outcome")} == {
+        "objective": "string",
+        "seed": "int64",
+        "score": "float64",
+        "new_tokens": "int64",
+        "outcome": "string",
+    }
+    assert redacted.features == whole.features
+    unscored = rows["score"].isna().to_numpy()
+    assert [s is None for s in whole["score"]] == list(unscored)
+    assert list(whole["response"]) == list(rows["response"])
+    attacked = rows.query("eval == 'jailbreak'")
+    forbidden = {*attacked["prompt"], *attacked["response"]}
+    assert forbidden.isdisjoint([*redacted["prompt"], *redacted["response"]])
+    assert list(redacted["outcome"]) == list(whole["outcome"])
+    sums = [p for p, e in zip(redacted["prompt"], redacted["eval"], strict=True) if e == "capability"]
+    assert sums == list(rows.query("eval == 'capability'")["prompt"])
+    bare = results.dataset(redacted=True, no_prompts=True)
+    assert all(p.startswith("[prompt ") for p in bare["prompt"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from leeway import stats
 from leeway.claims.evaluate import COLUMNS, EvaluationContext, judge
@@ -28,6 +29,8 @@ from leeway.stats.metrics import BASE
 from leeway.yaml_config import load as load_yaml
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from leeway.report.plots import Plots
 
 ROW_COLUMNS = ["objective", "seed", "budget", "eval", "attack", "item_id", "cluster", "sample", "prompt"]
@@ -296,6 +299,21 @@ class Results:
         """Return whether each objective learned by each budget (`leeway.stats.learned`); empty if not measured."""
         paired = mapping(self.manifest.get("learning")).get("trained_on_pairs") or ()
         return stats.learned(self.learning_items, self.first_conditions, paired)
+
+    def dataset(self, *, redacted: bool = False, no_prompts: bool = False) -> Dataset:
+        """Return the rows as a `datasets.Dataset`; text is text, counts are int64, scores float64 (null: unscored).
+
+        `redacted` replaces forbidden prompts and the answers to them by hashes, `no_prompts` the prompts of every eval.
+        """
+        from datasets import Dataset, Features, Value
+
+        from leeway.report.redaction import redact
+
+        table = pa.Table.from_pandas(self.rows[ROW_COLUMNS], preserve_index=False)
+        kinds = dict.fromkeys(("seed", "budget", "sample", "new_tokens"), "int64") | {"score": "float64"}
+        features = Features({name: Value(kinds.get(name, "string")) for name in ROW_COLUMNS})
+        table = table.cast(features.arrow_schema)
+        return Dataset(redact(table, no_prompts=no_prompts) if redacted or no_prompts else table)
 
     def training_steps(self) -> pd.DataFrame:
         """Return the training loss of every optimiser step (`training_steps`)."""

@@ -69,8 +69,14 @@ def model_card(
     description: list[tuple[str, str]],
     line: dict[str, Any],
     own_tokenizer: bool,
+    *,
+    whole_study: bool = False,
 ) -> str:
-    """Return one checkpoint's card: front matter by huggingface_hub, body by `card.md.j2`."""
+    """Return one checkpoint's card: front matter by huggingface_hub, body by `card.md.j2`.
+
+    With `whole_study` the card has the rates of every checkpoint of the study too.
+    """
+    study_rates = _study_rates(results, measured, line) if whole_study else None
     measured = [m for m in measured if all(m[k] == line[k] for k in ("objective", "seed", "budget"))]
     manifest, study = results.manifest, results.study
     objective = mapping(mapping(manifest.get("objectives")).get(line["objective"]))
@@ -85,7 +91,7 @@ def model_card(
         settings={k: v for k, v in objective.items() if k != "kind"},
         name=str(study.get("name") or results.folder.resolve().name),
         manifest=manifest,
-        base=_base(results),
+        base=base_name(results),
         revision=mapping(manifest.get("model")).get("revision"),
         organism=bool(manifest.get("organism")),
         description=[(t, text) for t, text in description if t in ("Task", "Adapter")],
@@ -93,12 +99,42 @@ def model_card(
         low_rank=low_rank,
         own_tokenizer=own_tokenizer,
         measured=measured,
+        study_rates=study_rates,
         limitations=_limitations(results, description, measured),
         level=LEVEL,
         seeds=results.seeds,
         bib=leeway_entry(str(manifest["leeway"]) if manifest.get("leeway") else None).rstrip(),
     )
     return f"---\n{_front_matter(results, line, measured, low_rank)}\n---\n\n{body}"
+
+
+def _study_rates(
+    results: Results, measured: list[dict[str, Any]], own: dict[str, Any]
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines: base and every checkpoint in its objective's own form; this card's is in bold."""
+    first = results.first_conditions
+    shown = [m for m in measured if m["condition"] == first.get(m["objective"], m["condition"])]
+    labels = dict.fromkeys((m["measure"], m["label"]) for m in shown)
+    cells: dict[tuple[str, int, int], dict[str, str]] = {}
+    for m in shown:
+        for who, rate in (((BASE, 0, 0), m["base"]), ((m["objective"], m["budget"], m["seed"]), m)):
+            if rate is not None and (who[0] != BASE or m["condition"] == PLAIN):
+                cells.setdefault(who, {})[m["measure"]] = _with_interval(rate)
+    lines = []
+    for who in sorted(cells, key=lambda w: (w[0] != BASE, w)):
+        objective, budget, seed = who
+        name = markdown(formatting.objective_name(objective, first.get(objective, PLAIN)))
+        name = f"**{name}**" if who == (own["objective"], own["budget"], own["seed"]) else name
+        at = [MISSING, MISSING] if objective == BASE else [formatting.format_budget(budget), str(seed)]
+        lines.append([name, *at, *(cells[who].get(measure, MISSING) for measure, _ in labels)])
+    return ["Objective", "Tokens", "Seed", *(markdown(label) for _, label in labels)], lines
+
+
+def _with_interval(m: dict[str, Any]) -> str:
+    if m["rate"] is None:
+        return MISSING
+    rate, low, high = (formatting.level(m[k], m["measure"]) for k in ("rate", "low", "high"))
+    return f"{rate} [{low}, {high}]"
 
 
 def markdown(text: object) -> str:
@@ -109,7 +145,7 @@ def markdown(text: object) -> str:
 
 
 def _front_matter(results: Results, line: dict[str, Any], measured: list[dict[str, Any]], low_rank: bool) -> str:
-    base = _base(results)
+    base = base_name(results)
     task = mapping(results.study.get("task")).get("name") or results.study.get("task")
     datasets = [hub_id for name, hub_id in TRAINED_ON.items() if str(task).split("-")[0] == name]
     tags = ["leeway", f"objective:{line['objective']}"]
@@ -159,7 +195,7 @@ def _title(results: Results, line: dict[str, Any]) -> str:
     return f"{formatting.objective_name(line['objective'])} at {budget} tokens, seed {line['seed']} ({study})"
 
 
-def _base(results: Results) -> str:
+def base_name(results: Results) -> str:
     """Return a Hub id or `organism`; of a local path only its last part, since it means nothing on another machine."""
     name = str(mapping(results.manifest.get("model")).get("name") or results.study.get("model") or "")
     return name if HUB_ID.fullmatch(name) else Path(name).name
