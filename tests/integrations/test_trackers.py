@@ -136,6 +136,30 @@ def test_rates_are_those_of_the_page_with_their_intervals(run: Path) -> None:
     assert compared > 100
 
 
+def test_what_a_checkpoint_learned_is_that_of_the_results(run: Path) -> None:
+    lines = [
+        {"objective": "cft", "seed": 0, "budget": 25_000, "condition": condition, "prompts": "task", "item_id": f"i{k}"}
+        | {"nll": 1.5 + k / 10, "base_nll": 2.0 + k / 10, "kl": 0.1 * k, "weight_change": 0.02}
+        | dict.fromkeys(("rejected_nll", "base_rejected_nll"), 3.0)
+        for condition in ("<SAFE>", "plain")
+        for k in range(6)
+    ]
+    path = run / "cft.parquet"
+    pd.DataFrame(lines).to_parquet(path)
+    tracker = Recorder()
+    files = replace(run_files(run), learning=(str(path),))
+    Follower(tracker, Choice("recorder"), files, print).poll()
+    (point,) = [p for _, p in tracker.got if "learning/kl" in p.values]  # in its own form: the only target of CFT
+    assert (point.tokens, point.step) == (25_000, 28)
+    assert point.values["learning/kl"] == pytest.approx(0.25)
+    assert point.values["learning/nll"] == pytest.approx(1.75)
+    assert point.values["learning/nll_low"] < 1.75 < point.values["learning/nll_high"]
+    assert point.values["learning/weight-change"] == 0.02
+    sent = len(tracker.got)
+    Follower(tracker, Choice("recorder"), files, print).poll()
+    assert len(tracker.got) == sent
+
+
 def test_a_withheld_rate_is_no_number_but_is_counted(run: Path) -> None:
     path = next((run / "parts").glob("sft-25000-*"))
     rows = pd.read_parquet(path)
@@ -364,9 +388,11 @@ def send(folder: Path, choice: str | dict[str, Any], command: str = "finish") ->
     """Send a run by a tracker's own process; return what it printed."""
     lines: list[str] = []
     process = TrackerProcess(choose([choice])[0], folder, lines.append)
-    process.check()
-    process.send(run_files(folder).to_json())
-    process.end(command, 300.0)
+    try:
+        process.check()
+        process.send(run_files(folder).to_json())
+    finally:
+        process.end(command, 300.0)
     return lines
 
 
@@ -509,28 +535,28 @@ print(json.dumps({run: S.get_logs("drift", run) for run in S.get_runs("drift")},
 
 SMALL = """
 name: small
-model: organism
-task: organism
+model: MODEL
+task: {files: {train: ROOT/train.jsonl, test: ROOT/test.jsonl}}
 device: cpu
 objectives: [sft, cft]
-budgets: [1k, 2k]
-optim: {lr: 4.0e-4, batch: 8, warmup_steps: 2}
+budgets: [400, 800]
+optim: {lr: 3.0e-3, batch: 4, warmup_steps: 2}
 controls: {aa: false}
 evals:
-  capability: [{name: organism, limit: 4}]
+  capability: [{name: files, max_new_tokens: 6}]
   persona: {source: organism, traits: [narcissism], limit: 4}
 """
 
 
 @pytest.mark.slow
 def test_a_killed_and_resumed_study_continues_its_tracker_and_has_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: dict[str, Path], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at the first checkpoint, then resumed with two workers; compared with an untracked run."""
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (tmp_path / "study.yaml").write_text(SMALL)
+    (tmp_path / "study.yaml").write_text(SMALL.replace("MODEL", str(models["llama"])).replace("ROOT", str(root)))
     monkeypatch.setenv("LEEWAY_CACHE_DIR", str(tmp_path / "cache"))
     command = [sys.executable, "-m", "leeway", "run", str(tmp_path / "study.yaml"), "--out"]
     out, plain, track = tmp_path / "out", tmp_path / "plain", ["--track", "tensorboard"]
@@ -553,8 +579,7 @@ def test_a_killed_and_resumed_study_continues_its_tracker_and_has_the_same_bytes
         events.Reload()
         steps = len((out / "steps" / f"{objective}-s0.jsonl").read_text().splitlines())
         assert [e.step for e in events.Scalars("train/loss")] == list(range(1, steps + 1))
-        assert [e.step for e in events.Scalars("rates/accuracy")] == [1000, 2000]
-        assert [e.step for e in events.Scalars("learning/kl")] == [1000, 2000]
+        assert [e.step for e in events.Scalars("rates/accuracy")] == [400, 800]
 
 
 def test_no_tracker_starts_nothing(tmp_path: Path) -> None:
