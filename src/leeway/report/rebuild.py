@@ -160,6 +160,7 @@ def charts_of(results: Results, made: dict[str, pd.DataFrame], lines: list[Serie
         charts.training(results.training_steps(), lines),
         charts.learning(results.learning(pool_seeds=True), lines, unit),
         charts.forest(made["contrasts"], lines, unit),
+        charts.dose(*results.dose),
     ]
     return [chart for chart in found if chart is not None]
 

@@ -1,7 +1,8 @@
 """The report's interactive charts, as Vega-Lite specifications."""
 
 from leeway.report.charts.comparison import attacks, forest, outcomes, tradeoff
-from leeway.report.charts.curves import by_budget, learning, training, traits, tries
+from leeway.report.charts.curves import by_budget, dose, learning, training, traits, tries
 from leeway.report.charts.spec import Chart
 
-__all__ = ["Chart", "attacks", "by_budget", "forest", "learning", "outcomes", "tradeoff", "training", "traits", "tries"]
+__all__ = ["Chart", "attacks", "by_budget", "dose", "forest", "learning", "outcomes", "tradeoff", "training"]
+__all__ += ["traits", "tries"]

@@ -34,6 +34,7 @@ from leeway.stats.learning import LABELS
 from leeway.stats.metrics import BASE, LOG_ODDS, PLAIN
 from leeway.stats.rates import ATTACKED
 
+ACCENT = "#D55E00"  # SFT's colour
 Show = Callable[[float, float, float], str]  # value, low, high -> text
 
 
@@ -289,4 +290,68 @@ def tries(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -
         data,
         body,
         lines=line_keys(lines),
+    )
+
+
+def dose(curve: pd.DataFrame, limits: pd.DataFrame) -> Chart | None:
+    """Plot attack success against the share of compliant answers in SFT's data; dashed: the limit of detection."""
+    if curve.empty:
+        return None
+    known = limits[limits["note"].fillna("") == ""].set_index("measure")["limit"]
+    data: list[Datum] = []
+    for c in curve.dropna(subset="rate").to_dict("records"):
+        panel, share = str(c["label"]), float(c["share"])
+        text = f"{100 * share:.2g}% compliant answers: {panel} "
+        text += formatting.percent_ci(c["rate"], c["low"], c["high"])
+        ends = {"low": clean(c["low"]), "high": clean(c["high"])}
+        data.append({"panel": panel, "share": clean(share), "value": clean(c["rate"]), "text": text} | ends)
+    for measure, panel in curve.drop_duplicates("measure")[["measure", "label"]].itertuples(index=False, name=None):
+        limit = float(known.get(measure, math.inf))
+        if limit <= float(curve["share"].max()):
+            text = f"{panel}: limit of detection {100 * limit:.2g}% compliant answers (80% power)"
+            data.append({"panel": str(panel), "limit": clean(limit), "text": text})
+    x: Spec = {
+        "field": "share",
+        "type": QUANTITY,
+        "title": "Compliant answers",
+        "axis": {"format": "~%", "tickCount": 4},
+    }
+    y: Spec = {"field": "value", "type": QUANTITY, "title": None, "axis": {"format": "~%", "tickCount": 4}}
+    measured = {"filter": "isValid(datum.share)"}
+    layers: list[Spec] = [
+        {
+            "transform": [measured],
+            "mark": {"type": "area", "opacity": 0.15, "color": ACCENT, "aria": False},
+            "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}},
+        },
+        {
+            "transform": [measured],
+            "mark": {"type": "line", "color": ACCENT, "aria": False},
+            "encoding": {"x": x, "y": y},
+        },
+        {
+            "transform": [measured],
+            "mark": {"type": "point", "filled": True, "size": 60, "color": ACCENT, "opacity": 1},
+            "encoding": {"x": x, "y": y, **TIP},
+        },
+        {
+            "transform": [{"filter": "isValid(datum.limit)"}],
+            "mark": {"type": "rule", "strokeDash": [5, 3], "color": INK},
+            "encoding": {"x": {**x, "field": "limit"}, **TIP},
+        },
+    ]
+    body: Spec = {
+        "facet": {"field": "panel", "type": NOMINAL, "sort": None, "title": None},
+        "spec": {"height": 150, "layer": layers},
+        "usermeta": {"panel": PANEL, "panels": curve["label"].nunique()},
+    }
+    return spec_of(
+        "dose",
+        "Attack success by dose",
+        "SFT on the same stream at equal tokens, with a share of its examples replaced by compliant answers to "
+        "forbidden requests. Bands: 95% CIs over prompts. Dashed: limit of detection (80% power), where it lies below "
+        "the largest dose.",
+        "Line charts of attack success by the share of compliant answers in the training data, one panel per measure.",
+        data,
+        body,
     )
