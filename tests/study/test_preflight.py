@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 from api_server import serving
 
+from leeway.audit import run as audits
+from leeway.audit.models import LocalModel
+from leeway.audit.run import check_audit
 from leeway.errors import LeewayError
 from leeway.plan.plan import model_shape, plan
 from leeway.study import preflight
@@ -104,6 +107,16 @@ def test_missing_packages_and_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     (program,) = service_faults(parse(text + "evals: {capability: [organism], backend: vllm}", "x"))
     assert program.startswith("vllm: program not found; install vllm")
+
+
+def test_an_audit_is_checked_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LEEWAY_TEST_KEY", raising=False)
+    judge = {"name": "rubric", "model": {"model": "m", "endpoint": NOWHERE, "key_env": "LEEWAY_TEST_KEY"}}
+    evals = {"jailbreak": {"prompts": "organism", "limit": 2, "attacks": ["none"], "judge": judge}}
+    spec = check_audit(LocalModel("organism"), LocalModel("organism"), (), evals, name="x")
+    with pytest.raises(LeewayError, match="LEEWAY_TEST_KEY is not set"):
+        audits.run(spec, tmp_path / "audit", Reporter(quiet=True), "leeway audit")
+    assert not (tmp_path / "audit").exists()
 
 
 def test_a_helper_model_that_is_not_there(tmp_path: Path) -> None:

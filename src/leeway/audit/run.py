@@ -24,7 +24,7 @@ from leeway.audit.models import (
 )
 from leeway.data.chat import Chat
 from leeway.data.stream import AuxiliaryPool
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, all_faults
 from leeway.evals.eval import Eval, first_prefilled
 from leeway.generation.backend import Backend, Choice, Conversation, Reply, Request, Tick
 from leeway.generation.cache import CachedBackend
@@ -40,6 +40,7 @@ from leeway.study.jobs import BASE
 from leeway.study.load import load, parse
 from leeway.study.manifest import measured_with
 from leeway.study.objective_spec import ALIAS
+from leeway.study.preflight import service_faults
 from leeway.study.prepare import Prepared
 from leeway.study.progress import Reporter
 from leeway.study.run import run_prepared
@@ -154,6 +155,8 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str, trac
     """Run an audit into `out`, resuming what is there; return the report's path."""
     choices = choose(track)
     store, origins, spec = RunDir(out), dict[str, str](), audit_spec.spec
+    if not store.rows_path.is_file() and (faults := service_faults(spec)):  # a finished audit needs no service
+        raise all_faults("" if len(faults) == 1 else f"audit of {audit_spec.name}", faults)
     reporter.log(f"audit of {audit_spec.name}: reading the data")
     evals = tuple(evals_of(spec, origins, HelperModels(store.cache, spec.device)))
     _check_prefill(audit_spec, evals)

@@ -155,7 +155,7 @@ def run_prepared(
     trackers.start(worker, jobs)
     reporter.workers = executor.workers(prepared, len(left)) if left else 1
     reporter.rows = [_row(worker, job) for job in [*jobs, *controls] if job.kind == "train"]
-    with reporter:
+    with reporter if left else nullcontext():
         complete = (job for job in jobs if job not in left)
         lines = [line for job in complete for line in worker.ledger_lines(job, checkpoints.verified_ledger)]
         check_matched(lines, rule)
