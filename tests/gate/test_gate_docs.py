@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from leeway import yaml_config
 from leeway.cli import app
-from leeway.gate.rules import Rules, load
+from leeway.gate.rules import ALL, Rules, load
 from leeway.stats import items_needed
 from leeway.yaml_config import read
 
@@ -57,6 +57,7 @@ def test_the_workflow_is_yaml_and_its_commands_exist():
 def test_the_example_rules_load():
     found = load(DOCS / "examples/gate-rules.yaml")
     assert {r.measure for r in found.rules} >= {"asr", "coherence", "accuracy"}
+    assert found.checkpoint.objective == ALL  # so that they decide on a study of several objectives as well
 
 
 def test_the_rules_on_the_page_load():
