@@ -22,9 +22,11 @@ EXTRA = ".highlight pre { padding: .6rem .8rem; overflow-x: auto } .filename { f
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add `cli.md` and the styles, which exist only in the build."""
+    """Add `cli.md`, the styles and the page of the published study, which exist only in the build."""
     files.append(File.generated(config, "cli.md", content=page()))
     files.append(File.generated(config, "assets/code.css", content=code_styles()))
+    report = Path(config.config_file_path).parent / "examples" / "smollm2" / "report.html"
+    files.append(File.generated(config, "smollm2-report.html", abs_src_path=str(report)))
     return files
 
 
