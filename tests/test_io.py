@@ -20,6 +20,7 @@ from leeway.io import (
     remove_partial,
     verify_checksum,
     with_checksum,
+    wrap_words,
     write_file,
     write_json,
 )
@@ -114,3 +115,12 @@ def test_a_changed_record_and_a_damaged_file_are_errors(tmp_path: Path) -> None:
             verify_checksum(changed)
     with pytest.raises(LeewayError, match=r"file: damaged \(.*\); delete it"), readable(tmp_path / "file"):
         verify_checksum({})
+
+
+def test_lines_are_wrapped_between_words_under_their_last_column() -> None:
+    line = "dan  v1  community jailbreak of 2022-12, see arXiv 2308.03825 and so on"
+    parts = wrap_words(line, 40)
+    assert parts == ["dan  v1  community jailbreak of 2022-12,", "         see arXiv 2308.03825 and so on"]
+    assert wrap_words(line, None) == [line]
+    assert wrap_words("  assumed: one two", 14) == ["  assumed: one", "    two"]
+    assert wrap_words("a-word-that-is-too-long b", 9) == ["a-word-that-is-too-long", "  b"]

@@ -136,6 +136,19 @@ def _command() -> str:
     return shlex.join(["leeway", *without_trackers(sys.argv[1:])])
 
 
+def _width() -> int | None:
+    """Return the columns of the terminal at stdout; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _print(text: str) -> None:
+    """Print lines, on a terminal wrapped between words."""
+    from leeway.io import wrap_words
+
+    for line in text.splitlines():
+        typer.echo("\n".join(wrap_words(line, _width())))
+
+
 def _print_version(requested: bool) -> None:
     if requested:
         typer.echo(f"leeway {version('leeway')}")
@@ -166,7 +179,7 @@ def studies(name: Annotated[str | None, typer.Argument(help="print this preset")
         typer.echo(preset_text(name), nl=False)
         return
     for preset, what in PRESETS.items():
-        typer.echo(f"{preset:18} {what}")
+        _print(f"{preset:18}  {what}")
 
 
 @app.command(epilog="Example: leeway plan study.yaml --gpu H100-80 --price 2.5 optim.lr=2e-4")
@@ -204,8 +217,7 @@ def plan(
     if workers is not None and gpu is not None:
         raise LeewayError("--workers runs on this machine, --gpu names another", fix="leave one of them out")
     planned = make_plan(load(study, tuple(overrides or ())), machine, prices, measure=measure, workers=workers)
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text(width))
+    typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text(_width()))
 
 
 @app.command(epilog="Example: leeway show study.yaml -n 2")
@@ -468,7 +480,7 @@ def attacks(
     """List the attacks with version, hash and origin, or show what one sends for a harmless placeholder."""
     from leeway.attacks.registry import list_attacks, show_attack
 
-    typer.echo(show_attack(name, templates) if name else list_attacks(templates))
+    (typer.echo if name else _print)(show_attack(name, templates) if name else list_attacks(templates))
 
 
 app.add_typer(organism_app, name="organism")

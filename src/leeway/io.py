@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,3 +163,16 @@ def open_lock(path: Path) -> IO[bytes]:
         os.close(handle)
         raise LeewayError(f"{path}: not a regular file", fix="give another --out")
     return os.fdopen(handle, "r+b")
+
+
+def wrap_words(line: str, width: int | None) -> list[str]:
+    """Return a line wrapped between words; unchanged without a width.
+
+    Further lines start under the last column (after two spaces) of the line's first half, or are indented.
+    """
+    if width is None:
+        return [line]
+    columns = re.match(r".*\S\s{2,}(?=\S)", line[: width // 2])
+    indent = columns.end() if columns else len(line) - len(line.lstrip()) + 2
+    filled = textwrap.TextWrapper(width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return filled.wrap(line) or [line]

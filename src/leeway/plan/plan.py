@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from leeway.errors import LeewayError
+from leeway.io import wrap_words
 from leeway.model.forward import FUSED_ADAPTERS
 from leeway.model.fused.decoder import why_not
 from leeway.plan import cost_model, hardware
@@ -61,7 +61,7 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         table = ["  ".join(f"{c:{'<' if n == 0 else '>'}{widths[n]}}" for n, c in enumerate(r)) for r in (heads, *rows)]
         before, after = self._lines()
-        wrapped = [[part for line in lines for part in wrap(line, width)] for lines in (before, after)]
+        wrapped = [[part for line in lines for part in wrap_words(line, width)] for lines in (before, after)]
         return "\n".join([*wrapped[0], *table, *wrapped[1]])
 
     def _repr_html_(self) -> str:
@@ -104,17 +104,6 @@ class Plan:
             *([*self.measured.lines(), *self.cost.other_lines()] if self.measured else self.cost.lines()),
         ]
         return before, after
-
-
-def wrap(line: str, width: int | None) -> list[str]:
-    """Return a line wrapped between words, further lines indented; unchanged without a width."""
-    if width is None:
-        return [line]
-    indent = " " * (len(line) - len(line.lstrip()))
-    filled = textwrap.TextWrapper(
-        width, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False
-    )
-    return filled.wrap(line) or [line]
 
 
 def _size(n: float) -> str:
