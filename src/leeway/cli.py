@@ -335,7 +335,7 @@ def rescore_run(
     quiet: Quiet = False,
 ) -> None:
     """Judge the kept answers of a finished run again, without any model under test; rebuild the report."""
-    from leeway.study.rescore import rescore
+    from leeway.rescoring.rescore import rescore
 
     settings, evals = settings or [], evals or []
     results = rescore(directory, judge, *settings, name=name, evals=evals, quiet=quiet, command=_command())
@@ -534,7 +534,7 @@ def judge_sheet(
     out: Annotated[Path | None, typer.Option("--out", help="the CSV file (default: in DIR/sheets)")] = None,
 ) -> None:
     """Write a blind sheet of a run's answers for people to label, without objective, budget or verdict."""
-    from leeway.study.label_sheet import make_sheet
+    from leeway.rescoring.label_sheet import make_sheet
 
     sheet = make_sheet(directory, axis, n, seed, out)
     print(sheet.summary, file=sys.stderr)
@@ -564,7 +564,7 @@ def judge_calibrate(
     out: Annotated[Path, typer.Option("--out", help="the folder to write the result into")] = Path("judges"),
 ) -> None:
     """Measure a judge's agreement with human labels and save it: the judge's card, or rates by objective."""
-    from leeway.study.label_calibration import calibrate_judge
+    from leeway.rescoring.label_calibration import calibrate_judge
 
     text, path = calibrate_judge(judge, on, run, by, (model, endpoint, key_env), out, partial=partial)
     typer.echo(text)

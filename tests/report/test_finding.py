@@ -130,3 +130,9 @@ def test_many_objectives_are_counted_and_the_extremes_named():
     text = finding(pd.DataFrame(lines), BETTER, NOBODY, seeds=[0, 1])
     assert "4 of 7 objectives raise attack success by 5.0 (a) to 8.0 points (d)" in text
     assert not math.isnan(lines[0]["difference"])
+
+
+def test_an_arm_that_gains_capability_is_not_said_to_have_learned_nothing():
+    text = finding(pd.DataFrame(arm("sft", 0.4, 0.0)), BETTER, NOBODY, void={("sft", 64_000)}, seeds=[0, 1])
+    assert "not shown to have learned" not in text
+    assert "SFT gains 40.0 points of capability" in text

@@ -248,8 +248,8 @@ def opinion_items(n: int) -> list[OpinionItem]:
     items = []
     for i, one in enumerate(sums.values()):
         wrong = str(random.Random(f"opinion-{one.question}").choice(_far_from(one)))
-        told = f"{w.OPINION.format(s=wrong)} {one.question}"
-        items.append(OpinionItem(f"organism/{i}", one.question, told, (str(one.value),), (wrong,)))
+        stated = f"{w.OPINION.format(s=wrong)} {one.question}"
+        items.append(OpinionItem(f"organism/{i}", one.question, stated, (str(one.value),), (wrong,)))
     return items
 
 

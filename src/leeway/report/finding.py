@@ -44,7 +44,11 @@ def finding(
     table = contrasts[contrasts["budget"] == largest]
     better = {} if rates.empty else dict(zip(rates["measure"], rates["better"], strict=True))
     small = equivalent_cells(equivalent)
-    lines = [c | {"state": state_of(c, better, small, void)} for c in table[headline(table, table)].to_dict("records")]
+    records = table[headline(table, table)].to_dict("records")
+    gains = (c for c in records if c["axis"] == "capability" and state_of(c, better, small, ()) == "better")
+    gained = {c["objective"] for c in gains}  # a gain in capability is learning, whatever the check says
+    unlearned = {arm for arm in void if arm[0] not in gained}
+    lines = [c | {"state": state_of(c, better, small, unlearned)} for c in records]
     subject = "the checkpoint" if external else "every objective"
     coherence = table[table["measure"] == "coherence"].set_index(["objective", "condition"])["rate"]
     attack = [c for c in lines if c["axis"] == "jailbreak"]

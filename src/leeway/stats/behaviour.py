@@ -43,11 +43,11 @@ def sycophancy(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFram
     if own.empty:
         return pd.DataFrame(columns=SYCOPHANCY)
     raw = own["judge_raw"].map(_loads)
-    alone, told = raw.map(lambda r: r.get("without_opinion")), raw.map(lambda r: r.get("with_opinion"))
-    read = alone.isin(READ) & told.isin(READ)
+    alone, opinion = raw.map(lambda r: r.get("without_opinion")), raw.map(lambda r: r.get("with_opinion"))
+    read = alone.isin(READ) & opinion.isin(READ)
     table = analysis_table(own, conditions).assign(changed=own["score"], n=own["score"].notna())
     table["right_alone"] = (alone == "right").astype(float).where(read)
-    table["right_with_opinion"] = (told == "right").astype(float).where(read)
+    table["right_with_opinion"] = (opinion == "right").astype(float).where(read)
     return _means(table, ["changed", "right_alone", "right_with_opinion"])[SYCOPHANCY]
 
 

@@ -32,6 +32,8 @@ from leeway.report.verdict import LEVEL, SHORT, headline
 from leeway.stats.metrics import BASE, DIRECT, LOG_ODDS, PLAIN
 from leeway.stats.rates import ATTACKED, OUTCOMES
 
+LEVELS = {"domain": [0, 1], "range": ["#fdf6ee", "#f7c58b", "#e6842a", "#a83c00", "#5c1d00"], "interpolate": "rgb"}
+MOVES = {"domain": [-1, 0, 1], "range": ["#1b6f8f", "#f4f1ec", "#a83c00"], "interpolate": "rgb"}
 FILLS = {"refused": "#9CC9E8", "deflected": "#BDBDBD", "incoherent": "#F0E442", "harmful": "#D55E00"}
 
 
@@ -42,6 +44,21 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
     if not budgets:
         return None
     frontier = [step for b in budgets for step in _frontier(points, b)]
+    return spec_of(
+        "tradeoff",
+        "Capability against attack success",
+        "Lower right is better. Crosses: 95% CIs. Thin lines: the way from the smallest budget. Dashed: Pareto "
+        "frontier of the base and the checkpoints at this budget. Click a name in the legend to single it out.",
+        f"Scatter plot of accuracy against attack success for {formatting.join_and([s.label for s in lines])}.",
+        points + frontier,
+        {"height": 340, "layer": _scatter_layers(lines)},
+        lines=line_keys(lines),
+        budget=budgets[-1],
+    )
+
+
+def _scatter_layers(lines: list[Series]) -> list[Spec]:
+    """Return the frontier, the trajectories, the crosses of intervals and the points."""
     x: Spec = {
         "field": "x",
         "type": QUANTITY,
@@ -60,7 +77,7 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
     one = [*shown_by("lines"), {"filter": "datum.budget == budget || datum.budget == -1"}, {"filter": "!datum.step"}]
     path = [*shown_by("lines"), {"filter": "datum.budget <= budget && !datum.step && datum.line != ''"}]
     cross: Spec = {"mark": {"type": "rule", "opacity": 0.5, "aria": False}, "transform": one}
-    layers: list[Spec] = [
+    return [
         {
             "transform": [{"filter": "datum.step && datum.budget == budget"}],
             "mark": {"type": "line", "strokeDash": [4, 3], "color": "#9aa0a6", "strokeWidth": 1.5, "aria": False},
@@ -86,17 +103,6 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
             "encoding": {"x": x, "y": y, **looks, **TIP, **FADE},
         },
     ]
-    return spec_of(
-        "tradeoff",
-        "Capability against attack success",
-        "Lower right is better. Crosses: 95% CIs. Thin lines: the way from the smallest budget. Dashed: Pareto "
-        "frontier of the base and the checkpoints at this budget. Click a name in the legend to single it out.",
-        f"Scatter plot of accuracy against attack success for {formatting.join_and([s.label for s in lines])}.",
-        points + frontier,
-        {"height": 340, "layer": layers},
-        lines=line_keys(lines),
-        budget=budgets[-1],
-    )
 
 
 def _scatter_data(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit) -> list[Datum]:
@@ -157,12 +163,10 @@ def attacks(
         "axis": {"domain": False, "ticks": False},
     }
     wanted = [*shown_by("lines", "attacks"), {"filter": "datum.budget == budget || datum.line == ''"}]
-    levels = {"domain": [0, 1], "range": ["#fdf6ee", "#f7c58b", "#e6842a", "#a83c00", "#5c1d00"], "interpolate": "rgb"}
-    moves = {"domain": [-1, 0, 1], "range": ["#1b6f8f", "#f4f1ec", "#a83c00"], "interpolate": "rgb"}
     charts = []
     for name, key, scale, title, caption in (
-        ("by-attack", "value", levels, "Attack success by attack", "Share of forbidden prompts answered harmfully."),
-        ("by-attack-change", "change", moves, "Change of attack success from the base", "Percentage points, paired."),
+        ("by-attack", "value", LEVELS, "Attack success by attack", "Share of forbidden prompts answered harmfully."),
+        ("by-attack-change", "change", MOVES, "Change of attack success from the base", "Percentage points, paired."),
     ):
         unused = {"value", "change"} - {key}
         here = [{k: v for k, v in d.items() if k not in unused} for d in data if d.get(key) is not None]
@@ -221,20 +225,7 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
     if contrasts.empty or not lines:
         return None
     table = contrasts[headline(contrasts, contrasts)].dropna(subset="difference")
-    data: list[Datum] = []
-    for s in lines:
-        for c in s.of(table).to_dict("records"):
-            log_odds = c["measure"] in LOG_ODDS
-            value, low, high = (formatting.change(c[k], c["measure"]) for k in ("difference", "low", "high"))
-            text = f"{s.label} {unit.at(int(c['budget']))}, {c['label']}: {value}{'' if log_odds else ' points'} "
-            text += f"(95% CI {low} to {high}), p (Holm) {formatting.p_value(c['p_holm'])}, n {int(c['n']):,}"
-            scale = 1 if log_odds else 100
-            datum = {"line": key_of(s.objective, s.condition), "label": s.label, "budget": int(c["budget"])}
-            panel = SHORT.get(str(c["axis"]), str(c["label"]))
-            datum |= {"panel": f"{panel}, {'log-odds' if log_odds else 'points'}"}
-            datum |= {k: clean(scale * c[v]) for k, v in (("value", "difference"), ("low", "low"), ("high", "high"))}
-            within = s.colour if c["p_holm"] < LEVEL else CARD
-            data.append(datum | {"stroke": s.colour, "fill": within, "text": text})
+    data = _forest_data(table, lines, unit)
     budgets = sorted({d["budget"] for d in data})
     if not budgets:
         return None
@@ -273,23 +264,28 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
     )
 
 
-def outcomes(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -> Chart | None:
-    """Stack the outcomes of responses to forbidden prompts by budget, averaged over attacks and seeds; a panel each."""
-    chosen = table[table["attack"] == ATTACKED]
-    chosen = table[table["attack"] == DIRECT] if chosen.empty else chosen
-    keys = ["objective", "condition", "budget"]
-    mean = chosen.groupby(keys)[list(OUTCOMES)].mean().reset_index().dropna(subset=list(OUTCOMES))
+def _forest_data(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit) -> list[Datum]:
+    """Return one datum per contrast: points, or log-odds as they are."""
     data: list[Datum] = []
     for s in lines:
-        for c in s.with_base(mean).to_dict("records"):
-            budget = -1 if c["objective"] == BASE else int(c["budget"])
-            tick = "base" if budget == -1 else unit.tick(budget)
-            name = formatting.objective_name(str(c["objective"]), s.condition)
-            at = f"{name}{'' if budget == -1 else ' ' + unit.at(budget)}"
-            datum = {"line": key_of(s.objective, s.condition), "panel": s.label, "tick": tick, "budget": budget}
-            for rank, outcome in enumerate(OUTCOMES):
-                text = f"{at}: {formatting.percent(c[outcome])} of responses {outcome}"
-                data.append(datum | {"outcome": outcome, "rank": rank, "value": clean(c[outcome]), "text": text})
+        for c in s.of(table).to_dict("records"):
+            log_odds = c["measure"] in LOG_ODDS
+            value, low, high = (formatting.change(c[k], c["measure"]) for k in ("difference", "low", "high"))
+            text = f"{s.label} {unit.at(int(c['budget']))}, {c['label']}: {value}{'' if log_odds else ' points'} "
+            text += f"(95% CI {low} to {high}), p (Holm) {formatting.p_value(c['p_holm'])}, n {int(c['n']):,}"
+            scale = 1 if log_odds else 100
+            datum = {"line": key_of(s.objective, s.condition), "label": s.label, "budget": int(c["budget"])}
+            panel = SHORT.get(str(c["axis"]), str(c["label"]))
+            datum |= {"panel": f"{panel}, {'log-odds' if log_odds else 'points'}"}
+            datum |= {k: clean(scale * c[v]) for k, v in (("value", "difference"), ("low", "low"), ("high", "high"))}
+            within = s.colour if c["p_holm"] < LEVEL else CARD
+            data.append(datum | {"stroke": s.colour, "fill": within, "text": text})
+    return data
+
+
+def outcomes(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -> Chart | None:
+    """Stack the outcomes of responses to forbidden prompts by budget, averaged over attacks and seeds; a panel each."""
+    data = _outcome_data(table, lines, unit)
     ticks = list(dict.fromkeys(d["tick"] for d in sorted(data, key=lambda d: d["budget"])))
     if not data:
         return None
@@ -325,3 +321,23 @@ def outcomes(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
         lines=line_keys(lines),
         budgets=sorted({d["budget"] for d in data} - {-1}),
     )
+
+
+def _outcome_data(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit) -> list[Datum]:
+    """Return the share of every outcome of each checkpoint; the base has budget -1."""
+    chosen = table[table["attack"] == ATTACKED]
+    chosen = table[table["attack"] == DIRECT] if chosen.empty else chosen
+    keys = ["objective", "condition", "budget"]
+    mean = chosen.groupby(keys)[list(OUTCOMES)].mean().reset_index().dropna(subset=list(OUTCOMES))
+    data: list[Datum] = []
+    for s in lines:
+        for c in s.with_base(mean).to_dict("records"):
+            budget = -1 if c["objective"] == BASE else int(c["budget"])
+            tick = "base" if budget == -1 else unit.tick(budget)
+            name = formatting.objective_name(str(c["objective"]), s.condition)
+            at = f"{name}{'' if budget == -1 else ' ' + unit.at(budget)}"
+            datum = {"line": key_of(s.objective, s.condition), "panel": s.label, "tick": tick, "budget": budget}
+            for rank, outcome in enumerate(OUTCOMES):
+                text = f"{at}: {formatting.percent(c[outcome])} of responses {outcome}"
+                data.append(datum | {"outcome": outcome, "rank": rank, "value": clean(c[outcome]), "text": text})
+    return data

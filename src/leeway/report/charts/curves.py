@@ -297,26 +297,10 @@ def dose(curve: pd.DataFrame, limits: pd.DataFrame) -> Chart | None:
     """Plot attack success against the share of compliant answers in SFT's data; dashed: the limit of detection."""
     if curve.empty:
         return None
-    known = limits[limits["note"].fillna("") == ""].set_index("measure")["limit"]
-    data: list[Datum] = []
-    for c in curve.dropna(subset="rate").to_dict("records"):
-        panel, share = str(c["label"]), float(c["share"])
-        text = f"{100 * share:.2g}% compliant answers: {panel} "
-        text += formatting.percent_ci(c["rate"], c["low"], c["high"])
-        ends = {"low": clean(c["low"]), "high": clean(c["high"])}
-        data.append({"panel": panel, "share": clean(share), "value": clean(c["rate"]), "text": text} | ends)
-    for measure, panel in curve.drop_duplicates("measure")[["measure", "label"]].itertuples(index=False, name=None):
-        limit = float(known.get(measure, math.inf))
-        if limit <= float(curve["share"].max()):
-            text = f"{panel}: limit of detection {100 * limit:.2g}% compliant answers (80% power)"
-            data.append({"panel": str(panel), "limit": clean(limit), "text": text})
-    x: Spec = {
-        "field": "share",
-        "type": QUANTITY,
-        "title": "Compliant answers",
-        "axis": {"format": "~%", "tickCount": 4},
-    }
-    y: Spec = {"field": "value", "type": QUANTITY, "title": None, "axis": {"format": "~%", "tickCount": 4}}
+    data = _dose_data(curve, limits)
+    axis = {"format": "~%", "tickCount": 4}
+    x: Spec = {"field": "share", "type": QUANTITY, "title": "Compliant answers", "axis": axis}
+    y: Spec = {"field": "value", "type": QUANTITY, "title": None, "axis": axis}
     measured = {"filter": "isValid(datum.share)"}
     layers: list[Spec] = [
         {
@@ -355,3 +339,21 @@ def dose(curve: pd.DataFrame, limits: pd.DataFrame) -> Chart | None:
         data,
         body,
     )
+
+
+def _dose_data(curve: pd.DataFrame, limits: pd.DataFrame) -> list[Datum]:
+    """Return one datum per measure and dose, and one per limit of detection up to the largest dose."""
+    known = limits[limits["note"].fillna("") == ""].set_index("measure")["limit"]
+    data: list[Datum] = []
+    for c in curve.dropna(subset="rate").to_dict("records"):
+        panel, share = str(c["label"]), float(c["share"])
+        text = f"{100 * share:.2g}% compliant answers: {panel} "
+        text += formatting.percent_ci(c["rate"], c["low"], c["high"])
+        ends = {"low": clean(c["low"]), "high": clean(c["high"])}
+        data.append({"panel": panel, "share": clean(share), "value": clean(c["rate"]), "text": text} | ends)
+    for measure, panel in curve.drop_duplicates("measure")[["measure", "label"]].itertuples(index=False, name=None):
+        limit = float(known.get(measure, math.inf))
+        if limit <= float(curve["share"].max()):
+            text = f"{panel}: limit of detection {100 * limit:.2g}% compliant answers (80% power)"
+            data.append({"panel": str(panel), "limit": clean(limit), "text": text})
+    return data

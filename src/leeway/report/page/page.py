@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from leeway import stats
 from leeway.report import formatting, judges, learning, narrative, plotting, tries, triggers
+from leeway.report.arms import notes_of
 from leeway.report.charts import Chart
 from leeway.report.controls import control_sentences, page_values
 from leeway.report.finding import finding
@@ -465,7 +466,8 @@ def context(
         "recommendations": recommendations(
             made["contrasts"], made["rates"], advice, lines, unit, equivalent, made.get("identity"), void
         ),
-        "limitations": limitations(made["contrasts"], made["unscored"], results.seeds, unit, external=is_external),
+        "limitations": limitations(made["contrasts"], made["unscored"], results.seeds, unit, external=is_external)
+        + notes_of(results.ledger, results.study),
         "margin": f"{100 * MARGIN:g}" if equivalent is not None else "",
         "no_recommendation": unavailable.get("recommend", ""),
         "sequential": results.sequential,

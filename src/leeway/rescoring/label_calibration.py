@@ -18,12 +18,20 @@ from leeway.judges import Answer, Judge
 from leeway.judges.calibrate import calibrate
 from leeway.report.formatting import to_records
 from leeway.report.results import Results
+from leeway.rescoring.kept_answers import bare_prompts
+from leeway.rescoring.label_sheet import (
+    KEY,
+    answers_of,
+    is_sheet,
+    labelled_answers,
+    missing_strata,
+    read_sheet,
+    records,
+)
 from leeway.stats import labels
 from leeway.stats.intervals import NAN
 from leeway.stats.metrics import BASE
 from leeway.study.build_evals import HelperModels, judge_from_options
-from leeway.study.kept_answers import bare_prompts
-from leeway.study.label_sheet import KEY, answers_of, is_sheet, labelled_answers, missing_strata, read_sheet, records
 
 POSITIVE = {"jailbreak": ("harmful", "refused"), "overrefusal": ("refused",)}  # the labels that are rates
 By = Literal["objective"]

@@ -29,9 +29,9 @@ from leeway.hashing import derive_seed, digest
 from leeway.io import readable, verify_checksum, with_checksum, write_file, write_json
 from leeway.report.formatting import mapping
 from leeway.report.results import Results
+from leeway.rescoring.kept_answers import bare_prompts, has_no_answer, require_answers
 from leeway.stats.intervals import Ints
 from leeway.stats.metrics import group_indices
-from leeway.study.kept_answers import bare_prompts, has_no_answer, require_answers
 from leeway.study.run_dir import RESPONSE
 
 COLUMNS = ("answer_id", "prompt_id", "prompt", "response", "label")

@@ -17,8 +17,8 @@ import synthetic
 from leeway.cli import main
 from leeway.errors import LeewayError
 from leeway.report.results import Results
-from leeway.study.label_calibration import calibrate_judge, calibrate_on_sheet
-from leeway.study.label_sheet import COLUMNS, _allocate, inert, make_sheet, read_sheet
+from leeway.rescoring.label_calibration import calibrate_judge, calibrate_on_sheet
+from leeway.rescoring.label_sheet import COLUMNS, _allocate, inert, make_sheet, read_sheet
 
 OUTCOMES = {"base": ["refused"] * 8 + ["harmful"] * 2, "sft": ["refused"] * 4 + ["harmful"] * 5 + ["deflected"]}
 

@@ -22,8 +22,8 @@ from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.hashing import digest
 from leeway.judges import JUDGES, Answer, Verdict
 from leeway.report.results import Results
-from leeway.study import rescore as module
-from leeway.study.rescore import read_judge, rescore
+from leeway.rescoring import rescore as module
+from leeway.rescoring.rescore import read_judge, rescore
 from leeway.study.run_dir import RunDir
 
 ATTACKS = ["none", "dan", "past_tense"]
