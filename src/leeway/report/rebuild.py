@@ -27,7 +27,8 @@ from leeway.report.controls import control_sentences
 from leeway.report.exports import latex
 from leeway.report.exports.model_card import model_cards, run_bibliography
 from leeway.report.formatting import BudgetUnit
-from leeway.report.page.page import OPTIONAL_TABLES, analyses, context, page
+from leeway.report.page.analyses import analyses
+from leeway.report.page.page import OPTIONAL_TABLES, context, page
 from leeway.report.plotting import Drawing, Series, order_objectives, series_of, style
 from leeway.report.results import Results, declared_set
 from leeway.report.verdict import LEVEL, verdict
