@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from leeway import stats
-from leeway.report import formatting, triggers, tries
+from leeway.report import formatting, tries, triggers
 from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.plotting import key_of
 from leeway.report.results import ReportError, Results
