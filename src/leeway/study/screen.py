@@ -162,7 +162,7 @@ class NotebookView:
         self._draw()
 
     def _draw(self) -> None:
-        from IPython.display import HTML, display  # type: ignore[import-not-found]  # where a notebook runs, it is there
+        from IPython.display import HTML, display
 
         self._drawn = time.monotonic()
         if self._handle is None:
