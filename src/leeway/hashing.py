@@ -29,17 +29,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
-def changed(folder: Path, written: Mapping[str, str | list[str]]) -> list[str]:
-    """The files of `folder` that are not what they were when their digests were taken, or are gone.
+def changed_files(folder: Path, written: Mapping[str, str | list[str]]) -> list[str]:
+    """Return the files of `folder` that are missing or whose digest differs from the `written` one.
 
-    A file that is being replaced has two digests, its old one and its new one.
+    A file that is being replaced has two valid digests, the old one and the new one.
     """
 
-    def known(name: str, digests: str | list[str]) -> bool:
+    def is_unchanged(name: str, digests: str | list[str]) -> bool:
         path = folder / name
         return path.is_file() and file_digest(path) in ([digests] if isinstance(digests, str) else digests)
 
-    return [name for name, digests in written.items() if not known(name, digests)]
+    return [name for name, digests in written.items() if not is_unchanged(name, digests)]
 
 
 def derive_seed(*parts: object) -> int:

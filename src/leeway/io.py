@@ -168,7 +168,8 @@ def open_lock(path: Path) -> IO[bytes]:
 def wrap_words(line: str, width: int | None) -> list[str]:
     """Return a line wrapped between words; unchanged without a width.
 
-    Further lines start under the last column (after two spaces) of the line's first half, or are indented.
+    Continuation lines align with the last column (text after two or more spaces) in the first half of the width; a
+    line without columns is continued with an indent of two.
     """
     if width is None:
         return [line]

@@ -24,7 +24,7 @@ from leeway.evals.overrefusal import OverRefusal
 from leeway.generation.backend import CUT_THINKING, ENDED_THINKING, Choice, Conversation, Reply, Request, Tick
 from leeway.generation.cache import CachedBackend
 from leeway.generation.openai_api import ApiSettings, parse_reply
-from leeway.generation.thinking import final_answer, split_thinking, whole_text, without_thinking
+from leeway.generation.thinking import final_answer, full_text, split_thinking, without_thinking
 from leeway.generation.transformers import TransformersBackend
 from leeway.generation.vllm import VllmBackend
 from leeway.judges import Answer, Verdict
@@ -82,7 +82,7 @@ def test_a_reply_without_a_final_answer_is_a_failure_and_its_thought_is_kept(
 ) -> None:
     reply = without_thinking(Reply(text, 9, cut))
     assert (reply.failure, reply.new_tokens, reply.cut) == (failure, 9, cut)
-    assert whole_text(reply) == whole
+    assert full_text(reply) == whole
     assert final_answer(whole) == reply.text
     assert without_thinking(reply) == reply
     assert not is_retryable(f"no answer: {failure}" if failure else None)

@@ -24,7 +24,7 @@ from leeway.errors import LeewayError
 from leeway.integrations.trackers.follow import Follower, State, follow
 from leeway.integrations.trackers.process import TrackerProcess, Trackers
 from leeway.integrations.trackers.run_files import RunFiles, StepLog, Target, slug, training_points
-from leeway.integrations.trackers.tracker import STUDY, Choice, Point, choose, without_trackers
+from leeway.integrations.trackers.tracker import STUDY, Point, TrackerConfig, parse_track, without_trackers
 from leeway.report.results import Results
 
 HOSTILE = '<script>alert(1)</script> "; DROP TABLE runs; --\u202e{{7*7}}'
@@ -109,7 +109,7 @@ def run_files(folder: Path) -> RunFiles:
 
 
 def follower(folder: Path, tracker: Recorder, log: list[str] | None = None) -> Follower:
-    return Follower(tracker, Choice("recorder"), run_files(folder), (log if log is not None else []).append)
+    return Follower(tracker, TrackerConfig("recorder"), run_files(folder), (log if log is not None else []).append)
 
 
 # --- what is sent
@@ -148,7 +148,7 @@ def test_what_a_checkpoint_learned_is_that_of_the_results(run: Path) -> None:
     pd.DataFrame(lines).to_parquet(path)
     tracker = Recorder()
     files = replace(run_files(run), learning=(str(path),))
-    Follower(tracker, Choice("recorder"), files, print).poll()
+    Follower(tracker, TrackerConfig("recorder"), files, print).poll()
     (point,) = [p for _, p in tracker.got if "learning/kl" in p.values]  # in its own form: the only target of CFT
     assert (point.tokens, point.step) == (25_000, 28)
     assert point.values["learning/kl"] == pytest.approx(0.25)
@@ -156,7 +156,7 @@ def test_what_a_checkpoint_learned_is_that_of_the_results(run: Path) -> None:
     assert point.values["learning/nll_low"] < 1.75 < point.values["learning/nll_high"]
     assert point.values["learning/weight-change"] == 0.02
     sent = len(tracker.got)
-    Follower(tracker, Choice("recorder"), files, print).poll()
+    Follower(tracker, TrackerConfig("recorder"), files, print).poll()
     assert len(tracker.got) == sent
 
 
@@ -308,7 +308,7 @@ def test_a_tracker_that_dies_or_hangs_does_not_end_the_run(
     installed(monkeypatch, tmp_path, CRASHING)
     for how, found in (("exit", "its process ended (exit code 9)"), ("hang", "not done after 1 s")):
         lines: list[str] = []
-        process = TrackerProcess(choose([f"crashing.how={how}"])[0], run, lines.append)
+        process = TrackerProcess(parse_track([f"crashing.how={how}"])[0], run, lines.append)
         process.check()
         process.send(run_files(run).to_json())
         deadline = time.monotonic() + 60
@@ -326,10 +326,10 @@ def test_a_tracker_that_dies_or_hangs_does_not_end_the_run(
 
 def test_trackers_are_chosen_by_option_or_mapping() -> None:
     pytest.importorskip("tensorboard")
-    assert choose(["tensorboard", "tensorboard.dir=/x=y"]) == [Choice("tensorboard", {"dir": "/x=y"})]
-    assert choose([{"tensorboard": {"dir": Path("/x")}}]) == [Choice("tensorboard", {"dir": "/x"})]
-    assert choose([{"tensorboard": None}]) == [Choice("tensorboard")]
-    assert choose([]) == []
+    assert parse_track(["tensorboard", "tensorboard.dir=/x=y"]) == [TrackerConfig("tensorboard", {"dir": "/x=y"})]
+    assert parse_track([{"tensorboard": {"dir": Path("/x")}}]) == [TrackerConfig("tensorboard", {"dir": "/x"})]
+    assert parse_track([{"tensorboard": None}]) == [TrackerConfig("tensorboard")]
+    assert parse_track([]) == []
 
 
 @pytest.mark.parametrize(
@@ -347,10 +347,10 @@ def test_trackers_are_chosen_by_option_or_mapping() -> None:
 def test_a_mistake_is_one_line(option: str, error: str) -> None:
     pytest.importorskip("tensorboard")
     with pytest.raises(LeewayError) as caught:
-        choose([option])
+        parse_track([option])
     assert str(caught.value).startswith(error)
     with pytest.raises(LeewayError, match="is given twice"):
-        choose(["tensorboard.dir=a", "tensorboard.dir=b"])
+        parse_track(["tensorboard.dir=a", "tensorboard.dir=b"])
 
 
 def test_a_missing_package_ends_the_command_before_anything_is_written(
@@ -375,19 +375,19 @@ def test_the_manifest_has_the_command_without_trackers() -> None:
 def test_an_installed_tracker_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("recorder", f"{__name__}:Recorder", "leeway.trackers")
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == "leeway.trackers" else [])
-    (choice,) = choose(["recorder"])
-    assert isinstance(choice.load(), Recorder)
+    (config,) = parse_track(["recorder"])
+    assert isinstance(config.load(), Recorder)
     with pytest.raises(LeewayError, match=r"--track recorder\.x: no such setting"):
-        replace(choice, settings={"x": "1"}).load()
+        replace(config, settings={"x": "1"}).load()
 
 
 # --- the real libraries
 
 
-def send(folder: Path, choice: str | dict[str, Any], command: str = "finish") -> list[str]:
+def send(folder: Path, config: str | dict[str, Any], command: str = "finish") -> list[str]:
     """Send a run by a tracker's own process; return what it printed."""
     lines: list[str] = []
-    process = TrackerProcess(choose([choice])[0], folder, lines.append)
+    process = TrackerProcess(parse_track([config])[0], folder, lines.append)
     try:
         process.check()
         process.send(run_files(folder).to_json())
@@ -396,14 +396,14 @@ def send(folder: Path, choice: str | dict[str, Any], command: str = "finish") ->
     return lines
 
 
-def send_twice(folder: Path, choice: str | dict[str, Any]) -> None:
+def send_twice(folder: Path, config: str | dict[str, Any]) -> None:
     """Send half of a run, then the whole."""
     log = folder / "steps" / "sft-s0.jsonl"
     text = log.read_text()
     log.write_text("".join(text.splitlines(keepends=True)[:60]))
-    assert send(folder, choice, "stop") == []
+    assert send(folder, config, "stop") == []
     log.write_text(text)
-    assert send(folder, choice) == []
+    assert send(folder, config) == []
 
 
 @pytest.mark.slow

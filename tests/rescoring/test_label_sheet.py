@@ -18,7 +18,7 @@ from leeway.cli import main
 from leeway.errors import LeewayError
 from leeway.report.results import Results
 from leeway.rescoring.label_calibration import calibrate_judge, calibrate_on_sheet
-from leeway.rescoring.label_sheet import COLUMNS, _allocate, inert, make_sheet, read_sheet
+from leeway.rescoring.label_sheet import COLUMNS, _allocate, escape_formula, make_sheet, read_sheet
 
 OUTCOMES = {"base": ["refused"] * 8 + ["harmful"] * 2, "sft": ["refused"] * 4 + ["harmful"] * 5 + ["deflected"]}
 
@@ -125,12 +125,12 @@ def test_the_same_arguments_give_the_same_bytes(run: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\r=1", "\n=1", "＝1"])
 def test_formulas_are_inert(cell: str) -> None:
-    assert inert(cell) == "'" + cell
+    assert escape_formula(cell) == "'" + cell
 
 
 @pytest.mark.parametrize("cell", ["", "a=1", "1-1", "'=1", " text"])
 def test_other_cells_stay(cell: str) -> None:
-    assert inert(cell) == cell
+    assert escape_formula(cell) == cell
 
 
 def test_formulas_of_a_run_are_inert(run: Path) -> None:

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from leeway.study.progress import Answers, Clock, Lines, Row, TrainingStep, choose_view
+from leeway.study.progress import Clock, EvalProgress, Lines, Row, TrainingStep, choose_view
 from leeway.study.screen import TerminalView, row_name
 
 
@@ -22,7 +22,7 @@ def screen(rows: list[Row], width: int = 80, height: int = 24, **options: bool) 
     view, clock = TerminalView(console), Clock()
     clock.left |= {"generate": 100.0}
     view.start(rows)
-    view.update(("generate", 0.0, 1.0, Answers("sft s0 at 4,000 tokens", "jailbreak", 120, 600)), clock, 2)
+    view.update(("generate", 0.0, 1.0, EvalProgress("sft s0 at 4,000 tokens", "jailbreak", 120, 600)), clock, 2)
     view.stop()
     with console.capture() as found:
         console.print(view.render())
@@ -41,7 +41,7 @@ def test_a_row_a_trajectory_and_one_for_measuring() -> None:
     assert control.endswith("waiting")
     assert dpo.endswith("trained")
     assert measuring.startswith("measuring sft s0 at 4,000 tokens jailbreak 120/600 | 100 answers left")
-    assert whole.startswith("in all ")
+    assert whole.startswith("total ")
 
 
 def test_the_eta_of_a_row_is_that_of_its_own_steps() -> None:
@@ -98,7 +98,7 @@ def test_a_log_gets_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(view, Lines)  # stderr is no terminal here
     clock.spend("train", 1.0, 1.0)
     view.update(("train", 1.0, 1.0, step("sft s0", 3)), clock, 1)
-    view.update(("generate", 1.0, 1.0, Answers("base", "persona", 4, 8)), clock, 1)
+    view.update(("generate", 1.0, 1.0, EvalProgress("base", "persona", 4, 8)), clock, 1)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "sft s0 step 3/40 to 8,000 tokens | loss 1.2500 | 12,346 tok/s | 100% | ETA 0:00"
     assert second == "base | persona 4/8 | 100% | ETA 0:00"

@@ -31,7 +31,7 @@ from leeway.generation.cache import CachedBackend
 from leeway.generation.openai_api import require_prefill
 from leeway.hashing import digest
 from leeway.integrations.trackers.process import Trackers
-from leeway.integrations.trackers.tracker import Choices, choose
+from leeway.integrations.trackers.tracker import TrackOptions, parse_track
 from leeway.model.load import load_chat, resolve, resolve_device, resolve_dtype
 from leeway.objectives.objective import PLAIN, Condition
 from leeway.study.build_evals import HelperModels, evals_of
@@ -151,9 +151,9 @@ def load_evals(evals: EvalsSource, overrides: Seq[str] = (), *, organism: bool =
     return spec
 
 
-def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str, track: Choices = ()) -> Path:
+def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str, track: TrackOptions = ()) -> Path:
     """Run an audit into `out`, resuming what is there; return the report's path."""
-    choices = choose(track)
+    configs = parse_track(track)
     store, origins, spec = RunDir(out), dict[str, str](), audit_spec.spec
     if not store.rows_path.is_file() and (faults := service_faults(spec)):  # a finished audit needs no service
         raise all_faults("" if len(faults) == 1 else f"audit of {audit_spec.name}", faults)
@@ -170,7 +170,7 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str, trac
         raise LeewayError(what, fix="give another --out, or repeat the command of that audit")
     with (
         store.claimed(digest("audit", identity), _as_yaml(audit_spec)),
-        Trackers(choices, out, reporter.log) as trackers,
+        Trackers(configs, out, reporter.log) as trackers,
     ):
         store.cache.acquire(out)
         external = {  # the checkpoint first, since it is the one that may not load

@@ -98,8 +98,8 @@ class Chat:
         return other
 
     def with_thinking(self) -> Chat:
-        """Return the chat whose answers begin with a thought. Raises LeewayError if its template knows no thoughts."""
-        if not self.knows_thinking:
+        """Return the chat with thinking on. Raises LeewayError if its template does not support thinking."""
+        if not self.supports_thinking:
             what = "its chat template has neither enable_thinking nor <think>"
             raise self._error(what, "leave evals.thinking out")
         other = copy.copy(self)
@@ -107,7 +107,7 @@ class Chat:
         return other
 
     @property
-    def knows_thinking(self) -> bool:
+    def supports_thinking(self) -> bool:
         template = str(self.tokenizer.chat_template)
         return "enable_thinking" in template or THINK in template
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from leeway.errors import LeewayError
 from leeway.generation.backend import PERMANENT, Backend, Conversation, Reply, Request, Tick, is_prefilled
-from leeway.generation.thinking import whole_text
+from leeway.generation.thinking import full_text
 from leeway.judges import Answer, Judge
 from leeway.plugins import NAME, entry_points_of, load_entry_point
 
@@ -143,7 +143,7 @@ class Eval(ABC):
         The response keeps the thought of a reasoning model; `generation.thinking.final_answer` is what was judged.
         """
         row: dict[str, Any] = {"eval": self.name, "attack": "", "item_id": item_id, "cluster": item_id, "sample": 0}
-        row |= {"prompt": prompt, "response": whole_text(reply), "new_tokens": reply.new_tokens}
+        row |= {"prompt": prompt, "response": full_text(reply), "new_tokens": reply.new_tokens}
         return Row(**row | {"outcome": None, "unscored_reason": None} | fields)
 
     def facts(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class ItemEval(Eval):
 
 
 def is_retryable(reason: str | None) -> bool:
-    """Whether another try may answer: an endpoint failed, not non-finite logits, a prompt or a thought too long."""
+    """Return whether a rerun may succeed: true for a failed request, false for failures in PERMANENT."""
     return reason is not None and reason.startswith(NO_ANSWER) and not any(f in reason for f in PERMANENT)
 
 

@@ -51,7 +51,7 @@ class _Wrapper:
 class CachedBackend(_Wrapper):
     """Send `backend` the requests that `cache` does not hold, each distinct request once.
 
-    Failures are not cached, except those of a reply that came and has no final answer.
+    Failures are not cached, except replies without a final answer (cut off inside their thinking).
 
     A reply is on disk as soon as it arrives from a backend that has `complete_each` and `choose_each` (an endpoint's),
     else after every BATCH requests.
@@ -84,7 +84,7 @@ class CachedBackend(_Wrapper):
 
         def on_answer(number: int, answer: Answer) -> None:
             key = names[number]
-            if answer.failure is None or answer.failure in (CUT_THINKING, ENDED_THINKING):  # paid for as an answer is
+            if answer.failure is None or answer.failure in (CUT_THINKING, ENDED_THINKING):
                 self.cache.put({key: asdict(answer)})
             answers[key] = answer
             tick(counts[key])

@@ -32,7 +32,7 @@ def final_answer(response: str) -> str:
     return split_thinking(response)[1] or ""
 
 
-def whole_text(reply: Reply) -> str:
+def full_text(reply: Reply) -> str:
     """Return thought and final answer, marked so that `split_thinking` finds them; without a thought, the text."""
     if reply.failure in (CUT_THINKING, ENDED_THINKING):
         return f"{THINK}\n{reply.reasoning}"

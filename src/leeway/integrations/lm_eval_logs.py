@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from leeway.errors import LeewayError
-from leeway.report.compare.logs.samples import Answer, TaskLog, content_digest, flatten, plain
+from leeway.report.compare.logs.samples import ScoredAnswer, TaskLog, content_digest, flatten, plain
 
 TOOL = "lm-eval"
 SAMPLES = re.compile(r"samples_(?P<task>.+?)(_(?P<date>\d{4}-\d\d-\d\dT[0-9.:-]+))?\.jsonl")
@@ -125,7 +125,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield n, value
 
 
-def _answers(path: Path) -> tuple[list[Answer], dict[str, str]]:
+def _answers(path: Path) -> tuple[list[ScoredAnswer], dict[str, str]]:
     """Return one answer per document with the metrics of all filters, and metrics without a number per document."""
     found: dict[str, dict[str, Any]] = {}
     unusable: dict[str, str] = {}
@@ -153,7 +153,7 @@ def _answers(path: Path) -> tuple[list[Answer], dict[str, str]]:
     return [_answer(item, made, metrics) for item, made in found.items()], unusable
 
 
-def _answer(item: str, made: dict[str, Any], metrics: list[str]) -> Answer:
+def _answer(item: str, made: dict[str, Any], metrics: list[str]) -> ScoredAnswer:
     scores, reasons = {}, {}
     for metric in metrics:
         value = made["scores"].get(metric)
@@ -161,7 +161,7 @@ def _answer(item: str, made: dict[str, Any], metrics: list[str]) -> Answer:
             reasons[metric] = "no score" if value is None else "not a finite number"
         else:
             scores[metric] = value
-    return Answer(
+    return ScoredAnswer(
         item, 0, made["content"], prompt=made["prompt"], fields=made["fields"], scores=scores, reasons=reasons
     )
 

@@ -36,32 +36,32 @@ class Plots:
 
     def tradeoff(self) -> Chart:
         """Capability against attack success at the largest budget."""
-        return _known(charts.tradeoff(self.results.pooled_rates(), self._lines, self._unit), "accuracy and ASR")
+        return _require(charts.tradeoff(self.results.pooled_rates(), self._lines, self._unit), "accuracy and ASR")
 
     def budgets(self, measure: str = "jailbreak") -> Chart:
         """An axis's primary measure over the budgets: capability, jailbreak, overrefusal or persona."""
         found = {c.name: c for c in charts.by_budget(self.results.pooled_rates(), self._lines, self._unit)}
         known = ", ".join(name.removeprefix("by-budget-") for name in found)
-        return _known(found.get(f"by-budget-{measure}"), f"an axis {measure!r} (this run has: {known or 'none'})")
+        return _require(found.get(f"by-budget-{measure}"), f"an axis {measure!r} (this run has: {known or 'none'})")
 
     def attacks(self, *, change: bool = False) -> Chart:
         """Attack success by objective and attack, or its change from the base."""
         found = charts.attacks(self.results.pooled_rates(), self.results.contrasts(), self._lines, self._unit)
         name = "by-attack-change" if change else "by-attack"
-        return _known(next((c for c in found if c.name == name), None), "ASR by attack")
+        return _require(next((c for c in found if c.name == name), None), "ASR by attack")
 
     def forest(self) -> Chart:
         """Differences from the base with intervals, at the largest budget."""
-        return _known(charts.forest(self.results.contrasts(), self._lines, self._unit), "a contrast with the base")
+        return _require(charts.forest(self.results.contrasts(), self._lines, self._unit), "a contrast with the base")
 
     def training(self) -> Chart:
         """Training loss and gradient norm against the tokens processed."""
-        return _known(charts.training(self.results.training_steps(), self._lines), "a log of training steps")
+        return _require(charts.training(self.results.training_steps(), self._lines), "a log of training steps")
 
     def learning(self) -> Chart:
         """The learning check of every checkpoint."""
         measured = self.results.learning(pool_seeds=True)
-        return _known(charts.learning(measured, self._lines, self._unit), "a learning check")
+        return _require(charts.learning(measured, self._lines, self._unit), "a learning check")
 
     @property
     def _unit(self) -> BudgetUnit:
@@ -73,7 +73,7 @@ class Plots:
         return series_of(self.results.rates(), order_objectives(objectives, self.results.study))
 
 
-def _known(chart: Chart | None, what: str) -> Chart:
+def _require(chart: Chart | None, what: str) -> Chart:
     if chart is None:
         raise LeewayError(f"this run has not measured {what}", fix="choose another chart, or add the eval to the study")
     return chart

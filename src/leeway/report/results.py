@@ -17,7 +17,7 @@ from leeway import stats
 from leeway.claims.evaluate import COLUMNS, EvaluationContext, judge
 from leeway.claims.schema import Claims, from_manifest, hash_claims, load
 from leeway.errors import LeewayError, first_line
-from leeway.hashing import changed
+from leeway.hashing import changed_files
 from leeway.report import controls, formatting, learning
 from leeway.report.formatting import BudgetUnit, mapping
 from leeway.report.triggers import forms_of, near_conditions
@@ -75,7 +75,7 @@ class Results:
         manifest = _read(record, lambda p: json.loads(p.read_text("utf-8")), "is not valid JSON")
         if not isinstance(manifest, dict):
             raise ReportError(f"{record} holds {type(manifest).__name__}, not an object", fix="run the study again")
-        if edited := changed(folder, manifest.get("file_hashes") or {}):
+        if edited := changed_files(folder, manifest.get("file_hashes") or {}):
             what = f"{folder / edited[0]} is not the file that the run wrote"
             raise ReportError(what, fix="run the study again: it reuses finished work and rewrites the file")
         rows = _read_table(path, ROW_COLUMNS)
@@ -101,13 +101,13 @@ class Results:
         return results
 
     def _repr_html_(self) -> str:
-        """Show the table of arms and the finding in a notebook; the report is rebuilt if the run has none."""
+        """Show the table of objectives and the finding in a notebook; the report is rebuilt if the run has none."""
         from leeway.report import build
-        from leeway.report.arms import arms_of
+        from leeway.report.objective_table import load_objective_table
 
         if not (self.folder / "results.json").is_file():
             build(self.folder)
-        return arms_of(self.folder).to_html()
+        return load_objective_table(self.folder).to_html()
 
     @property
     def conditions(self) -> dict[str, str]:

@@ -18,7 +18,6 @@ from leeway.judges import Answer, Judge
 from leeway.judges.calibrate import calibrate
 from leeway.report.formatting import to_records
 from leeway.report.results import Results
-from leeway.rescoring.kept_answers import bare_prompts
 from leeway.rescoring.label_sheet import (
     KEY,
     answers_of,
@@ -28,6 +27,7 @@ from leeway.rescoring.label_sheet import (
     read_sheet,
     records,
 )
+from leeway.rescoring.responses import bare_prompts
 from leeway.stats import labels
 from leeway.stats.intervals import NAN
 from leeway.stats.metrics import BASE

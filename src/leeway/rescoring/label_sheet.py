@@ -29,7 +29,7 @@ from leeway.hashing import derive_seed, digest
 from leeway.io import readable, verify_checksum, with_checksum, write_file, write_json
 from leeway.report.formatting import mapping
 from leeway.report.results import Results
-from leeway.rescoring.kept_answers import bare_prompts, has_no_answer, require_answers
+from leeway.rescoring.responses import bare_prompts, has_no_answer, require_answers
 from leeway.stats.intervals import Ints
 from leeway.stats.metrics import group_indices
 from leeway.study.run_dir import RESPONSE
@@ -95,7 +95,7 @@ def make_sheet(
     key |= {"strata": facts, "answers": answers}
     path = Path(out) if out is not None else Path(folder) / "sheets" / f"{name}.csv"
     sheet = Sheet(name, _csv(cells), key, path)
-    content = sheet.text.encode("utf-8-sig")  # with the mark by which spreadsheets know UTF-8
+    content = sheet.text.encode("utf-8-sig")  # with a byte-order mark, which spreadsheets need to detect UTF-8
     if path.exists() and not (path.is_file() and path.read_bytes() == content):
         raise LeewayError(f"{path} exists, and may hold labels", fix="move it away, or give another --out")
     write_json(_key_path(Path(folder), name), with_checksum(key))
@@ -152,11 +152,11 @@ def _csv(lines: Seq[Seq[str]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\r\n")
     writer.writerow(COLUMNS)
-    writer.writerows([[inert(cell) for cell in line] for line in lines])
+    writer.writerows([[escape_formula(cell) for cell in line] for line in lines])
     return buffer.getvalue()
 
 
-def inert(cell: str) -> str:
+def escape_formula(cell: str) -> str:
     """Return a cell that no spreadsheet runs as a formula: an apostrophe goes before one that might be."""
     begins = cell.lstrip()[:1]
     return "'" + cell if (begins and begins in FORMULAS) or cell[:1] in ("\t", "\r", "\n") else cell

@@ -35,7 +35,7 @@ from leeway.judges import Answer, Judge
 from leeway.judges.cached import CachedJudge
 from leeway.report.formatting import mapping
 from leeway.report.results import Results
-from leeway.rescoring.kept_answers import JUDGED_EVALS, bare_prompts, has_no_answer, require_answers
+from leeway.rescoring.responses import JUDGED_EVALS, bare_prompts, has_no_answer, require_answers
 from leeway.stats.metrics import AT
 from leeway.study.build_evals import HelperModels, build_alignment, build_benign_judge, build_judge
 from leeway.study.eval_spec import AlignmentSpec, JudgeSpec

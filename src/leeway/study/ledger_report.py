@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from leeway import stats
 from leeway.data.ledger import COST, MATCHED, Matching, differences
 from leeway.errors import LeewayError
-from leeway.hashing import changed
+from leeway.hashing import changed_files
 from leeway.io import readable
 from leeway.report.results import training_steps
 from leeway.study.run_dir import LEDGER_SCHEMA
@@ -62,7 +62,9 @@ def view(folder: Path) -> LedgerView:
     lines.sort(key=lambda line: (line["seed"], line["budget"]))
     faults += differences(lines, matching)
     faults += _table_faults(folder / "ledger.parquet", lines)
-    faults += (f"{name} is not the file that the run wrote" for name in changed(folder, raw.get("file_hashes") or {}))
+    faults += (
+        f"{name} is not the file that the run wrote" for name in changed_files(folder, raw.get("file_hashes") or {})
+    )
     text = _text(lines, matching, faults, _learning(folder, raw, lines))
     return LedgerView("\n".join(text), tuple(faults))
 

@@ -1,6 +1,6 @@
-"""Progress of a run with an ETA: what workers report, one row per trajectory, and lines for logs.
+"""Progress of a run with an ETA: the events of workers, one row per trajectory, and lines for logs.
 
-How rows look on a terminal and in a notebook is in `screen`.
+`screen` draws the rows on a terminal and in a notebook.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class TrainingStep:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """How many answers of an eval a checkpoint has given; as text, a line of a log."""
+class EvalProgress:
+    """The answers to an eval so far at one checkpoint; as text, a line of a log."""
 
     target: str
     eval: str
@@ -51,7 +51,7 @@ class Answers:
         return f"{self.target} | {self.eval} {self.answered}/{self.total}"
 
 
-Update = TrainingStep | Answers | str
+Update = TrainingStep | EvalProgress | str
 OnProgress = Callable[[Kind, float, Update], None]  # kind of work, units done, what
 Event = tuple[Kind, float, float, Update]  # kind of work, units done, seconds, what
 
@@ -86,7 +86,7 @@ def on_answers(on_progress: OnProgress, target: str, e: Eval) -> Callable[[int],
     def report(n: int) -> None:
         nonlocal answered
         answered += n
-        on_progress(work, n, Answers(target, e.key, answered, total))
+        on_progress(work, n, EvalProgress(target, e.key, answered, total))
 
     return report
 
@@ -135,7 +135,7 @@ class View(Protocol):
 
 @dataclass
 class Row:
-    """A trajectory's row: where it is, and since when it has trained here."""
+    """One trajectory's progress: its last step, and its training time in this run."""
 
     name: str
     steps: int
@@ -215,12 +215,12 @@ class Reporter:
             self._view.log(line)
 
     def summarise(self, folder: Path) -> None:
-        """Show the table of arms and the finding of a finished run."""
+        """Show the table of objectives and the finding of a finished run."""
         if self._view:
-            from leeway.report.arms import arms_of
-            from leeway.study.screen import show_arms
+            from leeway.report.objective_table import load_objective_table
+            from leeway.study.screen import show_objective_table
 
-            show_arms(arms_of(folder))
+            show_objective_table(load_objective_table(folder))
 
 
 def choose_view() -> View:

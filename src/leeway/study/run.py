@@ -19,7 +19,7 @@ import pandas as pd
 from leeway.data.ledger import check_matched
 from leeway.errors import LeewayError, all_faults
 from leeway.integrations.trackers.process import Trackers
-from leeway.integrations.trackers.tracker import Choices, choose
+from leeway.integrations.trackers.tracker import TrackOptions, parse_track
 from leeway.io import remove_partial
 from leeway.model.reference import ReferenceCache
 from leeway.plan.plan import Plan, model_shape, plan
@@ -75,7 +75,7 @@ class Study:
         quiet: bool = False,
         workers: int | None = 1,
         executor: Literal["local", "ray"] = "local",
-        track: Choices = (),
+        track: TrackOptions = (),
     ) -> Results:
         """Run into `out`, resuming what is there. Several workers or `processes` need a `__main__` guard.
 
@@ -95,17 +95,17 @@ def run(
     command: str,
     workers: int | None = None,
     executor: Literal["local", "ray"] = "local",
-    track: Choices = (),
+    track: TrackOptions = (),
 ) -> Path:
     """Run `spec` into `out`, resuming what is there; return the report's path."""
-    choices = choose(track)
+    configs = parse_track(track)
     requires_single_worker(spec, workers)  # refuse a bad number of workers before anything is written
     if executor == "local":
         check(spec.processes, spec.device)
     store = RunDir(out)
     with (
         store.claimed(spec.hash, spec.to_yaml()),
-        Trackers(choices, out, reporter.log) as trackers,
+        Trackers(configs, out, reporter.log) as trackers,
         _executor(executor, workers, reporter) as chosen,
     ):
         if (free := shutil.disk_usage(out).free) < SPARE_DISK:

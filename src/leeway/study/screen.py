@@ -15,15 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from leeway.evals.eval import Work
-from leeway.report.arms import Arms, print_arms
 from leeway.report.formatting import format_budget, objective_name
-from leeway.study.progress import Answers, Clock, Event, Row, duration
+from leeway.report.objective_table import ObjectiveTable, print_objective_table
+from leeway.study.progress import Clock, EvalProgress, Event, Row, duration
 
 CONTROL = "@"  # begins the names of controls (`study.run_dir.MARK`)
 HEADS = ("objective", "", "budget", "loss", "tokens/s", "ETA")
 BAR = 14  # characters
 REDRAW_S = 0.5  # between two drawings in a notebook
-OTHER_LINES = 8  # on a screen, besides the rows
+OTHER_LINES = 8  # below the rows on a screen
 
 
 def terminal() -> TerminalView | None:
@@ -39,7 +39,7 @@ def notebook() -> NotebookView | None:
 
 
 class Progress:
-    """The rows' texts: trajectories, measuring, and the whole."""
+    """The texts to draw: one row per trajectory, the eval in progress, and the overall progress."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -51,25 +51,25 @@ class Progress:
 
         what = event[3]
         self.note = what if isinstance(what, str) else ""
-        if isinstance(what, Answers):
+        if isinstance(what, EvalProgress):
             kinds: list[Work] = ["generate", "score"]
             left, seconds = sum(clock.left[k] for k in kinds), sum(clock.left[k] * clock.pace(k) for k in kinds)
             rest = f"{left:,.0f} answers left, ETA {duration(seconds / workers)}"
             self.measuring = f"{what.target} {what.eval} {what.answered:,}/{what.total:,} | {rest}"
         self.share, self.eta = clock.fraction_done(), duration(clock.eta() / workers)
 
-    def trajectories(self, most: int) -> tuple[list[tuple[Row, tuple[str, ...]]], str]:
-        """Return at most `most` rows, those that train first, and a line about the others."""
+    def trajectories(self, limit: int) -> tuple[list[tuple[Row, tuple[str, ...]]], str]:
+        """Return at most `limit` rows, running trajectories first, and a line that counts the hidden ones."""
         running = [r for r in self.rows if r.last and not r.done]
-        shown = list(self.rows) if len(self.rows) <= most else running[:most]
+        shown = list(self.rows) if len(self.rows) <= limit else running[:limit]
         hidden = [r for r in self.rows if r not in shown]
         counts = {"trained": sum(r.done for r in hidden), "waiting": sum(not r.done for r in hidden)}
         others = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
         return [(r, _cells(r)) for r in shown], others
 
     @property
-    def whole(self) -> str:
-        """Return how much of all work is done, and when the rest will be."""
+    def overall(self) -> str:
+        """Return the share of work done, the time elapsed and the ETA."""
         return f"{100 * self.share:.0f}% | {duration(time.monotonic() - self.began)} elapsed | ETA {self.eta or '–'}"
 
 
@@ -129,7 +129,7 @@ class TerminalView:
             parts = [table, *([Text(f"and {others}", style="dim")] if others else [])]
         measuring = Text.assemble(("measuring ", "dim"), self._progress.measuring)
         note = [Text(self._progress.note, style="dim")] if self._progress.note else []
-        lines = [measuring, *note, Text.assemble(("in all    ", "dim"), self._progress.whole)]
+        lines = [measuring, *note, Text.assemble(("total     ", "dim"), self._progress.overall)]
         for line in lines:
             line.no_wrap, line.overflow = True, "ellipsis"
         return Group(*parts, *lines)
@@ -185,14 +185,14 @@ class NotebookView:
             body += f"<tr><th>{escape(row_name(row.name))}</th><td>{bar}</td>{texts}</tr>"
         table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>" if body else ""
         measuring = f"<div>measuring: {escape(self._progress.measuring)}</div>"
-        return f"{lines}{table}{measuring}<div>{escape(' | '.join([self._progress.whole, *others]))}</div>"
+        return f"{lines}{table}{measuring}<div>{escape(' | '.join([self._progress.overall, *others]))}</div>"
 
 
-def show_arms(arms: Arms) -> None:
-    """Print the table of arms and the finding to stderr, or display them in a notebook."""
+def show_objective_table(table: ObjectiveTable) -> None:
+    """Print the table of objectives and the finding to stderr, or display them in a notebook."""
     if notebook():
         from IPython.display import HTML, display
 
-        display(HTML(arms.to_html()))
+        display(HTML(table.to_html()))
     else:
-        print_arms(arms, Console(stderr=True))
+        print_objective_table(table, Console(stderr=True))

@@ -214,7 +214,7 @@ class Worker:
             found = learning.measure(model, base, items, condition.prefix, self._forward(model))
             records += [{**identity, "condition": condition.name, "weight_change": change, **line} for line in found]
             name = progress.describe(replace(target, condition=condition))
-            self.on_progress("score", len(items), progress.Answers(name, "learning check", len(items), len(items)))
+            self.on_progress("score", len(items), progress.EvalProgress(name, "learning check", len(items), len(items)))
         self.store.write_learning(self._learning_path(job), records, items.hash)
 
     def _base_stats(self, control_tokens: tuple[str, ...], prefix: str) -> learning.BaseStats:

@@ -14,7 +14,7 @@ from typing import Any
 
 from leeway.errors import LeewayError, first_line
 from leeway.report.compare.logs.match import SCORER
-from leeway.report.compare.logs.samples import Answer, TaskLog, content_digest, flatten, plain, shorten
+from leeway.report.compare.logs.samples import ScoredAnswer, TaskLog, content_digest, flatten, plain, shorten
 
 try:
     import inspect_ai.log as inspect_log
@@ -86,7 +86,7 @@ def _facts(log: Any) -> dict[str, str]:
     return found | flatten(dict(spec.packages), "packages")
 
 
-def _answers(path: Path, samples: list[Any]) -> tuple[list[Answer], dict[str, str]]:
+def _answers(path: Path, samples: list[Any]) -> tuple[list[ScoredAnswer], dict[str, str]]:
     """Return an answer per sample and epoch, and the metrics that have no number per sample."""
     unusable: dict[str, str] = {}
     found = [(s, dict(_values(s))) for s in samples]
@@ -115,7 +115,9 @@ def _answers(path: Path, samples: list[Any]) -> tuple[list[Answer], dict[str, st
         content = {"input": content_digest(_input(sample.input)), "target": content_digest(sample.target)}
         content |= {"choice": content_digest(sample.choices)} if sample.choices else {}
         fields = sample.metadata or {}
-        answers.append(Answer(str(sample.id), sample.epoch - 1, content, fields=fields, scores=scores, reasons=reasons))
+        answers.append(
+            ScoredAnswer(str(sample.id), sample.epoch - 1, content, fields=fields, scores=scores, reasons=reasons)
+        )
     return answers, {m: why for m, why in unusable.items() if m not in whole}
 
 

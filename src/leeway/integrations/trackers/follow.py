@@ -1,8 +1,8 @@
 """The process of one tracker: follow the files of a run and send what is new. Started by `process`.
 
-It reads lines on stdin: the choice and folder, then the run's files, then `finish` or `stop`; the end of stdin is a
-`stop`. It writes lines of JSON: `ready`, `error` for a user's mistake, `log` for a line to print. What the tracker's
-library prints goes into `trackers/<name>.log`.
+Lines on stdin: the tracker's name and settings, then the run's files, then `finish` or `stop` (also the end of stdin).
+Lines of JSON on stdout: `ready`, `error` for a user error, `log` for a line to print. The output of the tracker's
+library goes to `trackers/<name>.log`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from leeway.integrations.trackers.run_files import (
     results_of,
     training_points,
 )
-from leeway.integrations.trackers.tracker import Choice, Point, Status, TrackedStudy, Tracker
+from leeway.integrations.trackers.tracker import Point, Status, TrackedStudy, Tracker, TrackerConfig
 from leeway.io import write_json
 from leeway.report.results import Results
 from leeway.yaml_config import load as load_yaml
 
 INTERVAL_S = 2.0
-LONGEST_WAIT_S = 60.0  # after failures
+MAX_WAIT_S = 60.0  # after failures
 BATCH = 100  # points per call of a tracker
 FILES = ("report.html", "tables/rates.csv", "tables/ledger.csv", "results.json", "study.yaml")
 
@@ -63,16 +63,16 @@ class State:
         return cls(settings)
 
 
-class Pending(Exception):
-    """A call of the tracker failed; it is made again later."""
+class CallFailed(Exception):
+    """A call of the tracker failed; a later poll repeats it."""
 
 
 @dataclass
 class Follower:
-    """Sends what a tracker has not got yet."""
+    """Send a tracker the points and files of a run that were not sent yet."""
 
     tracker: Tracker
-    choice: Choice
+    config: TrackerConfig
     files: RunFiles
     log: Callable[[str], None]
     failures: int = 0
@@ -81,11 +81,11 @@ class Follower:
 
     def __post_init__(self) -> None:
         self.folder = Path(self.files.folder) / "trackers"
-        self.path = self.folder / f"{self.choice.name}.json"
-        self.state = State.read(self.path, self.choice.settings)
+        self.path = self.folder / f"{self.config.name}.json"
+        self.state = State.read(self.path, self.config.settings)
 
     def poll(self) -> bool:
-        """Send what is new; return whether the tracker took it all."""
+        """Send what is new; return whether every call succeeded."""
         try:
             self._send_steps()
             for target in self.files.targets:
@@ -96,29 +96,29 @@ class Follower:
                     found = results_of(self.files, (), [Path(path)])
                     self._send_points("learning", learning_points(found, self.files.targets))
                     self.state.points[path] = "sent"
-        except Pending:
+        except CallFailed:
             return False
         return True
 
     def finish(self) -> bool:
-        """Send the rest of a finished run: what is missing or has changed, and the files."""
+        """Send what a finished run still misses or has changed, and the files; return whether every call succeeded."""
         try:
             self._send_steps()
             results, targets = Results.load(self.files.folder), self.files.targets
             self._send_points("rates", rate_points(results, targets))
             self._send_points("learning", learning_points(results, targets))
             self._send_files()
-        except Pending:
+        except CallFailed:
             return False
         return True
 
     def close(self, status: Status) -> None:
         """End the tracker's runs and report what was not sent."""
         if self._opened:
-            with contextlib.suppress(Pending):
+            with contextlib.suppress(CallFailed):
                 self._call(lambda: self.tracker.close(status))
         if self.failures:
-            what = f"{self.choice.name}: {self.failures} failed calls, the last: {self.last_failure}"
+            what = f"{self.config.name}: {self.failures} failed calls, the last: {self.last_failure}"
             self.log(f"{what}; the same command sends what is missing")
 
     def _send_steps(self) -> None:
@@ -164,14 +164,14 @@ class Follower:
                 self.tracker.open(self._study())
                 self._opened = True
             call()
-        except Exception as error:  # whatever it is, the run goes on
+        except Exception as error:  # no failure of a tracker may end the run
             traceback.print_exc()
             self.last_failure = f"{type(error).__name__}: {first_line(error)[:200]}"
             if not self.failures:
-                what = f"{self.choice.name}: not sent ({self.last_failure}); the run goes on, and it is tried again"
-                self.log(f"{what}; details in {self.folder / self.choice.name}.log")
+                what = f"{self.config.name}: not sent ({self.last_failure}); the run continues and sending is retried"
+                self.log(f"{what}; details in {self.folder / self.config.name}.log")
             self.failures += 1
-            raise Pending from error
+            raise CallFailed from error
 
     def _study(self) -> TrackedStudy:
         text = (Path(self.files.folder) / "study.yaml").read_text("utf-8")
@@ -186,7 +186,7 @@ def follow(follower: Follower, commands: queue.Queue[str], interval: float = INT
     """Poll until a command comes, less often after failures; then send the rest."""
     command, wait = "", interval
     while not command:
-        wait = interval if follower.poll() else min(2 * wait, LONGEST_WAIT_S)
+        wait = interval if follower.poll() else min(2 * wait, MAX_WAIT_S)
         with contextlib.suppress(queue.Empty):
             command = commands.get(timeout=wait)
     done = follower.finish() if command == "finish" else follower.poll()
@@ -194,29 +194,29 @@ def follow(follower: Follower, commands: queue.Queue[str], interval: float = INT
 
 
 def main() -> None:
-    """Run one tracker; see the module."""
+    """Run one tracker until `finish`, `stop` or the end of stdin."""
     protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # the libraries print into the log
 
-    def tell(**message: Any) -> None:
+    def write(**message: Any) -> None:
         with contextlib.suppress(BrokenPipeError):  # the run was killed
             print(json.dumps(message), file=protocol, flush=True)
 
     commands: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read, args=(commands,), daemon=True).start()
     raw = json.loads(commands.get())
-    choice = Choice(raw["name"], raw["settings"])
+    config = TrackerConfig(raw["name"], raw["settings"])
     try:
-        tracker = choice.load()
+        tracker = config.load()
         tracker.check()
     except LeewayError as error:
-        tell(error=[error.what, error.fix])
+        write(error=[error.what, error.fix])
         return
-    tell(ready=True)
+    write(ready=True)
     text = commands.get()
     if text in ("finish", "stop"):
         return
-    follow(Follower(tracker, choice, RunFiles.from_json(text), lambda line: tell(log=line)), commands)
+    follow(Follower(tracker, config, RunFiles.from_json(text), lambda line: write(log=line)), commands)
 
 
 def _read(commands: queue.Queue[str]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from leeway.errors import LeewayError
 from leeway.integrations.trackers.tracker import STUDY, Point, Status, TrackedStudy
 
-MOST = 1000  # metrics per request
-MOST_PARAMS, LONGEST_PARAM = 100, 500  # a longer value is in study.yaml, which is attached
+MAX_METRICS = 1000  # metrics per request
+MAX_PARAMS, MAX_PARAM_LENGTH = 100, 500  # a longer value is in study.yaml, which is attached
 
 
 class MlflowTracker:
@@ -56,8 +56,8 @@ class MlflowTracker:
 
         now, target = int(1000 * time.time()), self._run(run)
         metrics = [Metric(name, value, now, p.step) for p in points for name, value in _values(p).items()]
-        for k in range(0, len(metrics), MOST):
-            self._client.log_batch(target, metrics=metrics[k : k + MOST])
+        for k in range(0, len(metrics), MAX_METRICS):
+            self._client.log_batch(target, metrics=metrics[k : k + MAX_METRICS])
 
     def add_files(self, files: Sequence[Path]) -> None:
         run = self._run(STUDY)
@@ -92,9 +92,9 @@ class MlflowTracker:
         from mlflow.entities import Param
 
         assert self._study
-        params = [Param(key, text) for key, text in _flat(self._study.config) if len(text) <= LONGEST_PARAM]
-        for k in range(0, len(params), MOST_PARAMS):
-            self._client.log_batch(run, params=params[k : k + MOST_PARAMS])
+        params = [Param(key, text) for key, text in _flat(self._study.config) if len(text) <= MAX_PARAM_LENGTH]
+        for k in range(0, len(params), MAX_PARAMS):
+            self._client.log_batch(run, params=params[k : k + MAX_PARAMS])
 
 
 def _values(point: Point) -> dict[str, float]:

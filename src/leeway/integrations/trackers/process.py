@@ -17,13 +17,13 @@ from typing import Any
 from leeway.data.stream import BudgetStop
 from leeway.errors import LeewayError
 from leeway.integrations.trackers.run_files import RunFiles, StepLog, Target
-from leeway.integrations.trackers.tracker import Choice
+from leeway.integrations.trackers.tracker import TrackerConfig
 from leeway.objectives.objective import PLAIN
 from leeway.study.jobs import BASE, EvalTarget, Job, eval_targets, schedule_of
 from leeway.study.sequential_eval import sequential_axes
 from leeway.study.worker import Worker
 
-START_S, FINISH_S, STOP_S = 120.0, 60.0, 10.0  # the longest waits: for imports, after a run, after its end by an error
+START_S, FINISH_S, STOP_S = 120.0, 60.0, 10.0  # timeouts: for imports, after a finished run, after a failed run
 
 
 def run_files(worker: Worker, jobs: Sequence[Job]) -> RunFiles:
@@ -64,11 +64,11 @@ def name_of(worker: Worker) -> str:
 class TrackerProcess:
     """One tracker: its process, and the thread that prints what it reports."""
 
-    def __init__(self, choice: Choice, folder: Path, log: Callable[[str], None]) -> None:
-        self.choice, self._log = choice, log
-        self.log_path = folder / "trackers" / f"{choice.name}.log"
+    def __init__(self, config: TrackerConfig, folder: Path, log: Callable[[str], None]) -> None:
+        self.config, self._log = config, log
+        self.log_path = folder / "trackers" / f"{config.name}.log"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._answered, self._error, self._ended = threading.Event(), list[str](), False
+        self._ready, self._error, self._ended = threading.Event(), list[str](), False
         command = [sys.executable, "-m", "leeway.integrations.trackers.follow"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with self.log_path.open("ab") as stderr:
@@ -85,19 +85,19 @@ class TrackerProcess:
             )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        self.send(json.dumps({"name": choice.name, "settings": choice.settings}))
+        self.send(json.dumps({"name": config.name, "settings": config.settings}))
 
     def send(self, line: str) -> None:
-        """Send a line; a process that has ended was reported by the listener."""
+        """Send a line. Errors are ignored: the listener reports a process that has ended."""
         assert self._process.stdin
         with contextlib.suppress(OSError, ValueError):
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
     def check(self) -> None:
-        """Wait until the tracker is ready; raise LeewayError for a user's mistake."""
-        if not self._answered.wait(START_S):
-            self._log(f"{self.choice.name}: not ready after {START_S:.0f} s; the run goes on")
+        """Wait until the tracker is ready; raise LeewayError for a user error."""
+        if not self._ready.wait(START_S):
+            self._log(f"{self.config.name}: not ready after {START_S:.0f} s; the run continues")
         if self._error:
             what, fix = self._error
             raise LeewayError(what, fix=fix)
@@ -108,13 +108,13 @@ class TrackerProcess:
             self._ended = True
             self.send(command)
 
-    def end(self, command: str, patience: float) -> None:
-        """End the process with `finish` or `stop`; kill it if it takes longer than `patience` seconds."""
+    def end(self, command: str, timeout: float) -> None:
+        """End the process with `finish` or `stop`; kill it if it takes longer than `timeout` seconds."""
         self.finish(command)
         try:
-            self._process.wait(patience)
+            self._process.wait(timeout)
         except subprocess.TimeoutExpired:
-            what = f"{self.choice.name}: not done after {patience:.0f} s"
+            what = f"{self.config.name}: not done after {timeout:.0f} s"
             self._log(f"{what}; the same command sends what is missing")
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)  # with the processes that the library has started
@@ -133,33 +133,33 @@ class TrackerProcess:
                 self._log(message["log"])
             self._error = message.get("error", self._error)
             if "ready" in message or "error" in message:
-                self._answered.set()
-        self._answered.set()
+                self._ready.set()
+        self._ready.set()
         if not self._ended and not self._error:
             code = self._process.wait()
-            self._log(f"{self.choice.name}: its process ended (exit code {code}); details in {self.log_path}")
+            self._log(f"{self.config.name}: its process ended (exit code {code}); details in {self.log_path}")
 
 
 class Trackers:
     """The trackers of one run, as a context: started before the data are read, ready before anything is trained."""
 
-    def __init__(self, choices: Sequence[Choice], folder: Path, log: Callable[[str], None]) -> None:
-        self._choices, self._folder, self._log = choices, folder, log
+    def __init__(self, configs: Sequence[TrackerConfig], folder: Path, log: Callable[[str], None]) -> None:
+        self._configs, self._folder, self._log = configs, folder, log
         self._processes: list[TrackerProcess] = []
 
     def __enter__(self) -> Trackers:
-        self._processes = [TrackerProcess(choice, self._folder, self._log) for choice in self._choices]
+        self._processes = [TrackerProcess(config, self._folder, self._log) for config in self._configs]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        command, patience = ("finish", FINISH_S) if kind is None else ("stop", STOP_S)
+        command, timeout = ("finish", FINISH_S) if kind is None else ("stop", STOP_S)
         for process in self._processes:
             process.finish(command)  # to all before waiting for one
         for process in self._processes:
-            process.end(command, patience)
+            process.end(command, timeout)
 
     def start(self, worker: Worker, jobs: Sequence[Job]) -> None:
-        """Let the trackers follow the run; raises LeewayError for a user's mistake, such as a missing key."""
+        """Start sending the run; raises LeewayError for a user error, such as a missing key."""
         for process in self._processes:
             process.check()
         if self._processes:

@@ -20,7 +20,7 @@ BUILT_IN = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboard", 
 ATTRIBUTES = ("name", "settings", "check", "open", "log", "add_files", "close")
 TRACK = "--track"
 Status = Literal["finished", "stopped"]
-Choices = Sequence[str | Mapping[str, Mapping[str, Any] | None]]
+TrackOptions = Sequence[str | Mapping[str, Mapping[str, Any] | None]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Tracker(Protocol):
     settings: tuple[str, ...]
 
     def check(self) -> None:
-        """Raise LeewayError for what only the user can mend, such as a missing key. Called before training."""
+        """Raise LeewayError for user errors such as a missing key. Called before training."""
 
     def open(self, study: TrackedStudy) -> None:
         """Connect; called again after a failure."""
@@ -74,7 +74,7 @@ STUDY = "study"  # the tracker run that gets the files
 
 
 @dataclass(frozen=True)
-class Choice:
+class TrackerConfig:
     """A tracker to use, with its settings."""
 
     name: str
@@ -98,7 +98,7 @@ def _installed() -> dict[str, EntryPoint]:
     return entry_points_of(GROUP, "tracker", BUILT_IN)
 
 
-def choose(track: Choices) -> list[Choice]:
+def parse_track(track: TrackOptions) -> list[TrackerConfig]:
     """Return trackers from `wandb`, `mlflow.uri=http://…` or `{"mlflow": {"uri": …}}`, checked as far as is quick.
 
     Raises LeewayError for an unknown name or setting, a missing package, or credentials in a URL.
@@ -110,10 +110,10 @@ def choose(track: Choices) -> list[Choice]:
             if repeated := next((k for k in settings if k in own), None):
                 raise LeewayError(f"{TRACK} {name}.{repeated} is given twice", fix="give it once")
             own.update(settings)
-    choices = [Choice(name, settings) for name, settings in chosen.items()]
-    for choice in choices:
-        _check(choice)
-    return choices
+    configs = [TrackerConfig(name, settings) for name, settings in chosen.items()]
+    for config in configs:
+        _check(config)
+    return configs
 
 
 def _entries(entry: str | Mapping[str, Mapping[str, Any] | None]) -> Iterable[tuple[str, dict[str, str]]]:
@@ -126,22 +126,22 @@ def _entries(entry: str | Mapping[str, Mapping[str, Any] | None]) -> Iterable[tu
     return [(name, {key: value} if dot else {})]
 
 
-def _check(choice: Choice) -> None:
-    if choice.name not in BUILT_IN:
+def _check(config: TrackerConfig) -> None:
+    if config.name not in BUILT_IN:
         installed = _installed()
-        if choice.name not in installed:
-            near = nearest(choice.name, [*BUILT_IN, *installed])
-            what = f"{TRACK} {choice.name}: no such tracker{near}"
+        if config.name not in installed:
+            near = nearest(config.name, [*BUILT_IN, *installed])
+            what = f"{TRACK} {config.name}: no such tracker{near}"
             raise LeewayError(what, fix=f"one of: {', '.join([*BUILT_IN, *installed])}")
-        assert re.fullmatch(NAME, choice.name)
-    elif find_spec(BUILT_IN[choice.name]) is None:
-        what = f"{TRACK} {choice.name}: {BUILT_IN[choice.name]} is not installed"
-        raise LeewayError(what, fix=f"pip install 'leeway[{choice.name}]'")
+        assert re.fullmatch(NAME, config.name)
+    elif find_spec(BUILT_IN[config.name]) is None:
+        what = f"{TRACK} {config.name}: {BUILT_IN[config.name]} is not installed"
+        raise LeewayError(what, fix=f"pip install 'leeway[{config.name}]'")
     else:
-        choice.load()
-    for key, value in choice.settings.items():
+        config.load()
+    for key, value in config.settings.items():
         if re.search(r"://[^/\s]*@", value):
-            what = f"{TRACK} {choice.name}.{key}: the address holds a password or user name"
+            what = f"{TRACK} {config.name}.{key}: the address holds a password or user name"
             raise LeewayError(what, fix="leave it out, and set the environment variable that the tracker reads")
 
 

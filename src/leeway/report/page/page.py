@@ -14,11 +14,11 @@ import pandas as pd
 from markupsafe import Markup
 
 from leeway.report import formatting, judges, learning, narrative, plotting, triggers
-from leeway.report.arms import notes_of
 from leeway.report.charts import Chart
 from leeway.report.controls import control_sentences, page_values
 from leeway.report.finding import finding
 from leeway.report.formatting import BudgetUnit
+from leeway.report.objective_table import notes_of
 from leeway.report.page.analyses import MARGIN, views
 from leeway.report.page.transcripts import embed_rows, transcripts
 from leeway.report.plotting import Drawing, Series, key_of

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from leeway.errors import LeewayError
-from leeway.report.compare.logs.samples import Answer, Checkpoint, TaskLog, shorten
+from leeway.report.compare.logs.samples import Checkpoint, ScoredAnswer, TaskLog, shorten
 from leeway.report.results import ROW_COLUMNS
 from leeway.stats.metrics import AT, BASE, MAX_UNSCORED
 from leeway.yaml_config import nearest
@@ -266,7 +266,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Return one row per item: the mean over its repeats. Texts stay in the logs."""
     low, high = bounds or (0.0, 1.0)
-    by_item: dict[tuple[str, str], list[Answer]] = {}
+    by_item: dict[tuple[str, str], list[ScoredAnswer]] = {}
     for answer in with_metric(log, metric):
         by_item.setdefault(answer.key, []).append(answer)
     rows = []
@@ -298,7 +298,7 @@ def _rows(
     return rows
 
 
-def with_metric(log: TaskLog, metric: str) -> list[Answer]:
+def with_metric(log: TaskLog, metric: str) -> list[ScoredAnswer]:
     """Return the answers that a metric is for: subtasks of a group may have others."""
     return [a for a in log.answers if metric in a.scores or metric in a.reasons]
 

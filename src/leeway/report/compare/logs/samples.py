@@ -17,7 +17,7 @@ SHOWN = 120  # characters of a setting or an error in a message
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """One answer to one item, with the number of every metric or the reason for having none."""
 
     item: str  # its id; unique inside a part of the task
@@ -44,7 +44,7 @@ class TaskLog:
     model: str
     settings: Mapping[str, str]  # must be equal in all logs; the keys of one scorer are compared if both logs have it
     facts: Mapping[str, str]  # may differ: date, versions, seeds
-    answers: Seq[Answer]
+    answers: Seq[ScoredAnswer]
     unusable: Mapping[str, str] = field(default_factory=dict)  # metrics without one number per answer, and why
     incomplete: str = ""  # how the run ended, if it did not complete
     run: str = ""  # identifies a run and its retries

@@ -1,4 +1,4 @@
-"""The table of arms: what each objective did at the last budget, with intervals and a word, and the finding.
+"""The table of objectives: change from the base at the last budget, with intervals and a state, and the finding.
 
 It ends a run on a terminal and represents `Results` in a notebook. It is made from `results.json`, so nothing is
 estimated again, and the words are those of the verdict.
@@ -39,7 +39,7 @@ MAX_DIGITS = 3  # of a difference
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm's change from the base on one measure, in points or log-odds, as text."""
+    """An objective's change from the base on one measure, in points or log-odds, as text."""
 
     difference: str
     range: str
@@ -47,7 +47,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Arms:
+class ObjectiveTable:
     """One line per objective and test-time prompt at the last budget; a cell is None where nothing was estimated."""
 
     study: str
@@ -82,14 +82,14 @@ def _html_row(name: str, cells: Iterator[str]) -> str:
     return f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def arms_of(folder: Path) -> Arms:
-    """Return the table of arms of a reported run. Raises ReportError without a readable `results.json`."""
+def load_objective_table(folder: Path) -> ObjectiveTable:
+    """Return the table of objectives of a reported run. Raises ReportError without a readable `results.json`."""
     try:
         made, manifest, study = (_read(folder / n) for n in ("results.json", "manifest.json", "study.yaml"))
     except (OSError, ValueError) as error:
         raise ReportError(f"{folder} has no readable report", fix=f"run `leeway report {folder}`") from error
     tables = {k: _frame(v) for k, v in made.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
-    return arms(tables, manifest, study, [int(s) for s in made.get("seeds") or ()])
+    return objective_table(tables, manifest, study, [int(s) for s in made.get("seeds") or ()])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -103,9 +103,9 @@ def _frame(records: list[dict[str, Any]]) -> pd.DataFrame:
     return table.astype(dict.fromkeys((c for c in numbers if table[c].isna().any()), "float64"))
 
 
-def arms(
+def objective_table(
     tables: dict[str, pd.DataFrame], manifest: dict[str, Any], study: dict[str, Any], seeds: Sequence[int]
-) -> Arms:
+) -> ObjectiveTable:
     """Return the table from a report's tables by name (`contrasts`, `rates` and, if made, `equivalence`, …)."""
     nothing = pd.DataFrame()
     contrasts, rates = tables.get("contrasts", nothing), tables.get("rates", nothing)
@@ -116,7 +116,7 @@ def arms(
     sentence = finding(contrasts, rates, tables.get("recommend", nothing), unit, seeds, **shared)
     name = str(study.get("name") or "")
     if contrasts.empty:
-        return Arms(name, "", (), (), (), "", sentence, ())
+        return ObjectiveTable(name, "", (), (), (), "", sentence, ())
     last = int(contrasts["budget"].max())
     own = contrasts[contrasts["budget"] == last]
     own = own[headline(own, own)]
@@ -130,7 +130,7 @@ def arms(
         key=lambda pair: (order.index(pair[0]), pair[1] != PLAIN, pair[1]),
     )
     labels = dict(zip(own["measure"], own["label"], strict=True))
-    return Arms(
+    return ObjectiveTable(
         study=name,
         at=capitalize_first(unit.at(last)),
         columns=tuple(NAMES.get(m, str(labels[m]).lower()) for m in measures),
@@ -186,7 +186,7 @@ def notes_of(ledger: pd.DataFrame | None, study: dict[str, Any]) -> list[str]:
     return [f"{capitalize_first(line)}." for line in budget_notes(stops, int(optim.get("warmup_steps") or 0))]
 
 
-def print_arms(table: Arms, console: Console) -> None:
+def print_objective_table(table: ObjectiveTable, console: Console) -> None:
     """Print the table and the finding; a table too wide for the console is split by columns, never inside a word."""
     from rich.text import Text
 
@@ -202,7 +202,7 @@ def print_arms(table: Arms, console: Console) -> None:
     console.print(Text(table.finding, style="bold"))
 
 
-def _grid(table: Arms, columns: Sequence[int]) -> Any:
+def _grid(table: ObjectiveTable, columns: Sequence[int]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
@@ -222,14 +222,14 @@ def _grid(table: Arms, columns: Sequence[int]) -> Any:
     return grid
 
 
-def _width(table: Arms, n: int) -> int:
+def _width(table: ObjectiveTable, n: int) -> int:
     """Return the characters that a column needs: its longest line, or the longest word of its head."""
     cells = [cells[n] for _, cells in table.lines]
     lines = [text for c in cells if c for text in (f"{c.difference} {c.word}", c.range)]
     return max(map(len, [*lines, *table.columns[n].split(), table.base[n]]))
 
 
-def _chunks(table: Arms, width: int) -> Iterator[list[int]]:
+def _chunks(table: ObjectiveTable, width: int) -> Iterator[list[int]]:
     """Yield the columns of each table that fits the width; a single column may be wider."""
     first = max(len(name) for name, _ in (*table.lines, ("objective", ()))) + GAP
     chunk, used = list[int](), first

@@ -1,4 +1,4 @@
-"""The table of arms that ends a run: words, intervals, width, colour, HTML."""
+"""The table of objectives that ends a run: words, intervals, width, colour, HTML."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from test_finding import BETTER, advice, arm, line, within
 
-from leeway.report.arms import Arms, arms, arms_of, print_arms
+from leeway.report.objective_table import ObjectiveTable, load_objective_table, objective_table, print_objective_table
 from leeway.report.results import ReportError
 
 BASE = {"objective": "base", "condition": "plain", "budget": 0}
@@ -21,18 +21,18 @@ STUDY = {"name": "x", "optim": {"warmup_steps": 10}, "objectives": ["sft", "kl"]
 LINES = [*arm("sft", 0.2, 0.1), *arm("kl", 0.12, 0.01), *arm("kl-low", 0.0, 0.0)]
 
 
-def table(*lines: dict[str, object], **tables: pd.DataFrame) -> Arms:
+def table(*lines: dict[str, object], **tables: pd.DataFrame) -> ObjectiveTable:
     made = {"contrasts": pd.DataFrame([*LINES, *lines]), "rates": LEVELS, "recommend": advice("kl"), **tables}
-    return arms(made, {}, STUDY, [0])
+    return objective_table(made, {}, STUDY, [0])
 
 
-def printed(found: Arms, width: int, **options: object) -> str:
+def printed(found: ObjectiveTable, width: int, **options: object) -> str:
     console = Console(file=io.StringIO(), width=width, **options)  # type: ignore[arg-type]
-    print_arms(found, console)
+    print_objective_table(found, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def words(found: Arms) -> dict[str, list[str]]:
+def words(found: ObjectiveTable) -> dict[str, list[str]]:
     return {name: [c.word if c else "" for c in cells] for name, cells in found.lines}
 
 
@@ -100,11 +100,11 @@ def test_html_is_escaped() -> None:
 
 
 def test_a_study_of_the_base_alone_has_a_sentence_and_no_table() -> None:
-    found = arms({"contrasts": pd.DataFrame(), "rates": LEVELS}, {}, STUDY, [])
+    found = objective_table({"contrasts": pd.DataFrame(), "rates": LEVELS}, {}, STUDY, [])
     assert printed(found, 80).split() == found.finding.split()
     assert "<table>" not in found.to_html()
 
 
 def test_a_folder_without_a_report(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="has no readable report; run `leeway report"):
-        arms_of(tmp_path)
+        load_objective_table(tmp_path)
