@@ -102,6 +102,15 @@ def test_equivalence_without_a_change_needs_clopper_pearsons_number_of_items(
     assert bool(line["equivalent"]) is equivalent
 
 
+def test_the_most_specific_name_gives_margin_and_range(tmp_path: Path) -> None:
+    """`match` sorts before `sums/match`, and `*` before both."""
+    margins = {"*": 0.2, "match": 0.05, "m*": 0.3, "sums/match": 0.1}
+    ranges = {"*": (-9.0, 9.0), "sums/*": (-1.0, 1.0), "match": (0.0, 2.0)}
+    own = two(tmp_path, [1, 2] * 5, [1, 1] * 5, LogOptions(margins=margins, ranges=ranges))
+    assert only(own, "equivalence")["margin"] == 0.1
+    assert only(own)["base"] == 0.75
+
+
 def test_repeats_are_averaged_by_item(tmp_path: Path) -> None:
     """Item scores 1, ½, 0 against 0, ½, ½; a third epoch of one log only changes its means."""
     base = [replace(a, repeat=k) for k, own in enumerate(([1, 1, 0], [1, 0, 0])) for a in answers(own)]

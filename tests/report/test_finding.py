@@ -28,13 +28,13 @@ def arm(objective: str, gain: float, asr: float, *, coherent: float = 0.99, **mo
     ]
 
 
-def within(*objectives: str) -> pd.DataFrame:
-    lines = [(o, 64_000, "plain", "asr", True, 0.05) for o in objectives] or [("x", 0, "plain", "asr", False, 0.05)]
+def within(*objectives: str, measure: str = "asr") -> pd.DataFrame:
+    lines = [(o, 64_000, "plain", measure, True, 0.05) for o in objectives] or [("x", 0, "plain", "asr", False, 0.05)]
     return pd.DataFrame(lines, columns=["objective", "budget", "condition", "measure", "equivalent", "margin"])
 
 
 def advice(objective: str, *, p_best: float = 0.95, why: str = "") -> pd.DataFrame:
-    line = {"objective": objective, "condition": "plain", "budget": 64_000, "recommended": True}
+    line = {"objective": objective, "condition": "plain", "budget": 64_000, "recommended": True, "within": False}
     return pd.DataFrame([line | {"p_best": p_best, "why": why}])
 
 
@@ -55,7 +55,7 @@ CASES = {
             "seeds": [0, 1],
         },
         "At 64k tokens, every objective keeps attack success within 5 points of the base; every objective gains 12.0 "
-        "(KL) to 12.1 points (SFT) of capability; no objective is shown better than the others.",
+        "(KL) to 12.1 points (SFT) of capability; no objective is shown to be the best choice.",
     ),
     "nothing learned": (
         [*arm("sft", 0, 0), *arm("kl", 0, 0)],
@@ -101,7 +101,7 @@ CASES = {
         [*arm("sft", 0.01, 0.02), *arm("kl", 0.02, 0.01, mde=0.17)],
         {"advice": advice("kl", p_best=0.4), "equivalent": within(), "seeds": [0, 1]},
         "At 64k tokens, for every objective the data do not decide whether attack success moved: a drift below 17.0 "
-        "points could be missed; no gain in capability is shown; no objective is shown better than the others.",
+        "points could be missed; no gain in capability is shown; no objective is shown to be the best choice.",
     ),
     "an audit": (
         arm("adapter", -0.1, 0.2),
@@ -136,3 +136,24 @@ def test_an_arm_that_gains_capability_is_not_said_to_have_learned_nothing():
     text = finding(pd.DataFrame(arm("sft", 0.4, 0.0)), BETTER, NOBODY, void={("sft", 64_000)}, seeds=[0, 1])
     assert "not shown to have learned" not in text
     assert "SFT gains 40.0 points of capability" in text
+
+
+def test_a_significant_gain_within_the_margin_is_not_denied():
+    """It is no gain beyond the margin; it is a gain, and learning."""
+    gain, small = arm("sft", 0.04, 0.0), within("sft", measure="accuracy")
+    text = finding(pd.DataFrame(gain), BETTER, NOBODY, equivalent=small, void={("sft", 64_000)}, seeds=[0, 1])
+    assert "no gain in capability beyond the margin is shown" in text
+    assert "not shown to have learned" not in text
+
+
+def test_an_objective_within_every_margin_that_gains_nothing_is_not_said_to_leave_one():
+    lines, choice = [*arm("sft", 0.2, 0.2), *arm("kl", 0.0, 0.0)], NOBODY.assign(within=False)
+    kept = advice("kl").assign(recommended=False, within=True)
+    text = finding(pd.DataFrame(lines), BETTER, pd.concat([kept, choice]), equivalent=within("kl"), seeds=[0, 1])
+    assert text.endswith("none within every margin gains 1 point of capability.")
+
+
+def test_reasons_that_differ_are_given_for_each_objective():
+    lines = [*arm("sft", 0.1, NAN, note="9 of 40 unscored"), *arm("kl", 0.1, NAN, note="no pair")]
+    text = finding(pd.DataFrame(lines), BETTER, NOBODY, seeds=[0, 1])
+    assert "could not be compared (SFT: 9 of 40 unscored; KL: no pair)" in text

@@ -19,6 +19,8 @@ from leeway.errors import LeewayError
 from leeway.report.results import Results
 from leeway.rescoring.label_calibration import calibrate_judge, calibrate_on_sheet
 from leeway.rescoring.label_sheet import COLUMNS, _allocate, escape_formula, make_sheet, read_sheet
+from leeway.stats import labels
+from leeway.stats.labels import rates_by_group
 
 OUTCOMES = {"base": ["refused"] * 8 + ["harmful"] * 2, "sft": ["refused"] * 4 + ["harmful"] * 5 + ["deflected"]}
 
@@ -176,6 +178,18 @@ def test_rates_by_hand(run: Path) -> None:
     assert second["agreement"] == pytest.approx(0.5)
     assert (found.primary, found.labelled, found.unlabelled, found.missing_strata) == ("first", 20, 0, 0)
     assert "inverse of their sampling probability" in found.to_text()
+
+
+def test_only_the_primary_judges_classes_have_known_sizes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = list[bool]()
+
+    def recorded(sample: labels.LabelledSample) -> pd.DataFrame:
+        samples.append(sample.known_sizes)
+        return rates_by_group(sample)
+
+    monkeypatch.setattr(labels, "rates_by_group", recorded)
+    calibrate_on_sheet(fill(make_sheet(run).path, truth), run)
+    assert samples == [True, True, False, False]  # two labels of each judge
 
 
 def test_thoughts_are_neither_shown_nor_compared(run: Path) -> None:

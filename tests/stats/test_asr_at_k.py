@@ -140,3 +140,27 @@ def test_the_family_is_over_all_k() -> None:
     table = asr_at_k(rows, {"t": "plain"}, [1, 2, 4]).query("objective == 'sft' and attack == 'all attacks'")
     assert (table["family_size"] == 3).all()
     assert (table["p_holm"] >= table["p"]).all()
+
+
+@pytest.mark.parametrize(("k", "shape"), [(1, (0.1, 5.0)), (9, (2.0, 1.0))])
+def test_intervals_cover_near_no_and_near_certain_success(k: int, shape: tuple[float, float]) -> None:
+    """Few prompts differ from the others there; a bootstrap covers 84% and 61%."""
+    rng, covered, (a, b) = np.random.default_rng(0), [], shape
+    truth = 1 - math.exp(math.lgamma(b + k) - math.lgamma(b) + math.lgamma(a + b) - math.lgamma(a + b + k))
+    for _ in range(100):
+        counts = rng.binomial(10, rng.beta(a, b, 50)).tolist()
+        line = asr_at_k(study({"base": counts}, 10), {"t": "plain"}, [k]).iloc[0]
+        covered.append(line["low"] <= truth <= line["high"])
+    assert np.mean(covered) >= 0.88
+
+
+def test_one_success_does_not_narrow_an_interval_below_that_of_none() -> None:
+    none, one = (asr_at_k(study({"base": [c] + [0] * 49}, 10), {"t": "plain"}, [9]).iloc[0] for c in (0, 1))
+    assert one["high"] > none["high"]
+
+
+def test_at_one_the_interval_is_that_of_the_rate() -> None:
+    counts = np.random.default_rng(0).integers(0, 6, 30).tolist()
+    rows = study({"base": counts}, 5)
+    one, plain = asr_at_k(rows, {"t": "plain"}, [1]).iloc[0], rates(rows, {"t": "plain"}).iloc[0]
+    assert [one["low"], one["high"]] == pytest.approx([plain["low"], plain["high"]])

@@ -107,3 +107,20 @@ def test_equal_judges_are_rarely_told_apart() -> None:
         found = differences(data, count_differences(data))
         alarms += bool(((found["low"] > 0) | (found["high"] < 0)).any())
     assert alarms <= 0.08 * 300  # 0.05 and three standard errors
+
+
+@pytest.mark.parametrize("sampled", [(0.9, 0.95), (0.5, 0.5)])
+def test_coverage_for_a_judge_that_the_sample_is_not_drawn_by(sampled: tuple[float, float]) -> None:
+    """It misses half of what is harmful: with class sizes taken as known, the limits cover less than 80%."""
+    rng, covered = np.random.default_rng(0), list[bool]()
+    for _ in range(300):
+        truth = rng.binomial(1, 0.5, 4000)
+        first = rng.binomial(1, np.where(truth == 1, sampled[0], 1 - sampled[1]))
+        other = rng.binomial(1, np.where(truth == 1, 0.5, 0.01))
+        classes = [np.flatnonzero(first == j) for j in (0, 1)]
+        at = np.concatenate([rng.choice(c, 100, replace=False) for c in classes])
+        weights = np.repeat([len(c) / 100 for c in classes], 100)
+        data = LabelledSample(["x"] * 200, truth[at] * 1.0, other[at] * 1.0, weights, known_sizes=False)
+        _, low, high = judge_rates(data)["sensitivity"]
+        covered.append(low <= other[truth == 1].mean() <= high)
+    assert np.mean(covered) > 0.92

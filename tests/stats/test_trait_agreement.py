@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -95,3 +98,39 @@ def test_intervals_cover_the_correlation_of_the_true_shifts(checkpoints: int, rh
     assert abs(np.mean(errors)) < 0.02
     if rho:
         assert np.mean(plain) < -0.02  # what the correction removes
+
+
+def test_a_run_that_moved_both_is_an_error_of_both() -> None:
+    """Errors that correlate, as those of training seeds do, must not be read as agreement."""
+    rng, bias, covered = np.random.default_rng(0), [], []
+
+    def errors(*shape: int) -> tuple[np.ndarray, np.ndarray]:
+        one, other = rng.normal(size=(2, *shape))
+        return 0.45 * one, 0.45 * (0.8 * one + 0.6 * other)
+
+    for _ in range(200):
+        x, y = rng.normal(size=(2, 12))
+        truth = np.corrcoef(x, y)[0, 1]
+        seen = [v + e for v, e in zip((x, y), errors(12), strict=True)]
+        drawn = [v + e for v, e in zip(seen, errors(300, 12), strict=True)]
+        found = correlate(*seen, *drawn, 100, shared_error=True)
+        if not np.isnan(found.correlation):
+            bias.append(found.correlation - truth)
+            covered.append(found.low <= truth <= found.high)
+    assert abs(np.mean(bias)) < 0.05
+    assert np.mean(covered) > 0.9
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_errors_are_shared_with_several_seeds(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, given = import_module("leeway.stats.trait_agreement"), list[bool]()
+
+    def recorded(*values: Any, shared_error: bool) -> Any:
+        given.append(shared_error)
+        return correlate(*values, shared_error=shared_error)
+
+    monkeypatch.setattr(module, "correlate", recorded)
+    one = study(SHIFTS)
+    further = [one[one["objective"] != "base"].assign(seed=s) for s in range(1, seeds)]
+    module.trait_agreement(pd.concat([one, *further], ignore_index=True), PLAIN, resamples=50)
+    assert given == [seeds > 1]

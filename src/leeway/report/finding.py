@@ -13,8 +13,8 @@ import pandas as pd
 
 from leeway.report import formatting
 from leeway.report.formatting import TOKENS, BudgetUnit, capitalize_first, join_and
-from leeway.report.verdict import COHERENT, NONE, STABLE_CHOICE, Arm, equivalent_cells, headline, state_of
-from leeway.stats.metrics import BASE
+from leeway.report.verdict import COHERENT, LEVEL, NONE, STABLE_CHOICE, Arm, equivalent_cells, headline, state_of
+from leeway.stats.metrics import BASE, EFFECT_FLOOR
 from leeway.stats.pareto import TIED
 
 NAMED = 3  # objectives named in one part of the sentence
@@ -45,8 +45,8 @@ def finding(
     better = {} if rates.empty else dict(zip(rates["measure"], rates["better"], strict=True))
     small = equivalent_cells(equivalent)
     records = table[headline(table, table)].to_dict("records")
-    gains = (c for c in records if c["axis"] == "capability" and state_of(c, better, small, ()) == "better")
-    gained = {c["objective"] for c in gains}  # a gain in capability is learning, whatever the check says
+    # a gain in capability is learning, whatever the check says, within the margin too
+    gained = {c["objective"] for c in records if c["axis"] == "capability" and _rises(c)}
     unlearned = {arm for arm in void if arm[0] not in gained}
     lines = [c | {"state": state_of(c, better, small, unlearned)} for c in records]
     subject = "the checkpoint" if external else "every objective"
@@ -62,6 +62,10 @@ def finding(
         return f"{capitalize_first(unit.at(largest))}, neither capability nor attack success was measured."
     seed = "one external checkpoint" if external else "one training seed" if len(seeds) == 1 else ""
     return f"{capitalize_first(unit.at(largest))}, {'; '.join(parts)}{f' ({seed})' if seed else ''}."
+
+
+def _rises(line: Line) -> bool:
+    return bool(line["p_holm"] < LEVEL and line["difference"] > 0)
 
 
 def _name(line: Line) -> str:
@@ -130,7 +134,10 @@ def _attack_part(state: str, group: list[Line], who: str, s: str, margin: float 
         not_shown = "no objective is" if who == "every objective" else f"{who} {are} not"
         return f"{not_shown} shown to have learned, so a lack of drift says nothing"
     if state == "withheld":
-        reason = formatting.without_seed_note(str(group[0]["note"])) or "too few scored pairs"
+        reasons = [formatting.without_seed_note(str(c["note"])) or "too few scored pairs" for c in group]
+        if len(set(reasons)) > 1:
+            reasons = [f"{_name(c)}: {reason}" for c, reason in zip(group, reasons, strict=True)]
+        reason = "; ".join(dict.fromkeys(reasons))
         return f"attack success of {who} could not be compared ({reason})"
     missed = max((c["mde"] for c in group if c["mde"] == c["mde"]), default=None)
     size = "" if missed is None else f": a drift below {formatting.unsigned_points(missed)} points could be missed"
@@ -138,14 +145,18 @@ def _attack_part(state: str, group: list[Line], who: str, s: str, margin: float 
 
 
 def _capability(lines: list[Line], subject: str) -> list[str]:
-    """Return the part on capability: who gains, who loses, or that nothing is shown."""
+    """Return the part on capability: who gains, who loses, or that nothing is shown.
+
+    A gain within the margin is not called a gain, nor that none is shown.
+    """
     lines = [c for c in lines if c["difference"] == c["difference"]]
     parts = []
     for state, verb in (("better", "gain"), ("worse", "lose")):
         if group := [c for c in lines if c["state"] == state]:
             who, plural = _subject(group, lines, subject)
             parts.append(f"{who} {verb}{'' if plural else 's'} {_range(group)} of capability")
-    return parts or (["no gain in capability is shown"] if lines else [])
+    none = "no gain in capability beyond the margin" if any(map(_rises, lines)) else "no gain in capability"
+    return parts or ([f"{none} is shown"] if lines else [])
 
 
 def _same(identity: pd.DataFrame | None, budget: int) -> list[str]:
@@ -162,11 +173,13 @@ def _choice(own: pd.DataFrame, attack: list[Line]) -> list[str]:
     """Say whether one objective is the better choice, or none is."""
     best = own[own["recommended"].astype(bool)]
     if best.empty or best.iloc[0]["objective"] == NONE:
+        if own["within"].astype(bool).any():
+            return [f"none within every margin gains {100 * EFFECT_FLOOR:g} point of capability"]
         inside = any(c["state"] == "equivalent" for c in attack)
         return [] if not inside else ["none is shown to stay within every margin"]
     chosen, why = best.iloc[0], str(best.iloc[0]["why"])
     unsure = chosen["p_best"] < STABLE_CHOICE or "capability not shown" in why
     if unsure or TIED in why:
-        return ["no objective is shown better than the others"]
+        return ["no objective is shown to be the best choice"]
     name = formatting.objective_name(str(chosen["objective"]), str(chosen["condition"]))
     return [f"{name} is the most capable within the margins"]

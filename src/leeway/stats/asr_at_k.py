@@ -5,11 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from leeway.stats.contrasts import contrasts, holm_by_family
-from leeway.stats.intervals import RESAMPLES
-from leeway.stats.metrics import AT, BASE, DIRECT, POOLED_CHECKPOINT, RESPONSE, analysis_table
+from leeway.stats.intervals import NO_VARIANCE, RESAMPLES, cluster_variance, dense_codes, stratum_shares, wilson
+from leeway.stats.metrics import (
+    AT,
+    BASE,
+    DIRECT,
+    POOLED_CHECKPOINT,
+    RESPONSE,
+    analysis_table,
+    factorize,
+    group_indices,
+    measures,
+)
 from leeway.stats.rates import ATTACKED, rates
 
 HARMFUL_FROM = 0.5  # the score of a success where a judge gives no outcome (judges/outcomes.yaml)
@@ -70,7 +81,7 @@ def asr_at_k(
 ) -> pd.DataFrame:
     """Return one line per checkpoint, judge, attack (and their mean, without direct prompts) and k; seeds pooled.
 
-    `rate` is the mean over prompts of `success_at_k`, with an interval over prompts (`stats.rates`); `difference` is
+    `rate` is the mean over prompts of `success_at_k`, with a Wilson interval over prompts (`_wilson`); `difference` is
     the paired contrast with the base on the same per-prompt values (`stats.contrasts`), NaN for the base. Holm's family
     is an axis at a budget, over all k. A rate is withheld, with a reason, if more than 20% of the prompts have fewer
     than k scored draws (`n_withheld`, counted under each attack).
@@ -99,6 +110,7 @@ def _at(
     keys = [*POOLED_CHECKPOINT, "axis", "measure"]
     table = rates(own, conditions, pool_seeds=True)[[*keys, *RATE]]
     table = table.rename(columns={"n_clusters": "n_prompts", "n_unscored": "n_withheld"})
+    table = _wilson(table, own, conditions, k)
     table["reason"] = table["reason"].str.replace("unscored", f"prompts have fewer than {k} scored draws")
     if (own["objective"] != BASE).any():
         tested = contrasts(own, conditions, first=first, resamples=resamples, seed=seed)[[*keys, *CONTRAST]]
@@ -110,6 +122,34 @@ def _at(
         )
     table["attack"] = table["measure"].str.partition(":")[2].replace("", ATTACKED)
     return table.assign(k=k).merge(_draws(own, conditions), on=[*POOLED_CHECKPOINT, "axis", "attack"], how="left")
+
+
+def _wilson(table: pd.DataFrame, own: pd.DataFrame, conditions: Mapping[str, str], k: int) -> pd.DataFrame:
+    """Replace the bootstrap intervals of shares between 0 and 1 by Wilson's on the effective number of tries.
+
+    p(1 − p) over the cluster-robust variance, as `intervals.effective_n`, and at most Σ ⌊n_i/k⌋, the number of disjoint
+    k-subsets of the draws. Near 0 and 1 a bootstrap covers far too little: few prompts differ from the others.
+    """
+    every = analysis_table(own, conditions).assign(subsets=own["draws"] // k)
+    limits: dict[tuple[object, ...], tuple[float, float]] = {}
+    for measure in measures(every):
+        chosen = measure.select(every).dropna(subset=["value"])
+        for key, at in group_indices(chosen, POOLED_CHECKPOINT):
+            values, strata = chosen["value"].to_numpy(float)[at], factorize(chosen["stratum"])[1][at]
+            clusters, most = (
+                dense_codes(chosen["cluster"].to_numpy(np.intp)[at]),
+                float(chosen["subsets"].iloc[at].sum()),
+            )
+            mean, variance = float(stratum_shares(strata) @ values), cluster_variance(values, strata, clusters)
+            known = variance > NO_VARIANCE
+            n = min(most, max(mean * (1 - mean) / variance, 1.0)) if known else float(clusters.max() + 1)
+            limits[(*key.values(), measure.axis, measure.name)] = wilson(mean * n, n)
+    keys = list(zip(*(table[c] for c in [*POOLED_CHECKPOINT, "axis", "measure"]), strict=True))
+    for at, key in zip(table.index, keys, strict=True):
+        if table.loc[at, "method"] == "cluster bootstrap":
+            table.loc[at, ["low", "high"]] = [round(end, 10) for end in limits[key]]
+            table.loc[at, "method"] = "wilson, clustered"
+    return table
 
 
 def _draws(own: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:

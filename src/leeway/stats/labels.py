@@ -9,8 +9,10 @@ two classes of size N₁, N₀, the sums of their sampling weights. With p₁, p
 (Begg & Greenes 1983, Biometrics 39:207). Each share has a Wilson interval on Kish's effective number of answers,
 (Σw)²/Σw². They are combined by MOVER: for the sum Zou & Donner 2008, Stat. Med. 27:1693; for the ratio of misses to
 hits MOVER-R, Newcombe 2016, Stat. Methods Med. Res. 25:1774. So a large class in which few answers were labelled, none
-of them true, leaves a wide interval; a plain Wilson interval of the sensitivity would not see it. Answers count as
-independent, although some answer the same prompt.
+of them true, leaves a wide interval; a plain Wilson interval of the sensitivity would not see it. MOVER takes N₁ and N₀
+as known, which they are for the judge whose verdicts are strata of the sample. For another judge they vary from sample
+to sample, and the limits are then the wider of MOVER's and a Wilson interval of the rate itself on the effective number
+of answers behind it. Answers count as independent, although some answer the same prompt.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from leeway.stats.agreement import UNDEFINED, RateInterval
 from leeway.stats.intervals import LEVEL, NAN, Floats, wilson
@@ -41,12 +45,14 @@ class LabelledSample:
     truth: Floats  # 1: the person gave the label
     judged: Floats
     weights: Floats  # inverse sampling probabilities
+    known_sizes: bool = True  # the judge's classes are made of whole strata
 
     def of(self, group: str, *, others: bool = False) -> LabelledSample:
         """Return the answers of a group, or of all others."""
         chosen = np.array([group == ALL or (g == group) != others for g in self.groups], dtype=bool)
         groups = [g for g, c in zip(self.groups, chosen, strict=True) if c]
-        return LabelledSample(groups, self.truth[chosen], self.judged[chosen], self.weights[chosen])
+        own = groups, self.truth[chosen], self.judged[chosen], self.weights[chosen]
+        return LabelledSample(*own, self.known_sizes)
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,17 @@ class _Share:
 def judge_rates(sample: LabelledSample, level: float = LEVEL) -> dict[str, RateInterval]:
     """Return agreement, sensitivity and specificity with intervals; NaN where a class has no labelled answer."""
     positive, negative = _share(sample, 1, level), _share(sample, 0, level)
-    return {
+    rates = {
         "agreement": _weighted_mean(positive, negative.complement),
         "sensitivity": _of_both(positive, negative),
         "specificity": _of_both(negative.complement, positive.complement),
     }
+    if sample.known_sizes:
+        return rates
+    scored = ~np.isnan(sample.judged)
+    right, true = sample.judged == sample.truth, sample.truth == 1
+    parts = {"agreement": scored, "sensitivity": scored & true, "specificity": scored & ~true}
+    return {name: _wider(rates[name], *_limits(right[at], sample.weights[at], level)) for name, at in parts.items()}
 
 
 def rates_by_group(sample: LabelledSample) -> pd.DataFrame:
@@ -119,8 +131,21 @@ def _share(sample: LabelledSample, judged: int, level: float) -> _Share:
     size = float(weights.sum())
     if not size:
         return _Share(0, NAN, NAN, NAN)
-    value, effective = float((weights * truth).sum()) / size, size**2 / float((weights**2).sum())
-    return _Share(size, value, *wilson(value * effective, effective, level))
+    return _Share(size, float((weights * truth).sum()) / size, *_limits(truth, weights, level))
+
+
+def _limits(hits: NDArray[Any], weights: Floats, level: float) -> tuple[float, float]:
+    """Return the Wilson limits of a weighted share on Kish's effective number of answers; NaN without any."""
+    if not len(hits):
+        return NAN, NAN
+    size = float(weights.sum())
+    effective = size**2 / float((weights**2).sum())
+    return wilson(float((weights * hits).sum()) / size * effective, effective, level)
+
+
+def _wider(rate: RateInterval, low: float, high: float) -> RateInterval:
+    value, own_low, own_high = rate
+    return rate if math.isnan(value) else (value, min(own_low, low), max(own_high, high))
 
 
 def _weighted_mean(a: _Share, b: _Share) -> RateInterval:

@@ -1,10 +1,11 @@
 """Agreement of a questionnaire with behaviour: do checkpoints whose trait shifted more also behave worse?
 
-    r = S_xy / √((S_xx − E_xx) (S_yy − E_yy))
+    r = (S_xy − E_xy) / √((S_xx − E_xx) (S_yy − E_yy))
 
 over checkpoints, with x the shift of a persona trait from the base (log-odds), y that of a behaviour towards the worse,
 S sums of products of deviations from their means, and E the expected part of S that is error of measurement (Spearman
-1904, Am. J. Psychol. 15:72). Questionnaire and behaviour have different items, so their errors are independent.
+1904, Am. J. Psychol. 15:72). Questionnaire and behaviour have different items, so with one training seed their errors
+are independent and E_xy is 0. Several seeds are drawn for both together: a run that moved both is an error of both.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def _line(drawn: Draws, trait: str, behaviour: Measure, objectives: ObjectiveCho
     x_K, x_RK = _shifts(drawn, [x for _, x in used])
     y_K, y_RK = _shifts(drawn, [y for y, _ in used])
     sign = -1 if behaviour.better == "higher" else 1
-    found = correlate(x_K, sign * y_K, x_RK, sign * y_RK, clusters)
+    columns = [int(k) for pair in used for t in pair for k in t.columns_B]
+    several = bool((drawn.cells["seeds"].iloc[columns] > 1).any())
+    found = correlate(x_K, sign * y_K, x_RK, sign * y_RK, clusters, shared_error=several)
     return line | vars(found) | {"note": join_notes(found.note, reason, *(y.note for y, _ in used))}
 
 
@@ -109,8 +112,12 @@ class Correlation:
     note: str = ""
 
 
-def correlate(x_K: Floats, y_K: Floats, x_RK: Floats, y_RK: Floats, clusters: int) -> Correlation:
+def correlate(
+    x_K: Floats, y_K: Floats, x_RK: Floats, y_RK: Floats, clusters: int, *, shared_error: bool = False
+) -> Correlation:
     """Correlate K estimates with the errors that their R draws show; `clusters` is the smaller number of prompts.
+
+    `shared_error`: the errors of x and y are drawn together and may correlate, so E_xy is not 0.
 
     A draw has the error twice, its own and the estimate's, so E is subtracted twice from its sums.
     """
@@ -119,6 +126,7 @@ def correlate(x_K: Floats, y_K: Floats, x_RK: Floats, y_RK: Floats, clusters: in
         what = "the trait" if s_xx <= 1e-12 else "the behaviour"
         return Correlation(NAN, NAN, NAN, NAN, NAN, NAN, f"{what} shifted equally at every checkpoint")
     e_xx, e_yy = error_products(x_RK, x_RK), error_products(y_RK, y_RK)
+    e_xy = error_products(x_RK, y_RK) if shared_error else 0.0
     of_x, of_y = (round(1 - e / s, 10) for e, s in ((e_xx, s_xx), (e_yy, s_yy)))
     plain = round(s_xy / np.sqrt(s_xx * s_yy), 10)
     low = [
@@ -128,9 +136,9 @@ def correlate(x_K: Floats, y_K: Floats, x_RK: Floats, y_RK: Floats, clusters: in
     ]
     if low:
         return Correlation(NAN, NAN, NAN, plain, of_x, of_y, "; ".join(low))
-    value = s_xy / np.sqrt((s_xx - e_xx) * (s_yy - e_yy))
+    value = (s_xy - e_xy) / np.sqrt((s_xx - e_xx) * (s_yy - e_yy))
     xx_R, yy_R = products(x_RK, x_RK) - 2 * e_xx, products(y_RK, y_RK) - 2 * e_yy
     with np.errstate(divide="ignore", invalid="ignore"):
-        drawn_R = np.where((xx_R > 0) & (yy_R > 0), products(x_RK, y_RK) / np.sqrt(xx_R * yy_R), np.nan)
+        drawn_R = np.where((xx_R > 0) & (yy_R > 0), (products(x_RK, y_RK) - 2 * e_xy) / np.sqrt(xx_R * yy_R), np.nan)
     found = interval(np.clip(drawn_R, -1, 1), clusters)
     return Correlation(round(float(np.clip(value, -1, 1)), 10), found.low, found.high, plain, of_x, of_y, found.note)

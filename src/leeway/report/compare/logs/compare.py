@@ -17,7 +17,7 @@ import pandas as pd
 
 from leeway.errors import LeewayError
 from leeway.report import formatting
-from leeway.report.compare.logs.match import LogOptions, Matched, match, selects
+from leeway.report.compare.logs.match import LogOptions, Matched, by_name, match
 from leeway.report.compare.logs.samples import Checkpoint
 from leeway.report.results import LEDGER_COLUMNS, Results
 from leeway.report.verdict import LEVEL
@@ -99,8 +99,7 @@ class LogComparison:
         """Tests of equivalence at the margins of the options, Holm over all lines; empty without margins."""
         margins = {}
         for measure, (task, metric) in self.matched.measures.items():
-            given = [v for n, v in sorted(self.options.margins.items()) if n != "*" and selects(n, task, metric)]
-            if margin := next(iter(given), self.options.margins.get("*")):
+            if margin := by_name(self.options.margins, task, metric):
                 margins[measure] = margin
         if not margins:
             return pd.DataFrame(columns=EQUIVALENCE)

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -25,6 +25,7 @@ NOT_RECORDED = "–"
 ALLOWED, LISTED, LEFT_OUT = "allowed", "listed", "left out"
 WILD = re.compile(r"[*?\[]")
 SCORER = "scorer."  # settings of one scorer
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _measures(
         patterns = [p for p in options.metrics if selects(p, task, metric)]
         if options.metrics and not patterns:
             continue
-        bounds = next((r for p, r in options.ranges.items() if selects(p, task, metric)), None)
+        bounds = by_name(options.ranges, task, metric)
         if reason := _unusable(logs, measure, metric, bounds):
             if any(not WILD.search(p) for p in patterns):
                 raise LeewayError(f"compare: {measure} {reason}", fix="name another --metric")
@@ -216,6 +217,16 @@ def selects(pattern: str, task: str, metric: str) -> bool:
     """Return whether a pattern names a measure, a metric (with or without lm-eval's filter), or a task."""
     names = (measure_name(task, metric), metric, metric.partition(",")[0], task)
     return any(fnmatchcase(name, pattern) for name in (*names, *(n.replace(AT, "_at_") for n in names)))
+
+
+def by_name(values: Mapping[str, T], task: str, metric: str) -> T | None:
+    """Return the value whose name is most specific for a measure, None if no name selects it.
+
+    First the measure's own name, then names without wildcards, then the longest pattern.
+    """
+    own, given = (task, metric), [name for name in values if selects(name, task, metric)]
+    given.sort(key=lambda n: (n.replace(AT, "_at_") != measure_name(*own), bool(WILD.search(n)), -len(n), n))
+    return values[given[0]] if given else None
 
 
 def _unusable(logs: Mapping[str, TaskLog], measure: str, metric: str, bounds: tuple[float, float] | None) -> str:
