@@ -17,21 +17,21 @@ from leeway.gate import gate
 from leeway.report.compare.logs.compare import LogComparison, compare
 from leeway.report.compare.logs.match import LogOptions
 from leeway.report.compare.logs.output import as_json, markdown, page, sentences, text, write
-from leeway.report.compare.logs.samples import Answer, Checkpoint, TaskLog, flatten, plain, shorten
+from leeway.report.compare.logs.samples import Checkpoint, ScoredAnswer, TaskLog, flatten, plain, shorten
 from leeway.report.rebuild import rebuild
 from leeway.report.results import Results
 
 
-def answers(scores: Sequence[float | str], metric: str = "match", **more: Any) -> list[Answer]:
+def answers(scores: Sequence[float | str], metric: str = "match", **more: Any) -> list[ScoredAnswer]:
     """One answer per item, with a number or the reason for none."""
     found = []
     for n, score in enumerate(scores):
         made = {"reasons": {metric: score}} if isinstance(score, str) else {"scores": {metric: score}}
-        found.append(Answer(str(n), 0, {"input": f"q{n}"}, **made, **more))
+        found.append(ScoredAnswer(str(n), 0, {"input": f"q{n}"}, **made, **more))
     return found
 
 
-def task(path: Path, made: Sequence[Answer], name: str = "sums", **more: Any) -> TaskLog:
+def task(path: Path, made: Sequence[ScoredAnswer], name: str = "sums", **more: Any) -> TaskLog:
     log = path / "log.eval"
     log.write_text("")
     return TaskLog(name, log, "m", {"version": "1"}, {}, made, **more)
@@ -272,7 +272,7 @@ def test_rendered_prompts_that_differ_are_refused(tmp_path: Path) -> None:
 def test_names_options_and_fields_that_do_not_exist(tmp_path: Path) -> None:
     good = [1.0] * 6
     for options, message in (
-        (LogOptions(metrics=["mtch"]), r"no metric 'mtch'; did you mean 'sums/match'\?"),
+        (LogOptions(metrics=["mtch"]), r"no metric 'mtch'; did you mean 'match'\?"),
         (LogOptions(margins={"acc": 0.1}), "no metric 'acc'"),
         (LogOptions(metrics=["match"], margins={"other/match": 0.1}), "no metric 'other/match'"),
         (LogOptions(margins={"*": 5}), "the margin is 5; give a fraction"),

@@ -136,19 +136,18 @@ def _wilson(table: pd.DataFrame, own: pd.DataFrame, conditions: Mapping[str, str
         chosen = measure.select(every).dropna(subset=["value"])
         for key, at in group_indices(chosen, POOLED_CHECKPOINT):
             values, strata = chosen["value"].to_numpy(float)[at], factorize(chosen["stratum"])[1][at]
-            clusters, most = (
-                dense_codes(chosen["cluster"].to_numpy(np.intp)[at]),
-                float(chosen["subsets"].iloc[at].sum()),
-            )
+            clusters = dense_codes(chosen["cluster"].to_numpy(np.intp)[at])
+            most = float(chosen["subsets"].iloc[at].sum())
             mean, variance = float(stratum_shares(strata) @ values), cluster_variance(values, strata, clusters)
             known = variance > NO_VARIANCE
             n = min(most, max(mean * (1 - mean) / variance, 1.0)) if known else float(clusters.max() + 1)
             limits[(*key.values(), measure.axis, measure.name)] = wilson(mean * n, n)
     keys = list(zip(*(table[c] for c in [*POOLED_CHECKPOINT, "axis", "measure"]), strict=True))
-    for at, key in zip(table.index, keys, strict=True):
-        if table.loc[at, "method"] == "cluster bootstrap":
-            table.loc[at, ["low", "high"]] = [round(end, 10) for end in limits[key]]
-            table.loc[at, "method"] = "wilson, clustered"
+    bootstrapped = (table["method"] == "cluster bootstrap").to_numpy()
+    pairs = [limits[k] if b else (math.nan, math.nan) for k, b in zip(keys, bootstrapped, strict=True)]
+    for column, limit in (("low", [low for low, _ in pairs]), ("high", [high for _, high in pairs])):
+        table[column] = table[column].mask(bootstrapped, np.round(limit, 10))
+    table["method"] = table["method"].mask(bootstrapped, "wilson, clustered")
     return table
 
 

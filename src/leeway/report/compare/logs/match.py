@@ -204,7 +204,8 @@ def _check_patterns(patterns: Iterable[str], known: Seq[tuple[str, str]]) -> Non
     for pattern in patterns:
         if not any(selects(pattern, task, metric) for task, metric in known):
             names = [measure_name(task, metric) for task, metric in known]
-            what = f"compare: no metric {pattern!r}{nearest(pattern, names)} (the logs have {', '.join(names)})"
+            words = [*names, *(metric for _, metric in known)]  # either may be given
+            what = f"compare: no metric {pattern!r}{nearest(pattern, words)} (the logs have {', '.join(names)})"
             raise LeewayError(what, fix="name one of them")
 
 
