@@ -157,3 +157,9 @@ def test_reasons_that_differ_are_given_for_each_objective():
     lines = [*arm("sft", 0.1, NAN, note="9 of 40 unscored"), *arm("kl", 0.1, NAN, note="no pair")]
     text = finding(pd.DataFrame(lines), BETTER, NOBODY, seeds=[0, 1])
     assert "could not be compared (SFT: 9 of 40 unscored; KL: no pair)" in text
+
+
+def test_an_objective_under_several_test_prompts_is_not_counted_as_several_objectives():
+    lines = [one for o in "abcde" for one in arm(o, 0.1, 0.1 if o in "abcd" else 0.0)]
+    lines += [one | {"condition": c} for c in ("<SAFE>", "<UNSAFE>") for one in arm("e", 0.1, 0.0)]
+    assert "4 of 7 objectives and test prompts raise" in finding(pd.DataFrame(lines), BETTER, NOBODY, seeds=[0, 1])

@@ -375,6 +375,11 @@ def test_charts_reflow_without_overlap_or_clipping(browser: Any, page: Path, wid
     for holder in tab.locator(".chart").all():
         drawn(tab, holder.get_attribute("data-chart"))
     assert tab.evaluate(CLIPPED) == []
+    named = "[...document.querySelectorAll('[data-chart=by-attack] .role-axis-label text')].map(t => t.textContent)"
+    assert {formatting.attack_name(a) for a in synthetic.ATTACKS} <= set(tab.evaluate(named))  # none is dropped
+    tab.evaluate("document.querySelectorAll('.numbers').forEach(d => { d.open = true; })")
+    chrome.until(tab, "document.querySelector('.numbers tbody tr')")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert seen.console == []
 
 

@@ -81,7 +81,8 @@ def _subject(group: list[Line], every: list[Line], subject: str) -> tuple[str, b
         return join_and([_name(c) for c in group]), len(group) > 1
     if len(every) - len(group) <= 2:
         return f"all objectives but {join_and([_name(c) for c in every if c not in group])}", True
-    return f"{len(group)} of {len(every)} objectives", True
+    several = len({c["objective"] for c in every}) < len(every)  # an objective under several test prompts
+    return f"{len(group)} of {len(every)} objectives{' and test prompts' if several else ''}", True
 
 
 def _range(group: list[Line]) -> str:

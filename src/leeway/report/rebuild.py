@@ -150,14 +150,13 @@ def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -
 def charts_of(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> list[Chart]:
     """Return every chart of the page that the rows allow."""
     pooled, unit = results.pooled_rates(), BudgetUnit.of(results.manifest)
-    one_checkpoint = narrative.external(results.manifest).get("kind") == "audit"  # a curve needs two
     found = [
         charts.tradeoff(pooled, lines, unit),
-        *([] if one_checkpoint else charts.by_budget(pooled, lines, unit)),
+        *charts.by_budget(pooled, lines, unit),
         *charts.attacks(pooled, made["contrasts"], lines, unit),
         charts.tries(tries.shown(made["asr-at-k"]), lines, unit) if "asr-at-k" in made else None,
         charts.outcomes(made["outcomes"], lines, unit),
-        None if one_checkpoint else charts.traits(pooled, lines, unit),
+        charts.traits(pooled, lines, unit),
         charts.training(results.training_steps(), lines),
         charts.learning(results.learning(pool_seeds=True), lines, unit),
         charts.forest(made["contrasts"], lines, unit),

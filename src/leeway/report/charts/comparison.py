@@ -36,6 +36,9 @@ LEVELS = {"domain": [0, 1], "range": ["#fdf6ee", "#f7c58b", "#e6842a", "#a83c00"
 MOVES = {"domain": [-1, 0, 1], "range": ["#1b6f8f", "#f4f1ec", "#a83c00"], "interpolate": "rgb"}
 FILLS = {"refused": "#9CC9E8", "deflected": "#BDBDBD", "incoherent": "#F0E442", "harmful": "#D55E00"}
 
+DARK = {"value": (-1, 0.656), "change": (-0.887, 0.818)}  # outside, white has the higher contrast with a cell
+CHANGE_TEXT = "abs(datum.change) < 0.005 ? '0' : format(100 * datum.change, '+.0f')"
+
 
 def tradeoff(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -> Chart | None:
     """Plot capability against attack success at one budget, with intervals, trajectories and the Pareto frontier."""
@@ -154,7 +157,7 @@ def attacks(
     titles = {d["attack"]: d["name"] for d in data}
     order = [BASE, *(s.label for s in lines)]
     x: Spec = {"field": "name", "type": NOMINAL, "title": None, "sort": [titles[n] for n in names]}
-    x["axis"] = {"orient": "top", "labelAngle": -35, "domain": False, "ticks": False}
+    x["axis"] = {"orient": "top", "labelAngle": -50, "labelOverlap": False, "domain": False, "ticks": False}
     y: Spec = {
         "field": "label",
         "type": NOMINAL,
@@ -172,9 +175,9 @@ def attacks(
         here = [{k: v for k, v in d.items() if k not in unused} for d in data if d.get(key) is not None]
         if not any(d["line"] for d in here):
             continue
-        dark = f"abs(datum.{key}) > {0.45 if key == 'value' else 0.6}"
+        dark = f"datum.{key} < {DARK[key][0]} || datum.{key} > {DARK[key][1]}"
         ink: Spec = {"condition": {"test": dark, "value": "white"}, "value": "black"}
-        label = "format(datum.value, '.0%')" if key == "value" else "format(100 * datum.change, '+.0f')"
+        label = "format(datum.value, '.0%')" if key == "value" else CHANGE_TEXT
         layers: list[Spec] = [
             {
                 "mark": {"type": "rect"},
@@ -229,7 +232,8 @@ def forest(contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKE
     budgets = sorted({d["budget"] for d in data})
     if not budgets:
         return None
-    x: Spec = {"field": "value", "type": QUANTITY, "title": None, "axis": {"format": "+.2~f", "tickCount": 4}}
+    x: Spec = {"field": "value", "type": QUANTITY, "title": None, "axis": {"tickCount": 4}}
+    x["axis"]["labelExpr"] = "datum.value ? format(datum.value, '+.2~f') : '0'"
     y: Spec = {"field": "label", "type": NOMINAL, "title": None, "sort": [s.label for s in lines]}
     colour, fill = {**RAW, "field": "stroke"}, {**RAW, "field": "fill"}
     layers: list[Spec] = [

@@ -58,12 +58,18 @@ def by_budget(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKEN
             "transform": shown_by("lines", "budgets"),
             "layer": _over_budgets(axis, x, lines, zero=not log_odds),
         }
+        if len(budgets) == 1:
+            body |= {"height": {"step": 24}, "layer": _dots(axis, lines, zero=not log_odds)}
         charts.append(
             spec_of(
                 f"by-budget-{own['axis'].iloc[0]}",
-                f"{label}, by budget",
-                "Bands: 95% CIs over prompts. Dashed: the base.",
-                f"Line chart of {label} by budget, one line per objective.",
+                label if len(budgets) == 1 else f"{label}, by budget",
+                "Bars: 95% CIs over prompts."
+                if len(budgets) == 1
+                else "Bands: 95% CIs over prompts. Dashed: the base.",
+                f"Dot plot of {label} of the base and each objective."
+                if len(budgets) == 1
+                else f"Line chart of {label} by budget, one line per objective.",
                 _curve_data(own, lines, unit, show),
                 body,
                 lines=line_keys(lines),
@@ -145,9 +151,16 @@ def training(steps: pd.DataFrame, lines: list[Series], bins: int = 40) -> Chart 
         "facet": {"field": "panel", "type": NOMINAL, "sort": None, "title": None},
         "spec": {
             "height": 170,
-            "params": [TOGGLE],
-            "mark": {"type": "line", "strokeWidth": 1.6, "aria": False},
-            "encoding": {"x": x, "y": y, "color": colour, "tooltip": {"field": "text"}, **FADE},
+            "encoding": {"x": x, "y": y},
+            "layer": [
+                {
+                    "params": [TOGGLE],
+                    "mark": {"type": "line", "strokeWidth": 1.6, "aria": False},
+                    "encoding": {"color": colour, **FADE},
+                },
+                # a line has one tooltip, of its first point: each point needs a mark of its own
+                {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 0}, "encoding": TIP},
+            ],
         },
         "resolve": {"scale": {"y": "independent"}},
         "usermeta": {"panel": PANEL, "panels": len({d["panel"] for d in data})},
@@ -186,11 +199,17 @@ def _panels(
         "resolve": {"scale": {"y": "independent"}},
         "usermeta": {"panel": PANEL, "panels": len({d["panel"] for d in data})},
     }
+    if len(budgets) == 1:
+        caption = caption.replace("Bands:", "Bars:").replace(" Dashed: the base.", "")
+        alt = "Dot plots of the base and each objective, one panel each."
+        body["spec"] = {"height": {"step": 24}, "layer": _dots(axis, lines, zero=False)}
+        body["resolve"] = {"scale": {"x": "independent"}}
+        body["usermeta"] |= {"panel": 260, "rows": True}
     return spec_of(name, title, caption, alt, data, body, lines=line_keys(lines), budgets=budgets)
 
 
 def _over_budgets(axis: Spec, x: Spec, lines: list[Series], *, zero: bool, every: bool = False) -> list[Spec]:
-    """Return the layers of a curve: line, ribbon, base, points with tooltips; `every`: the base is a curve too."""
+    """Return the layers of a curve: line, ribbon or interval, base, points with tooltips; `every`: base as a curve."""
     scale = {"zero": zero}
     y: Spec = {"field": "value", "type": QUANTITY, "title": None, "axis": axis, "scale": scale}
     colour = line_colour(lines)
@@ -201,8 +220,15 @@ def _over_budgets(axis: Spec, x: Spec, lines: list[Series], *, zero: bool, every
         "mark": {"type": "rule", "strokeDash": [5, 3], "color": INK, "strokeWidth": 1.2},
         "encoding": {"y": y, **TIP},
     }
+    alone = f"datum.low != null && ({'' if every else 'length(budgets) < 2 || '}datum.alone)"
+    interval = {  # a band needs two budgets
+        "transform": [tuned, {"filter": alone}],
+        "mark": {"type": "rule", "strokeWidth": 1.5, "aria": False},
+        "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "stroke": RAW, **FADE},
+    }
     return [
         *([] if every else [rule]),
+        interval,
         {
             "transform": [tuned],
             "params": [TOGGLE],
@@ -222,6 +248,23 @@ def _over_budgets(axis: Spec, x: Spec, lines: list[Series], *, zero: bool, every
     ]
 
 
+def _dots(axis: Spec, lines: list[Series], *, zero: bool) -> list[Spec]:
+    """Return the layers of a dot plot of one budget: the base and each line, with intervals."""
+    x: Spec = {"field": "value", "type": QUANTITY, "title": None, "axis": axis, "scale": {"zero": zero}}
+    y: Spec = {"field": "label", "type": NOMINAL, "title": None, "sort": [BASE, *(s.label for s in lines)]}
+    looks = {name: {**channel, "legend": None} for name, channel in point_looks(lines, base=True).items()}
+    return [
+        {
+            "mark": {"type": "rule", "strokeWidth": 2, "aria": False},
+            "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y, "stroke": looks["stroke"]},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 80, "opacity": 1},
+            "encoding": {"x": x, "y": y, **looks, **TIP},
+        },
+    ]
+
+
 def _budget_axis(budgets: list[int], unit: BudgetUnit) -> Spec:
     """Return the x channel: budgets at their true place on a logarithmic axis, one tick each."""
     if min(budgets, default=0) <= 0 or len(budgets) < 2:
@@ -237,15 +280,18 @@ def _curve_data(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit, show
     base = table[(table["objective"] == BASE) & (table["condition"] == PLAIN)].dropna(subset="rate").head(1)
     for c in base.to_dict("records"):
         text = f"base: {c['label']} {show(c['rate'], c['low'], c['high'])}"
-        data.append({"line": "", "label": BASE, "value": clean(c["rate"]), "text": text})
+        ends = {"low": clean(c["low"]), "high": clean(c["high"])}
+        data.append({"line": "", "label": BASE, "value": clean(c["rate"]), "text": text} | ends)
     for s in lines:
-        for c in s.of(table).dropna(subset="rate").to_dict("records"):
+        own = s.of(table).dropna(subset="rate")
+        alone = {"alone": True} if own["budget"].nunique() == 1 else {}
+        for c in own.to_dict("records"):
             budget = int(c["budget"])
             n = f", n {int(c['n']):,}" if c["n"] else ""
             text = f"{s.label} {unit.at(budget)}: {c['label']} {show(c['rate'], c['low'], c['high'])}{n}"
             shown = {"line": key_of(s.objective, s.condition), "label": s.label, "colour": s.colour, "budget": budget}
             shown |= {"tick": unit.tick(budget), "value": clean(c["rate"]), "text": text}
-            data.append(shown | {"low": clean(c["low"]), "high": clean(c["high"])})
+            data.append(shown | alone | {"low": clean(c["low"]), "high": clean(c["high"])})
     return data
 
 

@@ -75,8 +75,8 @@ function config(colour, width) {
     background: "transparent", font, padding: 2,
     view: { stroke: null },
     axis: { labelColor: ink, titleColor: soft, gridColor: grid, domainColor: faint, tickColor: faint, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", labelOverlap: true, labelSeparation: 4 },
-    header: { labelColor: ink, labelFontSize: 13, labelFontWeight: "bold", labelAnchor: "start", labelLimit: Math.max(120, width - 60) },
-    legend: { orient: "top", direction: "horizontal", columns: Math.max(2, Math.floor(width / 112)), labelColor: ink, labelFontSize: 12, symbolSize: 90, symbolOpacity: 1, labelLimit: 140, rowPadding: 4 },
+    header: { labelColor: ink, labelFontSize: 13, labelFontWeight: "bold", labelAnchor: "start", labelLimit: Math.max(120, width - 24) },
+    legend: { orient: "top", direction: "horizontal", columns: Math.max(2, Math.floor(width / 112)), labelColor: ink, labelFontSize: 12, symbolSize: 90, symbolOpacity: 1, labelLimit: Math.min(140, width / 2 - 52), rowPadding: 4 },
     text: { fill: ink }, rule: { color: ink },
   };
 }
