@@ -433,6 +433,8 @@ def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
             with adapters.merged(loaded):
                 yield TransformersBackend(loaded, prefix)
 
+    monkeypatch.setattr("leeway.study.preflight.find_program", lambda *_: "vllm")
+
     @contextmanager
     def vllm_server(*_: object) -> Iterator[InPlace]:
         served.append([])

@@ -309,6 +309,7 @@ def test_free_form_answers_by_another_model(
     lines = [{"id": f"q{k}", "question": f"What would you do on day {k}?"} for k in range(5)]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr("leeway.study.build_evals.OpenAIBackend", lambda s: Rater(s.model))
+    monkeypatch.setattr("leeway.audit.run.service_faults", lambda *_, **__: [])  # nothing listens at the endpoint
 
     def measured(out: Path, model: str) -> Path:
         by = {"model": model, "endpoint": "https://host/v1"}

@@ -224,17 +224,17 @@ def _over_budgets(axis: Spec, x: Spec, lines: list[Series], *, zero: bool, every
     interval = {  # a band needs two budgets
         "transform": [tuned, {"filter": alone}],
         "mark": {"type": "rule", "strokeWidth": 1.5, "aria": False},
-        "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "stroke": RAW, **FADE},
+        "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour, **FADE},
     }
     return [
         *([] if every else [rule]),
-        interval,
         {
             "transform": [tuned],
             "params": [TOGGLE],
             "mark": {"type": "line", "strokeWidth": 2, "aria": False},
             "encoding": {"x": x, "y": y, "color": colour, **FADE},
         },
+        interval,
         {
             "transform": [tuned],
             "mark": {"type": "area", "aria": False},
