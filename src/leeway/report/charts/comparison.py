@@ -173,6 +173,9 @@ def attacks(
     ):
         unused = {"value", "change"} - {key}
         here = [{k: v for k, v in d.items() if k not in unused} for d in data if d.get(key) is not None]
+        for d in here:
+            moved = d.pop("moved", d["text"])
+            d["text"] = moved if key == "change" else d["text"]
         if not any(d["line"] for d in here):
             continue
         dark = f"datum.{key} < {DARK[key][0]} || datum.{key} > {DARK[key][1]}"
@@ -208,8 +211,8 @@ def _attack_data(rates: pd.DataFrame, contrasts: pd.DataFrame, lines: list[Serie
             continue
         attack, budget = str(c["measure"])[4:], int(c["budget"])
         name = formatting.attack_name(attack)
-        text = f"{s.label + ' ' + unit.at(budget) if s else 'base'}, {name}: "
-        text += formatting.percent_ci(c["rate"], c["low"], c["high"]) + f", n {int(c['n']):,}"
+        at = f"{s.label + ' ' + unit.at(budget) if s else 'base'}, {name}: "
+        text = at + formatting.percent_ci(c["rate"], c["low"], c["high"]) + f", n {int(c['n']):,}"
         datum: Datum = {"line": key_of(s.objective, s.condition) if s else "", "label": s.label if s else BASE}
         datum |= {"attack": attack, "name": name, "budget": budget, "value": clean(c["rate"])}
         key = tuple(c[k] for k in keys)
@@ -217,8 +220,8 @@ def _attack_data(rates: pd.DataFrame, contrasts: pd.DataFrame, lines: list[Serie
             difference, low, high = (float(v) for v in moved.loc[key])
             datum["change"] = clean(difference)
             if math.isfinite(difference):
-                text += f"; {formatting.points(difference)} points against the base"
-                text += f" (95% CI {formatting.points(low)} to {formatting.points(high)})"
+                datum["moved"] = f"{at}{formatting.points(difference)} points against the base (95% CI "
+                datum["moved"] += f"{formatting.points(low)} to {formatting.points(high)}), n {int(c['n']):,}"
         data.append(datum | {"text": text})
     return data
 

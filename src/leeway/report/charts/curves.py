@@ -123,7 +123,7 @@ def learning(measured: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOK
     )
 
 
-def training(steps: pd.DataFrame, lines: list[Series], bins: int = 40) -> Chart | None:
+def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart | None:
     """Plot training loss and gradient norm against the tokens processed, seeds averaged, in at most `bins` points."""
     names = {"loss": "Loss, nats", "grad_norm": "Gradient norm"}
     firsts = list({s.objective: s for s in lines}.values())
