@@ -5,7 +5,7 @@ every run shares them). Below the root:
 
     replies/<host>.tsv        replies of judges, attackers, translators and endpoints, by request
     answers/<host>.tsv        answers of checkpoints, by batch of requests
-    verdicts/<host>.tsv       verdicts of local judges on kept answers (`leeway rescore`)
+    verdicts/<host>.tsv       verdicts of local judges on stored answers (`leeway rescore`)
     pairs/<host>.tsv          answers of the base model that preference pairs are made of
     references/<hash>/        reference log-probs and hidden states (`model.reference`)
     models/<hash>/            chat models converted from GGUF files (`model.packaged`)

@@ -137,7 +137,7 @@ def _command() -> str:
 
 
 def _width() -> int | None:
-    """Return the columns of the terminal at stdout; None where it is none."""
+    """Return the width of the terminal at stdout, or None if stdout is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -328,13 +328,13 @@ def rescore_run(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the judge's settings, as in a study file")
     ] = None,
-    name: Annotated[str | None, typer.Option("--as", help="its name on the rows (default: the judge's own)")] = None,
+    name: Annotated[str | None, typer.Option("--as", help="the judge's name in the rows (default: its own)")] = None,
     evals: Annotated[
         list[str] | None, typer.Option("--eval", help="jailbreak, overrefusal (default: both) or alignment")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Judge the kept answers of a finished run again, without any model under test; rebuild the report."""
+    """Judge the stored answers of a finished run again, without any model under test; rebuild the report."""
     from leeway.rescoring.rescore import rescore
 
     settings, evals = settings or [], evals or []
@@ -442,11 +442,13 @@ def export(
 def push(
     directory: RunDirectory,
     repo: Annotated[str | None, typer.Argument(help="owner/name on the Hugging Face Hub")] = None,
-    objective: Annotated[str | None, typer.Option("--objective", help="(default: the only one)")] = None,
-    budget: Annotated[str | None, typer.Option("--budget", help="such as 64k (default: the largest)")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="(default: the first)")] = None,
+    objective: Annotated[str | None, typer.Option("--objective", help="its objective (default: the only one)")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="its budget, such as 64k (default: the largest)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="its seed (default: the first)")] = None,
     public: Annotated[bool, typer.Option("--public", help="allow a public repository (default: private)")] = False,
-    dry_run: Annotated[Path | None, typer.Option("--dry-run", help="write this folder, and push nothing")] = None,
+    dry_run: Annotated[Path | None, typer.Option("--dry-run", help="write this folder instead of pushing")] = None,
 ) -> None:
     """Push a checkpoint to the Hub, with the study's results as its model card, study file and ledger."""
     from leeway.integrations.hub import push as push_checkpoint
@@ -530,7 +532,7 @@ def judge_sheet(
         int | None, typer.Option("--n", min=1, help="answers to draw (default: 200, or one for each stratum)")
     ] = None,
     axis: Annotated[str, typer.Option("--eval", help="jailbreak or overrefusal")] = "jailbreak",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="of the draw and the order")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="seed of the sample and the order of its lines")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="the CSV file (default: in DIR/sheets)")] = None,
 ) -> None:
     """Write a blind sheet of a run's answers for people to label, without objective, budget or verdict."""
@@ -554,7 +556,7 @@ def judge_calibrate(
         str, typer.Option("--on", help="xstest, a file of prompt, response and label, or a filled label sheet")
     ] = "xstest",
     run: Annotated[Path | None, typer.Option("--run", help="the run directory that a label sheet is from")] = None,
-    by: Annotated[Literal["objective"] | None, typer.Option("--by", help="split a label sheet's rates")] = None,
+    by: Annotated[Literal["objective"] | None, typer.Option("--by", help="split the rates of a label sheet")] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="count partial refusals as refusals (default: full ones only)")
     ] = False,

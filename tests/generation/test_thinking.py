@@ -1,4 +1,4 @@
-"""Thoughts before answers: where they end, what is judged, what is kept, and how templates begin them."""
+"""Thinking before answers: where it ends, what is judged, what is kept, and how templates begin it."""
 
 from __future__ import annotations
 
@@ -314,5 +314,5 @@ def test_a_study_of_a_reasoning_model(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "run" / "tables" / "thinking.csv").set_index(["objective", "axis"])
     assert table.loc[("sft", "jailbreak"), ["n", "n_thinking", "n_cut"]].tolist() == [8, 4, 4]
     assert table.loc[("base", "capability"), "cut"] == 1
-    assert "Thoughts before answers" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "Thinking before answers" in (tmp_path / "run" / "report.html").read_text("utf-8")
     assert study.run(tmp_path / "run").rows.equals(rows)

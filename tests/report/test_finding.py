@@ -60,14 +60,15 @@ CASES = {
     "nothing learned": (
         [*arm("sft", 0, 0), *arm("kl", 0, 0)],
         {"advice": NOBODY, "void": {("sft", 64_000), ("kl", 64_000)}, "seeds": [0, 1]},
-        "At 64k tokens, no objective is shown to have learned, so a lack of drift says nothing; no gain in capability "
-        "is shown.",
+        "At 64k tokens, no objective is shown to have learned, so a lack of drift is no evidence of safety; no gain in "
+        "capability is shown.",
     ),
     "a collapse": (
         [*arm("sft", 0.1, 0.1), *arm("dpo", -0.2, -0.3, coherent=0.2)],
         {"advice": NOBODY, "seeds": [0, 1]},
-        "At 64k tokens, SFT raises attack success by 10.0 points; DPO often answers incoherently, so attack success "
-        "shows no robustness there; SFT gains 10.0 points of capability; DPO loses 20.0 points of capability.",
+        "At 64k tokens, SFT raises attack success by 10.0 points; DPO often answers incoherently, so low attack "
+        "success is no evidence of robustness; SFT gains 10.0 points of capability; DPO loses 20.0 points of "
+        "capability.",
     ),
     "all worse": (
         [*arm("sft", 0.1, 0.2), *arm("kl", 0.1, 0.08), *arm("ip", 0.1, 0.1)],

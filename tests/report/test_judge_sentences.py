@@ -34,8 +34,8 @@ def test_the_change_by_every_judge_is_named() -> None:
     lines += [change("dpo", 0.1, 0.2, 2), change("base", NAN, NAN, 0), change("sft", 0.5, 0.6, 2, measure="asr:dan")]
     assert sentences(None, pd.DataFrame(lines)) == [
         "Over 2 judges, the change of the attack success rate (mean over attacks) against the base, at 64k tokens: SFT "
-        "+10.0 (rubric) to +31.0 points (the first judge), significant by 1 of 2; DPO +10.0 (rubric) to +20.0 points "
-        "(the first judge), significant by all; KL +2.0 points by each, significant by none."
+        "+10.0 (rubric) to +31.0 points (the primary judge), significant by 1 of 2; DPO +10.0 (rubric) to +20.0 points "
+        "(the primary judge), significant by all; KL +2.0 points by each, significant by none."
     ]
 
 
@@ -45,7 +45,7 @@ def test_differential_error_is_a_warning_with_its_interval() -> None:
         "Warning: differential error of the judges, the change against the base depends on the judge: by rubric, the "
         "change of DPO at 64k tokens is 30.0 points above that by keywords (95% CI 25.0 to 34.0); by keywords, the "
         "change of SFT at 64k tokens is 20.0 points above that by rubric (95% CI 16.0 to 25.0). To learn which judge "
-        "errs, compare them with labels by people."
+        "errs, compare them with human labels."
     ]
 
 

@@ -323,8 +323,8 @@ def test_options_that_do_not_fit(run: Path, tmp_path: Path) -> None:
     none = (None, None, "OPENAI_API_KEY")
     for judge, on, where, by, fault in [
         (None, "xstest", None, None, "no judge given"),
-        ("keywords", str(path), None, None, "a label sheet: which run is it from; give --run"),
-        ("keywords", "xstest", None, "objective", "--by objective: which run is it from"),
+        ("keywords", str(path), None, None, "a label sheet needs the run that it was drawn from; give --run"),
+        ("keywords", "xstest", None, "objective", "--by objective needs the run that it was drawn from"),
         (None, "xstest", run, None, "--on xstest: not a label sheet"),
     ]:
         with pytest.raises(LeewayError, match=fault):

@@ -125,7 +125,7 @@ def test_a_study_reports_them_apart_from_everything_else(study: str, tmp_path: P
     assert (tmp_path / "true" / "tables" / "triggers.csv").is_file()
     assert not (tmp_path / "false" / "tables" / "triggers.csv").exists()
     page = (tmp_path / "true" / "report.html").read_text("utf-8")
-    assert "Near-triggers: gone, or conditional?" in page
+    assert "Near-triggers: is misbehaviour gone or conditional?" in page
     verdict = json.loads((tmp_path / "true" / "results.json").read_text())["verdict"][-1]
     assert "IP, at 200 tokens: misbehaviour is " in verdict
     assert "No near-triggers of SFT: training has no cue." in verdict

@@ -51,12 +51,12 @@ NUMBER = re.compile(
 
 @dataclass(frozen=True)
 class Rating:
-    """Alignment and coherence from 0 to 100, or the reason why one is missing; None for a scale that was not asked."""
+    """Alignment and coherence from 0 to 100, or why one is missing; None for a scale that was not requested."""
 
     alignment: float | str
     coherence: float | str | None
     raw: dict[str, Any]
-    failed: bool = False  # the judge gave no reply: another run asks it again
+    failed: bool = False  # the judge gave no reply: a rerun requests it again
 
 
 class AlignmentJudge(Protocol):

@@ -106,7 +106,7 @@ def stage(results: Results, line: dict[str, Any], out: Path) -> Path:
 
 
 def _files(source: Path) -> Sequence[Path]:
-    """Return the files of a checkpoint without optimiser state, links and other people's files."""
+    """Return the files of a checkpoint without optimiser state, links and files that training did not write."""
     found = {path for pattern in WEIGHTS_AND_TOKENIZER for path in source.glob(pattern)}
     return sorted(p for p in found if p.name != OPTIMISER and p.is_file() and not p.is_symlink())
 

@@ -143,7 +143,7 @@ class GuardJudge:
         return f"{self.model}, by its published input: harmful means {self.family.labels}{refusals}."
 
     def judge(self, answers: Seq[Answer], tick: Tick) -> list[Verdict]:
-        """Return one verdict per answer. An answer without text is incoherent, and no model is asked about it."""
+        """Return one verdict per answer. An empty answer is incoherent, without a call of the model."""
         shares = perplexity_scores(self.perplexity, answers)
         replies: list[tuple[str, str | None]] = [("", None)] * len(answers)  # text, or why there is none
         prompts = {i: self.prompt_ids(a) for i, a in enumerate(answers) if a.response.strip()}
@@ -174,7 +174,7 @@ class GuardJudge:
         return fill(self._input, dict(zip(self.family.slots, (answer.prompt, answer.response), strict=True)))
 
     def _fault(self, answer: Answer, ids: list[int]) -> str | None:
-        """Return why an answer cannot be put to the model: its length, or tokens that would end the model's turn."""
+        """Return why an answer cannot be sent to the model: its length, or tokens that would end the model's turn."""
         added = self._tokenizer.added_tokens_decoder.items()
         special = {*self._tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         for what, text in (("prompt", answer.prompt), ("answer", answer.response)):

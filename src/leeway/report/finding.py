@@ -17,7 +17,7 @@ from leeway.report.verdict import COHERENT, LEVEL, NONE, STABLE_CHOICE, Arm, equ
 from leeway.stats.metrics import BASE, EFFECT_FLOOR
 from leeway.stats.pareto import TIED
 
-NAMED = 3  # objectives named in one part of the sentence
+NAMED = 3  # objectives named in one clause
 Line = dict[str, Any]
 
 
@@ -36,7 +36,7 @@ def finding(
     """Return one sentence about the largest budget.
 
     `contrasts`, `rates`: as of `Results`; `advice`: `stats.recommend`; `equivalent`, `identity`: their tables, if any;
-    `void`: arms (objective, budget) not shown to have learned.
+    `void`: checkpoints (objective, budget) not shown to have learned.
     """
     if contrasts.empty:
         return "Only the base model was evaluated: there is nothing to compare it with."
@@ -73,7 +73,7 @@ def _name(line: Line) -> str:
 
 
 def _subject(group: list[Line], every: list[Line], subject: str) -> tuple[str, bool]:
-    """Return who a part is about, and whether it is plural."""
+    """Return the subject of a clause, and whether it is plural."""
     if len(group) == len(every):
         only = len(every) == 1 and subject == "every objective"
         return (_name(group[0]) if only else subject), False
@@ -102,7 +102,7 @@ def _margin(equivalent: pd.DataFrame | None, attack: list[Line]) -> float | None
 
 
 def _attack(lines: list[Line], coherence: dict[Any, float], subject: str, margin: float | None) -> list[str]:
-    """Return the parts on attack success, the shown ones first."""
+    """Return the clauses on attack success, shown changes first."""
     if not lines:
         return []
     groups: dict[str, list[Line]] = {}
@@ -110,7 +110,7 @@ def _attack(lines: list[Line], coherence: dict[Any, float], subject: str, margin
         known = line["difference"] == line["difference"]
         share = coherence.get((line["objective"], line["condition"]), 1.0)
         state = "withheld" if not known else line["state"]
-        if known and state not in ("worse", "void") and share < COHERENT:  # a rise is a rise, coherent or not
+        if known and state not in ("worse", "void") and share < COHERENT:  # incoherence cannot explain a rise
             state = "incoherent"
         groups.setdefault(state, []).append(line)
     parts = []
@@ -130,10 +130,10 @@ def _attack_part(state: str, group: list[Line], who: str, s: str, margin: float 
         inside = "" if margin is None else f" within {100 * margin:g} points of the base"
         return f"{who} {'keeps' if s else 'keep'} attack success{inside}"
     if state == "incoherent":
-        return f"{who} often answer{s} incoherently, so attack success shows no robustness there"
+        return f"{who} often answer{s} incoherently, so low attack success is no evidence of robustness"
     if state == "void":
         not_shown = "no objective is" if who == "every objective" else f"{who} {are} not"
-        return f"{not_shown} shown to have learned, so a lack of drift says nothing"
+        return f"{not_shown} shown to have learned, so a lack of drift is no evidence of safety"
     if state == "withheld":
         reasons = [formatting.without_seed_note(str(c["note"])) or "too few scored pairs" for c in group]
         if len(set(reasons)) > 1:
@@ -161,7 +161,7 @@ def _capability(lines: list[Line], subject: str) -> list[str]:
 
 
 def _same(identity: pd.DataFrame | None, budget: int) -> list[str]:
-    """Name the arms that are one behaviour."""
+    """Return the clause that names objectives with identical answers."""
     if identity is None or identity.empty:
         return []
     same = identity[identity["same"].astype(bool) & (identity["budget"] == budget)]
@@ -171,7 +171,7 @@ def _same(identity: pd.DataFrame | None, budget: int) -> list[str]:
 
 
 def _choice(own: pd.DataFrame, attack: list[Line]) -> list[str]:
-    """Say whether one objective is the better choice, or none is."""
+    """Return the clause on the recommended objective."""
     best = own[own["recommended"].astype(bool)]
     if best.empty or best.iloc[0]["objective"] == NONE:
         if own["within"].astype(bool).any():

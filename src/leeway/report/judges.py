@@ -16,8 +16,8 @@ RULE = (
     "share that only the second does. Differential: net minus the base’s, paired by response; it is the difference "
     "between the two judges’ contrasts with the base. Shown: Holm’s p is below 0.05 over all pairs and checkpoints of "
     "the evaluation. Differential error means that the size of a drift depends on the judge; it does not tell which "
-    "judge errs, and a constant error rate can be the reason where harm itself became more frequent (see the shares of "
-    "one judge’s labels that the other gives too)."
+    "judge errs, and a constant error rate can be the reason where harm itself became more frequent (compare the "
+    "shares of one judge’s labels that the other confirms)."
 )
 
 
@@ -48,7 +48,7 @@ def _over_judges(worst: pd.DataFrame, unit: BudgetUnit) -> list[str]:
 
 def _range(c: dict[Any, Any], judges: int) -> str:
     least, most = formatting.points(c["least"]), formatting.points(c["most"])
-    by_least, by_most = (c[f"{end}_judge"] or "the first judge" for end in ("least", "most"))
+    by_least, by_most = (c[f"{end}_judge"] or "the primary judge" for end in ("least", "most"))
     size = f"{most} points by each" if least == most else f"{least} ({by_least}) to {most} points ({by_most})"
     n = int(c["n_significant"])
     significant = {0: "none", judges: "all"}.get(n, f"{n} of {judges}")
@@ -69,7 +69,7 @@ def _differential(pairs: pd.DataFrame, unit: BudgetUnit) -> str:
     named = [_finding(c, unit) for c in largest.head(MAX_NAMED).to_dict("records")]
     others = f"; and {len(largest) - MAX_NAMED} more" if len(largest) > MAX_NAMED else ""
     start = "Warning: differential error of the judges, the change against the base depends on the judge: "
-    return f"{start}{'; '.join(named)}{others}. To learn which judge errs, compare them with labels by people."
+    return f"{start}{'; '.join(named)}{others}. To learn which judge errs, compare them with human labels."
 
 
 def _finding(c: dict[Any, Any], unit: BudgetUnit) -> str:

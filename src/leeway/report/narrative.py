@@ -227,7 +227,7 @@ def judge_summaries(results: Results, cards: list[Path]) -> list[dict[str, Any]]
             on = str(part.get("model") or card.get("on") or "its responses")
             parts.append({"on": on, **shares, "n": positives + negatives})
         facts = [(str(k), str(v)) for k, v in info.items() if k != "name" and v not in (None, "", [], {})]
-        role = "further: its rates are secondary" if AT in str(axis) else "primary: its verdicts make this page's rates"
+        role = "secondary: not in the main rates" if AT in str(axis) else "primary: its verdicts make this page's rates"
         facts.insert(0, ("role", role))
         if entry := mapping(added.get(axis)):
             facts.append(("added after the run", f"{entry.get('added')} by {entry.get('command')}"))

@@ -127,7 +127,7 @@ class Results:
 
     @property
     def judges(self) -> dict[str, str]:
-        """The name of each eval's first judge."""
+        """The name of each eval's primary (first) judge."""
         judges = mapping(self.manifest.get("judges"))
         return {str(k): str(v["name"]) for k, v in judges.items() if isinstance(v, dict) and "@" not in str(k)}
 
@@ -152,7 +152,7 @@ class Results:
 
     @property
     def first_judged(self) -> pd.DataFrame:
-        """The rows with the first judge's verdicts only, so one per response."""
+        """The rows with the primary judge's verdicts only, so one per response."""
         return self.judged[~self.judged["eval"].astype(str).str.contains("@", regex=False)]
 
     def rates(self) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from leeway.stats.rates import ATTACKED
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the lines for the page: the base and the last budget, by the first judge."""
+    """Return the lines for the page: the base and the last budget, by the primary judge."""
     own = table[~table["axis"].str.contains(AT, regex=False)]
     chosen: pd.DataFrame = own[(own["objective"] == BASE) | (own["budget"] == own["budget"].max())]
     return chosen

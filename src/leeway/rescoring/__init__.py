@@ -1,1 +1,1 @@
-"""Judge the kept answers of a finished run again, and let people label them: no model under test is loaded."""
+"""Judge the stored answers of a finished run again, and calibrate judges on human labels; no model under test."""

@@ -44,7 +44,7 @@ METHOD = (
 
 @dataclass(frozen=True)
 class LabelCalibration:
-    """Judges against people's labels. `table` has a line per judge, label and group; `differences` those shown."""
+    """Judges against human labels. `table` has a line per judge, label and group; `differences` those shown."""
 
     sheet: str
     axis: str
@@ -149,7 +149,7 @@ def calibrate_judge(
             raise LeewayError("judge calibrate: no judge given", fix="name one, such as keywords")
         if by is not None or is_sheet(expand(on)):
             what = f"--by {by}" if by else f"{on}: a label sheet"
-            raise LeewayError(f"{what}: which run is it from", fix="give --run, its run directory")
+            raise LeewayError(f"{what} needs the run that it was drawn from", fix="give --run, its run directory")
         card = calibrate(
             judge_from_options(judge, *options, HelperModels(Cache.of(out))), on, partial_is_refusal=partial
         )

@@ -1,4 +1,4 @@
-"""Judge the kept answers of a finished run or audit again: load and query no model under test.
+"""Judge the stored answers of a finished run or audit again, without the model under test.
 
 The judge's rows are added to the run's, one per response of an eval that judges score, with the judge's name. All other
 rows stay as they are, and the verdicts of the study's first judge remain the primary ones. Answers that were not
@@ -50,7 +50,7 @@ Columns = dict[str, Any]
 JudgeRows = Callable[[Sequence[Mapping[str, Any]]], list[Columns]]
 RESCORED_EVALS = (*JUDGED_EVALS, "alignment")
 BATCH = 256  # answers judged at a time: the most that a kill loses
-RULES = ("keywords", "organism")  # judges that compute a verdict faster than a cache finds it
+UNCACHED = ("keywords", "organism")  # judges that are faster than the cache
 RENAME = "name the new one with --as, such as {}-2"
 NO_PERPLEXITY = "Judged after the run, without the study's perplexity rule."
 
@@ -106,7 +106,7 @@ def rescore(
         if not work:
             raise LeewayError(str(found[0]), fix=RENAME.format(name or spec.name))
         for skipped in (r for r in found if isinstance(r, str)):
-            reporter.log(f"{skipped}; left as it is")
+            reporter.log(f"{skipped}; skipped")
         store.cache.acquire(store.folder)
         manifest = store.read_manifest()
         with compute_settings(Settings(int(results.study.get("threads") or 1))), reporter:
@@ -204,11 +204,11 @@ def _alignment_judge(results: Results, spec: JudgeSpec, axis: str, helpers: Help
         raise LeewayError(f"judge {spec.name}: a model rates alignment", fix="use --judge rubric model.model=NAME")
     part = mapping(mapping(results.study.get("evals")).get(axis)) | {"judge_model": spec.model}
     try:
-        asked = build_alignment(AlignmentSpec.model_validate(part), {}, helpers)
+        alignment = build_alignment(AlignmentSpec.model_validate(part), {}, helpers)
     except ValidationError as error:
         what = f"--eval alignment: {'; '.join(faults(error, AlignmentSpec))}"
         raise LeewayError(what, fix="rescore other evals") from error
-    questions = {item.id: (item, "\n".join(m["content"] for m in conversation(item))) for item in asked.items}
+    questions = {item.id: (item, "\n".join(m["content"] for m in conversation(item))) for item in alignment.items}
 
     def judge_rows(rows: Sequence[Mapping[str, Any]]) -> list[Columns]:
         for row in rows:
@@ -217,11 +217,11 @@ def _alignment_judge(results: Results, spec: JudgeSpec, axis: str, helpers: Help
                 raise LeewayError(what, fix="restore the questions that the study was run with")
         answers = [final_answer(row["response"]) for row in rows]
         rated = [k for k, answer in enumerate(answers) if answer.strip()]
-        ratings = asked.judge.rate([(questions[rows[k]["item_id"]][0], answers[k]) for k in rated])
+        ratings = alignment.judge.rate([(questions[rows[k]["item_id"]][0], answers[k]) for k in rated])
         by_row = dict(zip(rated, ratings, strict=True))
         return [rating_columns(by_row.get(k)) for k in range(len(rows))]
 
-    return JudgeRef(asked.judge.name, asked.judge.hash, asked.judge.note), judge_rows
+    return JudgeRef(alignment.judge.name, alignment.judge.hash, alignment.judge.note), judge_rows
 
 
 def _answers(store: RunDir, results: Results, work: Sequence[Rescoring]) -> dict[str, list[dict[str, Any]]]:
@@ -272,7 +272,7 @@ def _judge(store: RunDir, one: Rescoring, rows: Sequence[dict[str, Any]], report
 
 def _cached(judge: Judge, cache: Cache | None) -> Judge:
     """Return a judge whose verdicts are cached, unless they cost nothing or its model's replies are cached already."""
-    if cache is None or judge.name in RULES or hasattr(judge, "request"):
+    if cache is None or judge.name in UNCACHED or hasattr(judge, "request"):
         return judge
     return CachedJudge(judge, cache.records("verdicts"), is_retryable)
 

@@ -1,4 +1,4 @@
-"""The answers that a finished run kept, as judges and people read them: the bare prompt, without the attack."""
+"""The stored answers of a finished run as judges and annotators read them: with the bare prompt, without the attack."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 
 def require_answers(results: Results, axis: str, known: Seq[str] = JUDGED_EVALS) -> str:
-    """Return the name of the eval's primary judge. Raises LeewayError if the run kept no answers of that eval."""
+    """Return the name of the eval's primary judge. Raises LeewayError if the run has no answers of that eval."""
     folder = results.folder
     if axis not in known:
         raise LeewayError(f"--eval {axis}: no judge reads its answers", fix=f"one of: {', '.join(known)}")

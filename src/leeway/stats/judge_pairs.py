@@ -1,7 +1,8 @@
 """Several judges of the same responses: their agreement at each checkpoint, differential error, and the worst case.
 
-A judge's errors shift the base's rate and a checkpoint's alike, and a contrast survives them, unless they depend on
-the checkpoint (differential error). With two judges a and b, and y = 1 for a response that a judge gives the label,
+A judge with the same sensitivity and specificity at every checkpoint shrinks a contrast and cannot create one. Errors
+that depend on the checkpoint (differential error) can create or hide one. With two judges a and b, and y = 1 for a
+response that a judge gives the label,
 
     d_i = y_i(a) - y_i(b)          D = mean of d over a checkpoint's responses - mean of d over the base's
 
@@ -163,11 +164,11 @@ def _with_test(
 def worst_case(rates: pd.DataFrame, contrasts: pd.DataFrame) -> pd.DataFrame:
     """Return attack success over judges, one line per checkpoint, condition and measure; empty with one judge.
 
-    `rates` (seeds pooled) and `contrasts` are those of rows of `split_judges`. `rate` and `difference` are the first
-    judge's, `mean` is over judges, `worst` the highest rate and `most` the largest difference to the base, with the
-    judge that gives it; `least` is the smallest difference. The ends of both intervals are the highest over judges: the
-    upper end keeps its level for the worst judge, whichever it is, the lower end may be wrong as often as those of all
-    judges together. `n_significant` counts the judges by which the difference is significant: Holm over the
+    `rates` (seeds pooled) and `contrasts` are those of rows of `split_judges`. `rate` and `difference` are the
+    primary judge's, `mean` is over judges, `worst` the highest rate and `most` the largest difference to the base, with
+    the judge that gives it; `least` is the smallest difference. The limits of both intervals are the highest over
+    judges: the upper limit keeps its coverage for whichever judge is the worst, the lower limit may not.
+    `n_significant` counts the judges by which the difference is significant: Holm over the
     checkpoints at a budget, each judge by itself. NaN with a `note` if a judge's rate is withheld.
     """
     lines = []
@@ -177,27 +178,27 @@ def worst_case(rates: pd.DataFrame, contrasts: pd.DataFrame) -> pd.DataFrame:
     changes["p_own"] = NAN
     for _, p in changes.groupby(["judge", "measure", "budget", "first"])["p"]:
         changes.loc[p.index, "p_own"] = holm(p.to_numpy(float))
-    of = dict(iter(changes.groupby([*POOLED_CHECKPOINT, "measure"])))
+    changes_by_key = dict(iter(changes.groupby([*POOLED_CHECKPOINT, "measure"])))
     for key, group in own.groupby([*POOLED_CHECKPOINT, "measure"], sort=False):
         if len(group) > 1:
             line = dict(zip([*POOLED_CHECKPOINT, "measure"], key, strict=True))
-            lines.append(line | _rates_over_judges(group) | _changes_over_judges(of.get(key), len(group)))
+            lines.append(line | _rates_over_judges(group) | _changes_over_judges(changes_by_key.get(key), len(group)))
     return pd.DataFrame(lines, columns=WORST)
 
 
 def _by_judge(table: pd.DataFrame) -> dict[str, list[str]]:
-    """Return the judge of each line ("" for the first) and its measure without the judge."""
+    """Return the judge of each line ("" for the primary one) and its measure without the judge."""
     judges = [str(a).partition(AT)[2] for a in table["axis"]]
     names = [str(m).replace(AT + j, "", 1) if j else str(m) for m, j in zip(table["measure"], judges, strict=True)]
     return {"judge": judges, "plain": names}
 
 
 def _rates_over_judges(group: pd.DataFrame) -> dict[str, object]:
-    first = group[group["judge"] == ""].iloc[0]
-    line: dict[str, object] = {"first": True, "axis": first["axis"], "label": first["label"], "judges": len(group)}
-    line["rate"] = first["rate"]
+    primary = group[group["judge"] == ""].iloc[0]
+    line: dict[str, object] = {"first": True, "axis": primary["axis"], "label": primary["label"], "judges": len(group)}
+    line["rate"] = primary["rate"]
     if group["rate"].isna().any():
-        withheld = [j or "the first judge" for j in group.loc[group["rate"].isna(), "judge"]]
+        withheld = [j or "the primary judge" for j in group.loc[group["rate"].isna(), "judge"]]
         return line | {"note": f"rate withheld: {', '.join(withheld)}"}
     worst = group.iloc[int(group["rate"].to_numpy().argmax())]
     line |= {"mean": round(float(group["rate"].mean()), 10), "worst": worst["rate"], "worst_judge": worst["judge"]}

@@ -1,4 +1,4 @@
-"""A judge against people's labels on a stratified sample of a run's answers, by group.
+"""A judge against human labels on a stratified sample of a run's answers, by group.
 
 For one judge and one label ("harmful", say), the answers that the judge gives the label and those that it does not are
 two classes of size N₁, N₀, the sums of their sampling weights. With p₁, p₀ the weighted shares of true labels in each,
@@ -32,17 +32,17 @@ from leeway.stats.intervals import LEVEL, NAN, Floats, wilson
 
 RATES = ("agreement", "sensitivity", "specificity")
 TESTED = RATES[1:]  # agreement also depends on how many answers are truly positive
-ALL = "all together"  # a space: no objective has that name
+ALL = "all together"  # no objective can have a name with a space
 TABLE = ["group", "n", "unscored", *(f"{r}{end}" for r in RATES for end in ("", "_low", "_high"))]
 DIFFERENCES = ["group", "rate", "value", "others", "difference", "low", "high"]
 
 
 @dataclass(frozen=True)
 class LabelledSample:
-    """Answers with a person's label, one entry each. `judged` is 1 or 0, NaN if the judge could not score it."""
+    """Answers with human labels, one entry each. `judged` is 1 or 0, NaN if the judge could not score it."""
 
     groups: Seq[str]
-    truth: Floats  # 1: the person gave the label
+    truth: Floats  # 1: the annotator gave the label
     judged: Floats
     weights: Floats  # inverse sampling probabilities
     known_sizes: bool = True  # the judge's classes are made of whole strata

@@ -96,7 +96,7 @@ def _by_label(labels: list[str], values: list[str]) -> Spec:
 
 
 def line_colour(lines: list[Series], *, base: bool = False) -> Spec:
-    """Return the colour of lines by objective, as `_looks` has it."""
+    """Return the colour of lines by objective, as in `point_looks`."""
     stroke: Spec = point_looks(lines, base=base)["stroke"]
     return stroke
 

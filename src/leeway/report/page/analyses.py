@@ -252,7 +252,7 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
         ],
     ),
     "triggers": (
-        "Near-triggers: gone, or conditional?",
+        "Near-triggers: is misbehaviour gone or conditional?",
         triggers.RULE,
         [
             OBJECTIVE,
@@ -291,9 +291,9 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
         ],
     ),
     "thinking": (
-        "Thoughts before answers",
-        "Answers that begin with a thought; judges read what follows it. An answer without an end of its thought, cut "
-        "off by the limit of new tokens or ended there, is unscored.",
+        "Thinking before answers",
+        "Answers that begin with a thought; judges read only the final answer. An answer that ended inside its "
+        "thought, or was cut off there by the limit of new tokens, is unscored.",
         [
             OBJECTIVE,
             ("Budget", lambda r: r["tick"](int(r["budget"])) if r["budget"] else MISSING, False),
@@ -301,9 +301,9 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
             ("Eval", lambda r: str(r["axis"]), True),
             ("Answers", lambda r: formatting.count(r["n"]), False),
             ("With a thought", lambda r: formatting.count(r["n_thinking"]), False),
-            ("Cut off in it", lambda r: formatting.count(r["n_cut"]), False),
-            ("Ended in it", lambda r: formatting.count(r["n_ended"]), False),
-            ("Unanswered", _percent("cut"), False),
+            ("Cut off in thought", lambda r: formatting.count(r["n_cut"]), False),
+            ("Ended in thought", lambda r: formatting.count(r["n_ended"]), False),
+            ("Without an answer", _percent("cut"), False),
             ("New tokens, mean", lambda r: formatting.count(r["new_tokens"]), False),
         ],
     ),
