@@ -113,7 +113,7 @@ PREVALENCE = Setting(base=0.1, rate=0.4, b=(0.8, 0.97))
 
 
 def differential(studies: int) -> Iterator[Finding]:
-    about = "`judge_pairs`: any warning (Holm, 5%) where both judges err alike at base and checkpoints"
+    about = "`judge_pairs`: any warning (Holm, 5%) where both judges have constant error rates, at base and checkpoints"
     for n, setting in enumerate(NULLS):
         yield Finding(about, str(setting), alarms(setting, studies, n), studies, (0.0, 0.065))
     about = "`judge_pairs`: warning at the one checkpoint that judge b misses"

@@ -424,7 +424,7 @@ def test_page_with_a_hundred_thousand_rows_is_responsive(browser: Any, page: Pat
     usual = opened(browser, page)[0].evaluate(loaded)
     tab, seen = opened(browser, large)
     load = tab.evaluate(loaded)
-    assert 0 < load < 4_000 + 10 * usual  # a busy machine is slow on both
+    assert 0 < load < max(4_000, 10 * usual)  # a busy machine is slow on both
     watch = (
         "new PerformanceObserver((l) => { for (const e of l.getEntries()) longest = Math.max(longest, e.duration); })"
     )
@@ -434,5 +434,5 @@ def test_page_with_a_hundred_thousand_rows_is_responsive(browser: Any, page: Pat
     assert tab.locator("#search-count").inner_text().startswith(f"{len(many):,} of {len(many):,} responses")
     tab.locator("#f-text").fill("no such words")
     chrome.until(tab, "/^No /.test(document.getElementById('search-count').textContent)", 30)
-    assert tab.evaluate("window.longest") < 1_000 + 5 * usual
+    assert tab.evaluate("window.longest") < max(1_000, 5 * usual)
     assert seen.console == []

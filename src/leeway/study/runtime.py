@@ -16,7 +16,7 @@ LARGE = 1 << 30  # bytes
 
 
 class ComputeSettings(Protocol):
-    """A study, or what it says of threads and device."""
+    """The threads and device of a study; `Spec` has them."""
 
     @property
     def threads(self) -> int: ...

@@ -27,7 +27,7 @@ WORDS = {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}
 UNREAD = {"messages", "output", "store", "events", "events_data", "timelines", "attachments"}
 LIMITS = ["message_limit", "token_limit", "token_limit_type", "turn_limit", "time_limit", "working_limit", "cost_limit"]
 RUN_ONLY = {"max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "max_connections", "cache", "batch"}
-RUN_ONLY |= {"adaptive_connections", "extra_headers", "cache_prompt", "seed"}  # no part of what is asked
+RUN_ONLY |= {"adaptive_connections", "extra_headers", "cache_prompt", "seed"}  # settings that do not change the request
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "function")  # ids of messages are random
 
 
