@@ -1,0 +1,245 @@
+"""A small study of seconds, run in forks that can be killed at any moment, and what must be equal in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STUDY = """
+name: hardening
+model: organism
+device: cpu
+threads: 1
+task: {name: organism}
+objectives: [sft, dpo]
+budgets: [1k, 2k]
+optim: {lr: 4.0e-4, batch: 8, warmup_steps: 2}
+evals:
+  capability: [{name: organism, limit: 4, max_new_tokens: 8}]
+  jailbreak: {prompts: organism, limit: 3, attacks: [none, dan], judge: organism, max_new_tokens: 8}
+  overrefusal: {prompts: organism, limit: 3, judge: organism, max_new_tokens: 8}
+  persona: {source: organism, traits: [narcissism], limit: 4}
+"""
+OWN = (".lock", ".workers", "cache", "trackers")  # not part of a run's results
+WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+
+
+def write_study(folder: Path, text: str = STUDY, name: str = "study.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, "utf-8")
+    return path
+
+
+def preload() -> None:
+    """Import all that a run imports, so that a fork starts at once. This process itself computes nothing."""
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import leeway.cli
+    import leeway.gate
+    import leeway.report
+    import leeway.report.compare.compare
+    import leeway.report.exports.redacted
+    import leeway.report.plotting
+    import leeway.rescoring.label_sheet
+    import leeway.rescoring.rescore
+    import leeway.study.run  # noqa: F401
+
+
+@dataclass
+class Fork:
+    """A `leeway` command in a fork of this process, in its own process group; `log` receives its stderr."""
+
+    arguments: list[str]
+    log: Path
+    before: Callable[[], None] = lambda: None
+    environment: dict[str, str] = field(default_factory=dict)
+    pid: int = 0
+
+    def start(self) -> Fork:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run()
+        return self
+
+    def _run(self) -> None:
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            for number, path in ((1, self.log.with_suffix(".out")), (2, self.log)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.environ.update(self.environment)
+            sys.argv = ["leeway", *self.arguments]
+            from leeway.cli import main
+
+            self.before()
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:  # noqa: BLE001 - what the interpreter would do
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Return the exit code; negative for a signal."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def wait_or_kill(self, seconds: float) -> int:
+        """Wait that long, then kill; return the exit code."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        self.kill()
+        return self.wait()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text("utf-8", errors="replace")
+
+
+def count_operations(root: Path, on_operation: Callable[[int], None]) -> Callable[[], None]:
+    """Return a hook that calls `on_operation(n)` before the n-th change of a file or folder, fsync included."""
+
+    def install() -> None:
+        count, fsync = 0, os.fsync
+
+        def step() -> None:
+            nonlocal count
+            count += 1
+            on_operation(count)
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "open":
+                path, _, flags = arguments
+                if isinstance(path, str) and path.startswith(str(root)) and flags & (os.O_WRONLY | os.O_RDWR):
+                    step()
+            elif event in WRITES:
+                step()
+
+        def counted(fd: int) -> None:
+            step()
+            fsync(fd)
+
+        os.fsync = counted
+        sys.addaudithook(hook)
+
+    return install
+
+
+def kill_at(root: Path, operation: int) -> Callable[[], None]:
+    """Return a hook that kills the process before its n-th file operation below `root`."""
+
+    def stop(n: int) -> None:
+        if n == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return count_operations(root, stop)
+
+
+def note_in(path: Path) -> Callable[[int], None]:
+    """Return a callback that writes the number of the last operation to a file."""
+
+    def note(n: int) -> None:
+        path.write_text(str(n))
+
+    return note
+
+
+def snapshot(out: Path) -> dict[str, Any]:
+    """Return all results of a run; times and the command line left out."""
+    found: dict[str, Any] = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out)
+        if path.is_file() and name.parts[0] not in OWN:
+            found[str(name)] = _content(path)
+    return found
+
+
+def _content(path: Path) -> Any:
+    if path.suffix == ".jsonl":
+        steps = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return [{k: v for k, v in step.items() if k != "seconds"} for step in steps]
+    if path.name == "manifest.json":
+        manifest = json.loads(path.read_text("utf-8"))
+        return {k: v for k, v in manifest.items() if k not in ("command", "started", "rescored")}
+    return path.read_bytes()
+
+
+def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Return the names of files that are missing, extra or different."""
+    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+
+
+def torn(out: Path) -> list[str]:
+    """Return the files that a reader would take for finished and that are not whole."""
+    import pyarrow.parquet as pq
+    from safetensors import safe_open
+
+    found = []
+    for path in sorted(out.rglob("*")):
+        partial = any(part.startswith(".partial-") for part in path.relative_to(out).parts)
+        if not path.is_file() or partial:
+            continue
+        try:
+            if path.suffix == ".parquet":
+                pq.read_table(path)
+            elif path.suffix == ".json":
+                json.loads(path.read_text("utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "np") as tensors:
+                    [tensors.get_slice(key)[:1] for key in tensors.keys()]  # noqa: SIM118 - no mapping
+            elif path.name == "report.html" and not path.read_text("utf-8").rstrip().endswith("</html>"):
+                raise ValueError("cut off")
+            elif path.name == "study.yaml" and not path.stat().st_size:
+                raise ValueError("empty")
+        except Exception as error:  # noqa: BLE001 - whatever a reader meets
+            found.append(f"{path.relative_to(out)}: {error}")
+    return found
+
+
+def workers_of(parent: int) -> list[int]:
+    """Return the worker processes below a run's process: spawned ones and Ray's."""
+    below: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            own = int(status.read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError):
+            continue
+        below.setdefault(own, []).append(int(status.parent.name))
+    found, queue = list[int](), [parent]
+    while queue:
+        children = below.get(queue.pop(), [])
+        queue += children
+        found += children
+    return [process for process in found if _is_worker(process)]
+
+
+def _is_worker(process: int) -> bool:
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"spawn_main" in command or b"ray::RayWorker" in command
+
+
+def random_of(options: Any, label: str) -> random.Random:
+    return random.Random(f"{options.seed} {label}")
