@@ -40,6 +40,17 @@ def forbidden(name: str) -> tuple[list[ForbiddenPrompt], str]:
     return _prompts(name, records, name), origin
 
 
+def categories(name: str) -> dict[str, str]:
+    """Return the kind of harm of each prompt of a published set by its id; empty if the set names none."""
+    records, _ = load(FORBIDDEN[name][0])
+    found = {}
+    for n, record in enumerate(records):
+        columns = {str(k).strip().lower(): v for k, v in record.items()}
+        if columns.get("category"):
+            found[f"{name}/{n}"] = str(columns["category"])
+    return found
+
+
 def from_file(path: Path) -> tuple[list[ForbiddenPrompt], str]:
     """Return the prompts of a user's file (ids `file/<n>`) and its origin; the columns are those of `COLUMNS`."""
     prompts = _prompts("file", list(read(path)), str(path))

@@ -1,0 +1,137 @@
+"""A checkpoint and its base as two sides of a comparison: one model whose adapter is switched, or two models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leeway.model.adapters import is_low_rank
+from leeway.model.load import Model
+from leeway.probe.hooks import Blocks, Site
+
+LAYER_SITES: tuple[Site, ...] = ("attn", "mlp")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model of a comparison. `active` puts its weights in place; forward passes run within it."""
+
+    model: Model
+    blocks: Blocks
+    active: Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """The base and a checkpoint on it.
+
+    With a low-rank adapter both are one model, and the base is that model with the adapter switched off; with whole
+    weights they are two models.
+    """
+
+    base: Side
+    checkpoint: Side
+
+    @classmethod
+    def of(cls, checkpoint: Model, base: Model | None = None) -> ModelPair:
+        """Pair a model with an adapter with itself, or whole weights with `base`."""
+        blocks = Blocks.of(checkpoint)
+        tuned = Side(checkpoint, blocks, nullcontext)
+        if base is None and is_low_rank(checkpoint):
+            return cls(Side(checkpoint, blocks, lambda: switched(checkpoint.lm, on=False)), tuned)
+        other = base or checkpoint
+        return cls(Side(other, Blocks.of(other), nullcontext), tuned)
+
+    @property
+    def has_adapter(self) -> bool:
+        return is_low_rank(self.checkpoint.model)
+
+    @contextmanager
+    def part(self, layer: int, site: Site, *, tuned: bool) -> Iterator[None]:
+        """Within the context, one block's attention or MLP has the checkpoint's weights (`tuned`) or the base's.
+
+        For an adapter on the model in its current state; for whole weights, on the other side's model: its base's
+        weights move into the checkpoint's block, or the checkpoint's into the base's.
+        """
+        if self.has_adapter:
+            with switched(modules(self.checkpoint.blocks, layer, site), on=tuned):
+                yield
+            return
+        into, out = (self.base, self.checkpoint) if tuned else (self.checkpoint, self.base)
+        targets = [p for m in modules(into.blocks, layer, site) for p in m.parameters()]
+        sources = [p for m in modules(out.blocks, layer, site) for p in m.parameters()]
+        kept = [p.data for p in targets]
+        for target, source in zip(targets, sources, strict=True):
+            target.data = source.data
+        try:
+            yield
+        finally:
+            for target, data in zip(targets, kept, strict=True):
+                target.data = data
+
+
+def modules(blocks: Blocks, layer: int, site: Site) -> list[nn.Module]:
+    """Return the modules of a block's attention or MLP, with the norm before it (and, in Gemma 2, after it)."""
+    block = blocks.layers[layer]
+    sandwich = hasattr(block, "pre_feedforward_layernorm")
+    if site == "attn":
+        names = ["input_layernorm", "self_attn", *(["post_attention_layernorm"] if sandwich else [])]
+    elif sandwich:
+        names = ["pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"]
+    else:
+        names = ["post_attention_layernorm", "mlp"]
+    return [getattr(block, n) for n in names]
+
+
+@contextmanager
+def switched(inside: Any, *, on: bool) -> Iterator[None]:
+    """Switch the adapter layers inside a module (or several) on or off, within the context.
+
+    Works for LoRA, rsLoRA, DoRA and trained token rows, since each layer has the switch; nothing is merged.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    roots = inside if isinstance(inside, list) else [inside]
+    layers = {id(m): m for root in roots for m in root.modules() if isinstance(m, BaseTunerLayer)}
+    states = [(m, m._disable_adapters) for m in layers.values()]
+    for layer, _ in states:
+        layer._disable_adapters = not on
+    try:
+        yield
+    finally:
+        for layer, state in states:
+            layer._disable_adapters = state
+
+
+def delta(pair: ModelPair, layer: int, site: Site) -> list[tuple[str, Tensor]]:
+    """Return the change of each weight matrix of a block's attention or MLP, by name, in float32 [out, in]."""
+    found = []
+    tuned = modules(pair.checkpoint.blocks, layer, site)
+    based = modules(pair.base.blocks, layer, site)
+    for own, other in zip(tuned, based, strict=True):
+        for (name, layer_own), (_, layer_other) in zip(own.named_modules(), other.named_modules(), strict=True):
+            change = _change(layer_own, layer_other)
+            if change is not None:
+                found.append((name, change))
+    return found
+
+
+@torch.no_grad()
+def _change(tuned: nn.Module, base: nn.Module) -> Tensor | None:
+    if "default" in getattr(tuned, "lora_A", {}):
+        weight = tuned.get_base_layer().weight.float()  # type: ignore[operator]
+        a, b = (getattr(tuned, n)["default"].weight.float() for n in ("lora_A", "lora_B"))
+        change: Tensor = tuned.scaling["default"] * (b @ a)  # type: ignore[index]
+        if magnitudes := getattr(tuned, "lora_magnitude_vector", {}):
+            turned = weight + change
+            change = (magnitudes["default"].weight.float() / turned.norm(dim=1))[:, None] * turned - weight
+        return change
+    weight = getattr(tuned, "weight", None)
+    if tuned is base or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    return weight.float() - base.weight.float()  # type: ignore[operator]

@@ -1,0 +1,236 @@
+"""Forward passes over prompts whose possible refusals follow as a tree, and the refusal logit read from it.
+
+    L = log P − log(1 − P),   P = Σ over refusal openings of Π P(token | prompt, tokens before)
+
+(Arditi et al. 2024, arXiv 2406.11717, §2.3, there over first tokens only). The openings' tokens form a tree; its inner
+nodes stand after every prompt, each sees the prompt and its own ancestors, and one forward pass gives all of them.
+
+Shapes: B prompts, N prompt positions (padded on the left, so position N − 1 is every prompt's last), T tree nodes,
+K opening tokens scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leeway.data.chat import Chat
+from leeway.hashing import digest
+from leeway.model.load import Model
+from leeway.probe.hooks import Blocks, Edit, Point, edited, recorded
+from leeway.yaml_config import package_data
+
+Ids = tuple[int, ...]
+LONGEST = 4  # tokens of an opening
+
+
+@cache
+def openings() -> tuple[int, tuple[str, ...]]:
+    """Return the version and the texts of the refusal openings."""
+    content = package_data("leeway.probe", "openings.yaml")
+    return int(content["version"]), tuple(content["openings"])
+
+
+@dataclass(frozen=True)
+class OpeningTree:
+    """Refusal openings as a tree of tokens: `nodes` are its inner nodes in order of depth, the root (empty) first.
+
+    `steps` lists the scored tokens as (index of the node that predicts it, token id); `paths` the openings, each as
+    indices into `steps`. No opening continues another, so their probabilities add up.
+    """
+
+    nodes: tuple[Ids, ...]
+    steps: tuple[tuple[int, int], ...]
+    paths: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, chat: Chat, texts: Seq[str] | None = None) -> OpeningTree:
+        texts = openings()[1] if texts is None else texts
+        spelled = {t.replace("'", mark) for t in texts for mark in ("'", "’")}
+        variants = {ids for t in spelled if 0 < len(ids := chat.ids(t)) <= LONGEST}
+        kept = sorted(v for v in variants if not any(v[:k] in variants for k in range(1, len(v))))
+        nodes = sorted({v[:k] for v in kept for k in range(len(v))}, key=lambda n: (len(n), n))
+        steps = sorted({(nodes.index(v[:k]), v[k]) for v in kept for k in range(len(v))})
+        where = {step: i for i, step in enumerate(steps)}
+        paths = tuple(tuple(where[nodes.index(v[:k]), v[k]] for k in range(len(v))) for v in kept)
+        return cls(tuple(nodes), tuple(steps), paths)
+
+    @property
+    def tokens(self) -> Ids:
+        """The last token of each inner node but the root, [T]."""
+        return tuple(node[-1] for node in self.nodes[1:])
+
+    @cached_property
+    def hash(self) -> str:
+        return digest("refusal openings", openings()[0], self.nodes, self.steps)
+
+    def sees(self) -> Tensor:
+        """Return which nodes each node reads: itself and its ancestors, [T, T]."""
+        inner = self.nodes[1:]
+        return torch.tensor([[own[: len(other)] == other for other in inner] for own in inner], dtype=torch.bool).view(
+            len(inner), len(inner)
+        )
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts padded on the left, with the tree's nodes behind them.
+
+    ids_BL: L = N + T tokens. sees_BLL: which position reads which. position_BL: position in the prompt.
+    """
+
+    ids_BL: Tensor
+    sees_BLL: Tensor
+    position_BL: Tensor
+    width: int  # N
+
+    @classmethod
+    def of(cls, prompts: Seq[Ids], tree: OpeningTree | None, device: torch.device) -> PromptBatch:
+        tokens = tree.tokens if tree else ()
+        n, t = max(map(len, prompts)), len(tokens)
+        ids = [[0] * (n - len(p)) + list(p) + list(tokens) for p in prompts]
+        depth = [len(node) for node in tree.nodes[1:]] if tree else []
+        position = [[0] * (n - len(p)) + list(range(len(p))) + [len(p) - 1 + d for d in depth] for p in prompts]
+        real_BN = torch.tensor([[k >= n - len(p) for k in range(n)] for p in prompts])
+        sees_BLL = torch.zeros(len(prompts), n + t, n + t, dtype=torch.bool)
+        sees_BLL[:, :n, :n] = torch.ones(n, n, dtype=torch.bool).tril() & real_BN[:, None, :]
+        sees_BLL[:, n:, :n] = real_BN[:, None, :]
+        if tree and t:
+            sees_BLL[:, n:, n:] = tree.sees()
+        sees_BLL |= torch.eye(n + t, dtype=torch.bool)  # padding reads itself, or its softmax would be NaN
+        return cls(torch.tensor(ids, device=device), sees_BLL.to(device), torch.tensor(position, device=device), n)
+
+    def mask(self, dtype: torch.dtype, start: int = 0) -> Tensor:
+        """Return the additive attention mask of the positions from `start`, [B, 1, L − start, L]."""
+        sees_BQL = self.sees_BLL[:, None, start:]
+        return torch.zeros(sees_BQL.shape, dtype=dtype, device=sees_BQL.device).masked_fill(
+            ~sees_BQL, torch.finfo(dtype).min
+        )
+
+
+class PrefixCache:
+    """Keys and values of the positions before a window; reading does not change it.
+
+    Hugging Face attention calls `update` with the window's keys and values and attends to what it returns.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.keep_to: int | None = None  # while set, `update` records the keys and values before this position
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.keep_to is not None:
+            self.kept[layer_idx] = (key[:, :, : self.keep_to].clone(), value[:, :, : self.keep_to].clone())
+            return key, value
+        before_key, before_value = self.kept[layer_idx]
+        return torch.cat([before_key, key], 2), torch.cat([before_value, value], 2)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return next(iter(self.kept.values()))[0].shape[2] if self.kept and self.keep_to is None else 0
+
+
+@dataclass
+class Pass:
+    """One model's forward passes over one batch: whole, or from a position or a block on.
+
+    A whole pass with `window` keeps keys and values of the positions before it, so that `again` runs the window alone:
+    exact for any edit inside the window, since attention is causal.
+    """
+
+    model: Model
+    blocks: Blocks
+    batch: PromptBatch
+    window: int = 0  # first position of later runs
+    _cache: PrefixCache | None = None
+
+    def whole(
+        self, edits: Mapping[Point, Edit] | None = None, record: Mapping[Point, slice | list[int]] | None = None
+    ) -> tuple[Tensor, dict[Point, Tensor]]:
+        """Run all positions; return (final hidden states [B, L, D], recorded activations)."""
+        cache = None
+        if self.window and not edits:
+            cache = PrefixCache()
+            cache.keep_to = self.window
+        out = self._run(self.batch.ids_BL, None, 0, edits, record, cache)
+        if cache is not None:
+            cache.keep_to, self._cache = None, cache
+        return out
+
+    def again(
+        self, edits: Mapping[Point, Edit], record: Mapping[Point, slice | list[int]] | None = None
+    ) -> tuple[Tensor, dict[Point, Tensor]]:
+        """Run the positions from `window` on, with the last whole run's keys and values; edits count from there."""
+        assert self._cache is not None
+        return self._run(self.batch.ids_BL[:, self.window :], None, self.window, edits, record, self._cache)
+
+    def from_layer(self, layer: int, state_BLD: Tensor, edits: Mapping[Point, Edit] | None = None) -> Tensor:
+        """Run the blocks from `layer` on, with `state_BLD` as its input; return the final hidden states [B, L, D]."""
+        with _only_from(self.blocks, layer):
+            return self._run(None, state_BLD, 0, edits, None, None)[0]
+
+    @torch.no_grad()
+    def _run(
+        self,
+        ids_BQ: Tensor | None,
+        state_BQD: Tensor | None,
+        start: int,
+        edits: Mapping[Point, Edit] | None,
+        record: Mapping[Point, slice | list[int]] | None,
+        cache: PrefixCache | None,
+    ) -> tuple[Tensor, dict[Point, Tensor]]:
+        found: dict[Point, Tensor] = {}
+        dtype = self.model.head.weight_VD.dtype
+        given = {"input_ids": ids_BQ} if state_BQD is None else {"inputs_embeds": state_BQD}
+        with edited(self.blocks, edits or {}), recorded(self.blocks, record or {}, found):
+            out = self.blocks.decoder(
+                **given,
+                attention_mask=self.batch.mask(dtype, start),
+                position_ids=self.batch.position_BL[:, start:],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        hidden_BQD: Tensor = out.last_hidden_state
+        return hidden_BQD, found
+
+
+@contextmanager
+def _only_from(blocks: Blocks, layer: int) -> Iterator[None]:
+    """Let the decoder run its blocks from `layer` on only, within the context."""
+    every = blocks.decoder.layers
+    blocks.decoder.layers = nn.ModuleList(every[layer:])
+    try:
+        yield
+    finally:
+        blocks.decoder.layers = every
+
+
+@torch.no_grad()
+def refusal_logits(model: Model, tree: OpeningTree, hidden_BQD: Tensor) -> Tensor:
+    """Return L of each prompt, [B] float64, from final hidden states whose last T + 1 positions are root and nodes.
+
+    P is summed in float64 from float32 logits, so |L| is exact up to about 15.
+    """
+    count = len(tree.nodes)
+    at_BND = hidden_BQD[:, hidden_BQD.shape[1] - count :]
+    logp_BK = torch.empty(len(at_BND), len(tree.steps), dtype=torch.float64)
+    for node in range(count):
+        own = [k for k, (n, _) in enumerate(tree.steps) if n == node]
+        logits_BV = model.head.logits(at_BND[:, node])
+        ids = torch.tensor([tree.steps[k][1] for k in own], device=logits_BV.device)
+        logp_BK[:, own] = (logits_BV[:, ids].double() - logits_BV.double().logsumexp(-1, keepdim=True)).cpu()
+    path_BP = torch.stack([logp_BK[:, list(p)].sum(1) for p in tree.paths], 1)
+    logp_B = path_BP.logsumexp(1).clamp(max=-1e-15)
+    return logp_B - torch.log(-torch.expm1(logp_B))
+
+
+def logit(p: float) -> float:
+    """Return log p − log(1 − p)."""
+    return math.log(p) - math.log1p(-p)

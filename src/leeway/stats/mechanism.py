@@ -1,0 +1,259 @@
+"""Estimates of a probe: means, ratios and areas with clustered intervals, and which layers carry an effect.
+
+Input is one row per measured value (`VALUES`): of one prompt, or of all where `item_id` is empty. Prompts are the
+clusters of every bootstrap, and one set of draws serves all layers and sites of a checkpoint, so they stay paired.
+
+**Ratios** (patching, parts of the update, mediation) are ratios of means, Σ numerator / Σ denominator, drawn jointly.
+They are withheld where the denominator's interval covers 0: the two models are then not shown to differ, and a share of
+nothing means nothing (Heimersheim & Nanda 2024, arXiv 2404.15255, §4). The numerator is reported by itself as well
+(`<measure>-effect`, nats or points).
+
+**Named** layers. Within a family (one measure at one checkpoint in one direction: all layers and sites) p-values are
+adjusted by the maximum of |t| over the family under random signs per prompt (Westfall & Young 1993; exact where the
+effect of no patch is symmetric), so that the chance to name any layer under no effect is 5%. A layer is named if its
+effect differs from 0, exceeds its random-direction control (signed to agree with the effect), and has the sign of the
+difference between the two models, which must itself be shown.
+
+Shapes: P prompts, M places (layer, site), R draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from leeway.hashing import derive_seed
+from leeway.stats.bootstrap import interval, multinomial_weights
+from leeway.stats.intervals import NAN, Floats
+
+CHECKPOINT = ["objective", "seed", "budget"]
+PLACE = ["layer", "site", "position"]
+VALUES = [*CHECKPOINT, "measure", "item_id", "group", "detail", *PLACE]
+VALUES += ["value", "control", "scale", "low", "high", "reason"]
+COLUMNS = [*CHECKPOINT, "measure", "detail", *PLACE, "value", "low", "high", "control", "control_low", "control_high"]
+COLUMNS += ["n", "p", "named", "unit", "reason"]
+RATIOS = ("patching", "leave-one-out", "one-alone", "mediation")
+CAUSAL = RATIOS  # measures that intervene: only these can support a claim of mechanism
+POINTS = ("mediation", "direction-auroc", "direction-auroc-category", "direction-auroc-control", "direction-cosine")
+UNITS = {**dict.fromkeys(RATIOS, "share"), "refusal-logit": "nats", "token-kl": "nats", "stable-rank": "rank"}
+RESAMPLES = 2_000
+FLIPS = 5_000
+ALPHA = 0.05
+
+
+def summarise(values: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per checkpoint, measure, detail and place (columns `COLUMNS`) from measured values (`VALUES`)."""
+    lines: list[dict[str, Any]] = []
+    for key, own in values.groupby([*CHECKPOINT, "measure", "detail"], sort=False):
+        identity = dict(zip([*CHECKPOINT, "measure", "detail"], key, strict=True))
+        whole = own[own["item_id"] == ""]
+        lines += [{**identity, **_estimate(line)} for line in whole.to_dict("records")]
+        prompts = own[own["item_id"] != ""]
+        if not prompts.empty:
+            lines += [{**identity, **line} for line in _of_prompts(str(identity["measure"]), prompts)]
+    return pd.DataFrame(lines, columns=COLUMNS).fillna({"reason": "", "named": False})
+
+
+def _estimate(line: dict[Any, Any]) -> dict[str, Any]:
+    kept = {k: line[k] for k in (*PLACE, "value", "low", "high", "control", "reason")}
+    return {**kept, "unit": UNITS.get(str(line["measure"]), ""), "named": False}
+
+
+def _of_prompts(measure: str, own: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    if measure == "direction-auroc":
+        yield from _areas(own)
+        return
+    families = own["site"].str.startswith("layers")
+    for _, family in own.groupby(families, sort=False):
+        if measure in RATIOS:
+            yield from _ratios(measure, family)
+        else:
+            yield from _means(measure, family)
+
+
+def _matrix(own: pd.DataFrame, column: str) -> tuple[Floats, pd.MultiIndex]:
+    """Return [P, M] values by prompt and place; NaN where a prompt has none."""
+    table = own.pivot(index="item_id", columns=PLACE, values=column).sort_index(axis=1)
+    return table.to_numpy(float), table.columns  # type: ignore[return-value]
+
+
+def _means(measure: str, own: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    value_PM, places = _matrix(own, "value")
+    control_PM = _aligned(own, "control", value_PM)
+    weights_RP = _weights(len(value_PM), measure)
+    adjusted_M = adjusted_p(value_PM)
+    for m, place in enumerate(places):
+        line = _interval(value_PM[:, m], weights_RP)
+        yield {
+            **dict(zip(PLACE, place, strict=True)),
+            **line,
+            **_control(control_PM[:, m], weights_RP),
+            "p": adjusted_M[m],
+            "named": False,
+            "unit": UNITS.get(measure, ""),
+            "reason": _unscored(own, place, line),
+        }
+
+
+def _unscored(own: pd.DataFrame, place: Sequence[object], line: dict[str, Any]) -> str:
+    at = own[(own[PLACE] == list(place)).all(axis=1)]
+    failed = at.loc[at["reason"] != "", "reason"]
+    return f"{len(failed)} prompts unscored ({failed.iloc[0]})" if len(failed) else str(line.get("note", ""))
+
+
+def _ratios(measure: str, own: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield each place's share and, as `<measure>-effect`, its numerator."""
+    value_PM, places = _matrix(own, "value")
+    control_PM, scale_PM = (_aligned(own, c, value_PM) for c in ("control", "scale"))
+    weights_RP = _weights(len(value_PM), measure)
+    named_M, adjusted_M = named(value_PM, control_PM, scale_PM)
+    unit = "points" if measure == "mediation" else "nats"
+    for m, place in enumerate(places):
+        where = dict(zip(PLACE, place, strict=True))
+        effect = _interval(value_PM[:, m], weights_RP)
+        common = {"n": effect["n"], "p": adjusted_M[m], "named": bool(named_M[m])}
+        failed = _unscored(own, place, {})
+        control = _control(control_PM[:, m], weights_RP)
+        yield {**where, **effect, **control, **common, "measure": f"{measure}-effect", "unit": unit, "reason": failed}
+        gap = _interval(scale_PM[:, m], weights_RP)
+        if not (float(gap["low"]) > 0 or float(gap["high"]) < 0):  # also where there is no interval
+            ends = f"{gap['value']:+.2f} [{gap['low']:.2f}, {gap['high']:.2f}]"
+            why = f"withheld: the models' difference is not shown ({ends})"
+            yield {
+                **where,
+                **common,
+                "value": NAN,
+                "low": NAN,
+                "high": NAN,
+                "unit": "share",
+                "reason": why,
+                "named": False,
+            }
+            continue
+        share = _interval(value_PM[:, m], weights_RP, scale_PM[:, m])
+        random = _control(control_PM[:, m], weights_RP, scale_PM[:, m])
+        yield {**where, **share, **random, **common, "unit": "share", "reason": failed}
+
+
+def _areas(own: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield the area under the ROC curve of harmful against harmless prompts, both drawn."""
+    for place, at in own.groupby(PLACE, sort=True):
+        harmful, harmless = (at.loc[at["group"] == g, "value"].to_numpy(float) for g in ("harmful", "harmless"))
+        above = (harmful[:, None] > harmless) + 0.5 * (harmful[:, None] == harmless)
+        rows_RP, columns_RP = (_weights(n, f"auroc {n}") / n for n in above.shape)
+        drawn_R = np.einsum("rp,pq,rq->r", rows_RP, above, columns_RP)
+        found = interval(drawn_R, min(above.shape))
+        yield {
+            **dict(zip(PLACE, place, strict=True)),
+            "value": float(above.mean()),
+            "low": found.low,
+            "high": found.high,
+            "n": above.shape[0] + above.shape[1],
+            "named": False,
+            "reason": found.note,
+        }
+
+
+def named(value_PM: Floats, control_PM: Floats, scale_PM: Floats) -> tuple[np.ndarray, Floats]:
+    """Return (which places carry an effect, adjusted p-values of an effect of 0), [M] each."""
+    adjusted_M = adjusted_p(value_PM)
+    mean_M = np.nanmean(value_PM, axis=0)
+    sign_M = np.sign(mean_M)
+    ok_M = adjusted_M <= ALPHA
+    if not np.isnan(control_PM).all():
+        against_M = np.sign(np.nanmean(control_PM, axis=0)) * sign_M  # the control as if it agreed with the effect
+        excess_PM = sign_M * (value_PM - against_M * control_PM)
+        ok_M &= (adjusted_p(excess_PM) <= ALPHA) & (np.nanmean(excess_PM, axis=0) > 0)
+    weights_RP = _weights(len(value_PM), "gap")
+    for m in range(value_PM.shape[1]):
+        gap = _interval(scale_PM[:, m], weights_RP)
+        shown = float(gap["low"]) > 0 or float(gap["high"]) < 0
+        ok_M[m] &= shown and sign_M[m] == np.sign(float(gap["value"]))
+    return ok_M, adjusted_M
+
+
+def adjusted_p(value_PM: Floats, flips: int = FLIPS) -> Floats:
+    """Return p-values of a mean of 0 at each place, adjusted for all places by the largest |t| under random signs."""
+    filled_PM = np.nan_to_num(value_PM)
+    size_M = np.sqrt((filled_PM**2).sum(axis=0))
+    moves = size_M > 0
+    p_M = np.full(value_PM.shape[1], 1.0)
+    if not moves.any():
+        return p_M
+    unit_PM = filled_PM[:, moves] / size_M[moves]
+    observed_M = np.abs(unit_PM.sum(axis=0))
+    rng = np.random.default_rng(derive_seed("probe signs", len(value_PM)))
+    signs_RP = rng.choice([-1.0, 1.0], size=(flips, len(value_PM)))
+    most_R = np.sort(np.abs(signs_RP @ unit_PM).max(axis=1))
+    exceed_M = flips - np.searchsorted(most_R, observed_M - 1e-12)
+    p_M[moves] = (1 + exceed_M) / (1 + flips)
+    return p_M
+
+
+def _aligned(own: pd.DataFrame, column: str, like_PM: Floats) -> Floats:
+    if own[column].isna().all():
+        return np.full(like_PM.shape, NAN)
+    return _matrix(own, column)[0]
+
+
+def _weights(count: int, key: str) -> Floats:
+    return multinomial_weights(count, RESAMPLES, np.random.default_rng(derive_seed("probe draws", key, count)))
+
+
+def _interval(value_P: Floats, weights_RP: Floats, scale_P: Floats | None = None) -> dict[str, Any]:
+    """Return mean (or ratio of means) and interval over the prompts that have a value."""
+    known = ~np.isnan(value_P)
+    if not known.any():
+        return {"value": NAN, "low": NAN, "high": NAN, "n": 0}
+    weights = weights_RP[:, known]
+    over_P = np.ones(int(known.sum())) if scale_P is None else scale_P[known]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        drawn_R = (weights @ value_P[known]) / (weights @ over_P)
+    found = interval(drawn_R, int(known.sum()))
+    point = float(value_P[known].sum() / over_P.sum())
+    if found.note.startswith("all draws"):  # every prompt has the same value: an exact 0, for example
+        return {"value": point, "low": point, "high": point, "n": int(known.sum())}
+    return {"value": point, "low": found.low, "high": found.high, "n": int(known.sum()), "note": found.note}
+
+
+def _control(control_P: Floats, weights_RP: Floats, scale_P: Floats | None = None) -> dict[str, Any]:
+    if np.isnan(control_P).all():
+        return {"control": NAN, "control_low": NAN, "control_high": NAN}
+    line = _interval(control_P, weights_RP, scale_P)
+    return {"control": line["value"], "control_low": line["low"], "control_high": line["high"]}
+
+
+def contrasts(values: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Return paired differences of each objective from `reference` at the same seed and budget, prompt by prompt.
+
+    For the numerators of causal measures, the refusal logit and the persona shift. Columns: objective, reference, seed,
+    budget, measure, detail, layer, site, position, difference, low, high, p (adjusted within its family), n.
+    """
+    paired = values[(values["item_id"] != "") & values["measure"].isin([*CAUSAL, "refusal-logit", "persona-shift"])]
+    key = [*CHECKPOINT[1:], "measure", "detail"]
+    lines: list[dict[str, Any]] = []
+    others = dict(iter(paired[paired["objective"] == reference].groupby(key, sort=False)))
+    for full, own in paired[paired["objective"] != reference].groupby(["objective", *key], sort=False):
+        objective, *rest = full
+        other = others.get(tuple(rest))
+        if other is None:
+            continue
+        both = own.merge(other, on=["item_id", *PLACE], suffixes=("", "_reference"))
+        both["value"] = both["value"] - both["value_reference"]
+        value_PM, places = _matrix(both, "value")
+        weights_RP, adjusted_M = _weights(len(value_PM), "contrast"), adjusted_p(value_PM)
+        for m, place in enumerate(places):
+            line = _interval(value_PM[:, m], weights_RP)
+            line["difference"] = line.pop("value")
+            lines.append(
+                {"objective": objective, "reference": reference}
+                | dict(zip(key, rest, strict=True))
+                | dict(zip(PLACE, place, strict=True))
+                | line
+                | {"p": adjusted_M[m]}
+            )
+    columns = ["objective", "reference", *key, *PLACE, "difference", "low", "high", "p", "n"]
+    return pd.DataFrame(lines, columns=columns)
