@@ -342,6 +342,57 @@ def rescore_run(
     typer.echo(str((results.folder / "report.html").resolve()))
 
 
+@app.command(epilog="Example: leeway probe runs/x --objective sft --objective kl --budget 200k")
+def probe(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="the run directory of a study or an audit")
+    ] = None,
+    objectives: Annotated[list[str] | None, typer.Option("--objective", help="may be repeated (default: all)")] = None,
+    budgets: Annotated[list[str] | None, typer.Option("--budget", help="may be repeated (default: all)")] = None,
+    measures: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--measure", help="geometry, patching, layers, mediation, persona, depth or weights (default: all)"
+        ),
+    ] = None,
+    prompts: Annotated[int | None, typer.Option("--prompts", help="of each kind (default: 64)")] = None,
+    directions: Annotated[
+        Path | None, typer.Option("--directions", help="a directions.safetensors of the same base")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="STUDY", help="before training: project a study's answers")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any other key of probe:")
+    ] = None,
+    workers: Workers = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Probe why checkpoints drifted: directions, patching, adapter layers, mediation, personas, depth in tokens."""
+    from leeway.audit.run import probe_finished as probe_audit
+    from leeway.probe.spec import options_of
+    from leeway.study.progress import Reporter
+    from leeway.study.run import probe_data, probe_finished
+    from leeway.study.run_dir import RunDir
+
+    given = {"objectives": objectives, "budgets": budgets, "measures": measures, "prompts": prompts}
+    options = options_of(given | {"directions": directions and str(directions)}, settings or [])
+    if (data is None) == (directory is None):
+        raise LeewayError("probe: give a run directory, or --data STUDY", fix="leeway probe DIR")
+    if data is not None:
+        typer.echo(probe_data(data, options))
+        return
+    assert directory is not None
+    reporter, manifest = Reporter(quiet=quiet), RunDir(directory).read_manifest()
+    if not manifest or not (directory / "rows.parquet").is_file():
+        raise LeewayError(f"{directory}: not a finished run", fix="give the --out of a study or audit that has ended")
+    if "audit" in manifest:
+        page = probe_audit(directory, options, reporter)
+    else:
+        page = probe_finished(directory, options, reporter, workers)
+    typer.echo(str(page.resolve()))
+
+
 @app.command(epilog="Example: leeway fetch smollm2-135m")
 def fetch(
     model: Annotated[str, typer.Argument(help="smollm2-135m or smollm2-135m-guarded")],

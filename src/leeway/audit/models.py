@@ -60,12 +60,17 @@ class LocalModel:
         files = [self.adapter / name for name in ADAPTER_FILES if (self.adapter / name).is_file()]
         return digest("adapter", self.model_hash, [file_digest(f) for f in files])
 
-    @contextmanager
-    def open(self, chat: Chat | None, spec: Spec) -> Iterator[Backend]:
+    def load(self, chat: Chat | None, spec: Spec) -> Model:
+        """Return the model, under its adapter if it has one."""
         model = load_model(self.model, dtype=spec.weight_dtype, device=spec.device, chat=chat)
         if self.adapter is not None:
             apply_adapter(model, self.adapter)
             model.hash = self.identity
+        return model
+
+    @contextmanager
+    def open(self, chat: Chat | None, spec: Spec) -> Iterator[Backend]:
+        model = self.load(chat, spec)
         try:
             with adapters.merged(model):
                 yield TransformersBackend(model, "", spec.evals.batch, "failure", spec.evals.thinking)

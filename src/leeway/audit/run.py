@@ -32,7 +32,7 @@ from leeway.generation.openai_api import require_prefill
 from leeway.hashing import digest
 from leeway.integrations.trackers.process import Trackers
 from leeway.integrations.trackers.tracker import TrackOptions, parse_track
-from leeway.model.load import load_chat, resolve, resolve_device, resolve_dtype
+from leeway.model.load import Model, load_chat, resolve, resolve_device, resolve_dtype
 from leeway.objectives.objective import PLAIN, Condition
 from leeway.study.build_evals import HelperModels, evals_of
 from leeway.study.executors.local import LocalExecutor
@@ -43,11 +43,12 @@ from leeway.study.objective_spec import ALIAS
 from leeway.study.preflight import service_faults
 from leeway.study.prepare import Prepared
 from leeway.study.progress import Reporter
-from leeway.study.run import run_prepared
+from leeway.study.run import probe, run_prepared, with_probe
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker
 from leeway.yaml_config import dump
+from leeway.yaml_config import read as read_mapping
 
 if TYPE_CHECKING:
     from leeway.report.results import Results
@@ -185,6 +186,40 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str, trac
         return run_prepared(Worker(prepared, store), manifest, LocalExecutor(1), reporter, trackers)
 
 
+def probe_finished(folder: Path, options: Mapping[str, Any], reporter: Reporter) -> Path:
+    """Probe the checkpoint of a finished audit; rebuild the report and return its path. Raises LeewayError."""
+    from leeway.report import build
+
+    store = RunDir(folder)
+    raw = read_mapping((folder / "study.yaml").read_text("utf-8"), str(folder / "study.yaml"))
+    models = [_described(str(raw["audit"][k])) for k in ("base", "checkpoint")]
+    settings = {k: raw[k] for k in ("dtype", "device", "threads") if k in raw}
+    overrides = [f"{k}={v}" for k, v in settings.items()]
+    own = bool(raw["audit"].get("own_template"))
+    spec = load_evals(raw["evals"], overrides, organism=_is_organism(models[0]))
+    spec = with_probe(spec, options, audited=True)
+    evals = tuple(evals_of(spec, {}, HelperModels(store.cache, spec.device)))
+    templates = choose_templates(*models, own_template=own)
+    if templates.base is None:
+        raise LeewayError(f"probe: {models[0].description} does not run in this process", fix="audit local models")
+    tokens = int(raw.get("tokens") or 0)
+    external = {
+        str(raw["name"]): ExternalCheckpoint(models[1], spec, templates, tokens),
+        BASE: ExternalCheckpoint(models[0], spec, templates, is_base=True),
+    }
+    nothing = AuxiliaryPool()
+    prepared = Prepared(spec, templates.base, 0, {}, nothing, {}, None, evals, 0, (), None, {}, external)
+    with store.reopened():
+        probe(Worker(prepared, store), LocalExecutor(1), reporter)
+        return build(folder)
+
+
+def _described(text: str) -> LocalModel:
+    """Return the model that a run's study file describes."""
+    model, _, adapter = text.partition(" with the adapter ")
+    return LocalModel(model, Path(adapter) if adapter else None)
+
+
 def _check_prefill(audit_spec: AuditSpec, evals: Seq[Eval]) -> None:
     """Raise LeewayError for a prefill attack on a served model."""
     served = [m for m in (audit_spec.base, audit_spec.checkpoint) if isinstance(m, ServedModel)]
@@ -277,6 +312,17 @@ class ExternalCheckpoint:
     @property
     def adapter_hash(self) -> str:
         return "none" if self.is_base else self.model.identity
+
+    @property
+    def base_hash(self) -> str:
+        return self.model.model_hash if isinstance(self.model, LocalModel) else self.model.identity
+
+    @contextmanager
+    def load(self) -> Iterator[Model]:
+        if not isinstance(self.model, LocalModel):
+            what = f"probe: {self.model.description} does not run in this process"
+            raise LeewayError(what, fix="audit a model's folder, hub id or adapter to probe it")
+        yield self.model.load(self.templates.base if self.is_base else self.templates.checkpoint, self.spec)
 
     @contextmanager
     def open(self, store: RunDir) -> Iterator[Backend]:

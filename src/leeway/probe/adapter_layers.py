@@ -5,7 +5,7 @@
 
 for attention and MLP apart (each with the norms around it). Exact for LoRA, rsLoRA, DoRA and whole weights: nothing is
 approximated or merged. A value is a prompt's difference; `scale` is L(base) − L(ckpt) for leaving out and
-L(ckpt) − L(base) for one alone. Ours; no control by random directions applies, since the parts are of the update itself.
+L(ckpt) − L(base) for one alone. Ours; it has no random-direction control, since the parts are of the update itself.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ VALUES = [*CHECKPOINT, "measure", "item_id", "group", "detail", *PLACE]
 VALUES += ["value", "control", "scale", "low", "high", "reason"]
 COLUMNS = [*CHECKPOINT, "measure", "detail", *PLACE, "value", "low", "high", "control", "control_low", "control_high"]
 COLUMNS += ["n", "p", "named", "unit", "reason"]
+CONTRASTS = ["objective", "reference", *CHECKPOINT[1:], "measure", "detail", *PLACE, "difference", "low", "high"]
+CONTRASTS += ["p", "n"]
 RATIOS = ("patching", "leave-one-out", "one-alone", "mediation")
 CAUSAL = RATIOS  # measures that intervene: only these can support a claim of mechanism
 POINTS = ("mediation", "direction-auroc", "direction-auroc-category", "direction-auroc-control", "direction-cosine")
@@ -255,5 +257,4 @@ def contrasts(values: pd.DataFrame, reference: str) -> pd.DataFrame:
                 | line
                 | {"p": adjusted_M[m]}
             )
-    columns = ["objective", "reference", *key, *PLACE, "difference", "low", "high", "p", "n"]
-    return pd.DataFrame(lines, columns=columns)
+    return pd.DataFrame(lines, columns=CONTRASTS)

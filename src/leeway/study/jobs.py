@@ -27,7 +27,7 @@ class Job:
     checkpoints of `needs` are on disk, so one worker can measure while another trains on.
     """
 
-    kind: Literal["base", "tune", "train", "measure", "learning", "check"]
+    kind: Literal["base", "tune", "train", "measure", "learning", "check", "probe"]
     alias: str
     seed: int = 0
     budgets: tuple[int, ...] = ()

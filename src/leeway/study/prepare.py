@@ -24,7 +24,7 @@ from leeway.generation.backend import Backend
 from leeway.generation.transformers import TransformersBackend
 from leeway.hashing import digest
 from leeway.io import expand
-from leeway.model.load import load_chat, load_context, load_model, model_hash
+from leeway.model.load import Model, load_chat, load_context, load_model, model_hash
 from leeway.objectives import Objective
 from leeway.objectives.objective import PLAIN, Condition
 from leeway.objectives.sft import Sft
@@ -244,7 +244,14 @@ class ExternalModel(Protocol):
     @property
     def adapter_hash(self) -> str: ...
 
+    @property
+    def base_hash(self) -> str: ...
+
     def open(self, store: RunDir) -> AbstractContextManager[Backend]: ...
+
+    def load(self) -> AbstractContextManager[Model]:
+        """Load the model itself, to probe it. Raises LeewayError for one that is served elsewhere."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -15,31 +15,39 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+from pydantic import ValidationError
 
 from leeway.data.ledger import check_matched
+from leeway.data.safety_prompts import subset
+from leeway.data.stream import AuxiliaryPool
 from leeway.errors import LeewayError, all_faults
 from leeway.integrations.trackers.process import Trackers
 from leeway.integrations.trackers.tracker import TrackOptions, parse_track
 from leeway.io import remove_partial
+from leeway.model.load import load_chat, load_context, load_model
 from leeway.model.reference import ReferenceCache
 from leeway.plan.plan import Plan, model_shape, plan
+from leeway.probe.spec import ProbeSpec
 from leeway.report.results import Results
 from leeway.study import sequential_eval
+from leeway.study.build_evals import HelperModels, evals_of
 from leeway.study.controls import RATE_ZERO
 from leeway.study.executors.local import Executor, LocalExecutor, requires_single_worker, workers_for
 from leeway.study.jobs import Job, compliant_count, control_jobs, eval_targets, jobs_of, relative_cost, schedule_of
 from leeway.study.load import load, parse
 from leeway.study.manifest import check_unchanged, matching
 from leeway.study.preflight import SPARE_DISK, on_cpu, prepare_checked, resource_faults, service_faults
-from leeway.study.prepare import PairSampling, Prepared, notes_on_budgets
+from leeway.study.prepare import PairSampling, Prepared, notes_on_budgets, train_examples
+from leeway.study.probing import Probing, data_text, of_data, probe_jobs
 from leeway.study.progress import Reporter, Row, trajectory_name
 from leeway.study.run_dir import MARK, RunDir
+from leeway.study.runtime import compute_settings
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker
 from leeway.training import checkpoints
 from leeway.training.distributed import check
 from leeway.training.trajectory import read_choice
-from leeway.yaml_config import dump
+from leeway.yaml_config import dump, faults
 
 
 @dataclass(frozen=True)
@@ -169,11 +177,72 @@ def run_prepared(
     rows = _write_rows(worker, jobs, manifest)
     for judged, n in store.stale_rescored().items():
         reporter.log(f"{judged}: {n:,} answers have changed since it scored them; run `leeway rescore` again")
+    if prepared.spec.probe is not None:
+        probe(worker, executor, reporter)
     store.finish()
     reporter.log(f"{rows:,} rows; drawing the report")
     page = build(store.folder)
     reporter.summarise(store.folder)
     return page
+
+
+def probe(worker: Worker, executor: Executor, reporter: Reporter) -> None:
+    """Probe the checkpoints that are not probed yet, and write the probe's tables and its section of the manifest."""
+    store, jobs = worker.store, probe_jobs(worker.prepared)
+    if gone := [c for job in jobs for c in job.needs if not worker.has_checkpoint(c)]:
+        what = f"probe: the checkpoint of {gone[0][0]} s{gone[0][1]} at {gone[0][2]:,} tokens is not in {store.folder}"
+        raise LeewayError(what, fix="run the study into that folder again, or name other objectives and budgets")
+    left = [job for job in jobs if not worker.is_complete(job)]
+    reporter.clock.left["score"] += len(left)
+    reporter.workers, reporter.rows = executor.workers(worker.prepared, len(left)) if left else 1, []
+    with reporter if left else nullcontext():
+        for _ in executor.run_jobs(worker, left, reporter.on_event):
+            pass
+    facts = worker.probing.collect(jobs)
+    store.write_manifest({**store.read_manifest(), "probe": facts, "file_hashes": store.file_hashes()})
+
+
+def probe_finished(folder: Path, options: Mapping[str, Any], reporter: Reporter, workers: int | None = 1) -> Path:
+    """Probe the checkpoints of a finished study, resuming an earlier probe; rebuild the report and return its path."""
+    from leeway.report import build
+
+    store, spec = RunDir(folder), load(str(folder / "study.yaml"))
+    spec = with_probe(spec, options)
+    store_evals = evals_of(spec, {}, HelperModels(store.cache, spec.device))
+    objectives = {o.alias: o.build() for o in spec.objectives}
+    chat, context = load_chat(spec.model, spec.revision), load_context(spec.model, spec.revision)
+    prepared = Prepared(spec, chat, context, objectives, AuxiliaryPool(), {}, None, tuple(store_evals), 0, (), None, {})
+    with store.reopened():
+        store.cache.acquire(folder)
+        probe(Worker(prepared, store), LocalExecutor(workers), reporter)
+        store.cache.release(folder)
+        return build(folder)
+
+
+def probe_data(study: str, options: Mapping[str, Any]) -> str:
+    """Return, as text, how far a study's training answers lie along each persona vector, before any training."""
+    spec = with_probe(load(study), options)
+    chat, context = load_chat(spec.model, spec.revision), load_context(spec.model, spec.revision)
+    prepared = Prepared(spec, chat, context, {}, AuxiliaryPool(), {}, None, (), 0, (), None, {})
+    examples = subset(train_examples(spec)[0], spec.probe.prompts if spec.probe else None, "probe data")
+    with compute_settings(spec):
+        base = load_model(spec.model, revision=spec.revision, dtype=spec.weight_dtype, device=spec.device)
+        table = of_data(Probing(prepared, RunDir(Path())), base, examples)
+    return data_text(table, len(examples))
+
+
+def with_probe(spec: Spec, options: Mapping[str, Any], *, audited: bool = False) -> Spec:
+    """Return the study with the probe's options in place of those of its file. Raises LeewayError."""
+    given = spec.probe.model_dump(exclude_defaults=True) if spec.probe else {}
+    try:
+        own = ProbeSpec.model_validate({**given, **options})
+    except ValidationError as error:
+        raise all_faults("probe", faults(error, ProbeSpec)) from error
+    if audited and (own.objectives or own.budgets):
+        raise LeewayError("probe: an audit has one checkpoint", fix="leave --objective and --budget out")
+    if not audited and (found := [*own.absent(tuple(o.alias for o in spec.objectives), spec.budgets)]):
+        raise all_faults("probe", found)
+    return spec.model_copy(update={"probe": own})
 
 
 def _row(worker: Worker, job: Job) -> Row:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -32,9 +33,12 @@ from leeway.io import (
     write_file,
     write_json,
 )
+from leeway.stats import mechanism
 from leeway.stats.metrics import AT
+from leeway.yaml_config import read as read_yaml
 
-INTEGERS = ("seed", "budget", "sample", "step", "examples")
+INTEGERS = ("seed", "budget", "sample", "step", "examples", "layer", "n")
+PROBE_FLOATS = ("value", "low", "high", "control", "scale", "control_low", "control_high", "difference", "p")
 FLOATS = ("score", "epochs", "lr", "nll", "base_nll", "rejected_nll", "base_rejected_nll", "kl", "weight_change")
 
 
@@ -44,7 +48,9 @@ def _schema(columns: str) -> pa.Schema:
     def kind(column: str) -> pa.DataType:
         if column in INTEGERS or column.endswith("_tokens"):
             return pa.int64()
-        return pa.float64() if column in FLOATS else pa.string()
+        if column == "named":
+            return pa.bool_()
+        return pa.float64() if column in (*FLOATS, *PROBE_FLOATS) else pa.string()
 
     return pa.schema([(column, kind(column)) for column in columns.split()])
 
@@ -61,6 +67,9 @@ LEARNING_SCHEMA = _schema(
     "objective seed budget condition prompts item_id answer_tokens nll base_nll rejected_nll base_rejected_nll kl "
     "weight_change adapter_hash"
 )
+PROBE_VALUES = _schema(" ".join(mechanism.VALUES))  # of each prompt
+PROBE_SCHEMA = _schema(" ".join(mechanism.COLUMNS))
+PROBE_CONTRASTS = _schema(" ".join(mechanism.CONTRASTS))
 SEAL, ITEMS, JUDGE = b"leeway.seal", b"leeway.items", b"leeway.judge"
 LOCKS = (".lock", ".workers")
 MARK = "@"  # begins the names of controls (`study.controls`)
@@ -68,6 +77,12 @@ EDITED = "restore it, or start in another --out"
 ROW_ORDER = ["objective", "seed", "budget", "eval", "attack", "item_id", "sample", "template_hash", "judge"]
 # what identifies a response: a judge's row on another one is not this one's
 RESPONSE = [*(c for c in ROW_ORDER if c != "judge"), "adapter_hash", "response"]
+
+
+def _without_probe(study_yaml: str) -> Any:
+    """Return the study's settings but those of its probe, which changes nothing that a run measured."""
+    settings = read_yaml(study_yaml, "study.yaml")
+    return {k: v for k, v in settings.items() if k != "probe"} if isinstance(settings, dict) else settings
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
@@ -87,6 +102,8 @@ class RunDir:
         self.rows_path = folder / "rows.parquet"
         self.ledger_path = folder / "ledger.parquet"
         self.learning_path = folder / "learning.parquet"
+        self.probe_path = folder / "probe.parquet"
+        self.probe_contrasts_path = folder / "probe-contrasts.parquet"
         self.controls_path = folder / "controls.parquet"  # rows of controls, in the layout of the study's
         self.cache = Cache.of(folder)
 
@@ -107,8 +124,11 @@ class RunDir:
             text = f"# study {study_hash}\n{study_yaml}"
             if known is None:
                 write_file(self.folder / "study.yaml", text)
-            elif (self.folder / "study.yaml").read_text("utf-8", errors="replace") != text:
-                raise LeewayError(f"{self.folder / 'study.yaml'} was edited after the run began", fix=EDITED)
+            elif (before := (self.folder / "study.yaml").read_text("utf-8", errors="replace")) != text:
+                if _without_probe(before) == _without_probe(text):
+                    write_file(self.folder / "study.yaml", text)  # a probe can be added to a run, or changed
+                else:
+                    raise LeewayError(f"{self.folder / 'study.yaml'} was edited after the run began", fix=EDITED)
             try:
                 yield
             except LeewayError:
@@ -364,6 +384,25 @@ class RunDir:
             with atomic_write(self.learning_path) as scratch:
                 pq.write_table(table.sort_by(order), scratch)
 
+    def write_probe(self, path: Path, records: Sequence[dict[str, Any]], settings_hash: str) -> None:
+        """Write the values that a probe measured at one checkpoint."""
+        clean = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in records]
+        _write_sealed(path, clean, PROBE_VALUES, {ITEMS: settings_hash})
+
+    def read_probe(self, path: Path) -> pa.Table:
+        return self.read_part(path, PROBE_VALUES)
+
+    def write_probe_tables(self, table: pd.DataFrame, contrasts: pd.DataFrame) -> None:
+        """Write the estimates of a probe and its contrasts between objectives."""
+        for frame, schema, path in (
+            (table, PROBE_SCHEMA, self.probe_path),
+            (contrasts, PROBE_CONTRASTS, self.probe_contrasts_path),
+        ):
+            with atomic_write(path) as scratch:
+                pq.write_table(
+                    pa.Table.from_pandas(frame, schema, preserve_index=False).replace_schema_metadata(), scratch
+                )
+
     def conditions(self, parts: dict[Path, str]) -> dict[str, str]:
         """Return the condition of each template hash: `plain`, a control token, `inoculated`."""
         found: dict[str, str] = {}
@@ -374,7 +413,8 @@ class RunDir:
 
     def file_hashes(self) -> dict[str, str]:
         """Return the digests of the run's tables for the manifest, so that a report refuses an edited table."""
-        tables = (self.rows_path, self.ledger_path, self.learning_path, self.controls_path)
+        tables = [self.rows_path, self.ledger_path, self.learning_path, self.controls_path]
+        tables += [self.probe_path, self.probe_contrasts_path]
         return {p.name: file_digest(p) for p in tables if p.is_file()}
 
     def read_server(self) -> dict[str, Any]:

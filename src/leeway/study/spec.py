@@ -12,6 +12,7 @@ from leeway.claims.schema import Claims, build
 from leeway.data.types import Task
 from leeway.evals.tasks import TaskSettings, declared, load_task, task_names
 from leeway.hashing import digest
+from leeway.probe.spec import ProbeSpec
 from leeway.study.controls import Controls, control_faults
 from leeway.study.eval_spec import Evals, NamedSpec, changed, measure_names
 from leeway.study.objective_spec import ObjectiveSpec, check_aliases, parse_objectives, start_faults
@@ -234,6 +235,7 @@ class Spec(ConfigModel):
     auxiliary: AuxiliarySpec = AuxiliarySpec()
     evals: Evals
     controls: Controls = Controls()
+    probe: Annotated[ProbeSpec | None, BeforeValidator(lambda v: {} if v is True else v)] = None
     claims: Annotated[Claims | None, BeforeValidator(lambda v: None if v is None else build(v))] = None
     _resolved_defaults: tuple[str, ...] = PrivateAttr(())
 
@@ -252,6 +254,7 @@ class Spec(ConfigModel):
         yield from self._processes_fit()
         yield from start_faults(self.objectives, self.budgets, full=self.adapter.kind == "full")
         yield from self._claims_fit()
+        yield from self._probe_fits()
         yield from control_faults(self)
         if self.adapter.kind == "full" and self.dtype == "bfloat16":
             yield "dtype: bfloat16 is too coarse for adapter.kind: full; leave dtype out, or use kind: lora"
@@ -312,6 +315,11 @@ class Spec(ConfigModel):
             why = f"{resampled[0]} resamples prompts, which is not valid under sequential stopping"
             yield f"claims: {why}; use evals.stop: never"
 
+    def _probe_fits(self) -> Iterator[str]:
+        if self.probe is not None:
+            aliases = tuple(o.alias for o in self.objectives)
+            yield from (f"probe.{fault}" for fault in self.probe.absent(aliases, self.budgets))
+
     def with_resolved_defaults(self, lines: Sequence[str]) -> Spec:
         self._resolved_defaults = tuple(lines)
         return self
@@ -335,7 +343,7 @@ class Spec(ConfigModel):
 
     def _plain(self) -> dict[str, Any]:
         # default controls are left out: a run from before them keeps its hash, and gains them when it is resumed
-        left_out = {"claims"} | ({"controls"} if self.controls == Controls() else set())
+        left_out = {"claims", "probe"} | ({"controls"} if self.controls == Controls() else set())
         plain = self.model_dump(mode="json", by_alias=True, exclude=left_out)
         if not self.evals.triggers:  # as with controls
             del plain["evals"]["triggers"]
@@ -351,5 +359,7 @@ class Spec(ConfigModel):
     def to_yaml(self) -> str:
         """Return the study with every default written out."""
         plain = self._plain()
+        if self.probe is not None:
+            plain["probe"] = self.probe.model_dump(mode="json")
         plain["objectives"] = [o.to_plain() for o in self.objectives]
         return dump(plain)

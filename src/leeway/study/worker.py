@@ -25,16 +25,19 @@ from leeway.generation.vllm import VllmServer, VllmSettings
 from leeway.hashing import digest
 from leeway.io import expand, write_json
 from leeway.model import adapters
+from leeway.model.adapters import is_low_rank
 from leeway.model.forward import layout_of
 from leeway.model.load import Model, SharedBaseModel, bits, load_model
 from leeway.model.reference import ReferenceCache
 from leeway.objectives.objective import PLAIN
 from leeway.plan import token_counts
+from leeway.probe.pair import ModelPair
 from leeway.study import progress, sequential_eval
 from leeway.study.controls import BASE_AGAIN
 from leeway.study.jobs import BASE, Checkpoint, EvalTarget, Job, eval_targets, schedule_of
 from leeway.study.objective_spec import ObjectiveSpec
 from leeway.study.prepare import HeldOut, PairSampling, Prepared, prepare
+from leeway.study.probing import Probing
 from leeway.study.progress import OnProgress
 from leeway.study.run_dir import MARK, RunDir
 from leeway.study.runtime import compute_settings
@@ -75,6 +78,7 @@ class Worker:
 
     def run_job(self, job: Job) -> None:
         own = {"tune": self._tune, "train": self.train, "learning": self._check_learning, "check": self._check}
+        own["probe"] = self._probe
         run = own.get(job.kind, self._measure)
         with compute_settings(self.prepared.spec):
             run(job)
@@ -89,11 +93,13 @@ class Worker:
             return all(self.has_checkpoint((job.alias, job.seed, b)) for b in job.budgets)
         if job.kind == "learning":
             return self.store.has_learning(self._learning_path(job), self.prepared.learning.hash)
+        if job.kind == "probe":
+            return self.probing.is_complete(job)
         return not any(self.pending(target) for target in eval_targets(self.prepared, job))
 
     def has_results(self, job: Job) -> bool:
         """Return whether all files of a job are on disk, with failed answers or without."""
-        if job.kind in ("tune", "train", "learning", "check"):
+        if job.kind in ("tune", "train", "learning", "check", "probe"):
             return self.is_complete(job)
         targets = eval_targets(self.prepared, job)
         return all(self.part(t, e).is_file() for t in targets for e in self.prepared.evals_of(t.condition, t.objective))
@@ -244,6 +250,30 @@ class Worker:
         facts = {"steps": line["step"], "source_tokens": line["source_tokens"], "adapter_hash": adapter_hash}
         facts |= {"weights": len(before), "changed": sum(a != b for a, b in zip(before, after, strict=True))}
         write_json(self.store.check(job.alias), facts | {"adapter_changed": trained != line["init_hash"]})
+
+    @cached_property
+    def probing(self) -> Probing:
+        return Probing(self.prepared, self.store)
+
+    def _probe(self, job: Job) -> None:
+        """Compute the base's directions, or probe a checkpoint under its objective's first condition."""
+        name = "the base's directions" if job.alias == BASE else f"{job.alias} s{job.seed} at {job.budgets[0]:,} tokens"
+        self.on_progress("score", 0.0, f"probing {name}")
+        if self.prepared.external:
+            base, checkpoint = (self.prepared.external[a] for a in (BASE, job.alias))
+            with base.load() as own, checkpoint.load() as tuned:
+                if job.alias == BASE:
+                    self.probing.run_base(own)
+                else:
+                    self.probing.run_checkpoint(job, ModelPair.of(tuned, None if is_low_rank(tuned) else own), "")
+        elif job.alias == BASE:
+            self.probing.run_base(self.base())
+        else:
+            condition = self.prepared.objective(job.alias).conditions[0]
+            model, _ = self._load_checkpoint(EvalTarget(job.alias, job.seed, job.budgets[0], condition))
+            whole = None if is_low_rank(model) else self._load()  # whole weights: the base is a second model
+            self.probing.run_checkpoint(job, ModelPair.of(model, whole), condition.prefix)
+        self.on_progress("score", 1.0, f"probed {name}")
 
     def _measure(self, job: Job) -> None:
         spec = self.prepared.spec

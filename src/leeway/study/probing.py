@@ -1,0 +1,263 @@
+"""Probe the checkpoints of a study or audit: the jobs, their files in the run directory, and the tables made of them.
+
+The base's directions and persona vectors come first; each checkpoint is then a job of its own, written as one file
+under a hash of everything it depends on, so a killed probe resumes and a repeated one does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from leeway.data import persona
+from leeway.data.types import PersonaItem
+from leeway.errors import LeewayError
+from leeway.evals.jailbreak import Jailbreak
+from leeway.hashing import digest, file_digest
+from leeway.io import atomic_write, expand, write_json
+from leeway.model.load import Model, weights_hash
+from leeway.organism import world
+from leeway.probe import adapter_layers, geometry, mediation, patching, persona_shift, token_depth, weights
+from leeway.probe.context import HarmfulAnswer, ProbeContext
+from leeway.probe.directions import Directions, compute
+from leeway.probe.pair import ModelPair
+from leeway.probe.prompts import Positions, PromptSets, harmful_prompts, harmless_prompts, split_prompts
+from leeway.probe.refusal_logit import OpeningTree, openings
+from leeway.probe.spec import ProbeSpec
+from leeway.stats import mechanism
+from leeway.study.build_evals import forbidden_prompts
+from leeway.study.jobs import BASE, Job
+from leeway.study.prepare import Prepared
+from leeway.study.run_dir import RunDir
+
+VERSION = 1  # of what a part holds
+RUN = {
+    "geometry": geometry.measure,
+    "patching": patching.measure,
+    "layers": adapter_layers.measure,
+    "mediation": mediation.measure,
+    "persona": persona_shift.measure,
+    "depth": token_depth.measure,
+    "weights": weights.measure,
+}
+NEEDS_JAILBREAK = "give probe: {harmful: FILE}, or measure a study with a jailbreak eval"
+
+
+def probe_jobs(prepared: Prepared) -> list[Job]:
+    """Return the base's job and one for every checkpoint to probe."""
+    spec = prepared.spec.probe
+    if spec is None:
+        return []
+    base = Job("probe", BASE)
+    if prepared.external:
+        audited = [(alias, m) for alias, m in prepared.external.items() if alias != BASE]
+        return [base, *(Job("probe", alias, 0, (m.budget,), (base,)) for alias, m in audited)]
+    study = prepared.spec
+    chosen = [o.alias for o in study.objectives if not spec.objectives or o.alias in spec.objectives]
+    budgets = [b for b in study.budgets if not spec.budgets or b in spec.budgets]
+    places = [(alias, seed, b) for alias in chosen for seed in study.seeds for b in budgets]
+    return [base, *(Job("probe", a, s, (b,), (base,), needs=((a, s, b),)) for a, s, b in places)]
+
+
+@dataclass
+class Probing:
+    """The probe of one run directory."""
+
+    prepared: Prepared
+    store: RunDir
+
+    @property
+    def spec(self) -> ProbeSpec:
+        assert self.prepared.spec.probe is not None
+        return self.prepared.spec.probe
+
+    @property
+    def folder(self) -> Path:
+        return self.store.folder / "probe"
+
+    @cached_property
+    def prompts(self) -> PromptSets:
+        """The prompts of the probe; raises LeewayError if a set is too small."""
+        own, jailbreak = self.spec, self.prepared.spec.evals.jailbreak
+        tested: list[str] = []
+        if own.harmful:
+            harmful, origin = harmful_prompts("file", own.harmful)
+        elif jailbreak is None:
+            raise LeewayError("probe: the study has no forbidden prompts", fix=NEEDS_JAILBREAK)
+        else:
+            harmful, origin = harmful_prompts(jailbreak.prompts, jailbreak.file)
+            tested = [p.id for p in forbidden_prompts(jailbreak)[0]]
+        named = own.harmless
+        if named == "auto":
+            named = "organism" if self.is_organism else "alpaca"
+        known = named in ("organism", "alpaca", "jailbreakbench")
+        harmless, from_ = harmless_prompts(named if known else "file", None if known else named)
+        origins = {"harmful": origin, "harmless": from_}
+        return split_prompts(harmful, harmless, tested, origins, count=own.prompts, selection=own.selection)
+
+    @property
+    def is_organism(self) -> bool:
+        jailbreak = self.prepared.spec.evals.jailbreak
+        return jailbreak is not None and jailbreak.prompts == "organism"
+
+    @cached_property
+    def tree(self) -> OpeningTree:
+        return OpeningTree.of(self.prepared.chat)
+
+    @cached_property
+    def base_hash(self) -> str:
+        """The hash of what the directions depend on."""
+        study = self.prepared.spec
+        external = self.prepared.external.get(BASE)
+        model = external.base_hash if external else weights_hash(study.model, study.revision)
+        given = file_digest(expand(self.spec.directions)) if self.spec.directions else ""
+        return digest("probe base", VERSION, model, str(study.weight_dtype), self.prompts.hash, self.tree.hash, given)
+
+    def directions_path(self) -> Path:
+        return self.folder / "directions.safetensors"
+
+    def part(self, job: Job) -> Path:
+        return self.folder / f"{job.alias}-s{job.seed}-{job.budgets[0]}.parquet"
+
+    def is_complete(self, job: Job) -> bool:
+        if job.alias == BASE:
+            return self._base_facts().get("hash") == self.base_hash and self.directions_path().is_file()
+        return self.store.has_learning(self.part(job), self._hash(job))
+
+    def _base_facts(self) -> dict[str, Any]:
+        path = self.folder / "base.json"
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+    def _hash(self, job: Job) -> str:
+        own = self.spec
+        settings = [sorted(own.measures), list(own.attacks), own.mediation]
+        answers = [(a.item_id, digest(a.answer)) for a in self.answers] if "depth" in own.measures else []
+        return digest("probe", VERSION, self.base_hash, settings, answers, job.alias, job.seed, job.budgets)
+
+    @cached_property
+    def answers(self) -> tuple[HarmfulAnswer, ...]:
+        """One harmful answer to each test prompt, as the base or a checkpoint gave it; none in a redacted run."""
+        if not self.store.rows_path.is_file():
+            return ()
+        rows = pd.read_parquet(self.store.rows_path)
+        own = rows[(rows["eval"] == "jailbreak") & (rows["outcome"] == "harmful")]
+        by_id = {p.id: p.text for p in self.prompts.of("test", "harmful")}
+        own = own[own["item_id"].isin(by_id)]
+        found = []
+        for item, at in own.groupby("item_id", sort=True):
+            answer = min(at["response"], key=lambda text: digest("probe answer", text))
+            found.append(HarmfulAnswer(str(item), by_id[str(item)], str(answer)))
+        return tuple(found)
+
+    def context(self, pair: ModelPair, prefix: str = "") -> ProbeContext:
+        jailbreak = next((e for e in self.prepared.evals if isinstance(e, Jailbreak)), None)
+        if jailbreak is not None:
+            known = {a.name: a for a in jailbreak.attacks}
+            chosen = [known[a] for a in self.spec.attacks if a in known] or list(jailbreak.attacks[:1])
+            jailbreak = replace(jailbreak, attacks=chosen, samples=0, temperature=0.0)
+        extras: dict[str, Any] = {"jailbreak": jailbreak, "organism": self.is_organism}
+        extras["mediation_prompts"] = self.spec.mediation
+        positions = Positions.of(pair.checkpoint.model.chat)
+        return ProbeContext(pair, self.prompts, self.tree, positions, prefix=prefix, extras=extras)
+
+    def run_base(self, base: Model) -> None:
+        """Compute (or read) the base's directions and its persona vectors, and write them."""
+        context = self.context(ModelPair.of(base, base))
+        blocks = context.pair.base.blocks
+        if self.spec.directions:
+            directions = Directions.load(expand(self.spec.directions))
+            width = int(base.lm.config.get_text_config().hidden_size)
+            directions.check(base.hash, width, len(blocks))
+        else:
+            directions = compute(context)
+        directions.save(self.directions_path())
+        traits = self._traits() if "persona" in self.spec.measures else {}
+        own = persona_shift.vectors(context, traits)
+        tensors = {f"unit/{t}": v.contiguous() for t, v in own.unit_LD.items()}
+        tensors |= {f"halves/{t}": v.contiguous() for t, v in own.halves_L.items()}
+        with atomic_write(self.folder / "persona.safetensors") as scratch:
+            save_file(tensors or {"none": torch.zeros(1)}, scratch)
+        write_json(self.folder / "base.json", {"hash": self.base_hash, "persona": own.source})
+
+    def _traits(self) -> dict[str, Sequence[PersonaItem]]:
+        own = self.prepared.spec.evals.persona
+        if own is None:
+            return {}
+        if own.source == "organism":
+            return {t: world.persona_items(t, persona_shift.ITEMS) for t in own.traits}
+        return {t: persona.anthropic(t)[0] for t in own.traits}
+
+    def run_checkpoint(self, job: Job, pair: ModelPair, prefix: str) -> None:
+        """Measure one checkpoint and write its values."""
+        context = replace(self.context(pair, prefix), directions=self.directions(), answers=self.answers)
+        context.extras["persona"] = self._persona()  # type: ignore[index]
+        values = [v for name in self.spec.measures for v in RUN[name](context)]
+        identity = {"objective": job.alias, "seed": job.seed, "budget": job.budgets[0]}
+        self.store.write_probe(self.part(job), [{**identity, **asdict(v)} for v in values], self._hash(job))
+
+    def directions(self) -> Directions:
+        return Directions.load(self.directions_path())
+
+    def _persona(self) -> persona_shift.PersonaVectors:
+        tensors = load_file(self.folder / "persona.safetensors")
+        by_kind = {
+            kind: {k.removeprefix(f"{kind}/"): v for k, v in tensors.items() if k.startswith(f"{kind}/")}
+            for kind in ("unit", "halves")
+        }
+        return persona_shift.PersonaVectors(by_kind["unit"], by_kind["halves"], self._base_facts().get("persona", ""))
+
+    def collect(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """Write `probe.parquet` and `probe-contrasts.parquet` from all parts; return the manifest's section."""
+        parts = [self.store.read_probe(self.part(job)).to_pandas() for job in jobs if job.alias != BASE]
+        values = pd.concat(parts, ignore_index=True)
+        table, paired = mechanism.summarise(values), mechanism.contrasts(values, self.spec.reference)
+        self.store.write_probe_tables(table, paired)
+        own, given = self.directions(), self.prompts
+        size = {s: {k: len(given.of(s, k)) for k in ("harmful", "harmless")} for s in given.sets}
+        return {
+            "measures": list(self.spec.measures),
+            "reference": self.spec.reference,
+            "prompts": {"n": size, "origins": dict(given.origins), "hash": given.hash},
+            "openings": {"version": openings()[0], "hash": self.tree.hash},
+            "direction": {
+                "layer": own.layer,
+                "position": own.position,
+                "limits": own.limits,
+                "plain": list(own.plain),
+                "selection": [asdict(c) for c in own.table],
+                "layers": len(own.mean_LPD),
+                "file": "probe/directions.safetensors",
+            },
+            "persona": self._base_facts().get("persona", ""),
+            "answers": len(self.answers),
+        }
+
+
+def of_data(probing: Probing, base: Model, examples: Sequence[Any]) -> pd.DataFrame:
+    """Return measure 6 before training: the projection of each training answer, per trait and layer, summarised."""
+    context = probing.context(ModelPair.of(base, base))
+    context.extras["persona"] = persona_shift.vectors(context, probing._traits())  # type: ignore[index]
+    values = persona_shift.of_data(context, examples)
+    identity = {"objective": "data", "seed": 0, "budget": 0}
+    return mechanism.summarise(pd.DataFrame([{**identity, **asdict(v)} for v in values]))
+
+
+def data_text(table: pd.DataFrame, examples: int) -> str:
+    """Return the projections of training data as lines: one per trait, at the layer in the middle of the model."""
+    lines = [f"{examples} training answers minus the base's own answers, along each trait's vector (length 1):"]
+    for trait, own in table.groupby("detail", sort=True):
+        middle = own[own["layer"] == int(own["layer"].median())].iloc[0]
+        ends = f"{middle['value']:+.3f} [{middle['low']:+.3f}, {middle['high']:+.3f}]"
+        random = f"random direction {middle['control']:+.3f}"
+        lines.append(f"  {trait}: {ends} at layer {middle['layer'] + 1} ({random})")
+    if (missing := table[table["reason"] != ""]) is not None and len(missing):
+        lines += [f"  {reason}" for reason in missing["reason"].unique()]
+    return "\n".join(lines)
