@@ -369,11 +369,10 @@ def probe(
     quiet: Quiet = False,
 ) -> None:
     """Probe why checkpoints drifted: directions, patching, adapter layers, mediation, personas, depth in tokens."""
-    from leeway.audit.run import probe_finished as probe_audit
+    from leeway.audit.run import probe_again
     from leeway.probe.spec import options_of
     from leeway.study.progress import Reporter
-    from leeway.study.run import probe_data, probe_finished
-    from leeway.study.run_dir import RunDir
+    from leeway.study.run import probe_data
 
     given = {"objectives": objectives, "budgets": budgets, "measures": measures, "prompts": prompts}
     options = options_of(given | {"directions": directions and str(directions)}, settings or [])
@@ -383,13 +382,7 @@ def probe(
         typer.echo(probe_data(data, options))
         return
     assert directory is not None
-    reporter, manifest = Reporter(quiet=quiet), RunDir(directory).read_manifest()
-    if not manifest or not (directory / "rows.parquet").is_file():
-        raise LeewayError(f"{directory}: not a finished run", fix="give the --out of a study or audit that has ended")
-    if "audit" in manifest:
-        page = probe_audit(directory, options, reporter)
-    else:
-        page = probe_finished(directory, options, reporter, workers)
+    page = probe_again(directory, options, Reporter(quiet=quiet), workers)
     typer.echo(str(page.resolve()))
 
 

@@ -43,7 +43,7 @@ from leeway.study.objective_spec import ALIAS
 from leeway.study.preflight import service_faults
 from leeway.study.prepare import Prepared
 from leeway.study.progress import Reporter
-from leeway.study.run import probe, run_prepared, with_probe
+from leeway.study.run import probe, probe_finished, run_prepared, with_probe
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
 from leeway.study.worker import Worker
@@ -186,7 +186,19 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str, trac
         return run_prepared(Worker(prepared, store), manifest, LocalExecutor(1), reporter, trackers)
 
 
-def probe_finished(folder: Path, options: Mapping[str, Any], reporter: Reporter) -> Path:
+def probe_again(
+    folder: Path, options: Mapping[str, Any], reporter: Reporter | None = None, workers: int | None = 1
+) -> Path:
+    """Probe a finished study or audit; return its report's path. Raises LeewayError."""
+    reporter, manifest = reporter or Reporter(quiet=True), RunDir(folder).read_manifest()
+    if not manifest or not (folder / "rows.parquet").is_file():
+        raise LeewayError(f"{folder}: not a finished run", fix="give the --out of a study or audit that has ended")
+    if "audit" in manifest:
+        return _probe_audit(folder, options, reporter)
+    return probe_finished(folder, options, reporter, workers)
+
+
+def _probe_audit(folder: Path, options: Mapping[str, Any], reporter: Reporter) -> Path:
     """Probe the checkpoint of a finished audit; rebuild the report and return its path. Raises LeewayError."""
     from leeway.report import build
 

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +20,8 @@ import numpy as np
 import pandas as pd
 
 from leeway import stats
+from leeway.claims import mechanism
+from leeway.claims.comparison import DIFFERENCE, DOUBLING, SLOPE, Comparison
 from leeway.claims.schema import Claim, Claims
 from leeway.stats.bootstrap import interval, trajectories
 from leeway.stats.contrasts import holm, minimal_detectable_effect
@@ -29,7 +31,6 @@ from leeway.stats.intervals import NAN
 from leeway.stats.metrics import BASE, LOG_ODDS, PLAIN, analysis_table, measures
 from leeway.stats.pairing import first_conditions
 
-DIFFERENCE, DOUBLING, SLOPE = "difference", "difference per doubling", "per unit of capability"
 NATS, NATS_DOUBLING = "difference in log-odds", "difference in log-odds per doubling"
 HALF_TO_MDE = 2.8016 / 1.9600  # (z_0.975 + z_0.80) / z_0.975: from half of a 95% interval to the MDE at 80% power
 MIN_P = 0.025  # the smallest adjusted p that resampling must be able to reach
@@ -38,30 +39,6 @@ FEW_EXTREME = 10  # a p from so few extreme draws is too coarse to be multiplied
 
 T = TypeVar("T")
 Pair = tuple[str, str, int]  # objective, reference (an objective or the base), budget
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One comparison: estimate and interval, `p` of the claimed direction, `p_reverse` of the opposite one.
-
-    `p` is NaN if the comparison is impossible; `note` then gives the reason, otherwise its limitations.
-    """
-
-    name: str
-    estimate: float = NAN
-    low: float = NAN
-    high: float = NAN
-    level: float = NAN
-    unit: str = DIFFERENCE
-    p: float = NAN
-    p_reverse: float = NAN
-    mde: float = NAN
-    n_clusters: int = 0
-    note: str = ""
-    slack: float = 0.0  # distance of the estimate from the limit of the claim: breaks ties of p
-
-    def reversed(self) -> Comparison:
-        return replace(self, p=self.p_reverse, p_reverse=self.p, slack=-self.slack)
 
 
 @dataclass(frozen=True)
@@ -117,6 +94,7 @@ class EvaluationContext:
     format_objective: Callable[[str, str], str] = lambda objective, _: objective  # given its condition
     format_budget: Callable[[int], str] = lambda budget: f"at {budget:,}"
     resamples: int = RESAMPLES
+    probe: pd.DataFrame | None = None  # the probe's estimates (`stats.mechanism.COLUMNS`)
     void: Collection[tuple[str, int]] = ()  # objectives and budgets of which "no drift" says nothing (`stats.learned`)
 
     @cached_property
@@ -154,13 +132,13 @@ class EvaluationContext:
         found: T = self._cache[key]
         return found
 
-    def _name(self, objective: str) -> str:
+    def objective_name(self, objective: str) -> str:
         return self.format_objective(objective, self._first.get(objective, PLAIN))
 
     def unlearned(self, objectives: Seq[str], budgets: Seq[int]) -> list[str]:
         """Name the arms in `void`."""
         arms = [(o, b) for o in objectives for b in budgets if (o, b) in self.void]
-        return [f"{self._name(o)} {self.format_budget(b)}" for o, b in arms]
+        return [f"{self.objective_name(o)} {self.format_budget(b)}" for o, b in arms]
 
     def margin_tests(self, measure: str, pairs: Seq[Pair], margin: float) -> list[MarginTest]:
         """Return the test of each pair's difference at ±margin."""
@@ -182,7 +160,7 @@ class EvaluationContext:
 
     def _margin_test(self, pair: Pair, upper: pd.DataFrame, lower: pd.DataFrame, margin: float) -> MarginTest:
         objective, other, budget = pair
-        name = f"{self._name(objective)} − {self._name(other)} {self.format_budget(budget)}"
+        name = f"{self.objective_name(objective)} − {self.objective_name(other)} {self.format_budget(budget)}"
         up, down = (
             t[(t["objective"] == objective) & (t["budget"] == budget) & t["first"].astype(bool)] for t in (upper, lower)
         )
@@ -193,7 +171,7 @@ class EvaluationContext:
             return MarginTest(name, margin, line, line)
         lines = [{str(k): v for k, v in t.iloc[0].items()} for t in (up, down)]
         if same := same_behaviour(self._identity, objective, other, budget):
-            behaviour = f"{self._name(objective)} behaves as {self._name(other)}: {same}"
+            behaviour = f"{self.objective_name(objective)} behaves as {self.objective_name(other)}: {same}"
             lines[0]["note"] = "; ".join(filter(None, [behaviour, str(lines[0]["note"])]))
         return MarginTest(name, margin, *lines)
 
@@ -229,7 +207,9 @@ class EvaluationContext:
         same = pairs[(pairs["objective"] == one) & (pairs["against"] == other)]
         swapped = pairs[(pairs["objective"] == other) & (pairs["against"] == one)]
         sign, line = (1.0, same.iloc[0]) if len(same) else (-1.0, swapped.iloc[0])
-        return _above_zero(f"slope of {self._name(one)} − {self._name(other)}", line, _per_doubling(measure), sign)
+        return _above_zero(
+            f"slope of {self.objective_name(one)} − {self.objective_name(other)}", line, _per_doubling(measure), sign
+        )
 
     def p_slopes_within(self, measure: str, objectives: Seq[str], margin: float) -> float:
         """Return the p of H0: some two slopes differ by `margin` or more per doubling; NaN if one is withheld."""
@@ -250,7 +230,7 @@ class EvaluationContext:
         """Return the claim that the slope of `measure` on `on` along a trajectory is above 0."""
         choice = self._with_condition([objective])
         table = stats.coupling(self.rows, self.conditions, measure, on, choice, drawn=self.draws(measure, on))
-        return _above_zero(f"{measure} on {on} along {self._name(objective)}", table.iloc[0], SLOPE)
+        return _above_zero(f"{measure} on {on} along {self.objective_name(objective)}", table.iloc[0], SLOPE)
 
     def matched_difference(self, measure: str, on: str, one: str, other: str) -> Comparison:
         """Return the claim that one objective is above another where both have the same `on`."""
@@ -258,7 +238,7 @@ class EvaluationContext:
         table = stats.matched(self.rows, self.conditions, "largest", [measure], choice, on, drawn=drawn)
         line = table[table["kind"] == "pair"].iloc[0]
         reached = f" at {100 * line['capability']:.1f}% {on}" if line["capability"] == line["capability"] else ""
-        return _above_zero(f"{self._name(one)} − {self._name(other)}{reached}", line, DIFFERENCE)
+        return _above_zero(f"{self.objective_name(one)} − {self.objective_name(other)}{reached}", line, DIFFERENCE)
 
     def _with_condition(self, objectives: Seq[str]) -> list[str | tuple[str, str]]:
         return [(o, self._first[o]) if o in self._first else o for o in objectives]
@@ -404,6 +384,17 @@ def _of_trajectories(claim: Any, context: EvaluationContext, _: tuple[int, ...])
     return TestedClaim(claim, tuple(context.matched_difference(claim.measure, claim.on, *pair) for pair in pairs))
 
 
+def _mechanism(claim: Any, context: EvaluationContext, budgets: tuple[int, ...]) -> TestedClaim:
+    """Test the probe's shares of each objective."""
+    if context.probe is None:
+        return TestedClaim(claim, untested="the run was not probed; run `leeway probe`")
+    table = context.probe
+    found = [
+        c for o in claim.objectives for c in mechanism.comparisons(claim, table, budgets, context.objective_name(o), o)
+    ]
+    return TestedClaim(claim, tuple(found))
+
+
 def _per_doubling(measure: str) -> str:
     """Return the unit of a slope of `measure` on log2(budget)."""
     return NATS_DOUBLING if measure in LOG_ODDS else DOUBLING
@@ -437,6 +428,7 @@ TESTS: dict[str, Callable[[Any, EvaluationContext, tuple[int, ...]], TestedClaim
     **dict.fromkeys(("moves", "no_drift", "equivalent", "differ", "ranks", "onset"), _at_budgets),
     **dict.fromkeys(("steeper", "coupled", "matched"), _of_trajectories),
     "diverges": _diverges,
+    "mechanism": _mechanism,
 }
 
 
@@ -478,6 +470,7 @@ def _opposite(claim: Claim, comparison: Comparison) -> str:
     size, margin = _size(claim, comparison), getattr(claim, "margin", 0.0)
     change = {"up": "rise", "down": "fall"}.get(getattr(claim, "direction", ""), "")
     return {
+        "mechanism": f"no such share exceeds {size} and its control",
         "moves": f"there is no {change} by more than {size}" if margin else f"there is no {change} but the opposite",
         "no_drift": f"there is a difference of more than {size}",
         "equivalent": f"there is a difference of more than {size}",

@@ -197,7 +197,26 @@ class Onset(Claim):
         return (*before, max(budgets)), ""
 
 
-AnyClaim = Moves | NoDrift | Equivalent | Differ | Ranks | Steeper | Diverges | Coupled | Matched | Onset
+class Mechanism(_AtBudgets):
+    """In each objective an intervention of the probe undoes more than `margin` of the change (default: the largest).
+
+    A share above the random-direction control as well. `site` is that of patching or of a part of the update, in some
+    layer of `layers` (from 1; default: any); `detail` is patching's direction or mediation's attack.
+    """
+
+    measure: Literal["patching", "leave-one-out", "one-alone", "mediation"]
+    objectives: Objectives
+    margin: MarginOrZero = 0.0
+    detail: str = ""
+    site: Literal["resid", "attn", "mlp", ""] = ""
+    layers: Annotated[tuple[Annotated[int, Field(ge=1)], ...], AsList, Unique] = ()
+    at_largest: ClassVar[bool] = True
+
+    def absent(self, objectives: Seq[str], measures: Seq[str], budgets: Seq[int]) -> Iterator[str]:
+        yield from super().absent(objectives, [*measures, self.measure], budgets)
+
+
+AnyClaim = Mechanism | Moves | NoDrift | Equivalent | Differ | Ranks | Steeper | Diverges | Coupled | Matched | Onset
 KINDS: dict[str, type[Claim]] = {re.sub(r"\B([A-Z])", r"_\1", c.__name__).lower(): c for c in get_args(AnyClaim)}
 
 

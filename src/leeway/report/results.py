@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from leeway.hashing import changed_files
 from leeway.report import controls, formatting, learning
 from leeway.report.formatting import BudgetUnit, mapping
 from leeway.report.triggers import forms_of, near_conditions
-from leeway.stats import sequential
+from leeway.stats import mechanism, sequential
 from leeway.stats.bootstrap import ObjectiveChoice
 from leeway.stats.budget_curves import Direction
 from leeway.stats.distance import Distance
@@ -108,6 +109,24 @@ class Results:
         if not (self.folder / "results.json").is_file():
             build(self.folder)
         return load_objective_table(self.folder).to_html()
+
+    @cached_property
+    def probe_table(self) -> pd.DataFrame | None:
+        """The estimates of `leeway probe`; None if the run was not probed."""
+        path = self.folder / "probe.parquet"
+        return _read_table(path, mechanism.COLUMNS) if path.is_file() else None
+
+    def probe(self, *, workers: int | None = 1, **options: Any) -> pd.DataFrame:
+        """Probe the run's checkpoints, resuming an earlier probe, and return its estimates (`stats.mechanism.COLUMNS`).
+
+        `options` are the keys of a study's `probe:`, such as `objectives=["sft"]`, `budgets=[200_000]`.
+        """
+        # the one call upwards, by name: reports load neither torch nor the study's runner
+        importlib.import_module("leeway.audit.run").probe_again(self.folder, options, workers=workers)
+        self.__dict__.pop("probe_table", None)
+        self.manifest = Results.load(self.folder).manifest
+        assert self.probe_table is not None
+        return self.probe_table
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -368,7 +387,7 @@ class Results:
         name, at = formatting.objective_name, BudgetUnit.of(self.manifest).at
         known = (self.judged, self.conditions, self.first_conditions)
         void = learning.void_arms(self.learned())
-        return EvaluationContext(*known, format_objective=name, format_budget=at, void=void)
+        return EvaluationContext(*known, format_objective=name, format_budget=at, void=void, probe=self.probe_table)
 
     @cached_property
     def _rates(self) -> pd.DataFrame:
