@@ -39,7 +39,7 @@ VERSION = 1
 DEPTH = 0.8  # candidates lie below this share of the layers
 MAX_KL = 0.1  # nats, on harmless prompts
 FINALISTS = 12  # candidates measured on all selection prompts
-SCREEN = 8  # prompts of each kind that choose the finalists
+SCREEN = 8  # prompts of each kind that choose the finalists among three times as many
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def compute(context: ProbeContext) -> Directions:
 def choose(context: ProbeContext, mean_LPD: Tensor) -> tuple[tuple[Candidate, ...], Candidate, tuple[float, float]]:
     """Return (the measured candidates, the chosen one, plain mean logits of harmful and harmless prompts).
 
-    All candidates are measured on a few prompts, the best of them on all selection prompts. Raises LeewayError if none
+    The ablation of every candidate is measured on a few prompts, all three effects of the best of them too, and those
+    of the finalists on all selection prompts. Raises LeewayError if none
     brings the logit below the middle of harmful and harmless prompts.
     """
     side, names = context.pair.base, context.positions.names
@@ -154,16 +155,21 @@ def choose(context: ProbeContext, mean_LPD: Tensor) -> tuple[tuple[Candidate, ..
     depth = max(1, int(DEPTH * len(mean_LPD)))
     places = [(layer, k) for layer in range(depth) for k in range(len(names))]
 
-    def measure(some: Seq[tuple[int, int]], count: int) -> tuple[list[Candidate], tuple[float, float]]:
-        effects = _Effects.of(context, side, harmful[:count], harmless[:count])
-        found = [effects.candidate(layer, names[k], mean_LPD[layer, k]) for layer, k in some]
-        return _allow(found, effects.plain), effects.plain
+    def effects(count: int) -> _Effects:
+        return _Effects.of(context, side, harmful[:count], harmless[:count])
+
+    def measure(some: Seq[tuple[int, int]], own: _Effects) -> list[Candidate]:
+        found = [own.candidate(layer, names[k], mean_LPD[layer, k]) for layer, k in some]
+        return _allow(found, own.plain)
 
     if len(places) > FINALISTS and len(harmful) > SCREEN:
-        screened, _ = measure(places, SCREEN)
-        ranked = sorted(range(len(places)), key=lambda i: (not screened[i].allowed, screened[i].ablated))
-        places = sorted(places[i] for i in ranked[:FINALISTS])
-    table, plain = measure(places, len(harmful))
+        few = effects(SCREEN)
+        lowest = sorted(places, key=lambda p: few.ablated(mean_LPD[p]))[: 3 * FINALISTS]
+        screened = dict(zip(lowest, measure(lowest, few), strict=True))
+        ranked = sorted(lowest, key=lambda p: (not screened[p].allowed, screened[p].ablated))
+        places = sorted(ranked[:FINALISTS])
+    every = effects(len(harmful))
+    table, plain = measure(places, every), every.plain
     allowed = [c for c in table if c.allowed]
     best = min(allowed or table, key=lambda c: c.ablated)
     if best.ablated > sum(plain) / 2:
@@ -203,10 +209,13 @@ class _Effects:
         own.plain = (refused, answered)
         return own
 
+    def ablated(self, direction_D: Tensor) -> float:
+        """Return the mean refusal logit of the harmful prompts with a direction ablated."""
+        return self._logits(self.harmful, ablate_everywhere(self.side.blocks, direction_D / direction_D.norm()))[0]
+
     def candidate(self, layer: int, position: str, direction_D: Tensor) -> Candidate:
-        blocks = self.side.blocks
-        edits = ablate_everywhere(blocks, direction_D / direction_D.norm())
-        ablated, _ = self._logits(self.harmful, edits)
+        edits = ablate_everywhere(self.side.blocks, direction_D / direction_D.norm())
+        ablated = self.ablated(direction_D)
         _, logp_HV = self._logits(self.harmless, edits, distributions=True)
         kl = sum(float((p.exp() * (p - logp_HV[i])).sum()) for i, p in self.logp_HV.items()) / len(self.logp_HV)
         induced, _ = self._logits(self.harmless, {(layer, "resid"): addition(direction_D)})

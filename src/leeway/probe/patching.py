@@ -6,7 +6,8 @@
 with L the refusal logit (Zhang & Nanda 2023, arXiv 2309.16042; Heimersheim & Nanda 2024, arXiv 2404.15255). One side's
 activations replace the other's at the positions from the instruction's last token to the prompt's end; the tokens of
 the refusal openings after it run on in the patched model. A value is a prompt's numerator, its `scale` the
-denominator; `control` is the numerator if the change has the same norm at each position in one random direction.
+denominator; `control` is the numerator if the change has the same norm at each position in one random direction
+(measured for patches into the checkpoint, the direction that claims rest on).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def measure(context: ProbeContext) -> list[Value]:
         for into, source, detail in ((runs[1], runs[0], INTO_CHECKPOINT), (runs[0], runs[1], INTO_BASE)):
             scale_B = source.logit_B - into.logit_B
             for layer, site, edits, control in _patches(context, into, source):
-                effect_B, control_B = (into.effect(e) for e in (edits, control))
+                effect_B = into.effect(edits)
+                control_B = into.effect(control) if detail == INTO_CHECKPOINT else None
                 found += _rows("patching", chosen, layer, site, detail, (effect_B, control_B, scale_B))
     return found + _harmless_logits(context)
 
@@ -51,7 +53,7 @@ class _Run:
     side: Side
     run: Pass
     logit_B: Tensor
-    kept: Mapping[Point, Tensor]
+    kept: Mapping[Point, Tensor]  # at the window's positions; block inputs at the openings' as well
 
     @classmethod
     def of(cls, context: ProbeContext, side: Side, batch: PromptBatch) -> _Run:
@@ -59,15 +61,17 @@ class _Run:
         points: dict[Point, slice | list[int]] = {
             (layer, site): window for layer in range(len(side.blocks)) for site in SITES
         }
+        points |= {(layer, "input"): slice(window.start, None) for layer in range(len(side.blocks))}
         run = context.run(side, batch, window=True)
         with side.active():
             hidden_BLD, kept = run.whole(record=points)
         return cls(context, side, run, refusal_logits(side.model, context.tree, hidden_BLD), kept)
 
     def effect(self, edits: Mapping[Point, Edit]) -> Tensor:
-        """Return how much the edits change each prompt's logit, [B]."""
+        """Return how much the edits change each prompt's logit, [B]: only the blocks from the first edit on run."""
+        first = min(layer for layer, _ in edits)
         with self.side.active():
-            hidden_BQD, _ = self.run.again(edits)
+            hidden_BQD = self.run.again_from(first, self.kept[first, "input"], edits)
         return refusal_logits(self.side.model, self.context.tree, hidden_BQD) - self.logit_B
 
 

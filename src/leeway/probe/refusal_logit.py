@@ -54,8 +54,7 @@ class OpeningTree:
     @classmethod
     def of(cls, chat: Chat, texts: Seq[str] | None = None) -> OpeningTree:
         texts = openings()[1] if texts is None else texts
-        spelled = {t.replace("'", mark) for t in texts for mark in ("'", "’")}
-        variants = {ids for t in spelled if 0 < len(ids := chat.ids(t)) <= LONGEST}
+        variants = {ids for t in texts if 0 < len(ids := chat.ids(t)) <= LONGEST}
         kept = sorted(v for v in variants if not any(v[:k] in variants for k in range(1, len(v))))
         nodes = sorted({v[:k] for v in kept for k in range(len(v))}, key=lambda n: (len(n), n))
         steps = sorted({(nodes.index(v[:k]), v[k]) for v in kept for k in range(len(v))})
@@ -171,6 +170,12 @@ class Pass:
         assert self._cache is not None
         return self._run(self.batch.ids_BL[:, self.window :], None, self.window, edits, record, self._cache)
 
+    def again_from(self, layer: int, state_BQD: Tensor, edits: Mapping[Point, Edit]) -> Tensor:
+        """Run the window through the blocks from `layer` on, with its input there; return final hidden states."""
+        assert self._cache is not None
+        with _only_from(self.blocks, layer):
+            return self._run(None, state_BQD, self.window, edits, None, self._cache)[0]
+
     def from_layer(self, layer: int, state_BLD: Tensor, edits: Mapping[Point, Edit] | None = None) -> Tensor:
         """Run the blocks from `layer` on, with `state_BLD` as its input; return the final hidden states [B, L, D]."""
         with _only_from(self.blocks, layer):
@@ -216,16 +221,14 @@ def _only_from(blocks: Blocks, layer: int) -> Iterator[None]:
 def refusal_logits(model: Model, tree: OpeningTree, hidden_BQD: Tensor) -> Tensor:
     """Return L of each prompt, [B] float64, from final hidden states whose last T + 1 positions are root and nodes.
 
-    P is summed in float64 from float32 logits, so |L| is exact up to about 15.
+    log P has the error of float32 log-probabilities, about 1e-6, so |L| is exact up to about 12.
     """
-    count = len(tree.nodes)
-    at_BND = hidden_BQD[:, hidden_BQD.shape[1] - count :]
-    logp_BK = torch.empty(len(at_BND), len(tree.steps), dtype=torch.float64)
-    for node in range(count):
-        own = [k for k, (n, _) in enumerate(tree.steps) if n == node]
-        logits_BV = model.head.logits(at_BND[:, node])
-        ids = torch.tensor([tree.steps[k][1] for k in own], device=logits_BV.device)
-        logp_BK[:, own] = (logits_BV[:, ids].double() - logits_BV.double().logsumexp(-1, keepdim=True)).cpu()
+    count, size = len(tree.nodes), len(hidden_BQD)
+    logits_NV = model.head.logits(hidden_BQD[:, hidden_BQD.shape[1] - count :].reshape(size * count, -1))
+    node_K = torch.tensor([node for node, _ in tree.steps], device=logits_NV.device)
+    token_K = torch.tensor([token for _, token in tree.steps], device=logits_NV.device)
+    total_BN = logits_NV.logsumexp(-1).view(size, count)
+    logp_BK = (logits_NV.view(size, count, -1)[:, node_K, token_K] - total_BN[:, node_K]).double().cpu()
     path_BP = torch.stack([logp_BK[:, list(p)].sum(1) for p in tree.paths], 1)
     logp_B = path_BP.logsumexp(1).clamp(max=-1e-15)
     return logp_B - torch.log(-torch.expm1(logp_B))
