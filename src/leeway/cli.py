@@ -270,13 +270,16 @@ def audit(
     tokens: Annotated[int, typer.Option("--tokens", min=0, help="training tokens of the checkpoint, if known")] = 0,
     own_template: Annotated[bool, typer.Option("--own-template", help="prompt each under its own template")] = False,
     other_base: Annotated[bool, typer.Option("--other-base", help="allow a base other than the adapter's")] = False,
+    directions: Annotated[
+        Path | None, typer.Option("--directions", help="probe it afterwards along this directions.safetensors")
+    ] = None,
     out: Out = None,
     track: Track = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure a model that was trained elsewhere against its base; the same command resumes it."""
     from leeway.audit.models import resolve_models, resolve_served
-    from leeway.audit.run import check_audit
+    from leeway.audit.run import check_audit, probe_again
     from leeway.audit.run import run as run_audit
     from leeway.study.progress import Reporter
 
@@ -290,6 +293,8 @@ def audit(
     spec = check_audit(*models, study, settings, name=name, tokens=tokens, own_template=own_template)
     into = out or Path("runs") / f"audit-{spec.name}"
     page = run_audit(spec, into, Reporter(quiet=quiet), _command(), track or ())
+    if directions is not None:
+        page = probe_again(into, {"directions": str(directions)}, Reporter(quiet=quiet))
     typer.echo(str(page.resolve()))
 
 

@@ -19,6 +19,7 @@ from leeway.plan import cost_model, hardware
 from leeway.plan.benchmark import Measured, Timing, measured_hours, run_benchmark
 from leeway.plan.cost_model import CostEstimate, EvalCost, Prices, Shape, estimate_cost, eval_costs
 from leeway.plan.hardware import Machine, PlannedModel, planned_model
+from leeway.plan.probe_cost import probe_cost
 from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, learning_tokens, reference_work, trajectory
 from leeway.study.jobs import control_jobs, eval_targets, jobs_of
 from leeway.study.preflight import resource_faults, service_faults
@@ -164,6 +165,9 @@ def plan(
         timing = Timing(by_name, each / max(1, references.tokens), answering)
         hours = measured_hours(prepared, with_controls, trained, timing, processes).hours + cost.pairs_hours
         cost = replace(cost, workers=processes, hours=hours)
+    probing = probe_cost(prepared, size, on)
+    if probing is not None:
+        cost = replace(cost, hours=cost.hours + probing.seconds / 3600 / processes)
     measured = None
     if measure:
         measured = measured_hours(prepared, with_controls, trained, run_benchmark(spec, processes), processes)
@@ -187,6 +191,7 @@ def plan(
             *notes_on_budgets(prepared),
             _learning(prepared, checked),
             *_controls(prepared, arms),
+            *([str(probing)] if probing else []),
             *claimed(spec),
         ),
         references=references,

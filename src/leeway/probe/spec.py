@@ -30,6 +30,7 @@ class ProbeSpec(ConfigModel):
     attacks: tuple[str, ...] = Field(default=("none",), description="under which mediation answers are generated")
     mediation: int = Field(default=32, ge=8, le=10_000, description="prompts of mediation")
     reference: str = Field(default="sft", description="the objective that the others are contrasted with")
+    states: bool = Field(default=False, description="keep both models' states of the test prompts, as safetensors")
     directions: str | None = Field(default=None, description="a directions file of the same base, instead of new ones")
 
     def absent(self, aliases: tuple[str, ...], budgets: tuple[int, ...]) -> Iterator[str]:

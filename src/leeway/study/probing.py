@@ -26,7 +26,7 @@ from leeway.io import atomic_write, expand, write_json
 from leeway.model.load import Model, weights_hash
 from leeway.organism import world
 from leeway.probe import adapter_layers, geometry, mediation, patching, persona_shift, token_depth, weights
-from leeway.probe.context import HarmfulAnswer, ProbeContext
+from leeway.probe.context import HarmfulAnswer, ProbeContext, states
 from leeway.probe.directions import Directions, compute
 from leeway.probe.pair import ModelPair
 from leeway.probe.prompts import Positions, PromptSets, harmful_prompts, harmless_prompts, split_prompts
@@ -138,7 +138,7 @@ class Probing:
 
     def _hash(self, job: Job) -> str:
         own = self.spec
-        settings = [sorted(own.measures), list(own.attacks), own.mediation]
+        settings = [sorted(own.measures), list(own.attacks), own.mediation, own.states]
         answers = [(a.item_id, digest(a.answer)) for a in self.answers] if "depth" in own.measures else []
         return digest("probe", VERSION, self.base_hash, settings, answers, job.alias, job.seed, job.budgets)
 
@@ -200,8 +200,22 @@ class Probing:
         context = replace(self.context(pair, prefix), directions=self.directions(), answers=self.answers)
         context.extras["persona"] = self._persona()  # type: ignore[index]
         values = [v for name in self.spec.measures for v in RUN[name](context)]
+        if self.spec.states:
+            self._write_states(job, context)
         identity = {"objective": job.alias, "seed": job.seed, "budget": job.budgets[0]}
         self.store.write_probe(self.part(job), [{**identity, **asdict(v)} for v in values], self._hash(job))
+
+    def _write_states(self, job: Job, context: ProbeContext) -> None:
+        """Write the residual stream of both models at the window's positions, with the prompts' ids in the metadata.
+
+        `base` and `checkpoint`: [layers, prompts, positions, D] float32, for those who train autoencoders on them.
+        """
+        prompts = (*self.prompts.of("test", "harmful"), *self.prompts.of("test", "harmless"))
+        sides = {"base": context.pair.base, "checkpoint": context.pair.checkpoint}
+        tensors = {name: states(context, side, prompts) for name, side in sides.items()}
+        facts = {"prompts": [p.id for p in prompts], "positions": context.positions.names}
+        with atomic_write(self.part(job).with_suffix(".states.safetensors")) as scratch:
+            save_file(tensors, scratch, {"leeway_states": json.dumps(facts)})
 
     def directions(self) -> Directions:
         return Directions.load(self.directions_path())
