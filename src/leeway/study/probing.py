@@ -1,13 +1,13 @@
 """Probe the checkpoints of a study or audit: the jobs, their files in the run directory, and the tables made of them.
 
-The base's directions and persona vectors come first; each checkpoint is then a job of its own, written as one file
-under a hash of everything it depends on, so a killed probe resumes and a repeated one does nothing.
+The base's directions and persona vectors come first; each checkpoint is then a job of its own, and each of its measures
+a file under a hash of everything it depends on: a killed probe resumes, a repeated one does nothing, another one adds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +22,16 @@ from leeway.data.types import PersonaItem
 from leeway.errors import LeewayError
 from leeway.evals.jailbreak import Jailbreak
 from leeway.hashing import digest, file_digest
-from leeway.io import atomic_write, expand, write_json
+from leeway.io import atomic_write, expand, readable, write_json
 from leeway.model.load import Model, weights_hash
 from leeway.organism import world
 from leeway.probe import adapter_layers, geometry, mediation, patching, persona_shift, token_depth, weights
-from leeway.probe.context import HarmfulAnswer, ProbeContext, states
+from leeway.probe.context import HarmfulAnswer, ProbeContext, Value, states
 from leeway.probe.directions import Directions, compute
 from leeway.probe.pair import ModelPair
 from leeway.probe.prompts import Positions, PromptSets, harmful_prompts, harmless_prompts, split_prompts
 from leeway.probe.refusal_logit import OpeningTree, openings
-from leeway.probe.spec import ProbeSpec
+from leeway.probe.spec import MEASURES, Measure, ProbeSpec
 from leeway.stats import mechanism
 from leeway.study.build_evals import forbidden_prompts
 from leeway.study.jobs import BASE, Job
@@ -39,7 +39,7 @@ from leeway.study.prepare import Prepared
 from leeway.study.run_dir import RunDir
 
 VERSION = 1  # of what a part holds
-RUN = {
+RUN: dict[Measure, Callable[[ProbeContext], list[Value]]] = {
     "geometry": geometry.measure,
     "patching": patching.measure,
     "layers": adapter_layers.measure,
@@ -51,8 +51,8 @@ RUN = {
 NEEDS_JAILBREAK = "give probe: {harmful: FILE}, or measure a study with a jailbreak eval"
 
 
-def probe_jobs(prepared: Prepared) -> list[Job]:
-    """Return the base's job and one for every checkpoint to probe."""
+def probe_jobs(prepared: Prepared, *, chosen: bool = True) -> list[Job]:
+    """Return the base's job and one for every checkpoint to probe, or for every one of the study."""
     spec = prepared.spec.probe
     if spec is None:
         return []
@@ -61,9 +61,9 @@ def probe_jobs(prepared: Prepared) -> list[Job]:
         audited = [(alias, m) for alias, m in prepared.external.items() if alias != BASE]
         return [base, *(Job("probe", alias, 0, (m.budget,), (base,)) for alias, m in audited)]
     study = prepared.spec
-    chosen = [o.alias for o in study.objectives if not spec.objectives or o.alias in spec.objectives]
-    budgets = [b for b in study.budgets if not spec.budgets or b in spec.budgets]
-    places = [(alias, seed, b) for alias in chosen for seed in study.seeds for b in budgets]
+    aliases = [o.alias for o in study.objectives if not (chosen and spec.objectives) or o.alias in spec.objectives]
+    budgets = [b for b in study.budgets if not (chosen and spec.budgets) or b in spec.budgets]
+    places = [(alias, seed, b) for alias in aliases for seed in study.seeds for b in budgets]
     return [base, *(Job("probe", a, s, (b,), (base,), needs=((a, s, b),)) for a, s, b in places)]
 
 
@@ -118,29 +118,41 @@ class Probing:
         study = self.prepared.spec
         external = self.prepared.external.get(BASE)
         model = external.base_hash if external else weights_hash(study.model, study.revision)
-        given = file_digest(expand(self.spec.directions)) if self.spec.directions else ""
+        given = ""
+        if self.spec.directions:
+            path = expand(self.spec.directions)
+            if not path.is_file():
+                raise LeewayError(f"probe.directions: {path}: no such file", fix="give a directions.safetensors")
+            with readable(path):
+                given = file_digest(path)
         return digest("probe base", VERSION, model, str(study.weight_dtype), self.prompts.hash, self.tree.hash, given)
 
     def directions_path(self) -> Path:
         return self.folder / "directions.safetensors"
 
-    def part(self, job: Job) -> Path:
-        return self.folder / f"{job.alias}-s{job.seed}-{job.budgets[0]}.parquet"
+    def part(self, job: Job, measure: Measure) -> Path:
+        return self.folder / f"{job.alias}-s{job.seed}-{job.budgets[0]}-{measure}.parquet"
+
+    def has_part(self, job: Job, measure: Measure) -> bool:
+        """Return whether a measure of a checkpoint was written under the present settings."""
+        return self.store.has_learning(self.part(job, measure), self._hash(job, measure))
 
     def is_complete(self, job: Job) -> bool:
         if job.alias == BASE:
             return self._base_facts().get("hash") == self.base_hash and self.directions_path().is_file()
-        return self.store.has_learning(self.part(job), self._hash(job))
+        return all(self.has_part(job, measure) for measure in self.spec.measures)
 
     def _base_facts(self) -> dict[str, Any]:
         path = self.folder / "base.json"
         return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
-    def _hash(self, job: Job) -> str:
-        own = self.spec
-        settings = [sorted(own.measures), list(own.attacks), own.mediation, own.states]
-        answers = [(a.item_id, digest(a.answer)) for a in self.answers] if "depth" in own.measures else []
-        return digest("probe", VERSION, self.base_hash, settings, answers, job.alias, job.seed, job.budgets)
+    def _hash(self, job: Job, measure: Measure) -> str:
+        own: list[object] = []
+        if measure == "mediation":
+            own = [list(self.spec.attacks), self.spec.mediation]
+        elif measure == "depth":
+            own = [(a.item_id, digest(a.answer)) for a in self.answers]
+        return digest("probe", VERSION, self.base_hash, measure, own, job.alias, job.seed, job.budgets)
 
     @cached_property
     def answers(self) -> tuple[HarmfulAnswer, ...]:
@@ -199,11 +211,12 @@ class Probing:
         """Measure one checkpoint and write its values."""
         context = replace(self.context(pair, prefix), directions=self.directions(), answers=self.answers)
         context.extras["persona"] = self._persona()  # type: ignore[index]
-        values = [v for name in self.spec.measures for v in RUN[name](context)]
+        identity = {"objective": job.alias, "seed": job.seed, "budget": job.budgets[0]}
+        for name in (m for m in self.spec.measures if not self.has_part(job, m)):
+            records = [{**identity, **asdict(v)} for v in RUN[name](context)]
+            self.store.write_probe(self.part(job, name), records, self._hash(job, name))
         if self.spec.states:
             self._write_states(job, context)
-        identity = {"objective": job.alias, "seed": job.seed, "budget": job.budgets[0]}
-        self.store.write_probe(self.part(job), [{**identity, **asdict(v)} for v in values], self._hash(job))
 
     def _write_states(self, job: Job, context: ProbeContext) -> None:
         """Write the residual stream of both models at the window's positions, with the prompts' ids in the metadata.
@@ -214,7 +227,8 @@ class Probing:
         sides = {"base": context.pair.base, "checkpoint": context.pair.checkpoint}
         tensors = {name: states(context, side, prompts) for name, side in sides.items()}
         facts = {"prompts": [p.id for p in prompts], "positions": context.positions.names}
-        with atomic_write(self.part(job).with_suffix(".states.safetensors")) as scratch:
+        name = f"{job.alias}-s{job.seed}-{job.budgets[0]}-states.safetensors"
+        with atomic_write(self.folder / name) as scratch:
             save_file(tensors, scratch, {"leeway_states": json.dumps(facts)})
 
     def directions(self) -> Directions:
@@ -228,16 +242,21 @@ class Probing:
         }
         return persona_shift.PersonaVectors(by_kind["unit"], by_kind["halves"], self._base_facts().get("persona", ""))
 
-    def collect(self, jobs: Sequence[Job]) -> dict[str, Any]:
-        """Write `probe.parquet` and `probe-contrasts.parquet` from all parts; return the manifest's section."""
-        parts = [self.store.read_probe(self.part(job)).to_pandas() for job in jobs if job.alias != BASE]
+    def collect(self) -> dict[str, Any]:
+        """Write `probe.parquet` and `probe-contrasts.parquet` from all parts; return the manifest's section.
+
+        Parts of earlier probes of this run count too, whatever checkpoints and measures this one is about.
+        """
+        every = probe_jobs(self.prepared, chosen=False)
+        found = [(job, m) for job in every if job.alias != BASE for m in MEASURES if self.has_part(job, m)]
+        parts = [self.store.read_probe(self.part(job, m)).to_pandas() for job, m in found]
         values = pd.concat(parts, ignore_index=True)
         table, paired = mechanism.summarise(values), mechanism.contrasts(values, self.spec.reference)
         self.store.write_probe_tables(table, paired)
         own, given = self.directions(), self.prompts
         size = {s: {k: len(given.of(s, k)) for k in ("harmful", "harmless")} for s in given.sets}
         return {
-            "measures": list(self.spec.measures),
+            "measures": [m for m in MEASURES if any(own == m for _, own in found)],
             "reference": self.spec.reference,
             "prompts": {"n": size, "origins": dict(given.origins), "hash": given.hash},
             "openings": {"version": openings()[0], "hash": self.tree.hash},

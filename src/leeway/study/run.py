@@ -198,7 +198,7 @@ def probe(worker: Worker, executor: Executor, reporter: Reporter) -> None:
     with reporter if left else nullcontext():
         for _ in executor.run_jobs(worker, left, reporter.on_event):
             pass
-    facts = worker.probing.collect(jobs)
+    facts = worker.probing.collect()
     store.write_manifest({**store.read_manifest(), "probe": facts, "file_hashes": store.file_hashes()})
 
 
