@@ -72,6 +72,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run studies without tables, figures and page, which take most of a small study's time.
+
+    For tests of rows, ledgers and checkpoints. Fixtures of a module are set up before this one and write the report.
+    """
+    monkeypatch.setattr("leeway.report.build", lambda folder, *_: Path(folder) / "report.html")
+
+
+@pytest.fixture(autouse=True)
+def _without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figure files out of reports that a test itself builds: drawing takes more than half of a report's time.
+
+    Reports of module fixtures and of commands in processes of their own have them, and tests marked `figures`.
+    """
+    if "figures" not in request.keywords:
+        monkeypatch.setattr("leeway.report.rebuild.draw", lambda *_: [])
+
+
+@pytest.fixture
 def heeding() -> Iterator[None]:
     """A process in the background of a shell ignores Ctrl-C, and so do its children: not for this test."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -42,13 +42,15 @@ evals: {capability: [organism]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[pytest.mark.figures] * (p.stem == "tutorial"), id=p.stem) for p in RUN]
+)
 def test_examples_of_a_page_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # one worker: this process
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # no worker processes
     monkeypatch.delenv("LEEWAY_DATA", raising=False)
     before, session, start = set(sys.modules), Session(tmp_path), time.perf_counter()
     try:

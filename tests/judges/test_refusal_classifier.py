@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +17,7 @@ from leeway.errors import LeewayError
 from leeway.hashing import digest
 from leeway.judges import Answer, RefusalClassifier, fit, load_judge
 from leeway.judges.calibrate import ANY_REFUSAL, Label, LabelledAnswer, LabelledSet, calibrate, load_xstest
+from leeway.judges.judge import Verdict
 from leeway.judges.refusal_classifier import RefusalModel, classifier_rules, ngrams, shipped_model, words
 
 Record = Callable[[str, str], None]
@@ -248,22 +249,27 @@ def test_answers_it_was_fitted_to_give_no_card() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("real_data")
-def test_models_that_are_left_out(tmp_path: Path, record_property: Record) -> None:
+def test_models_that_are_left_out(tmp_path: Path, record_property: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command makes what ships, byte for byte, and every left-out model is judged well enough."""
+    held_out, real = {}, fit.held_out_verdicts
+
+    def spy(sets: Sequence[LabelledSet], data: LabelledSet) -> list[Verdict]:
+        held_out[data.model] = real(sets, data)  # twenty fits: kept for the figures below
+        return held_out[data.model]
+
+    monkeypatch.setattr(fit, "held_out_verdicts", spy)
     judge_fit(tmp_path)
     shipped = files("leeway.judges")
     for name in (fit.WEIGHTS, fit.CARD):
         assert (tmp_path / name).read_bytes() == (shipped / name).read_bytes()
-    sets = load_xstest()
     for part in json.loads((tmp_path / fit.CARD).read_text("utf-8"))["parts"]:
         for name, bound in (("agreement", 0.88), ("sensitivity", 0.80), ("specificity", 0.75)):
             value, low, high = part[name]
             what = f"refusal-classifier on XSTest {part['model']} left out, {name}"
             record_property("measured", f"{what}: {value:.3f} [{low:.3f}, {high:.3f}] (at least {bound})")
             assert value >= bound
-    for data in sets:
-        verdicts = fit.held_out_verdicts(sets, data)
-        alone = [json.loads(v.raw)["probability"] >= 0.5 for v in verdicts]
+    for data in load_xstest():
+        alone = [json.loads(v.raw)["probability"] >= 0.5 for v in held_out[data.model]]
         truth = [a.label in ANY_REFUSAL for a in data.answers]
         right = sum(a == t for a, t in zip(alone, truth, strict=True)) / len(truth)
         found = sum(a and t for a, t in zip(alone, truth, strict=True)) / sum(truth)

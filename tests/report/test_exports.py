@@ -313,6 +313,7 @@ def test_card_names_hub_models_but_not_local_paths(run: Path):
     assert "my-model" in text
 
 
+@pytest.mark.figures
 def test_rebuilding_changes_nothing(run: Path, tmp_path: Path):
     again = tmp_path / run.name
     shutil.copytree(run, again)

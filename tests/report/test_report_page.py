@@ -77,6 +77,7 @@ def test_all_files_and_sections_exist(run: Path, page: str):
     assert "5f2a9be1c0d3e4f6" in page
 
 
+@pytest.mark.figures
 def test_same_rows_give_the_same_bytes(run: Path, tmp_path: Path):
     first = contents(run)
     again = synthetic.write(tmp_path / run.name, small())
@@ -196,6 +197,7 @@ def test_results_json_is_strict_and_complete(run: Path):
     assert len(found["contrasts"]) == len(pd.read_csv(run / "tables/contrasts.csv"))
 
 
+@pytest.mark.figures
 def test_second_report_removes_stale_files(tmp_path: Path):
     folder = synthetic.write(tmp_path, synthetic.rows(("sft",), (25_000,), **SMALL))
     report.build(folder)
@@ -222,6 +224,7 @@ def test_long_response_is_truncated_and_counted(tmp_path: Path):
     assert len(page) < 1_000_000
 
 
+@pytest.mark.figures
 def test_other_shapes_of_study(tmp_path: Path):
     tiny = {"capability": 8, "prompts": 8, "items": 6}
     shapes = {

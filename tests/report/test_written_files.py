@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -11,8 +12,24 @@ import synthetic
 
 from leeway import report
 from leeway.errors import LeewayError
+from leeway.report import rebuild
+from leeway.report.plotting import Drawing
+from leeway.report.results import Results
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.figures]
+
+
+def drawn(results: Results, *_: object) -> list[Drawing]:
+    """Two figures without a line in them: the tests are about their files."""
+    names = ["contrasts", *(["tradeoff"] if "jailbreak" in set(results.rows["eval"]) else [])]
+    return [Drawing(n, n, n, n, f"<svg id='{n}'/>", n.encode(), n.encode()) for n in names]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_figures() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rebuild, "draw", drawn)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +96,6 @@ def test_symbolic_links_are_not_followed(run: Path, tmp_path: Path) -> None:
 
 
 def test_killed_report_can_be_rebuilt(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leeway.report import rebuild
-
     fewer_rows(run)
     real, calls = rebuild.write_file, 0
 

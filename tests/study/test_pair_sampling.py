@@ -15,7 +15,7 @@ from leeway.plan.show import show
 from leeway.study.load import parse
 from leeway.study.prepare import PairSampling, prepare
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_report")]
 
 STUDY = """
 name: drawn

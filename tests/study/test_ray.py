@@ -22,7 +22,7 @@ from leeway.study.progress import Reporter
 from leeway.study.run import run
 from leeway.study.run_dir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_report")]
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 

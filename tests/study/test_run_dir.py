@@ -20,7 +20,7 @@ from leeway.errors import LeewayError
 from leeway.study.run_dir import RunDir
 from leeway.study.worker import Worker
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_report")]
 
 ROUNDS = 12
 

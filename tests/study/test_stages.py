@@ -24,7 +24,7 @@ from leeway.study.prepare import prepare
 from leeway.study.run_dir import RunDir
 from leeway.training.trajectory import Trial, choose_learning_rate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_report")]
 
 STUDY = """
 name: stages

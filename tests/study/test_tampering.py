@@ -18,7 +18,7 @@ from leeway.errors import LeewayError
 from leeway.report import build
 from leeway.study.ledger_report import view
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_report")]
 
 SWEEP = "lr: tuned, tune: {lrs: [1.0e-3], budget: 200, items: 4}"
 

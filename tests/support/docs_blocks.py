@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command import leeway, split
+
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>\w+) -->\n)?^```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
     re.M | re.S,
@@ -132,18 +134,9 @@ class Session:
 
     def _leeway(self, command: str) -> tuple[str, str]:
         """Run a leeway command in this process, through the same entry point, to save the start of an interpreter."""
-        from leeway.cli import main
-
-        before = sys.argv
-        sys.argv = shlex.split(command, comments=True)
-        with _captured() as out, contextlib.redirect_stderr(io.StringIO()) as err:
-            try:
-                main()
-            except SystemExit as end:
-                self.code = int(end.code or 0)
-            finally:
-                sys.argv = before
-        return out.getvalue(), err.getvalue()
+        done = leeway(*split(command))
+        self.code = done.returncode
+        return done.stdout, done.stderr
 
     def _shell(self, command: str) -> tuple[str, str]:
         script = f'leeway() {{ {shlex.quote(sys.executable)} -m leeway "$@"; }}\n(exit {self.code})\n{command}'
