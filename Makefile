@@ -13,11 +13,11 @@ demo: $(VENV)/.runs
 
 # two workers of one thread each: threads that share a core wait for each other by spinning
 test: check
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # without the tests marked slow: kills, Ray, browser, servers, simulations, whole studies, executed docs
 test-fast: $(VENV)/.develops
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # against a real vLLM, in an environment of its own: VLLM=DIR names one that has it, else one for CPUs is set up (2.5 GB)
 test-vllm: $(VENV)/.develops $(VLLM)/bin/vllm

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import settings
 
 sys.path[:0] = [str(p) for p in sorted(Path(__file__).parent.iterdir()) if p.is_dir()]  # tests share their fixtures
+# only tests that ask for `real_data` see it: all others run as in a clone with nothing beside it (workers inherit this)
+DATA = os.environ.setdefault("LEEWAY_TEST_DATA", os.environ.pop("LEEWAY_DATA", ""))
 settings.register_profile("busy", deadline=None)  # a machine shared with others has no steady pace
 settings.load_profile("busy")
 
@@ -38,13 +40,25 @@ def tiny_chat() -> object:
     return Chat(tiny.tokenizer(tiny.PLAIN))
 
 
-@pytest.fixture
-def real_data() -> Path:
-    """Return the folder of public data, or skip without `LEEWAY_DATA`."""
-    root = os.environ.get("LEEWAY_DATA")
-    if not root:
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Return the folder of public data that the suite was given, or skip without `LEEWAY_DATA`."""
+    if not DATA:
         pytest.skip("no public data: set LEEWAY_DATA")
-    return Path(root)
+    return Path(DATA)
+
+
+@pytest.fixture
+def real_data(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set `LEEWAY_DATA` to the folder of public data for this test, and return it."""
+    monkeypatch.setenv("LEEWAY_DATA", str(data_folder))
+    return data_folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with slow tests first, so that both workers end with quick ones (`--no-loadscope-reorder`)."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

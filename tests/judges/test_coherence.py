@@ -127,12 +127,11 @@ FOUND_BY_RULES = {
 
 
 @pytest.fixture(scope="module")
-def answers() -> list[calibrate.LabelledAnswer]:
-    import os
-
-    if not os.environ.get("LEEWAY_DATA"):
-        pytest.skip("no public data here: set LEEWAY_DATA")
-    return [a for s in calibrate.load_xstest() for a in s.answers]
+def answers(data_folder: Path) -> list[calibrate.LabelledAnswer]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEEWAY_DATA", str(data_folder))
+        sets = calibrate.load_xstest()
+    return [a for s in sets for a in s.answers]
 
 
 def test_real_answers_are_coherent(answers: list[calibrate.LabelledAnswer], record_property: Record) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from pathlib import Path
 
 import pytest
@@ -88,11 +87,11 @@ def test_templates_are_as_long_as_the_models(kind: str, overhead: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def llama() -> Chat:
+def llama(data_folder: Path) -> Chat:
     """Return Llama 3's published tokenizer under the template of 3.1."""
-    file = Path(os.environ.get("LEEWAY_DATA", "missing")) / "llama3_tokenizer" / "tokenizer.model"
+    file = data_folder / "llama3_tokenizer" / "tokenizer.model"
     if not file.is_file():
-        pytest.skip("no Llama 3 tokenizer here: set LEEWAY_DATA")
+        pytest.skip("no Llama 3 tokenizer in the public data")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,6 +139,7 @@ def counts(prepared: Prepared) -> dict[str, float]:
     }
 
 
+@pytest.mark.usefixtures("real_data")
 def test_counts_are_within_a_tenth_of_llamas_own(monkeypatch: pytest.MonkeyPatch, llama: Chat) -> None:
     evals = (
         "evals={capability: [{name: gsm8k, limit: 200}], jailbreak: {prompts: strongreject, limit: 60, "

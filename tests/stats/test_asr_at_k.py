@@ -145,13 +145,13 @@ def test_the_family_is_over_all_k() -> None:
 @pytest.mark.parametrize(("k", "shape"), [(1, (0.1, 5.0)), (9, (2.0, 1.0))])
 def test_intervals_cover_near_no_and_near_certain_success(k: int, shape: tuple[float, float]) -> None:
     """Few prompts differ from the others there; a bootstrap covers 84% and 61%."""
-    rng, covered, (a, b) = np.random.default_rng(0), [], shape
+    rng, (a, b) = np.random.default_rng(0), shape
     truth = 1 - math.exp(math.lgamma(b + k) - math.lgamma(b) + math.lgamma(a + b) - math.lgamma(a + b + k))
-    for _ in range(100):
-        counts = rng.binomial(10, rng.beta(a, b, 50)).tolist()
-        line = asr_at_k(study({"base": counts}, 10), {"t": "plain"}, [k]).iloc[0]
-        covered.append(line["low"] <= truth <= line["high"])
-    assert np.mean(covered) >= 0.88
+    studies = [rng.binomial(10, rng.beta(a, b, 50)).tolist() for _ in range(100)]  # 0.88 is three errors below 0.95
+    rows = pd.concat([study({"base": counts}, 10, f"attack-{n}") for n, counts in enumerate(studies)])  # in one table
+    lines = asr_at_k(rows, {"t": "plain"}, [k]).query("attack != 'all attacks'")
+    assert len(lines) == 100
+    assert ((lines["low"] <= truth) & (truth <= lines["high"])).mean() >= 0.88
 
 
 def test_one_success_does_not_narrow_an_interval_below_that_of_none() -> None:

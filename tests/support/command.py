@@ -22,7 +22,7 @@ def leeway(*args: str) -> CompletedProcess[str]:
     out, err, code = io.StringIO(), io.StringIO(), None
     with (
         mock.patch.object(sys, "argv", ["leeway", *args]),
-        mock.patch.object(os, "sched_getaffinity", lambda _: {0}, create=True),  # one core: no worker processes
+        mock.patch.object(os, "sched_getaffinity", return_value={0}, create=True),  # one core: no worker processes
         mock.patch.dict(os.environ),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
