@@ -96,3 +96,19 @@ def test_a_checkpoint_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
 
 def test_a_probe_changes_no_hash_of_a_study() -> None:
     assert Study.from_dict(STUDY).spec.hash == Study.from_dict({**STUDY, "probe": PROBE}).spec.hash
+
+
+def test_training_answers_are_projected_before_training_and_compared_with_the_drift() -> None:
+    place = {"layer": 0, "site": "resid", "position": "-1"}
+    lines = [
+        {"objective": "data", "seed": 0, "budget": 0, "measure": "persona-data", "detail": t, "value": v, **place}
+        for t, v in zip("abcdef", (0.5, 0.4, 0.3, 0.2, 0.1, -0.1), strict=True)
+    ]
+    drift = pd.DataFrame(
+        {"objective": "sft", "seed": 0, "budget": 8, "trait": list("abcdef"), "difference": [6, 5, 4, 3, -1, -2]}
+    )
+    found = mechanism.prediction(pd.DataFrame(lines, columns=mechanism.COLUMNS), drift)
+    assert found["agrees"].tolist() == [True, True, True, True, False, True]
+    assert found["rank_correlation"].tolist() == [1.0] * 6
+    few = mechanism.prediction(pd.DataFrame(lines[:3], columns=mechanism.COLUMNS), drift)
+    assert few["rank_correlation"].isna().all()

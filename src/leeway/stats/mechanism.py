@@ -258,3 +258,31 @@ def contrasts(values: pd.DataFrame, reference: str) -> pd.DataFrame:
                 | {"p": adjusted_M[m]}
             )
     return pd.DataFrame(lines, columns=CONTRASTS)
+
+
+MIN_TRAITS = 5  # a rank correlation over fewer says nothing
+
+
+def prediction(table: pd.DataFrame, drift: pd.DataFrame) -> pd.DataFrame:
+    """Return, per checkpoint and trait, what the training data predicted and what happened.
+
+    `drift`: columns objective, seed, budget, trait, difference. Columns added: `projection` of the data along the
+    trait's vector at the middle layer with its interval, `shift` of the checkpoint along it, `agrees` (same sign as the
+    projection), and `rank_correlation` over the traits of the checkpoint (NaN below 5 traits).
+    """
+    data = table[(table["measure"] == "persona-data") & table["value"].notna()]
+    columns = [*drift.columns, "projection", "low", "high", "shift", "agrees", "rank_correlation"]
+    if data.empty or drift.empty:
+        return pd.DataFrame(columns=columns)
+    middle = int(data["layer"].median())
+    kept = ["detail", "value", "low", "high"]
+    at = data[data["layer"] == middle][kept].rename(columns={"detail": "trait", "value": "projection"})
+    shift = table[(table["measure"] == "persona-shift") & (table["layer"] == middle)]
+    moved = shift[[*CHECKPOINT, "detail", "value"]].rename(columns={"detail": "trait", "value": "shift"})
+    found = drift.merge(at, on="trait").merge(moved, on=[*CHECKPOINT, "trait"], how="left")
+    found["agrees"] = np.sign(found["projection"]) == np.sign(found["difference"])
+    found["rank_correlation"] = NAN
+    for _, own in found.groupby(CHECKPOINT):
+        if len(own) >= MIN_TRAITS:
+            found.loc[own.index, "rank_correlation"] = own["projection"].corr(own["difference"], method="spearman")
+    return found[columns]

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from leeway.data import persona
+from leeway.data.safety_prompts import subset
 from leeway.data.types import PersonaItem
 from leeway.errors import LeewayError
 from leeway.evals.jailbreak import Jailbreak
@@ -35,9 +36,10 @@ from leeway.probe.spec import MEASURES, Measure, ProbeSpec
 from leeway.stats import mechanism
 from leeway.study.build_evals import forbidden_prompts
 from leeway.study.jobs import BASE, Job
-from leeway.study.prepare import Prepared
+from leeway.study.prepare import Prepared, train_examples
 from leeway.study.run_dir import RunDir
 
+DATA = "data"  # the objective column of what is measured on the training data, before training
 VERSION = 1  # of what a part holds
 RUN: dict[Measure, Callable[[ProbeContext], list[Value]]] = {
     "geometry": geometry.measure,
@@ -197,7 +199,22 @@ class Probing:
         tensors |= {f"halves/{t}": v.contiguous() for t, v in own.halves_L.items()}
         with atomic_write(self.folder / "persona.safetensors") as scratch:
             save_file(tensors or {"none": torch.zeros(1)}, scratch)
+        if "persona" in self.spec.measures and not self.prepared.external:
+            self._project_data(context, own)
         write_json(self.folder / "base.json", {"hash": self.base_hash, "persona": own.source})
+
+    def _project_data(self, context: ProbeContext, own: persona_shift.PersonaVectors) -> None:
+        """Write the projection of the training answers: what the data alone predict of the drift."""
+        spec = self.prepared.spec
+        try:
+            examples = subset(train_examples(spec)[0], self.spec.prompts, "probe data")
+        except LeewayError as error:  # the data of a finished run need not be at hand
+            values = [Value("persona-data", reason=f"the training data could not be read ({error.what})")]
+        else:
+            context.extras["persona"] = own  # type: ignore[index]
+            values = persona_shift.of_data(context, examples)
+        records = [{"objective": DATA, "seed": 0, "budget": 0, **asdict(v)} for v in values]
+        self.store.write_probe(self.folder / "data.parquet", records, self.base_hash)
 
     def _traits(self) -> dict[str, Sequence[PersonaItem]]:
         own = self.prepared.spec.evals.persona
@@ -250,6 +267,8 @@ class Probing:
         every = probe_jobs(self.prepared, chosen=False)
         found = [(job, m) for job in every if job.alias != BASE for m in MEASURES if self.has_part(job, m)]
         parts = [self.store.read_probe(self.part(job, m)).to_pandas() for job, m in found]
+        if self.store.has_learning(self.folder / "data.parquet", self.base_hash):
+            parts.append(self.store.read_probe(self.folder / "data.parquet").to_pandas())
         values = pd.concat(parts, ignore_index=True)
         table, paired = mechanism.summarise(values), mechanism.contrasts(values, self.spec.reference)
         self.store.write_probe_tables(table, paired)
@@ -279,7 +298,7 @@ def of_data(probing: Probing, base: Model, examples: Sequence[Any]) -> pd.DataFr
     context = probing.context(ModelPair.of(base, base))
     context.extras["persona"] = persona_shift.vectors(context, probing._traits())  # type: ignore[index]
     values = persona_shift.of_data(context, examples)
-    identity = {"objective": "data", "seed": 0, "budget": 0}
+    identity = {"objective": DATA, "seed": 0, "budget": 0}
     return mechanism.summarise(pd.DataFrame([{**identity, **asdict(v)} for v in values]))
 
 
