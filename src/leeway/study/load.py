@@ -29,7 +29,7 @@ PRESETS: dict[str, str] = {
     "demo": "the embedded organism, six objectives, a few minutes on a CPU, no download",
     "real-data": "GSM8K, StrongREJECT and Anthropic's persona statements, on any local or hub model",
     "smollm2": "a real small chat model (leeway fetch smollm2-135m), six objectives on GSM8K, on a CPU",
-    "smollm2-quick": "the same in small: two budgets, fewer prompts, one seed",
+    "smollm2-quick": "the same in small: four objectives, two budgets, fewer prompts",
     "objective-matters": "the study of arXiv 2601.12639 on Llama-3.1-8B-Instruct; scales down to the organism",
     "ablation-kl": "KL at several weights under both reductions: where it protects, where it stops learning",
     "ablation-orpo": "ORPO at several weights, and its odds ratio alone",
