@@ -6,9 +6,10 @@ refusal logit under ablation on harmful prompts, if
 
 - ablating it moves the next-token distribution on harmless prompts by at most 0.1 nats (KL), and
 - adding it at its layer makes harmless prompts refused (their mean refusal logit rises above 0, or if no candidate
-  reaches that, by at least half the gap between harmful and harmless prompts).
+  reaches that, above the middle of harmful and harmless prompts).
 
-If no candidate passes, the one with the lowest logit is taken and `limits` says what it fails; the page repeats it.
+If no candidate passes, the one with the smallest KL is taken among those that work both ways: ablation brings the
+logit below that middle, addition above it. `limits` then says what it fails, and the page repeats it.
 
 Zhao et al. 2025 (arXiv 2507.11878): at the instruction's last token the same difference is about harmfulness, at the
 template's last token about refusal. Both are kept for every layer.
@@ -146,44 +147,48 @@ def compute(context: ProbeContext) -> Directions:
 def choose(context: ProbeContext, mean_LPD: Tensor) -> tuple[tuple[Candidate, ...], Candidate, tuple[float, float]]:
     """Return (the measured candidates, the chosen one, plain mean logits of harmful and harmless prompts).
 
-    The ablation of every candidate is measured on a few prompts, all three effects of the best of them too, and those
-    of the finalists on all selection prompts. Raises LeewayError if none
-    brings the logit below the middle of harmful and harmless prompts.
+    What adding every candidate induces is measured on a few prompts, all effects of the best of them too, and those of
+    the finalists on all selection prompts. Raises LeewayError if the best one does not bring the logit of harmful
+    prompts below the middle.
     """
     side, names = context.pair.base, context.positions.names
     harmful, harmless = (context.prompts.of("selection", kind) for kind in ("harmful", "harmless"))
     depth = max(1, int(DEPTH * len(mean_LPD)))
     places = [(layer, k) for layer in range(depth) for k in range(len(names))]
 
-    def effects(count: int) -> _Effects:
-        return _Effects.of(context, side, harmful[:count], harmless[:count])
-
-    def measure(some: Seq[tuple[int, int]], own: _Effects) -> list[Candidate]:
+    def measure(some: Seq[tuple[int, int]], count: int) -> tuple[list[Candidate], tuple[float, float]]:
+        own = _Effects.of(context, side, harmful[:count], harmless[:count])
         found = [own.candidate(layer, names[k], mean_LPD[layer, k]) for layer, k in some]
-        return _allow(found, own.plain)
+        return _allow(found, own.plain), own.plain
 
     if len(places) > FINALISTS and len(harmful) > SCREEN:
-        few = effects(SCREEN)
-        lowest = sorted(places, key=lambda p: few.ablated(mean_LPD[p]))[: 3 * FINALISTS]
-        screened = dict(zip(lowest, measure(lowest, few), strict=True))
-        ranked = sorted(lowest, key=lambda p: (not screened[p].allowed, screened[p].ablated))
-        places = sorted(ranked[:FINALISTS])
-    every = effects(len(harmful))
-    table, plain = measure(places, every), every.plain
-    allowed = [c for c in table if c.allowed]
-    best = min(allowed or table, key=lambda c: c.ablated)
+        few = _Effects.of(context, side, (), harmless[:SCREEN])
+        inducing = sorted(places, key=lambda p: -few.induced(p[0], mean_LPD[p]))[: 3 * FINALISTS]
+        screened, plain = measure(inducing, SCREEN)
+        ranked = sorted(zip(inducing, screened, strict=True), key=lambda pair: _rank(pair[1], plain))
+        places = sorted(place for place, _ in ranked[:FINALISTS])
+    table, plain = measure(places, len(harmful))
+    best = min(table, key=lambda c: _rank(c, plain))
     if best.ablated > sum(plain) / 2:
-        what = f"probe: no direction mediates refusal in the base (lowest logit under ablation {best.ablated:.2f} at "
+        what = f"probe: no direction mediates refusal in the base (logit under ablation {best.ablated:.2f} at "
         what += f"layer {best.layer + 1}; plain {plain[0]:.2f} on harmful prompts, {plain[1]:.2f} on harmless ones)"
         raise LeewayError(what, fix="check that the base refuses the harmful prompts and answers the harmless ones")
     marked = tuple(Candidate(**{**asdict(c), "chosen": c is best}) for c in table)
     return marked, next(c for c in marked if c.chosen), plain
 
 
+def _rank(c: Candidate, plain: tuple[float, float]) -> tuple[int, float]:
+    """Order candidates: those that meet all criteria by their ablation, then those that work both ways by their KL."""
+    if c.allowed:
+        return 0, c.ablated
+    middle = sum(plain) / 2
+    return (1 if c.ablated < middle < c.induced else 2), c.kl
+
+
 def _allow(found: Seq[Candidate], plain: tuple[float, float]) -> list[Candidate]:
     """Mark the candidates that mediate refusal: little change on harmless prompts, and refusal induced by adding."""
     reaches = any(c.induced > 0 and c.kl <= MAX_KL for c in found)
-    least = 0.0 if reaches else plain[1] + 0.5 * (plain[0] - plain[1])
+    least = 0.0 if reaches else sum(plain) / 2
     return [
         Candidate(**{**asdict(c), "allowed": c.kl <= MAX_KL and c.induced > least and c.ablated < plain[0]})
         for c in found
@@ -204,22 +209,21 @@ class _Effects:
     @classmethod
     def of(cls, context: ProbeContext, side: Side, harmful: Seq[ProbePrompt], harmless: Seq[ProbePrompt]) -> _Effects:
         own = cls(context, side, harmful, harmless, (0.0, 0.0), {})
-        refused, _ = own._logits(harmful, {})
+        refused = own._logits(harmful, {})[0] if harmful else float("nan")
         answered, own.logp_HV = own._logits(harmless, {}, distributions=True)
         own.plain = (refused, answered)
         return own
 
-    def ablated(self, direction_D: Tensor) -> float:
-        """Return the mean refusal logit of the harmful prompts with a direction ablated."""
-        return self._logits(self.harmful, ablate_everywhere(self.side.blocks, direction_D / direction_D.norm()))[0]
+    def induced(self, layer: int, direction_D: Tensor) -> float:
+        """Return the mean refusal logit of the harmless prompts with the direction added after block `layer`."""
+        return self._logits(self.harmless, {(layer, "resid"): addition(direction_D)})[0]
 
     def candidate(self, layer: int, position: str, direction_D: Tensor) -> Candidate:
         edits = ablate_everywhere(self.side.blocks, direction_D / direction_D.norm())
-        ablated = self.ablated(direction_D)
+        ablated, _ = self._logits(self.harmful, edits)
         _, logp_HV = self._logits(self.harmless, edits, distributions=True)
         kl = sum(float((p.exp() * (p - logp_HV[i])).sum()) for i, p in self.logp_HV.items()) / len(self.logp_HV)
-        induced, _ = self._logits(self.harmless, {(layer, "resid"): addition(direction_D)})
-        return Candidate(layer, position, ablated, induced, kl)
+        return Candidate(layer, position, ablated, self.induced(layer, direction_D), kl)
 
     def _logits(
         self, prompts: Seq[ProbePrompt], edits: Mapping[Point, Edit], *, distributions: bool = False
