@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from gated import answers, moved, run
+
+from leeway import cli
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +39,7 @@ def ran(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize("error", ["RuntimeError('two\\nlines')", "MemoryError()", "RecursionError('too deep')"])
+@pytest.mark.parametrize("error", ["RuntimeError('two\\nlines')", "RecursionError('too deep')"])
 def test_a_crash_exits_70_with_one_line(error: str) -> None:
     command = [sys.executable, "-c", CRASHES.format(error=error), "gate", "x", "--rule", "y"]
     found = ran(command)
@@ -49,6 +53,58 @@ def test_a_crash_exits_70_with_one_line(error: str) -> None:
     assert verbose.returncode == 70
     assert "Traceback (most recent call last)" in verbose.stderr
     assert "in crash" in verbose.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (SystemExit(1), 70, "internal error: a library ended the process with 1"),
+        (SystemExit("gone"), 70, "internal error: a library ended the process with 'gone'"),
+        (asyncio.CancelledError(), 70, "internal error: CancelledError; add -v for the traceback"),
+        (
+            BaseExceptionGroup("both", [KeyboardInterrupt(), ValueError()]),
+            70,
+            "internal error: BaseExceptionGroup: both",
+        ),
+        (KeyboardInterrupt(), 130, "stopped; run the same command again to resume"),
+        (MemoryError(), 2, "not enough memory; free some"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "not enough memory; free some"),
+        (OSError(errno.EIO, "", "/mnt/x"), 2, "/mnt/x: Input/output error; check the disk"),
+        (OSError(errno.EMFILE, ""), 2, "too many open files; raise the limit"),
+        (OSError(errno.EFBIG, ""), 2, "no disk space left for the output folder"),
+        (OSError(errno.EROFS, "", "/mnt/x"), 2, "/mnt/x: not writable; give another --out"),
+    ],
+)
+def test_no_exception_has_the_exit_code_of_a_verdict(
+    error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", crash)
+    monkeypatch.setattr(sys, "argv", ["leeway", "gate"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"leeway: {line}")
+
+
+def test_a_package_that_cannot_be_imported_exits_70() -> None:
+    """Python itself would exit 1, which says that the gate's rules fail."""
+    script = "import sys; sys.modules['leeway.cli'] = None; from leeway.__main__ import main; main()"
+    found = ran([sys.executable, "-c", script])
+    assert found.returncode == 70
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("leeway: cannot run (ModuleNotFoundError")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_from_the_start_change_no_exit_code(closed: str) -> None:
+    command = f"{sys.executable} -m leeway gate /nowhere --rule /nowhere.yaml {closed}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize(("rules", "code"), [(PASSES, 0), (FAILS, 1)])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from leeway.cache import RecordStore
 from leeway.errors import LeewayError
 from leeway.io import (
     atomic_folder,
@@ -42,6 +43,30 @@ def test_files_and_folders_obey_the_umask(umask: int, tmp_path: Path) -> None:
     file, folder = 0o666 & ~umask, 0o777 & ~umask
     assert modes == {"a": folder, "text": file, "json": file, "folder": folder, "file": file}
     assert (tmp_path / "a" / "json").read_text("utf-8") == '{\n "a": "é",\n "b": 1\n}\n'
+
+
+def test_what_was_written_is_flushed_with_the_names_that_lead_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut keeps only what `fsync` has named: the file, and every folder that gained a name."""
+    flushed: dict[int, set[str] | int] = {}
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        real(handle)
+        path = Path(f"/proc/self/fd/{handle}").resolve()
+        flushed[os.fstat(handle).st_ino] = {p.name for p in path.iterdir()} if path.is_dir() else path.stat().st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_file(tmp_path / "new" / "folder" / "file", "whole")
+    with atomic_folder(tmp_path / "other" / "checkpoint", lambda _: False) as scratch:
+        (scratch / "inner").mkdir()
+        (scratch / "inner" / "weights").write_text("whole")
+    RecordStore(tmp_path / "cache" / "replies").put({"key": "reply"})
+    assert flushed[tmp_path.stat().st_ino] == {"new", "other", "cache"}
+    for path in tmp_path.rglob("*"):
+        here = {p.name for p in path.iterdir()} if path.is_dir() else path.stat().st_size
+        assert flushed[path.stat().st_ino] == here, path
 
 
 def test_an_error_leaves_the_old_content_and_no_partial_file(tmp_path: Path) -> None:

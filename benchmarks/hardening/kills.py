@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,8 @@ RULES = "against: base\nrules: [{measure: accuracy, at_least: 0.01}]\n"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=200, help="kills of `run` in one process")
-    parser.add_argument("--commands", type=int, default=20, help="kills of every other command")
+    parser.add_argument("--reports", type=int, default=40, help="kills of a report while it is written")
+    parser.add_argument("--commands", type=int, default=10, help="kills of every other command")
     parser.add_argument("--workers", type=int, default=20, help="kills of a run with two workers")
     parser.add_argument("--ray", type=int, default=0, help="kills of a run on Ray")
     parser.add_argument("--races", type=int, default=20, help="races of three processes for one folder")
@@ -58,7 +59,7 @@ class Tally:
 
 @dataclass
 class Bench:
-    """The study, its uninterrupted run, its duration in seconds and its number of file operations."""
+    """The study, its uninterrupted run, its CPU time in seconds and its number of file operations."""
 
     folder: Path
     study: Path
@@ -70,12 +71,11 @@ class Bench:
     @classmethod
     def build(cls, folder: Path) -> Bench:
         study, whole, counter = write_study(folder), folder / "whole", folder / "operations"
-        start = time.monotonic()
         hook = count_operations(whole, note_in(counter))
         fork = Fork(["run", str(study), "--out", str(whole), "--quiet", "--workers", "1"], folder / "whole.log", hook)
         if code := fork.start().wait():
             sys.exit(f"the uninterrupted run ended with {code}: {fork.output}")
-        return cls(folder, study, whole, time.monotonic() - start, int(counter.read_text()), snapshot(whole))
+        return cls(folder, study, whole, fork.cpu_seconds, int(counter.read_text()), snapshot(whole))
 
     def arguments(self, out: Path, workers: int = 1) -> list[str]:
         return ["run", str(self.study), "--out", str(out), "--quiet", "--workers", str(workers)]
@@ -84,7 +84,7 @@ class Bench:
 def run(options: argparse.Namespace) -> list[Line]:
     preload()
     bench = Bench.build(options.folder)
-    print(f"uninterrupted: {bench.seconds:.1f} s, {bench.operations} file operations", flush=True)
+    print(f"uninterrupted: {bench.seconds:.1f} s of CPU, {bench.operations} file operations", flush=True)
     held = "the bytes of an uninterrupted run"
     lines = [
         _kill_runs(bench, options.n // 2, random_of(options, "time"), by_time=True).line(
@@ -94,7 +94,10 @@ def run(options: argparse.Namespace) -> list[Line]:
             "`run`, one process: kill -9 before a random file operation, resumed", held
         ),
     ]
-    lines += _kill_commands(bench, options.commands, random_of(options, "commands"))
+    if options.reports:
+        lines.append(_kill_reports(bench, options.reports, random_of(options, "reports")))
+    if options.commands:
+        lines += _kill_commands(bench, options.commands, random_of(options, "commands"))
     lines.append(
         _race(bench, options.races, random_of(options, "races")).line(
             "three `run` at once for one folder, one of them killed", held
@@ -126,7 +129,7 @@ def _kill_runs(bench: Bench, n: int, rng: random.Random, *, by_time: bool) -> Ta
             operation = rng.randint(1, bench.operations // 3)
             hook = (lambda: None) if by_time or last else kill_at(out, operation)
             fork = Fork(bench.arguments(out), bench.folder / f"{out.name}.log", hook).start()
-            code = fork.wait_or_kill(rng.uniform(0.0, bench.seconds)) if by_time and not last else fork.wait()
+            code = fork.kill_after(rng.uniform(0.0, bench.seconds / 2)) if by_time and not last else fork.wait()
             if code != -signal.SIGKILL:
                 break
             tally.tried += 1
@@ -139,14 +142,12 @@ def _kill_runs(bench: Bench, n: int, rng: random.Random, *, by_time: bool) -> Ta
 
 
 def _commands(bench: Bench) -> Iterator[tuple[str, Callable[[Path], list[str]]]]:
-    """Yield the commands that write into a finished run or next to it."""
+    """Yield the commands that write into a finished run or next to it; what they leave must not depend on a kill."""
     rules = bench.folder / "rules.yaml"
     rules.write_text(RULES, "utf-8")
-    yield "report", lambda run: ["report", str(run)]
     yield "rescore", lambda run: ["rescore", str(run), "--judge", "keywords", "--quiet"]
     yield "gate", lambda run: ["gate", str(run), "--rule", str(rules)]
     yield "export --redacted", lambda run: ["export", str(run), "--redacted", "--out", str(run / "public")]
-    yield "compare", lambda run: ["compare", str(bench.whole), str(run), "--out", str(run / "compared")]
     yield "judge sheet", lambda run: ["judge", "sheet", str(run), "--n", "5"]
     yield "cache clear", lambda run: ["cache", "clear", str(run)]
 
@@ -156,17 +157,14 @@ def _kill_commands(bench: Bench, n: int, rng: random.Random) -> list[Line]:
     for name, arguments in _commands(bench):
         tally, counter, log = Tally(), bench.folder / "operations", bench.folder / f"{name.split()[0]}.log"
         base = bench.folder / "command"
-        shutil.rmtree(base, ignore_errors=True)
-        shutil.copytree(bench.whole, base, symlinks=True)
+        _copy(bench.whole, base)
         counter.write_text("0")
-        hook = count_operations(base, note_in(counter))
-        fork = Fork(arguments(base), log, hook).start()
+        fork = Fork(arguments(base), log, count_operations(base, note_in(counter))).start()
         if (code := fork.wait()) not in (0, 1, 3):
             tally.fault(f"{name}: exit {code}: {fork.output.strip()[-300:]}")
         expected, operations = snapshot(base), max(1, int(counter.read_text()))
         for _ in range(n):
-            shutil.rmtree(base)
-            shutil.copytree(bench.whole, base, symlinks=True)
+            _copy(bench.whole, base)
             killed = Fork(arguments(base), log, kill_at(base, rng.randint(1, operations))).start().wait()
             tally.tried += killed == -signal.SIGKILL
             if found := torn(base):
@@ -178,15 +176,69 @@ def _kill_commands(bench: Bench, n: int, rng: random.Random) -> list[Line]:
     return lines
 
 
+def _copy(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, symlinks=True)
+
+
+def _kill_reports(bench: Bench, n: int, rng: random.Random) -> Line:
+    """Kill the writing of a report, over an older one or over none; the files are computed once."""
+    from leeway.report import rebuild
+
+    tally, made, base = Tally(), bench.folder / "report-files", bench.folder / "report"
+    _copy(bench.whole, base)
+
+    def keep() -> None:
+        write, made_files = rebuild.replace_files, made
+
+        def replace_files(folder: Path, files: Any) -> None:
+            made_files.write_bytes(pickle.dumps(dict(files)))
+            write(folder, files)
+
+        rebuild.replace_files = replace_files
+
+    fork = Fork(["report", str(base)], bench.folder / "report.log", keep, report=True).start()
+    if code := fork.wait():
+        tally.fault(f"report: exit {code}: {fork.output.strip()[-300:]}")
+        return tally.line("`report`", "")
+    new, counter = pickle.loads(made.read_bytes()), bench.folder / "operations"
+    old = {name: content + (" " if isinstance(content, str) else b" ") for name, content in new.items()}
+    older = {**old, "tables/gone.csv": "of an earlier version"}
+
+    def write(files: dict[str, str | bytes], before: Callable[[], None] = lambda: None) -> int:
+        fork = Fork(
+            [], bench.folder / "report.log", lambda: (before(), rebuild.replace_files(base, files), os._exit(0))
+        )  # type: ignore[func-returns-value]
+        return fork.start().wait()
+
+    for k in range(n):
+        _copy(bench.whole, base)
+        if k % 2:
+            write(older)
+        write(new, count_operations(base, note_in(counter)))
+        expected = snapshot(base)
+        _copy(bench.whole, base)
+        if k % 2:
+            write(older)
+        killed = write(new, kill_at(base, rng.randint(1, int(counter.read_text()))))
+        tally.tried += killed == -signal.SIGKILL
+        if found := torn(base):
+            tally.fault(f"report after a kill: {found[0]}")
+        _check(tally, write(new), "", base, expected, "report")
+    return tally.line("`report`: kill -9 before a random file operation, then again", "the same files")
+
+
 def _race(bench: Bench, n: int, rng: random.Random) -> Tally:
     """Three processes start one study into one fresh folder; one is killed at a random time."""
     tally = Tally()
     for k in range(n):
         out = bench.folder / f"race-{k}"
         forks = [Fork(bench.arguments(out), bench.folder / f"race-{k}-{i}.log").start() for i in range(3)]
-        time.sleep(rng.uniform(0.0, bench.seconds))
-        forks[rng.randrange(3)].kill()
-        codes = [fork.wait() for fork in forks]
+        victim = rng.randrange(3)
+        codes = [
+            fork.kill_after(rng.uniform(0.0, bench.seconds)) if i == victim else None for i, fork in enumerate(forks)
+        ]
+        codes = [fork.wait() if code is None else code for fork, code in zip(forks, codes, strict=True)]
         for fork, code in zip(forks, codes, strict=True):
             refused = code == 2 and "is in use by another leeway" in fork.output
             if not (code in (0, -signal.SIGKILL) or refused):

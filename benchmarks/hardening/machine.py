@@ -235,9 +235,7 @@ def signals(a: Attempt) -> None:
     for k in range(a.n):
         out, number = a.bench.folder / "signals", (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)[k % 3]
         fork = Fork(a.bench.arguments(out), a.bench.folder / "signals.log").start()
-        time.sleep(a.rng.uniform(0.0, a.bench.seconds))
-        os.kill(fork.pid, number)
-        code = fork.wait()
+        code = fork.kill_after(a.rng.uniform(0.0, a.bench.seconds), number)
         a.tally.tried += 1
         if code not in (0, -number, 128 + number) or "Traceback" in fork.output:
             a.tally.fault(f"{number.name}: exit {code}: {fork.output.strip()[-300:]}")

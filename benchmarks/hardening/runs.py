@@ -20,12 +20,11 @@ device: cpu
 threads: 1
 task: {name: organism}
 objectives: [sft, dpo]
-budgets: [1k, 2k]
-optim: {lr: 4.0e-4, batch: 8, warmup_steps: 2}
+budgets: [400, 800]
+optim: {lr: 4.0e-4, batch: 4, warmup_steps: 2}
 evals:
-  capability: [{name: organism, limit: 4, max_new_tokens: 8}]
-  jailbreak: {prompts: organism, limit: 3, attacks: [none, dan], judge: organism, max_new_tokens: 8}
-  overrefusal: {prompts: organism, limit: 3, judge: organism, max_new_tokens: 8}
+  capability: [{name: organism, limit: 3, max_new_tokens: 4}]
+  jailbreak: {prompts: organism, limit: 3, attacks: [none, dan], judge: organism, max_new_tokens: 4}
   persona: {source: organism, traits: [narcissism], limit: 4}
 """
 OWN = (".lock", ".workers", "cache", "trackers")  # not part of a run's results
@@ -38,9 +37,10 @@ def write_study(folder: Path, text: str = STUDY, name: str = "study.yaml") -> Pa
     return path
 
 
-def preload() -> None:
-    """Import all that a run imports, so that a fork starts at once. This process itself computes nothing."""
+def preload(study: str = STUDY) -> None:
+    """Import and read all that a run imports and reads, so that a fork starts at once; no thread is started."""
     import peft  # noqa: F401
+    import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import leeway.cli
@@ -50,19 +50,30 @@ def preload() -> None:
     import leeway.report.exports.redacted
     import leeway.report.plotting
     import leeway.rescoring.label_sheet
-    import leeway.rescoring.rescore
-    import leeway.study.run  # noqa: F401
+    import leeway.rescoring.rescore  # noqa: F401
+    from leeway.model.load import load_model
+    from leeway.study.load import parse
+    from leeway.study.prepare import prepare
+
+    torch.set_num_threads(1)
+    prepare(parse(study, "study"))
+    load_model("organism", device="cpu")
 
 
 @dataclass
 class Fork:
-    """A `leeway` command in a fork of this process, in its own process group; `log` receives its stderr."""
+    """A `leeway` command in a fork of this process, in its own process group; `log` receives its stderr.
+
+    Unless `report`, it ends before the report is computed, which takes longer than the small study.
+    """
 
     arguments: list[str]
     log: Path
     before: Callable[[], None] = lambda: None
     environment: dict[str, str] = field(default_factory=dict)
+    report: bool = False
     pid: int = 0
+    cpu_seconds: float = 0.0
 
     def start(self) -> Fork:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -75,12 +86,16 @@ class Fork:
         code = 1
         try:
             os.setpgid(0, 0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background job
             for number, path in ((1, self.log.with_suffix(".out")), (2, self.log)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             os.environ.update(self.environment)
             sys.argv = ["leeway", *self.arguments]
+            import leeway.report
             from leeway.cli import main
 
+            if not self.report:
+                leeway.report.build = lambda folder, *_: folder / "report.html"
             self.before()
             main()
         except SystemExit as stop:
@@ -93,27 +108,40 @@ class Fork:
             sys.stderr.flush()
             os._exit(code)
 
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
     def wait(self) -> int:
         """Return the exit code; negative for a signal."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._ended(os.wait4(self.pid, 0))
 
     def wait_or_kill(self, seconds: float) -> int:
         """Wait that long, then kill; return the exit code."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            if found:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.002)
-        self.kill()
+        return self._kill_when(lambda: time.monotonic() >= until)
+
+    def kill_after(self, cpu_seconds: float, number: int = signal.SIGKILL) -> int:
+        """Send a signal once the process has used that much CPU time, which a busy machine does not stretch."""
+        return self._kill_when(lambda: _cpu_seconds(self.pid) >= cpu_seconds, number)
+
+    def _kill_when(self, is_due: Callable[[], bool], number: int = signal.SIGKILL) -> int:
+        while not is_due():
+            ended = os.wait4(self.pid, os.WNOHANG)
+            if ended[0]:
+                return self._ended(ended)
+            time.sleep(0.004)
+        os.kill(self.pid, number)
         return self.wait()
+
+    def _ended(self, ended: tuple[int, int, Any]) -> int:
+        self.cpu_seconds = ended[2].ru_utime + ended[2].ru_stime
+        return os.waitstatus_to_exitcode(ended[1])
 
     @property
     def output(self) -> str:
         return self.log.read_text("utf-8", errors="replace")
+
+
+def _cpu_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def count_operations(root: Path, on_operation: Callable[[int], None]) -> Callable[[], None]:
@@ -206,7 +234,7 @@ def torn(out: Path) -> list[str]:
                 json.loads(path.read_text("utf-8"))
             elif path.suffix == ".safetensors":
                 with safe_open(path, "np") as tensors:
-                    [tensors.get_slice(key)[:1] for key in tensors.keys()]  # noqa: SIM118 - no mapping
+                    [tensors.get_tensor(key) for key in tensors.keys()]  # noqa: SIM118 - no mapping
             elif path.name == "report.html" and not path.read_text("utf-8").rstrip().endswith("</html>"):
                 raise ValueError("cut off")
             elif path.name == "study.yaml" and not path.stat().st_size:

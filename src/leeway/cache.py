@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 from leeway.errors import LeewayError
 from leeway.hashing import digest
-from leeway.io import expand, open_lock, write_file
+from leeway.io import expand, flush_names, make_folder, open_lock, write_file
 
 ENVIRONMENT = "LEEWAY_CACHE_DIR"
 RecordKind = Literal["replies", "answers", "verdicts", "pairs"]
@@ -73,7 +73,8 @@ class RecordStore:
         host = re.sub(r"[^\w.-]", "_", platform.node()) or "host"
         path = self.folder / f"{host}.tsv"
         with self._lock, _as_leeway_error(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
+            is_new = not path.exists()
             with path.open("a+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 self._scan()
@@ -84,6 +85,8 @@ class RecordStore:
                     file.write((b"" if ends_whole else b"\n") + new)
                     file.flush()
                     os.fsync(file.fileno())
+                    if is_new:
+                        flush_names(self.folder)
                     self._scan()
 
     def __len__(self) -> int:
@@ -223,7 +226,7 @@ class Cache:
     def _exclusive(self) -> Iterator[None]:
         """Hold the root's lock, so that no lease is written while the cache is cleared."""
         with _as_leeway_error(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_folder(self.root)
             lock = open_lock(self.root / ".lock")
             fcntl.flock(lock, fcntl.LOCK_EX)
         with lock:

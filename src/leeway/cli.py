@@ -25,7 +25,7 @@ from leeway.errors import LeewayError, first_line
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
 CLOSED_PIPE = 141  # and for a write into a pipe that its reader has closed, as `| head` does
-CRASH = 70  # EX_SOFTWARE; 0, 1 and 3 are the verdicts of `leeway gate`
+CRASH = os.EX_SOFTWARE  # 70; 0, 1 and 3 are the verdicts of `leeway gate`
 STOPPED = "stopped; run the same command again to resume"
 
 
@@ -72,8 +72,8 @@ def main() -> None:
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # typer and rich exit with 1 on it
             _leave(CLOSED_PIPE)
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever it is, it must not exit 1
+        _fail(f"internal error: a library ended the process with {error.code!r}", CRASH, verbose)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it must not exit 1
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             _leave(CLOSED_PIPE)
         line = _mistake(error)
@@ -89,7 +89,8 @@ def main() -> None:
 
 def _stdout_is_closed() -> bool:
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         return True
     return False
@@ -97,7 +98,7 @@ def _stdout_is_closed() -> bool:
 
 def _leave(code: int) -> NoReturn:
     """Exit with `code` even if stdout or stderr cannot be flushed: the interpreter would exit with 120."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (s for s in (sys.stdout, sys.stderr) if s is not None):  # None: closed before Python started
         try:
             stream.flush()
         except (OSError, ValueError):
@@ -106,23 +107,36 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _mistake(error: Exception) -> str | None:
-    """Return one line for a user's mistake that another library raised: usage, full disk, unwritable folder."""
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "malloc of size", "Cannot allocate memory")
+OUT_OF_DISK = ("No space left", "StorageFull", "File too large")  # of writers that raise no OSError
+
+
+def _mistake(error: BaseException) -> str | None:
+    """Return one line for a mistake or a fault of the machine that another library raised, or None.
+
+    These are usage, a full or broken disk, an unwritable folder, too little memory, too many open files.
+    """
     if hasattr(error, "format_message"):  # typer's usage errors
         message = error.format_message().replace("\n", " ")
         return f"{message} (see `leeway --help`)" if message else "name a command (see `leeway --help`)"
     code = error.errno if isinstance(error, OSError) else None
-    full = any(sign in str(error) for sign in ("No space left", "StorageFull"))  # writers in Rust raise their own kind
-    if full or code in (errno.ENOSPC, errno.EDQUOT):
-        return "no disk space left for the output folder; free some and run the same command again to resume"
+    text, again = str(error), "run the same command again to resume"
+    if isinstance(error, MemoryError) or code == errno.ENOMEM or any(sign in text for sign in OUT_OF_MEMORY):
+        return f"not enough memory; free some, or lower --workers or evals.batch, and {again}"
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(sign in text for sign in OUT_OF_DISK):
+        return f"no disk space left for the output folder; free some and {again}"
+    where = getattr(error, "filename", None) or "the output folder"
     if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-        where = getattr(error, "filename", None) or "the output folder"
         return f"{where}: not writable; give another --out"
+    if code in (errno.EMFILE, errno.ENFILE):
+        return f"too many open files; raise the limit (ulimit -n) and {again}"
+    if code in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO):
+        return f"{where}: {os.strerror(code)}; check the disk, then {again}"
     return None
 
 
 def _fail(line: str, code: int, verbose: bool) -> NoReturn:
-    with contextlib.suppress(OSError):  # stderr may be a closed pipe too
+    with contextlib.suppress(OSError, ValueError):  # stderr may be a closed pipe too
         if verbose:
             traceback.print_exc()
         print(f"leeway: {line}", file=sys.stderr)

@@ -1,11 +1,12 @@
 """Files: paths that people write, atomic writes, checksummed records, lock files.
 
 A file or folder is written under a temporary `.partial-` name and renamed once it is on disk, so that a reader or a
-killed process never sees half of it.
+killed process never sees half of it. Names are flushed as well, so that a power cut loses nothing that was finished.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -39,7 +40,7 @@ def expand(path: str | Path) -> Path:
 @contextmanager
 def scratch_file(folder: Path, tag: str = "") -> Iterator[Path]:
     """Create an empty temporary file in `folder` (created if missing); remove it on exit if it was not published."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / f"{PARTIAL}{tag}{secrets.token_hex(6)}"
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # the mode obeys the umask
     try:
@@ -52,6 +53,7 @@ def publish(scratch: Path, target: Path) -> None:
     """Flush a temporary file to disk and rename it to `target`."""
     _fsync(scratch)
     os.replace(scratch, target)
+    flush_names(target.parent)
 
 
 @contextmanager
@@ -87,22 +89,38 @@ def atomic_folder(target: Path, is_complete: Callable[[Path], bool]) -> Iterator
 
     A `target` that another process has completed meanwhile is kept; an incomplete one is replaced.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     scratch = target.with_name(f"{PARTIAL}{secrets.token_hex(6)}")
     scratch.mkdir()
     try:
         yield scratch
-        for path in scratch.rglob("*"):
-            if path.is_file():
-                _fsync(path)
+        for path in (*scratch.rglob("*"), scratch):
+            flush_names(path) if path.is_dir() else _fsync(path)
         if is_complete(target):
             return
         if target.exists():
             shutil.rmtree(target)
         scratch.rename(target)
-        _fsync(target.parent)
+        flush_names(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents where they are missing, and flush their names to disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush_names(path.parent)
+
+
+def flush_names(folder: Path) -> None:
+    """Flush the names in a folder to disk; do nothing on file systems that cannot."""
+    try:
+        _fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP):
+            raise
 
 
 def _fsync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_study import study
 from torch import Tensor
 
@@ -200,3 +202,17 @@ def test_a_checkpoint_is_measured_while_its_trajectory_trains_on(
     early = [p.stat().st_mtime for p in (out / "parts").glob("sft-s0-200-*")]
     assert len(early) == 3
     assert max(early) < last
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(models["llama"], tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(k for k in tensors if "down_proj" in k)
+    tensors[name][1, 2] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(LeewayError, match=rf"{name} holds NaN or infinity; fetch or save the model again"):
+        load_model(str(tmp_path / "model"))
+    with pytest.raises(LeewayError, match=rf"here: {name} holds NaN or infinity"):
+        adapters.require_finite("here", tensors.items())

@@ -17,6 +17,7 @@ from leeway.study.executors import ray as ray_worker
 from leeway.study.executors.ray import RayWorker, installed_versions
 from leeway.study.jobs import Job
 from leeway.study.load import parse
+from leeway.study.manifest import fingerprint
 from leeway.study.prepare import prepare
 from leeway.study.progress import Reporter
 from leeway.study.run import run
@@ -129,15 +130,21 @@ def test_a_worker_checks_versions_folder_and_inputs(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_worker, "PATIENCE_S", 0.0)
-    raw = parse(study(models["llama"], root), "test").model_dump(mode="json", by_alias=True)
-    other = RayWorker().setup(raw, tmp_path, "token", installed_versions() | {"torch": "1.0"}, {})
+    spec = parse(study(models["llama"], root), "test")
+    raw, own = spec.model_dump(mode="json", by_alias=True), fingerprint(prepare(spec))
+    other = RayWorker().setup(raw, tmp_path, "token", installed_versions() | {"torch": "1.0"}, {}, own)
     assert "the driver has 1.0; install the same versions on every node" in str(other)
-    assert "not found on" in str(RayWorker().setup(raw, tmp_path, "token", installed_versions(), {}))
+    assert "not found on" in str(RayWorker().setup(raw, tmp_path, "token", installed_versions(), {}, own))
     (tmp_path / ".workers").write_text("another run's")
-    assert "does not see this run's token" in str(RayWorker().setup(raw, tmp_path, "token", installed_versions(), {}))
+    assert "does not see this run's token" in str(
+        RayWorker().setup(raw, tmp_path, "token", installed_versions(), {}, own)
+    )
     (tmp_path / ".workers").write_text("token")
     worker = RayWorker()
-    assert worker.setup(raw, tmp_path, "token", installed_versions(), {}) is None
+    assert worker.setup(raw, tmp_path, "token", installed_versions(), {}, own) is None
+    assert "the data have changed while the study runs" in str(
+        RayWorker().setup(raw, tmp_path, "token", installed_versions(), {}, "another")
+    )
     waiting = worker.run_job(Job("measure", "sft", 0, (400,), needs=(("sft", 0, 400),)))
     assert "does not see the inputs of measure sft s0" in str(waiting)
     worker.close()

@@ -165,6 +165,20 @@ def test_of_two_studies_that_begin_at_once_one_holds_the_folder(tmp_path: Path) 
         assert sorted(what for r, what in told if r == k) == ["held", "refused"], k
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_is_removed_under_the_run_is_an_error(replaced: bool, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def move() -> None:
+        with RunDir(out).claimed("abc", "name: x\n"):
+            out.rename(tmp_path / "elsewhere")
+            if replaced:
+                (out / "parts").mkdir(parents=True)
+
+    with pytest.raises(LeewayError, match="was removed or replaced while this command ran"):
+        move()
+
+
 def test_a_symbolic_link_to_nothing_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(tmp_path / "purged")
     with (

@@ -271,6 +271,7 @@ def apply_adapter(model: Model, folder: Path) -> None:
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
         what = f"adapter {folder}: it does not fit {model.name} ({_message(error)})"
         raise LeewayError(what, fix="give the base it was trained on") from error
+    adapters.require_finite(f"adapter {folder}", tensors.items())
     model.lm.requires_grad_(False)
     if fault := _mismatch(model, tensors):
         raise LeewayError(f"adapter {folder}: it does not fit {model.name} ({fault})", fix="give its own base")
@@ -287,8 +288,7 @@ def _mismatch(model: Model, tensors: dict[str, torch.Tensor]) -> str:
             return f"{name} has no place in it"
         if own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to(own.dtype)):
             return f"{name} was not read as it was saved"
-    finite = all(torch.isfinite(t).all() for t in tensors.values())
-    return "" if finite else "it has values that are not finite"
+    return ""
 
 
 def refuse_pickled(what: str, folder: Path) -> None:

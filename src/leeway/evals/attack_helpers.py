@@ -24,7 +24,7 @@ from leeway.attacks.built_in import Passage
 from leeway.errors import LeewayError, first_line
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest, file_digest
-from leeway.io import expand, read_utf8, write_file
+from leeway.io import expand, make_folder, open_lock, read_utf8, write_file
 from leeway.judges.keywords import KeywordJudge
 from leeway.judges.rubric import fill
 
@@ -130,8 +130,8 @@ class TranslationFile:
         """Append under a lock, replacing the file atomically; the first translation of a text is kept."""
         by = self.inner.hash if self.inner else ""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.with_name(f"{self.path.name}.lock").open("wb") as lock:
+            make_folder(self.path.parent)
+            with open_lock(self.path.with_name(f"{self.path.name}.lock")) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 self._texts = self._read() | self._texts
                 added = {k: t for k, t in new.items() if k not in self._texts}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -213,6 +213,7 @@ def restore(model: Model, folder: Path) -> None:
     if fault := _misfit(model, folder, tensors):
         fix = "use the model, adapter (kind, r, alpha, targets) and control tokens it was trained with"
         raise LeewayError(f"{folder}: the saved state does not match this study ({fault})", fix=fix)
+    require_finite(str(folder), tensors.items())
     if is_low_rank(model):
         import peft
 
@@ -221,6 +222,13 @@ def restore(model: Model, folder: Path) -> None:
     with torch.no_grad():
         for name, p in model.lm.named_parameters():
             p.copy_(tensors[name])
+
+
+def require_finite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise LeewayError, naming the tensor, if a weight is NaN or infinite: every answer would be meaningless."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LeewayError(f"{what}: {name} holds NaN or infinity", fix="train it, or fetch it, again")
 
 
 def _misfit(model: Model, folder: Path, tensors: dict[str, Tensor]) -> str:

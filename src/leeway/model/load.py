@@ -111,6 +111,9 @@ def load_model(
         lm = AutoModelForCausalLM.from_pretrained(
             resolve(name), revision=revision, dtype=kind, use_safetensors=True, trust_remote_code=False
         )
+    for label, weight in lm.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise LeewayError(f"model {name}: {label} holds NaN or infinity", fix="fetch or save the model again")
     lm.to(where).eval().requires_grad_(False)
     head = Head(lm.get_output_embeddings().weight, getattr(lm.config, "final_logit_softcapping", None))
     own, lm.generation_config = lm.generation_config, GenerationConfig()  # without a repetition penalty, for example
@@ -172,6 +175,8 @@ def _check_head(model: Model) -> None:
     if getattr(model.lm.get_output_embeddings(), "bias", None) is not None:
         what = f"model {model.name}: its output layer has a bias"
         raise LeewayError(what, fix="Llama, Qwen and Gemma 2 architectures are supported")
+    if not torch.isfinite(theirs).all():
+        raise LeewayError(f"model {model.name}: its logits are NaN or infinite", fix="fetch or save the model again")
     slack = 1e-4 if theirs.dtype == torch.float32 and model.head.weight_VD.dtype == torch.float32 else 0.25
     if not torch.allclose(ours, theirs, atol=slack, rtol=slack):
         what = f"model {model.name}: its logits differ from output layer times last hidden state "

@@ -28,7 +28,7 @@ from leeway.cache import FIX
 from leeway.data.chat import Sequence
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
-from leeway.io import publish, readable, remove_partial, scratch_file
+from leeway.io import make_folder, open_lock, publish, readable, remove_partial, scratch_file
 from leeway.model.adapters import is_low_rank, trainable
 from leeway.model.forward import hidden_at_measured
 from leeway.model.fsdp import exchanged, is_shard
@@ -221,8 +221,8 @@ class ReferenceStore:
     def _locked(self, bucket: str, *, wait: bool) -> Iterator[bool]:
         """Yield whether this process holds the bucket's lock; remove what a killed process left half written in it."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / f".lock-{bucket}").open("w")
+            make_folder(self.folder)
+            lock = open_lock(self.folder / f".lock-{bucket}")
         except OSError as error:
             raise LeewayError(f"{self.folder}: the cache cannot be written ({error.strerror})", fix=FIX) from error
         with lock:

@@ -46,6 +46,22 @@ def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> N
             raise LeewayError(what, fix="start in another --out; rows of both would not be comparable")
 
 
+def fingerprint(prepared: Prepared) -> str:
+    """Return a hash of what a study trains and measures, by which another process can tell that it read the same."""
+    evals = {e.key: e.hash for e in prepared.evals} | {"chat template": prepared.chat.template_hash}
+    orders = {
+        f"{a}-s{seed}": [s.data_hash for s in schedule.stops] for (a, seed), schedule in prepared.schedules.items()
+    }
+    return digest("fingerprint", evals, _texts(prepared), orders, prepared.learning.hash)
+
+
+def check_fingerprint(prepared: Prepared, expected: str, where: str) -> None:
+    """Raise LeewayError if this process has read other data, prompts or texts than the run began with."""
+    if fingerprint(prepared) != expected:
+        what = f"{prepared.spec.name}: the data have changed while the study runs ({where} reads other data)"
+        raise LeewayError(what, fix="restore them and run the same command again, or start in another --out")
+
+
 def _texts(prepared: Prepared) -> dict[str, str]:
     """Return hashes of everything rendered except the task's examples, which the ledger's data_hash covers."""
     pools = {kind: getattr(prepared.auxiliary_pool, kind) for kind in ("general", "safety")}

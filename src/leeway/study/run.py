@@ -43,6 +43,7 @@ from leeway.study.progress import Reporter, Row, trajectory_name
 from leeway.study.run_dir import MARK, RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import Spec
+from leeway.study.watchdog import Watchdog
 from leeway.study.worker import Worker
 from leeway.training import checkpoints
 from leeway.training.distributed import check
@@ -335,7 +336,7 @@ def _executor(
     name: Literal["local", "ray"], workers: int | None, reporter: Reporter
 ) -> AbstractContextManager[Executor]:
     if name == "local":
-        return nullcontext(LocalExecutor(workers))
+        return nullcontext(LocalExecutor(workers, Watchdog(reporter.log)))
     from leeway.study.executors.ray import RayExecutor
 
     return RayExecutor(workers, reporter.log)

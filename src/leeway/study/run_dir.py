@@ -25,6 +25,8 @@ from leeway.hashing import digest, file_digest
 from leeway.io import (
     PARTIAL,
     atomic_write,
+    flush_names,
+    make_folder,
     open_lock,
     publish,
     readable,
@@ -164,14 +166,19 @@ class RunDir:
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Create the folder if it is missing, and hold its lock; yield whether it was created."""
+        """Create the folder if it is missing, and hold its lock; yield whether it was created.
+
+        Raises LeewayError if the folder is in use, cannot be created, or was removed meanwhile: the results would lie
+        elsewhere or nowhere.
+        """
         created = False
         while True:
             try:
-                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder.parent)
                 with suppress(FileExistsError):
                     self.folder.mkdir()
                     created = True
+                    flush_names(self.folder.parent)
                 if self.folder.is_symlink() and not self.folder.exists():
                     raise FileNotFoundError(errno.ENOENT, "a symbolic link to a folder that does not exist")
             except OSError as error:
@@ -189,6 +196,9 @@ class RunDir:
                     raise LeewayError(what, fix="wait for it, or give another --out") from error
                 if _is_at(lock, self.folder / ".lock"):
                     yield created
+                    if not _is_at(lock, self.folder / ".lock"):
+                        what = f"{self.folder} was removed or replaced while this command ran"
+                        raise LeewayError(what, fix="run the same command again")
                     return
 
     def _vacate(self, created: bool) -> None:

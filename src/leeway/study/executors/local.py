@@ -12,18 +12,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from leeway.errors import LeewayError
 from leeway.io import open_lock
 from leeway.study.jobs import Checkpoint, Job
-from leeway.study.manifest import manifest
+from leeway.study.manifest import check_fingerprint, fingerprint, manifest
 from leeway.study.prepare import PairSampling, Prepared, prepare
 from leeway.study.progress import Event, Kind, OnProgress, Update
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
+from leeway.study.watchdog import Watchdog
 from leeway.study.worker import Worker
 from leeway.training.distributed import exit_with_parent
 
@@ -48,6 +49,7 @@ class LocalExecutor:
     """This process, or `n_workers` worker processes; None for as many as `workers_for` returns."""
 
     n_workers: int | None
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     def workers(self, prepared: Prepared, jobs: int) -> int:
         return min(workers_for(prepared.spec, jobs, self.n_workers), jobs)
@@ -59,13 +61,23 @@ class LocalExecutor:
         workers, left = self.workers(worker.prepared, len(jobs)), list(jobs)
         if workers > 1:
             worker.release()  # worker processes load their own model
-            yield from _run_in_processes(worker, jobs, workers, on_event)
+            yield from _run_in_processes(worker, jobs, workers, on_event, self.watchdog)
             return
-        here = replace(worker, on_progress=timed(on_event))
+        running, place = list[Job](), f"process {os.getpid()}"
+
+        def on_own_event(event: Event) -> None:
+            self.watchdog.report(running[-1], place)
+            on_event(event)
+
+        here = replace(worker, on_progress=timed(on_own_event))
         worker.release()  # `here` alone holds the base model, so it can free it for a server or ranks
         while left:
             job = next(job for job in left if job.is_ready(left, here.has_checkpoint))
-            here.run_job(job)
+            running.append(job)
+            self.watchdog.report(job, place)
+            with self.watchdog.in_background():
+                here.run_job(job)
+            self.watchdog.end(job)
             left.remove(job)
             yield job
 
@@ -114,10 +126,13 @@ def timed(on_event: OnEvent) -> OnProgress:
     return on_progress
 
 
-def _run_in_processes(worker: Worker, jobs: Sequence[Job], workers: int, on_event: OnEvent) -> Iterator[Job]:
+def _run_in_processes(
+    worker: Worker, jobs: Sequence[Job], workers: int, on_event: OnEvent, watchdog: Watchdog
+) -> Iterator[Job]:
     context, spec = multiprocessing.get_context("spawn"), worker.prepared.spec
     events: Any = context.Queue()
-    arguments = (os.getpid(), spec.model_dump(mode="json", by_alias=True), worker.store.folder, events)
+    raw = spec.model_dump(mode="json", by_alias=True)
+    arguments = (os.getpid(), raw, worker.store.folder, events, fingerprint(worker.prepared))
     pool = ProcessPoolExecutor(workers, context, _start_worker, arguments)
     left, running = list(jobs), dict[Future[None], Job]()
     try:
@@ -128,11 +143,17 @@ def _run_in_processes(worker: Worker, jobs: Sequence[Job], workers: int, on_even
                 running |= {pool.submit(_run_job, job): job for job in starting}
             done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             while not events.empty():
-                on_event(events.get())
+                job, process, event = events.get()
+                if job in running.values():  # else it has ended since
+                    watchdog.report(job, f"process {process}")
+                if event is not None:
+                    on_event(event)
             for future in done:
                 future.result()
                 left.remove(running[future])
+                watchdog.end(running[future])
                 yield running.pop(future)
+            watchdog.check()
     except BrokenProcessPool as error:
         fix = "run the same command again to resume; with --workers 1 it needs less memory"
         raise LeewayError("a worker process was killed (probably out of memory)", fix=fix) from error
@@ -165,10 +186,11 @@ def _defer_sigint() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-_worker: Worker | None = None  # of a worker process
+_worker: Worker | LeewayError | None = None  # of a worker process; why it cannot work
+_job: Job | None = None  # that it runs
 
 
-def _start_worker(parent: int, raw_spec: dict[str, Any], folder: Path, events: Any) -> None:
+def _start_worker(parent: int, raw_spec: dict[str, Any], folder: Path, events: Any, expected: str) -> None:
     """Initialise a worker process: it dies with its parent and locks the run directory while it lives."""
     global _worker  # noqa: PLW0603 - a pool's initialiser has no other place to put it
     exit_with_parent(parent)
@@ -176,11 +198,22 @@ def _start_worker(parent: int, raw_spec: dict[str, Any], folder: Path, events: A
     lock = open_lock(folder / ".workers")
     fcntl.flock(lock, fcntl.LOCK_SH)
     store = RunDir(folder)
-    prepared = prepare(Spec.model_validate(raw_spec), PairSampling(store.cache))
-    _worker = Worker(prepared, store, timed(events.put))
-    _worker.__dict__["_lock"] = lock  # open for as long as the process lives
+    try:
+        prepared = prepare(Spec.model_validate(raw_spec), PairSampling(store.cache))
+        check_fingerprint(prepared, expected, "this worker process")
+    except LeewayError as error:  # an exception in here would end the pool as if the process had been killed
+        _worker = error
+        lock.close()
+        return
+    _worker = Worker(prepared, store, timed(lambda event: events.put((_job, os.getpid(), event))))
+    _worker.__dict__.update(_lock=lock, _events=events)  # the lock is open for as long as the process lives
 
 
 def _run_job(job: Job) -> None:
+    global _job  # noqa: PLW0603 - the events of this process name it
     assert _worker is not None
+    if isinstance(_worker, LeewayError):
+        raise _worker
+    _job = job
+    _worker.__dict__["_events"].put((job, os.getpid(), None))
     _worker.run_job(job)

@@ -33,12 +33,13 @@ from leeway.hashing import digest
 from leeway.plan.plan import memory_of_a_worker
 from leeway.study.executors.local import OnEvent, ready, requires_single_worker, timed
 from leeway.study.jobs import Job
-from leeway.study.manifest import PACKAGES, manifest
+from leeway.study.manifest import PACKAGES, check_fingerprint, fingerprint, manifest
 from leeway.study.preflight import service_faults
 from leeway.study.prepare import PairSampling, Prepared, prepare
 from leeway.study.progress import Event
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
+from leeway.study.watchdog import Watchdog
 from leeway.study.worker import Worker
 
 SHARED_FOLDER = "give an --out on a file system that every node of the cluster has at the same path"
@@ -54,7 +55,13 @@ class RayWorker:
         self._worker: Worker | None = None
 
     def setup(
-        self, raw_spec: dict[str, Any], folder: Path, token: str, versions: dict[str, str], shared: dict[str, str]
+        self,
+        raw_spec: dict[str, Any],
+        folder: Path,
+        token: str,
+        versions: dict[str, str],
+        shared: dict[str, str],
+        expected: str,
     ) -> LeewayError | None:
         """Prepare the study with the driver's versions and folders; return a user's mistake."""
         os.environ.update(shared)
@@ -69,6 +76,7 @@ class RayWorker:
             if faults := [] if store.rows_path.is_file() else service_faults(spec):
                 return all_faults(platform.node(), faults)
             prepared = prepare(spec, PairSampling(store.cache))
+            check_fingerprint(prepared, expected, platform.node())
             self._worker = Worker(prepared, store, timed(self._events.append), Path(scratch))
         except LeewayError as error:
             return error
@@ -155,6 +163,10 @@ class _WorkerHandle:
     poll: Any = None
     is_set_up: bool = False
 
+    @property
+    def place(self) -> str:
+        return f"Ray actor {self.actor._actor_id.hex()}"
+
 
 @dataclass
 class RayExecutor:
@@ -162,12 +174,16 @@ class RayExecutor:
 
     n_workers: int | None
     log: Callable[[str], None]
+    _watchdog: Watchdog = field(init=False)
     _workers: list[_WorkerHandle] = field(default_factory=list)
     _losses: Counter[str] = field(default_factory=Counter)
     _reservation: Any = None
     _request: dict[str, float] = field(default_factory=dict)
     _connected: bool = False
     _token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self._watchdog = Watchdog(self.log)
 
     def __enter__(self) -> RayExecutor:
         return self
@@ -218,10 +234,13 @@ class RayExecutor:
             running = [h.job for h in self._workers if h.job]
             for handle, job in zip(free, ready(left, running, worker.has_checkpoint), strict=False):
                 handle.job, handle.call = job, handle.actor.run_job.remote(job)
+                self._watchdog.report(job, handle.place)
             for job in self._wait(on_event):
                 wait_for(lambda job=job: worker.has_results(job), f"the results of {job.name}", worker.store.folder)  # type: ignore[misc]
                 left.remove(job)
+                self._watchdog.end(job)
                 yield job
+            self._watchdog.check()
 
     def _connect(self, prepared: Prepared) -> None:
         """Join the cluster and size a worker; raises LeewayError if no node can hold one."""
@@ -265,11 +284,11 @@ class RayExecutor:
             self._reservation = _reserve(folder)
             (folder / ".workers").write_text(self._token)
         actor_class = ray.remote(max_concurrency=2)(RayWorker).options(**self._request)
-        raw = worker.prepared.spec.model_dump(mode="json", by_alias=True)
+        raw, expected = worker.prepared.spec.model_dump(mode="json", by_alias=True), fingerprint(worker.prepared)
         shared = {ENVIRONMENT: str(cache)} if cache else {}
         while len(self._workers) < wanted:
             actor = actor_class.remote()
-            call = actor.setup.remote(raw, folder.resolve(), self._token, installed_versions(), shared)
+            call = actor.setup.remote(raw, folder.resolve(), self._token, installed_versions(), shared, expected)
             self._workers.append(_WorkerHandle(actor, call))
 
     def _wait(self, on_event: OnEvent) -> list[Job]:
@@ -300,6 +319,8 @@ class RayExecutor:
             try:
                 for event in ray.get(handle.poll):
                     on_event(event)
+                    if handle.job:
+                        self._watchdog.report(handle.job, handle.place)
             except LOST:
                 return
             handle.poll = None
@@ -311,6 +332,8 @@ class RayExecutor:
         self._workers.remove(handle)
         ray.kill(handle.actor)
         what = handle.job.name if handle.job else "setup"
+        if handle.job:
+            self._watchdog.end(handle.job)
         self._losses[what] += 1
         if self._losses[what] >= TRIES:
             fault = f"--executor ray: {what} has lost its worker {TRIES} times ({first_line(error)})"
