@@ -74,11 +74,12 @@ class RayWorker:
             scratch = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="leeway-"))
             store, spec = RunDir(folder), Spec.model_validate(raw_spec)
             if faults := [] if store.rows_path.is_file() else service_faults(spec):
-                return all_faults(platform.node(), faults)
+                raise all_faults(platform.node(), faults)
             prepared = prepare(spec, PairSampling(store.cache))
             check_fingerprint(prepared, expected, platform.node())
             self._worker = Worker(prepared, store, timed(self._events.append), Path(scratch))
         except LeewayError as error:
+            self.close()
             return error
         return None
 
