@@ -82,7 +82,7 @@ class Bench:
 
 
 def run(options: argparse.Namespace) -> list[Line]:
-    preload()
+    preload(write_study(options.folder))
     bench = Bench.build(options.folder)
     print(f"uninterrupted: {bench.seconds:.1f} s of CPU, {bench.operations} file operations", flush=True)
     held = "the bytes of an uninterrupted run"

@@ -284,7 +284,7 @@ def broken_weights(a: Attempt) -> None:
             tensors[name][a.rng.randrange(len(tensors[name]))] = value
 
         model = _copied_model(a.bench.folder, spoil)
-        study = write_study(a.bench.folder, STUDY.replace("model: organism", f"model: {model}"), "broken.yaml")
+        study = write_study(a.bench.folder, STUDY.replace("MODEL", str(model)), "broken.yaml")
         out = a.bench.folder / "broken"
         commands = [["run", str(study), "--out", str(out), "--quiet", "--workers", "1"]]
         commands += [["audit", str(model), "--base", "organism", "--out", str(out), "--quiet"]]
@@ -298,7 +298,7 @@ def broken_weights(a: Attempt) -> None:
 
 FILES = """
 name: changing
-model: organism
+model: MODEL
 device: cpu
 threads: 1
 task: {{files: {{train: {0}/train.jsonl, test: {0}/test.jsonl}}}}

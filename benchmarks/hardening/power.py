@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.hardening.kills import Bench, Tally
-from benchmarks.hardening.runs import Fork, differing, kill_at, preload, random_of, snapshot, torn
+from benchmarks.hardening.runs import Fork, differing, kill_at, preload, random_of, snapshot, torn, write_study
 from benchmarks.hardening.table import Line
 
 MODELS = {"names": 1.0, "mixed": 0.5, "flushed": 0.0}  # the probability that a folder keeps its current names
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> list[Line]:
-    preload()
+    preload(write_study(options.folder))
     bench = Bench.build(options.folder)
     lines = []
     for model, keeps in MODELS.items():

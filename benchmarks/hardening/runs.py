@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 STUDY = """
 name: hardening
-model: organism
+model: MODEL
 device: cpu
 threads: 1
 task: {name: organism}
@@ -32,12 +33,30 @@ WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.l
 
 
 def write_study(folder: Path, text: str = STUDY, name: str = "study.yaml") -> Path:
-    path = folder / name
-    path.write_text(text, "utf-8")
+    """Write a study of the small model in `folder`."""
+    path, model = folder / name, folder / "model"
+    if not model.exists():
+        _write_model(model)
+    path.write_text(text.replace("MODEL", str(model)), "utf-8")
     return path
 
 
-def preload(study: str = STUDY) -> None:
+def _write_model(target: Path) -> None:
+    """Write the organism's first layer as a model of its own."""
+    from safetensors.torch import load_file, save_file
+
+    from leeway.model.load import resolve
+
+    source = Path(resolve("organism"))
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if ".layers." not in name or ".layers.0." in name}
+    save_file(kept, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}), "utf-8")
+
+
+def preload(study: Path) -> None:
     """Import and read all that a run imports and reads, so that a fork starts at once; no thread is started."""
     import peft  # noqa: F401
     import torch
@@ -56,8 +75,9 @@ def preload(study: str = STUDY) -> None:
     from leeway.study.prepare import prepare
 
     torch.set_num_threads(1)
-    prepare(parse(study, "study"))
-    load_model("organism", device="cpu")
+    spec = parse(study.read_text("utf-8"), str(study))
+    prepare(spec)
+    load_model(spec.model, device="cpu")
 
 
 @dataclass
