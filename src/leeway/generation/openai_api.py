@@ -203,7 +203,10 @@ class SpendLimiter:
 
 
 class ReplyError(Exception):
-    """No usable reply; the message is the reason."""
+    """No usable reply; the message is the reason, in one printable line: it goes into rows, tables and terminals."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("".join(c if c.isprintable() else " " for c in reason))
 
 
 def parse_body(raw: bytes) -> Body:
