@@ -1,4 +1,4 @@
-"""A helper model's max_new_tokens: the study's value, else the default of its role."""
+"""Limits of replies: a helper model's max_new_tokens, and reasons of failures in one printable line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from leeway.generation.openai_api import ReplyError
 from leeway.judges.rubric import wording
 from leeway.study.build_evals import evals_of
 from leeway.study.load import parse
@@ -53,3 +54,8 @@ def test_a_given_limit_holds_everywhere(translator: str, tmp_path: Path) -> None
 def test_default_limits(tmp_path: Path) -> None:
     default = wording().max_new_tokens
     assert limits(tmp_path, "{model: organism}") == [512, 300, 1000, default, default, 96]
+
+
+def test_a_reason_is_one_printable_line() -> None:
+    """It goes into rows, tables and terminals, and an endpoint chooses its words."""
+    assert str(ReplyError("HTTP 400: \x1b[2J\x00 é\nx\u202e")) == "HTTP 400:  [2J  é x "

@@ -46,6 +46,7 @@ from leeway.study.progress import Reporter
 from leeway.study.run import probe, probe_finished, run_prepared, with_probe
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
+from leeway.study.watchdog import Watchdog
 from leeway.study.worker import Worker
 from leeway.yaml_config import dump
 from leeway.yaml_config import read as read_mapping
@@ -183,7 +184,9 @@ def run(audit_spec: AuditSpec, out: Path, reporter: Reporter, command: str, trac
         prepared = Prepared(spec, no_chat, 0, {}, nothing, {}, None, evals, 0, (), None, origins, external)
         manifest = store.read_manifest() or _manifest(audit_spec, evals, templates, identity, origins, command)
         store.write_manifest(manifest)
-        return run_prepared(Worker(prepared, store), manifest, LocalExecutor(1), reporter, trackers)
+        return run_prepared(
+            Worker(prepared, store), manifest, LocalExecutor(1, Watchdog(reporter.log)), reporter, trackers
+        )
 
 
 def probe_again(
@@ -222,7 +225,7 @@ def _probe_audit(folder: Path, options: Mapping[str, Any], reporter: Reporter) -
     nothing = AuxiliaryPool()
     prepared = Prepared(spec, templates.base, 0, {}, nothing, {}, None, evals, 0, (), None, {}, external)
     with store.reopened():
-        probe(Worker(prepared, store), LocalExecutor(1), reporter)
+        probe(Worker(prepared, store), LocalExecutor(1, Watchdog(reporter.log)), reporter)
         return build(folder)
 
 

@@ -47,17 +47,20 @@ def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> N
 
 
 def fingerprint(prepared: Prepared) -> str:
-    """Return a hash of what a study trains and measures, by which another process can tell that it read the same."""
+    """Return a hash of what a study trains and measures, by which another process can tell that it read the same.
+
+    Empty without training data, as in a probe of a finished study: the manifest and the ledger cover what that reads.
+    """
+    if not prepared.schedules:
+        return ""
     evals = {e.key: e.hash for e in prepared.evals} | {"chat template": prepared.chat.template_hash}
-    orders = {
-        f"{a}-s{seed}": [s.data_hash for s in schedule.stops] for (a, seed), schedule in prepared.schedules.items()
-    }
+    orders = {f"{alias}-s{seed}": [m.data_hash for m in s.stops] for (alias, seed), s in prepared.schedules.items()}
     return digest("fingerprint", evals, _texts(prepared), orders, prepared.learning.hash)
 
 
 def check_fingerprint(prepared: Prepared, expected: str, where: str) -> None:
     """Raise LeewayError if this process has read other data, prompts or texts than the run began with."""
-    if fingerprint(prepared) != expected:
+    if expected and fingerprint(prepared) != expected:
         what = f"{prepared.spec.name}: the data have changed while the study runs ({where} reads other data)"
         raise LeewayError(what, fix="restore them and run the same command again, or start in another --out")
 

@@ -215,7 +215,7 @@ def probe_finished(folder: Path, options: Mapping[str, Any], reporter: Reporter,
     prepared = Prepared(spec, chat, context, objectives, AuxiliaryPool(), {}, None, tuple(store_evals), 0, (), None, {})
     with store.reopened():
         store.cache.acquire(folder)
-        probe(Worker(prepared, store), LocalExecutor(workers), reporter)
+        probe(Worker(prepared, store), LocalExecutor(workers, Watchdog(reporter.log)), reporter)
         store.cache.release(folder)
         return build(folder)
 
