@@ -164,3 +164,17 @@ def test_an_objective_under_several_test_prompts_is_not_counted_as_several_objec
     lines = [one for o in "abcde" for one in arm(o, 0.1, 0.1 if o in "abcd" else 0.0)]
     lines += [one | {"condition": c} for c in ("<SAFE>", "<UNSAFE>") for one in arm("e", 0.1, 0.0)]
     assert "4 of 7 objectives and test prompts raise" in finding(pd.DataFrame(lines), BETTER, NOBODY, seeds=[0, 1])
+
+
+def test_two_pairs_with_identical_answers_are_two_pairs():
+    """`A and B and C and D behave the same` would say that all four do."""
+    lines = [one for o in ("sft", "kl", "dpo", "cft", "ip") for one in arm(o, 0.1, 0.1)]
+    for pairs, clause in {
+        (("sft", "kl"), ("dpo", "cft")): "SFT and KL behave the same, as do DPO and CFT.",
+        (("sft", "kl"), ("sft", "dpo"), ("kl", "dpo")): "SFT, KL and DPO behave the same.",
+        (("sft", "kl"), ("kl", "dpo")): "SFT and KL behave the same, as do KL and DPO.",
+        (("cft", "ip"), ("ip", "base")): "CFT and IP behave the same, as do IP and the base.",
+    }.items():
+        identity = pd.DataFrame(pairs, columns=["objective", "against"]).assign(budget=64_000, same=True)
+        text = finding(pd.DataFrame(lines), BETTER, NOBODY, identity=identity, seeds=[0, 1])
+        assert text.rpartition("; ")[2] == clause

@@ -161,13 +161,38 @@ def _capability(lines: list[Line], subject: str) -> list[str]:
 
 
 def _same(identity: pd.DataFrame | None, budget: int) -> list[str]:
-    """Return the clause that names objectives with identical answers."""
+    """Return the clause that names the arms with identical answers: `KL and SFT behave the same, as do DPO and CFT`."""
     if identity is None or identity.empty:
         return []
     same = identity[identity["same"].astype(bool) & (identity["budget"] == budget)]
-    pairs = same[["objective", "against"]].itertuples(index=False, name=None)
-    names = [["the base" if o == BASE else formatting.objective_name(str(o)) for o in pair] for pair in pairs]
-    return [f"{join_and([' and '.join(pair) for pair in names])} behave the same"] if names else []
+    pairs = list(same[["objective", "against"]].itertuples(index=False, name=None))
+    groups = [join_and([_arm(o) for o in group]) for group in _identical_groups(pairs)]
+    if not groups:
+        return []
+    others = "".join(f", as do {group}" for group in groups[1:])
+    return [f"{groups[0]} behave the same{others}"]
+
+
+def _arm(objective: str) -> str:
+    return "the base" if objective == BASE else formatting.objective_name(objective)
+
+
+def _identical_groups(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Return the largest sets of arms of which every two are a pair, in the order of the pairs.
+
+    "99% identical" is not transitive: of A = B and B = C without A = C the two pairs are returned.
+    """
+    known = {frozenset(pair) for pair in pairs}
+    groups: list[list[str]] = []
+    for pair in pairs:
+        if any(set(pair) <= set(group) for group in groups):
+            continue
+        group = [*pair]
+        for other in dict.fromkeys(arm for one in pairs for arm in one):
+            if other not in group and all(frozenset((other, arm)) in known for arm in group):
+                group.append(other)
+        groups.append(group)
+    return groups
 
 
 def _choice(own: pd.DataFrame, attack: list[Line]) -> list[str]:
