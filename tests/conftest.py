@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -86,22 +87,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run studies without tables, figures and page, which take most of a small study's time.
+def without_report() -> Iterator[None]:
+    """Run this test's studies without tables, figures and page; fixtures of its module are set up before."""
+    from reports import no_report
 
-    For tests of rows, ledgers and checkpoints. Fixtures of a module are set up before this one and write the report.
-    """
-    monkeypatch.setattr("leeway.report.build", lambda folder, *_: Path(folder) / "report.html")
+    with no_report():
+        yield
 
 
 @pytest.fixture(autouse=True)
-def _without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_figures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leave the figure files out of reports that a test itself builds: drawing takes more than half of a report's time.
 
     Reports of module fixtures and of commands in processes of their own have them, and tests marked `figures`.
     """
-    if "figures" not in request.keywords:
-        monkeypatch.setattr("leeway.report.rebuild.draw", lambda *_: [])
+    from reports import no_figures
+
+    with nullcontext() if "figures" in request.keywords else no_figures():
+        yield
 
 
 @pytest.fixture

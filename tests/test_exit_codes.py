@@ -10,46 +10,42 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import leeway
 from gated import answers, moved, run
 
 from leeway import cli
+from leeway.errors import LeewayError
 
 pytestmark = pytest.mark.slow
 
 PASSES = "against: base\nrules: [{measure: accuracy, at_least: 0.01}]\n"
 FAILS = "against: base\nrules: [{measure: accuracy, at_least: 0.99}]\n"
-CRASHES = """
-import sys
-import leeway.gate
-def crash(*_):
-    raise {error}
-leeway.gate.gate = crash
-from leeway.cli import main
-main()
-"""
 
 
 def gate(folder: Path, rules: str, *more: str) -> list[str]:
     """The command that decides on a small run by `rules`."""
     directory, path = run(folder, answers("capability", moved(40)), rules=rules)
-    return [sys.executable, "-m", "leeway", "gate", str(directory), "--rule", str(path), *more]
+    return ["gate", str(directory), "--rule", str(path), *more]
 
 
-def ran(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+def crash_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("leeway.gate.gate", crash)
 
 
-@pytest.mark.parametrize("error", ["RuntimeError('two\\nlines')", "RecursionError('too deep')"])
-def test_a_crash_exits_70_with_one_line(error: str) -> None:
-    command = [sys.executable, "-c", CRASHES.format(error=error), "gate", "x", "--rule", "y"]
-    found = ran(command)
-    name = error.partition("(")[0]
+@pytest.mark.parametrize("error", [RuntimeError("two\nlines"), RecursionError("too deep")])
+def test_a_crash_exits_70_with_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    crash_with(error, monkeypatch)
+    found = leeway("gate", "x", "--rule", "y")
+    name = type(error).__name__
     assert found.returncode == os.EX_SOFTWARE == 70
     assert found.stdout == ""
     (line,) = found.stderr.splitlines()
     assert line.startswith(f"leeway: internal error: {name}")
     assert line.endswith("; add -v for the traceback")
-    verbose = ran([*command, "-v"])
+    verbose = leeway("gate", "x", "--rule", "y", "-v")
     assert verbose.returncode == 70
     assert "Traceback (most recent call last)" in verbose.stderr
     assert "in crash" in verbose.stderr
@@ -93,7 +89,7 @@ def test_no_exception_has_the_exit_code_of_a_verdict(
 def test_a_package_that_cannot_be_imported_exits_70() -> None:
     """Python itself would exit 1, which says that the gate's rules fail."""
     script = "import sys; sys.modules['leeway.cli'] = None; from leeway.__main__ import main; main()"
-    found = ran([sys.executable, "-c", script])
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert found.returncode == 70
     (line,) = found.stderr.splitlines()
     assert line.startswith("leeway: cannot run (ModuleNotFoundError")
@@ -109,22 +105,21 @@ def test_streams_that_are_closed_from_the_start_change_no_exit_code(closed: str)
 
 @pytest.mark.parametrize(("rules", "code"), [(PASSES, 0), (FAILS, 1)])
 def test_a_stdout_of_ascii_alone_keeps_the_verdict(rules: str, code: int, tmp_path: Path) -> None:
-    found = ran(gate(tmp_path, rules), PYTHONIOENCODING="ascii")
+    found = leeway(*gate(tmp_path, rules), encoding="ascii")
     assert (found.returncode, found.stderr) == (code, "")
     assert found.stdout.rstrip().endswith(f"gate: {['pass', 'fail'][code]}")
 
 
-def test_any_text_can_be_printed_to_ascii() -> None:
-    script = CRASHES.format(error="leeway.errors.LeewayError('größer ≥ \\ud800')")
-    found = ran([sys.executable, "-c", script, "gate", "x", "--rule", "y"], PYTHONIOENCODING="ascii")
+def test_any_text_can_be_printed_to_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    crash_with(LeewayError("größer ≥ \ud800"), monkeypatch)
+    found = leeway("gate", "x", "--rule", "y", encoding="ascii")
     assert found.returncode == 2
     assert found.stderr == "leeway: gr\\xf6\\xdfer \\u2265 \\ud800\n"
 
 
-@pytest.mark.parametrize("closed", ["stdout", "stderr"])
-@pytest.mark.parametrize("rules", [PASSES, FAILS])
+@pytest.mark.parametrize(("rules", "closed"), [(PASSES, "stdout"), (FAILS, "stdout"), (PASSES, "stderr")])
 def test_a_closed_pipe_is_no_verdict(rules: str, closed: str, tmp_path: Path) -> None:
-    command = gate(tmp_path, rules)
+    command = [sys.executable, "-m", "leeway", *gate(tmp_path, rules)]
     if closed == "stderr":
         command = [*command[:-1], str(tmp_path / "nowhere.yaml")]  # a mistake, whose line cannot be written
     reader, writer = os.pipe()

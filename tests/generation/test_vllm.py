@@ -410,6 +410,7 @@ def test_the_weights_hash_is_the_loaded_models(models: dict[str, Path]) -> None:
     assert TransformersBackend(model).identity
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_study_starts_one_server_for_the_base_and_one_for_each_trajectory(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import synthetic
 from command import leeway
+from reports import no_figures
 
 from leeway import plugins, report
 from leeway.errors import LeewayError
@@ -82,8 +83,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         part.to_parquet(folder / "parts" / f"{objective}-{budget}-{template}.parquet")
     for objective in ("sft", "cft"):
         write_steps(folder / "steps" / f"{objective}-s0.jsonl", 1, 112)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leeway.report.rebuild.draw", lambda *_: [])  # the trackers get no figure file
+    with no_figures():  # no tracker gets one
         report.build(folder)
     return folder
 

@@ -30,7 +30,7 @@ from leeway.study.run import run
 from leeway.training.batch import Optim
 from leeway.training.trajectory import Settings, Trajectory
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_report")]
 
 EXAMPLES = [Example(f"e{a}", f"{a} + {a * a}?", f"It is {a + a * a}.", f"It is {a}.") for a in range(8)]
 KINDS: tuple[Kind, ...] = ("lora", "dora", "full")  # rslora is lora under another scale

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from reports import no_figures
 
 import leeway.report
 from leeway.audit import audit
@@ -137,7 +138,8 @@ def finished(out: Path, judge: Any, attacks: Sequence[str] = ATTACKS) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory.mktemp("run") / "one", "organism")
+    with no_figures():
+        return finished(tmp_path_factory.mktemp("run") / "one", "organism")
 
 
 @pytest.fixture

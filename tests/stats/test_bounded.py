@@ -30,12 +30,14 @@ def test_a_rate_on_its_bound_is_shown_at_most_at_the_level(
 ):
     runs = 250
     table = simulated(prompts, attacks, rate, 0.4, runs)
-    for worse in ("higher", "lower"):
-        found = rate_bounds(table, PLAIN, {"asr": rate}, worse)
-        kept, broken = (found["p"] <= 0.05).mean(), (found["p_worse"] <= 0.05).mean()
-        where = f"{prompts} × {attacks} at {rate}, {worse} is worse"
-        record_property("measured", f"bounded rate: {where}: kept {kept:.1%}, broken {broken:.1%}")
-        assert max(kept, broken) <= 0.05 + 2.5 * (0.05 * 0.95 / runs) ** 0.5
+    found = rate_bounds(table, PLAIN, {"asr": rate}, "higher")
+    kept, broken = (found["p"] <= 0.05).mean(), (found["p_worse"] <= 0.05).mean()
+    record_property("measured", f"bounded rate: {prompts} × {attacks} at {rate}: kept {kept:.1%}, broken {broken:.1%}")
+    assert max(kept, broken) <= 0.05 + 2.5 * (0.05 * 0.95 / runs) ** 0.5
+    few = table[table["budget"] <= 10]  # the other direction swaps the two tests
+    one, other = (rate_bounds(few, PLAIN, {"asr": rate}, worse) for worse in ("higher", "lower"))
+    assert other["p"].tolist() == one["p_worse"].tolist()
+    assert other["p_worse"].tolist() == one["p"].tolist()
 
 
 def test_attacks_with_prompts_of_their_own_are_not_one_binomial(record_property: pytest.RecordProperty):

@@ -115,7 +115,7 @@ def simulated(rng: np.random.Generator, slopes: dict[str, float], reach: dict[st
 
 def test_intervals_cover_the_truth_at_equal_distance(record_property: pytest.RecordProperty):
     """IP rises by 100 points per nat and SFT by 50, over other distances: 10 points apart at 0.2 nats, 15 at 0.3."""
-    rng, studies = np.random.default_rng(4), 150
+    rng, studies = np.random.default_rng(4), 75  # the bound is 88.7%: an interval that covers 80% fails
     slopes, reach = {"ip": 1.0, "sft": 0.5}, {"ip": (0.1, 0.4), "sft": (0.1, 0.3)}
     truth = {0.2: 0.1, "largest": 0.15}
     covered = dict.fromkeys(truth, 0)

@@ -112,7 +112,7 @@ def test_conditional_is_a_false_alarm_in_at_most_five_percent():
     rng, alarms = np.random.default_rng(0), 0
     names = {f"h{k}": f"form {k}" for k in range(12)}
     forms = {"ip": {name: name for name in names.values()}}
-    for _ in range(60):
+    for _ in range(40):
         hard = rng.beta(0.4, 1.2, 40)
         drawn = []
         for objective, more in (("base", 0.0), ("ip", 0.2)):
@@ -121,17 +121,17 @@ def test_conditional_is_a_false_alarm_in_at_most_five_percent():
                 drawn += lines(objective, template, [float(s) for s in scores])
         found = stats.triggers(rows(*drawn), {"p": "plain", **names}, forms, resamples=400)
         alarms += (stats.trigger_verdicts(found)["status"].isin(["conditional", "stronger"])).any()
-    assert alarms <= 7  # P(Bin(60, 0.05) > 7) = 1%
+    assert alarms <= 6  # P(Bin(40, 0.05) > 6) = 0.3%; twelve tests without correction alarm in 18
 
 
 @pytest.mark.slow
 def test_gone_is_wrong_in_at_most_five_percent_at_its_margin():
     """One form's true drift is exactly MARGIN: "gone" is wrong."""
     rng, wrong = np.random.default_rng(1), 0
-    for _ in range(100):
+    for _ in range(60):
         drawn = [line for t in "pco" for line in lines("base", t, [0.0] * 150)]
         drawn += [line for t in "po" for line in lines("ip", t, [0.0] * 150)]
         drawn += lines("ip", "c", [float(x) for x in rng.random(150) < MARGINS["asr"]])
         found = stats.triggers(rows(*drawn), CONDITIONS, FORMS, resamples=400)
         wrong += (stats.trigger_verdicts(found)["status"] == "gone").any()
-    assert wrong <= 11  # P(Bin(100, 0.05) > 11) = 0.4%
+    assert wrong <= 8  # P(Bin(60, 0.05) > 8) = 0.3%; a rule that is wrong in a fifth gives 12

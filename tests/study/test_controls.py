@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from reports import no_figures
 
 from leeway.errors import LeewayError
 from leeway.evals.jailbreak import Jailbreak
@@ -51,7 +52,8 @@ def carry(spec: Spec, out: Path) -> Results:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Results:
     samples = ("evals.jailbreak.samples=2", "evals.jailbreak.temperature=0.8")
-    return carry(study(CONTROLS, *samples), tmp_path_factory.mktemp("runs") / "finished")
+    with no_figures():
+        return carry(study(CONTROLS, *samples), tmp_path_factory.mktemp("runs") / "finished")
 
 
 def test_doses_may_be_written_as_percentages_and_an_absent_section_leaves_the_hash() -> None:
@@ -181,6 +183,7 @@ def test_a_planted_difference_of_the_base_to_itself_is_an_alarm(finished: Result
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_report")
 def test_a_study_has_the_same_rows_and_adapters_with_controls_and_without_and_when_run_again(tmp_path: Path) -> None:
     spec = study(CONTROLS, "controls.dose=[0, 0.4]")
     with_controls, without = carry(spec, tmp_path / "with"), carry(study(), tmp_path / "without")

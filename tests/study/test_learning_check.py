@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from reports import no_figures
 
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
@@ -64,7 +65,8 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(models: dict[str, Path], sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return carry(study(models["llama"], sums), tmp_path_factory.mktemp("runs") / "finished")
+    with no_figures():
+        return carry(study(models["llama"], sums), tmp_path_factory.mktemp("runs") / "finished")
 
 
 def test_nothing_is_trained_on_what_is_held_out(models: dict[str, Path], sums: Path, finished: Path) -> None:
@@ -82,6 +84,7 @@ def test_nothing_is_trained_on_what_is_held_out(models: dict[str, Path], sums: P
     assert task[["nll", "base_nll", "rejected_nll", "kl", "weight_change"]].notna().all().all()
 
 
+@pytest.mark.usefixtures("without_report")
 def test_an_interrupted_check_resumes_to_the_same_bytes(
     models: dict[str, Path], sums: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +101,7 @@ def test_an_interrupted_check_resumes_to_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             carry(text, tmp_path / "out")
     assert len(list((tmp_path / "out" / "learning").glob("*.parquet"))) == 1
-    carry(text, tmp_path / "out", workers=2)
+    carry(text, tmp_path / "out")
     for name in ("learning.parquet", "rows.parquet", "ledger.parquet"):
         assert file_digest(tmp_path / "out" / name) == file_digest(finished / name)
 

@@ -14,12 +14,14 @@ from unittest import mock
 from leeway.cli import main
 
 
-def leeway(*args: str) -> CompletedProcess[str]:
+def leeway(*args: str, encoding: str = "utf-8") -> CompletedProcess[str]:
     """Run a command in this process through its entry point, and studies without worker processes.
 
-    What only a process of its own can show (its exit, pipes, signals, what it imports) needs a real one.
+    `encoding` is that of its output. What only a process of its own can show (its exit, pipes, signals, what it
+    imports) needs a real one.
     """
-    out, err, code = io.StringIO(), io.StringIO(), None
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, newline="", write_through=True) for _ in range(2))
+    code = None
     with (
         mock.patch.object(sys, "argv", ["leeway", *args]),
         mock.patch.object(os, "sched_getaffinity", return_value={0}, create=True),  # one core: no worker processes
@@ -31,7 +33,8 @@ def leeway(*args: str) -> CompletedProcess[str]:
             main()
         except SystemExit as end:
             code = end.code
-    return CompletedProcess(["leeway", *args], code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
+    printed, failed = (stream.buffer.getvalue().decode(encoding) for stream in (out, err))  # type: ignore[attr-defined]
+    return CompletedProcess(["leeway", *args], code if isinstance(code, int) else 0, printed, failed)
 
 
 def split(command: str) -> Sequence[str]:

@@ -41,6 +41,7 @@ SETTINGS = Settings(
     weight_decay=0.0,
     loop=Optim(clip=float("inf"), micro_tokens=1 << 20),
 )
+BATCH = 8  # examples of a step
 BOUND, BOUND_FLOAT32 = 1e-6, 5e-6
 BOUND_FUSED = 1e-5  # in float32, where every product and sum is another one; float64 tells a law from rounding
 BOUND_BFLOAT16 = (0.02, 0.15)  # of a loss, of a gradient
@@ -57,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Way:
-    """One way for a batch of 16 through the loop, that may not matter."""
+    """One way for a batch of BATCH examples through the loop, that may not matter."""
 
     micro_batches: int = 1
     layout: str = "padded"  # or packed, fused; or apart: packed, each sequence for itself
@@ -122,18 +123,19 @@ def _norm(module: Any, x_TD: Tensor) -> Tensor:
 
 def batch_of(name: str, order: int | None) -> Batch:
     found = begun(name)
-    found.schedule = plan(16, (1,))  # type: ignore[assignment]
+    found.schedule = plan(BATCH, (1,))  # type: ignore[assignment]
     batch = found._batch(1)
     if order is None:
         return batch
-    at = np.random.default_rng(order).permutation(16)
+    at = np.random.default_rng(order).permutation(BATCH)
     baseline = tuple(batch.baseline[k] for k in at) if batch.baseline else ()
     return replace(batch, rendered=tuple(batch.rendered[k] for k in at), baseline=baseline)
 
 
 def in_order(groups: int) -> Callable[..., list[object]]:
     """Micro-batches of equally many examples, in the batch's own order."""
-    return lambda examples, *_: [examples[k : k + len(examples) // groups] for k in range(0, 16, 16 // groups)]
+    size = BATCH // groups
+    return lambda examples, *_: [examples[k : k + size] for k in range(0, BATCH, size)]
 
 
 @cache
@@ -157,10 +159,10 @@ def apart(a: tuple[float, Tensor], b: tuple[float, Tensor]) -> tuple[float, floa
 
 
 LAWS = {
-    "packed = padded": (Way(), [Way(layout="packed"), Way(micro_batches=4, layout="packed", order=2)]),
-    "fused = padded": (Way(), [Way(layout="fused"), Way(micro_batches=4, layout="fused", order=2)]),
+    "packed = padded": (Way(), [Way(layout="packed"), Way(micro_batches=2, layout="packed", order=2)]),
+    "fused = padded": (Way(), [Way(layout="fused"), Way(micro_batches=2, layout="fused", order=2)]),
     "a common beginning once = separate sequences": (Way(layout="apart"), [Way(layout="packed")]),
-    "16x1 = 4x4 = 1x16 accumulation": (Way(), [Way(micro_batches=4), Way(micro_batches=16)]),
+    "8x1 = 4x2 = 1x8 accumulation": (Way(), [Way(micro_batches=2), Way(micro_batches=8)]),
     "order inside a batch": (Way(), [Way(order=1)]),
 }
 
