@@ -19,6 +19,12 @@ CAMPAIGNS = {
     "kills": "benchmarks.hardening.kills",
     "power": "benchmarks.hardening.power",
     "faults": "benchmarks.hardening.faults",
+    "fuzz": "benchmarks.hardening.fuzz_files",
+    "data": "benchmarks.hardening.fuzz_data",
+    "runs": "benchmarks.hardening.fuzz_runs",
+    "models": "benchmarks.hardening.fuzz_models",
+    "text": "benchmarks.hardening.hostile_text",
+    "injection": "benchmarks.hardening.injection",
 }
 
 
