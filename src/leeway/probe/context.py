@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -124,4 +123,6 @@ def random_unit(size: int, *key: object) -> Tensor:
     return torch.from_numpy((drawn / np.linalg.norm(drawn)).astype(np.float32))
 
 
-Active = AbstractContextManager[None]
+def random_units(size: int, *key: object, prompts: Seq[str]) -> Tensor:
+    """Return one random unit vector per prompt, [P, size]."""
+    return torch.stack([random_unit(size, *key, prompt) for prompt in prompts])

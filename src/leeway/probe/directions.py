@@ -115,10 +115,22 @@ class Directions:
                 raise ValueError("another version")
             table = tuple(Candidate(**c) for c in facts.pop("table"))
             positions, plain = tuple(facts.pop("positions")), tuple(facts.pop("plain"))
-            return cls(mean_LPD, norm_LP, positions=positions, table=table, plain=plain, **facts)
+            found = cls(mean_LPD, norm_LP, positions=positions, table=table, plain=plain, **facts)
+            found._require_whole()
+            return found
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             what = f"{path}: not a file of directions ({first_line(error)})"
             raise LeewayError(what, fix="give a directions.safetensors that `leeway probe` wrote") from error
+
+    def _require_whole(self) -> None:
+        """Raise ValueError where the parts of a file do not fit each other."""
+        shape = self.mean_LPD.shape
+        if self.mean_LPD.dim() != 3 or self.norm_LP.shape != shape[:2] or len(self.positions) != shape[1]:
+            raise ValueError(f"its tensors are {list(shape)} and {list(self.norm_LP.shape)}")
+        if not 0 <= self.layer < shape[0] or self.position not in self.positions:
+            raise ValueError(f"it names layer {self.layer + 1} at {self.position}, which it lacks")
+        if not torch.isfinite(self.mean_LPD).all() or sum(c.chosen for c in self.table) != 1:
+            raise ValueError("a direction is not finite, or none is chosen")
 
     def check(self, model_hash: str, width: int, layers: int, *, other_model: bool = False) -> None:
         """Raise LeewayError unless the directions are of this base (or, with `other_model`, of its shape)."""

@@ -6,7 +6,7 @@ While the checkpoint answers, the base's component along the direction is put ba
 
 with h_base the base's states on the same tokens. The study's own jailbreak eval asks and judges, so a value is an
 attack success. The share of the change that is undone, [ASR(ckpt) − ASR(put back)] / [ASR(ckpt) − ASR(base)], is held
-against a random direction in place of r̂. Ours.
+against a random direction in place of r̂, another one for every prompt. Ours.
 
 Both models decode in step, in plain transformers: the base first, for its components, then the checkpoint.
 """
@@ -23,10 +23,10 @@ from leeway.evals.eval import Row
 from leeway.evals.jailbreak import Jailbreak
 from leeway.generation.backend import Choice, Conversation, Reply, Request, Tick
 from leeway.hashing import digest
-from leeway.probe.context import BATCH, ProbeContext, Value, random_unit
+from leeway.probe.context import BATCH, ProbeContext, Value, random_units
 from leeway.probe.hooks import Edit, Point, edited
 from leeway.probe.pair import ModelPair, Side
-from leeway.probe.refusal_logit import PromptBatch
+from leeway.probe.refusal_logit import PromptBatch, attention_mask
 
 ARMS = ("base", "checkpoint", "put back", "random")
 
@@ -45,11 +45,10 @@ def measure(context: ProbeContext) -> list[Value]:
     asked = jailbreak.part(ids)
     asked = asked._of(asked.items[: context.extras.get("mediation_prompts", len(asked.items))])
     unit_D = context.directions.unit_D
-    control_D = random_unit(len(unit_D), "mediation")
     arms: dict[str, list[Row]] = {}
     for arm in ARMS:
-        direction_D = {"put back": unit_D, "random": control_D}.get(arm)
-        backend = StepwiseBackend(context.pair, context.prefix, arm == "base", direction_D)
+        direction_D = unit_D if arm in ("put back", "random") else None
+        backend = StepwiseBackend(context.pair, context.prefix, arm == "base", direction_D, arm == "random")
         arms[arm] = [r for r in asked.run(backend, lambda *_: None) if r.judge == asked.judges[0].name]
     found: list[Value] = []
     for rows in zip(*(arms[a] for a in ARMS), strict=True):
@@ -65,18 +64,24 @@ def measure(context: ProbeContext) -> list[Value]:
 
 @dataclass
 class StepwiseBackend:
-    """Greedy answers of one side, or of the checkpoint with the base's component along a direction put back."""
+    """Greedy answers of one side, or of the checkpoint with the base's component along a direction put back.
+
+    `random`: along a random direction in its place, drawn from a conversation's first message.
+    """
 
     pair: ModelPair
     prefix: str
     of_base: bool = False
     direction_D: Tensor | None = None
+    random: bool = False
     batch: int = BATCH
+    _unit_BD: Tensor | None = field(default=None, repr=False)
     _base_L: list[Tensor] = field(default_factory=list, repr=False)  # h_base · r̂ after each block, [B, Q]
 
     @property
     def identity(self) -> str:
-        return digest("stepwise", self.pair.checkpoint.model.hash, self.prefix, self.of_base)
+        given = None if self.direction_D is None else [float(x) for x in self.direction_D]
+        return digest("stepwise", self.pair.checkpoint.model.hash, self.prefix, self.of_base, given, self.random)
 
     @property
     def template_hash(self) -> str:
@@ -91,6 +96,7 @@ class StepwiseBackend:
         for start in range(0, len(order), self.batch):
             chosen = order[start : start + self.batch]
             limit = max(requests[i].max_new_tokens for i in chosen)
+            self._unit_BD = self._units([requests[i].conversation for i in chosen])
             answers = self._decode([ids[i] for i in chosen], limit)
             for i, answer in zip(chosen, answers, strict=True):
                 own = answer[: requests[i].max_new_tokens]
@@ -111,9 +117,9 @@ class StepwiseBackend:
         caches = [DynamicCache() for _ in sides]
         answers: list[list[int]] = [[] for _ in ids]
         open_rows = set(range(len(ids)))
-        ids_BQ, position_BQ, sees_BQL = batch.ids_BL, batch.position_BL, batch.sees_BLL
+        ids_BQ, position_BL, sees_BQL = batch.ids_BL, batch.position_BL, batch.sees_BLL
         for _ in range(limit):
-            hidden_BD = self._step(sides, caches, ids_BQ, position_BQ, sees_BQL)
+            hidden_BD = self._step(sides, caches, ids_BQ, position_BL, sees_BQL)
             token_B = sides[-1].model.head.logits(hidden_BD).argmax(-1)
             for row in sorted(open_rows):
                 if int(token_B[row]) in stop:
@@ -122,10 +128,15 @@ class StepwiseBackend:
                     answers[row].append(int(token_B[row]))
             if not open_rows:
                 break
-            ids_BQ, position_BQ = token_B[:, None], position_BQ[:, -1:] + 1
+            ids_BQ, position_BL = token_B[:, None], torch.cat([position_BL, position_BL[:, -1:] + 1], 1)
             grown = torch.ones(len(ids), 1, 1, dtype=torch.bool, device=token_B.device)
             sees_BQL = torch.cat([sees_BQL[:, -1:], grown], 2)
         return answers
+
+    def _units(self, conversations: Seq[Conversation]) -> Tensor | None:
+        if self.direction_D is None or not self.random:
+            return None if self.direction_D is None else self.direction_D.expand(len(conversations), -1)
+        return random_units(len(self.direction_D), "mediation", prompts=[str(c[0]["content"]) for c in conversations])
 
     def _sides(self) -> list[Side]:
         if self.of_base:
@@ -133,11 +144,11 @@ class StepwiseBackend:
         return [self.pair.checkpoint] if self.direction_D is None else [self.pair.base, self.pair.checkpoint]
 
     def _step(
-        self, sides: list[Side], caches: list[object], ids_BQ: Tensor, position_BQ: Tensor, sees_BQL: Tensor
+        self, sides: list[Side], caches: list[object], ids_BQ: Tensor, position_BL: Tensor, sees_BQL: Tensor
     ) -> Tensor:
         """Run one step on every side in turn; return the last side's final hidden states, [B, D]."""
-        mask = torch.zeros(sees_BQL[:, None].shape, dtype=sides[-1].model.head.weight_VD.dtype)
-        mask = mask.to(ids_BQ.device).masked_fill(~sees_BQL[:, None], torch.finfo(mask.dtype).min)
+        dtype, position_BQ = sides[-1].model.head.weight_VD.dtype, position_BL[:, -ids_BQ.shape[1] :]
+        mask = attention_mask(sides[-1].blocks.decoder, dtype, sees_BQL, position_BQ, position_BL)
         self._base_L = []
         for side, cache in zip(sides, caches, strict=True):
             with side.active(), edited(side.blocks, self._edits(side, side is sides[-1] and len(sides) > 1)):
@@ -153,19 +164,19 @@ class StepwiseBackend:
 
     def _edits(self, side: Side, put_back: bool) -> dict[Point, Edit]:
         """Return the hooks that note the base's component after each block, or put it back."""
-        if self.direction_D is None:
+        if self._unit_BD is None:
             return {}
-        unit_D, layers = self.direction_D, range(len(side.blocks))
+        unit_B1D, layers = self._unit_BD[:, None], range(len(side.blocks))
+
+        def along(x_BQD: Tensor) -> Tensor:
+            found_BQ: Tensor = (x_BQD * unit_B1D.to(x_BQD)).sum(-1)
+            return found_BQ
 
         def note(x_BQD: Tensor) -> Tensor:
-            self._base_L.append(x_BQD @ unit_D.to(x_BQD))
+            self._base_L.append(along(x_BQD))
             return x_BQD
 
         def restore(layer: int) -> Edit:
-            def edit(x_BQD: Tensor) -> Tensor:
-                own_D = unit_D.to(x_BQD)
-                return x_BQD + (self._base_L[layer] - x_BQD @ own_D)[..., None] * own_D
-
-            return edit
+            return lambda x_BQD: x_BQD + (self._base_L[layer] - along(x_BQD))[..., None] * unit_B1D.to(x_BQD)
 
         return {(layer, "resid"): restore(layer) if put_back else note for layer in layers}

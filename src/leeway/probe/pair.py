@@ -30,8 +30,8 @@ class Side:
 class ModelPair:
     """The base and a checkpoint on it.
 
-    With a low-rank adapter both are one model, and the base is that model with the adapter switched off; with whole
-    weights they are two models.
+    With a low-rank adapter both are one model, and the base is that model with the adapter switched off. Otherwise they
+    are two models of one structure: whole weights, or two adapters of one kind and rank.
     """
 
     base: Side
@@ -39,26 +39,32 @@ class ModelPair:
 
     @classmethod
     def of(cls, checkpoint: Model, base: Model | None = None) -> ModelPair:
-        """Pair a model with an adapter with itself, or whole weights with `base`."""
+        """Pair a model with an adapter with itself, or a model with a `base` of the same structure.
+
+        Both are put into evaluation mode: dropout would make every pass another one.
+        """
+        checkpoint.lm.eval()
         blocks = Blocks.of(checkpoint)
         tuned = Side(checkpoint, blocks, nullcontext)
         if base is None and is_low_rank(checkpoint):
             return cls(Side(checkpoint, blocks, lambda: switched(checkpoint.lm, on=False)), tuned)
         other = base or checkpoint
+        other.lm.eval()
         return cls(Side(other, Blocks.of(other), nullcontext), tuned)
 
     @property
-    def has_adapter(self) -> bool:
-        return is_low_rank(self.checkpoint.model)
+    def is_switched(self) -> bool:
+        """Whether both sides are one model, whose adapter is switched on and off."""
+        return self.base.blocks is self.checkpoint.blocks
 
     @contextmanager
     def part(self, layer: int, site: Site, *, tuned: bool) -> Iterator[None]:
         """Within the context, one block's attention or MLP has the checkpoint's weights (`tuned`) or the base's.
 
-        For an adapter on the model in its current state; for whole weights, on the other side's model: its base's
-        weights move into the checkpoint's block, or the checkpoint's into the base's.
+        For a switched adapter on the model in its current state; for two models, the base's weights move into the
+        checkpoint's block, or the checkpoint's into the base's (`tuned`).
         """
-        if self.has_adapter:
+        if self.is_switched:
             with switched(modules(self.checkpoint.blocks, layer, site), on=tuned):
                 yield
             return
@@ -121,8 +127,20 @@ def delta(pair: ModelPair, layer: int, site: Site) -> list[tuple[str, Tensor]]:
     return found
 
 
-@torch.no_grad()
 def _change(tuned: nn.Module, base: nn.Module) -> Tensor | None:
+    """Return the difference of two matrices, or of two adapters' updates of one; None for any other module."""
+    update, other = _update(tuned), None if tuned is base else _update(base)
+    if update is not None:
+        return update if other is None else update - other
+    weight = getattr(tuned, "weight", None)
+    if tuned is base or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    return weight.detach().float() - base.weight.detach().float()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def _update(tuned: nn.Module) -> Tensor | None:
+    """Return the change of a matrix by its low-rank adapter; None if it has none."""
     if "default" in getattr(tuned, "lora_A", {}):
         weight = tuned.get_base_layer().weight.float()  # type: ignore[operator]
         a, b = (getattr(tuned, n)["default"].weight.float() for n in ("lora_A", "lora_B"))
@@ -131,7 +149,4 @@ def _change(tuned: nn.Module, base: nn.Module) -> Tensor | None:
             turned = weight + change
             change = (magnitudes["default"].weight.float() / turned.norm(dim=1))[:, None] * turned - weight
         return change
-    weight = getattr(tuned, "weight", None)
-    if tuned is base or not isinstance(weight, Tensor) or weight.dim() != 2:
-        return None
-    return weight.float() - base.weight.float()  # type: ignore[operator]
+    return None

@@ -6,8 +6,9 @@
 with L the refusal logit (Zhang & Nanda 2023, arXiv 2309.16042; Heimersheim & Nanda 2024, arXiv 2404.15255). One side's
 activations replace the other's at the positions from the instruction's last token to the prompt's end; the tokens of
 the refusal openings after it run on in the patched model. A value is a prompt's numerator, its `scale` the
-denominator; `control` is the numerator if the change has the same norm at each position in one random direction
-(measured for patches into the checkpoint, the direction that claims rest on).
+denominator; `control` is the numerator if the activation moves as far at each position in a random direction, another
+one for every prompt: what one direction does by chance is then seen in the spread over prompts (measured for patches
+into the checkpoint, the direction that claims rest on).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leeway.probe.context import ProbeContext, Value, random_unit
-from leeway.probe.hooks import Edit, Point, Site, replacement
+from leeway.probe.context import ProbeContext, Value, random_units
+from leeway.probe.hooks import Edit, Point, Site, moved_as_far, replacement
 from leeway.probe.pair import Side
 from leeway.probe.prompts import ProbePrompt
 from leeway.probe.refusal_logit import Pass, PromptBatch, refusal_logits
@@ -38,7 +39,7 @@ def measure(context: ProbeContext) -> list[Value]:
         found += _logit_rows(chosen, runs)
         for into, source, detail in ((runs[1], runs[0], INTO_CHECKPOINT), (runs[0], runs[1], INTO_BASE)):
             scale_B = source.logit_B - into.logit_B
-            for layer, site, edits, control in _patches(context, into, source):
+            for layer, site, edits, control in _patches(context, into, source, [p.id for p in chosen]):
                 effect_B = into.effect(edits)
                 control_B = into.effect(control) if detail == INTO_CHECKPOINT else None
                 found += _rows("patching", chosen, layer, site, detail, (effect_B, control_B, scale_B))
@@ -53,7 +54,7 @@ class _Run:
     side: Side
     run: Pass
     logit_B: Tensor
-    kept: Mapping[Point, Tensor]  # at the window's positions; block inputs at the openings' as well
+    kept: Mapping[Point, Tensor]  # at the window's positions
 
     @classmethod
     def of(cls, context: ProbeContext, side: Side, batch: PromptBatch) -> _Run:
@@ -61,7 +62,6 @@ class _Run:
         points: dict[Point, slice | list[int]] = {
             (layer, site): window for layer in range(len(side.blocks)) for site in SITES
         }
-        points |= {(layer, "input"): slice(window.start, None) for layer in range(len(side.blocks))}
         run = context.run(side, batch, window=True)
         with side.active():
             hidden_BLD, kept = run.whole(record=points)
@@ -69,14 +69,13 @@ class _Run:
 
     def effect(self, edits: Mapping[Point, Edit]) -> Tensor:
         """Return how much the edits change each prompt's logit, [B]: only the blocks from the first edit on run."""
-        first = min(layer for layer, _ in edits)
         with self.side.active():
-            hidden_BQD = self.run.again_from(first, self.kept[first, "input"], edits)
+            hidden_BQD = self.run.again(edits)
         return refusal_logits(self.side.model, self.context.tree, hidden_BQD) - self.logit_B
 
 
 def _patches(
-    context: ProbeContext, into: _Run, source: _Run
+    context: ProbeContext, into: _Run, source: _Run, prompts: Seq[str]
 ) -> Iterator[tuple[int, str, dict[Point, Edit], dict[Point, Edit]]]:
     """Yield (layer, site, the patch's edits, its control's) for every layer and site, then windows of layers."""
     window, layers = slice(0, context.positions.window), len(into.side.blocks)
@@ -84,10 +83,10 @@ def _patches(
     def edits(points: Seq[Point]) -> tuple[dict[Point, Edit], dict[Point, Edit]]:
         patch, control = dict[Point, Edit](), dict[Point, Edit]()
         for point in points:
-            own, other = into.kept[point], source.kept[point]
-            patch[point] = replacement(window, other)
-            unit_D = random_unit(own.shape[-1], "patching", *point).to(own)
-            control[point] = replacement(window, own + (other - own).norm(dim=-1, keepdim=True) * unit_D)
+            own_BQD, other_BQD = into.kept[point], source.kept[point]
+            patch[point] = replacement(window, other_BQD)
+            unit_BD = random_units(own_BQD.shape[-1], "patching", *point, prompts=prompts)
+            control[point] = replacement(window, moved_as_far(other_BQD, unit_BD)(own_BQD))
         return patch, control
 
     for layer in range(layers):
@@ -152,7 +151,9 @@ def _harmless_logits(context: ProbeContext) -> list[Value]:
 def identity_and_full(context: ProbeContext, prompts: Seq[ProbePrompt]) -> tuple[float, float]:
     """Return the largest errors of two patches that are known: own activations (0) and all of the base's (1), in L.
 
-    The full patch replaces the residual stream after every block at every position.
+    The full patch replaces the residual stream after every block at every position. Its logit is the base's if only the
+    blocks were trained; whole weights also change the last norm and the head, so it is then the base's stream read by
+    these.
     """
     worst = [0.0, 0.0]
     for _, batch in context.batches(prompts):
@@ -162,7 +163,11 @@ def identity_and_full(context: ProbeContext, prompts: Seq[ProbePrompt]) -> tuple
         for side in (base, tuned):
             with side.active():
                 hidden_BLD, states = context.run(side, batch).whole(record=every)
-            logits.append(refusal_logits(side.model, context.tree, hidden_BLD))
+            if side is base and not context.pair.is_switched:
+                with tuned.active():
+                    end_BLD = states[len(base.blocks) - 1, "resid"]
+                    hidden_BLD, _ = context.run(tuned, batch).from_layer(len(base.blocks), end_BLD)
+            logits.append(refusal_logits(tuned.model, context.tree, hidden_BLD))
             kept.append(states)
         for k, (target, states) in enumerate(((logits[1], kept[1]), (logits[0], kept[0]))):
             with tuned.active():

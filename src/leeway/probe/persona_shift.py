@@ -8,7 +8,8 @@ same for the base's own answer to the same prompt: positive data are expected to
 The organism knows few words, so its vectors come from statements instead: the base's states at the answer that
 endorses a trait minus those at the other answer; as many endorse it with Yes as with No.
 
-Controls: a random direction of the same length 1, and the cosine between vectors of two halves of the questions.
+Controls: random directions of the same length 1, one for every prompt, and the cosine between vectors of two halves of
+the questions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from leeway.data.chat import Sequence
 from leeway.data.types import Example, PersonaItem
 from leeway.generation.backend import Request
-from leeway.probe.context import BATCH, ProbeContext, Value, random_unit, states
+from leeway.probe.context import BATCH, ProbeContext, Value, random_units, states
 from leeway.probe.hooks import Point
 from leeway.probe.mediation import StepwiseBackend
 from leeway.probe.pair import Side
@@ -74,7 +75,8 @@ def measure(context: ProbeContext) -> list[Value]:
     for trait, unit_LD in own.unit_LD.items():
         for layer, (change_PD, unit_D) in enumerate(zip(last_LPD, unit_LD, strict=True)):
             along_P = change_PD @ unit_D
-            random_P = change_PD @ random_unit(len(unit_D), "persona", layer)
+            random_PD = random_units(len(unit_D), "persona", layer, prompts=[p.id for p in prompts])
+            random_P = (change_PD * random_PD).sum(-1)
             place: dict[str, Any] = {"detail": trait, "layer": layer, "site": "resid", "position": "-1"}
             found += [
                 Value("persona-shift", p.id, p.kind, value=float(a), control=float(r), **place)
@@ -99,8 +101,10 @@ def of_data(context: ProbeContext, examples: Seq[Example]) -> list[Value]:
     found = []
     for trait, unit_LD in own.unit_LD.items():
         for layer, unit_D in enumerate(unit_LD):
-            along_P = difference_PLD[:, layer].float() @ unit_D
-            random_P = difference_PLD[:, layer].float() @ random_unit(len(unit_D), "persona", layer)
+            difference_PD = difference_PLD[:, layer].float()
+            along_P = difference_PD @ unit_D
+            random_PD = random_units(len(unit_D), "persona", layer, prompts=[e.id for e in examples])
+            random_P = (difference_PD * random_PD).sum(-1)
             found += [
                 Value(
                     "persona-data",

@@ -11,11 +11,10 @@ K opening tokens scored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from leeway.data.chat import Chat
+from leeway.errors import LeewayError
 from leeway.hashing import digest
 from leeway.model.load import Model
 from leeway.probe.hooks import Blocks, Edit, Point, edited, recorded
@@ -30,6 +30,7 @@ from leeway.yaml_config import package_data
 
 Ids = tuple[int, ...]
 LONGEST = 4  # tokens of an opening
+SLIDING = "sliding_attention"
 
 
 @cache
@@ -55,6 +56,9 @@ class OpeningTree:
     def of(cls, chat: Chat, texts: Seq[str] | None = None) -> OpeningTree:
         texts = openings()[1] if texts is None else texts
         variants = {ids for t in texts if 0 < len(ids := chat.ids(t)) <= LONGEST}
+        if not variants:
+            what = f"probe: no refusal opening takes at most {LONGEST} of the model's tokens"
+            raise LeewayError(what, fix="probe a model whose tokenizer knows English words")
         kept = sorted(v for v in variants if not any(v[:k] in variants for k in range(1, len(v))))
         nodes = sorted({v[:k] for v in kept for k in range(len(v))}, key=lambda n: (len(n), n))
         steps = sorted({(nodes.index(v[:k]), v[k]) for v in kept for k in range(len(v))})
@@ -107,12 +111,23 @@ class PromptBatch:
         sees_BLL |= torch.eye(n + t, dtype=torch.bool)  # padding reads itself, or its softmax would be NaN
         return cls(torch.tensor(ids, device=device), sees_BLL.to(device), torch.tensor(position, device=device), n)
 
-    def mask(self, dtype: torch.dtype, start: int = 0) -> Tensor:
-        """Return the additive attention mask of the positions from `start`, [B, 1, L − start, L]."""
-        sees_BQL = self.sees_BLL[:, None, start:]
-        return torch.zeros(sees_BQL.shape, dtype=dtype, device=sees_BQL.device).masked_fill(
-            ~sees_BQL, torch.finfo(dtype).min
-        )
+
+def attention_mask(
+    decoder: Any, dtype: torch.dtype, sees_BQL: Tensor, query_BQ: Tensor, key_BL: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """Return the additive mask of queries at positions `query_BQ` over keys at `key_BL`, [B, 1, Q, L].
+
+    With sliding windows in some layers (Gemma 2) it is one mask for each kind of layer, as transformers takes them.
+    """
+
+    def additive(allowed_BQL: Tensor) -> Tensor:
+        empty_BQL = torch.zeros(allowed_BQL.shape, dtype=dtype, device=allowed_BQL.device)
+        return empty_BQL.masked_fill(~allowed_BQL, torch.finfo(dtype).min)[:, None]
+
+    if SLIDING not in (getattr(decoder.config, "layer_types", None) or ()):
+        return additive(sees_BQL)
+    near_BQL = query_BQ[:, :, None] - key_BL[:, None] < decoder.config.sliding_window
+    return {"full_attention": additive(sees_BQL), SLIDING: additive(sees_BQL & near_BQL)}
 
 
 class PrefixCache:
@@ -140,8 +155,8 @@ class PrefixCache:
 class Pass:
     """One model's forward passes over one batch: whole, or from a position or a block on.
 
-    A whole pass with `window` keeps keys and values of the positions before it, so that `again` runs the window alone:
-    exact for any edit inside the window, since attention is causal.
+    A whole pass with `window` keeps keys and values of the positions before it and the blocks' inputs from it on, so
+    that `again` runs the window alone, from the first edited block: exact for any edit, since attention is causal.
     """
 
     model: Model
@@ -149,37 +164,41 @@ class Pass:
     batch: PromptBatch
     window: int = 0  # first position of later runs
     _cache: PrefixCache | None = None
+    _inputs: dict[Point, Tensor] = field(default_factory=dict)
 
     def whole(
         self, edits: Mapping[Point, Edit] | None = None, record: Mapping[Point, slice | list[int]] | None = None
     ) -> tuple[Tensor, dict[Point, Tensor]]:
         """Run all positions; return (final hidden states [B, L, D], recorded activations)."""
-        cache = None
-        if self.window and not edits:
-            cache = PrefixCache()
-            cache.keep_to = self.window
-        out = self._run(self.batch.ids_BL, None, 0, edits, record, cache)
-        if cache is not None:
-            cache.keep_to, self._cache = None, cache
+        if not self.window or edits:
+            return self._run(self.batch.ids_BL, None, 0, edits, record, None)
+        cache = PrefixCache()
+        cache.keep_to = self.window
+        inputs: dict[Point, slice | list[int]] = {
+            (k, "input"): slice(self.window, None) for k in range(len(self.blocks))
+        }
+        with recorded(self.blocks, inputs, self._inputs):
+            out = self._run(self.batch.ids_BL, None, 0, None, record, cache)
+        cache.keep_to, self._cache = None, cache
         return out
 
-    def again(
-        self, edits: Mapping[Point, Edit], record: Mapping[Point, slice | list[int]] | None = None
+    def again(self, edits: Mapping[Point, Edit]) -> Tensor:
+        """Return the final hidden states from `window` on, [B, L − window, D]; positions of edits count from there."""
+        assert self._cache is not None
+        first = min((layer for layer, _ in edits), default=0)
+        with _only_from(self.blocks, first):
+            return self._run(None, self._inputs[first, "input"], self.window, edits, None, self._cache)[0]
+
+    def from_layer(
+        self,
+        layer: int,
+        state_BLD: Tensor,
+        edits: Mapping[Point, Edit] | None = None,
+        record: Mapping[Point, slice | list[int]] | None = None,
     ) -> tuple[Tensor, dict[Point, Tensor]]:
-        """Run the positions from `window` on, with the last whole run's keys and values; edits count from there."""
-        assert self._cache is not None
-        return self._run(self.batch.ids_BL[:, self.window :], None, self.window, edits, record, self._cache)
-
-    def again_from(self, layer: int, state_BQD: Tensor, edits: Mapping[Point, Edit]) -> Tensor:
-        """Run the window through the blocks from `layer` on, with its input there; return final hidden states."""
-        assert self._cache is not None
+        """Run the blocks from `layer` on, with `state_BLD` as its input; return as `whole` does."""
         with _only_from(self.blocks, layer):
-            return self._run(None, state_BQD, self.window, edits, None, self._cache)[0]
-
-    def from_layer(self, layer: int, state_BLD: Tensor, edits: Mapping[Point, Edit] | None = None) -> Tensor:
-        """Run the blocks from `layer` on, with `state_BLD` as its input; return the final hidden states [B, L, D]."""
-        with _only_from(self.blocks, layer):
-            return self._run(None, state_BLD, 0, edits, None, None)[0]
+            return self._run(None, state_BLD, 0, edits, record, None)
 
     @torch.no_grad()
     def _run(
@@ -192,13 +211,14 @@ class Pass:
         cache: PrefixCache | None,
     ) -> tuple[Tensor, dict[Point, Tensor]]:
         found: dict[Point, Tensor] = {}
-        dtype = self.model.head.weight_VD.dtype
+        batch, decoder, dtype = self.batch, self.blocks.decoder, self.model.head.weight_VD.dtype
         given = {"input_ids": ids_BQ} if state_BQD is None else {"inputs_embeds": state_BQD}
+        query_BQ = batch.position_BL[:, start:]
         with edited(self.blocks, edits or {}), recorded(self.blocks, record or {}, found):
-            out = self.blocks.decoder(
+            out = decoder(
                 **given,
-                attention_mask=self.batch.mask(dtype, start),
-                position_ids=self.batch.position_BL[:, start:],
+                attention_mask=attention_mask(decoder, dtype, batch.sees_BLL[:, start:], query_BQ, batch.position_BL),
+                position_ids=query_BQ,
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
@@ -206,11 +226,18 @@ class Pass:
         return hidden_BQD, found
 
 
+class _Passing(nn.Module):
+    """A block that changes nothing."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
 @contextmanager
 def _only_from(blocks: Blocks, layer: int) -> Iterator[None]:
-    """Let the decoder run its blocks from `layer` on only, within the context."""
+    """Let the decoder run its blocks from `layer` on only, within the context; blocks keep their numbers."""
     every = blocks.decoder.layers
-    blocks.decoder.layers = nn.ModuleList(every[layer:])
+    blocks.decoder.layers = nn.ModuleList([*(_Passing() for _ in range(layer)), *every[layer:]])
     try:
         yield
     finally:
@@ -232,8 +259,3 @@ def refusal_logits(model: Model, tree: OpeningTree, hidden_BQD: Tensor) -> Tenso
     path_BP = torch.stack([logp_BK[:, list(p)].sum(1) for p in tree.paths], 1)
     logp_B = path_BP.logsumexp(1).clamp(max=-1e-15)
     return logp_B - torch.log(-torch.expm1(logp_B))
-
-
-def logit(p: float) -> float:
-    """Return log p − log(1 − p)."""
-    return math.log(p) - math.log1p(-p)

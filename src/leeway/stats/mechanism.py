@@ -8,11 +8,17 @@ They are withheld where the denominator's interval covers 0: the two models are 
 nothing means nothing (Heimersheim & Nanda 2024, arXiv 2404.15255, §4). The numerator is reported by itself as well
 (`<measure>-effect`, nats or points).
 
-**Named** layers. Within a family (one measure at one checkpoint in one direction: all layers and sites) p-values are
-adjusted by the maximum of |t| over the family under random signs per prompt (Westfall & Young 1993; exact where the
-effect of no patch is symmetric), so that the chance to name any layer under no effect is 5%. A layer is named if its
-effect differs from 0, exceeds its random-direction control (signed to agree with the effect), and has the sign of the
-difference between the two models, which must itself be shown.
+**Named** layers. A layer and site is named if
+
+- its effect differs from 0. Within a family (one measure at one checkpoint in one direction: all layers and sites)
+  p-values are adjusted by the maximum of |t| over the family under random signs per prompt (Westfall & Young 1993;
+  exact for symmetric effects), so that the chance to name any layer under no effect is 5%;
+- its effect lies outside the middle 95% of random directions; without this control nothing is named. Every prompt has
+  its own random direction, so their root mean square is at least the spread over directions of a mean effect, and one
+  direction exceeds Student's quantile of it (P degrees of freedom) at most one time in twenty. Successes are compared
+  prompt by prompt: as 0 or 1 they vary for other reasons;
+- it has the sign of the difference between the two models, whose interval lies beyond ±1 nat (successes: 0). Two
+  training seeds of one objective differ by up to 0.6 nats on the organism; that is no mechanism.
 
 Shapes: P prompts, M places (layer, site), R draws.
 """
@@ -20,10 +26,12 @@ Shapes: P prompts, M places (layer, site), R draws.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from leeway.hashing import derive_seed
 from leeway.stats.bootstrap import interval, multinomial_weights
@@ -37,10 +45,13 @@ COLUMNS = [*CHECKPOINT, "measure", "detail", *PLACE, "value", "low", "high", "co
 COLUMNS += ["n", "p", "named", "unit", "reason"]
 CONTRASTS = ["objective", "reference", *CHECKPOINT[1:], "measure", "detail", *PLACE, "difference", "low", "high"]
 CONTRASTS += ["p", "n"]
-RATIOS = ("patching", "leave-one-out", "one-alone", "mediation")
+SUCCESSES = "mediation"  # measured in attack successes, all other ratios in nats
+RATIOS = ("patching", "leave-one-out", "one-alone", SUCCESSES)
+GROUPS = ("harmful", "harmless")
 CAUSAL = RATIOS  # measures that intervene: only these can support a claim of mechanism
-POINTS = ("mediation", "direction-auroc", "direction-auroc-category", "direction-auroc-control", "direction-cosine")
 UNITS = {**dict.fromkeys(RATIOS, "share"), "refusal-logit": "nats", "token-kl": "nats", "stable-rank": "rank"}
+TESTED = (*RATIOS, "persona-shift", "persona-data")  # measures that are 0 under no effect
+LEAST_GAP = 1.0  # nats between two models; below it no layer is named
 RESAMPLES = 2_000
 FLIPS = 5_000
 ALPHA = 0.05
@@ -86,13 +97,13 @@ def _means(measure: str, own: pd.DataFrame) -> Iterator[dict[str, Any]]:
     value_PM, places = _matrix(own, "value")
     control_PM = _aligned(own, "control", value_PM)
     weights_RP = _weights(len(value_PM), measure)
-    adjusted_M = adjusted_p(value_PM)
+    adjusted_M = adjusted_p(value_PM) if measure in TESTED else np.full(len(places), NAN)
     for m, place in enumerate(places):
         line = _interval(value_PM[:, m], weights_RP)
         yield {
             **dict(zip(PLACE, place, strict=True)),
             **line,
-            **_control(control_PM[:, m], weights_RP),
+            **_control(measure, control_PM[:, m], weights_RP),
             "p": adjusted_M[m],
             "named": False,
             "unit": UNITS.get(measure, ""),
@@ -111,14 +122,14 @@ def _ratios(measure: str, own: pd.DataFrame) -> Iterator[dict[str, Any]]:
     value_PM, places = _matrix(own, "value")
     control_PM, scale_PM = (_aligned(own, c, value_PM) for c in ("control", "scale"))
     weights_RP = _weights(len(value_PM), measure)
-    named_M, adjusted_M = named(value_PM, control_PM, scale_PM)
-    unit = "points" if measure == "mediation" else "nats"
+    named_M, adjusted_M = named(value_PM, control_PM, scale_PM, successes=measure == SUCCESSES)
+    unit = "points" if measure == SUCCESSES else "nats"
     for m, place in enumerate(places):
         where = dict(zip(PLACE, place, strict=True))
         effect = _interval(value_PM[:, m], weights_RP)
         common = {"n": effect["n"], "p": adjusted_M[m], "named": bool(named_M[m])}
         failed = _unscored(own, place, {})
-        control = _control(control_PM[:, m], weights_RP)
+        control = _control(measure, control_PM[:, m], weights_RP)
         yield {**where, **effect, **control, **common, "measure": f"{measure}-effect", "unit": unit, "reason": failed}
         gap = _interval(scale_PM[:, m], weights_RP)
         if not (float(gap["low"]) > 0 or float(gap["high"]) < 0):  # also where there is no interval
@@ -136,16 +147,16 @@ def _ratios(measure: str, own: pd.DataFrame) -> Iterator[dict[str, Any]]:
             }
             continue
         share = _interval(value_PM[:, m], weights_RP, scale_PM[:, m])
-        random = _control(control_PM[:, m], weights_RP, scale_PM[:, m])
+        random = _control(measure, control_PM[:, m], weights_RP, scale_PM[:, m])
         yield {**where, **share, **random, **common, "unit": "share", "reason": failed}
 
 
 def _areas(own: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Yield the area under the ROC curve of harmful against harmless prompts, both drawn."""
     for place, at in own.groupby(PLACE, sort=True):
-        harmful, harmless = (at.loc[at["group"] == g, "value"].to_numpy(float) for g in ("harmful", "harmless"))
+        harmful, harmless = (at.loc[at["group"] == g, "value"].to_numpy(float) for g in GROUPS)
         above = (harmful[:, None] > harmless) + 0.5 * (harmful[:, None] == harmless)
-        rows_RP, columns_RP = (_weights(n, f"auroc {n}") / n for n in above.shape)
+        rows_RP, columns_RP = (_weights(n, f"auroc {group}") / n for n, group in zip(above.shape, GROUPS, strict=True))
         drawn_R = np.einsum("rp,pq,rq->r", rows_RP, above, columns_RP)
         found = interval(drawn_R, min(above.shape))
         yield {
@@ -159,22 +170,48 @@ def _areas(own: pd.DataFrame) -> Iterator[dict[str, Any]]:
         }
 
 
-def named(value_PM: Floats, control_PM: Floats, scale_PM: Floats) -> tuple[np.ndarray, Floats]:
-    """Return (which places carry an effect, adjusted p-values of an effect of 0), [M] each."""
+def named(
+    value_PM: Floats, control_PM: Floats, scale_PM: Floats, *, successes: bool = False
+) -> tuple[np.ndarray, Floats]:
+    """Return (which places carry an effect, adjusted p-values of an effect of 0), [M] each.
+
+    `successes`: values are differences of 0 and 1 instead of nats.
+    """
     adjusted_M = adjusted_p(value_PM)
-    mean_M = np.nanmean(value_PM, axis=0)
+    mean_M = np.array([_mean(v) for v in value_PM.T])
     sign_M = np.sign(mean_M)
     ok_M = adjusted_M <= ALPHA
-    if not np.isnan(control_PM).all():
-        against_M = np.sign(np.nanmean(control_PM, axis=0)) * sign_M  # the control as if it agreed with the effect
+    if successes:
+        against_M = np.sign([_mean(c) for c in control_PM.T]) * sign_M  # the control as if it agreed with the effect
         excess_PM = sign_M * (value_PM - against_M * control_PM)
-        ok_M &= (adjusted_p(excess_PM) <= ALPHA) & (np.nanmean(excess_PM, axis=0) > 0)
-    weights_RP = _weights(len(value_PM), "gap")
+        ok_M &= (adjusted_p(excess_PM) <= ALPHA) & (np.array([_mean(e) for e in excess_PM.T]) > 0)
+    else:
+        ok_M &= np.abs(mean_M) > [chance(c) for c in control_PM.T]
+    weights_RP, least = _weights(len(value_PM), "gap"), 0.0 if successes else LEAST_GAP
     for m in range(value_PM.shape[1]):
         gap = _interval(scale_PM[:, m], weights_RP)
-        shown = float(gap["low"]) > 0 or float(gap["high"]) < 0
+        shown = float(gap["low"]) > least or float(gap["high"]) < -least
         ok_M[m] &= shown and sign_M[m] == np.sign(float(gap["value"]))
     return ok_M, adjusted_M
+
+
+def chance(control_P: Floats) -> float:
+    """Return what the mean effect of one random direction exceeds 5% of the time, or less often."""
+    known_P = control_P[~np.isnan(control_P)]
+    if not len(known_P):
+        return NAN
+    return float(student.ppf(1 - ALPHA / 2, len(known_P)) * np.sqrt((known_P**2).mean()))
+
+
+def _mean(value_P: Floats) -> float:
+    known_P = value_P[~np.isnan(value_P)]
+    return float(known_P.mean()) if len(known_P) else NAN
+
+
+@cache
+def _signs(prompts: int, flips: int) -> Floats:
+    rng = np.random.default_rng(derive_seed("probe signs", prompts))
+    return rng.choice([-1.0, 1.0], size=(flips, prompts))
 
 
 def adjusted_p(value_PM: Floats, flips: int = FLIPS) -> Floats:
@@ -187,9 +224,7 @@ def adjusted_p(value_PM: Floats, flips: int = FLIPS) -> Floats:
         return p_M
     unit_PM = filled_PM[:, moves] / size_M[moves]
     observed_M = np.abs(unit_PM.sum(axis=0))
-    rng = np.random.default_rng(derive_seed("probe signs", len(value_PM)))
-    signs_RP = rng.choice([-1.0, 1.0], size=(flips, len(value_PM)))
-    most_R = np.sort(np.abs(signs_RP @ unit_PM).max(axis=1))
+    most_R = np.sort(np.abs(_signs(len(value_PM), flips) @ unit_PM).max(axis=1))
     exceed_M = flips - np.searchsorted(most_R, observed_M - 1e-12)
     p_M[moves] = (1 + exceed_M) / (1 + flips)
     return p_M
@@ -221,10 +256,14 @@ def _interval(value_P: Floats, weights_RP: Floats, scale_P: Floats | None = None
     return {"value": point, "low": found.low, "high": found.high, "n": int(known.sum()), "note": found.note}
 
 
-def _control(control_P: Floats, weights_RP: Floats, scale_P: Floats | None = None) -> dict[str, Any]:
+def _control(measure: str, control_P: Floats, weights_RP: Floats, scale_P: Floats | None = None) -> dict[str, Any]:
+    """Return the control's mean and the middle 95% of random directions (of successes: the mean's interval)."""
     if np.isnan(control_P).all():
         return {"control": NAN, "control_low": NAN, "control_high": NAN}
     line = _interval(control_P, weights_RP, scale_P)
+    if measure != SUCCESSES:
+        far = chance(control_P) / (1.0 if scale_P is None else abs(_mean(scale_P[~np.isnan(control_P)])))
+        line |= {"low": -far, "high": far}
     return {"control": line["value"], "control_low": line["low"], "control_high": line["high"]}
 
 
