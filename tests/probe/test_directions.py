@@ -49,10 +49,18 @@ def test_a_direction_is_the_difference_of_plain_means(context: ProbeContext, mod
     torch.testing.assert_close(made_of(context).mean_LPD[0].double(), means[0] - means[1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_that_refuses_nothing_has_no_direction(context: ProbeContext) -> None:
-    with pytest.raises(LeewayError, match="no direction mediates refusal in the base") as raised:
-        directions.compute(context)
-    assert "plain" in str(raised.value)
+def test_a_model_that_refuses_the_wrong_prompts_has_no_direction(context: ProbeContext) -> None:
+    """With harmful and harmless prompts exchanged the gap changes its sign, so one of the two orders has none."""
+    other = {"harmful": "harmless", "harmless": "harmful"}
+    exchanged = {s: tuple(replace(p, kind=other[p.kind]) for p in own) for s, own in context.prompts.sets.items()}
+    faults = []
+    for sets in (context.prompts.sets, exchanged):
+        try:
+            directions.compute(replace(context, prompts=replace(context.prompts, sets=sets)))
+        except LeewayError as error:
+            faults.append(str(error))
+    assert faults
+    assert all("no direction mediates refusal in the base" in fault for fault in faults)
 
 
 def test_a_file_of_directions_comes_back_as_it_was(context: ProbeContext, tmp_path: Path) -> None:
@@ -93,7 +101,7 @@ def test_a_damaged_file_is_one_line(damage: str, context: ProbeContext, tmp_path
 def test_too_few_prompts_are_one_line() -> None:
     harmful = [ProbePrompt(f"h{i}", f"do {i}", "harmful") for i in range(30)]
     harmless = [ProbePrompt(f"b{i}", f"say {i}", "harmless") for i in range(12)]
-    with pytest.raises(LeewayError, match=r"harmless prompts for .*, of 12 in all"):
+    with pytest.raises(LeewayError, match=r"prompts for .*, of (12|30) in all"):
         split_prompts(harmful, harmless, [], {}, count=8, selection=8)
     many = [ProbePrompt(f"h{i}", f"do {i}", "harmful") for i in range(60)]
     split = split_prompts(many, _more(60), [f"h{i}" for i in range(20)], {}, count=16, selection=8)
@@ -126,7 +134,7 @@ def test_weights_along_the_direction_and_their_rank(context: ProbeContext) -> No
     ranks = [v.value for v in found if v.measure == "stable-rank"]
     assert all(1 <= r <= 4 for r in ranks)
     shares = [v for v in found if v.measure == "weight-on-direction"]
-    assert {v.control for v in shares} == {pytest.approx(32**-0.5)}
+    assert [v.control for v in shares] == pytest.approx([32**-0.5] * len(shares))
     assert all(0 <= v.value <= 1 for v in shares)
     matrix = torch.randn(8, 5)
     assert weights.stable_rank(torch.outer(matrix[:, 0], matrix[0])) == pytest.approx(1, abs=1e-5)

@@ -65,7 +65,7 @@ def probe_cost(prepared: Prepared, size: Shape, on: Machine) -> ProbeCost | None
         patches = 3 * (len(SITES) * size.layers + WINDOWS)  # two directions, one of them with its control
         total += seconds(2 * n * long + patches * n * (window + nodes - 1) / 2, patches * n * nodes)
     if "layers" in measures:
-        parts = 4 * size.layers  # attention and MLP, left out and alone
+        parts = 6 * size.layers  # attention and MLP: left out, its control, and alone
         total += seconds(2 * n * long + parts * n * long / 2, parts * n * nodes)
     if "depth" in measures:
         total += seconds(2 * n * (long + TOKENS), 2 * n * TOKENS)

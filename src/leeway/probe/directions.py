@@ -181,7 +181,7 @@ def choose(context: ProbeContext, mean_LPD: Tensor) -> tuple[tuple[Candidate, ..
         places = sorted(place for place, _ in ranked[:FINALISTS])
     table, plain = measure(places, len(harmful))
     best = min(table, key=lambda c: _rank(c, plain))
-    if best.ablated > sum(plain) / 2:
+    if best.ablated > sum(plain) / 2 or plain[0] <= plain[1]:
         what = f"probe: no direction mediates refusal in the base (logit under ablation {best.ablated:.2f} at "
         what += f"layer {best.layer + 1}; plain {plain[0]:.2f} on harmful prompts, {plain[1]:.2f} on harmless ones)"
         raise LeewayError(what, fix="check that the base refuses the harmful prompts and answers the harmless ones")

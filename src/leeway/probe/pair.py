@@ -121,7 +121,8 @@ def delta(pair: ModelPair, layer: int, site: Site) -> list[tuple[str, Tensor]]:
     based = modules(pair.base.blocks, layer, site)
     for own, other in zip(tuned, based, strict=True):
         for (name, layer_own), (_, layer_other) in zip(own.named_modules(), other.named_modules(), strict=True):
-            change = _change(layer_own, layer_other)
+            inner = ".base_layer" in name or "lora_" in name  # counted with the layer that holds it
+            change = None if inner else _change(layer_own, layer_other)
             if change is not None:
                 found.append((name, change))
     return found

@@ -40,7 +40,7 @@ from leeway.study.prepare import Prepared, train_examples
 from leeway.study.run_dir import RunDir
 
 DATA = "data"  # the objective column of what is measured on the training data, before training
-VERSION = 2  # of what a part holds
+VERSION = 3  # of what a part holds
 RUN: dict[Measure, Callable[[ProbeContext], list[Value]]] = {
     "geometry": geometry.measure,
     "patching": patching.measure,
