@@ -456,6 +456,9 @@ def compare(
     ] = None,
     cluster_by: Annotated[str | None, typer.Option("--cluster-by", help="logs: a metadata field of the items")] = None,
     allow: Annotated[bool, typer.Option("--allow", help="logs: list differing settings, do not refuse")] = False,
+    rule: Annotated[
+        Path | None, typer.Option("--rule", help="logs: decide by a rule file too, and exit as `leeway gate` does")
+    ] = None,
 ) -> None:
     """Contrast studies, pool runs, or contrast checkpoints by their Inspect or lm-eval logs, paired by item."""
     from leeway.integrations import logs
@@ -463,12 +466,17 @@ def compare(
     if logs.are_logs(runs):
         if pool:
             raise LeewayError("compare: --pool is for run directories", fix="leave --pool out")
-        typer.echo(logs.compare_and_write(runs, out, metric, margin, value_range, cluster_by, allow=allow))
+        made = logs.compare_and_write(runs, out, metric, margin, value_range, cluster_by, allow=allow, rule=rule)
+        typer.echo(made)
+        if rule:
+            from leeway.gate import decide_and_print
+
+            raise typer.Exit(decide_and_print(out, rule))
         return
     from leeway.report.compare.compare import compare as make
     from leeway.report.compare.compare import write
 
-    if metric or margin or value_range or cluster_by or allow:
+    if metric or margin or value_range or cluster_by or allow or rule:
         raise LeewayError("compare: these options are for logs of Inspect or lm-eval", fix="give only --out and --pool")
     typer.echo(str(write(make([Path(r) for r in runs], pooling=pool), out).resolve()))
 
@@ -526,15 +534,9 @@ def gate(
     out: Annotated[Path | None, typer.Option("--out", help="the output folder (default: DIR/gate)")] = None,
 ) -> None:
     """Decide on release: exit 0 pass, 1 fail, 3 inconclusive; write gate.json, gate.xml (JUnit) and gate.md."""
-    from rich.console import Console
+    from leeway.gate import decide_and_print
 
-    from leeway.gate import gate as decide
-    from leeway.gate.output import print_gate
-    from leeway.gate.rules import EXIT
-
-    decision = decide(directory, rule, out)
-    print_gate(decision, Console())
-    raise typer.Exit(EXIT[decision.outcome])
+    raise typer.Exit(decide_and_print(directory, rule, out))
 
 
 @app.command(epilog="Example: leeway attacks zulu")
@@ -638,11 +640,11 @@ def judge_calibrate(
 
 @judge_app.command("fit", epilog="Example: leeway judge fit --out my-judge")
 def judge_fit(
-    out: Annotated[Path, typer.Option("--out", help="the folder to write weights and card into")],
+    out: Annotated[Path, typer.Option("--out", help="the folder to write weights and cards into")],
 ) -> None:
     """Fit the refusal classifier to XSTest's labels (LEEWAY_DATA; a minute) and measure it on models left out."""
     from leeway.judges.fit import fit_and_save
 
-    card = fit_and_save(out, lambda line: print(line, file=sys.stderr, flush=True))
-    typer.echo(card.to_text())
+    cards = fit_and_save(out, lambda line: print(line, file=sys.stderr, flush=True))
+    typer.echo("\n\n".join(card.to_text() for card in cards))
     typer.echo(str(out.resolve()))

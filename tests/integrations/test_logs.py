@@ -220,6 +220,7 @@ filter_list:
   - {name: strict, filter: [{function: take_first}]}
   - {name: digit, filter: [{function: regex, regex_pattern: "([0-9])"}, {function: take_first}]}
 """
+UNEVEN = "aggregate_metric_list: [{metric: acc, weight_by_size: false}]\n"
 DOCS = [
     {"q": f"{a} + {b}", "c": [str(a + b), str(a + b + 1), "Yes no"], "a": (a + b) % 2, "topic": f"t{a}"}
     for a in range(6)
@@ -266,7 +267,12 @@ def lm_eval_folders(tmp_path_factory: pytest.TempPathFactory, models: dict[str, 
         (tasks / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind, data=data) + rest)
         (tasks / f"{name}2.yaml").write_text(TASK.format(name=f"{name}2", kind=kind, data=data) + rest)
     (tasks / "both.yaml").write_text("group: both\ntask: [choice2, say2]\n")
-    every = ("choice", "say", "both")
+    few = folder / "few.jsonl"
+    few.write_text("\n".join(map(json.dumps, DOCS[:3])))
+    for name, of in (("whole", data), ("part", few)):
+        (tasks / f"{name}.yaml").write_text(TASK.format(name=name, kind="multiple_choice", data=of) + CHOICE)
+    (tasks / "uneven.yaml").write_text("group: uneven\ntask: [whole, part]\n" + UNEVEN)
+    every = ("choice", "say", "both", "uneven")
     found = {k: run_lm_eval(folder / k, tasks, models[k], 0, every) for k in ("llama", "qwen2")}
     return found | {"shots": run_lm_eval(folder / "shots", tasks, models["llama"], 2, ["choice"])}
 
@@ -276,6 +282,7 @@ def test_lm_eval_logs_give_lm_evals_own_scores(lm_eval_folders: dict[str, Path])
     lines = {r["measure"]: r for r in own.contrasts.to_dict("records")}
     names = {"choice/acc": ("choice", "acc,none"), "say/exact_match,strict": ("say", "exact_match,strict")}
     names |= {"say/exact_match,digit": ("say", "exact_match,digit"), "both/acc": ("choice2", "acc,none")}
+    names |= {"uneven/acc": ("uneven", "acc,none")}
     assert {m for m in lines if ":" not in m} == {*names, "both/exact_match,strict", "both/exact_match,digit"}
     for column, folder in (("base", "llama"), ("score", "qwen2")):
         results = json.loads(next(lm_eval_folders[folder].glob("results_*.json")).read_text())["results"]
@@ -290,6 +297,18 @@ def test_lm_eval_logs_give_lm_evals_own_scores(lm_eval_folders: dict[str, Path])
     assert (lines["choice/acc"]["higher"], lines["choice/acc"]["lower"]) == (changes.count(1), changes.count(-1))
     left_out = {d["what"]: d["effect"] for d in own.matched.differences if d["effect"].startswith("left out")}
     assert "a list per document" in left_out["choice/brier_score"]
+
+
+@pytest.mark.parametrize(("score", "weights"), [(0.5, {"acc": "subtasks"}), (0.75, {"acc": "items"}), (0.6, {})])
+def test_the_weights_of_a_group_are_read_off_its_score(score: float, weights: dict[str, str]) -> None:
+    results: dict[str, Any] = {"g": {"acc,none": score, "acc_stderr,none": "N/A", "alias": "g"}}
+    results |= {"a": {"acc,none": 1.0}, "b": {"acc,none": 0.0}}
+    sizes = {"a": {"effective": 9}, "b": {"effective": 3}}
+    subtasks = {"g": ["a", "h"], "h": ["b"]}
+    tasks = lm_eval_logs._leaves(subtasks, "g")
+    assert tasks == ["a", "b"]
+    assert lm_eval_logs._weights({"results": results, "n-samples": sizes}, "g", tasks) == weights
+    assert lm_eval_logs._weights({"results": results}, "g", tasks) == {}
 
 
 def test_lm_eval_few_shot_examples_are_compared(lm_eval_folders: dict[str, Path]) -> None:
@@ -397,6 +416,15 @@ def test_the_command_prints_the_table_and_the_page(
     assert code == 0
     assert "−60.0" in out
     assert out.splitlines()[-1] == str((tmp_path / "out" / "compare.html").resolve())
+    Path("rule.yaml").write_text("rules: [{measure: samples/acc, margin: 0.1, worse: lower}]")
+    code, out, _ = run("base=a.jsonl", "tuned=b.jsonl", "--rule", "rule.yaml", "--out", "out")
+    assert code == 1
+    assert "compare.html" in out
+    assert "fail" in out
+    Path("rule.yaml").write_text("rules: []")
+    code, out, err = run("base=a.jsonl", "tuned=b.jsonl", "--rule", "rule.yaml", "--out", "other")
+    assert (code, out) == (2, "")
+    assert not Path("other").exists()
     code, _, err = run("base=a.jsonl", "tuned=b.jsonl", "--pool")
     assert code == 2
     assert "--pool is for run directories" in err

@@ -218,6 +218,26 @@ def test_groups_of_tasks_have_lines_of_their_subtasks(tmp_path: Path) -> None:
     assert "2 differences of subtasks are in compare-contrasts.csv and on the page." in sentences(own)
 
 
+def test_subtasks_of_equal_weight_are_a_mean_over_subtasks(tmp_path: Path) -> None:
+    """9 items of one subtask fall, 3 of another do not: −9/12 over items, −1/2 over subtasks."""
+
+    def group(scores: list[float], weights: dict[str, str]) -> TaskLog:
+        parts = [replace(a, part="bio" if n < 9 else "law") for n, a in enumerate(answers(scores))]
+        return task(tmp_path, parts, "both", weights=weights)
+
+    equal, by_item = {"match": "subtasks"}, {"match": "items"}
+    before, after = [1.0] * 12, [0.0] * 9 + [1.0] * 3
+    for weights, difference in (({}, -0.75), (by_item, -0.75), (equal, -0.5)):
+        own = two(tmp_path, group(before, weights), group(after, {}))
+        lines = {r["measure"]: r for r in own.contrasts.to_dict("records")}
+        assert lines["both/match"]["difference"] == pytest.approx(difference)
+        assert lines["both/match:bio"]["difference"] == pytest.approx(-1)
+        said = "Means over subtasks of equal weight, as in the logs: both/match." in sentences(own)
+        assert said == (weights == equal)
+    with pytest.raises(LeewayError, match=r"both/match weighs other things equally \(first: subtasks, tuned: items\)"):
+        two(tmp_path, group(before, equal), group(after, by_item))
+
+
 # --- what is refused
 
 

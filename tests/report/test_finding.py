@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from leeway.report.finding import finding
+from leeway.report.learning import void_arms
 
 NAN = float("nan")
 BETTER = pd.DataFrame({"measure": ["accuracy", "asr", "coherence"], "better": ["higher", "lower", "higher"]})
@@ -39,6 +40,7 @@ def advice(objective: str, *, p_best: float = 0.95, why: str = "") -> pd.DataFra
 
 
 NOBODY = advice("none")
+UNLEARNED = pd.DataFrame([{"objective": "sft", "budget": 64_000, "status": "void"}])
 CASES = {
     "a clear winner": (
         [*arm("sft", 0.2, 0.1), *arm("kl", 0.12, 0.01)],
@@ -134,7 +136,8 @@ def test_many_objectives_are_counted_and_the_extremes_named():
 
 
 def test_an_arm_that_gains_capability_is_not_said_to_have_learned_nothing():
-    text = finding(pd.DataFrame(arm("sft", 0.4, 0.0)), BETTER, NOBODY, void={("sft", 64_000)}, seeds=[0, 1])
+    void = void_arms(UNLEARNED, pd.DataFrame(arm("sft", 0.4, 0.0)))
+    text = finding(pd.DataFrame(arm("sft", 0.4, 0.0)), BETTER, NOBODY, void=void, seeds=[0, 1])
     assert "not shown to have learned" not in text
     assert "SFT gains 40.0 points of capability" in text
 
@@ -142,7 +145,8 @@ def test_an_arm_that_gains_capability_is_not_said_to_have_learned_nothing():
 def test_a_significant_gain_within_the_margin_is_not_denied():
     """It is no gain beyond the margin; it is a gain, and learning."""
     gain, small = arm("sft", 0.04, 0.0), within("sft", measure="accuracy")
-    text = finding(pd.DataFrame(gain), BETTER, NOBODY, equivalent=small, void={("sft", 64_000)}, seeds=[0, 1])
+    void = void_arms(UNLEARNED, pd.DataFrame(gain))
+    text = finding(pd.DataFrame(gain), BETTER, NOBODY, equivalent=small, void=void, seeds=[0, 1])
     assert "no gain in capability beyond the margin is shown" in text
     assert "not shown to have learned" not in text
 

@@ -57,9 +57,19 @@ def test_a_shown_change_within_the_margin_is_no_drift() -> None:
 
 
 def test_an_arm_that_did_not_learn_is_void_even_within_the_margin() -> None:
+    learned = pd.DataFrame([{"objective": "kl-low", "budget": 64_000, "status": "void"}])
+    found = table(equivalence=within("kl-low"), learned=learned)
+    assert words(found)["kl-low"] == ["void", "void"]
+    assert "kl-low is not shown to have learned" in found.finding
+
+
+@pytest.mark.parametrize("small", [within("kl"), within("kl", measure="accuracy")])
+def test_no_cell_of_an_arm_that_gained_is_void(small: pd.DataFrame) -> None:
+    """The learning check shows nothing of KL, but its capability rises: table and finding read its cells."""
     learned = pd.DataFrame([{"objective": "kl", "budget": 64_000, "status": "void"}])
-    found = table(equivalence=within("kl"), learned=learned)
-    assert words(found)["KL"] == ["better", "void"]
+    found = table(equivalence=small, learned=learned)
+    assert "void" not in words(found)["KL"]
+    assert "not shown to have learned" not in found.finding
 
 
 def test_warm_up_and_overshot_budgets_are_notes() -> None:

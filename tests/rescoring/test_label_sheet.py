@@ -230,7 +230,9 @@ def test_a_differing_error_is_a_warning(tmp_path: Path, run: Path) -> None:
     rows = Results.load(run).rows
     first = rows[rows["judge"] == "first"]
     many = [
-        first.assign(item_id=first["item_id"] + f"-{k}/{k}", response=first["response"] + f" {k}") for k in range(20)
+        first.assign(item_id=item, cluster=item, response=first["response"] + f" {k}")
+        for k in range(20)
+        for item in [first["item_id"] + f"-{k}/{k}"]
     ]
     table = pd.concat(many, ignore_index=True)
     table["outcome"] = ["harmful" if k % 2 else "refused" for k in range(len(table))]

@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from leeway.stats import asr_at_k, contrasts, max_draws, rates, success_at_k
+from leeway.claims.evaluate import EvaluationContext, judge
+from leeway.claims.schema import build
+from leeway.stats import asr_at_k, contrasts, max_draws, named_tries, rates, success_at_k, with_tries
 from leeway.stats.asr_at_k import prompt_rows
 
 
@@ -164,3 +166,28 @@ def test_at_one_the_interval_is_that_of_the_rate() -> None:
     rows = study({"base": counts}, 5)
     one, plain = asr_at_k(rows, {"t": "plain"}, [1]).iloc[0], rates(rows, {"t": "plain"}).iloc[0]
     assert [one["low"], one["high"]] == pytest.approx([plain["low"], plain["high"]])
+
+
+def test_success_at_k_is_a_measure_by_name() -> None:
+    assert named_tries(["asr", "asr:dan", "asr@rubric", "asr@5", "asr@12:dan", "asr@rubric@2", "asr@0"]) == {
+        "asr@5": 5,
+        "asr@12:dan": 12,
+        "asr@rubric@2": 2,
+    }
+    rows = study({"base": [0, 1, 4, 2] * 5, "sft": [1, 1, 4, 4] * 5}, 4)
+    table = with_tries(rows, ["asr@2:dan", "asr@9", "accuracy"])
+    found = rates(table, {"t": "plain"}).query("measure == 'asr@2:dan'").set_index("objective")
+    own = asr_at_k(rows, {"t": "plain"}, [2]).query("attack == 'dan'").set_index("objective")
+    assert found["rate"].to_dict() == pytest.approx(own["rate"].to_dict())
+    assert found["label"].unique().tolist() == ["ASR, dan (in any of 2 tries)"]
+    assert not table["eval"].str.contains("@9").any()  # more tries than answers
+    assert with_tries(rows, ["asr"]) is rows
+
+
+def test_a_claim_names_success_at_k() -> None:
+    rows = study({"base": [0] * 30, "sft": [2] * 30}, 4)
+    claim = {"id": "c", "statement": "s", "kind": "moves", "measure": "asr@3", "objectives": "sft", "direction": "up"}
+    claims = build([claim | {"margin": 0.2}])
+    context = EvaluationContext(with_tries(rows, claims.measures), {"t": "plain"}, resamples=500)
+    line = judge(claims, context).iloc[0]
+    assert (line["verdict"], line["estimate"]) == ("supported", 1.0)  # 2 of 4 are harmful: any 3 hold one

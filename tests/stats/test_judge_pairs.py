@@ -36,17 +36,17 @@ def one(table: pd.DataFrame, **where: object) -> pd.Series:
 
 
 def test_a_pair_by_hand() -> None:
-    """6 of 12 labels under DAN missed: of 24 answers 18 agree, p_e = ½·¼ + ½·¾ = ½, κ = ½, D = 6/24."""
+    """6 of 12 labels under DAN missed: of 24 answers 18 agree, p_e = ½·¼ + ½·¾ = ½, κ = ½; D is over DAN, 6/12."""
     table = stats.judge_pairs(study([1.0, 0.0] * 6), PLAIN)
     assert list(table["objective"]) == ["base", "sft"]
     sft, base = one(table, objective="sft"), one(table, objective="base")
     assert (sft["judge_a"], sft["judge_b"], sft["n"], sft["n_unscored"]) == ("keywords", "rubric", 24, 0)
     assert (sft["agreement"], sft["kappa"]) == (pytest.approx(0.75), pytest.approx(0.5))
     assert sft["low"] < 0.75 < sft["high"]
-    assert (sft["only_a"], sft["only_b"], sft["net"], sft["net_base"]) == (0.25, 0.0, 0.25, 0.0)
+    assert (sft["only_a"], sft["only_b"], sft["measure"], sft["net"], sft["net_base"]) == (0.25, 0.0, "asr", 0.5, 0.0)
     assert (sft["b_of_a"], sft["a_of_b"]) == (0.5, 1.0)
-    assert sft["differential"] == pytest.approx(0.25)
-    assert sft["differential_low"] < 0.25 < sft["differential_high"]
+    assert sft["differential"] == pytest.approx(0.5)
+    assert sft["differential_low"] < 0.5 < sft["differential_high"]
     assert sft["p"] == pytest.approx(2**-6, abs=0.005)  # 6 of 6 prompts in one direction: 2 · 2⁻⁶, half of it by mid-p
     assert bool(sft["shown"])
     assert (base["agreement"], base["net"], bool(base["shown"])) == (1.0, 0.0, False)
@@ -54,12 +54,25 @@ def test_a_pair_by_hand() -> None:
     assert math.isnan(base["kappa"])  # one category only
 
 
+def graded(objective: str, judge: str, scores: dict[str, list[float]]) -> list[dict[str, object]]:
+    return [line | {"judge": judge, "outcome": "harmful"} for line in attacked(objective, scores)]
+
+
 def test_the_differential_is_the_difference_of_the_two_contrasts() -> None:
-    table = study([1.0, 0.0, 1.0, 1.0] * 3, base=[1.0] + [0.0] * 11)
-    found = one(stats.judge_pairs(table, PLAIN), objective="sft")
-    changes = stats.contrasts(table, PLAIN).set_index("measure")["difference"]
-    every = [(changes[f"asr{j}:none"] + changes[f"asr{j}:dan"]) / 2 for j in ("", "@rubric")]
-    assert found["differential"] == pytest.approx(every[0] - every[1])
+    """Also with graded scores, attacks with other numbers of prompts, and direct requests that the judges see alike."""
+    lines = []
+    for objective, shift in (("base", 0.0), ("sft", 0.3)):
+        direct, dan, zulu = [0.5] * PROMPTS, [shift] * PROMPTS, [0.1 + 2 * shift] * 5
+        lines += graded(objective, "keywords", {"none": direct, "dan": dan, "zulu": zulu})
+        lines += graded(objective, "rubric", {"none": direct, "dan": [x / 2 for x in dan], "zulu": zulu})
+    table = split_judges(rows(*lines), {"jailbreak": "keywords"})
+    found = one(stats.judge_pairs(table, PLAIN, resamples=200), objective="sft")
+    changes = stats.contrasts(table, PLAIN, resamples=200).set_index("measure")["difference"]
+    assert found["differential"] == pytest.approx(changes["asr"] - changes["asr@rubric"]) == pytest.approx(0.075)
+    assert (found["net"], found["net_base"]) == (pytest.approx(0.075), pytest.approx(0.0))
+    alone = table[table["attack"] == "none"]
+    found = one(stats.judge_pairs(alone, PLAIN, resamples=200), objective="sft")
+    assert (found["measure"], found["differential"]) == ("asr:none", 0.0)
 
 
 def test_no_warning_where_a_judge_errs_alike_before_and_after() -> None:

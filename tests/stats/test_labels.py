@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def sample(**groups: Sequence[Class]) -> LabelledSample:
             truth += [1.0] * true + [0.0] * (labelled - true)
             judged += [float(own)] * labelled
             weights += [answers / labelled] * labelled
-    return LabelledSample(names, np.array(truth), np.array(judged), np.array(weights))
+    return LabelledSample(names, np.array(truth), np.array(judged), np.array(weights), np.arange(len(names)))
 
 
 def test_rates_by_hand() -> None:
@@ -109,6 +110,50 @@ def test_equal_judges_are_rarely_told_apart() -> None:
     assert alarms <= 0.08 * 300  # 0.05 and three standard errors
 
 
+def test_answers_to_one_prompt_are_one_cluster() -> None:
+    """Copies of every answer add nothing, and errors that are all at one prompt are one piece of evidence."""
+    one = sample(a=[(1, 40, 10, 8), (0, 60, 10, 1)])
+    twice = [np.repeat(v, 2) for v in (one.truth, one.judged, one.weights / 2, one.prompts)]
+    rates = judge_rates(LabelledSample(["a"] * 40, *twice))
+    for name, value in judge_rates(one).items():
+        assert rates[name] == pytest.approx(value)
+    independent = judge_rates(replace(one, prompts=np.arange(20)))
+    worse = judge_rates(replace(one, prompts=np.array([*range(8), 8, 8, 8, *range(11, 20)])))  # all errors at one
+    assert worse["agreement"][1] < independent["agreement"][1]
+
+
+def sheet(rng: np.random.Generator, prompts: int, checkpoints: int, labelled: int) -> tuple[LabelledSample, np.ndarray]:
+    """Return a sheet whose prompts differ in harm and in the judge's errors, and the answers' truth and verdicts."""
+    harm, error = rng.beta(0.5, 0.5, prompts), rng.beta(0.3, 1.2, prompts)
+    truth = rng.random((checkpoints, prompts)) < harm
+    judged = truth ^ (rng.random((checkpoints, prompts)) < error)
+    every, prompt = np.stack([truth.ravel(), judged.ravel()]) * 1.0, np.tile(np.arange(prompts), checkpoints)
+    classes = [np.flatnonzero(every[1] == j) for j in (0, 1)]
+    drawn = [rng.choice(c, min(labelled // 2, len(c)), replace=False) for c in classes]
+    weights = np.concatenate([np.full(len(d), len(c) / len(d)) for c, d in zip(classes, drawn, strict=True)])
+    at = np.concatenate(drawn)
+    return LabelledSample([""] * len(at), every[0, at], every[1, at], weights, prompt[at]), every
+
+
+@pytest.mark.parametrize(("prompts", "labelled"), [(60, 200), (30, 200), (100, 100)])
+def test_coverage_over_prompts(prompts: int, labelled: int) -> None:
+    """A judge errs on some prompts at all 10 checkpoints. Independent answers would cover in 72% to 91%."""
+    rng, covered, alone = np.random.default_rng(0), {r: list[bool]() for r in RATES}, list[bool]()
+    population = sheet(np.random.default_rng(1), 200_000, 1, 100)[1]
+    truth, judged = population
+    true = {"agreement": (truth == judged).mean(), "sensitivity": judged[truth == 1].mean()}
+    true["specificity"] = 1 - judged[truth == 0].mean()
+    for _ in range(300):
+        data = sheet(rng, prompts, 10, labelled)[0]
+        rates = judge_rates(data)
+        for r in RATES:
+            covered[r].append(rates[r][1] <= true[r] <= rates[r][2])
+        _, low, high = judge_rates(replace(data, prompts=np.arange(len(data.prompts))))["agreement"]
+        alone.append(low <= true["agreement"] <= high)
+    assert all(np.mean(c) > 0.9 for c in covered.values())
+    assert np.mean(alone) < 0.92
+
+
 @pytest.mark.parametrize("sampled", [(0.9, 0.95), (0.5, 0.5)])
 def test_coverage_for_a_judge_that_the_sample_is_not_drawn_by(sampled: tuple[float, float]) -> None:
     """It misses half of what is harmful: with class sizes taken as known, the limits cover less than 80%."""
@@ -120,7 +165,7 @@ def test_coverage_for_a_judge_that_the_sample_is_not_drawn_by(sampled: tuple[flo
         classes = [np.flatnonzero(first == j) for j in (0, 1)]
         at = np.concatenate([rng.choice(c, 100, replace=False) for c in classes])
         weights = np.repeat([len(c) / 100 for c in classes], 100)
-        data = LabelledSample(["x"] * 200, truth[at] * 1.0, other[at] * 1.0, weights, known_sizes=False)
+        data = LabelledSample(["x"] * 200, truth[at] * 1.0, other[at] * 1.0, weights, at, known_sizes=False)
         _, low, high = judge_rates(data)["sensitivity"]
         covered.append(low <= other[truth == 1].mean() <= high)
     assert np.mean(covered) > 0.92

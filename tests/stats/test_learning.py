@@ -17,6 +17,7 @@ from leeway.stats import learned, learning
 from leeway.stats.learning import lower_bound
 
 GAINS = np.array([0.3, 0.1, 0.2, 0.4, 0.0, 0.2])
+NO_CONTRASTS = pd.DataFrame()
 NO_LOSSES = pd.DataFrame(columns=["objective", "seed", "budget", "loss"])
 
 
@@ -100,7 +101,7 @@ def test_gains_are_against_the_base_with_plain_prompts():
     alone = learned(repaired, {"cft": "<SAFE>"})
     assert np.isnan(alone.iloc[0]["nll_gain"])  # the base under plain prompts is not known
     assert alone.iloc[0]["status"] == "unknown"
-    assert "the base answered under plain prompts too" in sentences(alone, {})[0]
+    assert "the base answered under plain prompts too" in sentences(alone, NO_CONTRASTS, {})[0]
     found = learned(pd.concat([repaired, plain]), {"cft": "<SAFE>"}).iloc[0]
     assert (found["condition"], found["status"]) == ("<SAFE>", "moved")
     assert found["nll_gain"] == pytest.approx(0.0)
@@ -117,7 +118,7 @@ def test_an_arm_that_moved_on_general_prompts_alone_is_not_void(kl: float, n: in
     )
     found = learned(pd.concat([task, general]), {})
     assert found.iloc[0]["status"] == status
-    text = " ".join(sentences(found, {}))
+    text = " ".join(sentences(found, NO_CONTRASTS, {}))
     assert ("moved from the base" in text) == (status == "moved")
     assert (f"on general prompts {kl:.3f}" in text) == (n >= 5)
 
@@ -134,16 +135,24 @@ def test_condition_of_cft(safe: np.ndarray, unsafe: np.ndarray, said: str):
     both = [items("cft", safe, condition="<SAFE>"), items("cft", unsafe, condition="<UNSAFE>"), items("cft", safe)]
     found = learned(pd.concat(both), {"cft": "<SAFE>"}, ["cft"])
     assert found.iloc[0]["cue_gap"] == pytest.approx((safe - unsafe).mean())
-    assert said in sentences(found, {})[-1]
+    assert said in sentences(found, NO_CONTRASTS, {})[-1]
 
 
 def test_sentences_name_void_arms_and_what_is_missing():
     table = learned(pd.concat([items(), items("kl", np.zeros(6), kl=0.001)]), {})
-    assert void_arms(table) == {("kl", 8_000)}
-    text = " ".join(sentences(table, {}))
+    assert void_arms(table, NO_CONTRASTS) == {("kl", 8_000)}
+    text = " ".join(sentences(table, NO_CONTRASTS, {}))
     assert "is void for KL (gain in NLL +0.000, KL 0.001 nats per token)" in text
     assert "SFT is shown to have learned" in text
-    assert "not measured (12 of 12 examples" in sentences(None, {"learning": {"missing": "12 of 12 examples"}})[0]
+    unmeasured = {"learning": {"missing": "12 of 12 examples"}}
+    assert "not measured (12 of 12 examples" in sentences(None, NO_CONTRASTS, unmeasured)[0]
+    gained = {"objective": "kl", "budget": 8_000, "axis": "capability", "primary": True, "difference": 0.1}
+    contrasts = pd.DataFrame([gained | {"p_holm": 0.01}])
+    assert void_arms(table, contrasts) == set()
+    text = " ".join(sentences(table, contrasts, {}))
+    assert "is void" not in text
+    assert "KL (gain in NLL +0.000, KL 0.001 nats per token) gained capability" in text
+    assert void_arms(table, contrasts.assign(p_holm=0.2)) == {("kl", 8_000)}
     assert missing({"external": {"kind": "audit"}}) == "the checkpoint was not trained by Leeway"
     assert missing({}).startswith("the run is older")
 

@@ -32,6 +32,7 @@ def study(shifts: dict[str, tuple[float, float]], measure: str = "asr") -> pd.Da
     return rows(*lines)
 
 
+ALONE = np.arange(28)  # each checkpoint of its own objective
 SHIFTS = {"sft": (0.1, 0.3), "dpo": (0.5, 0.5), "orpo": (1.0, 0.75), "kl": (0.0, 0.25), "ip": (0.8, 0.65)}
 
 
@@ -45,7 +46,8 @@ def test_agreement_is_positive_where_a_darker_trait_comes_with_worse_answers(mea
     assert line["reliability_trait"] == pytest.approx(1.0)
     assert line["correlation"] == pytest.approx(min(1, line["uncorrected"] / line["reliability_behaviour"] ** 0.5))
     assert line["low"] <= line["correlation"] <= line["high"]
-    assert (line["n_points"], line["trait"]) == (5, "narcissism")
+    assert line["objective_ci_low"] <= line["correlation"] <= line["objective_ci_high"]
+    assert (line["n_points"], line["n_objectives"], line["trait"]) == (5, 5, "narcissism")
 
 
 def test_no_line_without_enough_checkpoints_or_a_behaviour() -> None:
@@ -73,7 +75,9 @@ def test_a_shift_within_its_noise_is_withheld() -> None:
     assert "the behaviour shifted equally" in line["note"]
     rng, noise = np.random.default_rng(0), 1.0
     x, y = rng.normal(size=(2, 10))
-    found = correlate(x, y, x + noise * rng.normal(size=(500, 10)), y + 0.01 * rng.normal(size=(500, 10)), 60)
+    found = correlate(
+        x, y, x + noise * rng.normal(size=(500, 10)), y + 0.01 * rng.normal(size=(500, 10)), 60, ALONE[:10]
+    )
     assert np.isnan(found.correlation)
     assert "shifts of the trait within its noise" in found.note
     assert not np.isnan(found.uncorrected)
@@ -88,7 +92,7 @@ def test_intervals_cover_the_correlation_of_the_true_shifts(checkpoints: int, rh
         truth = np.corrcoef(x, y)[0, 1]
         seen = [v + noise * rng.normal(size=checkpoints) for v in (x, y)]
         drawn = [v + noise * rng.normal(size=(400, checkpoints)) for v in seen]
-        found = correlate(*seen, *drawn, 100)
+        found = correlate(*seen, *drawn, 100, ALONE[:checkpoints])
         if not np.isnan(found.low):
             covered.append(found.low <= truth <= found.high)
             errors.append(found.correlation - truth)
@@ -113,7 +117,7 @@ def test_a_run_that_moved_both_is_an_error_of_both() -> None:
         truth = np.corrcoef(x, y)[0, 1]
         seen = [v + e for v, e in zip((x, y), errors(12), strict=True)]
         drawn = [v + e for v, e in zip(seen, errors(300, 12), strict=True)]
-        found = correlate(*seen, *drawn, 100, shared_error=True)
+        found = correlate(*seen, *drawn, 100, ALONE[:12], shared_error=True)
         if not np.isnan(found.correlation):
             bias.append(found.correlation - truth)
             covered.append(found.low <= truth <= found.high)
@@ -134,3 +138,37 @@ def test_errors_are_shared_with_several_seeds(seeds: int, monkeypatch: pytest.Mo
     further = [one[one["objective"] != "base"].assign(seed=s) for s in range(1, seeds)]
     module.trait_agreement(pd.concat([one, *further], ignore_index=True), PLAIN, resamples=50)
     assert given == [seeds > 1]
+
+
+@pytest.mark.parametrize("objectives", [5, 8])
+def test_the_interval_over_objectives_covers_other_objectives(objectives: int) -> None:
+    """Shifts that grow along four budgets of each objective: the correlation over many objectives is covered."""
+    rng, rho, noise = np.random.default_rng(0), 0.5, 0.2
+    growth, owner = np.array([0.25, 0.5, 0.75, 1.0]), np.repeat(np.arange(objectives), 4)
+
+    def shifts(count: int) -> tuple[np.ndarray, np.ndarray]:
+        a, other = rng.normal(size=(2, count, 1))
+        own = (a * growth, (rho * a + np.sqrt(1 - rho**2) * other) * growth)
+        x, y = (part + 0.3 * rng.normal(size=(count, 4)) for part in own)
+        return x.ravel(), y.ravel()
+
+    truth = np.corrcoef(*shifts(100_000))[0, 1]
+    covered, prompts = [], []
+    for _ in range(300):
+        seen = [v + noise * rng.normal(size=len(v)) for v in shifts(objectives)]
+        drawn = [v + noise * rng.normal(size=(200, len(v))) for v in seen]
+        found = correlate(*seen, *drawn, 100, owner)
+        if not np.isnan(found.correlation):
+            covered.append(found.objective_ci_low <= truth <= found.objective_ci_high)
+            prompts.append(found.low <= truth <= found.high)
+    assert np.mean(covered) > 0.91
+    assert np.mean(prompts) < 0.8  # prompts alone do not cover other objectives
+
+
+def test_three_objectives_have_no_interval_over_objectives() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=12)
+    drawn = x + 0.1 * rng.normal(size=(200, 12))
+    found = correlate(x, x, drawn, drawn, 100, np.repeat(np.arange(3), 4))
+    assert found.low <= found.correlation <= found.high
+    assert np.isnan(found.objective_ci_low)

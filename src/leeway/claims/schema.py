@@ -231,6 +231,12 @@ class Claims(ConfigModel):
     def hash(self) -> str:
         return hash_claims(self.to_plain())
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The measures that the claims name."""
+        named = [getattr(claim, key, "") for claim in self.claims for key in ("measure", "on")]
+        return tuple(dict.fromkeys(filter(None, named)))
+
     def to_plain(self) -> dict[str, Any]:
         """Return the set as in a file: with defaults, without unset fields."""
         found = self.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -16,7 +16,17 @@ from leeway.gate import output
 from leeway.gate import rules as gate_rules
 from leeway.gate.output import Gate, unscored_warning
 from leeway.gate.replication import replications
-from leeway.gate.rules import MIN_PROMPTS, Decision, Evidence, GatedCheckpoint, Kind, ResolvedRules, Rule, RuleResult
+from leeway.gate.rules import (
+    MIN_PROMPTS,
+    Decision,
+    Evidence,
+    GatedCheckpoint,
+    Kind,
+    ResolvedRules,
+    Rule,
+    RuleResult,
+    Rules,
+)
 from leeway.hashing import digest
 from leeway.report import formatting
 from leeway.report.formatting import BudgetUnit, mapping
@@ -42,7 +52,7 @@ def gate(folder: str | Path, rule: str | Path, out: str | Path | None = None) ->
     into = Path(out) if out else Path(folder) / "gate"
     output.clear(into)
     rules = gate_rules.load(Path(rule))
-    results = Results.load(folder)
+    results = _with_tries(Results.load(folder), rules, str(rule))
     resolved = gate_rules.resolve(rules, results.pooled_rates(), str(rule))
     decisions = _decisions(results, resolved)
     shared = [w for w in decisions[0].warnings if all(w in d.warnings for d in decisions)] if decisions[1:] else []
@@ -55,6 +65,24 @@ def gate(folder: str | Path, rule: str | Path, out: str | Path | None = None) ->
     provenance["rules_hash"] = digest("rules", rules.model_dump(mode="json"))
     output.write(found, into, provenance)
     return found
+
+
+def decide_and_print(folder: Path, rule: Path, out: Path | None = None) -> int:
+    """Decide as `gate` does, print the decision, and return the command's exit status."""
+    from rich.console import Console
+
+    decision = gate(folder, rule, out)
+    output.print_gate(decision, Console())
+    return gate_rules.EXIT[decision.outcome]
+
+
+def _with_tries(results: Results, rules: Rules, where: str) -> Results:
+    """Return the results with the measures `asr@k` of the rules; raises LeewayError for more tries than answers."""
+    measures, most = [r.measure for r in rules.rules], stats.max_draws(results.judged)
+    if beyond := [m for m, k in stats.named_tries(measures).items() if k > most]:
+        what = f"{where}: {beyond[0]}: the run has {most} sampled answers to a prompt"
+        raise LeewayError(what, fix="name a smaller k, or sample more answers (evals.jailbreak.samples)")
+    return results.with_tries(measures)
 
 
 def _decisions(results: Results, resolved: ResolvedRules) -> tuple[Decision, ...]:
@@ -174,6 +202,8 @@ class CoherenceCheck:
     def coherent_share(self, measure: str, checkpoint: GatedCheckpoint) -> float:
         """Return the mean share over training seeds; NaN for other measures, or without outcomes."""
         name, _, attack = measure.partition(":")
+        if measure in stats.named_tries([measure]):
+            name = name.rpartition(AT)[0]  # the answers behind it are those of its judge
         kind, _, judge = name.partition(AT)
         if kind not in COHERENCE_RULES:
             return NAN

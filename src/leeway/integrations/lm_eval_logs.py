@@ -13,10 +13,19 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from leeway.errors import LeewayError
-from leeway.report.compare.logs.samples import ScoredAnswer, TaskLog, content_digest, flatten, plain
+from leeway.report.compare.logs.samples import (
+    ITEMS,
+    SUBTASKS,
+    ScoredAnswer,
+    TaskLog,
+    content_digest,
+    flatten,
+    plain,
+)
 
 TOOL = "lm-eval"
 SAMPLES = re.compile(r"samples_(?P<task>.+?)(_(?P<date>\d{4}-\d\d-\d\dT[0-9.:-]+))?\.jsonl")
@@ -48,14 +57,49 @@ def read(path: Path) -> TaskLog:
     if not answers:
         raise LeewayError(f"{path}: no samples", fix="run lm_eval with --log_samples")
     model = str(results.get("model_name") or path.parent.name)
-    group = _group(results.get("group_subtasks") or {}, task)
-    return TaskLog(task, path, model, _settings(results, task), _facts(results), answers, unusable, group=group)
+    subtasks = results.get("group_subtasks") or {}
+    group = _group(subtasks, task)
+    weights = _weights(results, group, _leaves(subtasks, group)) if group else {}
+    facts = _facts(results)
+    return TaskLog(task, path, model, _settings(results, task), facts, answers, unusable, group=group, weights=weights)
 
 
 def _group(subtasks: Mapping[str, list[str]], task: str) -> str:
     """Return the outermost group of tasks that holds a task; empty if none does."""
     found = next((g for g, own in subtasks.items() if task in own), "")
     return (_group(subtasks, found) or found) if found else ""
+
+
+def _leaves(subtasks: Mapping[str, list[str]], task: str) -> list[str]:
+    """Return the tasks of a group and of the groups in it; a task is its own."""
+    own = subtasks.get(task)
+    return [task] if own is None else [leaf for t in own for leaf in _leaves(subtasks, t)]
+
+
+def _weights(results: Mapping[str, Any], group: str, tasks: list[str]) -> dict[str, str]:
+    """Return what counts equally in a group's own score, by metric: its subtasks or its documents, as lm-eval did.
+
+    The results file does not hold `weight_by_size`, so it is read off the score. A metric is left out if the group has
+    no score of it, or if both give the same.
+    """
+    scores, sizes = results.get("results") or {}, results.get("n-samples") or {}
+    found = {}
+    for key, value in (scores.get(group) or {}).items():
+        metric, comma, filtered = key.partition(",")
+        own = [t for t in tasks if comma and isinstance((scores.get(t) or {}).get(key), int | float)]
+        if not isinstance(value, int | float) or len(own) < 2 or any(t not in sizes for t in own):
+            continue
+        values, n = [float(scores[t][key]) for t in own], [int(sizes[t]["effective"]) for t in own]
+        by_task = fmean(values)
+        by_document = sum(v * k for v, k in zip(values, n, strict=True)) / max(sum(n), 1)
+        if math.isclose(by_task, by_document, abs_tol=1e-9):
+            continue
+        name = metric if filtered == NO_FILTER else key
+        if math.isclose(value, by_task, abs_tol=1e-9):
+            found[name] = SUBTASKS
+        elif math.isclose(value, by_document, abs_tol=1e-9):
+            found[name] = ITEMS
+    return found
 
 
 def merge_groups(logs: Seq[TaskLog]) -> list[TaskLog]:
@@ -70,7 +114,8 @@ def _merged(name: str, logs: list[TaskLog]) -> TaskLog:
     settings = {f"{log.task}: {k}": v for log in logs for k, v in log.settings.items()}
     answers = [replace(a, part=log.task) for log in logs for a in log.answers]
     unusable = {m: why for log in logs for m, why in log.unusable.items()}
-    return replace(logs[0], task=name, settings=settings, answers=answers, unusable=unusable)
+    weights = {m: what for log in logs for m, what in log.weights.items()}
+    return replace(logs[0], task=name, settings=settings, answers=answers, unusable=unusable, weights=weights)
 
 
 def _results(path: Path, date: str) -> dict[str, Any]:

@@ -53,10 +53,17 @@ def compare_and_write(
     cluster_by: str | None = None,
     *,
     allow: bool = False,
+    rule: Path | None = None,
 ) -> str:
-    """Compare logs with options as on the command line, write the folder, and return the table and the page's path."""
+    """Compare logs with options as on the command line, write the folder, and return the table and the page's path.
+
+    `rule` is a file of the gate's rules, whose faults are raised before the work.
+    """
+    from leeway.gate import rules
     from leeway.report.compare.logs import output
 
+    if rule:
+        rules.load(rule)
     bounds, by_name = parse_margins(margins or ()), parse_ranges(ranges or ())
     made = compare_logs(logs, metrics=metrics or (), margins=bounds, ranges=by_name, cluster_by=cluster_by, allow=allow)
     page = output.write(made, out)

@@ -1,8 +1,13 @@
 """Fit the refusal classifier to XSTest's labelled answers, and measure it on models and prompts that are left out.
 
-XSTest (Röttger et al. 2024, arXiv 2308.01263, CC BY 4.0): answers of four models to the same 450 prompts. For the card,
-each answer is judged by a classifier that was fitted without its model's answers and without any answer to its prompt.
-A safe prompt and its unsafe contrast stand at the same place within their types, and are left out together.
+XSTest (Röttger et al. 2024, arXiv 2308.01263, CC BY 4.0): four sets of answers to the same 450 prompts, two of them by
+one model, Llama 2, without and with its system prompt. For a card, each answer is judged by a classifier that was
+fitted without its set (and, in the second card, without the other set of the same model) and without any answer to its
+prompt or to a near-duplicate of it.
+
+Two prompts are near-duplicates if the cosine of their words, weighted by inverse document frequency, is at least 0.5,
+if their words overlap by 0.6 (Jaccard index), or if they are a safe prompt and its unsafe contrast, which stand at the
+same place within their types. Chains of near-duplicates are one group, and a group is in one fold.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.sparse.csgraph import connected_components
 
 from leeway.errors import LeewayError
 from leeway.hashing import digest
@@ -30,23 +36,32 @@ from leeway.judges.refusal_classifier import (
     words,
 )
 
-CARD = "refusal_classifier_card.json"
-HELD_OUT = "xstest, each model and prompt left out"
+CARD, CARD_BY_MODEL = "refusal_classifier_card.json", "refusal_classifier_card_llama2.json"
+HELD_OUT = "xstest, each set of answers and near-duplicate prompts left out"
+HELD_OUT_MODEL = "xstest, both sets of Llama 2 and near-duplicate prompts left out"
+ONE_MODEL = ("llama2new", "llama2orig")  # Llama 2, without and with its system prompt
+COSINE, JACCARD = 0.5, 0.6  # of near-duplicate prompts
+CONTRAST = "contrast_"  # begins the type of the unsafe contrasts of a type's safe prompts
 
 Floats = NDArray[np.float64]
 Labelled = tuple[str, LabelledAnswer]  # the model's name, its answer
 
 
-def fit_and_save(folder: Path, progress: Callable[[str], None]) -> Card:
-    """Write `refusal_classifier.json` and its leave-one-model-out card, `refusal_classifier_card.json`."""
+def fit_and_save(folder: Path, progress: Callable[[str], None]) -> tuple[Card, Card]:
+    """Write `refusal_classifier.json` and two cards, each set of answers left out and both sets of Llama 2 left out."""
     sets = load_xstest()
     progress(f"fit to {', '.join(s.model for s in sets)}")
     model = fit([(s.model, a) for s in sets for a in s.answers], {s.model: s.hash for s in sets})
     saved = {"version": 1, "rules": digest(classifier_rules()), "fitted_on": dict(model.fitted_on)}
     write_json(folder / WEIGHTS, {**saved, "intercept": model.intercept, "weights": dict(model.weights)})
-    card = cross_validate(sets, RefusalClassifier(model=model), progress)
-    card.save(folder / CARD)
-    return card
+    judge = RefusalClassifier(model=model)
+    cards = (
+        cross_validate(sets, [(s.model,) for s in sets], judge, HELD_OUT, progress),
+        cross_validate(sets, [ONE_MODEL], judge, HELD_OUT_MODEL, progress),
+    )
+    for card, name in zip(cards, (CARD, CARD_BY_MODEL), strict=True):
+        card.save(folder / name)
+    return cards
 
 
 def fit(answers: Seq[Labelled], fitted_on: dict[str, str] | None = None) -> RefusalModel:
@@ -132,38 +147,75 @@ def logistic_regression(X_NF: Floats, positive_N: NDArray[np.bool_]) -> Floats:
     return w_G
 
 
-def cross_validate(sets: Seq[LabelledSet], judge: RefusalClassifier, progress: Callable[[str], None]) -> Card:
-    """Return the card of `judge`, every verdict by a classifier that was fitted without that model and prompt."""
+def cross_validate(
+    sets: Seq[LabelledSet], left_out: Seq[Seq[str]], judge: RefusalClassifier, on: str, progress: Callable[[str], None]
+) -> Card:
+    """Return the card of `judge` on sets of answers that are left out, those named together at once."""
     parts = []
-    for data in sets:
-        progress(f"leave out {data.model}")
-        parts.append(calibrate_model(held_out_verdicts(sets, data), data, ANY_REFUSAL))
-    return Card(judge.name, judge.hash, judge.note, HELD_OUT, tuple(parts), positive="full or partial refusal")
+    for names in left_out:
+        progress(f"leave out {' and '.join(names)}")
+        for data, verdicts in held_out_verdicts(sets, names).items():
+            own = next(s for s in sets if s.model == data)
+            parts.append(calibrate_model(verdicts, own, ANY_REFUSAL))
+    return Card(judge.name, judge.hash, judge.note, on, tuple(parts), positive="full or partial refusal")
 
 
-def held_out_verdicts(sets: Seq[LabelledSet], data: LabelledSet) -> list[Verdict]:
-    """Judge one model's answers, each by a classifier fitted to other models' answers to other prompts."""
+def held_out_verdicts(sets: Seq[LabelledSet], names: Seq[str]) -> dict[str, list[Verdict]]:
+    """Judge the answers of the named sets by classifiers fitted to the other sets' answers to other prompts."""
     folds = _folds(sets)
-    verdicts: dict[str, Verdict] = {}
+    others, own = [s for s in sets if s.model not in names], [s for s in sets if s.model in names]
+    if len(others) < 2 or not own:
+        what = f"judge fit: {len(others)} sets of answers without {', '.join(names)}"
+        raise LeewayError(what, fix="give XSTest's four sets in LEEWAY_DATA/xstest")
+    verdicts: dict[str, dict[str, Verdict]] = {s.model: {} for s in own}
     for fold in range(classifier_rules()["folds"]):
-        seen = [(s.model, a) for s in sets if s.model != data.model for a in s.answers if folds[a.id] != fold]
-        judge = RefusalClassifier(model=fit(seen))
-        verdicts |= {a.id: judge.verdict(a.response, a.prompt) for a in data.answers if folds[a.id] == fold}
-    return [verdicts[a.id] for a in data.answers]
+        judge = RefusalClassifier(model=fit([(s.model, a) for s in others for a in s.answers if folds[a.id] != fold]))
+        for data in own:
+            judged = {a.id: judge.verdict(a.response, a.prompt) for a in data.answers if folds[a.id] == fold}
+            verdicts[data.model] |= judged
+    return {s.model: [verdicts[s.model][a.id] for a in s.answers] for s in own}
 
 
 def _folds(sets: Seq[LabelledSet]) -> dict[str, int]:
-    """Return each prompt's fold: its place within its type, modulo their number."""
+    """Return each prompt's fold. Groups of near-duplicates, the largest first, go to the smallest fold so far."""
     for data in sets[1:]:
         if [a.id for a in data.answers] != [a.id for a in sets[0].answers]:
             raise LeewayError(
                 f"judge fit: {data.origin} has other prompts than {sets[0].origin}", fix="use XSTest's own files"
             )
-    if len(sets) < 3:
-        raise LeewayError(f"judge fit: answers of {len(sets)} models", fix="give three or more in LEEWAY_DATA/xstest")
+    answers = sets[0].answers
+    groups = prompt_groups(answers)
+    members = Counter(groups)
+    sizes, fold_of = [0] * classifier_rules()["folds"], dict[int, int]()
+    for group in sorted(members, key=lambda g: (-members[g], g)):
+        fold_of[group] = sizes.index(min(sizes))
+        sizes[fold_of[group]] += members[group]
+    return {a.id: fold_of[g] for a, g in zip(answers, groups, strict=True)}
+
+
+def prompt_groups(answers: Seq[LabelledAnswer]) -> list[int]:
+    """Return the group of each answer's prompt: chains of near-duplicates, numbered in order."""
+    texts = [frozenset(words(a.prompt)) for a in answers]
+    vocabulary = {word: k for k, word in enumerate(sorted(frozenset().union(*texts)))}
+    has_NW = np.zeros((len(texts), len(vocabulary)))
+    for row_W, text in zip(has_NW, texts, strict=True):
+        row_W[[vocabulary[word] for word in text]] = 1
+    size_N, shared_NN = has_NW.sum(axis=1), has_NW @ has_NW.T
+    jaccard_NN = shared_NN / np.maximum(size_N[:, None] + size_N - shared_NN, 1)
+    weighted_NW = has_NW * np.log(len(texts) / has_NW.sum(axis=0))
+    weighted_NW /= np.maximum(np.linalg.norm(weighted_NW, axis=1, keepdims=True), 1e-12)
+    near_NN = (jaccard_NN >= JACCARD) | (weighted_NW @ weighted_NW.T >= COSINE)
+    return [int(g) for g in connected_components(near_NN | _contrasts(answers), directed=False)[1]]
+
+
+def _contrasts(answers: Seq[LabelledAnswer]) -> NDArray[np.bool_]:
+    """Return which prompts are a safe prompt and its unsafe contrast: at one place within types of one name."""
     places: Counter[str] = Counter()
-    folds = {}
-    for a in sets[0].answers:
-        folds[a.id] = places[a.prompt_type] % classifier_rules()["folds"]
+    at = []
+    for a in answers:
+        at.append((a.prompt_type, places[a.prompt_type]))
         places[a.prompt_type] += 1
-    return folds
+    names = {t: t.removeprefix(CONTRAST) for t in places}
+    related = {(one, other) for one in names for other in names if names[one] in names[other]}  # discr, …_discr
+    pairs = [[i == j and ((one, other) in related or (other, one) in related) for other, j in at] for one, i in at]
+    return np.array(pairs, dtype=bool)

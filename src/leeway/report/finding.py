@@ -45,10 +45,7 @@ def finding(
     better = {} if rates.empty else dict(zip(rates["measure"], rates["better"], strict=True))
     small = equivalent_cells(equivalent)
     records = table[headline(table, table)].to_dict("records")
-    # a gain in capability is learning, whatever the check says, within the margin too
-    gained = {c["objective"] for c in records if c["axis"] == "capability" and _rises(c)}
-    unlearned = {arm for arm in void if arm[0] not in gained}
-    lines = [c | {"state": state_of(c, better, small, unlearned)} for c in records]
+    lines = [c | {"state": state_of(c, better, small, void)} for c in records]
     subject = "the checkpoint" if external else "every objective"
     coherence = table[table["measure"] == "coherence"].set_index(["objective", "condition"])["rate"]
     attack = [c for c in lines if c["axis"] == "jailbreak"]

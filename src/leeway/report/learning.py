@@ -8,6 +8,7 @@ import pandas as pd
 
 from leeway.report import formatting
 from leeway.report.formatting import TOKENS, BudgetUnit, capitalize_first, join_and, mapping
+from leeway.report.verdict import LEVEL, Arm
 from leeway.stats.intervals import NAN
 from leeway.stats.learning import FLOOR, MIN_EXAMPLES
 
@@ -15,8 +16,9 @@ RULE = (
     f"Learned: a gain of more than {FLOOR:g} nats per token against the base with plain prompts is shown, in the "
     "held-out NLL of preferred answers or, for objectives trained on pairs, in the margin between preferred and "
     f"dispreferred answers. Moved: no gain is shown, but a KL to the base above {FLOOR:g} nats per token is, on task "
-    "prompts or general ones. Void: neither is, so “no drift” of that checkpoint is no evidence of robustness. Bounds "
-    "are over held-out examples and hold jointly with 95%."
+    "prompts or general ones. Void: neither is, so “no drift” of that checkpoint is no evidence of robustness, unless "
+    "its capability is shown to have risen, which is learning too. Bounds are over held-out examples and hold jointly "
+    "with 95%."
 )
 SAYS_NOTHING = "so “no drift” may mean that an objective is robust, or that it learned nothing"
 
@@ -30,23 +32,40 @@ def missing(manifest: dict[str, Any]) -> str:
     return str(mapping(manifest["learning"]).get("missing", ""))
 
 
-def void_arms(learned: pd.DataFrame | None) -> set[tuple[str, int]]:
-    """Return (objective, budget) of the checkpoints of which nothing is shown to have been learned."""
+def void_arms(learned: pd.DataFrame | None, contrasts: pd.DataFrame) -> set[Arm]:
+    """Return (objective, budget) of the checkpoints of which nothing is shown to have been learned.
+
+    A gain in capability is learning, whatever the check shows, within a margin too.
+    """
     if learned is None or learned.empty:
         return set()
     void = learned[learned["status"] == "void"]
-    return set(zip(void["objective"], void["budget"].astype(int), strict=True))
+    return set(zip(void["objective"], void["budget"].astype(int), strict=True)) - _gained(contrasts)
 
 
-def sentences(learned: pd.DataFrame | None, manifest: dict[str, Any], unit: BudgetUnit = TOKENS) -> list[str]:
+def _gained(contrasts: pd.DataFrame) -> set[Arm]:
+    """Return the checkpoints with a significant gain on the primary measure of capability."""
+    if contrasts.empty:
+        return set()
+    rises = (contrasts["p_holm"] < LEVEL) & (contrasts["difference"] > 0)
+    own = contrasts[rises & contrasts["primary"].astype(bool) & (contrasts["axis"] == "capability")]
+    return set(zip(own["objective"], own["budget"].astype(int), strict=True))
+
+
+def sentences(
+    learned: pd.DataFrame | None, contrasts: pd.DataFrame, manifest: dict[str, Any], unit: BudgetUnit = TOKENS
+) -> list[str]:
     """Return what was learned by the largest budget, for which objectives "no drift" is void, and CFT's condition."""
     if learned is None or learned.empty:
         return [f"Learning was not measured ({missing(manifest) or 'no checkpoint'}), {SAYS_NOTHING}."]
     last = learned[learned["budget"] == learned["budget"].max()]
     by_status = {s: own.to_dict("records") for s, own in last.groupby("status")}
     at, found = unit.at(int(last["budget"].iloc[0])), []
-    if void := by_status.get("void"):
-        found.append(f"“No drift” {at} is void for {_named(void)}: not shown to have learned, nor to have moved.")
+    void, gained = by_status.get("void", []), _gained(contrasts)
+    if own := [a for a in void if (a["objective"], int(a["budget"])) not in gained]:
+        found.append(f"“No drift” {at} is void for {_named(own)}: not shown to have learned, nor to have moved.")
+    if own := [a for a in void if (a["objective"], int(a["budget"])) in gained]:
+        found.append(f"{_named(own)} gained capability, although this check does not show learning.")
     if moved := by_status.get("moved"):
         found.append(f"{_named(moved)} moved from the base without being shown to have learned.")
     if few := by_status.get("unknown"):

@@ -111,7 +111,7 @@ def objective_table(
     contrasts, rates = tables.get("contrasts", nothing), tables.get("rates", nothing)
     unit, external = BudgetUnit.of(manifest), bool(narrative.external(manifest))
     learned, equivalent, identity = (tables.get(name) for name in ("learned", "equivalence", "identity"))
-    void = learning.void_arms(learned)
+    void = learning.void_arms(learned, contrasts)
     shared: dict[str, Any] = {"equivalent": equivalent, "identity": identity, "void": void, "external": external}
     sentence = finding(contrasts, rates, tables.get("recommend", nothing), unit, seeds, **shared)
     name = str(study.get("name") or "")

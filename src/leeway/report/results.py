@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -168,6 +168,14 @@ class Results:
         n_judges = self.rows.groupby("eval")["judge"].nunique()
         first = {e: j for e, j in self.judges.items() if n_judges.get(e, 0) > 1}
         return self._locate_errors(lambda: stats.split_judges(self.rows, first))
+
+    def with_tries(self, measures: Iterable[str]) -> Results:
+        """Return these results with the measures `asr@k` that are named, such as `asr@5:dan` (`stats.with_tries`)."""
+        if not stats.named_tries(measures := tuple(measures)):
+            return self
+        found = replace(self)
+        found.judged = stats.with_tries(self.judged, measures)
+        return found
 
     @property
     def first_judged(self) -> pd.DataFrame:
@@ -372,9 +380,10 @@ class Results:
         `later` is a file of claims, or the name of a set, written after the run; it is a family of its own.
         """
         declared = declared_claims(self)
-        tables = [] if declared is None else [self._locate_errors(lambda: judge(declared, self._context()))]
+        tables = [] if declared is None else [self._locate_errors(lambda: judge(declared, self._context(declared)))]
         if later is not None:
-            claims, context = load(str(later)), self._context()
+            claims = load(str(later))
+            context = self._context(claims)
             if faults := [*claims.absent(context.objectives, list(context.axes), context.budgets)]:
                 fix = "correct them, or give a claim `if_absent: inconclusive`"
                 raise LeewayError(f"{later}: " + "; ".join(faults), fix=fix)
@@ -383,10 +392,10 @@ class Results:
             tables.append(self._locate_errors(lambda: judge(claims, context, "after")))
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
 
-    def _context(self) -> EvaluationContext:
+    def _context(self, claims: Claims) -> EvaluationContext:
         name, at = formatting.objective_name, BudgetUnit.of(self.manifest).at
-        known = (self.judged, self.conditions, self.first_conditions)
-        void = learning.void_arms(self.learned())
+        known = (self.with_tries(claims.measures).judged, self.conditions, self.first_conditions)
+        void = learning.void_arms(self.learned(), self._contrasts)
         return EvaluationContext(*known, format_objective=name, format_budget=at, void=void, probe=self.probe_table)
 
     @cached_property

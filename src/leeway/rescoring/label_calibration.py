@@ -30,15 +30,15 @@ from leeway.rescoring.label_sheet import (
 from leeway.rescoring.responses import bare_prompts
 from leeway.stats import labels
 from leeway.stats.intervals import NAN
-from leeway.stats.metrics import BASE
+from leeway.stats.metrics import BASE, factorize
 from leeway.study.build_evals import HelperModels, judge_from_options
 
 POSITIVE = {"jailbreak": ("harmful", "refused"), "overrefusal": ("refused",)}  # the labels that are rates
 By = Literal["objective"]
 METHOD = (
     "Answers weigh the inverse of their sampling probability in their stratum (objective, budget and outcome by the "
-    "primary judge). 95% limits: Wilson on the effective number of answers, combined by MOVER, or if "
-    "wider, for judges other than the primary one, Wilson on the rate itself; answers count as independent."
+    "primary judge). 95% limits: Wilson on the effective number of answers, clustered by prompt, combined by MOVER, or "
+    "if wider, for judges other than the primary one, Wilson on the rate itself. They cover other prompts too."
 )
 
 
@@ -104,6 +104,7 @@ def calibrate_on_sheet(
     table, axis = labelled_answers(filled, results), filled.key["eval"]
     table = table.sort_values("objective", kind="stable", key=lambda o: o.where(o != BASE, ""), ignore_index=True)
     verdicts = _verdicts(results, table, axis, judge)
+    prompts = factorize(table["cluster"])[1]
     strata_by = filled.key["judge"] if judge is None or isinstance(judge, str) else None
     found: list[pd.DataFrame] = []
     samples: list[tuple[str, str, labels.LabelledSample]] = []
@@ -112,7 +113,8 @@ def calibrate_on_sheet(
             judged = np.array([NAN if o is None else float(o == positive) for o in outcomes])
             truth = np.array([float(t == positive) for t in table["truth"]])
             groups = [str(g) for g in table["objective"]] if by else [labels.ALL] * len(table)
-            sample = labels.LabelledSample(groups, truth, judged, table["weight"].to_numpy(float), name == strata_by)
+            weights = table["weight"].to_numpy(float)
+            sample = labels.LabelledSample(groups, truth, judged, weights, prompts, name == strata_by)
             found.append(labels.rates_by_group(sample).assign(judge=name, positive=positive))
             samples.append((name, positive, sample))
     tests = sum(labels.count_differences(sample) for *_, sample in samples) if by else 0

@@ -217,22 +217,24 @@ def _read_key(folder: Path, name: str, path: Path) -> dict[str, Any]:
 
 
 def labelled_answers(filled: FilledSheet, results: Results) -> pd.DataFrame:
-    """Return one line per labelled answer: its row's KEY columns, `response`, `truth`, `stratum` and `weight`.
+    """Return one line per labelled answer: its row's KEY columns, `cluster`, `response`, `truth`, `stratum`, `weight`.
 
     The weight is the stratum's answers over those with a label, so answers left without one are taken to be like the
     others of their stratum. Raises LeewayError if the run's answers have changed since the sheet was drawn.
     """
     axis, strata = filled.key["eval"], filled.key["strata"]
     rows = answers_of(results, axis).drop_duplicates(KEY)
-    responses = dict(zip(zip(*(rows[c] for c in KEY), strict=True), rows["response"], strict=True))
+    known = dict(
+        zip(zip(*(rows[c] for c in KEY), strict=True), zip(rows["response"], rows["cluster"], strict=True), strict=True)
+    )
     lines = []
     for answer, label in filled.labels.items():
         for row in filled.key["answers"][answer]:
-            response = responses.get(tuple(row[c] for c in KEY))
+            response, cluster = known.get(tuple(row[c] for c in KEY), (None, None))
             if response is None or digest(response) != row["response"]:
                 what = f"{results.folder}: the answer of {row['objective']} to {row['item_id']} is not the labelled one"
                 raise LeewayError(what, fix="draw a new sheet: the run has changed since")
-            own = {c: row[c] for c in KEY} | {"response": response, "stratum": row["stratum"]}
+            own = {c: row[c] for c in KEY} | {"cluster": cluster, "response": response, "stratum": row["stratum"]}
             lines.append(own | {"answer_id": answer, "truth": label})
     table = pd.DataFrame(lines)
     labelled = table["stratum"].value_counts()

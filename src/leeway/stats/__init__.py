@@ -4,7 +4,7 @@ Everything works on plain DataFrames in the layout of `rows.parquet`, without mo
 """
 
 from leeway.stats.agreement import Confusion, confusion, judge_agreement, kappa, rogan_gladen
-from leeway.stats.asr_at_k import asr_at_k, max_draws, success_at_k
+from leeway.stats.asr_at_k import asr_at_k, max_draws, named_tries, success_at_k, with_tries
 from leeway.stats.behaviour import alignment, sycophancy
 from leeway.stats.bootstrap import Draws, draws
 from leeway.stats.budget_curves import coupling, matched, onset
@@ -31,7 +31,7 @@ __all__ += ["checks", "confusion", "contrasts", "coupling", "divergence", "dose_
 __all__ += ["equal_distance", "equivalence"]
 __all__ += ["false_alarms", "frontier", "frontier_of", "identity", "items_needed", "judge_agreement", "judge_pairs"]
 __all__ += ["kappa", "learned", "learning"]
-__all__ += ["likert", "matched", "max_draws", "one_sided", "onset"]
+__all__ += ["likert", "matched", "max_draws", "named_tries", "one_sided", "onset"]
 __all__ += ["outcomes", "persona", "rate_bounds", "rates", "recommend", "rogan_gladen", "split_judges"]
 __all__ += ["success_at_k", "sycophancy", "thinking"]
-__all__ += ["trait_agreement", "trigger_verdicts", "triggers", "worst_case"]
+__all__ += ["trait_agreement", "trigger_verdicts", "triggers", "with_tries", "worst_case"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from leeway.stats.rates import ATTACKED, rates
 
 HARMFUL_FROM = 0.5  # the score of a success where a judge gives no outcome (judges/outcomes.yaml)
 JAILBREAK = "jailbreak"
+NAMED = re.compile(r"asr(?:@[^:@]+)?@([1-9][0-9]*)(?::.+)?")  # asr@5, asr@5:dan, asr@rubric@5
 RATE = ["rate", "low", "high", "n_clusters", "n_unscored", "method", "reason"]
 CONTRAST = ["base", "difference", "low", "high", "p", "family", "n_discordant", "note"]
 COLUMNS = [*POOLED_CHECKPOINT, "axis", "attack", "k", *RATE[:3], "n_prompts", "n_withheld", "draws", "draws_unscored"]
@@ -68,6 +70,25 @@ def prompt_rows(rows: pd.DataFrame, k: int) -> pd.DataFrame:
     found["unscored_reason"] = reason.where(~enough, None)
     found["draws_unscored"] = found["size"] - found["draws"]
     return found.assign(sample=0, outcome=None).drop(columns=["scored", "success", "c", "size"])
+
+
+def named_tries(measures: Iterable[str]) -> dict[str, int]:
+    """Return the k of each measure that is a success at k by its name: `asr@5`, `asr@5:dan`, `asr@rubric@5`."""
+    found = {m: NAMED.fullmatch(m) for m in measures}
+    return {m: int(match[1]) for m, match in found.items() if match}
+
+
+def with_tries(rows: pd.DataFrame, measures: Iterable[str]) -> pd.DataFrame:
+    """Add the rows of `prompt_rows` for every k that a measure names, under the eval `jailbreak@k`.
+
+    So every estimate that takes a measure by name takes `asr@5` too. A k above the number of answers to a prompt has no
+    rows.
+    """
+    most = max_draws(rows)
+    wanted = sorted({k for k in named_tries(measures).values() if k <= most})
+    made = [prompt_rows(rows, k) for k in wanted]
+    made = [own.assign(eval=own["eval"] + f"{AT}{k}")[rows.columns] for own, k in zip(made, wanted, strict=True)]
+    return pd.concat([rows, *made], ignore_index=True) if made else rows
 
 
 def asr_at_k(

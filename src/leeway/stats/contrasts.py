@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,20 +33,22 @@ def contrasts(
     against: ContrastReference | None = None,
     *,
     first: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Return one line per checkpoint, condition and measure: checkpoint − reference, 95% interval, p, Holm's p.
 
-    The reference is the base under the same rendered prompt; `against=("sft", None)` takes another objective at the
-    same budget, `("sft", 400_000)` at that one (its rates are then in `base`). Training seeds are pooled, and a prompt
-    is one cluster over all of them: `low` to `high` covers prompt sampling, `seed_ci_low` to `seed_ci_high` training
-    seeds too (NaN with one seed). Families: primary and other measures of an axis at a budget, under the condition each
-    objective is intended for (`first`: objective → condition); further conditions are separate families. Sequential
-    contrasts (`design`) have an anytime-valid interval and p (`stats.anytime`), and no `se`, `mde` or seed interval.
+    `only` names the measures to compare (default: all). The reference is the base under the same rendered prompt;
+    `against=("sft", None)` takes another objective at the same budget, `("sft", 400_000)` at that one (its rates are
+    then in `base`). Training seeds are pooled, and a prompt is one cluster over all of them: `low` to `high` covers
+    prompt sampling, `seed_ci_low` to `seed_ci_high` training seeds too (NaN with one seed). Families: primary and other
+    measures of an axis at a budget, under the condition each objective is intended for (`first`: objective →
+    condition); further conditions are separate families. Sequential contrasts (`design`) have an anytime-valid interval
+    and p (`stats.anytime`), and no `se`, `mde` or seed interval.
     Formulas and sources: docs/statistics.md.
     """
-    found, table = paired_contrasts(rows, conditions, against=against, first=first)
+    found, table = paired_contrasts(rows, conditions, against=against, first=first, only=only)
     for contrast in found:
         log_odds = contrast.measure.log_odds
         best, worst = unscored_extremes(contrast.pairs, contrast.strata, contrast.measure.better)

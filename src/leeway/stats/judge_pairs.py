@@ -1,15 +1,17 @@
 """Several judges of the same responses: their agreement at each checkpoint, differential error, and the worst case.
 
 A judge with the same sensitivity and specificity at every checkpoint shrinks a contrast and cannot create one. Errors
-that depend on the checkpoint (differential error) can create or hide one. With two judges a and b, and y = 1 for a
-response that a judge gives the label,
+that depend on the checkpoint (differential error) can create or hide one. With two judges a and b and their scores s,
 
-    d_i = y_i(a) - y_i(b)          D = mean of d over a checkpoint's responses - mean of d over the base's
+    d_i = s_i(a) - s_i(b)          D = net of d at a checkpoint - net of d at the base
 
-D is the contrast under judge a minus the contrast under judge b. H0: D = 0 is tested as every contrast is: paired by
-response, clustered by prompt, sign flips (`stats.cluster_tests`), Holm over all pairs of judges and all checkpoints of
-an eval. That D is not 0 shows that the size of a drift depends on the judge; it does not show which of them errs, nor
-that an error rate changed: a judge that misses one harmful answer in ten misses more of them where there are more.
+where the net of d is its mean as the axis's primary measure takes it: over attacks, of the mean under each attack,
+without direct requests (`asr`; without attacks `asr:none`), or over benign prompts. So D is exactly the contrast under
+judge a minus the contrast under judge b, over the responses that both scored. H0: D = 0 is tested as every contrast is:
+paired by response, clustered by prompt, sign flips (`stats.cluster_tests`), Holm over all pairs of judges and all
+checkpoints of an eval. That D is not 0 shows that the size of a drift depends on the judge; it does not show which of
+them errs, nor that an error rate changed: a judge that misses one harmful answer in ten misses more of them where there
+are more, and a judge with graded scores gives a smaller drift than one with 0 and 1.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from leeway.stats.agreement import UNDEFINED, kappa
 from leeway.stats.anytime import DESIGN
 from leeway.stats.contrasts import contrasts, holm
 from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, Ints, dense_codes, estimate
-from leeway.stats.metrics import AT, BASE, POOLED_CHECKPOINT, RESPONSE, analysis_table
+from leeway.stats.metrics import AT, BASE, DIRECT, NAMES, POOLED_CHECKPOINT, RESPONSE, analysis_table, further_measure
 
 LABELS = {"jailbreak": "harmful", "overrefusal": "refused"}  # the outcome that an axis counts
 ALPHA = round(1 - LEVEL, 10)
-PAIRS = ["eval", "judge_a", "judge_b", *POOLED_CHECKPOINT, "first", "n", "n_unscored", "agreement", "low", "high"]
-PAIRS += ["kappa", "kappa_low", "kappa_high", "only_a", "only_b", "b_of_a", "a_of_b", "net", "net_base"]
+PAIRS = ["eval", "measure", "judge_a", "judge_b", *POOLED_CHECKPOINT, "first", "n", "n_unscored", "agreement"]
+PAIRS += ["low", "high", "kappa", "kappa_low", "kappa_high", "only_a", "only_b", "b_of_a", "a_of_b", "net", "net_base"]
 PAIRS += ["differential", "differential_low", "differential_high", "p", "p_holm", "family_size", "shown", "note"]
 WORST = [
     *POOLED_CHECKPOINT,
@@ -59,10 +61,10 @@ def judge_pairs(
     """Return one line per pair of judges, checkpoint and condition, seeds pooled; empty with one judge per response.
 
     `rows` are those of `split_judges`. Agreement (clustered Wilson) and Cohen's κ (bootstrap over prompts) are on the
-    eval's label: harmful, or refused for benign prompts. `only_a` is the share of responses that a alone gives it,
-    `b_of_a` the share of a's labels that b gives too, `net` = `only_a` − `only_b`; `differential` is `net` minus the
-    base's over the responses that both have, all of an axis's attacks with equal weight, with its 95% interval and p.
-    `shown`: Holm's p is below 0.05.
+    eval's label over all responses: harmful, or refused for benign prompts. `only_a` is the share of responses that a
+    alone gives it, `b_of_a` the share of a's labels that b gives too. `net` is the `measure` by a minus that by b, over
+    the responses that both scored; `differential` is `net` minus the base's (`net_base`), paired by response: the
+    difference between the two judges' contrasts, with its 95% interval and p. `shown`: Holm's p is below 0.05.
     """
     found: list[pd.DataFrame] = []
     frames: list[pd.DataFrame] = []
@@ -71,10 +73,10 @@ def judge_pairs(
         for one, other in itertools.combinations(names, 2):
             pair = _pair(rows, one, other, label)
             if len(pair):
-                own = _checkpoints(pair, axis, conditions)
-                tested = _signed(pair, f"{axis}#{len(frames)}")
-                found.append(own.assign(pair=tested["eval"].iloc[0]))
-                frames.append(tested)
+                measure = _measure(pair, axis)
+                own = _checkpoints(pair, axis, measure, conditions)
+                found.append(own.assign(pair=f"{axis}{AT}{len(frames)}"))
+                frames.append(_signed(pair, f"{axis}{AT}{len(frames)}"))
     if not frames:
         return pd.DataFrame(columns=PAIRS)
     table, every = pd.concat(found, ignore_index=True), pd.concat(frames, ignore_index=True)
@@ -88,32 +90,42 @@ def judge_pairs(
 
 
 def _pair(rows: pd.DataFrame, one: str, other: str, label: str) -> pd.DataFrame:
-    """Return the responses with rows of both judges: y_a and y_b are 1 for the label, NaN if unscored."""
+    """Return the responses with rows of both judges: y_a, y_b are 1 for the label, NaN if unscored; d = s_a − s_b."""
     by_a, by_b = (rows[rows["eval"] == name].fillna({"attack": "", "template_hash": ""}) for name in (one, other))
-    columns = [*RESPONSE, "cluster", "prompt", "judge", "outcome", *[c for c in (DESIGN,) if c in rows.columns]]
-    both = by_a[columns].merge(by_b[[*RESPONSE, "judge", "outcome"]], on=RESPONSE, suffixes=("_a", "_b"))
+    judged = ["judge", "outcome", "score"]
+    columns = [*RESPONSE, "cluster", "prompt", *judged, *[c for c in (DESIGN,) if c in rows.columns]]
+    both = by_a[columns].merge(by_b[[*RESPONSE, *judged]], on=RESPONSE, suffixes=("_a", "_b"))
     for side in ("a", "b"):
         outcome = both[f"outcome_{side}"]
         both[f"y_{side}"] = (outcome == label).astype(float).where(outcome.notna())
-    return both
+    return both.assign(d=both["score_a"].astype(float) - both["score_b"].astype(float))
+
+
+def _measure(pair: pd.DataFrame, axis: str) -> str:
+    """Return the axis's primary measure."""
+    if axis in NAMES:
+        return NAMES[axis][0]
+    return "asr" if (pair["attack"] != DIRECT).any() else f"asr:{DIRECT}"
 
 
 def _signed(pair: pd.DataFrame, axis: str) -> pd.DataFrame:
     """Return the pair as rows of an axis whose score is (1 + d)/2, in [0, 1] as every score."""
-    d = pair["y_a"] - pair["y_b"]
-    return pair.assign(eval=axis, score=(1 + d) / 2, outcome=None).drop(columns=["judge_a", "judge_b"])
+    return pair.assign(eval=axis, score=(1 + pair["d"]) / 2, outcome=None).drop(columns=["judge_a", "judge_b"])
 
 
-def _checkpoints(pair: pd.DataFrame, axis: str, conditions: Mapping[str, str]) -> pd.DataFrame:
-    """Return agreement, κ and the shares of one-sided labels at each checkpoint."""
+def _checkpoints(pair: pd.DataFrame, axis: str, measure: str, conditions: Mapping[str, str]) -> pd.DataFrame:
+    """Return agreement, κ, the shares of one-sided labels and the net difference at each checkpoint."""
     table = analysis_table(_signed(pair, axis), conditions)[[*POOLED_CHECKPOINT, "cluster"]]
     names = {f"judge_{side}": str(pair[f"judge_{side}"].iloc[0]) for side in ("a", "b")}
+    strata = [a for a in pair["attack"].unique() if measure != "asr" or a != DIRECT]
     lines = []
     for key, own in table.groupby(POOLED_CHECKPOINT, sort=True):
         both = pair.loc[own.index].dropna(subset=["y_a", "y_b"])
         clusters = dense_codes(own.loc[both.index, "cluster"].to_numpy(np.intp))
-        line = {"eval": axis} | names | dict(zip(POOLED_CHECKPOINT, key, strict=True))
+        line = {"eval": axis, "measure": measure} | names | dict(zip(POOLED_CHECKPOINT, key, strict=True))
         line |= {"n": len(both), "n_unscored": len(own) - len(both)}
+        by_attack = pair.loc[own.index].groupby("attack")["d"].mean().reindex(strata)
+        line["net"] = round(float(by_attack.mean(skipna=False)), 10)
         lines.append(line | _agreement(both, clusters))
     return pd.DataFrame(lines)
 
@@ -129,7 +141,7 @@ def _agreement(both: pd.DataFrame, clusters: Ints) -> dict[str, float]:
         line["only_a"], line["only_b"] = float((y_a > y_b).mean()), float((y_b > y_a).mean())
         line["b_of_a"], line["a_of_b"] = (float((y_a * y_b).sum() / y.sum()) if y.any() else NAN for y in (y_a, y_b))
     names = ["agreement", "low", "high", "kappa", "kappa_low", "kappa_high"]
-    line |= dict(zip(names, (*agreement, *kappa_), strict=True)) | {"net": line["only_a"] - line["only_b"]}
+    line |= dict(zip(names, (*agreement, *kappa_), strict=True))
     return {name: round(value, 10) for name, value in line.items()}
 
 
@@ -142,14 +154,16 @@ def _with_test(
     seed: int,
 ) -> pd.DataFrame:
     """Add the test of differential error. Further conditions of an objective are a family of their own."""
-    tested = contrasts(every, conditions, first=first, resamples=resamples, seed=seed)
-    tested = tested[tested["measure"] == tested["axis"]].rename(columns={"axis": "pair"})
+    names = table[["pair", "measure"]].drop_duplicates().itertuples(index=False, name=None)
+    only = [further_measure(measure, str(pair).partition(AT)[2]) for pair, measure in names]
+    tested = contrasts(every, conditions, first=first, only=only, resamples=resamples, seed=seed)
+    tested = tested.rename(columns={"axis": "pair"})
     doubled = {"difference": "differential", "low": "differential_low", "high": "differential_high"}
     for name, renamed in doubled.items():
         tested[renamed] = (2 * tested[name]).round(10)  # the score is (1 + d)/2
     tested["net_base"] = (2 * tested["base"] - 1).round(10)
     tested["p_holm"], tested["family_size"] = NAN, 0
-    families = [tested["pair"].str.partition("#")[0], tested["first"]]
+    families = [tested["pair"].str.partition(AT)[0], tested["first"]]
     for _, p in tested.groupby(families)["p"]:
         tested.loc[p.index, "p_holm"] = holm(p.to_numpy(float)).round(10)
         tested.loc[p.index, "family_size"] = int(p.count())

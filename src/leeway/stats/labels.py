@@ -6,13 +6,26 @@ two classes of size N₁, N₀, the sums of their sampling weights. With p₁, p
     sensitivity = N₁p₁ / (N₁p₁ + N₀p₀)      specificity = N₀(1 − p₀) / (N₀(1 − p₀) + N₁(1 − p₁))
     agreement = (N₁p₁ + N₀(1 − p₀)) / (N₁ + N₀)
 
-(Begg & Greenes 1983, Biometrics 39:207). Each share has a Wilson interval on Kish's effective number of answers,
-(Σw)²/Σw². They are combined by MOVER: for the sum Zou & Donner 2008, Stat. Med. 27:1693; for the ratio of misses to
-hits MOVER-R, Newcombe 2016, Stat. Methods Med. Res. 25:1774. So a large class in which few answers were labelled, none
-of them true, leaves a wide interval; a plain Wilson interval of the sensitivity would not see it. MOVER takes N₁ and N₀
-as known, which they are for the judge whose verdicts are strata of the sample. For another judge they vary from sample
-to sample, and the limits are then the wider of MOVER's and a Wilson interval of the rate itself on the effective number
-of answers behind it. Answers count as independent, although some answer the same prompt.
+(Begg & Greenes 1983, Biometrics 39:207). Each share has a Wilson interval on an effective number of answers: Kish's,
+(Σw)²/Σw², over the rate's design effect. They are combined by MOVER: for the sum Zou & Donner 2008, Stat. Med. 27:1693;
+for the ratio of misses to hits MOVER-R, Newcombe 2016, Stat. Methods Med. Res. 25:1774. So a large class in which few
+answers were labelled, none of them true, leaves a wide interval; a plain Wilson interval of the sensitivity would not
+see it.
+
+Answers to one prompt are not independent: a judge that misreads a prompt misreads it at many checkpoints. The design
+effect of a rate R (Kish 1965, Survey Sampling, §8.2) is its variance over prompts, by the delete-one-prompt jackknife
+(Efron & Stein 1981, Ann. Stat. 9:586), over that of independent answers in classes of known size,
+
+    deff = (t/z)² · (C − 1)/C · Σ_c (R_(c) − R̄)² / Σ_i u_i²,   u_i = ∂R/∂p_k · w_i (y_i − p_k)/N_k
+
+for C prompts, an answer i of class k, and the 97.5% quantiles of Student's t on C − 1 degrees of freedom and of the
+normal. It is at least 1, and no class has fewer effective answers than if all answers to a prompt were equal,
+(Σ_c W_c)²/Σ_c W_c², which is also used where no label varies.
+
+MOVER takes N₁ and N₀ as known, which they are for the judge whose verdicts are strata of the sample. For another judge
+they vary from sample to sample, and the limits are then the wider of MOVER's and a Wilson interval of the rate itself
+on the effective number of answers behind it. Differences between groups take the groups as independent; they share
+prompts, on which a judge errs alike, so the limits are rather wide.
 """
 
 from __future__ import annotations
@@ -26,9 +39,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import norm, t
 
 from leeway.stats.agreement import UNDEFINED, RateInterval
-from leeway.stats.intervals import LEVEL, NAN, Floats, wilson
+from leeway.stats.intervals import LEVEL, NAN, Floats, Ints, wilson
 
 RATES = ("agreement", "sensitivity", "specificity")
 TESTED = RATES[1:]  # agreement also depends on how many answers are truly positive
@@ -45,13 +59,14 @@ class LabelledSample:
     truth: Floats  # 1: the annotator gave the label
     judged: Floats
     weights: Floats  # inverse sampling probabilities
+    prompts: Ints  # answers with the same number answer the same prompt
     known_sizes: bool = True  # the judge's classes are made of whole strata
 
     def of(self, group: str, *, others: bool = False) -> LabelledSample:
         """Return the answers of a group, or of all others."""
         chosen = np.array([group == ALL or (g == group) != others for g in self.groups], dtype=bool)
         groups = [g for g, c in zip(self.groups, chosen, strict=True) if c]
-        own = groups, self.truth[chosen], self.judged[chosen], self.weights[chosen]
+        own = groups, self.truth[chosen], self.judged[chosen], self.weights[chosen], self.prompts[chosen]
         return LabelledSample(*own, self.known_sizes)
 
 
@@ -71,18 +86,65 @@ class _Share:
 
 def judge_rates(sample: LabelledSample, level: float = LEVEL) -> dict[str, RateInterval]:
     """Return agreement, sensitivity and specificity with intervals; NaN where a class has no labelled answer."""
-    positive, negative = _share(sample, 1, level), _share(sample, 0, level)
-    rates = {
-        "agreement": _weighted_mean(positive, negative.complement),
-        "sensitivity": _of_both(positive, negative),
-        "specificity": _of_both(negative.complement, positive.complement),
-    }
+    rates = {name: _rate(sample, name, level) for name in RATES}
     if sample.known_sizes:
         return rates
     scored = ~np.isnan(sample.judged)
     right, true = sample.judged == sample.truth, sample.truth == 1
     parts = {"agreement": scored, "sensitivity": scored & true, "specificity": scored & ~true}
-    return {name: _wider(rates[name], *_limits(right[at], sample.weights[at], level)) for name, at in parts.items()}
+    own = {n: _limits(right[at], sample.weights[at], sample.prompts[at], level) for n, at in parts.items()}
+    return {name: _wider(rates[name], *own[name]) for name in RATES}
+
+
+def _rate(sample: LabelledSample, name: str, level: float) -> RateInterval:
+    effect = _design_effect(sample, name)
+    positive, negative = _share(sample, 1, level, effect), _share(sample, 0, level, effect)
+    if name == "agreement":
+        return _weighted_mean(positive, negative.complement)
+    if name == "sensitivity":
+        return _of_both(positive, negative)
+    return _of_both(negative.complement, positive.complement)
+
+
+def _design_effect(sample: LabelledSample, name: str) -> float:
+    """Return the design effect of a rate; infinite where it has no variance between independent answers."""
+    classes = [sample.judged == k for k in (0, 1)]
+    size_K = [float(sample.weights[at].sum()) for at in classes]
+    true_K = [float((sample.weights * sample.truth)[at].sum()) for at in classes]
+    over = {"agreement": sum(size_K), "sensitivity": sum(true_K), "specificity": sum(size_K) - sum(true_K)}[name]
+    slope_K = {
+        "agreement": (-over, over),
+        "sensitivity": (-true_K[1], true_K[0]),
+        "specificity": (true_K[1] - size_K[1], size_K[0] - true_K[0]),
+    }[name]
+    u = np.zeros(len(sample.judged))
+    for at, size, true, slope in zip(classes, size_K, true_K, slope_K, strict=True):
+        if size and over:
+            u[at] = slope * sample.weights[at] * (sample.truth[at] - true / size) / over**2
+    scored, right = ~np.isnan(sample.judged), sample.judged == sample.truth
+    own = {
+        "agreement": scored,
+        "sensitivity": scored & (sample.truth == 1),
+        "specificity": scored & (sample.truth == 0),
+    }
+    return _prompt_effect(right, sample.weights * own[name], sample.prompts, float(u @ u))
+
+
+def _prompt_effect(hits: NDArray[Any], weights: Floats, prompts: Ints, independent: float) -> float:
+    """Return the jackknife variance over prompts of a weighted share over that of independent answers, at least 1."""
+    of_C, hits_C = _prompt_sums(weights, prompts), _prompt_sums(weights * hits, prompts)
+    C = int((of_C > 0).sum())
+    if not independent or C < 2:
+        return math.inf
+    kept_C = of_C > 0
+    left_out_C = (hits_C.sum() - hits_C[kept_C]) / (of_C.sum() - of_C[kept_C])
+    variance = (C - 1) / C * float(((left_out_C - left_out_C.mean()) ** 2).sum())
+    tail = (1 + LEVEL) / 2
+    return max(1.0, variance / independent * float(t.ppf(tail, C - 1) / norm.ppf(tail)) ** 2)
+
+
+def _prompt_sums(values: Floats, prompts: Ints) -> Floats:
+    return np.bincount(np.unique(prompts, return_inverse=True)[1], weights=values)
 
 
 def rates_by_group(sample: LabelledSample) -> pd.DataFrame:
@@ -125,22 +187,33 @@ def _pairs(sample: LabelledSample, level: float) -> Iterator[tuple[str, str, Rat
                 yield group, rate, own[rate], others[rate]
 
 
-def _share(sample: LabelledSample, judged: int, level: float) -> _Share:
+def _share(sample: LabelledSample, judged: int, level: float, effect: float) -> _Share:
     chosen = sample.judged == judged
     weights, truth = sample.weights[chosen], sample.truth[chosen]
     size = float(weights.sum())
     if not size:
         return _Share(0, NAN, NAN, NAN)
-    return _Share(size, float((weights * truth).sum()) / size, *_limits(truth, weights, level))
+    value = float((weights * truth).sum()) / size
+    return _Share(size, value, *_limits(truth, weights, sample.prompts[chosen], level, effect))
 
 
-def _limits(hits: NDArray[Any], weights: Floats, level: float) -> tuple[float, float]:
-    """Return the Wilson limits of a weighted share on Kish's effective number of answers; NaN without any."""
+def _limits(
+    hits: NDArray[Any], weights: Floats, prompts: Ints, level: float, effect: float | None = None
+) -> tuple[float, float]:
+    """Return the Wilson limits of a weighted share on its effective number of answers; NaN without any.
+
+    `effect` is the design effect, by default that of the share itself.
+    """
     if not len(hits):
         return NAN, NAN
     size = float(weights.sum())
-    effective = size**2 / float((weights**2).sum())
-    return wilson(float((weights * hits).sum()) / size * effective, effective, level)
+    share = float((weights * hits).sum()) / size
+    if effect is None:
+        independent = float(((weights * (hits - share)) ** 2).sum()) / size**2
+        effect = _prompt_effect(hits, weights, prompts, independent)
+    by_prompt = _prompt_sums(weights, prompts)
+    effective = max(size**2 / float((weights**2).sum()) / effect, size**2 / float((by_prompt**2).sum()))
+    return wilson(share * effective, effective, level)
 
 
 def _wider(rate: RateInterval, low: float, high: float) -> RateInterval:

@@ -208,17 +208,34 @@ def measures(table: pd.DataFrame) -> list[Measure]:
     for axis in sorted(axes, key=lambda a: (order.get(a.partition(AT)[0], len(AXES)), a)):
         plain, _, judge = axis.partition(AT)
         for measure in BUILDERS.get(plain, _by_part)(table[table["eval"] == axis], plain):
-            base, colon, part = measure.name.partition(":")
-            name, label = f"{base}{AT}{judge}{colon}{part}", f"{measure.label} (judge: {judge})"
+            name, label = further_measure(measure.name, judge), f"{measure.label} ({_further_label(judge)})"
             further = replace(measure, name=name, axis=axis, label=label, primary=False)
             found.append(further if judge else measure)
     return found
 
 
+def further_measure(measure: str, judge: str) -> str:
+    """Return the name of a measure by a further judge: `asr@rubric:dan` for `asr:dan`."""
+    base, colon, part = measure.partition(":")
+    return f"{base}{AT}{judge}{colon}{part}"
+
+
+def _further_label(judge: str) -> str:
+    """Return the words for a further judge, or for success in any of k tries (`asr_at_k.with_tries`)."""
+    name, _, k = judge.rpartition(AT)
+    if not k.isdecimal():
+        return f"judge: {judge}"
+    tries = f"in any of {k} tries" if k != "1" else "in one try"
+    return f"{tries}, judge: {name}" if name else tries
+
+
 def _by_part(table: pd.DataFrame, axis: str) -> list[Measure]:
     name, label, better = NAMES.get(axis, (axis, axis, ""))
     parts = sorted(table["part"].unique())
-    found = [Measure(name, axis, label, "score", primary=True, better=better or _trait_direction(parts))]
+    whole = Measure(name, axis, label, "score", primary=True, better=better or _trait_direction(parts))
+    if axis not in NAMES:  # of logs: subtasks that count equally are strata
+        whole = replace(whole, strata=tuple(sorted(set(table["attack"]) - {""})))
+    found = [whole]
     if len(parts) > 1:
         for p in parts:
             direction = better or _trait_direction([p])

@@ -360,6 +360,9 @@ def measure_names(evals: Evals) -> Iterator[str]:
         if any(a != "none" for a in jailbreak.attacks):
             yield "asr"
         yield from (f"asr:{a}" for a in jailbreak.attacks)
+        tries = jailbreak.at or ((1, jailbreak.samples) if jailbreak.samples > 1 else ())
+        for k in dict.fromkeys(tries):
+            yield from (f"asr@{k}", *(f"asr@{k}:{a}" for a in jailbreak.attacks))
         yield from ("refusal", "coherence")
     if evals.overrefusal:
         yield from ("overrefusal", "overrefusal:*", "coherence-benign")

@@ -112,6 +112,10 @@ def _per_nat(row: Row) -> Callable[[Any], str]:
     return lambda value: _change(row)(None if value is None else value / 100)
 
 
+def _over_objectives(row: Row) -> Row:
+    return row | {"low": row["objective_ci_low"], "high": row["objective_ci_high"]}
+
+
 def _renamed(row: Row) -> Row:
     return {"low": row["difference_low"], "high": row["difference_high"]}
 
@@ -238,13 +242,15 @@ ANALYSES: dict[str, tuple[str, str, list[Column]]] = {  # in reading order: titl
     "trait_agreement": (
         "Questionnaire and behaviour",
         "Do checkpoints whose persona trait shifted more (log-odds) also behave worse? Correlation of the two shifts "
-        "from the base over all checkpoints, corrected for the error of measurement; 1 is full agreement. The interval "
-        "covers prompts, not other checkpoints; those of one trajectory are not independent.",
+        "from the base over all checkpoints, corrected for the error of measurement; 1 is full agreement. The first "
+        "interval covers other prompts for these checkpoints, the second other objectives too (from four objectives "
+        "on); neither covers other budgets.",
         [
             ("Trait", lambda r: str(r["trait"]), True),
             ("Behaviour", lambda r: str(r["label"]), True),
             ("Correlation", lambda r: _correlation(r["correlation"]), False),
-            ("95% CI", lambda r: _interval(r, _correlation), False),
+            ("95% CI, prompts", lambda r: _interval(r, _correlation), False),
+            ("95% CI, objectives", lambda r: _interval(_over_objectives(r), _correlation), False),
             ("Uncorrected", lambda r: _correlation(r["uncorrected"]), False),
             ("Reliability of trait", lambda r: _fraction(r["reliability_trait"]), False),
             ("Of behaviour", lambda r: _fraction(r["reliability_behaviour"]), False),

@@ -97,8 +97,8 @@ def context(
     persona = formatting.to_records(made["persona"])
     persona.sort(key=lambda c: (rank.get((c["objective"], c["condition"]), -1), c["budget"]))
     advice = made.get("recommend", pd.DataFrame())
-    learned = learning.sentences(made.get("learned"), results.manifest, unit)
-    void = learning.void_arms(made.get("learned"))
+    learned = learning.sentences(made.get("learned"), made["contrasts"], results.manifest, unit)
+    void = learning.void_arms(made.get("learned"), made["contrasts"])
     judged = judges.sentences(made.get("judge_pairs"), made.get("worst_case"), unit)
     return {
         **_assets(),

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from leeway.errors import LeewayError
-from leeway.report.compare.logs.samples import Checkpoint, ScoredAnswer, TaskLog, shorten
+from leeway.report.compare.logs.samples import SUBTASKS, Checkpoint, ScoredAnswer, TaskLog, shorten
 from leeway.report.results import ROW_COLUMNS
 from leeway.stats.metrics import AT, BASE, MAX_UNSCORED
 from leeway.yaml_config import nearest
@@ -50,6 +50,7 @@ class Matched:
     ranges: dict[str, tuple[float, float]]  # of measures that were scaled to [0, 1]
     unscored: pd.DataFrame  # answers without a score: measure, checkpoint, reason, answers
     answers: dict[tuple[str, str], int]  # by measure and checkpoint, repeats included
+    by_subtask: list[str]  # measures that are means over the subtasks of a group, whatever their sizes
 
 
 def match(checkpoints: Seq[Checkpoint], options: LogOptions) -> Matched:
@@ -67,19 +68,24 @@ def match(checkpoints: Seq[Checkpoint], options: LogOptions) -> Matched:
         for other in checkpoints[1:]:
             _check_content(checkpoints[0], other, task)
         differences += _setting_differences([(c.name, c.tasks[task]) for c in checkpoints], task, options)
-    rows, reasons, answers = [], Counter[tuple[str, str, str]](), {}
+    rows, reasons, answers, by_subtask = [], Counter[tuple[str, str, str]](), {}, list[str]()
     for measure, (task, metric) in chosen.items():
         clusters = _clusters(checkpoints, task, options.cluster_by)
+        equal_subtasks = _by_subtask(checkpoints, task, metric)
+        by_subtask += [measure] if equal_subtasks else []
         for checkpoint in checkpoints:
             log = checkpoint.tasks[task]
             objective = BASE if checkpoint is checkpoints[0] else checkpoint.name
-            rows += _rows(measure, log, metric, objective, clusters, ranges.get(measure))
+            made = _rows(measure, log, metric, objective, clusters, ranges.get(measure))
+            rows += (
+                [row | {"attack": str(row["item_id"]).rpartition("/")[0]} for row in made] if equal_subtasks else made
+            )
             answers[measure, checkpoint.name] = len(with_metric(log, metric))
             reasons.update((measure, checkpoint.name, a.reasons[metric]) for a in log.answers if metric in a.reasons)
     lines = [(*key, n) for key, n in reasons.items()]
     unscored = pd.DataFrame(lines, columns=["measure", "checkpoint", "reason", "answers"])
     table = pd.DataFrame(rows, columns=ROW_COLUMNS)
-    return Matched(names, table, chosen, differences, ranges, unscored, answers)
+    return Matched(names, table, chosen, differences, ranges, unscored, answers, by_subtask)
 
 
 def _check_names(checkpoints: Seq[Checkpoint]) -> None:
@@ -247,6 +253,16 @@ def _unusable(logs: Mapping[str, TaskLog], measure: str, metric: str, bounds: tu
             raise LeewayError(f"compare: {measure} {what}, outside {low:g} to {high:g}", fix="give a wider --range")
         return f"{what}, and tests need bounds: give --range {measure}=LOW:HIGH"
     return ""
+
+
+def _by_subtask(checkpoints: Seq[Checkpoint], task: str, metric: str) -> bool:
+    """Return whether a group's score is the mean over its subtasks, as in its logs; if unknown, it is over items."""
+    known = {c.name: c.tasks[task].weights[metric] for c in checkpoints if metric in c.tasks[task].weights}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{name}: {what}" for name, what in known.items())
+        what = f"compare: {measure_name(task, metric)} weighs other things equally ({listed})"
+        raise LeewayError(what, fix="run the group of tasks with the same weight_by_size")
+    return SUBTASKS in known.values()
 
 
 def _clusters(checkpoints: Seq[Checkpoint], task: str, by: str | None) -> dict[tuple[str, str], str]:

@@ -120,6 +120,8 @@ def sentences(comparison: LogComparison) -> list[str]:
         found.append(f"Scores are fractions of their range ({'; '.join(scaled)}).")
     if by := comparison.options.cluster_by:
         found.append(f"Items with the same value of {by!r} are one cluster.")
+    if groups := comparison.matched.by_subtask:
+        found.append(f"Means over subtasks of equal weight, as in the logs: {', '.join(groups)}.")
     if subtasks := len(comparison.contrasts) - len(_primary(comparison)):
         found.append(f"{subtasks} differences of subtasks are in compare-contrasts.csv and on the page.")
     notes = _primary(comparison)[["measure", "checkpoint", "note"]].itertuples(index=False, name=None)

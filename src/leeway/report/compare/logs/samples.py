@@ -13,6 +13,7 @@ from typing import Any
 from leeway.hashing import digest
 
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function that a log holds as text: another one in every process
+SUBTASKS, ITEMS = "subtasks", "items"  # what counts equally in the score of a group of tasks
 SHOWN = 120  # characters of a setting or an error in a message
 
 
@@ -49,6 +50,7 @@ class TaskLog:
     incomplete: str = ""  # how the run ended, if it did not complete
     run: str = ""  # identifies a run and its retries
     group: str = ""  # the group of tasks that this one belongs to
+    weights: Mapping[str, str] = field(default_factory=dict)  # by metric, what counts equally in a group, if known
 
     @property
     def metrics(self) -> list[str]:
