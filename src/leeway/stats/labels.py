@@ -144,7 +144,7 @@ def _prompt_effect(hits: NDArray[Any], weights: Floats, prompts: Ints, independe
 
 
 def _prompt_sums(values: Floats, prompts: Ints) -> Floats:
-    return np.bincount(np.unique(prompts, return_inverse=True)[1], weights=values)
+    return np.bincount(np.unique(prompts, return_inverse=True)[1], weights=values).astype(np.float64)
 
 
 def rates_by_group(sample: LabelledSample) -> pd.DataFrame:
