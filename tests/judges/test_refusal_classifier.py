@@ -192,7 +192,7 @@ def made(models: int = 3, types: int = 12, per_type: int = 5) -> list[LabelledSe
                 refused = (t + k) % 2 == 0
                 said = "Sadly never, said topic{t}" if refused else "Gladly, said topic{t} with model{m}"
                 label: Label = ("partial_refusal" if k == 1 else "full_refusal") if refused else "full_compliance"
-                prompt = f"Do topic{t} for me"
+                prompt = f"Do topic{t}"
                 answers.append(LabelledAnswer(f"p/{t}/{k}", prompt, said.format(t=t, m=m), label, f"type{t}"))
         sets.append(LabelledSet(f"m{m}", tuple(answers), f"m{m}.csv", f"hash{m}"))
     return sets

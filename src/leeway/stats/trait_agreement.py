@@ -158,8 +158,9 @@ def correlate(
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn_R = np.where((xx_R > 0) & (yy_R > 0), (products(x_RK, y_RK) - 2 * e_xy) / np.sqrt(xx_R * yy_R), np.nan)
     found = interval(np.clip(drawn_R, -1, 1), clusters)
-    ends = over_objectives(x_K, y_K, (e_xx, e_yy, e_xy), owner_K)
     r = round(float(np.clip(value, -1, 1)), 10)
+    low_objectives, high_objectives = over_objectives(x_K, y_K, (e_xx, e_yy, e_xy), owner_K)
+    ends = min(low_objectives, r), max(high_objectives, r)  # r may be above MAX_R; NaN stays
     return Correlation(r, found.low, found.high, plain, of_x, of_y, *ends, found.note)
 
 
