@@ -206,12 +206,12 @@ def test_features_are_general() -> None:
 
 
 def test_a_fit_of_made_answers_finds_the_refusals() -> None:
-    sets = made()
+    sets = made(types=20)
     model = fit.fit([(s.model, a) for s in sets for a in s.answers])
     assert model.weights["sadly"] > 0 > model.weights["gladly"]
     assert model == fit.fit([(s.model, a) for s in sets for a in s.answers])
     card = fit.cross_validate(sets, [["m0"], ["m1"], ["m2"]], RefusalClassifier(model=model), "made", lambda _: None)
-    assert [(p.n, p.agreement[0], p.partial_refused[0]) for p in card.parts] == [(60, 1.0, 1.0)] * 3
+    assert [(p.n, p.agreement[0], p.partial_refused[0]) for p in card.parts] == [(100, 1.0, 1.0)] * 3
     assert "full or partial refusal or not" in card.to_text()
 
 
