@@ -215,7 +215,7 @@ def _contrasts(answers: Seq[LabelledAnswer]) -> NDArray[np.bool_]:
     for a in answers:
         at.append((a.prompt_type, places[a.prompt_type]))
         places[a.prompt_type] += 1
-    names = {t: t.removeprefix(CONTRAST) for t in places}
-    related = {(one, other) for one in names for other in names if names[one] in names[other]}  # discr, …_discr
+    names = {t: set(t.removeprefix(CONTRAST).split("_")) for t in places}
+    related = {(one, other) for one in names for other in names if names[one] <= names[other]}  # discr, …_discr
     pairs = [[i == j and ((one, other) in related or (other, one) in related) for other, j in at] for one, i in at]
     return np.array(pairs, dtype=bool)
