@@ -39,6 +39,7 @@ from leeway.probe.refusal_logit import refusal_logits
 VERSION = 1
 DEPTH = 0.8  # candidates lie below this share of the layers
 MAX_KL = 0.1  # nats, on harmless prompts
+HALF = 0.5  # of the gap between harmful and harmless prompts: a direction works if it closes so much of it, both ways
 FINALISTS = 12  # candidates measured on all selection prompts
 SCREEN = 8  # prompts of each kind that choose the finalists among three times as many
 
@@ -190,11 +191,16 @@ def choose(context: ProbeContext, mean_LPD: Tensor) -> tuple[tuple[Candidate, ..
 
 
 def _rank(c: Candidate, plain: tuple[float, float]) -> tuple[int, float]:
-    """Order candidates: those that meet all criteria by their ablation, then those that work both ways by their KL."""
+    """Order candidates: those that meet all criteria by their ablation, then those that work both ways by their KL.
+
+    The rest by how far they work: the smaller of the two shares of the gap between harmful and harmless prompts that
+    ablation and addition close.
+    """
     if c.allowed:
         return 0, c.ablated
-    middle = sum(plain) / 2
-    return (1 if c.ablated < middle < c.induced else 2), c.kl
+    gap = plain[0] - plain[1]
+    works = min((plain[0] - c.ablated) / gap, (c.induced - plain[1]) / gap) if gap > 0 else 0.0
+    return (1, c.kl) if works >= HALF else (2, -works)
 
 
 def _allow(found: Seq[Candidate], plain: tuple[float, float]) -> list[Candidate]:
