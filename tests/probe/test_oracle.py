@@ -31,8 +31,9 @@ def test_a_direction_and_a_patch_equal_nnterps(
 
     def last_states(ids: tuple[int, ...]) -> torch.Tensor:
         with theirs[0].trace(torch.tensor([ids])):
-            kept = [theirs[0].layers_output[layer][:, -1].save() for layer in range(2)]
-        return torch.stack([k[0] for k in kept]).double()
+            first = theirs[0].layers_output[0][:, -1].save()
+            second = theirs[0].layers_output[1][:, -1].save()
+        return torch.stack([first[0], second[0]]).double()
 
     means = [torch.stack([last_states(i) for i in context.ids(p)]).mean(0) for p in (harmful, harmless)]
     ours = [states(context, context.pair.base, p)[:, :, -1].double().mean(1) for p in (harmful, harmless)]
