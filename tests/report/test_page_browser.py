@@ -10,6 +10,7 @@ from typing import Any
 
 import browser as chrome
 import pandas as pd
+import probed
 import pytest
 import synthetic
 
@@ -42,7 +43,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return report.build(synthetic.write(tmp_path_factory.mktemp("run"), rows()))
+    run = synthetic.write(tmp_path_factory.mktemp("run"), rows())
+    return report.build(probed.write(run, *probed.tables()))
 
 
 @pytest.fixture(scope="module")
@@ -395,6 +397,23 @@ def test_the_numbers_of_a_chart_are_those_of_the_tables(tab: Any, page: Path):
     fold.locator("tbody tr").first.wait_for()
     assert fold.locator("tbody tr").count() == len(labels(tab, "by-budget-capability"))
     assert shown in fold.locator("tbody").inner_text()
+
+
+def test_a_probes_chart_has_a_picker_and_numbers_that_follow_it(tab: Any):
+    holder = drawn(tab, "mechanism-patching")
+    assert "SFT 25k, residual stream, layer 2: 80.0% (95% CI 75.0% to 85.0%), random direction 5.0%, named" in labels(
+        tab, "mechanism-patching"
+    )
+    holder.locator(".vega-bind input").nth(2).check()
+    planted = "SFT 25k, MLP, layer 2: 80.0% (95% CI 75.0% to 85.0%), random direction 5.0%, named"
+    found = "[...document.querySelectorAll('[data-chart=mechanism-patching] [tabindex]')]"
+    chrome.until(tab, f"{found}.some(e => e.getAttribute('aria-label') === '{planted}')")
+    assert any(text.endswith(f"layer 1: {probed.WITHHELD}") for text in labels(tab, "mechanism-patching"))
+    numbers = tab.locator("#figure-mechanism-patching details.numbers")
+    numbers.locator("summary").click()
+    numbers.locator("tbody tr").first.wait_for()
+    rows = dict(r.split("\t") for r in numbers.locator("tbody tr").all_inner_texts())
+    assert rows["SFT 25k, MLP, layer 2"] == planted.partition(": ")[2]
 
 
 def test_a_legend_entry_singles_out_an_objective(tab: Any):

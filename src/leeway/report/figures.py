@@ -399,7 +399,7 @@ def _heat(ax: Axes, series: Series, table: pd.DataFrame, attacks: list[str], hig
         if cell and not math.isnan(rate):
             colour = HEAT(rate / highest)
             ax.add_patch(Rectangle((j, i), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.4))
-        ink = _text_colour(HEAT(rate / highest)) if not math.isnan(rate) else INK
+        ink = text_colour(HEAT(rate / highest)) if not math.isnan(rate) else INK
         text = "–" if math.isnan(rate) else f"{100 * rate:.0f}"
         ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7.5, color=ink)
     ax.set_xlim(0, len(budgets))
@@ -411,7 +411,7 @@ def _heat(ax: Axes, series: Series, table: pd.DataFrame, attacks: list[str], hig
     ax.spines[["left", "bottom"]].set_visible(False)
 
 
-def _text_colour(colour: tuple[float, float, float, float]) -> str:
+def text_colour(colour: tuple[float, float, float, float]) -> str:
     """Return near-black or near-white for contrast; a constant colour, so the dark theme does not change it."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -11,6 +11,7 @@ from leeway.errors import LeewayError
 from leeway.report import charts
 from leeway.report.charts import Chart
 from leeway.report.formatting import BudgetUnit
+from leeway.report.mechanism import Probe
 from leeway.report.plotting import Series, order_objectives, series_of
 
 
@@ -21,6 +22,10 @@ class Measured(Protocol):
     manifest: dict[str, Any]
     study: dict[str, Any]
 
+    @property
+    def probe_table(self) -> pd.DataFrame | None: ...
+    @property
+    def probe_contrasts(self) -> pd.DataFrame | None: ...
     def rates(self) -> pd.DataFrame: ...
     def pooled_rates(self) -> pd.DataFrame: ...
     def contrasts(self) -> pd.DataFrame: ...
@@ -62,6 +67,13 @@ class Plots:
         """The learning check of every checkpoint."""
         measured = self.results.learning(pool_seeds=True)
         return _require(charts.learning(measured, self._lines, self._unit), "a learning check")
+
+    def mechanism(self, name: str = "patching") -> Chart:
+        """A chart of `leeway probe`: patching, layers, asr, capability or depth."""
+        probe = Probe.of(self.results) if self.results.probe_table is not None else None  # type: ignore[arg-type]
+        found = {c.name: c for c in charts.mechanism(probe, self.results.contrasts(), self._lines)}
+        known = ", ".join(c.removeprefix("mechanism-") for c in found) or "none: run `leeway probe` on it"
+        return _require(found.get(f"mechanism-{name}"), f"a probe's chart {name!r} (this run has: {known})")
 
     @property
     def _unit(self) -> BudgetUnit:

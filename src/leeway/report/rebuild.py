@@ -21,7 +21,18 @@ import pandas as pd
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.io import write_file, write_json
-from leeway.report import charts, figures, formatting, judges, learning, narrative, tries, triggers
+from leeway.report import (
+    charts,
+    figures,
+    formatting,
+    judges,
+    learning,
+    mechanism,
+    mechanism_figures,
+    narrative,
+    tries,
+    triggers,
+)
 from leeway.report.charts import Chart
 from leeway.report.controls import control_sentences
 from leeway.report.exports import latex
@@ -68,6 +79,7 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
                 judges=judges.sentences(made.get("judge_pairs"), made.get("worst_case"), unit),
             ),
             *control_sentences(results),
+            *mechanism.verdict(mechanism.Probe.of(results)),
         ],
         "columns": {name: column_types(lines, [str(c) for c in made[name].columns]) for name, lines in records.items()},
     }
@@ -143,6 +155,7 @@ def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -
             figures.traits(pooled, lines, unit),
             figures.loss(results.training_steps(), lines),
             figures.learning(results.learning(pool_seeds=True), lines, unit),
+            *mechanism_figures.drawings(mechanism.Probe.of(results), made["contrasts"], lines),
         ]
     return [drawing for drawing in drawings if drawing is not None]
 
@@ -161,6 +174,7 @@ def charts_of(results: Results, made: dict[str, pd.DataFrame], lines: list[Serie
         charts.learning(results.learning(pool_seeds=True), lines, unit),
         charts.forest(made["contrasts"], lines, unit),
         charts.dose(*results.dose),
+        *charts.mechanism(mechanism.Probe.of(results), made["contrasts"], lines),
     ]
     return [chart for chart in found if chart is not None]
 
@@ -201,7 +215,7 @@ def _tables(
     }
     tables = {k: t for k, t in tables.items() if k not in OPTIONAL_TABLES or not t.empty}
     more, unavailable = analyses(results)
-    return tables | more, unavailable
+    return tables | more | mechanism.tables(results), unavailable
 
 
 def _unscored(rows: pd.DataFrame) -> pd.DataFrame:

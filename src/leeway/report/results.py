@@ -116,6 +116,12 @@ class Results:
         path = self.folder / "probe.parquet"
         return _read_table(path, mechanism.COLUMNS) if path.is_file() else None
 
+    @cached_property
+    def probe_contrasts(self) -> pd.DataFrame | None:
+        """Paired differences of each objective's probe from the reference's (`mechanism.CONTRASTS`), or None."""
+        path = self.folder / "probe-contrasts.parquet"
+        return _read_table(path, mechanism.CONTRASTS) if path.is_file() else None
+
     def probe(self, *, workers: int | None = 1, **options: Any) -> pd.DataFrame:
         """Probe the run's checkpoints, resuming an earlier probe, and return its estimates (`stats.mechanism.COLUMNS`).
 
@@ -123,7 +129,8 @@ class Results:
         """
         # the one call upwards, by name: reports load neither torch nor the study's runner
         importlib.import_module("leeway.audit.run").probe_again(self.folder, options, workers=workers)
-        self.__dict__.pop("probe_table", None)
+        for name in ("probe_table", "probe_contrasts"):
+            self.__dict__.pop(name, None)
         self.manifest = Results.load(self.folder).manifest
         assert self.probe_table is not None
         return self.probe_table

@@ -59,6 +59,7 @@ ALPHA = 0.05
 
 def summarise(values: pd.DataFrame) -> pd.DataFrame:
     """Return one row per checkpoint, measure, detail and place (columns `COLUMNS`) from measured values (`VALUES`)."""
+    values = pd.concat([values, _logit_changes(values)], ignore_index=True)
     lines: list[dict[str, Any]] = []
     for key, own in values.groupby([*CHECKPOINT, "measure", "detail"], sort=False):
         identity = dict(zip([*CHECKPOINT, "measure", "detail"], key, strict=True))
@@ -68,6 +69,16 @@ def summarise(values: pd.DataFrame) -> pd.DataFrame:
         if not prompts.empty:
             lines += [{**identity, **line} for line in _of_prompts(str(identity["measure"]), prompts)]
     return pd.DataFrame(lines, columns=COLUMNS).fillna({"reason": "", "named": False})
+
+
+def _logit_changes(values: pd.DataFrame) -> pd.DataFrame:
+    """Return each prompt's change of the refusal logit, the checkpoint's minus the base's (detail `change, <kind>`)."""
+    own = values[values["measure"] == "refusal-logit"]
+    side, key = own["detail"].str.split(",").str[0], [*CHECKPOINT, "item_id"]
+    base = own.loc[side == "base", [*key, "value"]]
+    both = own[side == "checkpoint"].merge(base, on=key, suffixes=("", "_base"))
+    both["value"] -= both.pop("value_base")
+    return both.assign(detail="change, " + both["group"].astype(str))
 
 
 def _estimate(line: dict[Any, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from leeway.stats.metrics import BASE, DIRECT, LOG_ODDS, PLAIN
 from leeway.stats.rates import ATTACKED, OUTCOMES
 
 LEVELS = {"domain": [0, 1], "range": ["#fdf6ee", "#f7c58b", "#e6842a", "#a83c00", "#5c1d00"], "interpolate": "rgb"}
-MOVES = {"domain": [-1, 0, 1], "range": ["#1b6f8f", "#f4f1ec", "#a83c00"], "interpolate": "rgb"}
+MOVES: Spec = {"domain": [-1, 0, 1], "range": ["#1b6f8f", "#f4f1ec", "#a83c00"], "interpolate": "rgb"}
 FILLS = {"refused": "#9CC9E8", "deflected": "#BDBDBD", "incoherent": "#F0E442", "harmful": "#D55E00"}
 
 DARK = {"value": (-1, 0.656), "change": (-0.887, 0.818)}  # outside, white has the higher contrast with a cell

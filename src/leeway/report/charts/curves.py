@@ -135,19 +135,20 @@ def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart 
                 continue
             mean = own.groupby("step")[["tokens", column]].mean()
             size = max(1, -(-len(mean) // bins))
-            for at, value in mean.groupby(mean.reset_index().index // size).mean().itertuples(index=False, name=None):
-                text = f"{formatting.objective_name(s.objective)}, {at:,.0f} tokens processed: {panel} {value:.3f}"
-                datum: Datum = {"line": key_of(s.objective, s.condition), "label": s.label, "panel": panel}
-                datum["text"] = text
-                datum |= {"tokens": round(at), "value": clean(value)}
-                data.append(datum)
+            shown = mean.groupby(mean.reset_index().index // size).mean()
+            datum: Datum = {"line": key_of(s.objective, s.condition), "label": s.label, "panel": panel}
+            datum["tokens"] = [round(at) for at in shown["tokens"]]
+            data.append(datum | {"value": [clean(v) for v in shown[column]]})
     if not data:
         return None
     x: Spec = {"field": "tokens", "type": QUANTITY, "title": None, "axis": {"format": "~s", "tickCount": 4}}
     y: Spec = {"field": "value", "type": QUANTITY, "title": None, "scale": {"zero": False}, "axis": {"tickCount": 4}}
     colour = line_colour(firsts)
+    text = "datum.label + ', ' + format(datum.tokens, ',') + ' tokens processed: ' + datum.panel + ' ' + "
+    text += "format(datum.value, '.3f')"
+    flat: list[Spec] = [{"flatten": ["tokens", "value"]}, {"calculate": text, "as": "text"}]
     body: Spec = {
-        "transform": shown_by("lines"),
+        "transform": [*flat, *shown_by("lines")],
         "facet": {"field": "panel", "type": NOMINAL, "sort": None, "title": None},
         "spec": {
             "height": 170,
@@ -163,7 +164,7 @@ def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart 
             ],
         },
         "resolve": {"scale": {"y": "independent"}},
-        "usermeta": {"panel": PANEL, "panels": len({d["panel"] for d in data})},
+        "usermeta": {"panel": PANEL, "panels": len({d["panel"] for d in data}), "computed": True},
     }
     return spec_of(
         "training",

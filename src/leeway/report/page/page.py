@@ -13,13 +13,14 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from leeway.report import formatting, judges, learning, narrative, plotting, triggers
+from leeway.report import formatting, judges, learning, mechanism, narrative, plotting, triggers
 from leeway.report.charts import Chart
 from leeway.report.controls import control_sentences, page_values
 from leeway.report.finding import finding
 from leeway.report.formatting import BudgetUnit
 from leeway.report.objective_table import notes_of
 from leeway.report.page.analyses import MARGIN, views
+from leeway.report.page.mechanism import section
 from leeway.report.page.transcripts import embed_rows, transcripts
 from leeway.report.plotting import Drawing, Series, key_of
 from leeway.report.results import Results, declared_set
@@ -56,7 +57,7 @@ OPTIONAL_TABLES = (
 )  # left out if empty
 SCRIPTS = ("text", "theme", "tooltips", "charts", "filter", "rows", "search", "print", "start")
 VENDORED = ("vega", "vega-lite", "vega-interpreter")  # page/vendor/README.md
-EVIDENCE = ("claims", "curves", "persona", "behaviour", "controls")
+EVIDENCE = ("claims", "curves", "persona", "behaviour", "mechanism", "controls")
 AUDIT = ("contrasts", "analyses", "judges", "ledger", "design")
 CONTENTS = {
     "claims": "Claims",
@@ -65,6 +66,7 @@ CONTENTS = {
     "overrefusal": "Over-refusal",
     "persona": "Persona",
     "behaviour": "Behaviour",
+    "mechanism": "Mechanism",
     "controls": "Controls",
     "contrasts": "Contrasts",
     "analyses": "Analyses",
@@ -100,6 +102,7 @@ def context(
     learned = learning.sentences(made.get("learned"), made["contrasts"], results.manifest, unit)
     void = learning.void_arms(made.get("learned"), made["contrasts"])
     judged = judges.sentences(made.get("judge_pairs"), made.get("worst_case"), unit)
+    probe = mechanism.Probe.of(results)
     return {
         **_assets(),
         **_study(results, lines, unit),
@@ -119,7 +122,9 @@ def context(
                 judges=judged,
             ),
             *control_sentences(results),
+            *mechanism.verdict(probe),
         ],
+        "mechanism": section(probe, lines),
         "controls": page_values(results),
         "recommendations": recommendations(
             made["contrasts"], made["rates"], advice, lines, unit, equivalent, made.get("identity"), void

@@ -13,7 +13,15 @@ function charts() {
   const size = new ResizeObserver((entries) => {
     for (const { target } of entries) if (drawn.has(target) && drawn.get(target).width !== target.clientWidth && target.clientWidth) draw(target);
   });
-  for (const holder of holders) { near.observe(holder); size.observe(holder); numbers(holder); }
+  for (const holder of holders) {
+    near.observe(holder); size.observe(holder); numbers(holder);
+    holder.addEventListener("change", () => { // a chart's own picker draws other marks
+      const details = holder.parentElement.querySelector("details.numbers");
+      details.open = false;
+      details.querySelector("tbody").replaceChildren();
+      drawn.get(holder).view.runAsync().then(() => keyboardNavigation(holder));
+    });
+  }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   document.getElementById("theme").addEventListener("change", redraw);
   addEventListener("beforeprint", () => { for (const holder of holders) if (!drawn.has(holder)) draw(holder); });
@@ -35,19 +43,24 @@ function specification(holder) { return document.getElementById(`spec-${holder.d
 
 function draw(holder) {
   const width = holder.clientWidth || 640;
-  if (drawn.has(holder)) drawn.get(holder).view.finalize();
+  const last = drawn.get(holder);
   const styles = getComputedStyle(document.documentElement), colour = (name) => styles.getPropertyValue(`--${name}`).trim();
   const isDark = styles.colorScheme === "dark";
   const text = isDark ? specification(holder).replace(/#[0-9A-Fa-f]{6}/g, (c) => DARK[c.toLowerCase()] || c) : specification(holder);
   const spec = fit(JSON.parse(text), width);
-  for (const p of spec.params || []) if (p.name in shown) p.value = shown[p.name];
+  for (const p of spec.params || []) {
+    if (p.name in shown) p.value = shown[p.name];
+    else if (p.bind && last) p.value = last.view.signal(p.name); // the chart's own picker
+  }
+  if (last) last.view.finalize();
   spec.config = config(colour, width);
-  const view = new vega.View(vega.parse(vegaLite.compile(spec).spec, null, { ast: true }), {
+  const compiled = vegaLite.compile(spec).spec, sets = compiled.data.map((d) => d.name);
+  const view = new vega.View(vega.parse(compiled, null, { ast: true }), {
     expr: vega.expressionInterpreter, renderer: "svg", container: holder, hover: true, logLevel: vega.Error,
   });
   view.tooltip((_, event, item, value) => (value ? showTip(value, event.clientX, event.clientY) : hideTip()));
   view.addEventListener("click", (event, item) => { if (item && item.tooltip) showTip(item.tooltip, event.clientX, event.clientY); });
-  drawn.set(holder, { view, width, names: new Set((spec.params || []).map((p) => p.name)) });
+  drawn.set(holder, { view, width, sets, names: new Set((spec.params || []).map((p) => p.name)) });
   view.runAsync().then(() => {
     const svg = holder.querySelector("svg");
     svg.setAttribute("role", "group");
@@ -81,18 +94,24 @@ function config(colour, width) {
   };
 }
 
-/** Fill the chart's folded table from its data when it is opened. */
+/** Fill the chart's folded table when it is opened: from its data, or from what the drawn chart computes of it. */
 function numbers(holder) {
   const details = holder.parentElement.querySelector("details.numbers");
   details.addEventListener("toggle", () => {
-    const body = details.querySelector("tbody");
+    const body = details.querySelector("tbody"), spec = JSON.parse(specification(holder));
     if (!details.open || body.childElementCount) return;
-    const spec = JSON.parse(specification(holder));
-    for (const text of new Set(spec.data.values.map((d) => d.text).filter(Boolean))) {
-      const row = body.insertRow();
-      const at = text.indexOf(": ");
-      row.append(Object.assign(document.createElement("th"), { scope: "row", className: "text", textContent: at < 0 ? text : text.slice(0, at) }));
-      Object.assign(row.insertCell(), { className: "text", textContent: at < 0 ? "" : text.slice(at + 2) });
-    }
+    if (!(spec.usermeta && spec.usermeta.computed)) return fill(body, spec.data.values);
+    if (!drawn.has(holder)) draw(holder);
+    const { view, sets } = drawn.get(holder);
+    view.runAsync().then(() => { if (!body.childElementCount) fill(body, sets.flatMap((name) => view.data(name))); });
   });
+}
+
+function fill(body, data) {
+  for (const text of new Set(data.map((d) => d.text).filter(Boolean))) {
+    const row = body.insertRow();
+    const at = text.indexOf(": ");
+    row.append(Object.assign(document.createElement("th"), { scope: "row", className: "text", textContent: at < 0 ? text : text.slice(0, at) }));
+    Object.assign(row.insertCell(), { className: "text", textContent: at < 0 ? "" : text.slice(at + 2) });
+  }
 }
