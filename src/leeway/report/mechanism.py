@@ -416,7 +416,7 @@ def _at(c: Line) -> tuple[int, str]:
 
 def _depth(probe: Probe) -> Iterator[str]:
     """Report KL in the answer's opening and later, along harmful and harmless answers."""
-    own = probe.at("token-kl").dropna(subset="value")
+    own = probe.at("token-kl").dropna(subset=["value", "low"])  # tokens that few answers reach have no interval
     if own.empty:
         return
     own = own.assign(opening=answer_token(own) <= OPENING)
