@@ -130,3 +130,21 @@ def test_only_measures_with_a_null_have_p_values() -> None:
     shift = values(np.full((20, 1), 0.3), np.full((20, 1), 0.0), np.full(20, np.nan), "persona-shift")
     assert np.isnan(mechanism.summarise(kl)["p"]).all()
     assert (mechanism.summarise(shift)["p"] < 0.01).all()
+
+
+def test_the_change_of_the_refusal_logit_is_paired_by_prompt():
+    rng = np.random.default_rng(5)
+    base = 5 * rng.normal(size=30)  # prompts differ far more than the models do
+    sides = {"base": base, "checkpoint": base - 1 + 0.1 * rng.normal(size=30)}
+    blank = {"objective": "sft", "seed": 0, "budget": 1, "measure": "refusal-logit", "group": "harmful", "layer": -1}
+    blank |= {"site": "", "position": "", "control": np.nan, "scale": np.nan, "low": np.nan, "high": np.nan}
+    lines = [
+        blank | {"item_id": f"p{i:02}", "detail": f"{side}, harmful", "value": v, "reason": ""}
+        for side, values_P in sides.items()
+        for i, v in enumerate(values_P)
+    ]
+    table = mechanism.summarise(pd.DataFrame(lines, columns=mechanism.VALUES)).set_index("detail")
+    change = table.loc["change, harmful"]
+    assert change["value"] == pytest.approx(np.mean(sides["checkpoint"] - base))
+    assert change["high"] - change["low"] < 0.2  # unpaired it would be about 5
+    assert (change["n"], change["unit"]) == (30, "nats")

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from leeway.report.charts.comparison import MOVES
 from leeway.report.charts.mechanism import CURVES, checkpoints, effects, movements, series_of_probe
 from leeway.report.figures import text_colour
-from leeway.report.formatting import capitalize_first, join_and, to_records
+from leeway.report.formatting import MINUS, capitalize_first, join_and, to_records
 from leeway.report.mechanism import INTO_CHECKPOINT, SITES, Probe, answer_token
 from leeway.report.plotting import FAINT, INK, PERCENT, Drawing, Series, finish, grid, marker
 
@@ -76,7 +76,7 @@ def _heat(ax: Axes, own: pd.DataFrame, budgets: list[int], layers: int) -> None:
         if value is not None:
             ax.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, zorder=2 + c["named"], **edge))
         ink = INK if value is None else text_colour(colour)
-        text = "–" if value is None else f"{100 * value:.0f}"
+        text = "–" if value is None else f"{round(100 * value)}".replace("-", MINUS)
         ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink, zorder=4)
     ax.set_xlim(0, len(budgets))
     ax.set_ylim(layers, 0)

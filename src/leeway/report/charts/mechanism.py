@@ -177,7 +177,7 @@ def _heat(ticks: list[str], layers: int) -> Spec:
     y: Spec = {"field": "layer", "type": "ordinal", "title": None, "axis": axis}
     colour: Spec = {"field": "value", "type": QUANTITY, "scale": {**MOVES, "clamp": True}, "legend": None}
     outline: Spec = {"condition": {"test": "datum.named", "value": INK}, "value": None}
-    label = "isValid(datum.value) ? format(100 * datum.value, '.0f') : '–'"
+    label = "!isValid(datum.value) ? '–' : abs(datum.value) < 0.005 ? '0' : format(100 * datum.value, '.0f')"
     dark = "isValid(datum.value) && (datum.value < -0.887 || datum.value > 0.818)"
     ink: Spec = {"condition": [{"test": "!isValid(datum.value)", "value": INK}, {"test": dark, "value": "white"}]}
     return {
