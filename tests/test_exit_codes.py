@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def crash_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("leeway.gate.gate", crash)
+    monkeypatch.setattr(import_module("leeway.gate.gate"), "gate", crash)  # the module, not the function of its name
 
 
 @pytest.mark.parametrize("error", [RuntimeError("two\nlines"), RecursionError("too deep")])

@@ -64,7 +64,7 @@ def test_all_errors_at_once_with_the_nearest_known_key() -> None:
         ("lr=1e-4", "unknown key 'lr'; did you mean 'optim.lr'?"),
         ("optim.learning_rate=1e-4", "unknown key 'optim.learning_rate'; did you mean 'optim.lr'?"),
         ("adapter.rank=8", "unknown key 'adapter.rank'; did you mean 'adapter.r'?"),
-        ("attacks=[dan]", "unknown key 'attacks'; did you mean 'evals.jailbreak.attacks'?"),
+        ("attacks=[dan]", "unknown key 'attacks'; did you mean 'evals.jailbreak.attacks' or 'probe.attacks'?"),
         ("batch=8", "unknown key 'batch'; did you mean 'optim.batch' or 'evals.batch'?"),
         ("objectives=[simmpo]", "no objective 'simmpo'; did you mean 'simpo'?"),
         ("objectives=[sff]", "no objective 'sff'; did you mean 'sft'?"),
