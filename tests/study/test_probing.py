@@ -77,6 +77,7 @@ def test_other_measures_are_added_to_a_finished_run(run: Path) -> None:
         ({"budgets": [7000]}, "no checkpoint at 7,000 tokens"),
         ({"measures": ["pathcing"]}, "measures"),
         ({"prompts": 3}, "prompts"),
+        ({"attacks": ["dna"]}, "does not measure 'dna'"),
         ({"directions": "/nowhere/d.safetensors"}, "d.safetensors"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Draw a probe's figures for papers: the same numbers as the page's charts, with the seeds pooled alike."""
+"""Draw a probe's figures for papers: the same numbers as the page's charts, with the seeds pooled in the same way."""
 
 from __future__ import annotations
 

@@ -175,6 +175,10 @@ class Probing:
         jailbreak = next((e for e in self.prepared.evals if isinstance(e, Jailbreak)), None)
         if jailbreak is not None:
             known = {a.name: a for a in jailbreak.attacks}
+            unknown = [a for a in self.spec.attacks if a not in known]
+            if unknown and self.spec.attacks != ProbeSpec().attacks:
+                what = f"probe.attacks: the study does not measure {unknown[0]!r}"
+                raise LeewayError(what, fix=f"one of: {', '.join(known)}")
             chosen = [known[a] for a in self.spec.attacks if a in known] or list(jailbreak.attacks[:1])
             jailbreak = replace(jailbreak, attacks=chosen, samples=0, temperature=0.0)
         extras: dict[str, Any] = {"jailbreak": jailbreak, "organism": self.is_organism}
