@@ -286,9 +286,16 @@ def _logps_and_kl(
     kl_C = (gap_C1 - away_C1 if reverse else away_C1 - gap_C1)[:, 0]
     if sums is None:
         return [logp_C, kl_C]
-    mean_CD, other_CD = sums[0].div_(ours.sum_C1), sums[1].div_(weighing.sum_C1)
-    slope_kl_CD = other_CD.addcmul_(gap_C1, mean_CD, value=-1) if reverse else mean_CD - other_CD
+    mean_CD, slope_kl_CD = _means(sums, ours, weighing, gap_C1, reverse=reverse)
     return [logp_C, kl_C, _onehot_part(head, hidden_CD, targets_C, logit_C) - mean_CD, slope_kl_CD]
+
+
+def _means(
+    sums: Tensor, ours: _Normaliser, weighing: _Normaliser, gap_C1: Tensor, *, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Return E_p W, and the derivative of the KL by the hidden state, from their unnormalised sums (overwritten)."""
+    mean_CD, other_CD = sums[0].div_(ours.sum_C1), sums[1].div_(weighing.sum_C1)
+    return mean_CD, other_CD.addcmul_(gap_C1, mean_CD, value=-1) if reverse else mean_CD - other_CD
 
 
 def _side_by_side(head: Head, hidden_CD: Tensor, reference_CD: Tensor) -> Iterator[tuple[Logits, Logits]]:

@@ -19,9 +19,9 @@ from leeway.plan import cost_model, hardware
 from leeway.plan.benchmark import Measured, Timing, measured_hours, run_benchmark
 from leeway.plan.cost_model import CostEstimate, EvalCost, Prices, Shape, estimate_cost, eval_costs
 from leeway.plan.hardware import Machine, PlannedModel, planned_model
-from leeway.plan.probe_cost import probe_cost
+from leeway.plan.probe_cost import ProbeCost, probe_cost
 from leeway.plan.token_counts import ReferenceWork, TrajectoryPlan, learning_tokens, reference_work, trajectory
-from leeway.study.jobs import control_jobs, eval_targets, jobs_of
+from leeway.study.jobs import Job, control_jobs, eval_targets, jobs_of
 from leeway.study.preflight import resource_faults, service_faults
 from leeway.study.prepare import Prepared, chat_for, notes_on_budgets, prepare, target_layers
 from leeway.study.spec import Spec
@@ -130,76 +130,119 @@ def plan(
     size, jobs = _shape(spec, model, cpu=machine is None), jobs_of(prepared)
     processes = 1 if machine else workers_for(spec, len(jobs), workers)
     on = machine or _this_cpu(spec, size, processes)
-    trajectories = tuple(trajectory(prepared, p) for p in jobs if p.kind in ("tune", "train"))
-    with_controls = [*jobs, *control_jobs(prepared)]
-    arms = tuple(trajectory(prepared, p) for p in with_controls[len(jobs) :] if p.kind == "train")
-    checkpoints = sum(len(p.budgets) for p in jobs if p.kind == "train")
-    targets = [t for p in with_controls for t in eval_targets(prepared, p)]
-    each_eval = Counter(e.key for t in targets for e in prepared.evals_of(t.condition, t.objective))
-    evaluated, answers = sum(len(eval_targets(prepared, p)) for p in jobs), sum(len(e) for e in prepared.evals)
-    sweep_tokens = _sweep_tokens(prepared)
-    evals, unpriced = eval_costs(prepared)
-    references = reference_work(prepared, size.hidden, size.bytes)
-    trained = (*trajectories, *arms)
-    training = [_training_seconds(prepared, size, on, t) for t in trained]
-    by_checkpoint = [learning_tokens(prepared, p) for p in jobs]
-    checked = sum(n for n, _ in by_checkpoint), sum(n for _, n in by_checkpoint)
-    cost = estimate_cost(
-        prepared,
-        size,
-        on,
-        prices,
-        training=sum(t.runs * seconds for t, seconds in zip(trained, training, strict=True))
-        + cost_model.forward_seconds(size, on, references.tokens, references.measured)
-        + cost_model.forward_seconds(size, on, *checked),
-        sweeps=sweep_tokens * 2.0 * (size.body + size.head) / on.decoding,
-        evals=evals,
-        evaluated=each_eval,
-        disk=checkpoints * size.trained * cost_model.FLOAT32 + evaluated * answers * cost_model.ROW_BYTES,
-        references=references.bytes,
-    )
-    if processes > 1:
-        by_name = {t.objective: s / t.processed_tokens for t, s in zip(trained, training, strict=True)}
-        each = cost_model.forward_seconds(size, on, references.tokens, references.measured)
-        answering = {e.name: cost_model.eval_seconds(size, e, on, spec.evals.batch) for e in evals}
-        timing = Timing(by_name, each / max(1, references.tokens), answering)
-        hours = measured_hours(prepared, with_controls, trained, timing, processes).hours + cost.pairs_hours
-        cost = replace(cost, workers=processes, hours=hours)
-    probing = probe_cost(prepared, size, on)
-    if probing is not None:
-        cost = replace(cost, hours=cost.hours + probing.seconds / 3600 / processes)
+    work = _work(prepared, jobs, size, on)
+    cost = _cost(prepared, size, on, prices, work, processes)
+    if work.probing is not None:
+        cost = replace(cost, hours=cost.hours + work.probing.seconds / 3600 / processes)
     measured = None
     if measure:
-        measured = measured_hours(prepared, with_controls, trained, run_benchmark(spec, processes), processes)
+        timing = run_benchmark(spec, processes)
+        measured = measured_hours(prepared, work.jobs, work.trained, timing, processes)
+    checkpoints, evaluated = work.checkpoints, work.evaluated
     return Plan(
         name=spec.name,
         parameters=size.total,
-        trajectories=trajectories,
+        trajectories=work.trajectories,
         checkpoints=checkpoints,
         evaluated=evaluated,
-        answers_each=answers,
-        evals=evals,
+        answers_each=work.answers,
+        evals=work.evals,
         left_out=len(prepared.left_out),
         resolved_defaults=spec.resolved_defaults,
         missing=model.missing,
         warnings=() if machine else _warnings(spec, size, checkpoints, processes, exact=not model.missing),
         counts_exactly=model.counts_exactly,
-        notes=(
-            *_undrawn(prepared),
-            *unpriced,
-            *_notes(spec, trajectories, sweep_tokens),
-            *notes_on_budgets(prepared),
-            _learning(prepared, checked),
-            *_controls(prepared, arms),
-            *([str(probing)] if probing else []),
-            *claimed(spec),
-        ),
-        references=references,
+        notes=_all_notes(prepared, work),
+        references=work.references,
         cost=cost,
         measured=measured,
         estimated_hours=measured.hours if measured else cost.hours,
         estimated_memory_gib=measured.memory_gib if measured else cost.memory_gib,
         estimated_disk_gib=cost.disk_gib,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a study has to do: `jobs` with its controls, what they train, read and answer."""
+
+    jobs: list[Job]
+    trajectories: tuple[TrajectoryPlan, ...]
+    arms: tuple[TrajectoryPlan, ...]  # of controls
+    checkpoints: int
+    evaluated: int  # checkpoints under a condition, each of which gives `answers`
+    answers: int
+    evals: tuple[EvalCost, ...]
+    unpriced: tuple[str, ...]
+    references: ReferenceWork
+    checked: tuple[int, int]  # tokens of the learning check: processed, of targets
+    sweep_tokens: int
+    probing: ProbeCost | None
+
+    @property
+    def trained(self) -> tuple[TrajectoryPlan, ...]:
+        return (*self.trajectories, *self.arms)
+
+
+def _work(prepared: Prepared, jobs: list[Job], size: Shape, on: Machine) -> _Work:
+    controls = control_jobs(prepared)
+    evals, unpriced = eval_costs(prepared)
+    by_checkpoint = [learning_tokens(prepared, p) for p in jobs]
+    return _Work(
+        jobs=[*jobs, *controls],
+        trajectories=tuple(trajectory(prepared, p) for p in jobs if p.kind in ("tune", "train")),
+        arms=tuple(trajectory(prepared, p) for p in controls if p.kind == "train"),
+        checkpoints=sum(len(p.budgets) for p in jobs if p.kind == "train"),
+        evaluated=sum(len(eval_targets(prepared, p)) for p in jobs),
+        answers=sum(len(e) for e in prepared.evals),
+        evals=evals,
+        unpriced=unpriced,
+        references=reference_work(prepared, size.hidden, size.bytes),
+        checked=(sum(n for n, _ in by_checkpoint), sum(n for _, n in by_checkpoint)),
+        sweep_tokens=_sweep_tokens(prepared),
+        probing=probe_cost(prepared, size, on),
+    )
+
+
+def _cost(prepared: Prepared, size: Shape, on: Machine, prices: Prices, work: _Work, processes: int) -> CostEstimate:
+    """Return what the work costs on a machine; with several processes, hours as they share the jobs."""
+    targets = [t for p in work.jobs for t in eval_targets(prepared, p)]
+    training = [_training_seconds(prepared, size, on, t) for t in work.trained]
+    references = cost_model.forward_seconds(size, on, work.references.tokens, work.references.measured)
+    rows = work.evaluated * work.answers
+    cost = estimate_cost(
+        prepared,
+        size,
+        on,
+        prices,
+        training=sum(t.runs * seconds for t, seconds in zip(work.trained, training, strict=True))
+        + references
+        + cost_model.forward_seconds(size, on, *work.checked),
+        sweeps=work.sweep_tokens * 2.0 * (size.body + size.head) / on.decoding,
+        evals=work.evals,
+        evaluated=Counter(e.key for t in targets for e in prepared.evals_of(t.condition, t.objective)),
+        disk=work.checkpoints * size.trained * cost_model.FLOAT32 + rows * cost_model.ROW_BYTES,
+        references=work.references.bytes,
+    )
+    if processes == 1:
+        return cost
+    by_name = {t.objective: s / t.processed_tokens for t, s in zip(work.trained, training, strict=True)}
+    answering = {e.name: cost_model.eval_seconds(size, e, on, prepared.spec.evals.batch) for e in work.evals}
+    timing = Timing(by_name, references / max(1, work.references.tokens), answering)
+    hours = measured_hours(prepared, work.jobs, work.trained, timing, processes).hours + cost.pairs_hours
+    return replace(cost, workers=processes, hours=hours)
+
+
+def _all_notes(prepared: Prepared, work: _Work) -> tuple[str, ...]:
+    return (
+        *_undrawn(prepared),
+        *work.unpriced,
+        *_notes(prepared.spec, work.trajectories, work.sweep_tokens),
+        *notes_on_budgets(prepared),
+        _learning(prepared, work.checked),
+        *_controls(prepared, work.arms),
+        *([str(work.probing)] if work.probing else []),
+        *claimed(prepared.spec),
     )
 
 

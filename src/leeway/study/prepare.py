@@ -318,14 +318,7 @@ def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedMode
 
     `model` replaces the study's tokenizer and config in a plan. Raises LeewayError for the first fault.
     """
-    if model is None:
-        chat, context = load_chat(spec.model, spec.revision), load_context(spec.model, spec.revision)
-    else:
-        chat, context = model.chat, model.context
-    if spec.evals.thinking:
-        chat.with_thinking()
-    if spec.adapter.targets != "all-linear":
-        target_layers(spec, meta_model(model.config if model else load_config(spec)))
+    chat, context = _chat_and_context(spec, model)
     objectives = {o.alias: o.build() for o in spec.objectives}
     origins: dict[str, str] = {}
     raw, origins["train"] = train_examples(spec)
@@ -334,12 +327,7 @@ def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedMode
     auxiliary = auxiliary_examples(spec, origins)
     trained, left_out = filter_by_length(examples, spec, chat, context, objectives, auxiliary)
     trained, held_out = _set_aside(trained, spec)
-    if not trained:
-        what = f"task: none of its {len(left_out):,} examples fits the context of {spec.model}, {context:,} tokens"
-        raise LeewayError(what, fix="shorten them, or use a model with a longer context")
-    if spec.optim.batch > (n := len(trained)):
-        what = f"optim.batch: a step of {spec.optim.batch:,} examples repeats some, there are {n:,} to train on"
-        raise LeewayError(what, fix=f"set optim.batch to {n} at most")
+    _check_enough(spec, len(trained), len(left_out), context)
     auxiliary_pool = replace(auxiliary, task=tuple(trained))
     evals = tuple(evals_of(spec, origins, HelperModels(sampling.cache if sampling else None, spec.device)))
     prepared = Prepared(
@@ -367,6 +355,29 @@ def prepare(spec: Spec, sampling: PairSampling | None = None, model: PlannedMode
         seeds = spec.seeds if alias.startswith(DOSE) else spec.seeds[:1]
         schedules |= {(alias, seed): cut_arm(alias, seed, (arm.budget,)) for seed in seeds}
     return prepared
+
+
+def _chat_and_context(spec: Spec, model: PlannedModel | None) -> tuple[Chat, int]:
+    """Return the model's chat template and its context in tokens; check that it has the layers to adapt."""
+    if model is None:
+        chat, context = load_chat(spec.model, spec.revision), load_context(spec.model, spec.revision)
+    else:
+        chat, context = model.chat, model.context
+    if spec.evals.thinking:
+        chat.with_thinking()
+    if spec.adapter.targets != "all-linear":
+        target_layers(spec, meta_model(model.config if model else load_config(spec)))
+    return chat, context
+
+
+def _check_enough(spec: Spec, n: int, left_out: int, context: int) -> None:
+    """Raise LeewayError if none of the examples fits the context, or fewer than one step reads."""
+    if not n:
+        what = f"task: none of its {left_out:,} examples fits the context of {spec.model}, {context:,} tokens"
+        raise LeewayError(what, fix="shorten them, or use a model with a longer context")
+    if spec.optim.batch > n:
+        what = f"optim.batch: a step of {spec.optim.batch:,} examples repeats some, there are {n:,} to train on"
+        raise LeewayError(what, fix=f"set optim.batch to {n} at most")
 
 
 def _check_arm(prepared: Prepared, arm: Arm) -> None:
