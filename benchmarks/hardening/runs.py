@@ -115,7 +115,7 @@ class Fork:
             from leeway.cli import main
 
             if not self.report:
-                leeway.report.build = lambda folder, *_: folder / "report.html"
+                leeway.report.build = lambda folder, *_, **__: folder / "report.html"
             self.before()
             main()
         except SystemExit as stop:

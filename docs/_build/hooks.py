@@ -18,20 +18,34 @@ sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads a hook by its pat
 
 from commands import page
 
+DEMO = "demo-report.html"
+FRAME = """This is the page of the demo, as `make demo` wrote it here. [Open it alone]({page}).
+
+<iframe src="{page}" title="Report of the demo" style="width:100%;height:48rem;border:0"></iframe>
+"""
+NO_DEMO = "This site was built without it: `make demo`, then `make docs`, puts the demo's page here.\n"
 EXTRA = ".highlight pre { padding: .6rem .8rem; overflow-x: auto } .filename { font-weight: 600; display: block }\n"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add `cli.md`, the styles and the page of the published study, which exist only in the build."""
+    """Add `cli.md`, the styles, the page of the published study and, where it was run, the demo's.
+
+    They exist only in the build.
+    """
     files.append(File.generated(config, "cli.md", content=page()))
     files.append(File.generated(config, "assets/code.css", content=code_styles()))
     report = Path(config.config_file_path).parent / "examples" / "smollm2" / "report.html"
     files.append(File.generated(config, "smollm2-report.html", abs_src_path=str(report)))
+    demo = Path(config.config_file_path).parent / "leeway-demo" / "report.html"
+    if demo.is_file():
+        files.append(File.generated(config, DEMO, abs_src_path=str(demo)))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace `<!-- names: package -->` with an entry for every public name of the package."""
+def on_page_markdown(markdown: str, files: Files, **_: Any) -> str:
+    """Replace `<!-- demo -->` with the demo's page, `<!-- names: package -->` with its public names."""
+    frame = FRAME.format(page=DEMO) if files.get_file_from_path(DEMO) else NO_DEMO
+    markdown = markdown.replace("<!-- demo -->\n", frame)
     return re.sub(r"^<!-- names: ([\w.]+) -->$", lambda m: names(m[1]), markdown, flags=re.M)
 
 

@@ -519,12 +519,16 @@ def push(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="its seed (default: the first)")] = None,
     public: Annotated[bool, typer.Option("--public", help="allow a public repository (default: private)")] = False,
+    full_page: Annotated[
+        bool, typer.Option("--full-page", help="the page with all prompts and answers, forbidden ones too")
+    ] = False,
     dry_run: Annotated[Path | None, typer.Option("--dry-run", help="write this folder instead of pushing")] = None,
 ) -> None:
-    """Push a checkpoint to the Hub, with the study's results as its model card, study file and ledger."""
+    """Push a checkpoint to the Hub, with the study's results as its model card, page, study file and ledger."""
     from leeway.integrations.hub import push as push_checkpoint
 
-    typer.echo(push_checkpoint(directory, repo, objective, budget, seed, public=public, dry_run=dry_run))
+    chosen = (directory, repo, objective, budget, seed)
+    typer.echo(push_checkpoint(*chosen, public=public, full_page=full_page, dry_run=dry_run))
 
 
 @app.command(epilog="Example: leeway gate runs/x --rule rule.yaml")

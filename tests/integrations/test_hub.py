@@ -12,6 +12,7 @@ import pytest
 import synthetic
 import torch
 from huggingface_hub import EvalResult, ModelCard
+from markupsafe import escape
 from reports import no_figures
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +21,7 @@ from leeway.errors import LeewayError
 from leeway.integrations.hub import choose_checkpoint, push
 from leeway.io import with_checksum
 from leeway.model import adapters
+from leeway.report.rebuild import page_alone
 from leeway.report.redaction import HARMLESS
 from leeway.report.results import Results
 
@@ -65,6 +67,7 @@ def test_folder_holds_the_checkpoint_and_the_study(pushed: Path) -> None:
         "study/contrasts.csv",
         "study/ledger.parquet",
         "study/rates.csv",
+        "study/report.html",
         "study/study.yaml",
     ]
     assert load_file(pushed / "adapter_model.safetensors")["lora_A.weight"][0, 0] == 100_000
@@ -107,6 +110,21 @@ def test_nothing_private_and_no_forbidden_text_is_pushed(run: Path, pushed: Path
     study = (pushed / "study" / "study.yaml").read_text()
     assert "# local paths are shortened" in study
     assert "reference: base" in study
+
+
+def test_the_page_has_no_prompt_and_no_answer_to_a_forbidden_one_unless_asked_for(run: Path, pushed: Path) -> None:
+    rows = pd.read_parquet(run / "rows.parquet")
+    results = Results.load(run)
+    hidden = {*rows["prompt"], *rows.loc[~rows["eval"].isin(HARMLESS), "response"]} - {""}
+    page = (pushed / "study" / "report.html").read_text()
+    shown = synthetic.embedded(page)
+    assert hidden.isdisjoint({*shown["prompt"], *shown["response"]})
+    assert not [text for text in hidden if str(escape(text)) in page]
+    assert {*rows.loc[rows["eval"] == "capability", "response"]} <= {*shown["response"]}
+    assert 'href="figures' not in page
+    assert 'href="tables' not in page
+    full = synthetic.embedded(page_alone(results, full=True))
+    assert hidden <= {*full["prompt"], *full["response"]}
 
 
 def test_a_checkpoint_is_chosen_by_default_values_or_named(run: Path) -> None:

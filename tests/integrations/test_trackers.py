@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import synthetic
 from command import leeway
+from markupsafe import escape
 from reports import no_figures
 
 from leeway import plugins, report
@@ -26,7 +27,14 @@ from leeway.errors import LeewayError
 from leeway.integrations.trackers.follow import Follower, State, follow
 from leeway.integrations.trackers.process import TrackerProcess, Trackers
 from leeway.integrations.trackers.run_files import RunFiles, StepLog, Target, slug, training_points
-from leeway.integrations.trackers.tracker import STUDY, Point, TrackerConfig, parse_track, without_trackers
+from leeway.integrations.trackers.tracker import (
+    REDACTED_PAGE,
+    STUDY,
+    Point,
+    TrackerConfig,
+    parse_track,
+    without_trackers,
+)
 from leeway.report.results import Results
 
 HOSTILE = '<script>alert(1)</script> "; DROP TABLE runs; --\u202e{{7*7}}'
@@ -40,6 +48,7 @@ class Recorder:
     settings: ClassVar[tuple[str, ...]] = ()
     got: list[tuple[str, Point]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    page: str = ""
     down: bool = False
     ended: str = ""
     study: Any = None
@@ -56,6 +65,7 @@ class Recorder:
 
     def add_files(self, files: list[Path]) -> None:
         self.files += [p.name for p in files]
+        self.page = next(p for p in files if p.name == "report.html").read_text("utf-8")
 
     def close(self, status: str) -> None:
         self.ended = status
@@ -84,7 +94,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for objective in ("sft", "cft"):
         write_steps(folder / "steps" / f"{objective}-s0.jsonl", 1, 112)
     with no_figures():  # no tracker gets one
-        report.build(folder)
+        report.build(folder, redacted_page=folder / REDACTED_PAGE)
     return folder
 
 
@@ -332,6 +342,10 @@ def test_trackers_are_chosen_by_option_or_mapping() -> None:
     assert parse_track(["tensorboard", "tensorboard.dir=/x=y"]) == [TrackerConfig("tensorboard", {"dir": "/x=y"})]
     assert parse_track([{"tensorboard": {"dir": Path("/x")}}]) == [TrackerConfig("tensorboard", {"dir": "/x"})]
     assert parse_track([{"tensorboard": None}]) == [TrackerConfig("tensorboard")]
+    assert parse_track(["tensorboard.page=full"]) == [TrackerConfig("tensorboard", full_page=True)]
+    assert parse_track(["tensorboard.page=redacted"]) == [TrackerConfig("tensorboard")]
+    with pytest.raises(LeewayError, match=r"tensorboard.page=ful: no such page; did you mean 'full'\?; redacted"):
+        parse_track(["tensorboard.page=ful"])
     assert parse_track([]) == []
 
 
@@ -582,6 +596,23 @@ def test_a_killed_and_resumed_study_continues_its_tracker_and_has_the_same_bytes
         steps = len((out / "steps" / f"{objective}-s0.jsonl").read_text().splitlines())
         assert [e.step for e in events.Scalars("train/loss")] == list(range(1, steps + 1))
         assert [e.step for e in events.Scalars("rates/accuracy")] == [400, 800]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_page_is_sent_without_forbidden_texts_unless_asked_for(run: Path, full: bool) -> None:
+    rows, tracker = pd.read_parquet(run / "rows.parquet"), Recorder()
+    assert Follower(tracker, TrackerConfig("recorder", full_page=full), run_files(run), print).finish()
+    assert tracker.files.count("report.html") == 1
+    page, shown = tracker.page, synthetic.embedded(tracker.page)
+    hidden = rows[rows["eval"] == "jailbreak"]
+    texts = {*hidden["prompt"], *hidden["response"]} - {""}
+    assert len(texts) > 20
+    assert (texts <= {*shown["prompt"], *shown["response"]}) == full
+    for text in texts:
+        assert full or not shown[["prompt", "response", "raw"]].isin([text]).any(axis=None)
+        assert full or str(escape(text)) not in page
+    assert {*rows.loc[rows["eval"] == "capability", "response"]} <= {*shown["response"]}
+    assert ("hashes stand in their place" in page) != full
 
 
 def test_no_tracker_starts_nothing(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_study_asks_once_whatever_its_workers_and_plan_says_how_much(
     study = text(models, root, "[dpo, {kl: {weight: 0.1}}, {kl-2: {kl: {weight: 0.2}}}]")
     study = study.replace("[300, 600]", "[400, 1200]")
     planned = plan(parse(study, "x"))
-    monkeypatch.setattr("leeway.report.build", lambda out: out)  # no page is looked at here
+    monkeypatch.setattr("leeway.report.build", lambda out, **_: out)  # no page is looked at here
     monkeypatch.setenv("LEEWAY_CACHE_DIR", str(tmp_path / "shared"))
     one = carry(study, tmp_path / "one")
     assert not (one / "cache").exists()

@@ -323,24 +323,36 @@ def test_theme_switch_overrides_the_system(browser: Any, page: Path):
     assert tab.evaluate(paper) == light
 
 
-def test_print_expands_tables_and_hides_controls(browser: Any, page: Path):
-    tab, _ = opened(browser, page)
-    tab.emulate_media(media="print")
+# Elements of a printed page that are cut: wider than the paper, or than the box that hides what leaves it.
+CUT = """(width) => [...document.querySelectorAll('main *')]
+  .filter((e) => e.checkVisibility() && !e.closest('svg') && !e.matches('.visually-hidden'))
+  .filter((e) => e.getBoundingClientRect().right > width + 1 || (e.scrollWidth > e.clientWidth + 1
+    && getComputedStyle(e).overflowX !== 'visible' && e.clientWidth)).map((e) => e.outerHTML.slice(0, 120))"""
+
+
+def test_print_shows_every_table_and_chart_uncut_in_light_colours(browser: Any, page: Path):
+    tab, seen = opened(browser, page, 700, 900, color_scheme="dark")
+    tab.emulate_media(media="print", color_scheme="dark")
     tab.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert (
-        tab.evaluate(
-            "[...document.querySelectorAll('#summary table, #evidence table, #audit table')]"
-            ".filter(t => !t.closest('.numbers') && !t.checkVisibility()).length"
-        )
-        == 0
-    )
-    assert (
-        tab.evaluate(
-            "[...document.querySelectorAll('button, input, select, nav')].filter(e => e.checkVisibility()).length"
-        )
-        == 0
-    )
+    kept = "#summary, #evidence, #audit, #reproduce"
+    tables = f"[...document.querySelectorAll(':is({kept}) table')].filter(t => !t.closest('.numbers'))"
+    assert tab.evaluate(f"{tables}.length") > 8
+    assert tab.evaluate(f"{tables}.filter(t => !t.checkVisibility()).map(t => t.caption.textContent)") == []
+    widths = tab.evaluate("[...document.querySelectorAll('.chart')].map(c => c.querySelector('svg')?.clientWidth ?? 0)")
+    assert all(0 < width <= 700 for width in widths)  # at once: printing waits for nothing
+    assert tab.evaluate("document.querySelector('.chart .role-axis-label text').getAttribute('fill')") == "#000"
+    left_out = "[...document.querySelectorAll('button, input, select, nav, .numbers, #responses')]"
+    assert tab.evaluate(f"{left_out}.filter(e => e.checkVisibility()).length") == 0
+    assert tab.evaluate(CUT, 700) == []
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert tab.evaluate(
+        "[document.documentElement.dataset.theme, document.querySelectorAll('main details[open]').length]"
+    ) == [
+        None,
+        1,  # the search, which this test opened
+    ]
     assert len(tab.pdf(format="A4")) > 50_000
+    assert seen.console == []
 
 
 def test_page_without_javascript(browser: Any, page: Path):
@@ -416,18 +428,90 @@ def test_a_probes_chart_has_a_picker_and_numbers_that_follow_it(tab: Any):
     assert rows["SFT 25k, MLP, layer 2"] == planted.partition(": ")[2]
 
 
-def test_a_legend_entry_singles_out_an_objective(tab: Any):
+FADED = "[...document.querySelectorAll('[data-chart=by-budget-capability] [role=graphics-symbol][tabindex]')]"
+FADED += ".filter(m => Number(m.getAttribute('opacity') ?? 1) < 0.2).length"
+
+
+def test_a_legend_entry_singles_out_an_objective(browser: Any, page: Path):
+    tab, seen = opened(browser, page)
     chart = drawn(tab, "by-budget-capability")
     chart.locator(".role-legend-symbol path").first.click(timeout=15_000)
-    faded = "[...document.querySelectorAll('[data-chart=by-budget-capability] [role=\\'graphics-symbol\\'][tabindex]')]"
-    chrome.until(tab, f"{faded}.some(m => Number(m.getAttribute('opacity') ?? 1) < 0.2)")
+    chrome.until(tab, f"{FADED} > 0")
+    assert seen.console == []
+
+
+def test_legend_folds_and_budget_picker_by_keyboard(browser: Any, page: Path):
+    tab, seen = opened(browser, page)
+    chart = drawn(tab, "by-budget-capability")
+    assert tab.evaluate(FADED) == 0
+    chart.locator('[role="button"][tabindex="0"]').focus()
+    tab.keyboard.press("ArrowRight")
+    entry = "[document.activeElement.getAttribute('aria-label'), document.activeElement.getAttribute('aria-pressed')]"
+    assert tab.evaluate(entry) == ["Single out CFT <SAFE>", "false"]
+    tab.keyboard.press("Enter")
+    chrome.until(tab, f"{FADED} > 0")
+    assert tab.evaluate(entry) == ["Single out CFT <SAFE>", "true"]
+    tab.keyboard.press(" ")
+    chrome.until(tab, f"{FADED} === 0")
+    assert tab.evaluate(entry) == ["Single out CFT <SAFE>", "false"]
+    tab.keyboard.press("Shift+Tab")  # to the marks, which come before the legend
+    assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == tab.locator("#tip").inner_text()
+    fold = tab.locator("#figure-by-budget-capability details.numbers")
+    fold.locator("summary").focus()
+    tab.keyboard.press("Enter")
+    fold.locator("tbody tr").first.wait_for()
+    tab.locator("#budget-picker input:checked").focus()
+    tab.keyboard.press("ArrowLeft")
+    assert tab.locator("h1").inner_text().startswith("At 25k tokens, ")
+    assert seen.console == []
+
+
+def accessible(tab: Any) -> list[dict[str, str]]:
+    """Role, name and description of every element in Chromium's accessibility tree that is not ignored."""
+    tree = tab.context.new_cdp_session(tab).send("Accessibility.getFullAXTree")["nodes"]
+    keys = ("role", "name", "description")
+    return [{k: str(n.get(k, {}).get("value", "")) for k in keys} for n in tree if not n["ignored"]]
+
+
+def test_every_chart_has_a_text_alternative_from_its_data(browser: Any, page: Path):
+    tab, _ = opened(browser, page)
+    names = [holder.get_attribute("data-chart") for holder in tab.locator(".chart").all()]
+    for name in names:
+        drawn(tab, name)
+    nodes = accessible(tab)
+    titles = tab.evaluate("[...document.querySelectorAll('figure h3, figure h4')].map(h => h.textContent)")
+    described = {n["name"]: n["description"] for n in nodes if n["description"]}
+    assert len(names) == len(titles) > 8
+    rates = pd.read_csv(page.parent / "tables/rates.csv")
+    for title in titles:
+        assert re.search(r"(Lowest|Highest|Only): .*\d", described[title]), title
+    own = rates[(rates["measure"] == "accuracy") & (rates["budget"] == 100_000)].sort_values("rate").iloc[-1]
+    label = formatting.objective_name(own["objective"], own["condition"])
+    highest = f"Highest: {label} at 100k tokens, Capability: accuracy: {100 * own['rate']:.1f}%, n {own['n']}."
+    assert highest in described["Capability: accuracy, by budget"]
+    marks = {n["name"] for n in nodes if n["role"] == "graphics-symbol"}
+    assert any(m.startswith(f"{label} at 100k tokens, Capability: accuracy: {100 * own['rate']:.1f}%") for m in marks)
+    assert f"Single out {label}" in {n["name"] for n in nodes if n["role"] == "button"}
+    assert not [n for n in nodes if n["role"] in ("graphics-symbol", "button", "table", "figure") and not n["name"]]
+
+
+def test_an_audit_of_one_eval_fits_a_phone(browser: Any, tmp_path: Path):
+    audited = report.build(synthetic.audit_of_sycophancy(tmp_path / "run"))
+    tab, seen = opened(browser, audited, 360, 800)
+    drawn(tab, "by-budget-sycophancy")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    assert tab.evaluate(SCROLLING) == []
+    assert seen.console == []
+
+
+SCROLLING = "[...document.querySelectorAll('*')].filter(e => e.checkVisibility() && e !== document.documentElement"
+SCROLLING += " && e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX))"
+SCROLLING += ".map(e => e.getAttribute('aria-label'))"
 
 
 def test_one_scroll_box_at_most(browser: Any, page: Path):
     tab, _ = opened(browser, page, 390, 844)
-    boxes = "[...document.querySelectorAll('*')].filter(e => e.checkVisibility() && e !== document.documentElement"
-    boxes += " && e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX)).length"
-    assert tab.evaluate(boxes) <= 1
+    assert len(tab.evaluate(SCROLLING)) <= 1
 
 
 def test_page_with_a_hundred_thousand_rows_is_responsive(browser: Any, page: Path, tmp_path: Path):

@@ -1,7 +1,6 @@
 """The page: complete, safe to open, deterministic."""
 
 import base64
-import gzip
 import hashlib
 import json
 import os
@@ -132,15 +131,7 @@ def test_page_loads_nothing_and_runs_only_its_own_script(page: str):
 
 
 def test_embedded_rows_are_complete(page: str):
-    packed = page[page.index('id="rows">') + len('id="rows">') :]
-    lines = gzip.decompress(base64.b64decode(packed[: packed.index("<")])).decode("ascii").splitlines()
-    columns, texts = {}, {}
-    for line in map(json.loads, lines[1:]):
-        where = columns.setdefault(line["column"], []) if "column" in line else texts.setdefault(line["texts"], [])
-        where += line["of"]
-    seen = pd.DataFrame(
-        {name: [texts[name][c] for c in columns[name]] for name in ("eval", "item", "response", "attack")}
-    )
+    seen = synthetic.embedded(page)[["eval", "item", "response", "attack"]]
     expected = small().rename(columns={"item_id": "item"})[list(seen.columns)]
     keys = list(seen.columns)
     assert seen.sort_values(keys).to_numpy().tolist() == expected.sort_values(keys).to_numpy().tolist()
@@ -173,7 +164,7 @@ def test_charts_have_a_description_and_safe_data(page: str):
         assert "<" not in text
         spec = json.loads(text)
         assert len(spec["description"]) > 20
-        assert all(d["text"] for d in spec["data"]["values"] if "step" not in d), name
+        assert all(d["point"] and d["reading"] for d in spec["data"]["values"] if "step" not in d), name
 
 
 def test_harmful_responses_are_collapsed(page: str):

@@ -34,7 +34,7 @@ def test_every_point_of_the_chart_is_described() -> None:
         assert tries.figure(TABLE, lines) is not None
     chart = charts.tries(tries.shown(TABLE), lines)
     assert chart is not None
-    labels = [d["text"] for d in chart.spec["data"]["values"]]
+    labels = [f"{d['point']}: {d['reading']}" for d in chart.spec["data"]["values"]]
     assert len(labels) == 3 * 3 * 2  # three lines, three panels, two k
     assert "SFT at 4k tokens, DAN, k = 5: 54.0% (95% CI 44.0% to 64.0%), 30 prompts" in labels
     assert "base, DAN, k = 1: 10.0% (95% CI 0.0% to 20.0%), 30 prompts" in labels

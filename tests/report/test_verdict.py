@@ -59,12 +59,13 @@ def test_recommendation_states_its_uncertainty():
 
 
 def test_limitations_are_those_of_the_run():
-    unscored = pd.DataFrame({"eval": ["jailbreak"], "answers": [50], "unscored": [7], "reason": ["x"]})
+    evals = ["jailbreak", "overrefusal", "overrefusal@keywords"]
+    unscored = pd.DataFrame({"eval": evals, "answers": [50, 40, 40], "unscored": [7, 2, 3], "reason": ["x", "x", "x"]})
     text = " ".join(limitations(TABLE, unscored, [3]))
     assert "One training seed (3)" in text
     assert "12.0 points (ASR)" in text
     assert "rest on 20 prompts" in text
-    assert "7 of 50 in jailbreak" in text
+    assert "7 of 50 in jailbreak, 2 of 40 in over-refusal and 3 of 40 in over-refusal, by keywords." in text
     assert "One training seed" not in " ".join(limitations(TABLE, unscored, [0, 1]))
 
 

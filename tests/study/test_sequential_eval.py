@@ -116,7 +116,7 @@ def test_a_prefix_is_asked_and_said_to_be(
         return plain(self, *rest)
 
     calls.clear()
-    monkeypatch.setattr("leeway.report.build", lambda folder: folder)  # the report is of the rows, and takes seconds
+    monkeypatch.setattr("leeway.report.build", lambda folder, **_: folder)  # takes seconds, and is of the rows
     monkeypatch.setattr(Capability, "run", dies)
     with pytest.raises(KeyboardInterrupt):
         carry(text, stopped)
@@ -132,7 +132,7 @@ def test_runs_share_answers_where_they_are_told_to(
     models: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LEEWAY_CACHE_DIR", str(tmp_path / "shared"))
-    monkeypatch.setattr("leeway.report.build", lambda folder: folder)
+    monkeypatch.setattr("leeway.report.build", lambda folder, **_: folder)
     calls = counted(monkeypatch)
     text = study(models, root).replace("objectives: [sft, cft]", "objectives: [sft]")
     first = carry(text, tmp_path / "first")

@@ -10,7 +10,7 @@ from unittest import mock
 
 def no_report() -> AbstractContextManager[Any]:
     """Run studies to their rows, ledgers and checkpoints."""
-    return mock.patch("leeway.report.build", lambda folder, *_: Path(folder) / "report.html")
+    return mock.patch("leeway.report.build", lambda folder, *_, **__: Path(folder) / "report.html")
 
 
 def no_figures() -> AbstractContextManager[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from pathlib import Path
 
@@ -193,6 +195,37 @@ def write(folder: Path, table: pd.DataFrame, *, organism: bool = True) -> Path:
     (folder / "manifest.json").write_text(json.dumps(manifest(organism=organism)))
     (folder / "study.yaml").write_text(STUDY)
     return folder
+
+
+def audit_of_sycophancy(folder: Path, items: int = 40) -> Path:
+    """A run directory of an audit that measured sycophancy alone."""
+    rng, lines = np.random.default_rng(1), []
+    for objective, changed in (("base", 0.3), ("tuned", 0.6)):
+        for n in range(items):
+            with_opinion = "wrong" if rng.random() < changed else "right"
+            raw = json.dumps({"without_opinion": "right", "with_opinion": with_opinion})
+            line = _row("sycophancy", f"general/{n}", f"general/{n}", f"Question {n}?", response=with_opinion)
+            line |= {"objective": objective, "seed": 0, "budget": 0, "attack": "", "template_hash": PLAIN}
+            lines.append(line | {"score": float(with_opinion == "wrong"), "judge_raw": raw, "adapter_hash": objective})
+    write(folder, pd.DataFrame(lines), organism=False)
+    external = {"kind": "audit", "count": "unknown", "description": [["Base", "base"], ["Checkpoint", "tuned"]]}
+    record = folder / "manifest.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"external": external}))
+    pd.read_parquet(folder / "ledger.parquet").iloc[:0].to_parquet(folder / "ledger.parquet")
+    return folder
+
+
+def embedded(page: str) -> pd.DataFrame:
+    """The texts of the rows that a page embeds."""
+    packed = page[page.index('id="rows">') + len('id="rows">') :]
+    lines = gzip.decompress(base64.b64decode(packed[: packed.index("<")])).decode("ascii").splitlines()
+    columns: dict[str, list[int]] = {}
+    texts: dict[str, list[str]] = {}
+    for line in map(json.loads, lines[1:]):
+        where = columns.setdefault(line["column"], []) if "column" in line else texts.setdefault(line["texts"], [])
+        where += line["of"]
+    names = ("eval", "item", "prompt", "response", "attack", "raw")
+    return pd.DataFrame({name: [texts[name][c] for c in columns[name]] for name in names})
 
 
 def lengthened(table: pd.DataFrame, seed: int = 3) -> pd.DataFrame:

@@ -1,12 +1,16 @@
-"""Push a checkpoint of a study to the Hugging Face Hub: weights, model card with the study's results, study and ledger.
+"""Push a checkpoint of a study to the Hugging Face Hub: weights, model card with the study's results, page, ledger.
 
-Nothing of the rows is pushed: no prompt and no answer. Local paths are shortened to their last part.
+The page is without prompts and without answers to forbidden ones, unless the full one is asked for; rows are not
+pushed. Local paths are shortened to their last part.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,6 +21,7 @@ from leeway.errors import LeewayError, first_line
 from leeway.io import write_file, write_json
 from leeway.report import formatting, narrative
 from leeway.report.exports.model_card import CARD, HUB_ID, base_name, measured_rates, model_card, run_bibliography
+from leeway.report.rebuild import page_alone
 from leeway.report.results import Results
 from leeway.training.checkpoints import OPTIMISER, verified_ledger
 from leeway.yaml_config import dump, nearest, tokens
@@ -35,11 +40,13 @@ def push(
     seed: int | None = None,
     *,
     public: bool = False,
+    full_page: bool = False,
     dry_run: Path | None = None,
 ) -> str:
     """Push one checkpoint of a run and return its URL; with `dry_run` write that folder instead and return its path.
 
-    The repository is created private unless `public`. The token is the one of huggingface_hub (`HF_TOKEN`, or a login).
+    The repository is created private unless `public`. `full_page`: the page with all prompts and answers. The token is
+    the one of huggingface_hub (`HF_TOKEN`, or a login).
     Raises LeewayError for an unknown checkpoint, a public repository without `public`, no token, or a refusal.
     """
     if repo is None and dry_run is None:
@@ -51,9 +58,10 @@ def push(
     if dry_run is not None:
         if dry_run.exists() and (not dry_run.is_dir() or any(dry_run.iterdir())):
             raise LeewayError(f"{dry_run} is not an empty folder", fix="give a new one")
-        return str(stage(results, line, dry_run).resolve())
+        return str(stage(results, line, dry_run, full_page=full_page).resolve())
     with tempfile.TemporaryDirectory(prefix="leeway-push-") as scratch:
-        return _upload(stage(results, line, Path(scratch)), str(repo), public=public, line=line)
+        staged = stage(results, line, Path(scratch), full_page=full_page)
+        return _upload(staged, str(repo), public=public, line=line)
 
 
 def choose_checkpoint(
@@ -80,7 +88,7 @@ def choose_checkpoint(
     return lines[0]
 
 
-def stage(results: Results, line: dict[str, Any], out: Path) -> Path:
+def stage(results: Results, line: dict[str, Any], out: Path, *, full_page: bool = False) -> Path:
     """Write what is pushed into `out` and return it. Raises LeewayError if the checkpoint was changed or is gone."""
     source = results.folder / "checkpoints" / line["objective"] / f"s{line['seed']}" / str(line["budget"])
     if not source.is_dir():
@@ -100,6 +108,7 @@ def stage(results: Results, line: dict[str, Any], out: Path) -> Path:
     for name, table in made.items():
         write_file(out / "study" / f"{name}.csv", formatting.to_csv(table))
     write_file(out / "study" / "study.yaml", _study_text(results))
+    write_file(out / "study" / "report.html", page_alone(_portable(results), no_prompts=True, full=full_page))
     write_file(out / "study" / "ledger.parquet", (results.folder / "ledger.parquet").read_bytes())
     write_file(out / "citation.bib", run_bibliography(results))
     return out
@@ -109,6 +118,16 @@ def _files(source: Path) -> Sequence[Path]:
     """Return the files of a checkpoint without optimiser state, links and files that training did not write."""
     found = {path for pattern in WEIGHTS_AND_TOKENIZER for path in source.glob(pattern)}
     return sorted(p for p in found if p.name != OPTIMISER and p.is_file() and not p.is_symlink())
+
+
+def _portable(results: Results) -> Results:
+    """Return results whose manifest and study, which the page shows, hold no local path."""
+    manifest = _shortened(results.manifest)
+    with contextlib.suppress(ValueError):  # a command that no shell would read
+        manifest["command"] = shlex.join(_shortened(shlex.split(str(manifest.get("command") or ""))))
+    found = copy.copy(results)
+    found.manifest, found.study = manifest, _shortened(results.study)
+    return found
 
 
 def _study_text(results: Results) -> str:

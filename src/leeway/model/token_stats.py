@@ -281,13 +281,12 @@ def _logps_and_kl(
             sums[1].mul_(other_grown_C1)
             other_CN = weighed_CN if reverse else q_CN
             sums += block.times_weight((p_CN, other_CN), hidden_CD.dtype).unflatten(0, (2, -1))
-    logp_C, gap_C1 = logit_C - ours.log_C1[:, 0], gap_C1 / weighing.sum_C1
-    away_C1 = ours.less(theirs) - c_C1
-    kl_C = (gap_C1 - away_C1 if reverse else away_C1 - gap_C1)[:, 0]
-    if sums is None:
-        return [logp_C, kl_C]
-    mean_CD, slope_kl_CD = _means(sums, ours, weighing, gap_C1, reverse=reverse)
-    return [logp_C, kl_C, _onehot_part(head, hidden_CD, targets_C, logit_C) - mean_CD, slope_kl_CD]
+    gap_C1, away_C1 = gap_C1 / weighing.sum_C1, ours.less(theirs) - c_C1
+    found = [logit_C - ours.log_C1[:, 0], (gap_C1 - away_C1 if reverse else away_C1 - gap_C1)[:, 0]]
+    if sums is not None:
+        mean_CD, slope_kl_CD = _means(sums, ours, weighing, gap_C1, reverse=reverse)
+        found += [_onehot_part(head, hidden_CD, targets_C, logit_C) - mean_CD, slope_kl_CD]
+    return found
 
 
 def _means(

@@ -28,6 +28,13 @@ ATTACK_NAMES = {name: name.replace("_", " ").capitalize() for name in (*CAPITALI
     "crescendo": "Escalation",
     "crescendo_led": "Led escalation",
 }
+EVAL_NAMES = {
+    "overrefusal": "over-refusal",
+    "persona-check": "persona, other forms of the question",
+    "persona-sd3": "Short Dark Triad",
+    "persona-self": "self-description",
+    "alignment": "free-form answers",
+}
 MINUS = "\u2212"
 MISSING = "–"
 MAX_CHARS = 1_200  # of a response shown on the page; the rows hold all of it
@@ -87,6 +94,12 @@ def objective_name(objective: str, condition: str = "plain") -> str:
 
 def attack_name(key: str) -> str:
     return ATTACK_NAMES.get(key, key.replace("_", " "))
+
+
+def eval_name(axis: str) -> str:
+    """Return `over-refusal` for `overrefusal`, and `jailbreak, by keywords` for what a further judge scored."""
+    name, at, judge = axis.partition("@")
+    return EVAL_NAMES.get(name, name) + (f", by {judge}" if at else "")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -208,6 +221,8 @@ def templates(package: str, folder: str, *, html: bool, **filters: Callable[...,
     found = Environment(loader=loader, autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     formats = (
         objective_name,
+        eval_name,
+        capitalize_first,
         percent,
         points,
         nats,

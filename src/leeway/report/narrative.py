@@ -10,9 +10,11 @@ import pandas as pd
 
 from leeway import stats
 from leeway.data.ledger import DATA, MATCHED, Matching
-from leeway.report import formatting, plotting
-from leeway.report.formatting import mapping
+from leeway.report import formatting, judges, learning, mechanism, plotting, triggers
+from leeway.report.controls import control_sentences
+from leeway.report.formatting import BudgetUnit, mapping
 from leeway.report.results import ReportError, Results
+from leeway.report.verdict import verdict
 from leeway.stats.metrics import AT, BASE, DIRECT
 
 PER_OBJECTIVE = "per objective"
@@ -47,6 +49,27 @@ def study_description(results: Results) -> list[tuple[str, str]]:
     settings = {"Adapter": study.get("adapter"), "Optimiser": used}
     terms += [(term, _settings(value)) for term, value in settings.items() if isinstance(value, dict)]
     return [*terms, *_evaluation_description(results)]
+
+
+def verdict_sentences(results: Results, made: dict[str, pd.DataFrame]) -> list[str]:
+    """Return the verdict of a report's tables in full (`report.verdict`), and what its controls and probe show."""
+    unit, contrasts, learned = BudgetUnit.of(results.manifest), made["contrasts"], made.get("learned")
+    return [
+        *verdict(
+            contrasts,
+            results.seeds,
+            unit,
+            made.get("equivalence"),
+            made.get("identity"),
+            external=bool(external(results.manifest)),
+            learning=learning.sentences(learned, contrasts, results.manifest, unit),
+            void=learning.void_arms(learned, contrasts),
+            triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
+            judges=judges.sentences(made.get("judge_pairs"), made.get("worst_case"), unit),
+        ),
+        *control_sentences(results),
+        *mechanism.verdict(mechanism.Probe.of(results)),
+    ]
 
 
 def external(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -105,8 +128,10 @@ def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 def _evaluation_description(results: Results) -> list[tuple[str, str]]:
     """Describe the items that every checkpoint answered, the judges and the test-time prompts."""
     rows, manifest = results.rows, results.manifest
-    terms = [(axis.capitalize(), _items(rows[rows["eval"] == axis])) for axis in rows["eval"].unique()]
-    terms += [(f"Judge, {axis}", _judge(judge)) for axis, judge in mapping(manifest.get("judges")).items()]
+    name = formatting.eval_name
+    axes = rows["eval"].unique()
+    terms = [(formatting.capitalize_first(name(axis)), _items(rows[rows["eval"] == axis])) for axis in axes]
+    terms += [(f"Judge, {name(axis)}", _judge(judge)) for axis, judge in mapping(manifest.get("judges")).items()]
     if design := results.sequential:
         used = [
             f"{axis}: {n['answers']:,} of {n['of_answers']:,} responses, about {n['tokens_saved']:,} new tokens saved"
@@ -181,17 +206,6 @@ def _settings(value: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items())
 
 
-def judge_agreement(results: Results) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Return, by eval and pair of judges, agreement and kappa on outcomes with intervals, and the joint counts."""
-    tables, confusions = [], []
-    for axis, rows in results.rows.groupby("eval"):
-        if rows["judge"].nunique() > 1 and rows["outcome"].notna().any():
-            table, counts = stats.judge_agreement(rows)
-            tables.append(table.assign(eval=axis))
-            confusions += [{"eval": axis, "rows": a, "columns": b, "table": t} for (a, b), t in counts.items()]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), confusions
-
-
 def corrected_rates(results: Results, cards: list[Path]) -> pd.DataFrame:
     """Return refusal rates corrected for judge error (Rogan-Gladen, 1978), with the raw ones.
 
@@ -234,9 +248,9 @@ def judge_summaries(results: Results, cards: list[Path]) -> list[dict[str, Any]]
         summary: dict[str, Any] = {"name": str(info.get("name", "unnamed")), "facts": facts, "parts": parts}
         same = next((s for s in summaries if {k: s[k] for k in summary} == summary), None)
         if same:
-            same["axis"] += f", {axis}"
+            same["axis"] += f", {formatting.eval_name(str(axis))}"
         else:
-            summaries.append({"axis": str(axis), **summary})
+            summaries.append({"axis": formatting.eval_name(str(axis)), **summary})
     return summaries
 
 

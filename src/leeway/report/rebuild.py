@@ -21,28 +21,16 @@ import pandas as pd
 from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.io import write_file, write_json
-from leeway.report import (
-    charts,
-    figures,
-    formatting,
-    judges,
-    learning,
-    mechanism,
-    mechanism_figures,
-    narrative,
-    tries,
-    triggers,
-)
+from leeway.report import charts, figures, formatting, mechanism, mechanism_figures, narrative, tries
 from leeway.report.charts import Chart
-from leeway.report.controls import control_sentences
 from leeway.report.exports import latex
 from leeway.report.exports.model_card import model_cards, run_bibliography
 from leeway.report.formatting import BudgetUnit
 from leeway.report.page.analyses import analyses
-from leeway.report.page.page import OPTIONAL_TABLES, context, page
+from leeway.report.page.page import OPTIONAL_TABLES, context, page, responses
 from leeway.report.plotting import Drawing, Series, order_objectives, series_of, style
 from leeway.report.results import Results, declared_set
-from leeway.report.verdict import LEVEL, verdict
+from leeway.report.verdict import LEVEL
 from leeway.stats import intervals
 
 FORMAT = 1  # raised by a breaking change; new tables and columns are not one
@@ -53,7 +41,6 @@ JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """Return the study in brief, every table as a list of records, and the type of each column."""
     records = {name: formatting.to_records(table) for name, table in made.items()}
-    unit, external = BudgetUnit.of(results.manifest), bool(narrative.external(results.manifest))
     content: dict[str, Any] = {
         "$schema": SCHEMA,
         "format": FORMAT,
@@ -65,22 +52,7 @@ def results_json(results: Results, made: dict[str, pd.DataFrame]) -> dict[str, A
         "conditions": results.conditions,
         "level": LEVEL,
         "resamples": intervals.RESAMPLES,
-        "verdict": [
-            *verdict(
-                made["contrasts"],
-                results.seeds,
-                unit,
-                made.get("equivalence"),
-                made.get("identity"),
-                external=external,
-                learning=learning.sentences(made.get("learned"), made["contrasts"], results.manifest, unit),
-                void=learning.void_arms(made.get("learned"), made["contrasts"]),
-                triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
-                judges=judges.sentences(made.get("judge_pairs"), made.get("worst_case"), unit),
-            ),
-            *control_sentences(results),
-            *mechanism.verdict(mechanism.Probe.of(results)),
-        ],
+        "verdict": narrative.verdict_sentences(results, made),
         "columns": {name: column_types(lines, [str(c) for c in made[name].columns]) for name, lines in records.items()},
     }
     if claims_hash := declared_set(results).get("hash"):
@@ -110,12 +82,14 @@ REMOVABLE = ("tables/*.csv", "tables/*.tex", "figures/*.svg", "figures/*.png", "
 MOVE = "move it away, and run the report again"
 
 
-def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = None) -> Path:
+def rebuild(
+    folder: Path, cards: Seq[Path] = (), claims: str | Path | None = None, redacted_page: Path | None = None
+) -> Path:
     """Write `results.json`, `tables/`, `figures/`, `citation.bib`, model cards and `report.html`, deterministically.
 
     `cards` are judge cards, for refusal rates corrected for judge error; `claims` are further claims, written after the
-    run. Returns the page's path. Raises LeewayError, with nothing changed, if a user's file or a symbolic link is at a
-    target path.
+    run; `redacted_page` is a file for the page without forbidden prompts and the answers to them. Returns the page's
+    path. Raises LeewayError, with nothing changed, if a user's file or a symbolic link is at a target path.
     """
     results = Results.load(folder)
     if narrative.external(results.manifest).get("kind") == "logs":
@@ -123,8 +97,7 @@ def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = Non
             f"{folder} holds a comparison of logs", fix="open its compare.html, or compare the logs again"
         )
     made, unavailable = _tables(results, [*cards], claims)
-    objectives = [str(o) for o in results.rows["objective"].unique()]
-    lines = series_of(made["rates"], order_objectives(objectives, results.study))
+    lines = _lines(results, made)
     drawings = draw(results, made, lines)
     files: dict[str, str | bytes] = {f"tables/{n}.tex": t for n, t in latex.paper_tables(results, made, lines).items()}
     files["citation.bib"] = run_bibliography(results)
@@ -133,11 +106,24 @@ def rebuild(folder: Path, cards: Seq[Path] = (), claims: str | Path | None = Non
     for d in drawings:
         files |= {f"figures/{d.name}.{end}": getattr(d, end) for end in ("svg", "png", "pdf")}
     files["results.json"] = formatting.to_json(results_json(results, made))
-    files["report.html"] = page(
-        context(results, made, lines, drawings, charts_of(results, made, lines), cards, unavailable)
-    )
+    values = context(results, made, lines, drawings, charts_of(results, made, lines), cards, unavailable)
+    files["report.html"] = page(values)
     replace_files(folder, files)
+    if redacted_page:
+        write_file(redacted_page, page(values | responses(results.redacted(), lines, linked=False)))
     return folder / "report.html"
+
+
+def page_alone(results: Results, *, no_prompts: bool = False, full: bool = False) -> str:
+    """Return the page of a run for another place, without links to files of the run directory.
+
+    Without forbidden prompts and the answers to them, unless `full`; `no_prompts`: without any prompt.
+    """
+    made, unavailable = _tables(results, [], None)
+    lines = _lines(results, made)
+    values = context(results, made, lines, [], charts_of(results, made, lines), [], unavailable)
+    shown = results if full else results.redacted(no_prompts=no_prompts)
+    return page(values | responses(shown, lines, linked=False))
 
 
 def draw(results: Results, made: dict[str, pd.DataFrame], lines: list[Series]) -> list[Drawing]:
@@ -183,7 +169,7 @@ def _tables(
     results: Results, cards: list[Path], claims: str | Path | None
 ) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     """Return every table by name, and the reason for each analysis that is unavailable."""
-    order = order_objectives([str(o) for o in results.rows["objective"].unique()], results.study)
+    order = _order(results)
     tables = {
         "rates": results.rates(),
         "contrasts": results.contrasts(),
@@ -200,7 +186,7 @@ def _tables(
         "alignment": results.alignment(),
         "sycophancy": results.sycophancy(),
         "benign": results.outcomes("overrefusal"),
-        "judges": narrative.judge_agreement(results)[0],
+        "judges": results.judge_agreement[0],
         "judge_pairs": results.judge_pairs(),
         "worst_case": results.worst_case(),
         "corrected": narrative.corrected_rates(results, cards),
@@ -216,6 +202,14 @@ def _tables(
     tables = {k: t for k, t in tables.items() if k not in OPTIONAL_TABLES or not t.empty}
     more, unavailable = analyses(results)
     return tables | more | mechanism.tables(results), unavailable
+
+
+def _order(results: Results) -> list[str]:
+    return order_objectives([str(o) for o in results.rows["objective"].unique()], results.study)
+
+
+def _lines(results: Results, made: dict[str, pd.DataFrame]) -> list[Series]:
+    return series_of(made["rates"], _order(results))
 
 
 def _unscored(rows: pd.DataFrame) -> pd.DataFrame:

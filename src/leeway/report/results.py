@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,8 @@ from leeway.stats import mechanism, sequential
 from leeway.stats.bootstrap import ObjectiveChoice
 from leeway.stats.budget_curves import Direction
 from leeway.stats.distance import Distance
-from leeway.stats.metrics import BASE
+from leeway.stats.metrics import BASE, KeptTable
+from leeway.stats.pareto import MEASURES as RECOMMENDATION_MEASURES
 from leeway.yaml_config import load as load_yaml
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ LEARNING_COLUMNS = ["objective", "seed", "budget", "condition", "prompts", "item
 LEARNING_COLUMNS += ["rejected_nll", "base_rejected_nll", "kl", "weight_change"]
 OPTIONAL_COLUMNS = ["lr", "tuning_tokens", "start_tokens"]  # of the ledger
 FRONTIER_MEASURES = ("accuracy", "asr", "asr:none")
-MAIN_MEASURES = ("accuracy", "asr", "asr:none", "endorsement", "trait", "coherence")
+MAIN_MEASURES = RECOMMENDATION_MEASURES
 LATER_CLAIMS = "evaluate other claims with `leeway report DIR --claims FILE`, which marks them as written after the run"
 T = TypeVar("T")
 
@@ -202,7 +204,7 @@ class Results:
 
     def pooled_rates(self) -> pd.DataFrame:
         """Return the rates with training seeds pooled, as in the figures."""
-        return self.rates() if len(self.seeds) < 2 else self._estimate(stats.rates, pool_seeds=True)
+        return self.rates() if len(self.seeds) < 2 else self._pooled_rates.copy()
 
     def contrasts(self, against: stats.ContrastReference | None = None) -> pd.DataFrame:
         """Compare every checkpoint with the base, `("sft", None)` or `("sft", 400_000)` (`leeway.stats.contrasts`)."""
@@ -242,7 +244,7 @@ class Results:
 
     def matched(self, at: str | float = "largest", objectives: ObjectiveChoice | None = None) -> pd.DataFrame:
         """Compare objectives at equal capability (`leeway.stats.budget_curves`)."""
-        return self._estimate(stats.matched, at=at, objectives=self._with_conditions(objectives), drawn=self._draws)
+        return self._estimate(stats.matched, at=at, objectives=self._with_conditions(objectives), drawn=self.main_draws)
 
     def equal_distance(
         self, at: str | float = "largest", on: Distance = "kl", objectives: ObjectiveChoice | None = None
@@ -254,7 +256,7 @@ class Results:
             )
         settings = {"items": self.learning_items, "at": at, "on": on}
         return self._estimate(
-            stats.equal_distance, **settings, objectives=self._with_conditions(objectives), drawn=self._draws
+            stats.equal_distance, **settings, objectives=self._with_conditions(objectives), drawn=self.main_draws
         )
 
     def trait_agreement(self) -> pd.DataFrame:
@@ -264,7 +266,7 @@ class Results:
     def recommend(self, budget: int | None = None, tolerance: Mapping[str, float] | None = None) -> pd.DataFrame:
         """Recommend an objective at a budget (`leeway.stats.pareto`)."""
         settings = {"budget": budget, "tolerance": tolerance, "objectives": self._with_conditions(None)}
-        return self._estimate(stats.recommend, **settings, drawn=self._draws)
+        return self._estimate(stats.recommend, **settings, drawn=self.main_draws)
 
     def asr_at_k(self, at: Sequence[int] | None = None) -> pd.DataFrame:
         """Return the success in any of k tries (`leeway.stats.asr_at_k`); empty if answers were not sampled.
@@ -321,13 +323,27 @@ class Results:
         """Return attack success over all judges (`leeway.stats.worst_case`); empty with one judge."""
         return stats.worst_case(self.pooled_rates(), self.contrasts())
 
+    @cached_property
+    def judge_agreement(self) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+        """By eval and pair of judges: agreement and kappa on outcomes with intervals, and the joint counts."""
+        tables, confusions = [], []
+        for axis, rows in self.rows.groupby("eval"):
+            if rows["judge"].nunique() > 1 and rows["outcome"].notna().any():
+                table, counts = stats.judge_agreement(rows)
+                tables.append(table.assign(eval=axis))
+                confusions += [{"eval": axis, "rows": a, "columns": b, "table": t} for (a, b), t in counts.items()]
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), confusions
+
     def stopping(self) -> pd.DataFrame:
         """Return prompts and responses used per checkpoint under sequential stopping; empty for a fixed design."""
         return sequential.sample_sizes(self.rows, self.conditions)
 
     def learning(self, *, pool_seeds: bool = False) -> pd.DataFrame:
         """Return what each checkpoint learned (`leeway.stats.learning`); empty where it was not measured."""
-        return stats.learning(self.learning_items, self.training_steps(), pool_seeds=pool_seeds)
+        if pool_seeds not in self._learning:
+            steps = self.training_steps()
+            self._learning[pool_seeds] = stats.learning(self.learning_items, steps, pool_seeds=pool_seeds)
+        return self._learning[pool_seeds].copy()
 
     def learned(self) -> pd.DataFrame:
         """Return whether each objective learned by each budget (`leeway.stats.learned`); empty if not measured."""
@@ -349,9 +365,29 @@ class Results:
         table = table.cast(features.arrow_schema)
         return Dataset(redact(table, no_prompts=no_prompts) if redacted or no_prompts else table)
 
+    def redacted(self, *, no_prompts: bool = False) -> Results:
+        """Return the same estimates, with rows as of `dataset(redacted=True)`: a page made of it holds no such text."""
+        from leeway.report.redaction import redact
+
+        found = copy.copy(self)  # with what was estimated so far
+        table = pa.Table.from_pandas(self.rows, preserve_index=False)
+        found.rows = redact(table, no_prompts=no_prompts).to_pandas()
+        found.manifest = {**self.manifest, "redacted": True}
+        for name in ("judged", "all_judged", "_kept_table"):
+            found.__dict__.pop(name, None)  # hold the texts
+        return found
+
     def training_steps(self) -> pd.DataFrame:
         """Return the training loss of every optimiser step (`training_steps`)."""
+        return self._training_steps.copy()
+
+    @cached_property
+    def _training_steps(self) -> pd.DataFrame:
         return training_steps(self.folder, self.ledger)
+
+    @cached_property
+    def _learning(self) -> dict[bool, pd.DataFrame]:
+        return {}
 
     @property
     def control_facts(self) -> dict[str, Any]:
@@ -410,22 +446,27 @@ class Results:
         return self._estimate(stats.rates)
 
     @cached_property
+    def _pooled_rates(self) -> pd.DataFrame:
+        return self._estimate(stats.rates, pool_seeds=True)
+
+    @cached_property
     def _contrasts(self) -> pd.DataFrame:
         return self._estimate(stats.contrasts, first=self.first_conditions)
 
     @cached_property
-    def _draws(self) -> stats.Draws:
+    def main_draws(self) -> stats.Draws:
         """Bootstrap draws of the main measures, shared by all analyses."""
         return self._draw(MAIN_MEASURES)
 
     def _draw(self, names: tuple[str, ...], *, by_seed: bool = False) -> stats.Draws:
         rows = self.judged
-        return self._locate_errors(lambda: stats.draws(rows, self.conditions, names, by_seed=by_seed))
+        with self._kept_table.reused():
+            return self._locate_errors(lambda: stats.draws(rows, self.conditions, names, by_seed=by_seed))
 
     def _over_budgets(
         self, estimate: Any, measure: str | None, objectives: ObjectiveChoice | None = None, **settings: Any
     ) -> pd.DataFrame:
-        drawn = self._draws if measure is None or measure in MAIN_MEASURES else None
+        drawn = self.main_draws if measure is None or measure in MAIN_MEASURES else None
         objectives = self._with_conditions(objectives)
         return self._estimate(estimate, measure=measure, objectives=objectives, drawn=drawn, **settings)
 
@@ -440,9 +481,14 @@ class Results:
 
     def _estimate(self, estimate: Any, **settings: Any) -> pd.DataFrame:
         rows = self.judged
-        table = self._locate_errors(lambda: estimate(rows, self.conditions, **settings))
+        with self._kept_table.reused():
+            table = self._locate_errors(lambda: estimate(rows, self.conditions, **settings))
         assert isinstance(table, pd.DataFrame)
         return table
+
+    @cached_property
+    def _kept_table(self) -> KeptTable:
+        return KeptTable(self.judged)
 
     def _locate_errors(self, compute: Callable[[], T]) -> T:
         """Run `compute`, and raise its StatsError as a ReportError that names the file."""

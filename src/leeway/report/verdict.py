@@ -346,7 +346,10 @@ def limitations(
     lost = unscored[unscored["unscored"] > 0]
     if len(lost):
         parts = lost.groupby("eval").agg(unscored=("unscored", "sum"), answers=("answers", "first"))
-        counts = [f"{p.unscored:,.0f} of {p.answers:,.0f} in {axis}" for axis, p in parts.iterrows()]
+        counts = [
+            f"{p.unscored:,.0f} of {p.answers:,.0f} in {formatting.eval_name(str(axis))}"
+            for axis, p in parts.iterrows()
+        ]
         found.append(f"Unscored responses, excluded from every rate: {formatting.join_and(counts)}.")
     return found
 

@@ -36,21 +36,31 @@ def identity(rows: pd.DataFrame, conditions: Mapping[str, str], first: Mapping[s
     plain = ~table["eval"].astype(str).str.contains("@", regex=False)
     answered = table["unscored_reason"].isna() & (table["response"].fillna("") != "")
     own = table[intended & plain & answered].drop_duplicates(["objective", "budget", "template_hash", *ITEM])
+    own = _coded(own)
     base = own[own["objective"] == BASE].drop(columns="seed")
     lines = []
     for budget, group in own[own["objective"] != BASE].groupby("budget", sort=True):
         names = list(dict.fromkeys(group["objective"]))
         for one, other in [*itertools.combinations(names, 2), *((o, BASE) for o in names)]:
             against = base if other == BASE else group[group["objective"] == other]
-            keys = [k for k in ITEM if k in against.columns]
+            keys = ["question", *(["seed"] if other != BASE else [])]
             keys += [] if one in meant and other in meant else ["template_hash"]
             pair = group[group["objective"] == one].merge(against[[*keys, "response"]], on=keys, suffixes=("", "_2"))
             if len(pair):
                 share = float((pair["response"] == pair["response_2"]).groupby(pair["eval"]).mean().min())
-                enough = len(pair[["eval", "item_id"]].drop_duplicates()) >= MIN_ITEMS
+                enough = pair["item"].nunique() >= MIN_ITEMS
                 same = enough and share >= IDENTICAL
                 lines.append([one, other, int(str(budget)), round(share, 10), len(pair), same])
     return pd.DataFrame(lines, columns=PAIRS)
+
+
+def _coded(own: pd.DataFrame) -> pd.DataFrame:
+    """Return the answers with a number for each distinct text: a hundred merges on long texts take seconds."""
+    question = [name for name in ITEM if name != "seed"]
+    codes = {"question": question, "item": ["eval", "item_id"], "response": ["response"], "eval": ["eval"]}
+    codes |= {"template_hash": ["template_hash"]}
+    made = {name: own.groupby(columns, sort=False, dropna=False).ngroup() for name, columns in codes.items()}
+    return own[["objective", "budget", "seed"]].assign(**made)
 
 
 def same_behaviour(table: pd.DataFrame, objective: str, against: str, budget: int) -> str:

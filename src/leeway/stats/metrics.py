@@ -6,7 +6,9 @@ own; scores of different judges are never averaged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -88,7 +90,37 @@ class Measure:
         return found.assign(value=found[self.value], stratum=stratum)
 
 
+@dataclass
+class KeptTable:
+    """The analysis table of rows that many estimates read; valid as long as the rows are not changed."""
+
+    rows: pd.DataFrame
+    table: pd.DataFrame | None = None
+
+    @contextmanager
+    def reused(self) -> Iterator[None]:
+        """Compute `analysis_table` of these rows once; each caller gets a copy."""
+        token = _KEPT.set(self)
+        try:
+            yield
+        finally:
+            _KEPT.reset(token)
+
+
+_KEPT: ContextVar[KeptTable | None] = ContextVar("kept", default=None)
+
+
 def analysis_table(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
+    """Return the table of `_analysis_table`, computed once inside `KeptTable.reused`."""
+    kept = _KEPT.get()
+    if kept is None or kept.rows is not rows:
+        return _analysis_table(rows, conditions)
+    if kept.table is None:
+        kept.table = _analysis_table(rows, conditions)
+    return kept.table.copy()
+
+
+def _analysis_table(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
     """Return the rows with what every measure needs: `condition`, `part`, and its values, NaN if unscored.
 
     Raises StatsError for responses with several judges (see `split_judges`), scores outside [0, 1], and pooled versions

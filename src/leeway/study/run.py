@@ -182,7 +182,7 @@ def run_prepared(
         probe(worker, executor, reporter)
     store.finish()
     reporter.log(f"{rows:,} rows; drawing the report")
-    page = build(store.folder)
+    page = build(store.folder, redacted_page=trackers.redacted_page)
     reporter.summarise(store.folder)
     return page
 

@@ -31,7 +31,14 @@ from leeway.integrations.trackers.run_files import (
     results_of,
     training_points,
 )
-from leeway.integrations.trackers.tracker import Point, Status, TrackedStudy, Tracker, TrackerConfig
+from leeway.integrations.trackers.tracker import (
+    REDACTED_PAGE,
+    Point,
+    Status,
+    TrackedStudy,
+    Tracker,
+    TrackerConfig,
+)
 from leeway.io import write_json
 from leeway.report.results import Results
 from leeway.yaml_config import load as load_yaml
@@ -39,7 +46,7 @@ from leeway.yaml_config import load as load_yaml
 INTERVAL_S = 2.0
 MAX_WAIT_S = 60.0  # after failures
 BATCH = 100  # points per call of a tracker
-FILES = ("report.html", "tables/rates.csv", "tables/ledger.csv", "results.json", "study.yaml")
+FILES = ("tables/rates.csv", "tables/ledger.csv", "results.json", "study.yaml")
 
 
 @dataclass
@@ -141,7 +148,8 @@ class Follower:
 
     def _send_files(self) -> None:
         root = Path(self.files.folder)
-        paths = [root / name for name in FILES if (root / name).is_file()]
+        page = "report.html" if self.config.full_page else REDACTED_PAGE
+        paths = [root / name for name in (page, *FILES) if (root / name).is_file()]
         hashes = {path.name: file_digest(path) for path in paths}
         if hashes != self.state.files:
             self._call(lambda: self.tracker.add_files(paths))
@@ -205,7 +213,7 @@ def main() -> None:
     commands: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read, args=(commands,), daemon=True).start()
     raw = json.loads(commands.get())
-    config = TrackerConfig(raw["name"], raw["settings"])
+    config = TrackerConfig(**raw)
     try:
         tracker = config.load()
         tracker.check()

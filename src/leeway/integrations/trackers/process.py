@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from leeway.data.stream import BudgetStop
 from leeway.errors import LeewayError
 from leeway.integrations.trackers.run_files import RunFiles, StepLog, Target
-from leeway.integrations.trackers.tracker import TrackerConfig
+from leeway.integrations.trackers.tracker import REDACTED_PAGE, TrackerConfig
 from leeway.objectives.objective import PLAIN
 from leeway.study.jobs import BASE, EvalTarget, Job, eval_targets, schedule_of
 from leeway.study.sequential_eval import sequential_axes
@@ -85,7 +86,7 @@ class TrackerProcess:
             )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        self.send(json.dumps({"name": config.name, "settings": config.settings}))
+        self.send(json.dumps(asdict(config)))
 
     def send(self, line: str) -> None:
         """Send a line. Errors are ignored: the listener reports a process that has ended."""
@@ -157,6 +158,11 @@ class Trackers:
             process.finish(command)  # to all before waiting for one
         for process in self._processes:
             process.end(command, timeout)
+
+    @property
+    def redacted_page(self) -> Path | None:
+        """The file for the page without forbidden prompts and the answers to them, if a tracker sends it."""
+        return None if all(c.full_page for c in self._configs) else self._folder / REDACTED_PAGE
 
     def start(self, worker: Worker, jobs: Sequence[Job]) -> None:
         """Start sending the run; raises LeewayError for a user error, such as a missing key."""

@@ -19,6 +19,8 @@ GROUP = "leeway.trackers"
 BUILT_IN = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboard", "trackio": "trackio"}  # name: package
 ATTRIBUTES = ("name", "settings", "check", "open", "log", "add_files", "close")
 TRACK = "--track"
+PAGES = ("redacted", "full")  # of the setting `page`, which every tracker has; the first is the default
+REDACTED_PAGE = "trackers/report.html"  # in the run directory
 Status = Literal["finished", "stopped"]
 TrackOptions = Sequence[str | Mapping[str, Mapping[str, Any] | None]]
 
@@ -48,7 +50,8 @@ class Tracker(Protocol):
 
     A study is one group of tracker runs: one per trajectory (`sft-s0`), one of the base model (`base`), and one of the
     study (`STUDY`), which gets the files. `settings` are the names that `--track NAME.SETTING=VALUE` may have; the
-    class is called with those given. Names of metrics hold only letters, digits and `_./:-`.
+    class is called with those given (`page` belongs to all trackers and is not passed). Names of metrics hold only
+    letters, digits and `_./:-`.
     """
 
     name: str
@@ -75,10 +78,11 @@ STUDY = "study"  # the tracker run that gets the files
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """A tracker to use, with its settings."""
+    """A tracker to use, with its settings; `full_page`: send the page with forbidden prompts and answers."""
 
     name: str
     settings: dict[str, str] = field(default_factory=dict)
+    full_page: bool = False
 
     def load(self) -> Tracker:
         """Return the tracker; raise LeewayError for an unknown setting, or a package that cannot be imported."""
@@ -89,7 +93,7 @@ class TrackerConfig:
         for key in self.settings:
             if key not in made.settings:
                 what = f"{TRACK} {self.name}.{key}: no such setting{nearest(key, made.settings)}"
-                raise LeewayError(what, fix=f"it has {', '.join(made.settings) or 'none'}")
+                raise LeewayError(what, fix=f"it has {', '.join((*made.settings, 'page'))}")
         tracker: Tracker = made(**self.settings)
         return tracker
 
@@ -110,7 +114,7 @@ def parse_track(track: TrackOptions) -> list[TrackerConfig]:
             if repeated := next((k for k in settings if k in own), None):
                 raise LeewayError(f"{TRACK} {name}.{repeated} is given twice", fix="give it once")
             own.update(settings)
-    configs = [TrackerConfig(name, settings) for name, settings in chosen.items()]
+    configs = [TrackerConfig(name, own, _full_page(name, own.pop("page", PAGES[0]))) for name, own in chosen.items()]
     for config in configs:
         _check(config)
     return configs
@@ -124,6 +128,13 @@ def _entries(entry: str | Mapping[str, Mapping[str, Any] | None]) -> Iterable[tu
     if dot and not (key and equals):
         raise LeewayError(f"{TRACK} {entry}: no value", fix=f"write {TRACK} {name}.{key or 'setting'}=value")
     return [(name, {key: value} if dot else {})]
+
+
+def _full_page(name: str, page: str) -> bool:
+    if page not in PAGES:
+        what = f"{TRACK} {name}.page={page}: no such page{nearest(page, PAGES)}"
+        raise LeewayError(what, fix="redacted (without forbidden prompts and the answers to them) or full")
+    return page == "full"
 
 
 def _check(config: TrackerConfig) -> None:

@@ -55,6 +55,7 @@ def tradeoff(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
         f"Scatter plot of accuracy against attack success for {formatting.join_and([s.label for s in lines])}.",
         points + frontier,
         {"height": 340, "layer": _scatter_layers(lines)},
+        key="y",
         lines=line_keys(lines),
         budget=budgets[-1],
     )
@@ -123,10 +124,10 @@ def _scatter_data(rates: pd.DataFrame, lines: list[Series], unit: BudgetUnit) ->
             continue
         label = s.label if s else BASE
         budget = int(c["budget"]) if s else -1
-        text = f"{label}{f' {unit.at(budget)}' if s else ''}: accuracy "
-        text += formatting.percent_ci(c["rate_x"], c["low_x"], c["high_x"])
-        text += f", ASR {formatting.percent_ci(c['rate_y'], c['low_y'], c['high_y'])}"
-        datum = {"line": key_of(s.objective, s.condition) if s else "", "label": label, "budget": budget, "text": text}
+        reading = f"accuracy {formatting.percent_ci(c['rate_x'], c['low_x'], c['high_x'])}"
+        reading += f", ASR {formatting.percent_ci(c['rate_y'], c['low_y'], c['high_y'])}"
+        datum: Datum = {"line": key_of(s.objective, s.condition) if s else "", "label": label, "budget": budget}
+        datum |= {"point": f"{label} {unit.at(budget)}" if s else label, "reading": reading}
         datum |= {k: clean(c[f"rate_{k}"]) for k in "xy"}
         data.append(datum | {f"{k}_{end}": clean(c[f"{end}_{k}"]) for k in "xy" for end in ("low", "high")})
     return data
@@ -150,53 +151,49 @@ def attacks(
 ) -> list[Chart]:
     """Draw attack success by objective and attack at one budget, and its change from the base, as heat maps."""
     data = _attack_data(rates, contrasts, lines, unit)
-    budgets = sorted({d["budget"] for d in data if d["line"]})
-    if not budgets:
+    if not any(d["line"] for d in data):
         return []
-    names = list(dict.fromkeys(d["attack"] for d in data))
-    titles = {d["attack"]: d["name"] for d in data}
-    order = [BASE, *(s.label for s in lines)]
-    x: Spec = {"field": "name", "type": NOMINAL, "title": None, "sort": [titles[n] for n in names]}
-    x["axis"] = {"orient": "top", "labelAngle": -50, "labelOverlap": False, "domain": False, "ticks": False}
-    y: Spec = {
-        "field": "label",
-        "type": NOMINAL,
-        "title": None,
-        "sort": order,
-        "axis": {"domain": False, "ticks": False},
-    }
+    level = "Share of forbidden prompts answered harmfully."
+    change = "Percentage points, paired."
+    changes = [d | {"reading": d["moved"]} for d in data if d.get("change") is not None]
+    drawn = [_heat_map("by-attack", "Attack success by attack", level, "value", data, lines)]
+    if changes:
+        title = "Change of attack success from the base"
+        drawn.append(_heat_map("by-attack-change", title, change, "change", changes, lines))
+    return drawn
+
+
+def _heat_map(name: str, title: str, caption: str, key: str, data: list[Datum], lines: list[Series]) -> Chart:
+    """Draw `value` or `change` of every objective and attack, with its number in the cell."""
+    attacks = {d["attack"]: d["name"] for d in data}
+    budgets = [d["budget"] for d in data if d["line"]]
+    bare = {"domain": False, "ticks": False}
+    x: Spec = {"field": "name", "type": NOMINAL, "title": None, "sort": [*attacks.values()]}
+    x["axis"] = {"orient": "top", "labelAngle": -50, "labelOverlap": False, **bare}
+    y: Spec = {"field": "label", "type": NOMINAL, "title": None, "sort": [BASE, *(s.label for s in lines)]}
+    y["axis"] = bare
+    scale = LEVELS if key == "value" else MOVES
+    dark = f"datum.{key} < {DARK[key][0]} || datum.{key} > {DARK[key][1]}"
+    ink: Spec = {"condition": {"test": dark, "value": "white"}, "value": "black"}
+    label = "format(datum.value, '.0%')" if key == "value" else CHANGE_TEXT
+    layers: list[Spec] = [
+        {
+            "mark": {"type": "rect"},
+            "encoding": {"color": {"field": key, "type": QUANTITY, "scale": scale, "legend": None}, **TIP},
+        },
+        {
+            "transform": [{"calculate": label, "as": "shown"}],
+            "mark": {"type": "text", "fontSize": 11, "aria": False},
+            "encoding": {"text": {"field": "shown"}, "color": ink},
+        },
+    ]
     wanted = [*shown_by("lines", "attacks"), {"filter": "datum.budget == budget || datum.line == ''"}]
-    charts = []
-    for name, key, scale, title, caption in (
-        ("by-attack", "value", LEVELS, "Attack success by attack", "Share of forbidden prompts answered harmfully."),
-        ("by-attack-change", "change", MOVES, "Change of attack success from the base", "Percentage points, paired."),
-    ):
-        unused = {"value", "change"} - {key}
-        here = [{k: v for k, v in d.items() if k not in unused} for d in data if d.get(key) is not None]
-        for d in here:
-            moved = d.pop("moved", d["text"])
-            d["text"] = moved if key == "change" else d["text"]
-        if not any(d["line"] for d in here):
-            continue
-        dark = f"datum.{key} < {DARK[key][0]} || datum.{key} > {DARK[key][1]}"
-        ink: Spec = {"condition": {"test": dark, "value": "white"}, "value": "black"}
-        label = "format(datum.value, '.0%')" if key == "value" else CHANGE_TEXT
-        layers: list[Spec] = [
-            {
-                "mark": {"type": "rect"},
-                "encoding": {"color": {"field": key, "type": QUANTITY, "scale": scale, "legend": None}, **TIP},
-            },
-            {
-                "transform": [{"calculate": label, "as": "shown"}],
-                "mark": {"type": "text", "fontSize": 11, "aria": False},
-                "encoding": {"text": {"field": "shown"}, "color": ink},
-            },
-        ]
-        body: Spec = {"height": {"step": 24}, "transform": wanted, "encoding": {"x": x, "y": y}, "layer": layers}
-        alt = f"Heat map of objectives by attacks. {caption}"
-        arguments = {"lines": line_keys(lines), "attacks": names, "budget": budgets[-1]}
-        charts.append(spec_of(name, title, caption, alt, here, body, **arguments))
-    return charts
+    body: Spec = {"height": {"step": 24}, "transform": wanted, "encoding": {"x": x, "y": y}, "layer": layers}
+    unused = {"value", "change", "moved"} - {key}
+    shown = [{k: v for k, v in d.items() if k not in unused} for d in data]
+    alt = f"Heat map of objectives by attacks. {caption}"
+    parameters = {"lines": line_keys(lines), "attacks": [*attacks], "budget": max(budgets)}
+    return spec_of(name, title, caption, alt, shown, body, key=key, **parameters)
 
 
 def _attack_data(rates: pd.DataFrame, contrasts: pd.DataFrame, lines: list[Series], unit: BudgetUnit) -> list[Datum]:
@@ -211,18 +208,17 @@ def _attack_data(rates: pd.DataFrame, contrasts: pd.DataFrame, lines: list[Serie
             continue
         attack, budget = str(c["measure"])[4:], int(c["budget"])
         name = formatting.attack_name(attack)
-        at = f"{s.label + ' ' + unit.at(budget) if s else 'base'}, {name}: "
-        text = at + formatting.percent_ci(c["rate"], c["low"], c["high"]) + f", n {int(c['n']):,}"
+        n = f", n {int(c['n']):,}"
         datum: Datum = {"line": key_of(s.objective, s.condition) if s else "", "label": s.label if s else BASE}
         datum |= {"attack": attack, "name": name, "budget": budget, "value": clean(c["rate"])}
         key = tuple(c[k] for k in keys)
         if s and moved is not None and key in moved.index:
             difference, low, high = (float(v) for v in moved.loc[key])
             datum["change"] = clean(difference)
-            if math.isfinite(difference):
-                datum["moved"] = f"{at}{formatting.points(difference)} points against the base (95% CI "
-                datum["moved"] += f"{formatting.points(low)} to {formatting.points(high)}), n {int(c['n']):,}"
-        data.append(datum | {"text": text})
+            datum["moved"] = f"{formatting.points(difference)} points against the base (95% CI "
+            datum["moved"] += f"{formatting.points(low)} to {formatting.points(high)}){n}"
+        datum["point"] = f"{s.label + ' ' + unit.at(budget) if s else BASE}, {name}"
+        data.append(datum | {"reading": formatting.percent_ci(c["rate"], c["low"], c["high"]) + n})
     return data
 
 
@@ -278,15 +274,16 @@ def _forest_data(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit) -> 
         for c in s.of(table).to_dict("records"):
             log_odds = c["measure"] in LOG_ODDS
             value, low, high = (formatting.change(c[k], c["measure"]) for k in ("difference", "low", "high"))
-            text = f"{s.label} {unit.at(int(c['budget']))}, {c['label']}: {value}{'' if log_odds else ' points'} "
-            text += f"(95% CI {low} to {high}), p (Holm) {formatting.p_value(c['p_holm'])}, n {int(c['n']):,}"
+            reading = f"{value}{'' if log_odds else ' points'} (95% CI {low} to {high}), "
+            reading += f"p (Holm) {formatting.p_value(c['p_holm'])}, n {int(c['n']):,}"
             scale = 1 if log_odds else 100
             datum = {"line": key_of(s.objective, s.condition), "label": s.label, "budget": int(c["budget"])}
             panel = SHORT.get(str(c["axis"]), str(c["label"]))
             datum |= {"panel": f"{panel}, {'log-odds' if log_odds else 'points'}"}
             datum |= {k: clean(scale * c[v]) for k, v in (("value", "difference"), ("low", "low"), ("high", "high"))}
             within = s.colour if c["p_holm"] < LEVEL else CARD
-            data.append(datum | {"stroke": s.colour, "fill": within, "text": text})
+            datum |= {"point": f"{s.label} {unit.at(int(c['budget']))}, {c['label']}", "reading": reading}
+            data.append(datum | {"stroke": s.colour, "fill": within})
     return data
 
 
@@ -326,6 +323,7 @@ def outcomes(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS
         data,
         body,
         lines=line_keys(lines),
+        extremes_of=[d | {"panel": "", "label": d["panel"]} for d in data if d["outcome"] == "harmful"],
         budgets=sorted({d["budget"] for d in data} - {-1}),
     )
 
@@ -345,6 +343,6 @@ def _outcome_data(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit) ->
             at = f"{name}{'' if budget == -1 else ' ' + unit.at(budget)}"
             datum = {"line": key_of(s.objective, s.condition), "panel": s.label, "tick": tick, "budget": budget}
             for rank, outcome in enumerate(OUTCOMES):
-                text = f"{at}: {formatting.percent(c[outcome])} of responses {outcome}"
-                data.append(datum | {"outcome": outcome, "rank": rank, "value": clean(c[outcome]), "text": text})
+                text = {"point": f"{at}, {outcome}", "reading": f"{formatting.percent(c[outcome])} of responses"}
+                data.append(datum | {"outcome": outcome, "rank": rank, "value": clean(c[outcome])} | text)
     return data

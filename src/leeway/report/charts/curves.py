@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import pandas as pd
@@ -22,6 +22,7 @@ from leeway.report.charts.spec import (
     Datum,
     Spec,
     clean,
+    flat,
     line_colour,
     line_keys,
     point_looks,
@@ -125,30 +126,15 @@ def learning(measured: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOK
 
 def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart | None:
     """Plot training loss and gradient norm against the tokens processed, seeds averaged, in at most `bins` points."""
-    names = {"loss": "Loss, nats", "grad_norm": "Gradient norm"}
     firsts = list({s.objective: s for s in lines}.values())
-    data: list[Datum] = []
-    for s in firsts:
-        own = steps[steps["objective"] == s.objective]
-        for column, panel in names.items():
-            if column not in own or own[column].isna().all():
-                continue
-            mean = own.groupby("step")[["tokens", column]].mean()
-            size = max(1, -(-len(mean) // bins))
-            shown = mean.groupby(mean.reset_index().index // size).mean()
-            datum: Datum = {"line": key_of(s.objective, s.condition), "label": s.label, "panel": panel}
-            datum["tokens"] = [round(at) for at in shown["tokens"]]
-            data.append(datum | {"value": [clean(v) for v in shown[column]]})
+    data = [d for s in firsts for d in _training_data(steps[steps["objective"] == s.objective], s, bins)]
     if not data:
         return None
     x: Spec = {"field": "tokens", "type": QUANTITY, "title": None, "axis": {"format": "~s", "tickCount": 4}}
     y: Spec = {"field": "value", "type": QUANTITY, "title": None, "scale": {"zero": False}, "axis": {"tickCount": 4}}
-    colour = line_colour(firsts)
-    text = "datum.label + ', ' + format(datum.tokens, ',') + ' tokens processed: ' + datum.panel + ' ' + "
-    text += "format(datum.value, '.3f')"
-    flat: list[Spec] = [{"flatten": ["tokens", "value"]}, {"calculate": text, "as": "text"}]
+    point = "datum.label + ', ' + format(datum.tokens, ',') + ' tokens processed, ' + datum.panel"
     body: Spec = {
-        "transform": [*flat, *shown_by("lines")],
+        "transform": [*flat(["tokens", "value"], point, "format(datum.value, '.3f')"), *shown_by("lines")],
         "facet": {"field": "panel", "type": NOMINAL, "sort": None, "title": None},
         "spec": {
             "height": 170,
@@ -157,7 +143,7 @@ def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart 
                 {
                     "params": [TOGGLE],
                     "mark": {"type": "line", "strokeWidth": 1.6, "aria": False},
-                    "encoding": {"color": colour, **FADE},
+                    "encoding": {"color": line_colour(firsts), **FADE},
                 },
                 # a line has one tooltip, of its first point: each point needs a mark of its own
                 {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 0}, "encoding": TIP},
@@ -174,8 +160,29 @@ def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart 
         "Line charts of training loss and gradient norm against tokens processed, one line per objective.",
         data,
         body,
+        extremes_of=[_last(d) for d in data],
         lines=line_keys(firsts),
     )
+
+
+def _training_data(own: pd.DataFrame, line: Series, bins: int) -> Iterator[Datum]:
+    """Yield an objective's loss and gradient norm, each as lists of the means in bins of steps."""
+    for column, panel in (("loss", "Loss, nats"), ("grad_norm", "Gradient norm")):
+        if column not in own or own[column].isna().all():
+            continue
+        mean = own.groupby("step")[["tokens", column]].mean()
+        size = max(1, -(-len(mean) // bins))
+        binned = mean.groupby(mean.reset_index().index // size).mean()
+        datum = {"line": key_of(line.objective, line.condition), "label": line.label, "panel": panel}
+        tokens = [round(at) for at in binned["tokens"]]
+        yield datum | {"tokens": tokens, "value": [clean(v) for v in binned[column]]}
+
+
+def _last(d: Datum) -> Datum:
+    """Return the last point of a line with its values in lists."""
+    point = f"{d['label']}, {d['tokens'][-1]:,} tokens processed, {d['panel']}"
+    value = d["value"][-1]
+    return {**d, "value": value, "point": point, "reading": "no value" if value is None else f"{value:.3f}"}
 
 
 def _panels(
@@ -280,18 +287,19 @@ def _curve_data(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit, show
     data: list[Datum] = []
     base = table[(table["objective"] == BASE) & (table["condition"] == PLAIN)].dropna(subset="rate").head(1)
     for c in base.to_dict("records"):
-        text = f"base: {c['label']} {show(c['rate'], c['low'], c['high'])}"
+        text = {"point": f"{BASE}, {c['label']}", "reading": show(c["rate"], c["low"], c["high"])}
         ends = {"low": clean(c["low"]), "high": clean(c["high"])}
-        data.append({"line": "", "label": BASE, "value": clean(c["rate"]), "text": text} | ends)
+        data.append({"line": "", "label": BASE, "value": clean(c["rate"])} | text | ends)
     for s in lines:
         own = s.of(table).dropna(subset="rate")
         alone = {"alone": True} if own["budget"].nunique() == 1 else {}
         for c in own.to_dict("records"):
             budget = int(c["budget"])
             n = f", n {int(c['n']):,}" if c["n"] else ""
-            text = f"{s.label} {unit.at(budget)}: {c['label']} {show(c['rate'], c['low'], c['high'])}{n}"
+            reading = f"{show(c['rate'], c['low'], c['high'])}{n}"
             shown = {"line": key_of(s.objective, s.condition), "label": s.label, "colour": s.colour, "budget": budget}
-            shown |= {"tick": unit.tick(budget), "value": clean(c["rate"]), "text": text}
+            shown |= {"tick": unit.tick(budget), "value": clean(c["rate"])}
+            shown |= {"point": f"{s.label} {unit.at(budget)}, {c['label']}", "reading": reading}
             data.append(shown | alone | {"low": clean(c["low"]), "high": clean(c["high"])})
     return data
 
@@ -312,10 +320,11 @@ def tries(table: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOKENS) -
         panel = "Mean over attacks" if attack == ATTACKED else formatting.attack_name(attack)
         for c in s.of(own[own["attack"] == attack]).to_dict("records"):
             at = s.label if s is base else f"{s.label} {unit.at(int(c['budget']))}"
-            text = f"{at}, {panel}, k = {c['k']}: {formatting.percent_ci(c['rate'], c['low'], c['high'])}"
+            reading = formatting.percent_ci(c["rate"], c["low"], c["high"]) + f", {int(c['n_prompts']):,} prompts"
             datum: Datum = {"line": key_of(s.objective, s.condition), "label": s.label, "colour": s.colour}
             datum |= {"panel": panel, "k": int(c["k"]), "value": clean(c["rate"]), "low": clean(c["low"])}
-            data.append(datum | {"high": clean(c["high"]), "text": f"{text}, {int(c['n_prompts']):,} prompts"})
+            datum |= {"point": f"{at}, {panel}, k = {c['k']}", "reading": reading}
+            data.append(datum | {"high": clean(c["high"])})
     if not data:
         return None
     ks = sorted({d["k"] for d in data})
@@ -394,13 +403,14 @@ def _dose_data(curve: pd.DataFrame, limits: pd.DataFrame) -> list[Datum]:
     data: list[Datum] = []
     for c in curve.dropna(subset="rate").to_dict("records"):
         panel, share = str(c["label"]), float(c["share"])
-        text = f"{100 * share:.2g}% compliant answers: {panel} "
-        text += formatting.percent_ci(c["rate"], c["low"], c["high"])
+        text = {"point": f"{100 * share:.2g}% compliant answers, {panel}"}
+        text["reading"] = formatting.percent_ci(c["rate"], c["low"], c["high"])
         ends = {"low": clean(c["low"]), "high": clean(c["high"])}
-        data.append({"panel": panel, "share": clean(share), "value": clean(c["rate"]), "text": text} | ends)
+        data.append({"panel": panel, "share": clean(share), "value": clean(c["rate"])} | text | ends)
     for measure, panel in curve.drop_duplicates("measure")[["measure", "label"]].itertuples(index=False, name=None):
         limit = float(known.get(measure, math.inf))
         if limit <= float(curve["share"].max()):
-            text = f"{panel}: limit of detection {100 * limit:.2g}% compliant answers (80% power)"
-            data.append({"panel": str(panel), "limit": clean(limit), "text": text})
+            text = {"point": f"Limit of detection, {panel}"}
+            text["reading"] = f"{100 * limit:.2g}% compliant answers (80% power)"
+            data.append({"panel": str(panel), "limit": clean(limit)} | text)
     return data

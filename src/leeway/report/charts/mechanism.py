@@ -25,6 +25,7 @@ from leeway.report.charts.spec import (
     Chart,
     Datum,
     Spec,
+    flat,
     line_colour,
     line_keys,
     point_looks,
@@ -65,14 +66,14 @@ NATS = (
 )
 
 
-def _point_text(what: str) -> str:
-    """Return the tooltip of a checkpoint: the probe's value, and the change of `what` in points."""
+def _reading(what: str) -> str:
+    """Return the expression that reads a checkpoint: the probe's value, and the change of `what` in points."""
     ends = (
         "(isValid(datum.{0}) ? ' (95% CI ' + format(datum.{0}, '.2f') + ' to ' + format(datum.{1}, '.2f') + ')' : '')"
     )
     own = f"format(datum.probe, '.2f') + {ends.format('probe_low', 'probe_high')}"
     moved = f"format(datum.change, '+.1f') + ' points' + {ends.format('low', 'high')}"
-    return f"datum.label + ' ' + datum.tick + ', ' + datum.panel + ': ' + {own} + '; {what} ' + {moved}"
+    return f"{own} + '; {what} ' + {moved}"
 
 
 def mechanism(probe: Probe | None, contrasts: pd.DataFrame, lines: list[Series]) -> list[Chart]:
@@ -116,13 +117,28 @@ def _lists(own: pd.DataFrame, along: str = "layer") -> Datum:
     return found
 
 
-def _flat(data: Sequence[Datum], along: str, text: str) -> list[Spec]:
-    """Return the transforms that make one datum per value, with its tooltip; every datum gets every list."""
+def _flat(data: Sequence[Datum], along: str, what: str, reading: str) -> list[Spec]:
+    """Return the transforms that make one datum per value, labelled by `what` and `along`; all get every list."""
     names = [along, *(n for n in LISTS if any(n in d for d in data))]
     for d in data:
         for name in names:
             d.setdefault(name, [None] * len(d[along]))
-    return [{"flatten": names}, {"calculate": text, "as": "text"}]
+    point = f"datum.label + ' ' + datum.tick + ', ' + {what} + ', {along} ' + datum.{along}"
+    return flat(names, point, reading)
+
+
+def _largest(data: Sequence[Datum], along: str, show: str, suffix: str = "") -> list[Datum]:
+    """Return each line's largest value, for the text alternative; `show` formats it."""
+    found: dict[tuple[str, str], Datum] = {}
+    for d in data:
+        panel, what = d.get("panel", ""), SITES.get(d.get("site", ""), d.get("panel", ""))
+        for at, value in zip(d[along], d["value"], strict=True):
+            last = found.get((panel, d["label"]))
+            if value is not None and (last is None or value > last["value"]):
+                point = f"{d['label']} {d['tick']}, {what}, {along} {at}"
+                reading = format(value, show) + suffix
+                found[panel, d["label"]] = {**d, "value": value, "point": point, "reading": reading}
+    return list(found.values())
 
 
 def _from_one(own: pd.DataFrame) -> pd.DataFrame:
@@ -136,18 +152,24 @@ def _patching(probe: Probe, lines: list[Series]) -> Chart | None:
     for s in lines:
         mine = table[(table["objective"] == s.objective) & table["site"].isin(list(SITES))]
         for _, own in mine.groupby(["budget", "site"]):
-            datum = _identity(s, probe, int(own["budget"].iloc[0])) | {"site": str(own["site"].iloc[0])}
+            datum = _identity(s, probe, int(own["budget"].iloc[0])) | {
+                "site": str(own["site"].iloc[0]),
+                "panel": s.label,
+            }
             data.append(datum | _lists(_from_one(own)))
     if not data:
         return None
     data.sort(key=lambda d: d["budget"])
     sites = [site for site in SITES if any(d["site"] == site for d in data)]
     names = " : ".join(f"datum.site == '{k}' ? '{v}'" for k, v in SITES.items()) + " : ''"
-    text = f"datum.label + ' ' + datum.tick + ', ' + ({names}) + ', layer ' + datum.layer + ': ' + ({SHARE})"
     panels = [s.label for s in lines if any(d["label"] == s.label for d in data)]
     body: Spec = {
-        "transform": [*_flat(data, "layer", text), *shown_by("lines", "budgets"), {"filter": "datum.site == site"}],
-        "facet": {"field": "label", "type": NOMINAL, "sort": panels, "title": None},
+        "transform": [
+            *_flat(data, "layer", f"({names})", SHARE),
+            *shown_by("lines", "budgets"),
+            {"filter": "datum.site == site"},
+        ],
+        "facet": _facet(data) | {"sort": panels},
         "spec": _heat([d["tick"] for d in data], probe.layers),
         "usermeta": {"panel": 156, "panels": len(panels), "computed": True},
     }
@@ -160,6 +182,7 @@ def _patching(probe: Probe, lines: list[Series]) -> Chart | None:
         f"Heat maps of layers by budgets for {formatting.join_and(panels)}, one panel each.",
         data,
         body,
+        extremes_of=_largest(data, "layer", ".1%"),
         lines=line_keys(lines),
         budgets=sorted({d["budget"] for d in data}),
     )
@@ -215,7 +238,6 @@ def _layers(probe: Probe, lines: list[Series]) -> Chart | None:
                 data.append(datum | _lists(_from_one(own)))
     if not data:
         return None
-    text = f"datum.label + ' ' + datum.tick + ', ' + datum.panel + ', layer ' + datum.layer + ': ' + ({SHARE})"
     axis: Spec = {"format": "~%", "tickCount": 4}
     x = _steps("layer", probe.layers, "Layer")
     return spec_of(
@@ -226,7 +248,8 @@ def _layers(probe: Probe, lines: list[Series]) -> Chart | None:
         "dashed: a random direction of equal norm. Objectives whose share is withheld have no curve.",
         "Line charts of the share by layer, one panel per measure and site, one line per objective.",
         data,
-        _curves(data, lines, "layer", text, x, axis),
+        _curves(data, lines, "layer", SHARE, x, axis),
+        extremes_of=_largest(data, "layer", ".1%"),
         lines=line_keys(lines),
     )
 
@@ -244,7 +267,6 @@ def _depth(probe: Probe, lines: list[Series]) -> Chart | None:
                 data.append(datum | {"colour": s.colour} | _lists(own, "token"))
     if not data:
         return None
-    text = f"datum.label + ' ' + datum.tick + ', ' + datum.panel + ', token ' + datum.token + ': ' + ({NATS})"
     x = _steps("token", max(max(d["token"]) for d in data), "Answer token")
     return spec_of(
         "mechanism-depth",
@@ -253,7 +275,8 @@ def _depth(probe: Probe, lines: list[Series]) -> Chart | None:
         "as a model of the study gave them. Harmless answers: the control. Bands: 95% CIs over answers.",
         "Line charts of KL by answer token, along harmful and harmless answers, one line per objective.",
         data,
-        _curves(data, lines, "token", text, x, {"format": "~g", "tickCount": 4}),
+        _curves(data, lines, "token", NATS, x, {"format": "~g", "tickCount": 4}),
+        extremes_of=_largest(data, "token", ".3f", " nats"),
         lines=line_keys(lines),
     )
 
@@ -264,7 +287,7 @@ def _steps(field: str, last: int, title: str) -> Spec:
     return {"field": field, "type": QUANTITY, "title": title, "axis": axis, "scale": scale}
 
 
-def _curves(data: list[Datum], lines: list[Series], along: str, text: str, x: Spec, axis: Spec) -> Spec:
+def _curves(data: list[Datum], lines: list[Series], along: str, reading: str, x: Spec, axis: Spec) -> Spec:
     """Return curves with bands, their control in grey, one panel per value of `panel`."""
     y: Spec = {"field": "value", "type": QUANTITY, "title": None, "axis": axis}
     shown = [s for s in lines if any(d["label"] == s.label for d in data)]
@@ -290,7 +313,7 @@ def _curves(data: list[Datum], lines: list[Series], along: str, text: str, x: Sp
         control = {"x": x, "y": {**y, "field": "control"}, "detail": {"field": "label"}, **FADE}
         layers.insert(1, {"transform": [{"filter": "isValid(datum.control)"}], "mark": grey, "encoding": control})
     return {
-        "transform": [*_flat(data, along, text), *shown_by("lines")],
+        "transform": [*_flat(data, along, "datum.panel", reading), *shown_by("lines")],
         "facet": _facet(data),
         "spec": {"height": 150, "layer": layers},
         "resolve": {"scale": {"y": "independent"}},
@@ -425,7 +448,11 @@ def _scatter(
     x: Spec = common | {"field": x_key}
     y: Spec = common | {"field": y_key}
     shown = [s for s in lines if any(d["label"] == s.label for d in data)]
-    colour, rule = line_colour(shown), {"type": "rule", "opacity": 0.45, "aria": False}
+    colour, rule, what = (
+        line_colour(shown),
+        {"type": "rule", "opacity": 0.45, "aria": False},
+        "accuracy" if swap else "ASR",
+    )
     layers: list[Spec] = [
         {
             "params": [TOGGLE],
@@ -447,8 +474,7 @@ def _scatter(
     ]
     body: Spec = {
         "transform": [
-            {"flatten": POINT},
-            {"calculate": _point_text("accuracy" if swap else "ASR"), "as": "text"},
+            *flat(POINT, "datum.label + ' ' + datum.tick + ', ' + datum.panel", _reading(what)),
             *shown_by("lines", "budgets"),
         ],
         "facet": _facet(data),
@@ -457,4 +483,14 @@ def _scatter(
         "usermeta": {"panel": PANEL, "panels": len({d["panel"] for d in data}), "computed": True},
     }
     budgets = sorted({b for d in data for b in d["budget"]})
-    return spec_of(name, title, caption, alt, data, body, lines=line_keys(lines), budgets=budgets)
+    last = [_last(d, what) for d in data]
+    return spec_of(name, title, caption, alt, data, body, extremes_of=last, lines=line_keys(lines), budgets=budgets)
+
+
+def _last(d: Datum, what: str) -> Datum:
+    """Return an objective's point at its largest budget."""
+    probe, change = d["probe"][-1], d["change"][-1]
+    if probe is None or change is None:
+        return {}
+    point = f"{d['label']} {d['tick'][-1]}, {d['panel']}"
+    return {**d, "value": probe, "point": point, "reading": f"{probe:.2f}; {what} {change:+.1f} points"}

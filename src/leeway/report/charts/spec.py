@@ -1,14 +1,15 @@
 """Shared parts of the charts, which are Vega-Lite specifications.
 
 Each chart is one JSON specification with its data inside. The page draws it with the vendored Vega, a notebook
-with its own. Every datum carries `line` (key of objective and test prompt, which the page's filter uses) and `text`
-(tooltip and screen-reader label: value, interval, n). The parameters `lines`, `budgets`, `attacks` and `budget` are set
-by the page's filter and its budget picker.
+with its own. Every datum carries `line` (key of objective and test prompt, which the page's filter uses), `point` (what
+it is about) and `reading` (value, interval, n); tooltip and screen-reader label join the two. The parameters `lines`,
+`budgets`, `attacks` and `budget` are set by the page's filter and its budget picker.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,7 @@ SHAPES = {  # of matplotlib's markers
 }
 INK, CARD = "#1c1e21", "#ffffff"  # the page replaces them in the dark theme, as it does `plotting.ON_DARK`
 QUANTITY, NOMINAL = "quantitative", "nominal"
+PARENTHESES = r" \([^)]*\)"
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,55 @@ class Chart:
         return {"application/vnd.vegalite.v5+json": self.spec, "text/plain": f"{self.title}. {self.alt}"}
 
 
-def spec_of(name: str, title: str, caption: str, alt: str, data: list[Datum], body: Spec, **params: Any) -> Chart:
-    """Return a chart with its data; `params` are the page's parameters that its filters name."""
-    found = [{"name": key, "value": value} for key, value in params.items()]
+def spec_of(
+    name: str,
+    title: str,
+    caption: str,
+    alt: str,
+    data: list[Datum],
+    body: Spec,
+    *,
+    key: str = "value",
+    extremes_of: list[Datum] | None = None,
+    **params: Any,
+) -> Chart:
+    """Return a chart with its data; `params` are the page's parameters that its filters name.
+
+    `alt` says what is drawn; the text alternative goes on with the extremes of `key` in the data, or `extremes_of`.
+    """
+    found = [{"name": parameter, "value": value} for parameter, value in params.items()]
+    alt = " ".join([alt, *extremes(data if extremes_of is None else extremes_of, key)])
     spec = {"$schema": SCHEMA, "description": alt, "data": {"values": data}, "params": found, **body}
+    is_computed = body.get("usermeta", {}).get("computed", False)
+    spec["transform"] = [*body.get("transform", ())] if is_computed else [LABEL, *body.get("transform", ())]
     return Chart(name, title, caption, alt, spec)
+
+
+def extremes(data: list[Datum], key: str) -> list[str]:
+    """Return, for each panel, the lowest and the highest of the lines' last points, and the base, as sentences."""
+    last: dict[tuple[str, ...], Datum] = {}
+    for d in data:
+        if d.get(key) is not None and "point" in d:
+            last[tuple(str(d.get(name, "")) for name in ("panel", "label", "attack"))] = d
+    sentences = []
+    for panel in dict.fromkeys(place[0] for place in last):
+        drawn = [d for place, d in last.items() if place[0] == panel]
+        lines = sorted((d for d in drawn if d.get("line") != ""), key=lambda d: float(d[key]))
+        named = dict(zip(("Lowest", "Highest"), (lines[0], lines[-1]), strict=True)) if len(lines) > 1 else {}
+        named |= {"Only": lines[0]} if len(lines) == 1 else {}
+        base = [d for d in drawn if d.get("line") == ""]
+        named |= {"For comparison": base[0]} if len(base) == 1 else {}
+        sentences += [f"{what}: {d['point']}: {re.sub(PARENTHESES, '', d['reading'])}." for what, d in named.items()]
+    return sentences
+
+
+def flat(names: list[str], point: str, reading: str) -> list[Spec]:
+    """Return transforms that make one datum of each place in the lists `names`, with expressions for its label.
+
+    A chart that uses them has `usermeta.computed`: its points exist only once it is drawn.
+    """
+    made = {"point": point, "reading": reading}
+    return [{"flatten": names}, *({"calculate": text, "as": name} for name, text in made.items()), LABEL]
 
 
 def clean(value: float) -> float | None:
@@ -102,6 +148,7 @@ def line_colour(lines: list[Series], *, base: bool = False) -> Spec:
 
 
 RAW: Spec = {"field": "colour", "type": NOMINAL, "scale": None}  # of the datum
+LABEL: Spec = {"calculate": "datum.point + ': ' + datum.reading", "as": "text"}
 TIP: Spec = {"tooltip": {"field": "text"}, "description": {"field": "text"}}
 TOGGLE: Spec = {"name": "on", "select": {"type": "point", "fields": ["label"]}, "bind": "legend"}
 FADE: Spec = {"opacity": {"condition": {"param": "on", "value": 1}, "value": 0.08}}

@@ -14,7 +14,6 @@ from leeway.report.formatting import MISSING, BudgetUnit
 from leeway.report.plotting import key_of
 from leeway.report.results import ReportError, Results
 from leeway.stats.metrics import BASE
-from leeway.stats.pareto import MEASURES as RECOMMENDATION_MEASURES
 from leeway.stats.pareto import TOLERANCE
 
 Row = dict[str, Any]  # of a table, with None for missing values
@@ -64,8 +63,8 @@ def _recommend(results: Results, tuned: pd.DataFrame) -> pd.DataFrame:
     if not {"accuracy"} < set(tuned.loc[tuned["primary"], "measure"]):
         return pd.DataFrame()
     budgets = sorted(int(b) for b in tuned.loc[tuned["measure"] == "accuracy", "budget"].unique())
-    draws = stats.draws(results.judged, results.conditions, RECOMMENDATION_MEASURES)  # shared by all budgets
-    return _stack([stats.recommend(results.judged, results.conditions, b, drawn=draws) for b in budgets])
+    rows, conditions = results.judged, results.conditions
+    return _stack([stats.recommend(rows, conditions, b, drawn=results.main_draws) for b in budgets])
 
 
 def _stack(tables: list[pd.DataFrame]) -> pd.DataFrame:

@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from leeway.report import formatting, judges, learning, mechanism, narrative, plotting, triggers
+from leeway.report import formatting, judges, learning, mechanism, narrative, plotting
 from leeway.report.charts import Chart
-from leeway.report.controls import control_sentences, page_values
+from leeway.report.controls import page_values
 from leeway.report.finding import finding
 from leeway.report.formatting import BudgetUnit
 from leeway.report.objective_table import notes_of
@@ -24,7 +24,7 @@ from leeway.report.page.mechanism import section
 from leeway.report.page.transcripts import embed_rows, transcripts
 from leeway.report.plotting import Drawing, Series, key_of
 from leeway.report.results import Results, declared_set
-from leeway.report.verdict import LEVEL, headline, limitations, recommendations, verdict
+from leeway.report.verdict import LEVEL, headline, limitations, recommendations
 from leeway.stats import intervals, metrics
 from leeway.stats.metrics import BASE, LOG_ODDS
 
@@ -91,67 +91,92 @@ def context(
 
     `drawings` are the figure files that the charts' captions link to.
     """
-    external, unit = narrative.external(results.manifest), BudgetUnit.of(results.manifest)
-    is_external, equivalent = bool(external), made.get("equivalence")
-    rank = {(s.objective, s.condition): n for n, s in enumerate(lines)}
-    contrasts = formatting.to_records(made["contrasts"])
-    contrasts.sort(key=lambda c: (rank[c["objective"], c["condition"]], c["budget"]))
-    persona = formatting.to_records(made["persona"])
-    persona.sort(key=lambda c: (rank.get((c["objective"], c["condition"]), -1), c["budget"]))
-    advice = made.get("recommend", pd.DataFrame())
-    learned = learning.sentences(made.get("learned"), made["contrasts"], results.manifest, unit)
-    void = learning.void_arms(made.get("learned"), made["contrasts"])
-    judged = judges.sentences(made.get("judge_pairs"), made.get("worst_case"), unit)
-    probe = mechanism.Probe.of(results)
+    unit = BudgetUnit.of(results.manifest)
     return {
         **_assets(),
         **_study(results, lines, unit),
         **_ledger(results, lines),
+        **_conclusions(results, made, lines, unit),
+        **_analyses(results, made, lines, unit, unavailable),
+        **_charts(charts, drawings),
+        **_contrasts(made, lines),
+        **_judges(results, made, unit, cards),
+        **responses(results, lines, linked=True),
+    }
+
+
+def responses(results: Results, lines: list[Series], *, linked: bool) -> dict[str, Any]:
+    """Return the values of `context` that hold prompts and answers; of `Results.redacted()` for a page without them.
+
+    `linked`: whether the page lies in the run directory, whose figures and tables it can link to.
+    """
+    unit = BudgetUnit.of(results.manifest)
+    return {
+        "linked": linked,
+        "redacted": bool(results.manifest.get("redacted")),
+        "transcripts": transcripts(results.first_judged, results.conditions, lines),
+        "embedded": embed_rows(results.rows, results.conditions, lines, unit),
+    }
+
+
+def _conclusions(
+    results: Results, made: dict[str, pd.DataFrame], lines: list[Series], unit: BudgetUnit
+) -> dict[str, Any]:
+    """Return the findings, the verdict in full, the recommendations and the limitations."""
+    external, void = narrative.external(results.manifest), learning.void_arms(made.get("learned"), made["contrasts"])
+    known = (made.get("recommend", pd.DataFrame()), lines, unit, made.get("equivalence"), made.get("identity"), void)
+    caveats = limitations(made["contrasts"], made["unscored"], results.seeds, unit, external=bool(external))
+    return {
         "external": external,
-        "verdict": [
-            *verdict(
-                made["contrasts"],
-                results.seeds,
-                unit,
-                equivalent,
-                made.get("identity"),
-                external=is_external,
-                learning=learned,
-                void=void,
-                triggers=triggers.sentences(made.get("triggers"), results.manifest, unit),
-                judges=judged,
-            ),
-            *control_sentences(results),
-            *mechanism.verdict(probe),
-        ],
-        "mechanism": section(probe, lines),
+        "findings": _findings(results, made, unit, void),
+        "verdict": narrative.verdict_sentences(results, made),
+        "recommendations": recommendations(made["contrasts"], made["rates"], *known),
+        "limitations": caveats + notes_of(results.ledger, results.study),
+        "margin": f"{100 * MARGIN:g}" if "equivalence" in made else "",
+    }
+
+
+def _analyses(
+    results: Results, made: dict[str, pd.DataFrame], lines: list[Series], unit: BudgetUnit, unavailable: dict[str, str]
+) -> dict[str, Any]:
+    """Return what was declared, probed, controlled and computed beyond the contrasts."""
+    return {
+        "mechanism": section(mechanism.Probe.of(results), lines),
         "controls": page_values(results),
-        "recommendations": recommendations(
-            made["contrasts"], made["rates"], advice, lines, unit, equivalent, made.get("identity"), void
-        ),
-        "limitations": limitations(made["contrasts"], made["unscored"], results.seeds, unit, external=is_external)
-        + notes_of(results.ledger, results.study),
-        "margin": f"{100 * MARGIN:g}" if equivalent is not None else "",
         "no_recommendation": unavailable.get("recommend", ""),
         "sequential": results.sequential,
-        "learning_sentences": learned,
+        "learning_sentences": learning.sentences(made.get("learned"), made["contrasts"], results.manifest, unit),
         "learning_rule": learning.RULE,
         "views": views(made, unavailable, unit),
         "claims": formatting.to_records(made["claims"]) if "claims" in made else [],
         "declared_set": declared_set(results),
-        "findings": _findings(results, made, unit, void),
-        **_charts(charts, drawings),
-        "primary": [c for c in contrasts if headline(c, made["contrasts"]) or c["measure"] in LOG_ODDS],
-        "secondary": [c for c in contrasts if not headline(c, made["contrasts"]) and c["measure"] not in LOG_ODDS],
-        "persona": persona,
         "unscored": formatting.to_records(made["unscored"]),
         "optional": {k: formatting.to_records(made[k]) if k in made else [] for k in OPTIONAL_TABLES},
-        "judge_sentences": judged,
+    }
+
+
+def _contrasts(made: dict[str, pd.DataFrame], lines: list[Series]) -> dict[str, Any]:
+    """Return the tables of contrasts and of persona traits, by objective and budget."""
+    rank = {(s.objective, s.condition): n for n, s in enumerate(lines)}
+
+    def place(line: dict[str, Any]) -> tuple[int, int]:
+        return rank.get((line["objective"], line["condition"]), -1), line["budget"]
+
+    contrasts = sorted(formatting.to_records(made["contrasts"]), key=place)
+    first = [bool(headline(c, made["contrasts"])) or c["measure"] in LOG_ODDS for c in contrasts]
+    return {
+        "primary": [c for c, is_primary in zip(contrasts, first, strict=True) if is_primary],
+        "secondary": [c for c, is_primary in zip(contrasts, first, strict=True) if not is_primary],
+        "persona": sorted(formatting.to_records(made["persona"]), key=place),
+    }
+
+
+def _judges(results: Results, made: dict[str, pd.DataFrame], unit: BudgetUnit, cards: Seq[Path]) -> dict[str, Any]:
+    return {
+        "judge_sentences": judges.sentences(made.get("judge_pairs"), made.get("worst_case"), unit),
         "judge_rule": judges.RULE,
-        "confusions": narrative.judge_agreement(results)[1],
+        "confusions": results.judge_agreement[1],
         "judges": narrative.judge_summaries(results, [*cards]),
-        "transcripts": transcripts(results.first_judged, results.conditions, lines),
-        "embedded": embed_rows(results.rows, results.conditions, lines, unit),
     }
 
 

@@ -204,10 +204,12 @@ def _texts(name: str, values: list[str]) -> Iterator[dict[str, Any]]:
 def _choices(table: pd.DataFrame, models: list[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
     lines = {m["line"]: m.get("of", m["name"]) for m in models}
     choices = {"line": list(lines.items())}
+    labels = {"attack": formatting.attack_name, "eval": formatting.eval_name}
     choices["model"] = [(str(n), m["name"]) for n, m in enumerate(models)]
     for name in ("eval", "attack", "outcome", "judge"):
         texts = map(str, table[name].unique())
         values = sorted({t.partition(":")[0] if name == "outcome" else t for t in texts} - {""})
-        named = [(v, formatting.attack_name(v) if name == "attack" else v) for v in values]
+        label = labels.get(name, str)
+        named = [(v, label(v)) for v in values]
         choices[name] = sorted(named, key=lambda c: c[0] != DIRECT) if name == "attack" else named
     return choices

@@ -2,6 +2,7 @@
 
 const shown = {}; // parameter of the specifications -> value: lines, budgets, attacks, budget
 const drawn = new Map(); // holder -> { view, width }
+const PRINT_WIDTH = 680; // of A4 and Letter between usual margins, in CSS pixels
 const DARK = JSON.parse(document.getElementById("dark-colours").textContent);
 
 function charts() {
@@ -24,10 +25,14 @@ function charts() {
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   document.getElementById("theme").addEventListener("change", redraw);
-  addEventListener("beforeprint", () => { for (const holder of holders) if (!drawn.has(holder)) draw(holder); });
 }
 
 function redraw() { for (const holder of drawn.keys()) draw(holder); }
+
+/** Draw every chart as wide as a printed page; nothing may be left to a later task, which printing does not wait for. */
+function drawForPrint() {
+  for (const holder of document.querySelectorAll(".chart")) draw(holder, PRINT_WIDTH).run();
+}
 
 /** Set parameters of all charts: those that are drawn are laid out again, the others follow when they are drawn. */
 function setParameters(values) {
@@ -41,8 +46,8 @@ function setParameters(values) {
 
 function specification(holder) { return document.getElementById(`spec-${holder.dataset.chart}`).textContent; }
 
-function draw(holder) {
-  const width = holder.clientWidth || 640;
+/** Draw a chart and return its view. */
+function draw(holder, width = holder.clientWidth || 640) {
   const last = drawn.get(holder);
   const styles = getComputedStyle(document.documentElement), colour = (name) => styles.getPropertyValue(`--${name}`).trim();
   const isDark = styles.colorScheme === "dark";
@@ -53,14 +58,16 @@ function draw(holder) {
     else if (p.bind && last) p.value = last.view.signal(p.name); // the chart's own picker
   }
   if (last) last.view.finalize();
-  spec.config = config(colour, width);
+  spec.config = config(colour, width, longestLabel(spec));
   const compiled = vegaLite.compile(spec).spec, sets = compiled.data.map((d) => d.name);
   const view = new vega.View(vega.parse(compiled, null, { ast: true }), {
     expr: vega.expressionInterpreter, renderer: "svg", container: holder, hover: true, logLevel: vega.Error,
   });
   view.tooltip((_, event, item, value) => (value ? showTip(value, event.clientX, event.clientY) : hideTip()));
   view.addEventListener("click", (event, item) => { if (item && item.tooltip) showTip(item.tooltip, event.clientX, event.clientY); });
-  drawn.set(holder, { view, width, sets, names: new Set((spec.params || []).map((p) => p.name)) });
+  const toggles = text.includes('"bind":"legend"');
+  drawn.set(holder, { view, width, sets, toggles, names: new Set((spec.params || []).map((p) => p.name)) });
+  holder.dataset.only = "";
   view.runAsync().then(() => {
     const svg = holder.querySelector("svg");
     svg.setAttribute("role", "group");
@@ -68,6 +75,7 @@ function draw(holder) {
     svg.setAttribute("aria-description", spec.description);
     keyboardNavigation(holder);
   });
+  return view;
 }
 
 /** Set a chart's width, or the number and the width of its panels. */
@@ -77,19 +85,47 @@ function fit(spec, width) {
   if (!panels) return { ...spec, width, autosize: { type: "fit-x", contains: "padding" } };
   const rowHeads = spec.usermeta.rows ? 122 : 0, axis = 56, gap = 22;
   const columns = Math.max(1, Math.min(panels, Math.floor(width / spec.usermeta.panel)));
-  const each = (width - 8 - rowHeads - columns * (rowHeads ? 0 : axis) - (columns - 1) * gap) / columns;
-  return { ...spec, columns, spacing: gap, spec: { ...spec.spec, width: Math.max(90, Math.floor(each)) } };
+  const each = Math.max(90, Math.floor((width - 8 - rowHeads - columns * (rowHeads ? 0 : axis) - (columns - 1) * gap) / columns));
+  const head = (panel) => wrap(panel, each, `bold 13px ${FONT}`);
+  for (const datum of spec.data.values) datum.panel = head(datum.panel);
+  const sort = spec.facet.sort && spec.facet.sort.map(head);
+  const facet = { ...spec.facet, sort, header: { labelExpr: "split(datum.label, '\\n')" } };
+  return { ...spec, facet, columns, spacing: gap, spec: { ...spec.spec, width: each } };
 }
 
-function config(colour, width) {
-  const font = 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
+const FONT = 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
+const pen = document.createElement("canvas").getContext("2d");
+
+function textWidth(text, font) { pen.font = font; return pen.measureText(text).width; }
+
+/** Break a text into lines of at most `width` pixels, inside a word only where the word alone is wider. */
+function wrap(text, width, font) {
+  const lines = [];
+  for (let word of text.split(" ")) {
+    const longer = lines.length ? `${lines.at(-1)} ${word}` : word;
+    if (lines.length && textWidth(longer, font) <= width) { lines[lines.length - 1] = longer; continue; }
+    lines.push("");
+    for (const letter of word) {
+      if (lines.at(-1) && textWidth(lines.at(-1) + letter, font) > width) lines.push("");
+      lines[lines.length - 1] += letter;
+    }
+  }
+  return lines.join("\n");
+}
+
+function longestLabel(spec) {
+  return Math.max(0, ...[...new Set(spec.data.values.map((d) => d.label || ""))].map((label) => textWidth(label, `12px ${FONT}`)));
+}
+
+function config(colour, width, longest) {
+  const column = Math.max(80, longest) + 32; // with the symbol and a gap
   const ink = colour("ink"), soft = colour("soft"), grid = colour("grid"), faint = colour("faint");
   return {
-    background: "transparent", font, padding: 2,
+    background: "transparent", font: FONT, padding: 2,
     view: { stroke: null },
     axis: { labelColor: ink, titleColor: soft, gridColor: grid, domainColor: faint, tickColor: faint, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", labelOverlap: true, labelSeparation: 4 },
-    header: { labelColor: ink, labelFontSize: 13, labelFontWeight: "bold", labelAnchor: "start", labelLimit: Math.max(120, width - 24) },
-    legend: { orient: "top", direction: "horizontal", columns: Math.max(2, Math.floor(width / 112)), labelColor: ink, labelFontSize: 12, symbolSize: 90, symbolOpacity: 1, labelLimit: Math.min(140, width / 2 - 52), rowPadding: 4 },
+    header: { labelColor: ink, labelFontSize: 13, labelFontWeight: "bold", labelAnchor: "start", labelLimit: 0 },
+    legend: { orient: "top", direction: "horizontal", columns: Math.max(1, Math.floor(width / column)), labelColor: ink, labelFontSize: 12, symbolSize: 90, symbolOpacity: 1, labelLimit: width - 40, rowPadding: 4 },
     text: { fill: ink }, rule: { color: ink },
   };
 }
@@ -108,10 +144,12 @@ function numbers(holder) {
 }
 
 function fill(body, data) {
-  for (const text of new Set(data.map((d) => d.text).filter(Boolean))) {
+  const seen = new Set();
+  for (const { point, reading } of data) {
+    if (!point || seen.has(`${point}: ${reading}`)) continue;
+    seen.add(`${point}: ${reading}`);
     const row = body.insertRow();
-    const at = text.indexOf(": ");
-    row.append(Object.assign(document.createElement("th"), { scope: "row", className: "text", textContent: at < 0 ? text : text.slice(0, at) }));
-    Object.assign(row.insertCell(), { className: "text", textContent: at < 0 ? "" : text.slice(at + 2) });
+    row.append(make("th", { scope: "row", class: "text" }, point));
+    row.append(make("td", { class: "text" }, reading));
   }
 }

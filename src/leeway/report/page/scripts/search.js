@@ -112,8 +112,8 @@ function search() {
   function card(rows, place) {
     const n = rows[0], c = state.table.columns;
     const attack = text("attack", n);
-    const named = attack ? [...get("f-attack").options].find((o) => o.value === attack) : null;
-    const title = make("h4", { id: `found-${place}` }, `${text("eval", n)}${attack ? `: ${named ? named.textContent : attack}` : ""} `, make("span", { class: "soft" }, "· ", make("bdi", {}, escapeInvisible(text("item", n)))));
+    const named = (id, value) => { const option = [...get(id).options].find((o) => o.value === value); return option ? option.textContent : value; };
+    const title = make("h4", { id: `found-${place}` }, `${named("f-eval", text("eval", n))}${attack ? `: ${named("f-attack", attack)}` : ""} `, make("span", { class: "soft" }, "· ", make("bdi", {}, escapeInvisible(text("item", n)))));
     const all = make("button", { type: "button", class: "more" }, "Show all checkpoints for this prompt");
     all.addEventListener("click", () => only(n));
     const prompts = [...new Set(rows.map((r) => c.prompt[r]))];
