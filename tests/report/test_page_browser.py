@@ -384,7 +384,7 @@ CLIPPED = """() => [...document.querySelectorAll('.chart svg')].flatMap((svg) =>
 
 
 @pytest.mark.parametrize("width", [1440, 390, 360])
-def test_charts_reflow_without_overlap_or_clipping(browser: Any, page: Path, width: int):
+def test_charts_reflow_without_overlap_or_clipping(browser: Any, page: Path, width: int, pytestconfig: pytest.Config):
     tab, seen = opened(browser, page, width, 844)
     for holder in tab.locator(".chart").all():
         drawn(tab, holder.get_attribute("data-chart"))
@@ -395,6 +395,10 @@ def test_charts_reflow_without_overlap_or_clipping(browser: Any, page: Path, wid
     chrome.until(tab, "document.querySelector('.numbers tbody tr')")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert seen.console == []
+    tab.evaluate("document.querySelectorAll('.numbers').forEach(d => { d.open = false; })")
+    kept = pytestconfig.rootpath / f"build/screenshots/page-{width}.png"  # for a person to look at
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=kept, full_page=True)
 
 
 def test_the_numbers_of_a_chart_are_those_of_the_tables(tab: Any, page: Path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from leeway import stats
-from leeway.report.formatting import capitalize_first, mapping, percent, points
+from leeway.report.formatting import capitalize_first, eval_name, mapping, percent, points
 from leeway.stats.false_alarms import ALL
 from leeway.stats.metrics import BASE
 
@@ -139,7 +139,7 @@ def _aa_text(table: pd.DataFrame) -> str:
         parts.append(f"sampled with another seed the base {found}")
     alarms = {r["axis"]: r for r in by_control.get("false alarms", [])}
     if ALL in alarms:
-        axes = ", ".join(f"{axis} {percent(r['value'])}" for axis, r in alarms.items() if axis != ALL)
+        axes = ", ".join(f"{eval_name(axis)} {percent(r['value'])}" for axis, r in alarms.items() if axis != ALL)
         every = alarms[ALL]
         text = (
             f"of studies re-drawn without drift, {percent(every['value'])} report some ({axes}; at most 5% per family"

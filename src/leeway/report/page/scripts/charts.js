@@ -90,7 +90,9 @@ function fit(spec, width) {
   for (const datum of spec.data.values) datum.panel = head(datum.panel);
   const sort = spec.facet.sort && spec.facet.sort.map(head);
   const facet = { ...spec.facet, sort, header: { labelExpr: "split(datum.label, '\\n')" } };
-  return { ...spec, facet, columns, spacing: gap, spec: { ...spec.spec, width: each } };
+  const inner = { ...spec.spec, width: each };
+  if (rowHeads && inner.height.step && width < 500) inner.height = { step: Math.min(inner.height.step, 19) }; // a phone's page is long
+  return { ...spec, facet, columns, spacing: gap, spec: inner };
 }
 
 const FONT = 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
