@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from leeway.errors import LeewayError
 from leeway.model import adapters
 from leeway.model.load import load_model
 from leeway.model.reference import as_reference
-from leeway.objectives import OBJECTIVES, ip, ipo, kl, orpo, sft, sft_safety
+from leeway.objectives import OBJECTIVES, dpo, ip, ipo, kl, orpo, sft, sft_safety
 from leeway.training.batch import Optim, micro_batches
 from leeway.training.loop import after_warmup
 from leeway.training.trajectory import Settings, Trajectory
@@ -71,6 +73,34 @@ def test_micro_batches_change_nothing(objective: object, models: dict[str, Path]
     for key, value in trained(models["qwen2"], objective, cut, tmp_path / "b", torch.float64).items():
         assert value.dtype == torch.float64
         torch.testing.assert_close(value, whole[key], rtol=1e-8, atol=1e-10)
+    for one, other in zip(logged(tmp_path / "a"), logged(tmp_path / "b"), strict=True):
+        assert one == pytest.approx(other, rel=1e-7)
+
+
+MEASURES = ("loss", "nll", "margin", "kl")
+
+
+def logged(log: Path) -> list[dict[str, float]]:
+    """The loss and the step metrics of each line of a step log."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [{name: line[name] for name in MEASURES if name in line} for line in lines]
+
+
+def test_step_metrics_are_the_parts_of_the_loss(models: dict[str, Path], tmp_path: Path) -> None:
+    parts = {}
+    for objective in (sft.Sft(), kl.Kl(weight=0.5), dpo.Dpo(), orpo.Orpo(), kl.Kl(weight=0.0)):
+        trained(models["qwen2"], objective, SETTINGS, tmp_path / repr(objective))
+        parts[repr(objective)] = logged(tmp_path / repr(objective))
+    plain, penalised, pairs, odds, free = parts.values()
+    assert all(step == {"loss": step["nll"], "nll": step["nll"]} for step in (*plain, *free))
+    for step in penalised:
+        assert step["loss"] == pytest.approx(step["nll"] + 0.5 * step["kl"], rel=1e-6)
+    assert penalised[0]["kl"] == pytest.approx(0, abs=1e-6) and penalised[-1]["kl"] > 0.001  # noqa: PT018
+    # the first step sees the start's weights: the same answers, whatever the objective
+    assert pairs[0]["nll"] == pytest.approx(plain[0]["nll"], rel=1e-5)
+    assert pairs[0]["margin"] == pytest.approx(odds[0]["margin"], rel=1e-5)
+    assert pairs[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert pairs[-1]["margin"] > pairs[0]["margin"]
 
 
 def _sequences(models: dict[str, Path]) -> list[object]:

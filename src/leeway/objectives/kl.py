@@ -63,16 +63,20 @@ class Kl(Plain):
         return [*own, _only_measured(example.auxiliary, chat)] if self.auxiliary and example.auxiliary else own
 
     def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
-        if self.weight == 0:
-            return nll(policy)
+        return nll(policy) + self.weight * self._penalty(policy, self.reduction) if self.weight else nll(policy)
+
+    def step_metrics(self, policy: TokenStats) -> dict[str, Tensor]:
+        """Return `nll`, and with a weight `kl`: the divergence per token of the scope, under either reduction."""
+        return {"nll": nll(policy)} | ({"kl": self._penalty(policy, "token")} if self.weight else {})
+
+    def _penalty(self, policy: TokenStats, reduction: Literal["token", "sequence"]) -> Tensor:
         assert policy.kl_T is not None
         totals, kl_T, tokens = policy.totals, policy.kl_T, policy.totals.tokens
         if self.scope == "general":
             kl_T, tokens = kl_T * (1 - policy.weight_T), totals.measured_tokens - totals.tokens
         elif self.scope == "all":
             tokens = totals.measured_tokens
-        count = totals.examples if self.reduction == "sequence" else tokens
-        return nll(policy) + self.weight * (kl_T.sum() / count)
+        return kl_T.sum() / (totals.examples if reduction == "sequence" else tokens)
 
 
 def _only_measured(general: Example, chat: Chat) -> Sequence:

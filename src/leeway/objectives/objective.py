@@ -68,6 +68,9 @@ class Objective(Protocol):
     def loss(self, policy: TokenStats, reference: TokenStats | None) -> Tensor:
         """Return a scalar normalised by `policy.totals`, so that micro-batch losses sum to the batch loss."""
 
+    def step_metrics(self, policy: TokenStats) -> dict[str, Tensor]:
+        """Return what the step log holds beside the loss: scalars by name, normalised as the loss is."""
+
 
 class Plain:
     """Defaults: SFT on the preferred answer (on both with `needs_pairs`), no reference, plain prompts at test time."""
@@ -108,6 +111,12 @@ class Plain:
     def loss(self, policy: TokenStats, reference: TokenStats | None = None) -> Tensor:  # noqa: ARG002
         return nll(policy)
 
+    def step_metrics(self, policy: TokenStats) -> dict[str, Tensor]:
+        """Return `nll`, with pairs that of the preferred answers, and their `margin`."""
+        if not self.needs_pairs:
+            return {"nll": nll(policy)}
+        return {"nll": nll_preferred(policy), "margin": margin(policy)}
+
 
 def render_preferred(example: Example, chat: Chat) -> list[Sequence]:
     return [chat.sequence(example.prompt, example.preferred)]
@@ -141,6 +150,12 @@ def nll_preferred(policy: TokenStats) -> Tensor:
     """Return the mean NLL per target token of the batch's preferred answers (pairs), nats."""
     preferred_T = policy.sequence_T % 2 == 0
     return -(policy.logp_T * policy.weight_T)[preferred_T].sum() / policy.totals.preferred_tokens
+
+
+def margin(policy: TokenStats) -> Tensor:
+    """Return the mean over pairs of the log-probability per token, preferred less dispreferred, nats."""
+    mean_S = policy.mean_S()
+    return (mean_S[0::2] - mean_S[1::2]).sum() / policy.totals.examples
 
 
 def require_positive(kind: str, **settings: float) -> None:

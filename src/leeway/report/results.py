@@ -499,12 +499,16 @@ class Results:
             raise ReportError(what, fix="report on the rows of one run") from error
 
 
+LOGGED = ("loss", "grad_norm", "nll", "margin", "kl")  # of the step log
+
+
 def training_steps(folder: Path, ledger: pd.DataFrame) -> pd.DataFrame:
     """Return every optimiser step: objective, seed, budget, step, loss (nats), grad_norm, tokens (processed so far).
 
+    `nll`, `margin` and `kl` (nats per token; `Objective.step_metrics`) are missing where an objective has none.
     `budget` is that of the first checkpoint from this step on.
     """
-    found = [pd.DataFrame(columns=["objective", "seed", "budget", "step", "loss", "grad_norm", "tokens"])]
+    found = [pd.DataFrame(columns=["objective", "seed", "budget", "step", *LOGGED, "tokens"])]
     for (objective, seed), stops in ledger.sort_values("step").groupby(["objective", "seed"]):
         whole = f"{objective}-s{seed}"
         for name, ends in [(whole, stops), *((f"{whole}-{b}", s) for b, s in stops.groupby("budget"))]:
@@ -514,7 +518,7 @@ def training_steps(folder: Path, ledger: pd.DataFrame) -> pd.DataFrame:
             steps = _read(path, lambda p: pd.read_json(p, lines=True), "is not readable JSON lines")
             steps = steps[steps["step"] <= ends["step"].iloc[-1]]
             at = ends["budget"].to_numpy()[np.searchsorted(ends["step"], steps["step"])]
-            known = steps.reindex(columns=["step", "loss", "grad_norm", "processed_tokens"])
+            known = steps.reindex(columns=["step", *LOGGED, "processed_tokens"])
             tokens = known.pop("processed_tokens").cumsum()
             found.append(known.assign(objective=objective, seed=seed, budget=at, tokens=tokens))
     return pd.concat(found[1:] or found, ignore_index=True)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -33,16 +33,20 @@ class Passes:
     reference: Reference
     ranks: Distributed
 
-    def gradient(self, batch: Batch) -> tuple[Totals, float]:
-        """Accumulate the gradient of the batch's loss; return the batch's totals and the loss, nats."""
+    def gradient(self, batch: Batch) -> tuple[Totals, float, dict[str, float]]:
+        """Accumulate the gradient of the batch's loss; return its totals, loss (nats) and step metrics."""
         torch.manual_seed(self.ranks.seed(batch.seed))
         totals, loss = self.totals(batch), 0.0
+        metrics: dict[str, float] = {}
         self.model.lm.train()
         for micro, weight in self.ranks.share(batch.rendered, self.settings.split):
-            part = weight * self._loss(micro, totals)
+            part, also = self._loss(micro, totals)
+            part = weight * part
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
-        return totals, self.ranks.sum(loss)
+            for name, value in also.items():
+                metrics[name] = metrics.get(name, 0.0) + weight * value.item()
+        return totals, self.ranks.sum(loss), {name: self.ranks.sum(value) for name, value in metrics.items()}
 
     def totals(self, batch: Batch) -> Totals:
         """Return the batch's normalisers, including the objective's baseline pass if it has one."""
@@ -67,15 +71,19 @@ class Passes:
             baseline += weight * self.objective.baseline(policy, reference)
         return self.ranks.sum(baseline)
 
-    def _loss(self, micro: Examples, totals: Totals) -> Tensor:
+    def _loss(self, micro: Examples, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         model, objective = self.model, self.objective
         batch = pack_batch(micro, model.device, self.settings.layout)
         if objective.needs_reference == "distribution":
             reference_TD = self.reference.hidden(model, batch, _flat(micro))
             policy = target_stats(model, batch, totals, reference_hidden_TD=reference_TD, direction=objective.direction)
-            return objective.loss(policy, None)
-        reference = self._reference(batch, micro, totals) if objective.needs_reference == "logps" else None
-        return objective.loss(target_stats(model, batch, totals), reference)
+            reference = None
+        else:
+            reference = self._reference(batch, micro, totals) if objective.needs_reference == "logps" else None
+            policy = target_stats(model, batch, totals)
+        with torch.no_grad():
+            metrics = objective.step_metrics(policy)
+        return objective.loss(policy, reference), metrics
 
     def _reference(self, batch: PackedBatch, micro: Examples, totals: Totals) -> TokenStats:
         logp_T = self.reference.logps(self.model, batch, _flat(micro))
@@ -91,7 +99,7 @@ Decay = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step. Token counts exclude padding; `seconds` is wall-clock time."""
+    """One optimiser step. Token counts exclude padding; `seconds` is wall-clock time; `metrics` are the objective's."""
 
     step: int
     loss: float
@@ -101,6 +109,11 @@ class Step:
     processed_tokens: int
     reference_tokens: int
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def record(self) -> dict[str, float]:
+        """Return the line of the step log."""
+        return {name: value for name, value in asdict(self).items() if name != "metrics"} | self.metrics
 
 
 def optimise(
@@ -123,7 +136,7 @@ def optimise(
     passes = Passes(model, objective, settings, reference, ranks)
     for batch in batches:
         started = time.perf_counter()
-        totals, loss = passes.gradient(batch)
+        totals, loss, metrics = passes.gradient(batch)
         norm = ranks.clip(parameters, settings.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"{objective.name}, step {batch.step}: loss {loss}, gradient norm {norm}, "
@@ -137,7 +150,7 @@ def optimise(
         optimiser.zero_grad(set_to_none=True)
         processed = _tokens(batch.rendered) + _tokens(batch.baseline)
         reference_tokens, seconds = _reference_tokens(objective, batch, reference), time.perf_counter() - started
-        yield Step(batch.step, loss, norm, lr, totals.tokens, processed, reference_tokens, seconds)
+        yield Step(batch.step, loss, norm, lr, totals.tokens, processed, reference_tokens, seconds, metrics)
     model.lm.eval()
 
 

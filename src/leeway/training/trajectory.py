@@ -135,7 +135,7 @@ class Trajectory:
                 self.step = done.step
                 for name in COUNTERS:
                     self.counted[name] += getattr(done, name)
-                lines.write(json.dumps(asdict(done), sort_keys=True) + "\n")
+                lines.write(json.dumps(done.record(), sort_keys=True) + "\n")
                 lines.flush()
                 tick(done)
             if self.ranks.is_main:

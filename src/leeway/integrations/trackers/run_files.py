@@ -97,7 +97,9 @@ def training_points(path: Path, after: int) -> list[Point]:
             totals[name] += step[name]
         if k < after:
             continue
-        values = {name: step[name] for name in ("loss", "grad_norm", "lr")} | totals
+        values = {
+            name: step[name] for name in ("loss", "grad_norm", "lr", "nll", "margin", "kl") if name in step
+        } | totals
         values["tokens_per_second"] = step["processed_tokens"] / step["seconds"] if step["seconds"] else math.nan
         points.append(Point(step["step"], _finite({f"train/{name}": v for name, v in values.items()})))
     return points

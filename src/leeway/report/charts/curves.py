@@ -35,6 +35,13 @@ from leeway.stats.learning import LABELS
 from leeway.stats.metrics import BASE, LOG_ODDS, PLAIN
 from leeway.stats.rates import ATTACKED
 
+LOGGED = {
+    "loss": "Loss, nats",
+    "grad_norm": "Gradient norm",
+    "nll": "NLL, nats",
+    "margin": "Margin, nats",
+    "kl": "KL, nats",
+}
 ACCENT = "#D55E00"  # SFT's colour
 Show = Callable[[float, float, float], str]  # value, low, high -> text
 
@@ -125,7 +132,7 @@ def learning(measured: pd.DataFrame, lines: list[Series], unit: BudgetUnit = TOK
 
 
 def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart | None:
-    """Plot training loss and gradient norm against the tokens processed, seeds averaged, in at most `bins` points."""
+    """Plot what the step log holds against the tokens processed, seeds averaged, in at most `bins` points."""
     firsts = list({s.objective: s for s in lines}.values())
     data = [d for s in firsts for d in _training_data(steps[steps["objective"] == s.objective], s, bins)]
     if not data:
@@ -156,8 +163,10 @@ def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart 
         "training",
         "Training curves",
         "Against the tokens processed (rejected answers and control tokens included). Losses of different objectives "
-        "are different quantities: compare shapes, not heights.",
-        "Line charts of training loss and gradient norm against tokens processed, one line per objective.",
+        "are different quantities: compare shapes, not heights. NLL: per target token, of preferred answers where the "
+        "objective has pairs. Margin: log-probability per token, preferred less dispreferred answers. KL: to the "
+        "reference, per token of the penalty’s scope.",
+        "Line charts of loss, gradient norm, NLL, margin and KL against tokens processed, one line per objective.",
         data,
         body,
         extremes_of=[_last(d) for d in data],
@@ -166,8 +175,8 @@ def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart 
 
 
 def _training_data(own: pd.DataFrame, line: Series, bins: int) -> Iterator[Datum]:
-    """Yield an objective's loss and gradient norm, each as lists of the means in bins of steps."""
-    for column, panel in (("loss", "Loss, nats"), ("grad_norm", "Gradient norm")):
+    """Yield each column of an objective's step log, as lists of the means in bins of steps."""
+    for column, panel in LOGGED.items():
         if column not in own or own[column].isna().all():
             continue
         mean = own.groupby("step")[["tokens", column]].mean()
