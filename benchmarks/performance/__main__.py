@@ -14,7 +14,7 @@ from leeway.errors import LeewayError
 
 def asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=__doc__)
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="one shape (default: S and M)")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="one shape (default: S, M and SmolLM2)")
     parser.add_argument("--only", default="", help="some of sft,cft,ip,kl,dpo,orpo,dpo-corrupted,answers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("build/performance"), help="models and results")
@@ -30,7 +30,7 @@ def asked() -> argparse.Namespace:
 
 def main() -> None:
     options = asked()
-    shapes = (options.shape,) if options.shape else ("S", "M")
+    shapes = (options.shape,) if options.shape else ("S", "M", "SmolLM2")
     if not options.report:
         for shape in shapes:
             written(SHAPES[shape], options.out / "models", corpus())

@@ -12,7 +12,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.performance import ours
+from benchmarks.performance import flops, ours
 from benchmarks.performance.peers import generating, training
 from benchmarks.performance.task import BATCH, Found, Task
 from benchmarks.performance.texts import examples, questions
@@ -39,12 +39,14 @@ def carry_out(task: Task) -> Found:
         data = examples(task.pairs)[: BATCH * (task.warmup + task.steps)]
         before = _settled()
         found = side.train(task, data)
+        found.flops = flops.training(task, data[BATCH * task.warmup :])
     else:
         asked = questions(task.prompts)
         before = _settled()
         found = side.generate(task, asked)
     found.before_mb, found.peak_mb = before, memory_mb("VmHWM")
     found.busy = _others(began)
+    found.matrix_rate = flops.matrix_rate(task)
     return found
 
 

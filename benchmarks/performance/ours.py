@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.performance import flops
 from benchmarks.performance.task import BATCH, CLIP, LORA, LR, WARMUP, Found, Task
 from leeway.data.types import Example
 
@@ -105,5 +106,6 @@ def generate(task: Task, asked: list[str]) -> Found:
         began = task.now()
         replies = backend.complete([Request(c, task.new_tokens) for c in conversations], lambda _: None)
         seconds = task.now() - began
-    tokens = sum(r.new_tokens for r in replies)
-    return Found(tokens, seconds, setup_seconds=setup, texts=[r.text[:400] for r in replies])
+    new = [r.new_tokens for r in replies]
+    work = flops.generation(task, [len(model.chat.prompt_ids(c)) for c in conversations], new)
+    return Found(sum(new), seconds, setup_seconds=setup, texts=[r.text[:400] for r in replies], flops=work)

@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from benchmarks.performance.task import NEW_TOKENS as USUAL_NEW_TOKENS
 from benchmarks.performance.task import OBJECTIVES, PEER_OF, Found, Task, Tuned
 
-STEPS = {"S": 12, "M": 6, "V": 3, "tiny": 2}  # timed, of 16 examples
-WARMUP = 2
+STEPS = {"S": 12, "M": 6, "V": 3, "SmolLM2": 3, "tiny": 2}  # timed, of 16 examples
+WARMUP = {"SmolLM2": 1}  # 2 elsewhere
+NEW_TOKENS = {"SmolLM2": 64}  # of a generated answer
 SIDES = ("peer", "ours", "workers")  # workers: two processes of one thread at once
 TIMEOUT_S = 1800
 
@@ -77,7 +79,8 @@ class Bench:
             objective=cell.objective,
             pairs=cell.pairs,  # type: ignore[arg-type]
             steps=self.steps or STEPS[cell.shape],
-            warmup=WARMUP,
+            warmup=WARMUP.get(cell.shape, 2),
+            new_tokens=NEW_TOKENS.get(cell.shape, USUAL_NEW_TOKENS),
             threads=1 if side == "workers" else self.threads,
             clock=self.clock,
             tuned=self.tuned(cell),

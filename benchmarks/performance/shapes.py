@@ -18,7 +18,7 @@ CONTEXT = 2048  # positions; no GSM8K example reaches it
 
 @dataclass(frozen=True)
 class Shape:
-    """An untied Llama: width, layers, heads, FFN width, vocabulary."""
+    """A Llama: width, layers, query heads, FFN width, vocabulary; fewer key heads or a tied head where given."""
 
     name: str
     width: int
@@ -26,6 +26,13 @@ class Shape:
     heads: int
     ffn: int
     vocabulary: int
+    key_heads: int | None = None
+    tied: bool = False
+
+    @property
+    def key_width(self) -> int:
+        """Width of all key heads."""
+        return self.width // self.heads * (self.key_heads or self.heads)
 
 
 SHAPES = {
@@ -34,6 +41,7 @@ SHAPES = {
         Shape("S", 256, 6, 4, 688, 8_192),
         Shape("M", 512, 8, 8, 1376, 32_768),
         Shape("V", 512, 8, 8, 1376, 131_072),  # M under a vocabulary as large as they come, for the memory's growth
+        Shape("SmolLM2", 576, 30, 9, 1536, 49_152, key_heads=3, tied=True),  # of SmolLM2-135M
         Shape("tiny", 32, 2, 2, 64, 512),  # for the tests
     )
 }
@@ -85,9 +93,9 @@ def make_model(shape: Shape, tokenizer: Any) -> Any:
             intermediate_size=shape.ffn,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
-            num_key_value_heads=shape.heads,
+            num_key_value_heads=shape.key_heads or shape.heads,
             max_position_embeddings=CONTEXT,
-            tie_word_embeddings=False,
+            tie_word_embeddings=shape.tied,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,

@@ -13,21 +13,30 @@ from benchmarks.performance.rounds import Bench, Cell, load
 from benchmarks.performance.task import OBJECTIVES, Found
 
 REACH: dict[str, dict[str, tuple[float, float]]] = {  # (at least, aim) by shape; memory: at most
-    "sft": {"S": (1.8, 3.5), "M": (3.0, 5.0)},
-    "kl": {"S": (2.5, 4.0), "M": (2.5, 4.0)},
-    "dpo": {"S": (2.0, 4.0), "M": (3.5, 6.0)},
-    "memory": {"S": (0.8, 0.5), "M": (0.5, 0.33)},
-    "pair memory": {"S": (0.6, 0.4), "M": (0.4, 0.25)},
-    "generation": {"S": (1.4, 2.0), "M": (1.4, 2.0)},
+    "sft": {"S": (1.8, 3.5), "M": (3.0, 5.0), "SmolLM2": (3.3, 4.0)},
+    "kl": {"S": (2.5, 4.0), "M": (2.5, 4.0), "SmolLM2": (3.0, 4.0)},
+    "dpo": {"S": (2.0, 4.0), "M": (3.5, 6.0), "SmolLM2": (4.5, 6.0)},
+    "orpo": {"S": (2.0, 4.0), "M": (3.5, 6.0), "SmolLM2": (4.0, 5.0)},
+    "memory": {"S": (0.8, 0.5), "M": (0.5, 0.33), "SmolLM2": (0.5, 0.35)},
+    "pair memory": {"S": (0.6, 0.4), "M": (0.4, 0.25), "SmolLM2": (0.4, 0.3)},
+    "generation": {"S": (1.4, 2.0), "M": (1.4, 2.0), "SmolLM2": (2.5, 4.0)},
 }
-LIKE = {"cft": "sft", "ip": "sft", "orpo": "dpo"}
-HEADER = "| {shape} | ours | peer | ours / peer | spread | at least | aim |\n|---|---|---|---|---|---|---|"
+LIKE = {"cft": "sft", "ip": "sft"}
+HEADER = (
+    "| {shape} | ours | peer | ours / peer | spread | at least | aim | utilisation, ours / peer |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
 Measure = Callable[[Found], float]
+
+
+def rate(found: Found) -> float:
+    """Tokens a second, the reference included."""
+    return found.rate
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: both sides' medians in `unit`, and their ratio in every round."""
+    """One line: both sides' medians in `unit`, their ratio in every round, and their model FLOP utilisations."""
 
     label: str
     ours: float
@@ -35,12 +44,15 @@ class Row:
     ratios: tuple[float, ...]
     unit: str
     reach: tuple[float, float] | None
+    utilisation: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         need = ("", "") if self.reach is None else tuple(f"{x:g}×" for x in self.reach)
         spread = f"{min(self.ratios):.2f}–{max(self.ratios):.2f}, rounds: {len(self.ratios)}"
         values = f"{self.ours:,.0f} {self.unit} | {self.peer:,.0f} {self.unit}"
-        return f"| {self.label} | {values} | **{median(self.ratios):.2f}×** | {spread} | {need[0]} | {need[1]} |"
+        used = "" if self.utilisation is None else " / ".join(f"{x:.0%}" for x in self.utilisation)
+        ratio = f"**{median(self.ratios):.2f}×** | {spread}"
+        return f"| {self.label} | {values} | {ratio} | {need[0]} | {need[1]} | {used} |"
 
 
 def report(out: Path, shapes: tuple[str, ...] = ("S", "M")) -> str:
@@ -75,12 +87,12 @@ def training(bench: Bench, shape: str) -> list[Row]:
     rows = []
     for o in OBJECTIVES:
         reach = REACH[LIKE.get(o, o)].get(shape)
-        rows += row(bench, f"{o.upper()}", Cell(shape, "train", o), lambda f: f.rate, "tok/s", reach)
+        rows += row(bench, f"{o.upper()}", Cell(shape, "train", o), rate, "tok/s", reach)
         if o == "dpo":
             excluded = "DPO, reference excluded"
             rows += row(bench, excluded, Cell(shape, "train", o), lambda f: f.tokens / f.seconds, "tok/s")
             corrupted = Cell(shape, "train", o, "corrupted")
-            rows += row(bench, "DPO, corrupted pairs", corrupted, lambda f: f.rate, "tok/s")
+            rows += row(bench, "DPO, corrupted pairs", corrupted, rate, "tok/s")
         rows += workers(bench, f"{o.upper()}, ours as 2 workers × 1 thread", Cell(shape, "train", o))
     return rows
 
@@ -97,7 +109,7 @@ def memory(bench: Bench, shape: str) -> list[Row]:
 def generation(bench: Bench, shape: str) -> list[Row]:
     cell, reach = Cell(shape, "generate", "answers"), REACH["generation"].get(shape)
     return [
-        *row(bench, "generation", cell, lambda f: f.rate, "new tok/s", reach),
+        *row(bench, "generation", cell, rate, "new tok/s", reach),
         *workers(bench, "generation, ours as 2 workers × 1 thread", cell),
     ]
 
@@ -106,12 +118,15 @@ def row(
     bench: Bench, label: str, cell: Cell, of: Measure, unit: str, reach: tuple[float, float] | None = None
 ) -> list[Row]:
     """The line of one cell, or none where it was not measured on both sides."""
-    ours, peer = ({n: of(f) for n, f in rounds(bench, c, s).items()} for c, s in ((cell, "ours"), (cell.peer, "peer")))
-    both = sorted(ours.keys() & peer.keys())
+    found = rounds(bench, cell, "ours"), rounds(bench, cell.peer, "peer")
+    both = sorted(found[0].keys() & found[1].keys())
     if not both:
         return []
-    ratios = tuple(ours[n] / peer[n] for n in both)
-    return [Row(label, median(ours[n] for n in both), median(peer[n] for n in both), ratios, unit, reach)]
+    ours, peer = ([of(side[n]) for n in both] for side in found)
+    ratios = tuple(a / b for a, b in zip(ours, peer, strict=True))
+    measured = all(side[n].matrix_rate for side in found for n in both)
+    used = [median(side[n].utilisation for n in both) for side in found] if of is rate and measured else None
+    return [Row(label, median(ours), median(peer), ratios, unit, reach, (used[0], used[1]) if used else None)]
 
 
 def workers(bench: Bench, label: str, cell: Cell) -> list[Row]:

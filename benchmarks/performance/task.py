@@ -67,7 +67,7 @@ class Found:
     """Real tokens of the timed steps and their seconds; the reference's share of seconds; memory in MB.
 
     `busy`: cores that other processes kept busy meanwhile. `texts`: how generated answers begin, to see that both
-    sides say the same.
+    sides say the same. `flops`: model FLOPs of the timed work; `matrix_rate`: FLOP/s of a large product right after it.
     """
 
     tokens: int
@@ -78,11 +78,18 @@ class Found:
     before_mb: float = 0.0
     peak_mb: float = 0.0
     busy: float = 0.0
+    flops: float = 0.0
+    matrix_rate: float = 0.0
 
     @property
     def rate(self) -> float:
         """Tokens a second, the reference included."""
         return self.tokens / (self.seconds + self.reference_seconds)
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs a second as a share of the matrix rate, the reference included."""
+        return self.flops / (self.seconds + self.reference_seconds) / self.matrix_rate if self.matrix_rate else 0.0
 
     @property
     def beyond_mb(self) -> float:

@@ -221,16 +221,18 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Estimate a study: trajectories, exact tokens, hours, memory, dollars, disk; by formulas or --measure."""
+    from leeway.study.load import load
+
+    spec = load(study, tuple(overrides or ()))
     from leeway.plan.plan import machine_and_prices
     from leeway.plan.plan import plan as make_plan
-    from leeway.study.load import load
 
     machine, prices = machine_and_prices(gpu, mfu, mbu, price, judge_price)
     if gpu is not None and measure:
         raise LeewayError("--measure times this machine, --gpu names another", fix="leave one of them out")
     if workers is not None and gpu is not None:
         raise LeewayError("--workers runs on this machine, --gpu names another", fix="leave one of them out")
-    planned = make_plan(load(study, tuple(overrides or ())), machine, prices, measure=measure, workers=workers)
+    planned = make_plan(spec, machine, prices, measure=measure, workers=workers)
     typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text(_width()))
 
 
@@ -241,10 +243,12 @@ def show(
     n: Annotated[int, typer.Option("-n", min=1, help="examples per objective")] = 1,
 ) -> None:
     """Print rendered training examples of each objective with their targets marked."""
-    from leeway.plan.show import show as make_text
     from leeway.study.load import load
 
-    typer.echo(make_text(load(study, tuple(overrides or ())), n))
+    spec = load(study, tuple(overrides or ()))
+    from leeway.plan.show import show as make_text
+
+    typer.echo(make_text(spec, n))
 
 
 @app.command(epilog="Example: leeway run study.yaml --out runs/x optim.lr=2e-4")
@@ -259,10 +263,11 @@ def run(
 ) -> None:
     """Run a study; the same command resumes it."""
     from leeway.study.load import load
+
+    spec = load(study, tuple(overrides or ()))  # before the imports: a mistyped name must not wait for torch
     from leeway.study.progress import Reporter
     from leeway.study.run import run as run_study
 
-    spec = load(study, tuple(overrides or ()))
     reporter, into = Reporter(quiet=quiet), out or Path("runs") / spec.name
     page = run_study(spec, into, reporter, _command(), workers, executor, track or ())
     typer.echo(str(page.resolve()))

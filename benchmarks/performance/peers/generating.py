@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.performance import flops
 from benchmarks.performance.peers import lora
 from benchmarks.performance.task import Found, Task
 
@@ -46,7 +47,9 @@ def generate(task: Task, asked: list[str]) -> Found:
     ids = answers(lm, words, asked, task.tuned.batch, task.new_tokens)
     seconds = task.now() - began
     texts = [words.decode(i[:16], skip_special_tokens=True) for i in ids]
-    return Found(sum(map(len, ids)), seconds, setup_seconds=setup, texts=texts)
+    new = [len(i) for i in ids]
+    work = flops.generation(task, [len(_prompt(words, text)) for text in asked], new)
+    return Found(sum(new), seconds, setup_seconds=setup, texts=texts, flops=work)
 
 
 def answers(lm: Any, words: Any, asked: list[str], batch: int, new_tokens: int) -> list[list[int]]:

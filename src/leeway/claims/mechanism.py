@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import pandas as pd
-from scipy.stats import norm
+import scipy
 
 from leeway.claims.comparison import Comparison
 from leeway.claims.schema import Mechanism
@@ -45,9 +45,9 @@ def _strongest(claim: Mechanism, at: pd.DataFrame, name: str) -> Comparison:
     line = known.iloc[int(known["value"].to_numpy().argmax())]
     control = float(line["control_high"]) if line["control_high"] == line["control_high"] else 0.0
     limit = max(claim.margin, control)
-    error = (float(line["high"]) - float(line["low"])) / (2 * norm.ppf(0.975))
+    error = (float(line["high"]) - float(line["low"])) / (2 * scipy.stats.norm.ppf(0.975))
     distance = float(line["value"]) - limit
-    p = float(norm.sf(distance / error)) if error > 0 else float(distance <= 0)
+    p = float(scipy.stats.norm.sf(distance / error)) if error > 0 else float(distance <= 0)
     note = f"the control reaches {control:.2f}" if control > claim.margin else ""
     where = name if line["layer"] < 0 else f"{name}, layer {line['layer'] + 1} {line['site']}"
     return Comparison(

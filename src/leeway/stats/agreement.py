@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
+import scipy
 
 from leeway.stats.intervals import LEVEL, NAN, RESAMPLES, TAILS, Floats, Ints, estimate, wilson
 from leeway.stats.metrics import StatsError
@@ -156,7 +156,7 @@ def rogan_gladen(
 def _lang_reiczigel(
     rate: float, n: int, se: float, sp: float, n_pos: int, n_neg: int, level: float
 ) -> tuple[float, float]:
-    z = float(norm.ppf(0.5 + level / 2))
+    z = float(scipy.stats.norm.ppf(0.5 + level / 2))
     n_, p_ = n + z * z, (n * rate + z * z / 2) / (n + z * z)
     se_, sp_ = (n_pos * se + 1) / (n_pos + 2), (n_neg * sp + 1) / (n_neg + 2)
     youden = se_ + sp_ - 1

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import NDArray
-from scipy.linalg import block_diag
-from scipy.stats import norm
-from scipy.stats import t as student
 
 from leeway.stats import metrics
 from leeway.stats.intervals import CHUNK, LEVEL, NAN, RESAMPLES, TIE, Floats, Ints
@@ -102,7 +100,7 @@ def draws(
         empty = pd.DataFrame(columns=[*CELLS, *(["seed"] if by_seed else [])])
         return Draws(empty, np.empty(0), np.empty((resamples, 0)), np.empty((0, 0)))
     cells = pd.concat([p[0] for p in parts], ignore_index=True)
-    shares_CK = block_diag(*(p[2] for p in parts))  # axes share no cluster
+    shares_CK = scipy.linalg.block_diag(*(p[2] for p in parts))  # axes share no cluster
     return Draws(cells, cells["rate"].to_numpy(float), np.concatenate([p[1] for p in parts], axis=1), shares_CK)
 
 
@@ -322,7 +320,7 @@ def interval(drawn_R: Floats, clusters: int, discordant: int | None = None, leve
     if np.ptp(defined) <= TIE:
         return Interval(NAN, NAN, NAN, "all draws are equal: no interval")
     shrink = float(np.sqrt((clusters - 1) / clusters))
-    tail = float(norm.cdf(student.ppf((1 - level) / 2, clusters - 1) / shrink))
+    tail = float(scipy.stats.norm.cdf(scipy.stats.t.ppf((1 - level) / 2, clusters - 1) / shrink))
     low, high = np.quantile(defined, [tail, 1 - tail])
     note = f"the interval leaves out {undefined:.1%} of draws, in which the value is undefined" if undefined else ""
     return Interval(round(float(low), 10), round(float(high), 10), p_zero(defined, clusters), note)
@@ -333,7 +331,7 @@ def p_zero(defined_R: Floats, clusters: int) -> float:
     below, above = int((defined_R <= 0).sum()), int((defined_R >= 0).sum())
     tail = min(0.5, (min(below, above) + 1) / (len(defined_R) + 1))
     shrink = float(np.sqrt((clusters - 1) / clusters))
-    return float(f"{2 * student.cdf(norm.ppf(tail) * shrink, clusters - 1):.10g}")
+    return float(f"{2 * scipy.stats.t.cdf(scipy.stats.norm.ppf(tail) * shrink, clusters - 1):.10g}")
 
 
 def join_notes(*notes: str) -> str:

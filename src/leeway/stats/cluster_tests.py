@@ -43,8 +43,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.special import chdtri
 
 from leeway.stats.intervals import CHUNK, LEVEL, TIE, Floats, Ints
 
@@ -163,7 +163,7 @@ def bound_draws(
     whole_M = _whole_prompt(sums_CM, weights_CM)
     largest_M = np.maximum((weights_CM * present_M).max(axis=0), 1.0)
     u_R = (rng.permutation(resamples) + 0.5) / resamples  # stratified: less Monte Carlo error
-    one_R, half_R = -np.log(u_R), chdtri(1, u_R) / 2  # upper quantiles of Exp(1) and Gamma(½)
+    one_R, half_R = -np.log(u_R), scipy.special.chdtri(1, u_R) / 2  # upper quantiles of Exp(1) and Gamma(½)
     lower, upper = np.empty((resamples, contrasts)), np.empty((resamples, contrasts))
     for start in range(0, resamples, CHUNK):
         at = slice(start, min(start + CHUNK, resamples))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import beta, binomtest, norm, t
+import scipy
 
 from leeway.stats import intervals
 from leeway.stats.anytime import FIXED, SEQUENTIAL, Anytime
@@ -82,7 +82,7 @@ def _test_log_odds(line: dict[str, object], scored: Pairs) -> None:
     shift = Shift.of(scored)
     low, high = seed_interval(shift.difference, shift.se, scored, limit=math.inf, df=shift.df)
     discordant = len(np.unique(scored.clusters[np.abs(scored.value - scored.base) > TIE]))
-    mde = float(t.ppf(0.5 + LEVEL / 2, shift.df) + t.ppf(POWER, shift.df)) * shift.se
+    mde = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, shift.df) + scipy.stats.t.ppf(POWER, shift.df)) * shift.se
     tail, found = (1 - LEVEL) / 2, {"difference": shift.difference, "se": shift.se, "mde": mde}
     found |= {"low": shift.low(tail), "high": shift.high(tail), "seed_ci_low": low, "seed_ci_high": high}
     found["p"] = min(1.0, 2 * min(shift.p_below(0.0), shift.p_above(0.0)))
@@ -114,19 +114,23 @@ class Shift:
 
     def p_below(self, bound: float) -> float:
         """Return the p-value of H0: difference ≥ bound."""
-        return 1.0 if math.isnan(self.se) else float(t.cdf((self.difference - bound) / self.se, self.df))
+        return 1.0 if math.isnan(self.se) else float(scipy.stats.t.cdf((self.difference - bound) / self.se, self.df))
 
     def p_above(self, bound: float) -> float:
         """Return the p-value of H0: difference ≤ bound."""
-        return 1.0 if math.isnan(self.se) else float(t.sf((self.difference - bound) / self.se, self.df))
+        return 1.0 if math.isnan(self.se) else float(scipy.stats.t.sf((self.difference - bound) / self.se, self.df))
 
     def high(self, alpha: float) -> float:
         """Return the upper one-sided bound of level 1 − alpha."""
-        return math.inf if math.isnan(self.se) else self.difference + float(t.ppf(1 - alpha, self.df)) * self.se
+        if math.isnan(self.se):
+            return math.inf
+        return self.difference + float(scipy.stats.t.ppf(1 - alpha, self.df)) * self.se
 
     def low(self, alpha: float) -> float:
         """Return the lower one-sided bound."""
-        return -math.inf if math.isnan(self.se) else self.difference - float(t.ppf(1 - alpha, self.df)) * self.se
+        if math.isnan(self.se):
+            return -math.inf
+        return self.difference - float(scipy.stats.t.ppf(1 - alpha, self.df)) * self.se
 
 
 def pair_rates(scored: Pairs) -> dict[str, float]:
@@ -218,10 +222,10 @@ def minimal_detectable_effect(se: float, clusters: int, discordant: int) -> floa
     if clusters < MIN_DISCORDANT:
         return NAN
     df = clusters - 1
-    known = 0.0 if math.isnan(se) else float(t.ppf(0.5 + LEVEL / 2, df) + t.ppf(POWER, df)) * se
+    known = 0.0 if math.isnan(se) else float(scipy.stats.t.ppf(0.5 + LEVEL / 2, df) + scipy.stats.t.ppf(POWER, df)) * se
     if discordant >= MIN_DISCORDANT and known:
         return min(known, 1.0)
-    return min(max(known, float(beta.ppf(POWER, MIN_DISCORDANT, clusters - MIN_DISCORDANT + 1))), 1.0)
+    return min(max(known, float(scipy.stats.beta.ppf(POWER, MIN_DISCORDANT, clusters - MIN_DISCORDANT + 1))), 1.0)
 
 
 def items_needed(
@@ -241,7 +245,7 @@ def items_needed(
     if math.isnan(se):
         needed = math.log(alpha) / math.log1p(-min(gap, 1 - 1e-12))
     else:
-        needed = clusters * (float(norm.ppf(1 - alpha) + norm.ppf(power)) * se / gap) ** 2
+        needed = clusters * (float(scipy.stats.norm.ppf(1 - alpha) + scipy.stats.norm.ppf(power)) * se / gap) ** 2
     return float(max(math.ceil(needed - 1e-9) - clusters, 0))
 
 
@@ -251,7 +255,7 @@ def mcnemar(pairs: Pairs) -> float:
     if not binary or len(np.unique(pairs.clusters)) != len(pairs.clusters):
         return NAN
     up, down = int((pairs.value > pairs.base).sum()), int((pairs.value < pairs.base).sum())
-    return float(binomtest(up, up + down).pvalue) if up + down else 1.0
+    return float(scipy.stats.binomtest(up, up + down).pvalue) if up + down else 1.0
 
 
 def seed_interval(
@@ -288,7 +292,9 @@ def seed_interval(
     variance = max(variance - both, SEED_VARIANCE_FLOOR.get(S, SEED_VARIANCE_FLOOR_MORE) * variance)
     high = 0.5 + LEVEL / 2
     prompt_df = C - 1 if math.isnan(df) else df
-    half = math.sqrt((float(t.ppf(high, prompt_df)) * se) ** 2 + float(t.ppf(high, S - 1)) ** 2 * variance)
+    half = math.sqrt(
+        (float(scipy.stats.t.ppf(high, prompt_df)) * se) ** 2 + float(scipy.stats.t.ppf(high, S - 1)) ** 2 * variance
+    )
     return max(difference - half, -limit), min(difference + half, limit)
 
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom, t
+import scipy
 
 from leeway.stats.cluster_tests import MIN_DISCORDANT
 from leeway.stats.contrasts import POWER, by_axis, contrasts
@@ -133,7 +133,7 @@ def power(mean: Floats, square: Floats, discordant: Floats, clusters: int) -> Fl
     if clusters < MIN_DISCORDANT:
         return np.zeros_like(mean)
     deviation = np.sqrt(np.maximum(square - mean**2, NO_VARIANCE) * clusters / (clusters - 1))
-    critical = t.ppf(0.5 + LEVEL / 2, clusters - 1)
-    rejects = t.cdf(mean * np.sqrt(clusters) / deviation - critical, clusters - 1)
-    enough = binom.sf(MIN_DISCORDANT - 1, clusters, np.clip(discordant, 0, 1))
+    critical = scipy.stats.t.ppf(0.5 + LEVEL / 2, clusters - 1)
+    rejects = scipy.stats.t.cdf(mean * np.sqrt(clusters) / deviation - critical, clusters - 1)
+    enough = scipy.stats.binom.sf(MIN_DISCORDANT - 1, clusters, np.clip(discordant, 0, 1))
     return np.asarray(np.minimum(rejects, enough), dtype=np.float64)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy.linalg import block_diag
+import scipy
 
 from leeway.stats.bootstrap import Draws, MeasureCounts, ObjectiveChoice, draw_blocks, draws, interval
 from leeway.stats.budget_curves import (
@@ -99,7 +99,7 @@ def with_distance(drawn: Draws, items: pd.DataFrame, on: Distance, *, seed: int 
         pd.concat([drawn.cells, cells], ignore_index=True),
         np.concatenate([drawn.point_K, cells["rate"].to_numpy(float)]),
         np.concatenate([drawn.drawn_RK, drawn_RK], axis=1),
-        block_diag(drawn.shares_CK, shares_CK),
+        scipy.linalg.block_diag(drawn.shares_CK, shares_CK),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy.stats import beta, binom
+import scipy
 
 from leeway.stats import intervals, metrics
 from leeway.stats.anytime import Anytime, common_prefix, is_sequential, rate_test
@@ -286,9 +286,9 @@ def bounded_rate(
     rate, se = float(share @ x), float(np.sqrt(intervals.cluster_variance(x, strata, clusters)))
     if intervals.is_binary(x) and len(x) == count and strata.min() == strata.max():
         k = round(rate * count)
-        p = float(binom.cdf(k, count, bound)), float(binom.sf(k - 1, count, bound))
-        low = float(beta.ppf(level, k, count - k + 1)) if k else 0.0
-        high = float(beta.ppf(1 - level, k + 1, count - k)) if k < count else 1.0
+        p = float(scipy.stats.binom.cdf(k, count, bound)), float(scipy.stats.binom.sf(k - 1, count, bound))
+        low = float(scipy.stats.beta.ppf(level, k, count - k + 1)) if k else 0.0
+        high = float(scipy.stats.beta.ppf(1 - level, k + 1, count - k)) if k < count else 1.0
         return _directed_test(rate, se, p, (low, high), worse)
     sums_C1, weights_C1 = (np.bincount(clusters, weights=w)[:, None].astype(np.float64) for w in (share * x, share))
     drawn = bound_draws(sums_C1, weights_C1, resamples=resamples, seed=seed, support=(0.0, 1.0))

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.linalg import LinAlgError
-from scipy.stats import f as f_distribution
 
 from leeway.stats.bootstrap import Draws, ObjectiveChoice, Trajectory, draws, interval, join_notes, trajectories
 from leeway.stats.contrasts import add_holm
@@ -240,7 +240,7 @@ def wald_test(slopes_J: Floats, covariance_JJ: Floats, clusters: int) -> WaldTes
     if q < 1 or clusters - q < 1 or (np.abs(rotated[~varies]) > np.sqrt(ZERO)).any():
         return WaldTest(NAN, q, max(clusters - q, 0), NAN, "the covariance of the slopes is singular")
     statistic = float((rotated[varies] ** 2 / values[varies]).sum())
-    p = float(f_distribution.sf(statistic * (clusters - q) / (q * (clusters - 1)), q, clusters - q))
+    p = float(scipy.stats.f.sf(statistic * (clusters - q) / (q * (clusters - 1)), q, clusters - q))
     full = len(slopes_J) - 1
     note = "" if q == full else f"some objectives have identical responses: {q} contrasts instead of {full}"
     return WaldTest(round(statistic, 10), q, clusters - q, float(f"{p:.10g}"), note)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
@@ -39,7 +39,7 @@ def wilson(successes: float, n: float, level: float = LEVEL) -> tuple[float, flo
     """
     if n <= 0:
         raise ValueError("a Wilson interval needs at least one trial")
-    z = float(norm.ppf(0.5 + level / 2))
+    z = float(scipy.stats.norm.ppf(0.5 + level / 2))
     p = successes / n
     centre = p + z * z / (2 * n)
     half = z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))

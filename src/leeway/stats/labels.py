@@ -38,8 +38,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import norm, t
 
 from leeway.stats.agreement import UNDEFINED, RateInterval
 from leeway.stats.intervals import LEVEL, NAN, Floats, Ints, wilson
@@ -140,7 +140,7 @@ def _prompt_effect(hits: NDArray[Any], weights: Floats, prompts: Ints, independe
     left_out_C = (hits_C.sum() - hits_C[kept_C]) / (of_C.sum() - of_C[kept_C])
     variance = (C - 1) / C * float(((left_out_C - left_out_C.mean()) ** 2).sum())
     tail = (1 + LEVEL) / 2
-    return max(1.0, variance / independent * float(t.ppf(tail, C - 1) / norm.ppf(tail)) ** 2)
+    return max(1.0, variance / independent * float(scipy.stats.t.ppf(tail, C - 1) / scipy.stats.norm.ppf(tail)) ** 2)
 
 
 def _prompt_sums(values: Floats, prompts: Ints) -> Floats:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t
+import scipy
 
 from leeway.stats.intervals import LEVEL, NAN, Floats
 from leeway.stats.metrics import PLAIN
@@ -129,7 +129,7 @@ def lower_bound(values_XN: Floats, level: float) -> Floats:
     if n < 2:
         return np.full(values_XN.shape[:-1], NAN)
     error_X = values_XN.std(axis=-1, ddof=1) / np.sqrt(n)
-    return np.asarray(values_XN.mean(axis=-1) - t.ppf(1 - level, n - 1) * error_X, dtype=np.float64)
+    return np.asarray(values_XN.mean(axis=-1) - scipy.stats.t.ppf(1 - level, n - 1) * error_X, dtype=np.float64)
 
 
 def _cue_gap(arm: pd.DataFrame) -> dict[str, float]:

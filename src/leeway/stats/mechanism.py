@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+import scipy
 
 from leeway.hashing import derive_seed
 from leeway.stats.bootstrap import interval, multinomial_weights
@@ -211,7 +211,7 @@ def chance(control_P: Floats) -> float:
     known_P = control_P[~np.isnan(control_P)]
     if not len(known_P):
         return NAN
-    return float(student.ppf(1 - ALPHA / 2, len(known_P)) * np.sqrt((known_P**2).mean()))
+    return float(scipy.stats.t.ppf(1 - ALPHA / 2, len(known_P)) * np.sqrt((known_P**2).mean()))
 
 
 def _mean(value_P: Floats) -> float:

@@ -18,8 +18,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import chi2, t
+import scipy
 
 from leeway.stats.intervals import LEVEL, NAN, Floats
 from leeway.stats.metrics import StatsError
@@ -65,8 +64,8 @@ def combine(effects_K: Floats, covariance_KK: Floats) -> Combined:
     q, expected = _q(y, V, tau2)
     inflate = max(1.0, q / expected) if expected > TINY else 1.0
     se = math.sqrt(float(w @ (V + tau2 * np.eye(K)) @ w) * inflate) / float(w.sum())
-    half = float(t.ppf(0.5 + LEVEL / 2, K - 1)) * se
-    reach = float(t.ppf(0.5 + LEVEL / 2, K - 2)) * math.sqrt(tau2 + se**2) if K > 2 else NAN
+    half = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, K - 1)) * se
+    reach = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, K - 2)) * math.sqrt(tau2 + se**2) if K > 2 else NAN
     q0, expected0 = _q(y, V, 0.0)
     scaled = q0 * (K - 1) / expected0 if expected0 > TINY else NAN
     w = 1 / variance  # DerSimonian & Laird (1986, Control. Clin. Trials 7:177)
@@ -80,11 +79,11 @@ def combine(effects_K: Floats, covariance_KK: Floats) -> Combined:
         se=se,
         low=mean - half,
         high=mean + half,
-        p=float(2 * t.sf(abs(mean) / se, K - 1)),
+        p=float(2 * scipy.stats.t.sf(abs(mean) / se, K - 1)),
         tau2=tau2,
         i2=max(0.0, 1 - (K - 1) / scaled) if scaled > 0 else 0.0,
         q=scaled,
-        p_q=float(chi2.sf(scaled, K - 1)),
+        p_q=float(scipy.stats.chi2.sf(scaled, K - 1)),
         predict_low=mean - reach,
         predict_high=mean + reach,
         tau2_dl=tau2_dl,
@@ -111,4 +110,4 @@ def _tau2(y: Floats, V: Floats) -> float:
     upper = float(np.var(y, ddof=1) + np.diag(V).max())
     while excess(upper) > 0:
         upper *= 2
-    return float(brentq(excess, 0.0, upper, xtol=1e-14))
+    return float(scipy.optimize.brentq(excess, 0.0, upper, xtol=1e-14))

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import t as student
 
 from leeway.stats import metrics
 from leeway.stats.bootstrap import Draws, ObjectiveChoice, Trajectory, draws, interval, join_notes
@@ -181,6 +181,6 @@ def over_objectives(x_K: Floats, y_K: Floats, errors: tuple[float, float, float]
         return float(np.arctanh(np.clip((s_xy - e_xy) / np.sqrt((s_xx - e_xx) * (s_yy - e_yy)), -MAX_R, MAX_R)))
 
     z_J, J = np.array([z(owner_K != j) for j in objectives]), len(objectives)
-    half = float(student.ppf((1 + LEVEL) / 2, J - 1) * np.sqrt((J - 1) / J * ((z_J - z_J.mean()) ** 2).sum()))
+    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, J - 1) * np.sqrt((J - 1) / J * ((z_J - z_J.mean()) ** 2).sum()))
     whole = z(np.ones(len(x_K), dtype=bool))
     return round(float(np.tanh(whole - half)), 10), round(float(np.tanh(whole + half)), 10)

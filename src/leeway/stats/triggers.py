@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t
+import scipy
 
 from leeway.stats.cluster_tests import ALPHA, wild_cluster
 from leeway.stats.contrasts import ContrastMatrix, holm_by_family, pair_rates
@@ -177,9 +177,9 @@ def _student(contrasts: list[Contrast], clusters: Ints, plain: int | None) -> tu
     difference_M = np.array(differences)
     error_M = np.array([np.sqrt((r.sum(axis=1) ** 2).sum()) for r in residuals])
     df_M = np.array([welch_df(r, n) for r, n in zip(residuals, sizes, strict=True)])
-    half_M = t.ppf(0.5 + LEVEL / 2, df_M) * error_M
+    half_M = scipy.stats.t.ppf(0.5 + LEVEL / 2, df_M) * error_M
     with np.errstate(divide="ignore", invalid="ignore"):
-        p_M = 2 * t.sf(np.abs(difference_M) / error_M, df_M)
+        p_M = 2 * scipy.stats.t.sf(np.abs(difference_M) / error_M, df_M)
     p_M = np.where(error_M > 0, p_M, 1.0)  # without variance nothing is rejected
     return np.stack([difference_M, difference_M - half_M, difference_M + half_M]), p_M
 

@@ -12,7 +12,7 @@ from copy import deepcopy
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from ruamel.yaml.error import YAMLError
@@ -20,10 +20,11 @@ from ruamel.yaml.error import YAMLError
 from leeway.claims.schema import read_source
 from leeway.errors import LeewayError, all_faults
 from leeway.io import expand, read_utf8
-from leeway.study.objective_spec import WRITTEN
-from leeway.study.spec import Spec
 from leeway.yaml_config import dump, faults, nearest, package_data, problem, read
 from leeway.yaml_config import load as load_yaml
+
+if TYPE_CHECKING:
+    from leeway.study.spec import Spec
 
 PRESETS: dict[str, str] = {
     "demo": "the embedded organism, six objectives, a few minutes on a CPU, no download",
@@ -101,6 +102,9 @@ def parse(text: str, where: str, overrides: tuple[str, ...] = (), folder: Path |
     places += _resolve_auto(raw, where)
     _read_claims(raw, None)
     values = [f"{place}: {dump(_at(raw, place), flow=True).strip()}" for place in places]
+    from leeway.study.objective_spec import WRITTEN  # here, because objectives import torch, which takes seconds
+    from leeway.study.spec import Spec
+
     try:
         return Spec.model_validate(raw, context=WRITTEN).with_resolved_defaults(values)
     except ValidationError as error:
