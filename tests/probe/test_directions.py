@@ -70,12 +70,16 @@ def test_a_file_of_directions_comes_back_as_it_was(context: ProbeContext, tmp_pa
     assert torch.equal(again.mean_LPD, own.mean_LPD)
     assert replace(again, mean_LPD=own.mean_LPD, norm_LP=own.norm_LP) == replace(own)
     assert again.limits == ""
-    again.check(own.model_hash, 32, 2)
+    names = context.positions.names
+    again.check(own.model_hash, 32, 2, names)
     with pytest.raises(LeewayError, match=r"made on the model .*, and the base here is other"):
-        again.check("other", 32, 2)
-    again.check("other", 32, 2, other_model=True)
+        again.check("other", 32, 2, names)
+    again.check("other", 32, 2, names, other_model=True)
     with pytest.raises(LeewayError, match="made for 2 layers of width 32, and the model has 30 of 576"):
-        again.check(own.model_hash, 576, 30)
+        again.check(own.model_hash, 576, 30, names)
+    where = r"made at \d+ positions of a template \(.*\), and .* has 2 \(instruction, -1\)"
+    with pytest.raises(LeewayError, match=where):
+        again.check(own.model_hash, 32, 2, ("instruction", "-1"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other tensors", "another position", "not finite", "missing"])

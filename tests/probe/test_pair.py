@@ -106,6 +106,24 @@ def test_own_activations_change_nothing_and_all_of_the_bases_give_the_base(
     assert max(errors) < 1e-5
 
 
+def test_controls_of_some_prompts_are_those_of_all(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = tiny_context(pair_of("lora", models["llama"]))
+    ids = [p.id for p in tuned.prompts.of("test", "harmful")]
+    found = []
+    for least in (len(ids), 2):
+        monkeypatch.setattr("leeway.probe.context.CONTROLS", least)
+        values = [*patching.measure(tuned), *adapter_layers.measure(tuned)]
+        kept = [v for v in values if v.detail == patching.INTO_CHECKPOINT or v.measure == adapter_layers.LEAVE_OUT]
+        found.append({(v.measure, v.item_id, v.layer, v.site): v.control for v in kept})
+    every, some = found
+    assert not any(map(math.isnan, every.values()))
+    assert {key[1] for key, control in some.items() if not math.isnan(control)} == set(ids[::4])
+    for key, control in some.items():
+        assert math.isnan(control) or control == pytest.approx(every[key], abs=2e-5)
+    left = [m for m in tuned.model.lm.modules() if "lora_A" in m._modules and "forward" in vars(m)]
+    assert left == []
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_delta_is_the_difference_of_the_weights(kind: adapters.Kind, models: dict[str, Path]) -> None:
     folder = models["qwen3"]

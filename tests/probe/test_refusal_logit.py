@@ -17,7 +17,8 @@ from leeway.model.load import load_model
 from leeway.model.packing import Flat
 from leeway.probe.hooks import ablate_everywhere, addition
 from leeway.probe.pair import ModelPair
-from leeway.probe.refusal_logit import OpeningTree, Pass, PromptBatch, refusal_logits
+from leeway.probe.passes import Pass, PromptBatch
+from leeway.probe.refusal_logit import OpeningTree, refusal_logits
 
 CPU = torch.device("cpu")
 Record = Callable[[str, object], None]
@@ -36,12 +37,15 @@ def test_tree_window_and_later_blocks_equal_plain_passes(
     worst = {"tree": 0.0, "window": 0.0, "block": 0.0}
     for chosen, batch in context.batches(context.prompts.of("test", "harmful")):
         assert batch.width > 64
-        every = {(k, "input"): slice(None) for k in range(len(side.blocks))}
-        run = context.run(side, batch, window=True)
-        hidden_BLD, inputs = run.whole(record=every)
+        assert batch.start > 0
+        run, blockwise = context.run(side, batch, window=True), context.run(side, batch, blockwise=True)
+        hidden_BLD, _ = run.whole()
+        blockwise.whole()
         logit_B = refusal_logits(model, tree, hidden_BLD)
         plain = [enumerated_logit(model, tree, ids) for ids in context.ids(chosen)]
         worst["tree"] = max(worst["tree"], float((logit_B - torch.tensor(plain)).abs().max()))
+        some = list(range(0, len(chosen), 3))
+        joined = context.run(side, batch.rows(some).joined())
         for layer in range(len(side.blocks)):
             moved_D = torch.linspace(-2, 2, hidden_BLD.shape[-1])
             for site in ("attn", "mlp", "resid"):
@@ -54,13 +58,20 @@ def test_tree_window_and_later_blocks_equal_plain_passes(
                     return found
 
                 whole_BLD, _ = Pass(model, side.blocks, batch).whole({(layer, site): late})
-                again_BQD = run.again({(layer, site): late})
+                again_BQD = run.again([{(layer, "resid"): lambda x: x}, {(layer, site): late}])[1]
+                part_BQD = run.only(some).again([{(layer, site): late}])[0]
                 assert not torch.allclose(whole_BLD, hidden_BLD)
-                gap = refusal_logits(model, tree, again_BQD) - refusal_logits(model, tree, whole_BLD)
-                worst["window"] = max(worst["window"], float(gap.abs().max()))
-            later_BLD, _ = run.from_layer(layer, inputs[layer, "input"])
-            gap = refusal_logits(model, tree, later_BLD) - logit_B
-            worst["block"] = max(worst["block"], float(gap.abs().max()))
+                whole_B, again_B, part_B = (refusal_logits(model, tree, h) for h in (whole_BLD, again_BQD, part_BQD))
+                gaps = again_B - whole_B, part_B - whole_B[some]
+                worst["window"] = max(worst["window"], *(float(gap.abs().max()) for gap in gaps))
+            later_BLD, stream_BKD = blockwise.from_block(layer, (layer, "input"))
+            assert torch.equal(stream_BKD, blockwise.input_of(layer))
+            state_BKD = stream_BKD[some]
+            both_VBKD = joined.from_state(layer, state_BKD, [{}, {(layer, "input"): lambda x: x + 1}])
+            later_B, some_B = (refusal_logits(model, tree, h) for h in (later_BLD, both_VBKD[0]))
+            gaps = later_B - logit_B, some_B - logit_B[some]
+            worst["block"] = max(worst["block"], *(float(gap.abs().max()) for gap in gaps))
+            assert not torch.allclose(both_VBKD[0], both_VBKD[1])
     record_property("measured", f"refusal logit, {kind}: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
     assert {k: v for k, v in worst.items() if v > 2e-5} == {}
 
@@ -87,11 +98,17 @@ def test_edits_outside_the_window_need_a_whole_pass(models: dict[str, Path]) -> 
     run = context.run(side, batch, window=True)
     run.whole()
     edits = ablate_everywhere(side.blocks, unit_D)
-    whole_BLD, kept = context.run(side, batch).whole(edits, {(1, "resid"): slice(None)})
+    whole_BLD, kept = context.run(side, batch).whole(record={(1, "resid"): slice(None)}, everywhere=edits)
     assert float((kept[1, "resid"] @ unit_D).abs().max()) < 1e-5
-    assert not torch.allclose(run.again(edits), whole_BLD[:, batch.width - context.positions.window :], atol=1e-4)
-    added_BLD, _ = context.run(side, batch).whole({(0, "input"): addition(unit_D)})
-    assert not torch.allclose(added_BLD, whole_BLD, atol=1e-4)
+    window = slice(batch.width - context.positions.window, None)
+    assert not torch.allclose(run.again([edits])[0], whole_BLD[:, window], atol=1e-4)
+    for own in (edits, {(0, "input"): addition(unit_D)}):  # the common start takes part
+        edited_BLD, _ = context.run(side, batch).whole(everywhere=own)
+        joined_BKD, _ = context.run(side, batch.joined()).whole(own)
+        real_BL = batch.sees_BLK[:, batch.width - 1, batch.start :]
+        torch.testing.assert_close(edited_BLD[real_BL], joined_BKD[:, batch.start :][real_BL], rtol=1e-4, atol=1e-5)
+        rest_BLD, _ = context.run(side, batch).whole(own)
+        assert not torch.allclose(rest_BLD[real_BL], edited_BLD[real_BL], atol=1e-4)
 
 
 def test_openings_are_disjoint_paths_of_tokens() -> None:

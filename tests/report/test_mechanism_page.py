@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -183,6 +184,21 @@ def test_seeds_are_averaged_and_a_place_is_named_in_all_or_not():
     assert not found["named"]
     assert len(both) == len(table)
     assert list(both.columns) == [c for c in table.columns if c != "seed"]
+
+
+def test_differences_from_the_reference_are_said_if_every_seed_shows_them():
+    table, paired = probed.tables((100_000,))
+    own = probe(pd.concat([table, table.assign(seed=1)]))
+    numbers = ["difference", "low", "high"]
+    half, turned = paired.assign(seed=1), paired.assign(seed=1)
+    half[numbers] *= 0.5
+    turned[numbers] = -turned[["difference", "high", "low"]].to_numpy()
+    said = []
+    for other in (half, turned, paired.assign(seed=1, p=0.2)):
+        found = mechanism.verdict(replace(own, contrasts=pd.concat([paired, other])))
+        said.append([text for text in found if text.startswith("KL against SFT")])
+    assert "restores 0.900 nats (95% CI 0.550 to 1.300) less" in said[0][0]
+    assert said[1:] == [[], []]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from leeway.errors import LeewayError
 from leeway.hashing import file_digest
 from leeway.report.results import Results
 from leeway.stats import mechanism
+from leeway.study.jobs import Job
+from leeway.study.probing import split_jobs
 from leeway.study.run import Study
 from leeway.yaml_config import load as load_yaml
 
@@ -93,6 +95,14 @@ def test_a_checkpoint_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "checkpoints" / "kl")
     with pytest.raises(LeewayError, match="the checkpoint of kl s0 at 1,000 tokens is not in"):
         probe_again(copy, PROBE)
+
+
+def test_several_workers_share_the_measures_of_a_checkpoint() -> None:
+    base = Job("probe", "base")
+    checkpoint = Job("probe", "sft", 0, (1_000,), (base,))
+    parts = split_jobs([base, checkpoint], ("geometry", "layers", "patching", "depth"))
+    assert [p.measures for p in parts] == [(), ("layers",), ("patching",), ("geometry", "depth")]
+    assert all(p.after == (base,) and p.budgets == (1_000,) for p in parts[1:])
 
 
 def test_a_probe_changes_no_hash_of_a_study() -> None:

@@ -6,21 +6,23 @@
 for attention and MLP apart (each with the norms around it). Exact for LoRA, rsLoRA, DoRA and whole weights: nothing is
 approximated or merged. A value is a prompt's difference; `scale` is L(base) − L(ckpt) for leaving out and
 L(ckpt) − L(base) for one alone. `control`: what the part adds to the stream changes as much at each position, in a
-random direction, another one for every prompt (measured for leaving out, on which claims rest). Ours.
+random direction, another one for every prompt (measured for leaving out, on which claims rest, on at least `CONTROLS`
+of the prompts). Ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import torch
 from torch import Tensor
 
-from leeway.probe.context import ProbeContext, Value, random_units
-from leeway.probe.hooks import Point, moved_as_far
+from leeway.probe.context import ProbeContext, Value, controlled, random_units
+from leeway.probe.hooks import moved_as_far
 from leeway.probe.pair import LAYER_SITES, Side
+from leeway.probe.passes import Pass
 from leeway.probe.patching import _rows
-from leeway.probe.prompts import ProbePrompt
-from leeway.probe.refusal_logit import PromptBatch, refusal_logits
+from leeway.probe.refusal_logit import refusal_logits
 
 LEAVE_OUT, ALONE = "leave-one-out", "one-alone"
 
@@ -29,40 +31,63 @@ def measure(context: ProbeContext) -> list[Value]:
     """Return every prompt's change of the refusal logit for each part of the update, left out and alone."""
     base, tuned = context.pair.base, context.pair.checkpoint
     found: list[Value] = []
-    for chosen, batch in context.batches(context.prompts.of("test", "harmful")):
-        (logit_base_B, in_base), (logit_tuned_B, in_tuned) = (_inputs(context, s, batch) for s in (base, tuned))
-        for name, side, state, plain_B, gap_B in (
-            (LEAVE_OUT, tuned, in_tuned, logit_tuned_B, logit_base_B - logit_tuned_B),
-            (ALONE, base, in_base, logit_base_B, logit_tuned_B - logit_base_B),
-        ):
-            for point in ((k, site) for k in range(len(side.blocks)) for site in LAYER_SITES):
-                logit_B, control_B = _switched(context, side, point, state[point[0], "input"], (chosen, batch))
-                control_B = None if control_B is None else control_B - plain_B
-                found += _rows(name, chosen, *point, "", (logit_B - plain_B, control_B, gap_B))
+    prompts = context.prompts.of("test", "harmful")
+    with_control = controlled(prompts)
+    for chosen, batch in context.batches(prompts):
+        runs = [context.run(side, batch, blockwise=True) for side in (base, tuned)]
+        plain = [_plain(context, side, run) for side, run in zip((base, tuned), runs, strict=True)]
+        rows = [i for i, p in enumerate(chosen) if p.id in with_control]
+        for layer in range(len(base.blocks)):
+            left_out, others = _switched(context, tuned, runs[1], layer, record=bool(rows))
+            alone, _ = _switched(context, base, runs[0], layer, record=False)
+            control_VB = torch.full((len(LAYER_SITES), len(chosen)), float("nan"), dtype=torch.float64)
+            if rows:
+                control_VB[:, rows] = _controls(context, runs[1], layer, others, ([p.id for p in chosen], rows))
+            for site, out_B, alone_B, control_B in zip(LAYER_SITES, left_out, alone, control_VB, strict=True):
+                values = out_B - plain[1], control_B - plain[1], plain[0] - plain[1]
+                found += _rows(LEAVE_OUT, chosen, layer, site, "", values)
+                found += _rows(ALONE, chosen, layer, site, "", (alone_B - plain[0], None, plain[1] - plain[0]))
     return found
 
 
+def _plain(context: ProbeContext, side: Side, run: Pass) -> Tensor:
+    """Return a batch's refusal logits, [B]; the pass keeps every block's input."""
+    with side.active():
+        hidden_BLD, _ = run.whole()
+    return refusal_logits(side.model, context.tree, hidden_BLD)
+
+
 def _switched(
-    context: ProbeContext, side: Side, point: Point, state_BLD: Tensor, batch: tuple[Seq[ProbePrompt], PromptBatch]
-) -> tuple[Tensor, Tensor | None]:
-    """Return a batch's refusal logits with the other side's weights in one part, and under its control, [B] each."""
-    layer, site = point
-    run = context.run(side, batch[1])
-    with side.active():
-        with context.pair.part(layer, site, tuned=side is context.pair.base):
-            hidden_BLD, kept = run.from_layer(layer, state_BLD, record={point: slice(None)})
-        logit_B = refusal_logits(side.model, context.tree, hidden_BLD)
-        if side is context.pair.base:
-            return logit_B, None
-        other_BLD = kept[point]
-        unit_BD = random_units(other_BLD.shape[-1], "layers", *point, prompts=[p.id for p in batch[0]])
-        control_BLD, _ = run.from_layer(layer, state_BLD, {point: moved_as_far(other_BLD, unit_BD)})
-    return logit_B, refusal_logits(side.model, context.tree, control_BLD)
+    context: ProbeContext, side: Side, run: Pass, layer: int, *, record: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the logits with the other side's weights in a block's attention, and in its MLP, [B] each.
+
+    With `record` also what the switched part adds to the stream at all positions, [B, K, D] each.
+    """
+    logits, added = [], []
+    for site in LAYER_SITES:
+        with side.active(), context.pair.part(layer, site, tuned=side is context.pair.base):
+            hidden_BLD, other_BKD = run.from_block(layer, (layer, site) if record else None)
+        logits.append(refusal_logits(side.model, context.tree, hidden_BLD))
+        if other_BKD is not None:
+            added.append(other_BKD)
+    return logits, added
 
 
-def _inputs(context: ProbeContext, side: Side, batch: PromptBatch) -> tuple[Tensor, dict[Point, Tensor]]:
-    """Return a batch's refusal logits and every block's input at all its positions."""
-    every: dict[Point, slice | list[int]] = {(k, "input"): slice(None) for k in range(len(side.blocks))}
-    with side.active():
-        hidden_BLD, kept = context.run(side, batch).whole(record=every)
-    return refusal_logits(side.model, context.tree, hidden_BLD), kept
+def _controls(
+    context: ProbeContext, run: Pass, layer: int, others: Seq[Tensor], chosen: tuple[Seq[str], list[int]]
+) -> Tensor:
+    """Return the checkpoint's logits with each part's output moved as far as the switch moves it, [sites, rows].
+
+    Every prompt moves in its own random direction, so the common start runs with each prompt.
+    """
+    ids, rows = chosen
+    tuned, variants = context.pair.checkpoint, []
+    for site, other_BKD in zip(LAYER_SITES, others, strict=True):
+        prompts = [ids[i] for i in rows]
+        unit_BD = random_units(other_BKD.shape[-1], "layers", layer, site, prompts=prompts)
+        variants.append({(layer, site): moved_as_far(other_BKD[rows], unit_BD)})
+    apart = context.run(tuned, run.batch.rows(rows).joined())
+    with tuned.active():
+        hidden_VBKD = apart.from_state(layer, run.input_of(layer)[rows], variants)
+    return refusal_logits(tuned.model, context.tree, hidden_VBKD.flatten(0, 1)).view(len(variants), -1)

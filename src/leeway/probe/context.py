@@ -16,13 +16,15 @@ from leeway.hashing import derive_seed
 from leeway.model.load import Model
 from leeway.probe.hooks import Point
 from leeway.probe.pair import ModelPair, Side
+from leeway.probe.passes import Pass, PromptBatch
 from leeway.probe.prompts import Positions, ProbePrompt, PromptSets
-from leeway.probe.refusal_logit import Ids, OpeningTree, Pass, PromptBatch
+from leeway.probe.refusal_logit import Ids, OpeningTree
 
 if TYPE_CHECKING:
     from leeway.probe.directions import Directions
 
 BATCH = 16  # prompts in a forward pass
+CONTROLS = 32  # prompts behind a control along random directions, if there are twice as many
 NAN = float("nan")
 WHOLE = -1  # the layer of a value that belongs to none
 
@@ -82,16 +84,20 @@ class ProbeContext:
         return [chat.prompt_ids([{"role": "user", "content": p.text}]) for p in prompts]
 
     def batches(self, prompts: Seq[ProbePrompt]) -> Iterator[tuple[Seq[ProbePrompt], PromptBatch]]:
-        """Yield prompts in batches of similar length, with their tokens and the tree of refusal openings."""
-        ids = self.ids(prompts)
+        """Yield prompts in batches of similar length, with the tree of refusal openings behind them.
+
+        The common start leaves the window's positions to each prompt.
+        """
+        ids, keep = self.ids(prompts), self.positions.window
         order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), i))
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            yield [prompts[i] for i in chosen], PromptBatch.of([ids[i] for i in chosen], self.tree, self.model.device)
+            batch = PromptBatch.of([ids[i] for i in chosen], self.tree, self.model.device, keep)
+            yield [prompts[i] for i in chosen], batch
 
-    def run(self, side: Side, batch: PromptBatch, *, window: bool = False) -> Pass:
-        start = batch.width - self.positions.window if window else 0
-        return Pass(side.model, side.blocks, batch, start)
+    def run(self, side: Side, batch: PromptBatch, *, window: bool = False, blockwise: bool = False) -> Pass:
+        first = batch.width - self.positions.window if window else None
+        return Pass(side.model, side.blocks, batch, first, blockwise)
 
 
 def states(context: ProbeContext, side: Side, prompts: Seq[ProbePrompt]) -> Tensor:
@@ -114,6 +120,11 @@ def states(context: ProbeContext, side: Side, prompts: Seq[ProbePrompt]) -> Tens
             found[layer, rows] = kept[layer, "resid"].float().cpu()
     assert found is not None
     return found
+
+
+def controlled(prompts: Seq[ProbePrompt]) -> set[str]:
+    """Return the ids of the prompts on which a control along random directions is measured: at least `CONTROLS`."""
+    return {p.id for p in prompts[:: max(1, len(prompts) // CONTROLS)]}
 
 
 def random_unit(size: int, *key: object) -> Tensor:

@@ -133,12 +133,18 @@ class Directions:
         if not torch.isfinite(self.mean_LPD).all() or sum(c.chosen for c in self.table) != 1:
             raise ValueError("a direction is not finite, or none is chosen")
 
-    def check(self, model_hash: str, width: int, layers: int, *, other_model: bool = False) -> None:
-        """Raise LeewayError unless the directions are of this base (or, with `other_model`, of its shape)."""
+    def check(
+        self, model_hash: str, width: int, layers: int, positions: Seq[str], *, other_model: bool = False
+    ) -> None:
+        """Raise LeewayError unless the directions are of this base and template (`other_model`: of its shape)."""
         count, _, size = self.mean_LPD.shape
         if (count, size) != (layers, width):
             what = f"directions: made for {count} layers of width {size}, and the model has {layers} of {width}"
             raise LeewayError(what, fix="give directions of this model's base")
+        if self.positions != tuple(positions):
+            what = f"directions: made at {len(self.positions)} positions of a template ({', '.join(self.positions)}), "
+            what += f"and the template here has {len(positions)} ({', '.join(positions)})"
+            raise LeewayError(what, fix="give directions made under this chat template, or leave --directions out")
         if self.model_hash != model_hash and not other_model:
             what = f"directions: made on the model {self.model_hash}, and the base here is {model_hash}"
             raise LeewayError(what, fix="give directions of this base, or leave --directions out to compute them")
@@ -251,7 +257,7 @@ class _Effects:
         model, root = self.side.model, len(self.context.tree.nodes)
         for chosen, batch in self.context.batches(prompts):
             with self.side.active():
-                hidden_BLD, _ = self.context.run(self.side, batch).whole(edits)
+                hidden_BLD, _ = self.context.run(self.side, batch).whole(everywhere=edits)
             total += float(refusal_logits(model, self.context.tree, hidden_BLD).sum())
             if distributions:
                 logp_BV = model.head.logits(hidden_BLD[:, -root]).log_softmax(-1)

@@ -26,7 +26,7 @@ from leeway.hashing import digest
 from leeway.probe.context import BATCH, ProbeContext, Value, random_units
 from leeway.probe.hooks import Edit, Point, edited
 from leeway.probe.pair import ModelPair, Side
-from leeway.probe.refusal_logit import PromptBatch, attention_mask
+from leeway.probe.passes import PromptBatch, attention_mask
 
 ARMS = ("base", "checkpoint", "put back", "random")
 
@@ -117,7 +117,7 @@ class StepwiseBackend:
         caches = [DynamicCache() for _ in sides]
         answers: list[list[int]] = [[] for _ in ids]
         open_rows = set(range(len(ids)))
-        ids_BQ, position_BL, sees_BQL = batch.ids_BL, batch.position_BL, batch.sees_BLL
+        ids_BQ, position_BL, sees_BQL = batch.ids_BL, batch.position_BL, batch.sees_BLK
         for _ in range(limit):
             hidden_BD = self._step(sides, caches, ids_BQ, position_BL, sees_BQL)
             token_B = sides[-1].model.head.logits(hidden_BD).argmax(-1)

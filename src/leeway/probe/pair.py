@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,12 +46,12 @@ class ModelPair:
         """
         checkpoint.lm.eval()
         blocks = Blocks.of(checkpoint)
-        tuned = Side(checkpoint, blocks, nullcontext)
+        tuned = Side(checkpoint, blocks, lambda: direct(checkpoint.lm))
         if base is None and is_low_rank(checkpoint):
-            return cls(Side(checkpoint, blocks, lambda: switched(checkpoint.lm, on=False)), tuned)
+            return cls(Side(checkpoint, blocks, lambda: _base_of(checkpoint.lm)), tuned)
         other = base or checkpoint
         other.lm.eval()
-        return cls(Side(other, Blocks.of(other), nullcontext), tuned)
+        return cls(Side(other, Blocks.of(other), lambda: direct(other.lm)), tuned)
 
     @property
     def is_switched(self) -> bool:
@@ -112,6 +113,46 @@ def switched(inside: Any, *, on: bool) -> Iterator[None]:
     finally:
         for layer, state in states:
             layer._disable_adapters = state
+
+
+@contextmanager
+def _base_of(lm: Any) -> Iterator[None]:
+    with direct(lm), switched(lm, on=False):
+        yield
+
+
+@contextmanager
+def direct(lm: Any) -> Iterator[None]:
+    """Let plain LoRA layers add their update to the output in one product, in the dtype of the weights.
+
+    peft adds it in float32, by five passes over inputs and outputs, which takes as long as the layer's own product.
+    Both round the sum to that dtype. Other kinds of adapters run as they are.
+    """
+    plain = [m for m in lm.modules() if _is_plain_lora(m)] if hasattr(lm, "peft_config") else []
+    for layer in plain:
+        layer.forward = partial(_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in plain:
+            del layer.forward
+
+
+def _is_plain_lora(module: nn.Module) -> bool:
+    from peft.tuners.lora import Linear
+
+    if not isinstance(module, Linear) or module.merged or module.active_adapters != ["default"]:
+        return False
+    return type(module.base_layer) is nn.Linear and not module.lora_variant and not module.lora_bias["default"]
+
+
+def _forward(layer: Any, x_BQD: Tensor) -> Tensor:
+    y_BQO = nn.functional.linear(x_BQD, layer.base_layer.weight, layer.base_layer.bias)
+    if not layer.disable_adapters:
+        a_RD, b_OR = (w["default"].weight.to(x_BQD.dtype) for w in (layer.lora_A, layer.lora_B))
+        low_CR = nn.functional.linear(x_BQD, a_RD).flatten(0, -2)
+        y_BQO.flatten(0, -2).addmm_(low_CR, b_OR.T, alpha=layer.scaling["default"])
+    return y_BQO
 
 
 def delta(pair: ModelPair, layer: int, site: Site) -> list[tuple[str, Tensor]]:

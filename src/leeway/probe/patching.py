@@ -8,7 +8,7 @@ activations replace the other's at the positions from the instruction's last tok
 the refusal openings after it run on in the patched model. A value is a prompt's numerator, its `scale` the
 denominator; `control` is the numerator if the activation moves as far at each position in a random direction, another
 one for every prompt: what one direction does by chance is then seen in the spread over prompts (measured for patches
-into the checkpoint, the direction that claims rest on).
+into the checkpoint, the direction that claims rest on, on at least `CONTROLS` of the prompts).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leeway.probe.context import ProbeContext, Value, random_units
+from leeway.probe.context import ProbeContext, Value, controlled, random_units
 from leeway.probe.hooks import Edit, Point, Site, moved_as_far, replacement
-from leeway.probe.pair import Side
+from leeway.probe.pair import LAYER_SITES, Side
+from leeway.probe.passes import At, Edits, Pass, PromptBatch
 from leeway.probe.prompts import ProbePrompt
-from leeway.probe.refusal_logit import Pass, PromptBatch, refusal_logits
+from leeway.probe.refusal_logit import refusal_logits
 
 INTO_CHECKPOINT, INTO_BASE = "base to checkpoint", "checkpoint to base"
 SITES: tuple[Site, ...] = ("resid", "attn", "mlp")
@@ -34,15 +35,23 @@ WINDOWS = 6  # windows of adjacent layers, attention and MLP together
 def measure(context: ProbeContext) -> list[Value]:
     """Return every prompt's effect of every patch, and the refusal logits of both models on all test prompts."""
     found: list[Value] = []
-    for chosen, batch in context.batches(context.prompts.of("test", "harmful")):
+    prompts = context.prompts.of("test", "harmful")
+    with_control = controlled(prompts)
+    for chosen, batch in context.batches(prompts):
         runs = [_Run.of(context, side, batch) for side in (context.pair.base, context.pair.checkpoint)]
         found += _logit_rows(chosen, runs)
+        rows = [i for i, p in enumerate(chosen) if p.id in with_control]
         for into, source, detail in ((runs[1], runs[0], INTO_CHECKPOINT), (runs[0], runs[1], INTO_BASE)):
             scale_B = source.logit_B - into.logit_B
-            for layer, site, edits, control in _patches(context, into, source, [p.id for p in chosen]):
-                effect_B = into.effect(edits)
-                control_B = into.effect(control) if detail == INTO_CHECKPOINT else None
-                found += _rows("patching", chosen, layer, site, detail, (effect_B, control_B, scale_B))
+            some = (into.only(rows), source.only(rows)) if rows and detail == INTO_CHECKPOINT else None
+            ids = [chosen[i].id for i in rows]
+            for places in _places(len(into.side.blocks)):
+                effect_VB = into.effects([_patch(source, points) for *_, points in places])
+                control_VB = torch.full_like(effect_VB, float("nan"))
+                if some:
+                    control_VB[:, rows] = some[0].effects([_control(*some, points, ids) for *_, points in places])
+                for (layer, site, _), effect_B, control_B in zip(places, effect_VB, control_VB, strict=True):
+                    found += _rows("patching", chosen, layer, site, detail, (effect_B, control_B, scale_B))
     return found + _harmless_logits(context)
 
 
@@ -59,45 +68,54 @@ class _Run:
     @classmethod
     def of(cls, context: ProbeContext, side: Side, batch: PromptBatch) -> _Run:
         window = slice(batch.width - context.positions.window, batch.width)
-        points: dict[Point, slice | list[int]] = {
-            (layer, site): window for layer in range(len(side.blocks)) for site in SITES
-        }
+        points: dict[Point, At] = {(layer, site): window for layer in range(len(side.blocks)) for site in SITES}
         run = context.run(side, batch, window=True)
         with side.active():
             hidden_BLD, kept = run.whole(record=points)
         return cls(context, side, run, refusal_logits(side.model, context.tree, hidden_BLD), kept)
 
-    def effect(self, edits: Mapping[Point, Edit]) -> Tensor:
-        """Return how much the edits change each prompt's logit, [B]: only the blocks from the first edit on run."""
+    def only(self, rows: list[int]) -> _Run:
+        """Return the run of some of the prompts."""
+        kept = {point: x_BQD[rows] for point, x_BQD in self.kept.items()}
+        return _Run(self.context, self.side, self.run.only(rows), self.logit_B[rows], kept)
+
+    def effects(self, variants: Seq[Edits]) -> Tensor:
+        """Return how much each set of edits changes each prompt's logit, [V, B]."""
         with self.side.active():
-            hidden_BQD = self.run.again(edits)
-        return refusal_logits(self.side.model, self.context.tree, hidden_BQD) - self.logit_B
+            hidden_VBQD = self.run.again(variants)
+        logit_V = refusal_logits(self.side.model, self.context.tree, hidden_VBQD.flatten(0, 1))
+        return logit_V.view(len(variants), -1) - self.logit_B
+
+    @property
+    def window(self) -> slice:
+        return slice(0, self.context.positions.window)
 
 
-def _patches(
-    context: ProbeContext, into: _Run, source: _Run, prompts: Seq[str]
-) -> Iterator[tuple[int, str, dict[Point, Edit], dict[Point, Edit]]]:
-    """Yield (layer, site, the patch's edits, its control's) for every layer and site, then windows of layers."""
-    window, layers = slice(0, context.positions.window), len(into.side.blocks)
+Points = tuple[Point, ...]
 
-    def edits(points: Seq[Point]) -> tuple[dict[Point, Edit], dict[Point, Edit]]:
-        patch, control = dict[Point, Edit](), dict[Point, Edit]()
-        for point in points:
-            own_BQD, other_BQD = into.kept[point], source.kept[point]
-            patch[point] = replacement(window, other_BQD)
-            unit_BD = random_units(own_BQD.shape[-1], "patching", *point, prompts=prompts)
-            control[point] = replacement(window, moved_as_far(other_BQD, unit_BD)(own_BQD))
-        return patch, control
 
+def _places(layers: int) -> Iterator[list[tuple[int, str, Points]]]:
+    """Yield (layer, site, patched points) of every patch: a layer's sites together, then each window of layers."""
     for layer in range(layers):
-        for site in SITES:
-            yield layer, site, *edits([(layer, site)])
+        yield [(layer, site, ((layer, site),)) for site in SITES]
     size = max(2, -(-layers // WINDOWS))
     for start in range(0, layers, size):
-        members: list[Point] = [
-            (layer, s) for layer in range(start, min(start + size, layers)) for s in ("attn", "mlp")
-        ]
-        yield start, f"layers {start + 1}-{min(start + size, layers)}", *edits(members)
+        stop, sites = min(start + size, layers), LAYER_SITES
+        yield [(start, f"layers {start + 1}-{stop}", tuple((k, s) for k in range(start, stop) for s in sites))]
+
+
+def _patch(source: _Run, points: Points) -> Edits:
+    return {point: replacement(source.window, source.kept[point]) for point in points}
+
+
+def _control(into: _Run, source: _Run, points: Points, prompts: Seq[str]) -> Edits:
+    """Return the edits that move the same activations as far, along each prompt's own random direction."""
+    edits = dict[Point, Edit]()
+    for point in points:
+        own_BQD, other_BQD = into.kept[point], source.kept[point]
+        unit_BD = random_units(own_BQD.shape[-1], "patching", *point, prompts=prompts)
+        edits[point] = replacement(into.window, moved_as_far(other_BQD, unit_BD)(own_BQD))
+    return edits
 
 
 def _rows(
@@ -156,9 +174,9 @@ def identity_and_full(context: ProbeContext, prompts: Seq[ProbePrompt]) -> tuple
     these.
     """
     worst = [0.0, 0.0]
-    for _, batch in context.batches(prompts):
-        base, tuned = (context.pair.base, context.pair.checkpoint)
-        every: dict[Point, slice | list[int]] = {(k, "resid"): slice(None) for k in range(len(base.blocks))}
+    for _, together in context.batches(prompts):
+        batch, base, tuned = together.joined(), context.pair.base, context.pair.checkpoint
+        every: dict[Point, At] = {(k, "resid"): slice(None) for k in range(len(base.blocks))}
         logits, kept = [], []
         for side in (base, tuned):
             with side.active():
@@ -166,7 +184,7 @@ def identity_and_full(context: ProbeContext, prompts: Seq[ProbePrompt]) -> tuple
             if side is base and not context.pair.is_switched:
                 with tuned.active():
                     end_BLD = states[len(base.blocks) - 1, "resid"]
-                    hidden_BLD, _ = context.run(tuned, batch).from_layer(len(base.blocks), end_BLD)
+                    hidden_BLD = context.run(tuned, batch).from_state(len(base.blocks), end_BLD)[0]
             logits.append(refusal_logits(tuned.model, context.tree, hidden_BLD))
             kept.append(states)
         for k, (target, states) in enumerate(((logits[1], kept[1]), (logits[0], kept[0]))):

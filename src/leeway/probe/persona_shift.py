@@ -29,7 +29,7 @@ from leeway.probe.context import BATCH, ProbeContext, Value, random_units, state
 from leeway.probe.hooks import Point
 from leeway.probe.mediation import StepwiseBackend
 from leeway.probe.pair import Side
-from leeway.probe.refusal_logit import Pass, PromptBatch
+from leeway.probe.passes import Pass, PromptBatch
 from leeway.yaml_config import package_data
 
 ANSWER_TOKENS = 32

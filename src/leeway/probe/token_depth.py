@@ -14,7 +14,7 @@ import torch
 from leeway.data.chat import Sequence
 from leeway.probe.context import BATCH, ProbeContext, Value
 from leeway.probe.pair import Side
-from leeway.probe.refusal_logit import Pass, PromptBatch
+from leeway.probe.passes import Pass, PromptBatch
 from leeway.yaml_config import package_data
 
 TOKENS = 32

@@ -20,7 +20,7 @@ import pandas as pd
 from leeway.report import formatting
 from leeway.report.formatting import BudgetUnit, join_and, mapping
 from leeway.report.plotting import order_objectives
-from leeway.stats.mechanism import CAUSAL, COLUMNS, prediction
+from leeway.stats.mechanism import CAUSAL, COLUMNS, CONTRASTS, prediction
 from leeway.stats.metrics import DIRECT
 
 if TYPE_CHECKING:
@@ -281,9 +281,7 @@ def share(value: float | None) -> str:
 
 def _against_reference(probe: Probe) -> Iterator[str]:
     """State, per objective, how much less the reference's largest named patch does; only where this is significant."""
-    paired = probe.contrasts
-    if paired.empty or paired["seed"].nunique() > 1:  # per-seed contrasts are in the table
-        return
+    paired = _pooled_contrasts(probe.contrasts)
     paired = paired[paired["budget"] == probe.largest]
     reference = str(paired["reference"].iloc[0]) if len(paired) else ""
     named = _named(_components(probe, "patching", reference, INTO_CHECKPOINT))
@@ -293,6 +291,7 @@ def _against_reference(probe: Probe) -> Iterator[str]:
     for objective, own in paired.groupby("objective", sort=False):
         patch = own[(own["measure"] == "patching") & (own["detail"] == INTO_CHECKPOINT)]
         patch = patch[(patch["layer"] == layer) & (patch["site"] == site) & (patch["p"] < LEVEL)]
+        patch = patch[(patch["low"] > 0) | (patch["high"] < 0)]  # seeds that differ in sign show nothing
         if patch.empty:
             continue
         c = formatting.to_records(patch)[0]
@@ -302,6 +301,15 @@ def _against_reference(probe: Probe) -> Iterator[str]:
         names = " against ".join(formatting.objective_name(o) for o in (str(objective), reference))
         patch_text = f"the patch of the {place(layer, site)} restores {_nats_ci(c)} {more}"
         yield f"{names}, {probe.unit.at(probe.largest)}: {patch_text}{logit}."
+
+
+def _pooled_contrasts(paired: pd.DataFrame) -> pd.DataFrame:
+    """Return contrasts with seeds pooled: the mean, from the lowest to the highest end, with the largest p-value."""
+    if paired.empty or paired["seed"].nunique() < 2:
+        return paired
+    keys = [c for c in CONTRASTS[: CONTRASTS.index("difference")] if c != "seed"]
+    rules = {"difference": "mean", "low": "min", "high": "max", "p": "max", "n": "sum"}
+    return paired.groupby(keys, sort=False, dropna=False).agg(rules).reset_index()
 
 
 def _than(c: Line) -> str:

@@ -24,7 +24,8 @@ class Job:
     A trajectory passes all its `budgets`; under a decaying learning rate each budget is a trajectory of its own
     (`exclusive`). A measurement covers one checkpoint under one `condition`, or, for a vLLM server, all checkpoints of
     a trajectory under all conditions (`condition` None). A job is ready once the jobs of `after` are complete and the
-    checkpoints of `needs` are on disk, so one worker can measure while another trains on.
+    checkpoints of `needs` are on disk, so one worker can measure while another trains on. A probe's job takes some of
+    its `measures` (all if empty).
     """
 
     kind: Literal["base", "tune", "train", "measure", "learning", "check", "probe"]
@@ -35,6 +36,7 @@ class Job:
     exclusive: bool = False
     condition: Condition | None = None
     needs: tuple[Checkpoint, ...] = ()
+    measures: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -40,7 +40,7 @@ from leeway.study.prepare import Prepared, train_examples
 from leeway.study.run_dir import RunDir
 
 DATA = "data"  # the objective column of what is measured on the training data, before training
-VERSION = 3  # of what a part holds
+VERSION = 4  # of what a part holds
 RUN: dict[Measure, Callable[[ProbeContext], list[Value]]] = {
     "geometry": geometry.measure,
     "patching": patching.measure,
@@ -50,6 +50,7 @@ RUN: dict[Measure, Callable[[ProbeContext], list[Value]]] = {
     "depth": token_depth.measure,
     "weights": weights.measure,
 }
+LONG: tuple[Measure, ...] = ("layers", "patching", "mediation")
 NEEDS_JAILBREAK = "give probe: {harmful: FILE}, or measure a study with a jailbreak eval"
 
 
@@ -67,6 +68,14 @@ def probe_jobs(prepared: Prepared, *, chosen: bool = True) -> list[Job]:
     budgets = [b for b in study.budgets if not (chosen and spec.budgets) or b in spec.budgets]
     places = [(alias, seed, b) for alias in aliases for seed in study.seeds for b in budgets]
     return [base, *(Job("probe", a, s, (b,), (base,), needs=((a, s, b),)) for a, s, b in places)]
+
+
+def split_jobs(jobs: Sequence[Job], measures: Sequence[Measure]) -> list[Job]:
+    """Return each checkpoint's job as several, one for each measure that takes long: several workers can share it."""
+    quick = tuple(m for m in measures if m not in LONG)
+    groups = [*((m,) for m in LONG if m in measures), *([quick] if quick else [])]
+    base, checkpoints = ([job for job in jobs if (job.alias == BASE) == is_base] for is_base in (True, False))
+    return [*base, *(replace(job, measures=group) for job in checkpoints for group in groups)]
 
 
 @dataclass
@@ -142,7 +151,10 @@ class Probing:
     def is_complete(self, job: Job) -> bool:
         if job.alias == BASE:
             return self._base_facts().get("hash") == self.base_hash and self.directions_path().is_file()
-        return all(self.has_part(job, measure) for measure in self.spec.measures)
+        return all(self.has_part(job, measure) for measure in self._measures(job))
+
+    def _measures(self, job: Job) -> list[Measure]:
+        return [m for m in self.spec.measures if not job.measures or m in job.measures]
 
     def _base_facts(self) -> dict[str, Any]:
         path = self.folder / "base.json"
@@ -193,7 +205,7 @@ class Probing:
         if self.spec.directions:
             directions = Directions.load(expand(self.spec.directions))
             width = int(base.lm.config.get_text_config().hidden_size)
-            directions.check(base.hash, width, len(blocks))
+            directions.check(base.hash, width, len(blocks), context.positions.names)
         else:
             directions = compute(context)
         directions.save(self.directions_path())
@@ -233,10 +245,10 @@ class Probing:
         context = replace(self.context(pair, prefix), directions=self.directions(), answers=self.answers)
         context.extras["persona"] = self._persona()  # type: ignore[index]
         identity = {"objective": job.alias, "seed": job.seed, "budget": job.budgets[0]}
-        for name in (m for m in self.spec.measures if not self.has_part(job, m)):
+        for name in (m for m in self._measures(job) if not self.has_part(job, m)):
             records = [{**identity, **asdict(v)} for v in RUN[name](context)]
             self.store.write_probe(self.part(job, name), records, self._hash(job, name))
-        if self.spec.states:
+        if self.spec.states and self._measures(job)[-1] == self.spec.measures[-1]:  # one of a checkpoint's jobs
             self._write_states(job, context)
 
     def _write_states(self, job: Job, context: ProbeContext) -> None:

@@ -38,7 +38,7 @@ from leeway.study.load import load, parse
 from leeway.study.manifest import check_unchanged, matching
 from leeway.study.preflight import SPARE_DISK, on_cpu, prepare_checked, resource_faults, service_faults
 from leeway.study.prepare import PairSampling, Prepared, notes_on_budgets, train_examples
-from leeway.study.probing import Probing, data_text, of_data, probe_jobs
+from leeway.study.probing import Probing, data_text, of_data, probe_jobs, split_jobs
 from leeway.study.progress import Reporter, Row, trajectory_name
 from leeway.study.run_dir import MARK, RunDir
 from leeway.study.runtime import compute_settings
@@ -193,6 +193,9 @@ def probe(worker: Worker, executor: Executor, reporter: Reporter) -> None:
     if gone := [c for job in jobs for c in job.needs if not worker.has_checkpoint(c)]:
         what = f"probe: the checkpoint of {gone[0][0]} s{gone[0][1]} at {gone[0][2]:,} tokens is not in {store.folder}"
         raise LeewayError(what, fix="run the study into that folder again, or name other objectives and budgets")
+    spec = worker.prepared.spec.probe
+    if spec and executor.workers(worker.prepared, len(parts := split_jobs(jobs, spec.measures))) > 1:
+        jobs = parts
     left = [job for job in jobs if not worker.is_complete(job)]
     reporter.clock.left["score"] += len(left)
     reporter.workers, reporter.rows = executor.workers(worker.prepared, len(left)) if left else 1, []

@@ -258,6 +258,7 @@ class Worker:
     def _probe(self, job: Job) -> None:
         """Compute the base's directions, or probe a checkpoint under its objective's first condition."""
         name = "the base's directions" if job.alias == BASE else f"{job.alias} s{job.seed} at {job.budgets[0]:,} tokens"
+        name += f" ({', '.join(job.measures)})" if job.measures else ""
         self.on_progress("score", 0.0, f"probing {name}")
         if self.prepared.external:
             base, checkpoint = (self.prepared.external[a] for a in (BASE, job.alias))
