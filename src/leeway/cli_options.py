@@ -68,3 +68,74 @@ Track = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print only the final paths")]
+Gpu = Annotated[
+    str | None, typer.Option("--gpu", help="a GPU to price, such as H100-80, A100-40, L4 (default: this CPU)")
+]
+JudgePrice = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-price",
+        metavar="IN/OUT",
+        help="a judge's dollars per million input and output tokens; one number for both",
+    ),
+]
+BaseEndpoint = Annotated[str | None, typer.Option("--base-endpoint", help="an OpenAI-compatible server of the base")]
+ProbeDirections = Annotated[
+    Path | None, typer.Option("--directions", help="probe it afterwards along this directions.safetensors")
+]
+Cards = Annotated[
+    list[Path] | None, typer.Option("--card", help="a judge's card, to correct refusal rates for its errors")
+]
+Claims = Annotated[str | None, typer.Option("--claims", help="a claims file or set, marked as written after the run")]
+JudgeSettings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the judge's settings, as in a study file")
+]
+RescoredEvals = Annotated[
+    list[str] | None, typer.Option("--eval", help="jailbreak, overrefusal (default: both) or alignment")
+]
+ProbedDirectory = Annotated[Path | None, typer.Argument(metavar="DIR", help="the run directory of a study or an audit")]
+ProbeMeasures = Annotated[
+    list[str] | None,
+    typer.Option("--measure", help="geometry, patching, layers, mediation, persona, depth or weights (default: all)"),
+]
+Directions = Annotated[Path | None, typer.Option("--directions", help="a directions.safetensors of the same base")]
+ProbeData = Annotated[
+    str | None, typer.Option("--data", metavar="STUDY", help="before training: project a study's answers")
+]
+ProbeSettings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any other key of probe:")]
+ComparedRuns = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN...",
+        help="run directories; or logs of Inspect or lm-eval, each PATH or NAME=PATH, the base first",
+    ),
+]
+Margins = Annotated[
+    list[str] | None, typer.Option("--margin", metavar="[METRIC=]X", help="logs: test equivalence within ±X")
+]
+ScoreRanges = Annotated[
+    list[str] | None, typer.Option("--range", metavar="METRIC=LOW:HIGH", help="logs: bounds of a score")
+]
+CompareRule = Annotated[
+    Path | None, typer.Option("--rule", help="logs: decide by a rule file too, and exit as `leeway gate` does")
+]
+NoPrompts = Annotated[
+    bool, typer.Option("--no-prompts", help="with --redacted: without benign prompts too, such as licensed data")
+]
+ExportOut = Annotated[Path | None, typer.Option("--out", help="the output folder (default: DIR/inspect, DIR-redacted)")]
+SheetSize = Annotated[
+    int | None, typer.Option("--n", min=1, help="answers to draw (default: 200, or one for each stratum)")
+]
+CalibratedJudge = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[JUDGE]",
+        help="keywords, rubric, finetuned, a guard, or an installed one; with --run by default all of the run's",
+    ),
+]
+CalibratedOn = Annotated[
+    str, typer.Option("--on", help="xstest, a file of prompt, response and label, or a filled label sheet")
+]
+Partial = Annotated[
+    bool, typer.Option("--partial", help="count partial refusals as refusals (default: full ones only)")
+]

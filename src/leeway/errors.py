@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+HALF_CHARACTER = re.compile("[\\ud800-\\udfff]")  # a surrogate, which JSON and YAML can spell
+# control characters except tab and line feed, bidirectional and zero-width ones, surrogates
+UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Return text that cannot control a terminal or reorder its line: such characters become `⟨U+001B⟩`."""
+    return UNPRINTABLE.sub(lambda m: f"⟨U+{ord(m[0]):04X}⟩", text)
 
 
 class LeewayError(Exception):
-    """What is wrong and where, and the fix: `LeewayError("budgets: 8k comes after 16k", fix="sort them")`."""
+    """What is wrong and where, and the fix: `LeewayError("budgets: 8k comes after 16k", fix="sort them")`.
+
+    Both may hold text of files and servers, so they are made `printable`.
+    """
 
     def __init__(self, what: str, *, fix: str = "") -> None:
-        self.what = what
-        self.fix = fix
-        super().__init__(f"{what}; {fix}" if fix else what)
+        self.what = printable(what)
+        self.fix = printable(fix)
+        super().__init__(f"{self.what}; {self.fix}" if fix else self.what)
 
 
 def all_faults(where: str, faults: Sequence[str]) -> LeewayError:

@@ -23,13 +23,17 @@ from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest
 
 PARTIAL = ".partial-"
+MAX_PATH, MAX_NAME = 4_000, 255  # bytes
 
 
 def expand(path: str | Path) -> Path:
     """Return `path` with a leading `~` or `~user` replaced by that home folder.
 
-    Raises LeewayError where there is no such user, or no home folder.
+    Raises LeewayError where there is no such user, or no home folder, and for what no file system takes as a path.
     """
+    raw = str(path).encode("utf-8", "replace")
+    if len(raw) > MAX_PATH or max(map(len, raw.split(b"/"))) > MAX_NAME or b"\0" in raw:
+        raise LeewayError(f"{str(path)[:40]}…: not a path (too long, or with a NUL)", fix="give a file or a folder")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -143,7 +147,8 @@ def remove_partial(folder: Path, tag: str = "") -> None:
 @contextmanager
 def readable(path: Path, *errors: type[Exception]) -> Iterator[None]:
     """Turn the errors of reading a damaged file (ValueError, OSError and `errors`) into a LeewayError."""
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, *errors)  # ValueError: broken JSON, Parquet or text
+    # of broken or deeply nested JSON, Parquet or text
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, RecursionError, *errors)
     try:
         yield
     except expected as error:
@@ -158,6 +163,8 @@ def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
 
 def verify_checksum(record: dict[str, Any]) -> dict[str, Any]:
     """Return the record without its checksum; raise ValueError if it was changed after it was written."""
+    if not isinstance(record, dict):
+        raise ValueError("it is not an object")
     content = {k: v for k, v in record.items() if k != "seal"}
     if record.get("seal") != digest(content):
         raise ValueError("it was changed after it was written")

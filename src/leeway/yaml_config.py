@@ -22,7 +22,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 from ruamel.yaml.scanner import Scanner
 
-from leeway.errors import LeewayError
+from leeway.errors import HALF_CHARACTER, LeewayError
 
 MAX_COUNT = 2**53  # the largest count that a float, and so JSON and tables, holds exactly
 MAX_FLOAT32 = 3.4e38
@@ -54,7 +54,7 @@ def load(text: str) -> Any:
         node = parser.compose(text)
         if node is None:
             return None
-        _refuse_oversized(node)
+        _check_nodes(node)
         return parser.constructor.construct_document(node)
     except RecursionError as error:
         raise SizeError("nested too deep") from error
@@ -104,8 +104,11 @@ class _Scanner(Scanner):
         super().fetch_flow_collection_start(token, to_push)
 
 
-def _refuse_oversized(root: Any) -> None:
-    """Raise SizeError for a self-reference, more than MAX_DEPTH levels, or more than MAX_NODES expanded nodes."""
+def _check_nodes(root: Any) -> None:
+    """Raise SizeError for a self-reference, more than MAX_DEPTH levels, or more than MAX_NODES expanded nodes.
+
+    Raises MarkedYAMLError for one half of a surrogate pair, which no file and no tokenizer accepts.
+    """
     sizes: dict[int, int] = {}  # by node: it and all below it, aliases expanded
     above: set[int] = set()
 
@@ -117,6 +120,9 @@ def _refuse_oversized(root: Any) -> None:
         if id(node) not in sizes:
             above.add(id(node))
             children = node.value if isinstance(node, MappingNode | SequenceNode) else []
+            if isinstance(node.value, str) and (half := HALF_CHARACTER.search(node.value)):
+                what = f"\\u{ord(half[0]):04x} is one half of a character"
+                raise MarkedYAMLError(problem=what, problem_mark=node.start_mark)
             children = itertools.chain(*children) if isinstance(node, MappingNode) else children  # keys and values
             sizes[id(node)] = 1 + sum(map(size, children))
             above.remove(id(node))
@@ -136,9 +142,11 @@ class ConfigModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_boolean(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse `true` where pydantic would read it as 1."""
+        """Refuse `true` where pydantic would read it as 1, and integers that no table holds."""
         if isinstance(value, bool) and bool not in _types_in(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError(f"{str(value).lower()} is not a valid value; quote it if it is text")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("a number with too many digits")
         return value
 
     @model_validator(mode="after")
@@ -204,7 +212,7 @@ def _is_branch(part: Any) -> bool:
 
 def _fault(error: Any, root: type[BaseModel]) -> list[str]:
     path = [str(p) for p in error["loc"]]
-    where, shown = ".".join(path), _cut(_text(error["input"]))
+    where, shown = ".".join(map(_cut, path)), _cut(_text(error["input"]))
     if error["type"] == "extra_forbidden":
         return [f"unknown key {where!r}{_hint(path, root)}"]
     if error["type"] == "missing":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from leeway.data import readers
 from leeway.data.formats import held_out_items, train_examples
 from leeway.data.readers import read
 from leeway.errors import LeewayError
@@ -221,3 +222,31 @@ def test_numbers_beyond_reason(override: str, study: str) -> None:
     line = refused(lambda: parse(study, "x", (override,)))
     assert key in line
     assert len(line) < 400
+
+
+def test_half_a_character_inside_turns(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a\\ud800"}, {"role": "assistant", "content": "b"}]}\n')
+    assert "a.jsonl, record 1: its messages holds \\ud800, one half of a character" in refused(lambda: list(read(path)))
+    path.write_text('{"a\\udfff": 1}\n')
+    assert "a.jsonl, record 1: a key holds \\udfff" in refused(lambda: list(read(path)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.json"])
+def test_a_line_or_a_file_that_grows_without_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE", 1 << 12)
+    monkeypatch.setattr(readers, "MAX_TEXT", 1 << 12)
+    content = b"prompt\n" + b"a" * (1 << 20)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    line = refused(lambda: list(read(tmp_path / name)))
+    assert "not JSON" in line or "over " in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3_000, "a\0b"])
+def test_what_no_file_system_takes_as_a_path(name: str, study: str) -> None:
+    assert "not a path" in refused(lambda: expand(name))
+    train = json.dumps(name)
+    assert "not a path" in refused(
+        lambda: prepare(parse(study, "x", (f"task={{files: {{train: {train}, test: a}}}}",)))
+    )

@@ -1,5 +1,6 @@
 """Exported files: LaTeX, BibTeX, figures, results.json and its schema, model cards."""
 
+import ast
 import copy
 import json
 import os
@@ -18,7 +19,7 @@ from huggingface_hub import ModelCard
 
 from leeway import report, yaml_config
 from leeway.io import with_checksum
-from leeway.report import narrative, rebuild
+from leeway.report import formatting, narrative, rebuild
 from leeway.report.exports import latex, model_card
 from leeway.report.formatting import TOKENS
 from leeway.report.results import Results
@@ -336,3 +337,29 @@ def test_external_checkpoint_gets_no_card(run: Path, tmp_path: Path):
 
 def test_markdown_is_escaped():
     assert model_card.markdown("a|b <script> [x](y) \u202e") == r"a\|b &lt;script&gt; \[x\](y) ⟨U+202E⟩"
+
+
+@pytest.mark.parametrize("name", ['x"; import os #', "x`y|z", "```\n# h", "\\", "x\n"])
+def test_a_name_ends_neither_code_nor_a_cell(name: str):
+    line = f"name = {model_card.python(name)}  # a local model"
+    ((_, value),) = [(n, n.value.value) for n in ast.parse(line).body]  # type: ignore[attr-defined]
+    assert value == name
+    assert "`" not in line
+    assert not set(model_card.code(name)) & {"`", "\n"}
+    assert "|" not in model_card.code(name).replace("\\|", "")
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "＝1"])
+def test_tables_hold_no_formula(cell: str):
+    table = pd.DataFrame({"label": [cell, "a-b", None], "value": [-1.5, 2.0, float("nan")], "n": [1, -2, 3]})
+    lines = formatting.to_csv(table).splitlines()
+    assert lines[1].lstrip('"').startswith("'")
+    assert lines[2:] == ["a-b,2,-2", ",,3"]
+    assert lines[1].endswith(",-1.5,1")
+
+
+def test_tables_hold_no_control_character():
+    assert (
+        formatting.to_csv(pd.DataFrame({"reason": ["a\x1b[2J\x00\u202eb"]}))
+        == "reason\na⟨U+001B⟩[2J⟨U+0000⟩⟨U+202E⟩b\n"
+    )

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from leeway.data.chat import Chat
+from leeway.data.chat import Chat, cpu_limit
 from leeway.errors import LeewayError
 from leeway.generation.backend import Backend
 from leeway.generation.openai_api import ApiSettings, OpenAIBackend
@@ -30,6 +29,7 @@ from leeway.study.objective_spec import ALIAS
 from leeway.study.spec import Spec
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
+MATCHING_S = 5.0  # of CPU time for an adapter's patterns on the names of a model's modules
 ADAPTER_FILES = (adapters.CONFIG, adapters.WEIGHTS, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -220,7 +220,7 @@ def own_tokenizer(model: LocalModel) -> tuple[str, Any]:
         return where, None
     try:
         return where, AutoTokenizer.from_pretrained(resolve(where), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # on damaged files it raises any type
         what = f"{where}: its tokenizer cannot be loaded ({_message(error)})"
         raise LeewayError(what, fix="copy its base's tokenizer files there") from error
 
@@ -241,7 +241,9 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text("utf-8"))
         kind = config["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(config.get("base_model_name_or_path") or "", str):
+            raise ValueError("base_model_name_or_path is no name")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LeewayError(f"adapter {folder}: its {adapters.CONFIG} is damaged", fix="save it again") from error
     if kind != "LORA":
         raise LeewayError(f"adapter {folder}: {kind} adapters are not supported", fix="use LoRA, rsLoRA or DoRA")
@@ -259,22 +261,48 @@ def apply_adapter(model: Model, folder: Path) -> None:
     import peft
     from safetensors.torch import load_file
 
-    adapter_config(folder)
+    config = adapter_config(folder)
     rows, table = len(model.chat.tokenizer), model.lm.get_input_embeddings().weight
     if rows > table.shape[0]:  # tokens that the fine-tune added
         model.lm.resize_token_embeddings(rows, mean_resizing=False)
     try:
+        _refuse_absurd(config, folder, [name for name, _ in model.lm.named_modules()])
         with warnings.catch_warnings():  # tensors without a place are checked below
             warnings.simplefilter("ignore")
             model.lm = peft.PeftModel.from_pretrained(model.lm, str(folder)).eval()
         tensors = load_file(folder / adapters.WEIGHTS)
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
-        what = f"adapter {folder}: it does not fit {model.name} ({_message(error)})"
+    except Exception as error:  # on damaged or hostile files peft and safetensors raise any type
+        what = f"adapter {folder}: it does not fit {model.name} ({_message(error)[:300]})"
         raise LeewayError(what, fix="give the base it was trained on") from error
     adapters.require_finite(f"adapter {folder}", tensors.items())
     model.lm.requires_grad_(False)
     if fault := _mismatch(model, tensors):
         raise LeewayError(f"adapter {folder}: it does not fit {model.name} ({fault})", fix="give its own base")
+
+
+def _refuse_absurd(config: dict[str, Any], folder: Path, modules: list[str]) -> None:
+    """Raise ValueError for settings that would take peft hours or all memory before it reads a tensor.
+
+    These are ranks above any size of a tensor in the file, patterns that backtrack without end on the model's own
+    module names, and layers that are to be copied.
+    """
+    from safetensors import safe_open
+
+    if config.get("layer_replication"):
+        raise ValueError("layer_replication is not supported")
+    with safe_open(folder / adapters.WEIGHTS, "pt") as file:
+        sizes = [n for key in file.keys() for n in file.get_slice(key).get_shape()]  # noqa: SIM118 - not a mapping
+    own = config.get("rank_pattern")
+    ranks = [config.get("r"), *(own.values() if isinstance(own, dict) else [])]
+    for rank in ranks:
+        if not isinstance(rank, int) or not 0 < rank <= max(sizes, default=0):
+            raise ValueError(f"its rank {str(rank)[:40]} is not that of its tensors")
+    keys = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters")
+    listed = [value if isinstance(value := config.get(key), list | dict) else [value] for key in keys]
+    with cpu_limit(MATCHING_S):
+        for pattern in (p for patterns in listed for p in patterns if isinstance(p, str)):
+            for module in modules:
+                re.fullmatch(rf"(.*\.)?({pattern})", module)
 
 
 def _mismatch(model: Model, tensors: dict[str, torch.Tensor]) -> str:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import copy
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest
 
 THINK, END_THINK = "<think>", "</think>"  # around a thought, as Qwen 3, DeepSeek-R1 and others write it
@@ -20,6 +24,26 @@ OPENED = re.compile(rf"{THINK}\s*$")
 PROBE_QUESTION = "leeway-probe-question"
 PROBE_ANSWER = "leeway-probe-answer"
 CACHED = 4096  # rendered sequences
+RENDER_S = 2.0  # of CPU time for one conversation, which takes well under a millisecond
+
+
+@contextmanager
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after `seconds` of CPU time; without effect outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(*_: object) -> None:
+        raise TimeoutError(f"it takes over {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, expire)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @dataclass(frozen=True)
@@ -199,7 +223,12 @@ class Chat:
         return str(self.tokenizer.decode([i for i in ids if i in marks or i not in self._special]))
 
     def _render(self, turns: list[dict[str, str]], **arguments: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **arguments))
+        try:
+            with cpu_limit(RENDER_S):
+                return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **arguments))
+        except Exception as error:  # a template may raise anything
+            what = f"its chat template fails ({type(error).__name__}: {first_line(error)[:200]})"
+            raise self._error(what, "correct the template, or use the model with its own") from error
 
     def _turn_shape(self) -> tuple[str, str, str]:
         """Return what the template opens a new answer's thought with, and writes before and after a given answer.
@@ -213,7 +242,7 @@ class Chat:
             what = "its chat template ignores add_generation_prompt"
             raise self._error(what, "correct the template so that a prompt ends where the assistant begins")
         opened, prompt = prompt, prompt if whole.startswith(prompt) else OPENED.sub("", prompt)
-        if not whole.startswith(prompt) or PROBE_ANSWER not in whole[len(prompt) :]:
+        if not whole.startswith(prompt) or whole[len(prompt) :].count(PROBE_ANSWER) != 1:
             what = "its chat template renders an answered prompt differently from the prompt alone"
             fix = "correct the template so that the rendered prompt is a prefix of the rendered conversation"
             raise self._error(what, fix)

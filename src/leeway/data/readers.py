@@ -7,18 +7,18 @@ import gzip
 import json
 import math
 import os
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from leeway.errors import LeewayError, first_line
+from leeway.errors import HALF_CHARACTER, LeewayError, first_line
 from leeway.io import expand, read_utf8
 
 Record = dict[str, Any]
-SURROGATE = re.compile("[\\ud800-\\udfff]")
+MAX_LINE = 64 << 20  # characters: a compressed file of a megabyte can hold a line of a gigabyte
+MAX_TEXT = 2 << 30  # characters of a .json file, which is read as a whole
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,39 @@ def read(path: Path) -> Iterator[Record]:
 
 def _records(path: Path, kind: str, f: Any) -> Iterator[Record]:
     if kind == ".jsonl":
-        return _jsonl(path, f)
+        return _jsonl(path, _lines(path, f))
     if kind == ".json":
-        return _json(path, f.read())
+        text = f.read(MAX_TEXT + 1)
+        if len(text) > MAX_TEXT:
+            raise LeewayError(f"{path}: over {MAX_TEXT >> 30} GiB of text", fix="use .jsonl, which is read by line")
+        return _json(path, text)
     if kind in (".csv", ".tsv"):
-        return _csv(path, f, "\t" if kind == ".tsv" else ",")
+        return _csv(path, _lines(path, f), "\t" if kind == ".tsv" else ",")
     raise LeewayError(f"{path}: unknown kind of file", fix="use .jsonl, .json, .csv or .tsv (or .gz of it)")
+
+
+def _lines(path: Path, f: Any) -> Iterator[str]:
+    """Yield the lines of a file; raise LeewayError for one that is longer than MAX_LINE, before it is read whole."""
+    number = 0
+    while line := f.readline(MAX_LINE):
+        number += 1
+        if len(line) == MAX_LINE:
+            raise LeewayError(f"{path}, line {number}: over {MAX_LINE >> 20} MiB", fix="correct that line")
+        yield line
 
 
 def _refuse_half_characters(record: Record, where: str) -> None:
     """Raise LeewayError for half a surrogate pair, which JSON can spell and no tokenizer or file accepts."""
-    for name, value in record.items():
-        if isinstance(value, str) and (half := SURROGATE.search(value)):
-            what = f"{where}: its {name} holds \\u{ord(half[0]):04x}, one half of a character"
+    left: list[tuple[str, Any]] = [(f"its {name}", value) for name, value in record.items()]
+    left += [("a key", name) for name in record]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += [(name, inner) for inner in (*value, *value.values())]
+        elif isinstance(value, list):
+            left += [(name, inner) for inner in value]
+        elif isinstance(value, str) and (half := HALF_CHARACTER.search(value)):
+            what = f"{where}: {name} holds \\u{ord(half[0]):04x}, one half of a character"
             raise LeewayError(what, fix="correct that record")
 
 

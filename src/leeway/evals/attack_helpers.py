@@ -21,7 +21,8 @@ from typing import Any, Literal
 from leeway.attacks import AttackFailed, Transcript
 from leeway.attacks.attack import Helper
 from leeway.attacks.built_in import Passage
-from leeway.errors import LeewayError, first_line
+from leeway.data.readers import unreadable
+from leeway.errors import HALF_CHARACTER, LeewayError, first_line
 from leeway.generation.backend import Backend, Reply, Request
 from leeway.hashing import digest, file_digest
 from leeway.io import expand, make_folder, open_lock, read_utf8, write_file
@@ -176,11 +177,13 @@ class TranslationFile:
         where = f"{self.path}, line {number}"
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LeewayError(f"{where}: not JSON ({error.msg})", fix="correct or remove that line") from error
+        except (ValueError, RecursionError) as error:
+            raise LeewayError(f"{where}: {unreadable(error)}", fix="correct or remove that line") from error
         texts = [entry.get(k) for k in ("direction", "source", "text")] if isinstance(entry, dict) else []
         if not texts or not all(isinstance(t, str) and t.strip() for t in texts) or texts[0] not in ("out", "back"):
             raise LeewayError(f"{where}: not a translation", fix="give direction (out or back), source and text")
+        if HALF_CHARACTER.search("".join(texts)):
+            raise LeewayError(f"{where}: it holds one half of a character", fix="correct or remove that line")
         if not isinstance(entry.get("reviewed", False), bool):
             raise LeewayError(f"{where}: reviewed is neither true nor false", fix="write true or false")
         return dict(entry)
@@ -422,6 +425,6 @@ def _loader_errors(model: str) -> Iterator[None]:
     """Turn the loaders' many exceptions into one line."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # on damaged files the loaders raise any type
         what = f"translator {model}: cannot be loaded ({first_line(error)})"
         raise LeewayError(what, fix="check the name, the files and the network") from error

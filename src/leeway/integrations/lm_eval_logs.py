@@ -29,6 +29,7 @@ from leeway.report.compare.logs.samples import (
 
 TOOL = "lm-eval"
 SAMPLES = re.compile(r"samples_(?P<task>.+?)(_(?P<date>\d{4}-\d\d-\d\dT[0-9.:-]+))?\.jsonl")
+MAX_SCORE = 1e300  # JSON spells integers that no float holds
 UNNAMED = "samples"  # the task of a file with another name
 REQUIRED = ("doc_id", "doc", "target")
 NO_FILTER = "none"
@@ -157,12 +158,12 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text", fix="give a samples_*.jsonl file of lm-eval") from error
-    for n, line in enumerate(text.splitlines(), 1):
+    for n, line in enumerate(text.split("\n"), 1):  # a string may hold other line ends, such as U+2028
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LeewayError(f"{path}, line {n}: not JSON, as in a truncated file", fix="run lm_eval again") from error
         if not isinstance(value, dict) or (missing := [k for k in REQUIRED if k not in value]):
             what = f"without {', '.join(missing)}" if isinstance(value, dict) else "not an object"
@@ -187,11 +188,14 @@ def _answers(path: Path) -> tuple[list[ScoredAnswer], dict[str, str]]:
         made = found.setdefault(item, {"content": content, "prompt": _prompt(line), "fields": fields, "scores": {}})
         if made["content"] != content:
             raise LeewayError(f"{path}, line {n}: document {item} has two texts", fix="give the samples of one run")
-        for metric in line.get("metrics") or []:
+        listed = line.get("metrics") or []
+        if not isinstance(listed, list) or not all(isinstance(m, str) for m in listed):
+            raise LeewayError(f"{path}, line {n}: metrics is no list of names", fix="run lm_eval again")
+        for metric in listed:
             name = metric if filtered == NO_FILTER else f"{metric},{filtered}"
             every[name], value = None, line.get(metric)
             if isinstance(value, bool | int | float):
-                made["scores"][name] = float(value)
+                made["scores"][name] = float(value) if abs(value) < MAX_SCORE else math.inf
             elif value is not None:
                 unusable[name] = f"a {type(value).__name__} per document, which lm-eval aggregates over the task"
     metrics = [m for m in every if m not in unusable]

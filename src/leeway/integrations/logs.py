@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, first_line
 from leeway.integrations import lm_eval_logs
 from leeway.io import expand
 from leeway.report.compare.logs.match import LogOptions
@@ -178,6 +178,14 @@ def _log_files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> list[tuple[str, TaskLog]]:
+    try:
+        return _read_logs(path)
+    except (TypeError, AttributeError, KeyError, ValueError, ArithmeticError, RecursionError) as error:
+        what = f"{path}: not a readable log ({type(error).__name__}: {first_line(error)[:160]})"
+        raise LeewayError(what, fix=FIX) from error
+
+
+def _read_logs(path: Path) -> list[tuple[str, TaskLog]]:
     if path.is_dir():
         files = _log_files(path)
         if not files:

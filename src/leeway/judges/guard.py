@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leeway.data.chat import RENDER_S, cpu_limit
 from leeway.errors import LeewayError, first_line
 from leeway.generation.backend import NOT_FINITE, Tick, context_fault
 from leeway.generation.transformers import NonFiniteGuard
@@ -257,7 +258,8 @@ class GuardJudge:
 def _render(tokenizer: Any, texts: tuple[str, str], *, in_parts: bool) -> str:
     contents: list[Any] = [[{"type": "text", "text": t}] if in_parts else t for t in texts]
     turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), contents, strict=True)]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    with cpu_limit(RENDER_S):
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def published_input(judge: str, model: str, revision: str | None = None) -> str:
@@ -316,7 +318,7 @@ def _load_tokenizer(judge: str, model: str, revision: str | None, *, template: b
         tokenizer = AutoTokenizer.from_pretrained(resolve(model), revision=revision, trust_remote_code=False)
         if template and not tokenizer.chat_template and (text := _file(model, revision, PROCESSOR_TEMPLATE)):
             tokenizer.chat_template = str(json.loads(text)["chat_template"])
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:  # on damaged files the loaders raise any type
         raise _unloadable(judge, model, first_line(error)) from error
     if template and not tokenizer.chat_template:
         what = f"judge {judge}: the tokenizer of {model} has no chat template, which is the model's input"
@@ -325,7 +327,6 @@ def _load_tokenizer(judge: str, model: str, revision: str | None, *, template: b
 
 
 def _load(judge: str, model: str, revision: str | None, device: str, tokenizer: Any) -> _Loaded:
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_loaders()
@@ -344,7 +345,7 @@ def _load(judge: str, model: str, revision: str | None, device: str, tokenizer: 
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # on damaged files the loaders raise any type
         raise _unloadable(judge, model, first_line(error)) from error
     if missing := sorted(info["missing_keys"]):
         raise _unloadable(judge, model, f"no weights for {missing[0]}")

@@ -42,7 +42,7 @@ def published(names: Seq[str]) -> dict[str, str] | None:
     fix = "fetch it again (github: dsbowen/strong_reject), or remove it"
     try:
         loaded = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LeewayError(f"{path}: not JSON ({error})", fix=fix) from error
     for name in names:
         text = loaded.get(name) if isinstance(loaded, dict) else None
@@ -106,7 +106,7 @@ def parse(raw: str) -> Scores | str:
 def _reply_text(raw: str) -> str:
     try:
         loaded = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return raw
     return str(loaded["reply"]) if isinstance(loaded, dict) and isinstance(loaded.get("reply"), str) else raw
 

@@ -251,7 +251,9 @@ def _config_misfit(model: Model, folder: Path) -> str:
     ours = model.lm.peft_config["default"].to_dict()
     try:
         theirs = json.loads((folder / CONFIG).read_text("utf-8"))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
+        theirs = None
+    if not isinstance(theirs, dict):
         return f"its {CONFIG} is damaged"
     for key in FUNCTION:
         if (theirs.get(key) or None) != (ours[key] or None):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from leeway.data.chat import Chat
@@ -53,7 +53,7 @@ def resolve(name: str) -> str:
         return str(packaged.folder(name))
     if name.endswith(".gguf"):
         return str(packaged.dequantised(expand(name)))
-    return str(expand(name)) if name.startswith("~") else name
+    return str(path) if (path := expand(name)) and name.startswith("~") else name
 
 
 def load_chat(name: str, revision: str | None = None) -> Chat:
@@ -61,8 +61,7 @@ def load_chat(name: str, revision: str | None = None) -> Chat:
     from transformers import AutoTokenizer
 
     with _load_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision, trust_remote_code=False)
-    return Chat(tokenizer)
+        return Chat(AutoTokenizer.from_pretrained(resolve(name), revision=revision, trust_remote_code=False))
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
@@ -70,12 +69,15 @@ def load_config(name: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
     with _load_errors(name):
+        _refuse_many_layers(Path(resolve(name)) / "config.json")
         return AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=False)
 
 
 def load_context(name: str, revision: str | None = None) -> int:
     """Return the model's context length in tokens, from its config."""
-    return context_of(load_config(name, revision))
+    config = load_config(name, revision)
+    with _load_errors(name):
+        return context_of(config)
 
 
 def load_stop_ids(name: str, revision: str | None = None) -> tuple[int, ...]:
@@ -87,7 +89,7 @@ def load_stop_ids(name: str, revision: str | None = None) -> tuple[int, ...]:
             own = GenerationConfig.from_pretrained(resolve(name), revision=revision)
         except OSError:  # it has no generation_config.json
             own = GenerationConfig.from_model_config(load_config(name, revision))
-    return eos_ids(own)
+        return eos_ids(own)
 
 
 def load_model(
@@ -108,25 +110,43 @@ def load_model(
         raise LeewayError(f"device: {device} is not available", fix="use device: cpu, or auto")
     kind = resolve_dtype(dtype, where)
     with _load_errors(name):
+        _refuse_many_layers(Path(resolve(name)) / "config.json")
         lm = AutoModelForCausalLM.from_pretrained(
             resolve(name), revision=revision, dtype=kind, use_safetensors=True, trust_remote_code=False
         )
-    for label, weight in lm.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise LeewayError(f"model {name}: {label} holds NaN or infinity", fix="fetch or save the model again")
-    lm.to(where).eval().requires_grad_(False)
-    head = Head(lm.get_output_embeddings().weight, getattr(lm.config, "final_logit_softcapping", None))
-    own, lm.generation_config = lm.generation_config, GenerationConfig()  # without a repetition penalty, for example
-    hash_ = model_hash(name, revision, lm.config)
-    model = Model(lm, chat, head, name, hash_, context_of(lm.config), eos_ids(own))
-    _check_head(model)
+        for label, weight in lm.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise LeewayError(f"model {name}: {label} holds NaN or infinity", fix="fetch or save the model again")
+        lm.to(where).eval().requires_grad_(False)
+        head = Head(lm.get_output_embeddings().weight, getattr(lm.config, "final_logit_softcapping", None))
+        own, lm.generation_config = lm.generation_config, GenerationConfig()  # without a repetition penalty
+        hash_ = model_hash(name, revision, lm.config)
+        model = Model(lm, chat, head, name, hash_, context_of(lm.config), eos_ids(own))
+        _check_head(model)
     return model
 
 
+def _refuse_many_layers(path: Path) -> None:
+    """Raise ValueError if a config names more than MAX_LAYERS layers, which would be built before any is missed."""
+    if not path.is_file():
+        return  # a hub id
+    left: list[Any] = [json.loads(path.read_text("utf-8"))]
+    while left:
+        value = left.pop()
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            number = isinstance(inner, int | float) and ("layer" in str(key) or "block" in str(key))
+            if number and not inner <= MAX_LAYERS:
+                raise ValueError(f"its config.json has {key} {inner}, and {MAX_LAYERS:,} is the limit")
+            left.append(inner)
+
+
 def eos_ids(generation_config: Any) -> tuple[int, ...]:
-    """Return the stop tokens of a model's generation settings."""
+    """Return the stop tokens of a model's generation settings; raise ValueError for what is no token id."""
     eos = generation_config.eos_token_id
-    return tuple(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    ids = tuple(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise ValueError(f"eos_token_id is {str(eos)[:100]}, not a token's number")
+    return ids
 
 
 def resolve_device(device: str) -> torch.device:
@@ -198,13 +218,14 @@ def _load_errors(name: str) -> Iterator[None]:
         raise LeewayError(f"model {name}: no config.json in the folder", fix=fix)
     try:
         yield
-    except LeewayError:
+    except (LeewayError, MemoryError):
         raise
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except Exception as error:  # on files that are damaged or hostile, the loaders raise any type
         fix = "check the name, the files (safetensors, tokenizer, config) and the network"
-        raise LeewayError(f"model {name}: cannot be loaded ({first_line(error)})", fix=fix) from error
+        raise LeewayError(f"model {name}: cannot be loaded ({first_line(error)[:300]})", fix=fix) from error
 
 
+MAX_LAYERS = 10_000  # more than any model has
 CHUNK = 1 << 20  # values per step: 8 MiB, 16 MiB with their weights
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

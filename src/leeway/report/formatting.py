@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from leeway.claims.evaluate import format_effect
+from leeway.errors import printable
 from leeway.stats.metrics import LOG_ODDS
 
 OBJECTIVE_NAMES = {name: name.upper() for name in ("sft", "dpo", "cft", "ip", "orpo", "kl", "ipo", "kto")}
@@ -37,6 +39,7 @@ EVAL_NAMES = {
 }
 MINUS = "\u2212"
 MISSING = "–"
+FORMULAS = "=+-@＝＋－＠"  # a cell that begins with one of these is a formula to some spreadsheet
 MAX_CHARS = 1_200  # of a response shown on the page; the rows hold all of it
 INVISIBLE = re.compile(
     r"[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180e\u3164\uffa0]|"  # rendered as nothing
@@ -192,7 +195,14 @@ def escape_invisible(text: str, max_chars: int = MAX_CHARS) -> tuple[str, int]:
     Templates escape HTML; this stops text from reordering (bidirectional controls) or hiding what surrounds it.
     """
     cut = max(0, len(text) - max_chars)
-    return INVISIBLE.sub(lambda m: f"⟨U+{ord(m.group()):04X}⟩", text[:max_chars]), cut
+    return show_invisible(text[:max_chars]), cut
+
+
+def show_invisible(value: Any) -> Any:
+    """Return text with invisible characters as `⟨U+202E⟩`; markup and other values as they are."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return INVISIBLE.sub(lambda m: f"⟨U+{ord(m.group()):04X}⟩", value)
 
 
 def mapping(value: object) -> dict[str, Any]:
@@ -200,9 +210,17 @@ def mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def escape_formula(cell: str) -> str:
+    """Return a cell that no spreadsheet runs as a formula: an apostrophe goes before one that might be."""
+    begins = cell.lstrip()[:1]
+    return "'" + cell if (begins and begins in FORMULAS) or cell[:1] in ("\t", "\r", "\n") else cell
+
+
 def to_csv(table: pd.DataFrame) -> str:
-    """Return CSV with ten significant digits, no index and Unix line ends."""
-    return str(table.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+    """Return CSV with ten significant digits, no index and Unix line ends; its texts are no formulas or controls."""
+    texts = [c for c in table.columns if pd.api.types.is_object_dtype(table[c]) or table[c].dtype == "string"]
+    safe = {c: table[c].map(lambda v: escape_formula(printable(v)) if isinstance(v, str) else v) for c in texts}
+    return str(table.assign(**safe).to_csv(index=False, float_format="%.10g", lineterminator="\n"))
 
 
 def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -216,9 +234,19 @@ def to_json(value: Any) -> str:
 
 
 def templates(package: str, folder: str, *, html: bool, **filters: Callable[..., Any]) -> Environment:
-    """Return the Jinja templates in a folder of a package, with this module's formats and `filters` as filters."""
+    """Return the Jinja templates in a folder of a package, with this module's formats and `filters` as filters.
+
+    What an HTML template prints is escaped, and its invisible characters are shown.
+    """
     loader = PackageLoader(package, folder)
-    found = Environment(loader=loader, autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found = Environment(
+        loader=loader,
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=show_invisible if html else None,
+    )
     formats = (
         objective_name,
         eval_name,

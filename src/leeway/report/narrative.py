@@ -215,7 +215,7 @@ def corrected_rates(results: Results, cards: list[Path]) -> pd.DataFrame:
     judges = results.manifest.get("judges") or {}
     for path in cards:
         card = _read_card(path)
-        axes = {axis for axis, judge in judges.items() if judge.get("hash") == card["judge_hash"]}
+        axes = {axis for axis, judge in judges.items() if mapping(judge).get("hash") == card["judge_hash"]}
         if not axes:
             what = f"{path} is the card of {card['judge']} {card['judge_hash']}, which scored nothing in"
             raise ReportError(f"{what} {results.folder}", fix="calibrate the judge of this study")
@@ -258,6 +258,8 @@ def _correct(rate: dict[str, Any], hits: int, positives: int, right: int, negati
     line, sequential = {k: rate[k] for k in CORRECTED if k in rate}, rate["method"] == "anytime"
     if sequential or not rate["n"] or rate["rate"] != rate["rate"]:
         return line | {"note": UNCORRECTED if sequential else str(rate["reason"])}
+    if not (positives and negatives):
+        return line | {"note": "not corrected: the card has no labelled refusals, or nothing else"}
     measured = (hits / positives, right / negatives, positives, negatives)
     found = stats.rogan_gladen(float(rate["rate"]), int(rate["n_clusters"]), *measured)
     line |= {"corrected": found.rate, "corrected_low": found.low, "corrected_high": found.high}
@@ -267,9 +269,11 @@ def _correct(rate: dict[str, Any], hits: int, positives: int, right: int, negati
 def _read_card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text("utf-8"))
-        assert isinstance(card["parts"], list)
-        assert card["judge_hash"]
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        if not (isinstance(card["judge_hash"], str) and isinstance(card["judge"], str) and card["parts"]):
+            raise ValueError("no judge, or no parts")
+        if min(n for part in card["parts"] for n in _counts([part["counts"]])) < 0:
+            raise ValueError("a negative count")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ReportError(f"{path} is not a judge card", fix="make one with `leeway judge calibrate`") from error
     return dict(card)
 

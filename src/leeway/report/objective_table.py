@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from ruamel.yaml.error import YAMLError
 
 from leeway.data.stream import budget_notes
 from leeway.report import formatting, learning, narrative
@@ -86,7 +87,7 @@ def load_objective_table(folder: Path) -> ObjectiveTable:
     """Return the table of objectives of a reported run. Raises ReportError without a readable `results.json`."""
     try:
         made, manifest, study = (_read(folder / n) for n in ("results.json", "manifest.json", "study.yaml"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
         raise ReportError(f"{folder} has no readable report", fix=f"run `leeway report {folder}`") from error
     tables = {k: _frame(v) for k, v in made.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     return objective_table(tables, manifest, study, [int(s) for s in made.get("seeds") or ()])

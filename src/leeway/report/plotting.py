@@ -215,7 +215,7 @@ def finish(figure: Figure, name: str, title: str, caption: str, alt: str) -> Dra
     figure.savefig(svg, format="svg", metadata=no_metadata)
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
     figure.savefig(pdf, format="pdf", metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
-    drawn = _unique_ids(svg.getvalue().decode("utf-8"), name)
+    drawn = _unique_ids(formatting.show_invisible(svg.getvalue().decode("utf-8")), name)
     return Drawing(name, title, caption, alt, drawn, png.getvalue(), pdf.getvalue())
 
 

@@ -232,10 +232,15 @@ def replace_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
     contents = {name: text.encode("utf-8") if isinstance(text, str) else text for name, text in files.items()}
     digests = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in contents.items()}  # = file_digest
     before = _read_record(folder)
+    if outside := next((n for n in contents if ".." in Path(n).parts or Path(n).is_absolute()), None):
+        raise LeewayError(f"{folder}: {outside} lies outside it", fix="run the study again")
     for name in [RECORD, *contents]:
         path, own = folder / name, {*before.get(name, []), digests.get(name, "")}
         if link := _symlink(folder, path):
             raise LeewayError(f"{link} is a symbolic link", fix=MOVE)
+        above = [p for p in path.parents if p.is_relative_to(folder)]
+        if blocked := next((p for p in above if p.exists() and not p.is_dir()), None):
+            raise LeewayError(f"{blocked} is not a folder", fix=MOVE)
         if name != RECORD and path.exists() and not (path.is_file() and file_digest(path) in own):
             raise LeewayError(f"{path} is not a file that the report wrote", fix=MOVE)
     # until all files are written both contents are the report's own: it may be killed in between

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from leeway import stats
 from leeway.claims.evaluate import COLUMNS, EvaluationContext, judge
@@ -23,6 +24,7 @@ from leeway.hashing import changed_files
 from leeway.report import controls, formatting, learning
 from leeway.report.formatting import BudgetUnit, mapping
 from leeway.report.triggers import forms_of, near_conditions
+from leeway.report.validation import manifest_fault, table_fault
 from leeway.stats import mechanism, sequential
 from leeway.stats.bootstrap import ObjectiveChoice
 from leeway.stats.budget_curves import Direction
@@ -78,6 +80,8 @@ class Results:
         manifest = _read(record, lambda p: json.loads(p.read_text("utf-8")), "is not valid JSON")
         if not isinstance(manifest, dict):
             raise ReportError(f"{record} holds {type(manifest).__name__}, not an object", fix="run the study again")
+        if fault := manifest_fault(manifest):
+            raise ReportError(f"{record}: {fault}", fix="restore it, or run the study again")
         if edited := changed_files(folder, manifest.get("file_hashes") or {}):
             what = f"{folder / edited[0]} is not the file that the run wrote"
             raise ReportError(what, fix="run the study again: it reuses finished work and rewrites the file")
@@ -91,6 +95,10 @@ class Results:
         ledger = _read_table(folder / "ledger.parquet", LEDGER_COLUMNS)
         fix = "restore it, or run the study again"
         study = _read(folder / "study.yaml", lambda p: load_yaml(p.read_text("utf-8")), "is not readable YAML", fix)
+        own = (folder / "study.yaml").read_text("utf-8").partition("\n")[0]
+        hashed = manifest.get("file_hashes") or {"study.yaml": ""}  # a table of another tool's has no such line
+        if "study.yaml" not in hashed and own != f"# study {manifest.get('study_hash')}":
+            raise ReportError(f"{folder / 'study.yaml'} is not the study of this run", fix=fix)
         results = cls(folder, rows, ledger, manifest, mapping(study))
         if (folder / "learning.parquet").is_file():
             results.learning_items = _read_table(folder / "learning.parquet", LEARNING_COLUMNS)
@@ -556,7 +564,11 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     if missing:
         what = f"{path} lacks the columns {', '.join(missing)}: not written by `leeway run`"
         raise ReportError(what, fix="give the directory of a `leeway run`")
-    return table[columns + [c for c in OPTIONAL_COLUMNS if c in table.columns]]
+    table = table[columns + [c for c in OPTIONAL_COLUMNS if c in table.columns]]
+    own = "item_id" in columns or "step" in columns  # rows, learning, ledger
+    if own and (fault := table_fault(table, pq.read_schema(path))):
+        raise ReportError(f"{path}: {fault}", fix="restore it, or run the study again")
+    return table
 
 
 def _read(path: Path, read: Callable[[Path], Any], fault: str, fix: str = "run the study again") -> Any:

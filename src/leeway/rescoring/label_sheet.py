@@ -27,7 +27,7 @@ from leeway.errors import LeewayError
 from leeway.generation.thinking import final_answer
 from leeway.hashing import derive_seed, digest
 from leeway.io import readable, verify_checksum, with_checksum, write_file, write_json
-from leeway.report.formatting import mapping
+from leeway.report.formatting import escape_formula, mapping
 from leeway.report.results import Results
 from leeway.rescoring.responses import bare_prompts, has_no_answer, require_answers
 from leeway.stats.intervals import Ints
@@ -41,7 +41,6 @@ WORDS = {
 }
 SIZE = 200  # answers by default, or one for each stratum
 UNSCORED = "unscored"  # the stratum of answers that the primary judge could not score
-FORMULAS = "=+-@＝＋－＠"  # a cell that begins with one of these is a formula to some spreadsheet
 STRATUM = ["objective", "budget", "outcome"]
 KEY = [c for c in RESPONSE if c != "response"]
 
@@ -156,12 +155,6 @@ def _csv(lines: Seq[Seq[str]]) -> str:
     return buffer.getvalue()
 
 
-def escape_formula(cell: str) -> str:
-    """Return a cell that no spreadsheet runs as a formula: an apostrophe goes before one that might be."""
-    begins = cell.lstrip()[:1]
-    return "'" + cell if (begins and begins in FORMULAS) or cell[:1] in ("\t", "\r", "\n") else cell
-
-
 def _key_path(folder: Path, name: str) -> Path:
     return folder / "sheets" / f"{name}.json"
 
@@ -213,7 +206,12 @@ def _read_key(folder: Path, name: str, path: Path) -> dict[str, Any]:
     if not place.is_file():
         raise LeewayError(f"{path}: {folder} has no key of sheet {name!r}", fix="give --run the run it was drawn from")
     with readable(place):
-        return verify_checksum(json.loads(place.read_text("utf-8")))
+        key = verify_checksum(json.loads(place.read_text("utf-8")))
+        if not isinstance(key.get("answers"), dict) or not isinstance(key.get("strata"), list):
+            raise ValueError("not the key of a sheet")
+        if key.get("eval") not in WORDS or not all(isinstance(rows, list) for rows in key["answers"].values()):
+            raise ValueError("not the key of a sheet")
+        return key
 
 
 def labelled_answers(filled: FilledSheet, results: Results) -> pd.DataFrame:

@@ -64,7 +64,7 @@ def _means(table: pd.DataFrame, means: list[str]) -> pd.DataFrame:
 def _loads(text: object) -> dict[str, object]:
     try:
         value = json.loads(text) if isinstance(text, str) else {}
-    except ValueError:
+    except (ValueError, RecursionError):  # text of a judge, which may be anything
         return {}
     return value if isinstance(value, dict) else {}
 

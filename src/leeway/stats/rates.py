@@ -195,7 +195,7 @@ def _with_raw(rows: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame
     for text in rows["judge_raw"]:
         try:
             value = json.loads(text) if isinstance(text, str) else {}
-        except ValueError:
+        except (ValueError, RecursionError):  # text of a judge, which may be anything
             value = {}
         found.append(value if isinstance(value, dict) else {})
     frame = pd.DataFrame(found, index=rows.index, columns=["match", "form", *RAW_NUMBERS])

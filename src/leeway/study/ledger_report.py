@@ -19,6 +19,7 @@ from leeway.errors import LeewayError
 from leeway.hashing import changed_files
 from leeway.io import readable
 from leeway.report.results import training_steps
+from leeway.report.validation import manifest_fault
 from leeway.study.run_dir import LEDGER_SCHEMA
 from leeway.training import checkpoints
 
@@ -46,6 +47,8 @@ def view(folder: Path) -> LedgerView:
         raise LeewayError(f"{folder} has no manifest.json: not a run directory", fix="give the --out of a `leeway run`")
     with readable(manifest):
         raw = json.loads(manifest.read_text("utf-8"))
+        if not isinstance(raw, dict) or (fault := manifest_fault(raw)):
+            raise ValueError(fault if isinstance(raw, dict) else f"it is {type(raw).__name__}, not an object")
     rule = raw.get("matching") or {}
     matching = Matching(rule.get("count", "source"), rule.get("starts", {}))
     paths = sorted(folder.glob("checkpoints/*/s*/*/ledger.json"))

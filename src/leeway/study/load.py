@@ -62,7 +62,7 @@ def load(name: str, overrides: tuple[str, ...] = ()) -> Spec:
     """Load a study file, or a preset by name."""
     if name in PRESETS:
         return parse(preset_text(name), f"preset {name}", overrides)
-    path = Path(name)
+    path = expand(name)
     if not path.is_file():
         what = f"{name}: neither a study file nor a preset{nearest(name, PRESETS)}"
         raise LeewayError(what, fix="`leeway studies` lists the presets")

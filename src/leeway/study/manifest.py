@@ -24,6 +24,7 @@ from leeway.model.load import Model, model_hash, resolve
 from leeway.model.packaged import origin
 from leeway.objectives import OBJECTIVES, ip, sft_refusal
 from leeway.plugins import source_hash
+from leeway.report.formatting import mapping
 from leeway.study.prepare import Prepared
 from leeway.training.checkpoints import WarmStart
 
@@ -34,10 +35,10 @@ def check_unchanged(prepared: Prepared, facts: dict[str, Any], where: Path) -> N
     """Raise LeewayError if evals, texts or model differ from those of an earlier run in this folder."""
     spec = prepared.spec
     now = {f"evals.{e.key}": e.hash for e in prepared.evals} | {"chat template": prepared.chat.template_hash}
-    then = {f"evals.{key}": e["hash"] for key, e in facts["evals"].items()}
-    then["chat template"] = facts["model"]["template_hash"]
+    then = {f"evals.{key}": mapping(e).get("hash") for key, e in facts["evals"].items()}
+    then["chat template"] = facts["model"].get("template_hash")
     if Path(resolve(spec.model)).is_dir():  # a hub id's commit is known once it is loaded, and compared by the ledger
-        now["model"], then["model"] = model_hash(spec.model, spec.revision), facts["model"]["hash"]
+        now["model"], then["model"] = model_hash(spec.model, spec.revision), facts["model"].get("hash")
     now |= {k: str(v) for k, v in _texts(prepared).items()}
     then |= {k: str(v) for k, v in facts.get("texts", {}).items()}
     for name in now:

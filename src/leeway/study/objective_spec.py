@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_type_hints
@@ -14,7 +13,7 @@ from pydantic import Field, ValidationInfo
 from leeway.io import expand
 from leeway.model import adapters
 from leeway.objectives import Objective, load_objective, names
-from leeway.yaml_config import ConfigModel, Tokens, nearest
+from leeway.yaml_config import MAX_FLOAT32, ConfigModel, Tokens, nearest
 
 ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]*")
 MAX_ALIAS = 64  # characters: it is part of file names
@@ -142,7 +141,7 @@ def _check_setting(kind: str, objective: Any, key: str, value: Any) -> None:
             raise ValueError(f"{kind}: {key} is {value!r}; {' or '.join(map(str, words))}")
         return
     number, is_probability = isinstance(value, (int, float)) and not isinstance(value, bool), key in PROBABILITIES
-    if not (number and 0 <= value < math.inf) or (is_probability and value > 1):
+    if not (number and 0 <= value <= MAX_FLOAT32) or (is_probability and value > 1):
         most = " and at most 1" if is_probability else ""
         raise ValueError(f"{kind}: {key} is {value!r}; a number of at least 0{most}")
 
@@ -195,7 +194,7 @@ def _adapter_faults(alias: str, name: str, control: tuple[str, ...], *, full: bo
     if is_adapter and not full:
         try:
             trained = bool(json.loads(config.read_text("utf-8")).get("trainable_token_indices"))
-        except (ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             yield f"{where}: its {adapters.CONFIG} is damaged"
         else:
             if trained != bool(control):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from leeway.data.stream import BudgetStop
+from leeway.errors import printable
 from leeway.evals.eval import Eval, Work
 from leeway.objectives.objective import PLAIN
 from leeway.study.jobs import EvalTarget
@@ -176,7 +177,7 @@ class Lines:
         self.log(f"{event[3]} | {share:.0f}% | ETA {eta}")
 
     def log(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """Print nothing."""

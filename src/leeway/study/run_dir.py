@@ -35,6 +35,7 @@ from leeway.io import (
     write_file,
     write_json,
 )
+from leeway.report.validation import manifest_fault
 from leeway.stats import mechanism
 from leeway.stats.metrics import AT
 from leeway.yaml_config import read as read_yaml
@@ -259,8 +260,10 @@ class RunDir:
             return {}
         with readable(self.manifest_path):
             loaded: dict[str, Any] = json.loads(self.manifest_path.read_text("utf-8"))
-            if not {"evals", "model"} <= loaded.keys():
+            if not isinstance(loaded, dict) or not {"evals", "model"} <= loaded.keys():
                 raise ValueError("not a manifest")
+            if fault := manifest_fault(loaded):
+                raise ValueError(fault)
         return loaded
 
     def _home(self, name: str) -> Path:
@@ -434,6 +437,8 @@ class RunDir:
             return {}
         with readable(path):
             facts: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            if not isinstance(facts, dict):
+                raise ValueError("not an object")
         return facts
 
     def record_server(self, facts: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from leeway.errors import printable
 from leeway.evals.eval import Work
 from leeway.report.formatting import format_budget, objective_name
 from leeway.report.objective_table import ObjectiveTable, print_objective_table
@@ -108,7 +109,7 @@ class TerminalView:
             self._progress.update(event, clock, workers)
 
     def log(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False)
+        self.console.print(printable(line), markup=False, highlight=False)
 
     def stop(self) -> None:
         if self._live:

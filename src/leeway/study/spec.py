@@ -218,7 +218,7 @@ class Spec(ConfigModel):
     processes: int = Field(
         default=1, gt=0, le=64, description="that train one trajectory, each with a shard of the model"
     )
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     task: TaskSpec
     pairs: Pairs = Pairs()
     adapter: Adapter = Adapter()

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from leeway.errors import LeewayError
+from leeway.errors import LeewayError, first_line
 from leeway.io import atomic_folder, verify_checksum, with_checksum, write_json
 from leeway.model import adapters
 from leeway.model.load import Model
@@ -61,26 +61,26 @@ def read_ledger(folder: Path) -> dict[str, Any]:
     """Return the ledger line of a checkpoint. Raises LeewayError if it was changed."""
     try:
         return verify_checksum(json.loads((folder / LEDGER).read_text("utf-8")))
-    except (ValueError, AttributeError) as error:
-        what = f"{folder}: its ledger.json is damaged ({error})"
+    except (OSError, ValueError, RecursionError) as error:
+        what = f"{folder}: its ledger.json is damaged ({first_line(error)})"
         raise LeewayError(what, fix="delete that folder and run again") from error
 
 
 def unverified_ledger(folder: Path) -> dict[str, Any]:
     """Return the ledger line without checking it, to show it next to its fault; empty if it cannot be read."""
-    line: dict[str, Any] = {}
-    with suppress(ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         line = json.loads((folder / LEDGER).read_text("utf-8"))
-    return line
+        return line if isinstance(line, dict) else {}
+    return {}
 
 
 def verified_ledger(folder: Path) -> dict[str, Any]:
     """Return the ledger line of a checkpoint. Raises LeewayError if its adapter is not the one the line names."""
     line = read_ledger(folder)
     found = _hash(folder, "delete that folder and run again")
-    if found != line["adapter_hash"]:
+    if found != line.get("adapter_hash"):
         what = f"{folder}: the adapter is not the one its ledger names (adapter_hash {found}, "
-        what += f"ledger {line['adapter_hash']})"
+        what += f"ledger {line.get('adapter_hash')})"
         raise LeewayError(what, fix="delete that folder and run again, or start in another --out")
     return line
 

@@ -30,6 +30,7 @@ except ImportError as error:
 GROUPS = ["objective", "seed", "budget", "condition", "eval", "judge"]
 METADATA = ["objective", "seed", "budget", "condition", "eval", "attack", "item_id", "cluster"]
 METADATA += ["outcome", "unscored_reason", "template_hash", "adapter_hash", "new_tokens"]
+MAX_NAME = 100  # characters of one part of a file's name
 SCORE = "judged"  # as the tasks name it
 
 
@@ -223,4 +224,4 @@ def _time(manifest: dict[str, Any]) -> str:
 
 def _plain_name(text: str) -> str:
     """Replace all but letters, digits, points, plus and minus: Inspect splits a log's name at underscores."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-")
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-")[:MAX_NAME]

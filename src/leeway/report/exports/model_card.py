@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -81,8 +82,8 @@ def model_card(
     manifest, study = results.manifest, results.study
     objective = mapping(mapping(manifest.get("objectives")).get(line["objective"]))
     low_rank = mapping(study.get("adapter")).get("kind", "lora") != "full"
-    template = formatting.templates("leeway.report.exports", ".", html=False, md=markdown).get_template("card.md.j2")
-    body = template.render(
+    environment = formatting.templates("leeway.report.exports", ".", html=False, md=markdown, code=code, python=python)
+    body = environment.get_template("card.md.j2").render(
         title=_title(results, line),
         line=line,
         counts=[(k.replace("_", " ").capitalize(), _count(line[k])) for k in COUNTS],
@@ -141,7 +142,17 @@ def markdown(text: object) -> str:
     """Escape text for a line or a table cell of Markdown."""
     plain = formatting.escape_invisible(str(text))[0].replace("\n", " ")
     safe = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\|`*_\[\]])", r"\\\1", safe)
+    return re.sub(r"([\\|`*_\[\]$])", r"\\\1", safe)
+
+
+def code(text: object) -> str:
+    """Return text for a code span in a table cell, without what would end either."""
+    return formatting.escape_invisible(str(text))[0].replace("\n", " ").replace("`", "'").replace("|", "\\|")
+
+
+def python(text: object) -> str:
+    """Return a text as a string of Python that ends neither itself nor the block of code around it."""
+    return json.dumps(str(text), ensure_ascii=False).replace("`", "\\x60")
 
 
 def _front_matter(results: Results, line: dict[str, Any], measured: list[dict[str, Any]], low_rank: bool) -> str:
@@ -207,7 +218,7 @@ def _count(value: Any) -> str:
 
 def leeway_entry(run_version: str | None = None) -> str:
     """Return the BibTeX entry of Leeway, in the version of a run or the installed one."""
-    number = run_version or version("leeway")
+    number = re.sub(r"[^\w.+-]", "", run_version or "") or version("leeway")
     return f"@software{{leeway,\n  title = {{{TITLE}}},\n  author = {{{AUTHOR}}},\n  version = {{{number}}}\n}}\n"
 
 

@@ -17,7 +17,7 @@ from leeway.report import formatting, judges, learning, mechanism, narrative, pl
 from leeway.report.charts import Chart
 from leeway.report.controls import page_values
 from leeway.report.finding import finding
-from leeway.report.formatting import BudgetUnit
+from leeway.report.formatting import BudgetUnit, show_invisible
 from leeway.report.objective_table import notes_of
 from leeway.report.page.analyses import MARGIN, views
 from leeway.report.page.mechanism import section
@@ -235,7 +235,7 @@ def _charts(charts: list[Chart], drawings: list[Drawing]) -> dict[str, Any]:
     as_json = {c.name: json.dumps(c.spec, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for c in charts}
     return {
         "charts": {c.name: c for c in charts},
-        "specs": {name: Markup(text.replace("<", "\\u003c")) for name, text in as_json.items()},
+        "specs": {name: Markup(show_invisible(text).replace("<", "\\u003c")) for name, text in as_json.items()},
         "files": {name: file if file in drawn else "" for name, file in named.items()},
         "dark_colours": Markup(json.dumps({**plotting.ON_DARK, **DARK_INK})),
     }

@@ -59,7 +59,7 @@ def _check_folder(out: Path) -> None:
     """Raise LeewayError if a folder with a run is not that of an earlier comparison of logs."""
     try:
         manifest = json.loads((out / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         manifest = None
     if formatting.mapping(formatting.mapping(manifest).get("external")).get("kind") != "logs":
         raise LeewayError(f"{out} is a run directory", fix="give another --out")
