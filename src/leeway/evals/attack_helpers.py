@@ -182,7 +182,7 @@ class TranslationFile:
         texts = [entry.get(k) for k in ("direction", "source", "text")] if isinstance(entry, dict) else []
         if not texts or not all(isinstance(t, str) and t.strip() for t in texts) or texts[0] not in ("out", "back"):
             raise LeewayError(f"{where}: not a translation", fix="give direction (out or back), source and text")
-        if HALF_CHARACTER.search("".join(texts)):
+        if HALF_CHARACTER.search("".join(map(str, texts))):
             raise LeewayError(f"{where}: it holds one half of a character", fix="correct or remove that line")
         if not isinstance(entry.get("reviewed", False), bool):
             raise LeewayError(f"{where}: reviewed is neither true nor false", fix="write true or false")
