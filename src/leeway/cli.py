@@ -213,9 +213,7 @@ def plan(
     mbu: Annotated[float | None, typer.Option("--mbu", help="model bandwidth utilisation, 0 to 1")] = None,
     price: Annotated[float | None, typer.Option("--price", min=0, help="dollars per GPU hour")] = None,
     judge_price: opt.JudgePrice = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="time a few steps and answers on this machine (loads the model)")
-    ] = False,
+    measure: opt.Measure = False,
     workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -481,9 +479,7 @@ def push(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="its seed (default: the first)")] = None,
     public: Annotated[bool, typer.Option("--public", help="allow a public repository (default: private)")] = False,
-    full_page: Annotated[
-        bool, typer.Option("--full-page", help="the page with all prompts and answers, forbidden ones too")
-    ] = False,
+    full_page: opt.FullPage = False,
     dry_run: Annotated[Path | None, typer.Option("--dry-run", help="write this folder instead of pushing")] = None,
 ) -> None:
     """Push a checkpoint to the Hub, with the study's results as its model card, page, study file and ledger."""

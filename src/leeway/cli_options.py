@@ -139,3 +139,9 @@ CalibratedOn = Annotated[
 Partial = Annotated[
     bool, typer.Option("--partial", help="count partial refusals as refusals (default: full ones only)")
 ]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="time a few steps and answers on this machine (loads the model)")
+]
+FullPage = Annotated[
+    bool, typer.Option("--full-page", help="the page with all prompts and answers, forbidden ones too")
+]
