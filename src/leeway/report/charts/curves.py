@@ -139,10 +139,11 @@ def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart 
         return None
     x: Spec = {"field": "tokens", "type": QUANTITY, "title": None, "axis": {"format": "~s", "tickCount": 4}}
     y: Spec = {"field": "value", "type": QUANTITY, "title": None, "scale": {"zero": False}, "axis": {"tickCount": 4}}
+    panels = [panel for panel in LOGGED.values() if any(d["panel"] == panel for d in data)]
     point = "datum.label + ', ' + format(datum.tokens, ',') + ' tokens processed, ' + datum.panel"
     body: Spec = {
         "transform": [*flat(["tokens", "value"], point, "format(datum.value, '.3f')"), *shown_by("lines")],
-        "facet": {"field": "panel", "type": NOMINAL, "sort": None, "title": None},
+        "facet": {"field": "panel", "type": NOMINAL, "sort": panels, "title": None},
         "spec": {
             "height": 170,
             "encoding": {"x": x, "y": y},
@@ -157,7 +158,7 @@ def training(steps: pd.DataFrame, lines: list[Series], bins: int = 30) -> Chart 
             ],
         },
         "resolve": {"scale": {"y": "independent"}},
-        "usermeta": {"panel": PANEL, "panels": len({d["panel"] for d in data}), "computed": True},
+        "usermeta": {"panel": PANEL, "panels": len(panels), "computed": True},
     }
     return spec_of(
         "training",
