@@ -13,16 +13,15 @@ from typing import Any
 import pytest
 
 from leeway.errors import LeewayError
-from leeway.study import watchdog
-from leeway.study.executors import local
+from leeway.study.executors import local, watchdog
 from leeway.study.executors.local import LocalExecutor, workers_for
+from leeway.study.executors.watchdog import Watchdog
 from leeway.study.jobs import Job
 from leeway.study.load import parse
 from leeway.study.manifest import fingerprint
 from leeway.study.prepare import prepare
 from leeway.study.progress import Reporter
 from leeway.study.run import run
-from leeway.study.watchdog import Watchdog
 
 STUDY = """
 name: x

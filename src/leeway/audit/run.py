@@ -36,6 +36,7 @@ from leeway.model.load import Model, load_chat, resolve, resolve_device, resolve
 from leeway.objectives.objective import PLAIN, Condition
 from leeway.study.build_evals import HelperModels, evals_of
 from leeway.study.executors.local import LocalExecutor
+from leeway.study.executors.watchdog import Watchdog
 from leeway.study.jobs import BASE
 from leeway.study.load import load, parse
 from leeway.study.manifest import measured_with
@@ -46,7 +47,6 @@ from leeway.study.progress import Reporter
 from leeway.study.run import probe, probe_finished, run_prepared, with_probe
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
-from leeway.study.watchdog import Watchdog
 from leeway.study.worker import Worker
 from leeway.yaml_config import dump
 from leeway.yaml_config import read as read_mapping

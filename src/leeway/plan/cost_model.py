@@ -28,6 +28,7 @@ PUBLISHED = 2  # bytes per weight in the hub's files
 # Of a CPU with the fused layout, fitted to SmolLM2-135M in bfloat16 and the organism in float32:
 PASSES = 30  # bytes of element-wise passes per byte kept for the backward pass
 STEP = 3e-3  # seconds a layer and optimiser step take besides, whatever the number of tokens
+HELD = 1.5  # bytes that a process holds per byte kept: buffers, the head's blocks, gaps between freed pieces
 DECODED = 4000  # bytes of element-wise passes per layer, generated token and number in a hidden state
 
 
@@ -182,12 +183,13 @@ def memory(s: Shape, micro_tokens: int, dropout: float, batch: int, context: int
     """Return the memory with adapter, gradient and AdamW moments in float32 and no activation recomputed.
 
     `length`: tokens of an example. The fused layout keeps each token's attention to them. `context`: of a response.
-    Buffers, fragmentation and the head's chunks are left out: on the organism in float32, autograd kept 1.18 times the
-    estimate without the fused layout.
+    HELD is in the fused layout alone: on a GPU the allocator reuses its blocks, and on the organism in float32 autograd
+    kept 1.18 times the estimate.
     """
     trained = s.trained * (FLOAT32 + ADAM) + (0 if s.full else s.trained * FLOAT32)
     each = kept_bytes(s, dropout) + (s.layers * s.heads * length * s.bytes if s.fused else 0)
-    return Memory(s.weight_bytes, trained, micro_tokens * each, batch * context * s.kv_bytes)
+    held = HELD if s.fused else 1.0
+    return Memory(s.weight_bytes, trained, held * micro_tokens * each, batch * context * s.kv_bytes)
 
 
 def eval_costs(prepared: Prepared) -> tuple[tuple[EvalCost, ...], tuple[str, ...]]:
@@ -286,8 +288,11 @@ class CostEstimate:
 
     @property
     def memory_gib(self) -> float:
-        """Return the memory of all processes: several workers have a coordinating one, which holds the model."""
-        leading = RUNTIME + self.memory.weights if self.workers > 1 else 0.0
+        """Return the memory of all processes: several workers have a coordinating one, which loads the model.
+
+        While a model is loaded, its file's pages and its weights are both in memory.
+        """
+        leading = RUNTIME + 2 * self.memory.weights if self.workers > 1 else 0.0
         return (self.workers * (RUNTIME + self.memory.peak) + leading) / GIB
 
     def lines(self) -> Iterator[str]:
@@ -304,7 +309,8 @@ class CostEstimate:
         fit = {None: "", True: ": fits", False: f": DOES NOT FIT; {self.advice}"}[self.fits]
         yield (
             f"  memory ~{self.memory_gib:.1f} GiB{fit} ({each}weights {m.weights / GIB:.1f}, adapter and optimiser "
-            f"{m.adapter / GIB:.1f}, then activations {m.activations / GIB:.1f} or keys and values {m.cache / GIB:.1f})"
+            f"{m.adapter / GIB:.1f}, then activations and buffers {m.activations / GIB:.1f} or keys and "
+            f"values {m.cache / GIB:.1f})"
         )
         yield from self.other_lines()
 

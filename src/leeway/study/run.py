@@ -33,6 +33,7 @@ from leeway.study import sequential_eval
 from leeway.study.build_evals import HelperModels, evals_of
 from leeway.study.controls import RATE_ZERO
 from leeway.study.executors.local import Executor, LocalExecutor, requires_single_worker, workers_for
+from leeway.study.executors.watchdog import Watchdog
 from leeway.study.jobs import Job, compliant_count, control_jobs, eval_targets, jobs_of, relative_cost, schedule_of
 from leeway.study.load import load, parse
 from leeway.study.manifest import check_unchanged, matching
@@ -43,7 +44,6 @@ from leeway.study.progress import Reporter, Row, trajectory_name
 from leeway.study.run_dir import MARK, RunDir
 from leeway.study.runtime import compute_settings
 from leeway.study.spec import Spec
-from leeway.study.watchdog import Watchdog
 from leeway.study.worker import Worker
 from leeway.training import checkpoints
 from leeway.training.distributed import check

@@ -18,13 +18,13 @@ from typing import Any, Protocol
 
 from leeway.errors import LeewayError
 from leeway.io import open_lock
+from leeway.study.executors.watchdog import Watchdog
 from leeway.study.jobs import Checkpoint, Job
 from leeway.study.manifest import check_fingerprint, fingerprint, manifest
 from leeway.study.prepare import PairSampling, Prepared, prepare
 from leeway.study.progress import Event, Kind, OnProgress, Update
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
-from leeway.study.watchdog import Watchdog
 from leeway.study.worker import Worker
 from leeway.training.distributed import exit_with_parent
 

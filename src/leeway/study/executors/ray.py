@@ -32,6 +32,7 @@ from leeway.errors import LeewayError, all_faults, first_line
 from leeway.hashing import digest
 from leeway.plan.plan import memory_of_a_worker
 from leeway.study.executors.local import OnEvent, ready, requires_single_worker, timed
+from leeway.study.executors.watchdog import Watchdog
 from leeway.study.jobs import Job
 from leeway.study.manifest import PACKAGES, check_fingerprint, fingerprint, manifest
 from leeway.study.preflight import service_faults
@@ -39,7 +40,6 @@ from leeway.study.prepare import PairSampling, Prepared, prepare
 from leeway.study.progress import Event
 from leeway.study.run_dir import RunDir
 from leeway.study.spec import Spec
-from leeway.study.watchdog import Watchdog
 from leeway.study.worker import Worker
 
 SHARED_FOLDER = "give an --out on a file system that every node of the cluster has at the same path"
