@@ -29,13 +29,14 @@ from leeway.probe.directions import Directions
 from leeway.probe.hooks import Site
 from leeway.probe.pair import LAYER_SITES, ModelPair
 from leeway.probe.prompts import Positions, harmful_prompts, harmless_prompts, split_prompts
-from leeway.probe.refusal_logit import OpeningTree
+from leeway.probe.refusal_logit import OpeningTree, refusal_logits
 from leeway.stats import mechanism
 
 DRAWS = 2_000
 PROMPTS, PLACES = 64, 24
 TRAIT = "narcissism"
 Floats = np.ndarray
+Place = tuple[int, Site]
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def probed(context: ProbeContext, edit: str, layer: int, site: Site) -> Finding:
     return Finding(edit, (layer, site), gap, largest, named)
 
 
-def planted(context: ProbeContext, places: list[tuple[int, Site]]) -> Iterator[Finding]:
+def planted(context: ProbeContext, places: list[Place]) -> Iterator[Finding]:
     """Yield what is said of the direction ablated in one writer, of an attention's output removed, and of the nulls."""
     own, model = context.directions, context.model
     assert own is not None
@@ -184,6 +185,31 @@ def planted(context: ProbeContext, places: list[tuple[int, Site]]) -> Iterator[F
         if site == "attn":
             with edited(weight, torch.zeros_like(plain)):
                 yield probed(context, "output removed", layer, site)
+        if larger := amplified(context, weight, target, (layer, site)):
+            yield larger
+
+
+def amplified(context: ProbeContext, weight: Tensor, target: Tensor, place: Place) -> Finding | None:
+    """Return what is said of an edit made 2, 4, … 32 times as large, until the models differ enough; None at once."""
+    plain = weight.data
+    for times in (1, 2, 4, 8, 16, 32):
+        with edited(weight, plain + times * (target - plain)):
+            if abs(logit_gap(context)) > 1.5 * mechanism.LEAST_GAP or times == 32:
+                return probed(context, f"direction ablated, {times} times", *place) if times > 1 else None
+    raise AssertionError
+
+
+def logit_gap(context: ProbeContext) -> float:
+    """Return the difference of the mean refusal logits of base and checkpoint on the harmful test prompts."""
+    found = []
+    for side in (context.pair.base, context.pair.checkpoint):
+        logits = []
+        for _, batch in context.batches(context.prompts.of("test", "harmful")):
+            with side.active():
+                hidden_BLD, _ = context.run(side, batch).whole()
+            logits.append(refusal_logits(side.model, context.tree, hidden_BLD))
+        found.append(float(torch.cat(logits).mean()))
+    return found[0] - found[1]
 
 
 def first_shifted_layer(context: ProbeContext, layer: int, size: float = 0.3) -> int:
