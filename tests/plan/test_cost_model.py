@@ -190,7 +190,7 @@ def test_dollars_are_hours_times_the_price_and_are_not_printed_without_one() -> 
     assert planned.cost.dollars == pytest.approx(2.0 * planned.estimated_hours)
     assert planned.cost.fits is True
     text = plan.plan(spec, machine).to_text()
-    assert "hire: no price given (--price)" in text
+    assert "GPU rental: no price given (--price)" in text
     assert "estimated by formulas on A10G, not measured" in text
     assert "$" not in text
 
@@ -282,6 +282,6 @@ def test_the_estimate_prints_judge_calls() -> None:
         judge_dollars=1.5,
     )
     text = "\n".join(made.lines())
-    assert "~1.5 h (training ~1.0 h, answering ~30.0 min)" in text
+    assert "~1.5 h (training ~1.0 h, generation ~30.0 min)" in text
     assert "1,000 calls, ~2.0 million tokens read and ~1.0 million written: ~$1.50" in text
-    assert "hire: ~$3.00" in text
+    assert "GPU rental: ~$3.00" in text

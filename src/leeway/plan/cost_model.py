@@ -296,12 +296,12 @@ class CostEstimate:
         return (self.workers * (RUNTIME + self.memory.peak) + leading) / GIB
 
     def lines(self) -> Iterator[str]:
-        pairs = f", drawing pairs {as_time(self.pairs_hours)} at most" if self.pairs_hours else ""
+        pairs = f", sampling pairs {as_time(self.pairs_hours)} at most" if self.pairs_hours else ""
         several = f" with {self.workers} workers" if self.workers > 1 else ""
         together = ", over all workers" if several else ""
         yield (
             f"estimated by formulas on {self.machine}{several}, not measured: {as_time(self.hours)} (training "
-            f"{as_time(self.training_hours)}, answering {as_time(self.answering_hours)}{pairs}{together})"
+            f"{as_time(self.training_hours)}, generation {as_time(self.answering_hours)}{pairs}{together})"
         )
         yield f"  assumed: {self.assumed}; an answer takes {MEAN_ANSWER:.0%} of max_new_tokens; judge time is excluded"
         m = self.memory
@@ -326,7 +326,7 @@ class CostEstimate:
                 f"~{written:.1f} million written{_dollars(self.judge_dollars, '--judge-price')}"
             )
         if self.fits is not None:
-            yield f"  hire{_dollars(self.dollars, '--price')}"
+            yield f"  GPU rental{_dollars(self.dollars, '--price')}"
 
 
 def as_time(hours: float) -> str:

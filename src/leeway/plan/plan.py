@@ -88,8 +88,8 @@ class Plan:
         about = "" if self.counts_exactly else "~"
         references, shared = self.references, []
         if references.sequences:  # less than the column's sum: sequences are shared across trajectories
-            passes = f"{about}{references.tokens:,} tokens of {about}{references.sequences:,} sequences"
-            shared = [f"references: {passes} go through them, once each; kept on disk ({_size(references.bytes)})"]
+            passes = f"{about}{references.tokens:,} tokens in {about}{references.sequences:,} sequences"
+            shared = [f"reference passes: {passes}, once each; cached on disk ({_size(references.bytes)})"]
         before = [
             f"{self.name}: {sum(t.runs for t in self.trajectories)} training runs, {self.checkpoints} checkpoints, "
             f"{self.evaluated} evaluations of {self.answers_each:,} answers; {self.parameters:,} parameters",
