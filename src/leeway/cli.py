@@ -361,7 +361,7 @@ def probe(
     directions: opt.Directions = None,
     data: opt.ProbeData = None,
     settings: opt.ProbeSettings = None,
-    workers: Workers = 1,
+    workers: opt.ProbeWorkers = 1,
     quiet: Quiet = False,
 ) -> None:
     """Probe why checkpoints drifted: directions, patching, adapter layers, mediation, personas, depth in tokens."""

@@ -51,6 +51,9 @@ Workers = Annotated[
         "--workers", min=1, help="worker processes (default: on a CPU as many as its cores allow, one on a GPU)"
     ),
 ]
+ProbeWorkers = Annotated[
+    int, typer.Option("--workers", min=1, help="worker processes, which share a checkpoint's measures")
+]
 Executor = Annotated[
     Literal["local", "ray"],
     typer.Option(

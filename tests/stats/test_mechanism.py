@@ -100,6 +100,16 @@ def test_successes_are_compared_prompt_by_prompt() -> None:
     assert not mechanism.summarise(values(put_back, put_back, np.ones(40), "mediation"))["named"].any()
 
 
+def test_a_share_that_no_draw_can_change_has_no_interval() -> None:
+    """7 of 32 answers change and all are undone: the bootstrap's share is 1 in every draw, a binomial's bound is .59."""
+    changed_P = (np.arange(32) < 7).astype(float)
+    undone = values(changed_P[:, None], np.zeros((32, 1)), changed_P, measure="mediation")
+    share = mechanism.summarise(undone).set_index("measure").loc["mediation"]
+    assert share["value"] == 1
+    assert np.isnan([share["low"], share["high"]]).all()
+    assert share["reason"] == mechanism.SAME_SHARE
+
+
 def test_unscored_prompts_leave_a_reason_and_a_count() -> None:
     own = drawn(1.5, 3.0)
     lost = own["item_id"].isin(["p0", "p1"])

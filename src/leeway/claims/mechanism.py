@@ -21,7 +21,7 @@ def comparisons(
     """Yield one comparison per seed and budget: the largest share among the claimed layers, against margin and control.
 
     The p-value is normal, with the standard error of the share's interval, and corrected for the number of layers that
-    the claim leaves open (Bonferroni). A withheld share gives no p, and its reason.
+    the claim leaves open (Bonferroni). A share without an interval gives no p, and its reason.
     """
     detail = claim.detail or DETAIL.get(claim.measure, "")
     own = table[(table["objective"] == objective) & (table["measure"] == claim.measure) & (table["detail"] == detail)]
@@ -47,7 +47,7 @@ def _strongest(claim: Mechanism, at: pd.DataFrame, name: str) -> Comparison:
     limit = max(claim.margin, control)
     error = (float(line["high"]) - float(line["low"])) / (2 * scipy.stats.norm.ppf(0.975))
     distance = float(line["value"]) - limit
-    p = float(scipy.stats.norm.sf(distance / error)) if error > 0 else float(distance <= 0)
+    p = float(scipy.stats.norm.sf(distance / error))
     note = f"the control reaches {control:.2f}" if control > claim.margin else ""
     where = name if line["layer"] < 0 else f"{name}, layer {line['layer'] + 1} {line['site']}"
     return Comparison(
@@ -58,7 +58,7 @@ def _strongest(claim: Mechanism, at: pd.DataFrame, name: str) -> Comparison:
         0.95,
         SHARE,
         min(1.0, p * len(at)),
-        min(1.0, 1 - p if error > 0 else float(distance > 0)),
+        1 - p,
         n_clusters=int(line["n"]),
         note=note,
         slack=distance,

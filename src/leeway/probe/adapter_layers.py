@@ -1,4 +1,4 @@
-"""Measure 4: which layers' weights carry the change, exactly, by switching parts of the update.
+"""Which layers' weights carry the change, exactly, by switching parts of the update.
 
     leave one out   L(θ + Σ_{k≠ℓ} ΔW_k) − L(θ + ΔW)
     one alone       L(θ + ΔW_ℓ) − L(θ)

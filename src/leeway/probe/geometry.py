@@ -1,4 +1,4 @@
-"""Measures 1c and 2: how the base's and the checkpoint's directions differ, layer by layer.
+"""How the base's and the checkpoint's directions differ, layer by layer.
 
 cos(r_base, r_ckpt); ‖r‖ / mean ‖h‖ of both; and how well the *base's* direction still separates the checkpoint's
 states of test prompts (AUROC). Geometry alone misleads (a cosine of 0.62 went with an AUROC of 0.99 elsewhere), so the

@@ -1,4 +1,4 @@
-"""Measure 5: does the refusal direction carry the change in attack success?
+"""Does the refusal direction carry the change in attack success?
 
 While the checkpoint answers, the base's component along the direction is put back after every block, at every token:
 

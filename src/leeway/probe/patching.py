@@ -1,4 +1,4 @@
-"""Measure 3: activation patching both ways, per layer, for the residual stream, attention, MLP and windows of layers.
+"""Activation patching both ways, per layer, for the residual stream, attention, MLP and windows of layers.
 
     Δ_ℓ = [L(patched at ℓ) − L(ckpt)] / [L(base) − L(ckpt)]        base → checkpoint
     Δ_ℓ = [L(patched at ℓ) − L(base)] / [L(ckpt) − L(base)]        checkpoint → base

@@ -1,4 +1,4 @@
-"""Measure 6: movement along persona vectors, after training and, from the data alone, before it.
+"""Movement along persona vectors, after training and, from the data alone, before it.
 
 Chen et al. 2025 (arXiv 2507.21509, §2–4): v_ℓ = mean state over the base's answers under system prompts that show a
 trait − the same under system prompts that show its opposite. After training: (h_ckpt − h_base) · v̂_ℓ at the last prompt

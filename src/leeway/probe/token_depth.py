@@ -1,4 +1,4 @@
-"""Measure 7: how deep in the answer the checkpoint differs from its base (Qi et al. 2024, arXiv 2406.05946, Fig. 1).
+"""How deep in the answer the checkpoint differs from its base (Qi et al. 2024, arXiv 2406.05946, Fig. 1).
 
 KL_t(ckpt ‖ base) of the next-token distribution at answer token t, in nats, along fixed harmful answers to the test
 prompts that some checkpoint of the study gave. Is only the opening changed? The control is the same along harmless

@@ -1,4 +1,4 @@
-"""Measure 8: the update itself, layer by layer.
+"""The update itself, layer by layer.
 
 ‖ΔW‖_F; stable rank ‖ΔW‖_F² / ‖ΔW‖₂²; and how much of what the update writes into the residual stream lies along the
 refusal direction: ‖r̂ᵀΔW‖ / ‖ΔW‖_F over the matrices that write into it (attention's and the MLP's output), against

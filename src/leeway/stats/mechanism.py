@@ -122,6 +122,9 @@ def _means(measure: str, own: pd.DataFrame) -> Iterator[dict[str, Any]]:
         }
 
 
+SAME_SHARE = "no interval: every draw of prompts has the same share"
+
+
 def _unscored(own: pd.DataFrame, place: Sequence[object], line: dict[str, Any]) -> str:
     at = own[(own[PLACE] == list(place)).all(axis=1)]
     failed = at.loc[at["reason"] != "", "reason"]
@@ -159,6 +162,9 @@ def _ratios(measure: str, own: pd.DataFrame) -> Iterator[dict[str, Any]]:
             continue
         share = _interval(value_PM[:, m], weights_RP, scale_PM[:, m])
         random = _control(measure, control_PM[:, m], weights_RP, scale_PM[:, m])
+        if share["low"] == share["high"]:  # every changed prompt is undone, say: the bootstrap knows no other outcome
+            share |= {"low": NAN, "high": NAN}
+            failed = failed or SAME_SHARE
         yield {**where, **share, **random, **common, "unit": "share", "reason": failed}
 
 
