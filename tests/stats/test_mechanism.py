@@ -101,7 +101,7 @@ def test_successes_are_compared_prompt_by_prompt() -> None:
 
 
 def test_a_share_that_no_draw_can_change_has_no_interval() -> None:
-    """7 of 32 answers change and all are undone: the bootstrap's share is 1 in every draw, a binomial's bound is .59."""
+    """7 of 32 answers change and all are undone: every draw has a share of 1, a binomial's bound is .59."""
     changed_P = (np.arange(32) < 7).astype(float)
     undone = values(changed_P[:, None], np.zeros((32, 1)), changed_P, measure="mediation")
     share = mechanism.summarise(undone).set_index("measure").loc["mediation"]

@@ -48,8 +48,9 @@ RULE = (
     "and one alone switch parts of the update; mediation puts the base’s component along the refusal direction back "
     "while the checkpoint answers. Share: of the difference between the two models; withheld where this difference is "
     "not shown. Named: the effect is significant after adjustment for all layers and sites and outside the middle 95% "
-    "of random directions of equal norm, where the two models differ by more than 1 nat (mediation: at all). The largest of several effects is overestimated. Without a named causal measure nothing is said of a "
-    "mechanism; how directions lie (cosine, AUROC) is description."
+    "of random directions of equal norm, where the two models differ by more than 1 nat (mediation: at all). The "
+    "largest of several effects is overestimated. Without a named causal measure nothing is said of a mechanism; how "
+    "directions lie (cosine, AUROC) is description."
 )
 
 
