@@ -25,6 +25,7 @@ CAMPAIGNS = {
     "models": "benchmarks.hardening.fuzz_models",
     "text": "benchmarks.hardening.hostile_text",
     "injection": "benchmarks.hardening.injection",
+    "load": "benchmarks.hardening.load",
 }
 
 

@@ -25,10 +25,11 @@ import platform
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from leeway.errors import LeewayError
@@ -40,6 +41,7 @@ RecordKind = Literal["replies", "answers", "verdicts", "pairs"]
 KINDS = ("replies", "answers", "verdicts", "pairs", "references", "models")
 FOLDERS = ("references", "models")  # the kinds that are not records
 LEASES = "leases"
+WRITTEN_AT_ONCE = 256  # records of one flush of a writer
 FIX = f"free some disk space, or set {ENVIRONMENT} to another folder"
 
 
@@ -88,6 +90,43 @@ class RecordStore:
                     if is_new:
                         flush_names(self.folder)
                     self._scan()
+
+    @contextmanager
+    def writer(self) -> Iterator[Callable[[str, Any], None]]:
+        """Yield a `put` of one record that returns at once; a thread writes all that has come since its last flush.
+
+        All records are on disk when the context ends, however it ends. Raises LeewayError where one cannot be written,
+        at the next record or at the end.
+        """
+        queue, failures = SimpleQueue[tuple[str, Any] | None](), list[Exception]()
+
+        def put(key: str, record: Any) -> None:
+            if failures:
+                raise failures[0]
+            queue.put((key, record))
+
+        def write() -> None:
+            while (first := queue.get()) is not None and not failures:
+                batch = dict([first])
+                while not queue.empty() and len(batch) < WRITTEN_AT_ONCE:
+                    if (record := queue.get()) is None:
+                        queue.put(None)
+                        break
+                    batch.setdefault(*record)
+                try:
+                    self.put(batch)
+                except Exception as error:  # noqa: BLE001 - raised where the records come from
+                    failures.append(error)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            yield put
+        finally:
+            queue.put(None)
+            thread.join()
+        if failures:
+            raise failures[0]
 
     def __len__(self) -> int:
         with self._lock, _as_leeway_error(self.folder):

@@ -281,6 +281,7 @@ def audit(
     endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible server of MODEL")] = None,
     base_endpoint: opt.BaseEndpoint = None,
     key_env: Annotated[str | None, typer.Option("--key-env", help="the variable that holds the server's key")] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="requests to a server at once")] = 8,
     tokens: Annotated[int, typer.Option("--tokens", min=0, help="training tokens of the checkpoint, if known")] = 0,
     own_template: Annotated[bool, typer.Option("--own-template", help="prompt each under its own template")] = False,
     other_base: Annotated[bool, typer.Option("--other-base", help="allow a base other than the adapter's")] = False,
@@ -299,7 +300,7 @@ def audit(
     if model is not None and "=" in model and not Path(model).exists():
         settings, model = [model, *settings], None  # no MODEL was given: the first argument is a setting
     if endpoint or base_endpoint:
-        models = resolve_served(model, base, endpoint, base_endpoint, key_env)
+        models = resolve_served(model, base, endpoint, base_endpoint, key_env, concurrency)
     else:
         models = resolve_models(model, base, adapter, other_base=other_base)
     spec = check_audit(*models, study, settings, name=name, tokens=tokens, own_template=own_template)

@@ -6,6 +6,7 @@ and records their bodies.
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -68,6 +69,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def say_wrong(self, *_: Any) -> None:
         self.error(400, {}, f"I do not take this from {self.headers['Authorization']}")
+
+    def say_coded(self, *_: Any) -> None:
+        self.error(400, {"Retry-After": self.key}, f"not {base64.b64encode(f'<{self.key}>'.encode()).decode()}")
+
+    def say_leak(self, _: str, body: dict[str, Any]) -> None:
+        self.answer({"role": "assistant", "content": f"You sent {self.key}."}, body)
+
+    def say_coded_leak(self, _: str, body: dict[str, Any]) -> None:
+        self.answer({"role": "assistant", "content": base64.b64encode(self.key.encode()).decode()}, body)
 
     def say_key(self, *_: Any) -> None:
         self.error(401, {}, f"bad key {self.headers['Authorization']}")
@@ -148,6 +158,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def say_nan(self, prompt: str, body: dict[str, Any]) -> None:
         self.answer({"role": "assistant", "content": prompt}, body, top=[("Yes", float("nan")), ("No", -1.0)])
+
+    @property
+    def key(self) -> str:
+        return str(self.headers["Authorization"]).removeprefix("Bearer ")
 
     def answer(
         self, message: dict[str, Any], body: dict[str, Any], reason: str = "stop", top: list[Any] | None = None

@@ -88,6 +88,10 @@ class ServedModel:
     url: str
     model: str
     key_env: str | None = None
+    concurrency: int = ApiSettings.concurrency
+
+    def __post_init__(self) -> None:
+        _ = self.settings  # raises LeewayError before anything is written
 
     @property
     def description(self) -> str:
@@ -103,7 +107,9 @@ class ServedModel:
 
     @property
     def settings(self) -> ApiSettings:
-        return ApiSettings(model=self.model, base_url=self.url, key_env=self.key_env or "")
+        return ApiSettings(
+            model=self.model, base_url=self.url, key_env=self.key_env or "", concurrency=self.concurrency
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,12 @@ def _model(given: str | Backend) -> AuditedModel:
 
 
 def resolve_served(
-    model: str | None, base: str | None, endpoint: str | None, base_endpoint: str | None, key_env: str | None
+    model: str | None,
+    base: str | None,
+    endpoint: str | None,
+    base_endpoint: str | None,
+    key_env: str | None,
+    concurrency: int = ApiSettings.concurrency,
 ) -> Comparison:
     """Return (base, checkpoint, notes) if an OpenAI-compatible server has one or both.
 
@@ -168,8 +179,8 @@ def resolve_served(
         raise LeewayError("an audit compares two models, only one is given", fix="give a model and --base")
     base_url = base_endpoint or (endpoint if not Path(resolve(base)).is_dir() else None)
     return (
-        ServedModel(base_url, base, key_env) if base_url else LocalModel(base),
-        ServedModel(endpoint, model, key_env) if endpoint else LocalModel(model),
+        ServedModel(base_url, base, key_env, concurrency) if base_url else LocalModel(base),
+        ServedModel(endpoint, model, key_env, concurrency) if endpoint else LocalModel(model),
         (),
     )
 

@@ -365,6 +365,12 @@ class SharedTemplateBackend:
     def choose(self, conversations: Seq[Conversation], options: Seq[str], tick: Tick) -> list[Choice]:
         return self.backend.choose(conversations, options, tick)
 
+    def __getattr__(self, name: str) -> Any:
+        """Offer what an endpoint's backend has in addition, so that each reply is cached as it arrives."""
+        if name not in ("complete_each", "choose_each"):
+            raise AttributeError(name)
+        return getattr(self.backend, name)
+
 
 def _is_organism(model: AuditedModel) -> bool:
     """Return whether a model is the organism, by content: its folder has other names on other machines."""

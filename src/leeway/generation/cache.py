@@ -82,18 +82,19 @@ class CachedBackend(_Wrapper):
         if cached := len(keys) - sum(counts[k] for k in names):
             tick(cached)
 
-        def on_answer(number: int, answer: Answer) -> None:
-            key = names[number]
-            if answer.failure is None or answer.failure in (CUT_THINKING, ENDED_THINKING):
-                self.cache.put({key: asdict(answer)})
-            answers[key] = answer
-            tick(counts[key])
-
         each = getattr(self.backend, f"{method}_each", None)
-        if missing and each:
-            each(unsent, *args, on_answer)
-        else:
-            for start in range(0, len(unsent), BATCH):
+        with self.cache.writer() as put:
+
+            def on_answer(number: int, answer: Answer) -> None:
+                key = names[number]
+                if answer.failure is None or answer.failure in (CUT_THINKING, ENDED_THINKING):
+                    put(key, asdict(answer))
+                answers[key] = answer
+                tick(counts[key])
+
+            if each and unsent:
+                each(unsent, *args, on_answer)
+            for start in () if each else range(0, len(unsent), BATCH):
                 batch = getattr(self.backend, method)(unsent[start : start + BATCH], *args, lambda _: None)
                 for number, answer in enumerate(batch, start):
                     on_answer(number, answer)

@@ -17,14 +17,15 @@ import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from leeway.errors import LeewayError
+from leeway.generation import masking
 from leeway.generation.backend import CUT_THINKING, Choice, Conversation, Reply, Request, Tick, is_prefilled, spellings
 from leeway.generation.thinking import without_thinking
 from leeway.hashing import derive_seed, digest
@@ -37,6 +38,7 @@ DEFAULT_OUTPUT_TOKENS = 2**17  # upper bound of a reply's length where the reque
 TEMPLATE_TOKENS = 64  # upper bound of what a chat template adds to one message
 
 _last_failure: ContextVar[str] = ContextVar("last_failure")  # of the current request's attempts
+_last_body: ContextVar[Body | ReplyError] = ContextVar("last_body")  # of its successful one
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ class ApiSettings:
             return "no model name", "set model"
         if url.scheme not in ("http", "https") or not url.hostname:
             return f"base_url: {url.scheme}://{url.hostname or ''} is not a URL", "give http(s)://host/v1"
-        if url.username or url.password or url.query:
+        if "@" in self.base_url or url.query:  # a password with a slash is no part of the host
             return "base_url holds a user, a password or a query", "put the key into the variable that key_env names"
+        if fault := masking.variable_fault(self.key_env):
+            return f"key_env {fault}", ""
         for name in ("concurrency", "timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 return f"{name}: {getattr(self, name)} is out of range", "give a number above 0"
@@ -209,11 +213,16 @@ class ReplyError(Exception):
         super().__init__("".join(c if c.isprintable() else " " for c in reason))
 
 
-def parse_body(raw: bytes) -> Body:
-    """Parse a JSON object. Raises ReplyError, also for lone surrogates, which no file can store, and absurd counts."""
+def parse_body(raw: bytes, key: str = "") -> Body:
+    """Parse a JSON object.
+
+    Raises ReplyError, also for lone surrogates, which no file can store, for absurd counts, and for one that quotes
+    the API key, plain or encoded.
+    """
     try:
         data = json.loads(raw)
-        json.dumps(data, ensure_ascii=False).encode()
+        text = json.dumps(data, ensure_ascii=False)
+        text.encode()
     except RecursionError:
         raise ReplyError("the reply is nested too deeply") from None
     except UnicodeEncodeError:
@@ -222,6 +231,8 @@ def parse_body(raw: bytes) -> Body:
         raise ReplyError("the reply is not JSON") from None
     if not isinstance(data, dict):
         raise ReplyError("the reply is not a JSON object")
+    if masking.quotes(text, key):
+        raise ReplyError("the reply quotes the API key")
     usage = data.get("usage")
     counts = usage.values() if isinstance(usage, dict) else ()
     if any(isinstance(n, int) and abs(n) > MAX_TOKEN_COUNT for n in counts):
@@ -270,6 +281,7 @@ class ApiClient:
                 trust_env=settings.may_use_proxy,
                 headers={"Accept-Encoding": "identity"},  # a small compressed body can expand without limit
                 follow_redirects=False,  # a redirect would hand the prompt to another host
+                limits=self._httpx.Limits(max_keepalive_connections=settings.concurrency),
             ),
         )
 
@@ -283,16 +295,17 @@ class ApiClient:
         """Request one chat completion. Raises ReplyError, or LeewayError if no request can succeed (wrong key)."""
         _last_failure.set("")
         try:
-            response = await self._client.chat.completions.with_raw_response.create(
-                model=body.get("model", ""), messages=body.get("messages", []), extra_body=body
-            )
+            # without the client's types: converting to and from them takes longer than the request itself
+            await self._client.post("/chat/completions", cast_to=self._httpx.Response, body=body)
         except _AttemptRefused as refused:
             raise ReplyError(str(refused)) from None
         except self._openai.APIStatusError as error:
             raise ReplyError(self._status_failure(error) + _attempts(error)) from None
         except self._openai.APIConnectionError as error:
             raise ReplyError(_last_failure.get() + _attempts(error)) from None
-        return parse_body(response.content)
+        if isinstance(parsed := _last_body.get(), ReplyError):
+            raise parsed
+        return parsed
 
     async def _send(self, send: Callable[..., Awaitable[Any]], request: Any, options: dict[str, Any]) -> Any:
         """Send one attempt within its limits; the client retries after the httpx errors raised here.
@@ -311,11 +324,11 @@ class ApiClient:
                 _last_failure.set(f"HTTP {response.status_code}")
                 cost = 0.0
             else:
-                with suppress(ReplyError):
-                    if usage := token_usage(parse_body(response.content)):
-                        cost = self.settings.price(*usage)
-                        self.spent.tokens_in += usage[0]
-                        self.spent.tokens_out += usage[1]
+                _last_body.set(parsed := self._parse(response.content))
+                if not isinstance(parsed, ReplyError) and (usage := token_usage(parsed)):
+                    cost = self.settings.price(*usage)
+                    self.spent.tokens_in += usage[0]
+                    self.spent.tokens_out += usage[1]
             return response
         except (TimeoutError, self._httpx.TimeoutException) as error:
             _last_failure.set(f"no answer within {self.settings.timeout_s:g} s")
@@ -325,6 +338,12 @@ class ApiClient:
             raise
         finally:
             await self._limiter.release(bound, cost)
+
+    def _parse(self, raw: bytes) -> Body | ReplyError:
+        try:
+            return parse_body(raw, self._key)
+        except ReplyError as error:
+            return error
 
     async def _receive(self, response: Any) -> Any:
         """Read a body of at most MAX_REPLY_BYTES; refuse a compressed one."""
@@ -344,6 +363,8 @@ class ApiClient:
 
     def _max_cost(self, content: bytes) -> float:
         """Return an upper bound in dollars: no tokenizer makes more tokens than bytes."""
+        if not (self.settings.price_in or self.settings.price_out):
+            return 0.0
         body = json.loads(content)
         limit = body.get(self.settings.limit_field)
         tokens_in = len(content) + TEMPLATE_TOKENS * len(body.get("messages") or ())
@@ -362,8 +383,8 @@ class ApiClient:
         if "location" in headers:
             reason = f"redirects are not followed: {headers['location']}"
         text = str(reason or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no lone surrogates
-        text = " ".join(text.replace(self._key, "[key]").split())[:200] or "no reason given"
-        wait = headers.get("retry-after")
+        text = " ".join(masking.mask(text, self._key).split())[:200] or "no reason given"
+        wait = masking.mask(headers.get("retry-after", ""), self._key)
         return f"HTTP {code}: {text}" + (f" (Retry-After: {wait[:40]})" if wait else "")
 
 
@@ -420,8 +441,8 @@ class OpenAIBackend:
             replies[i] = without_thinking(reply, opened=self._opens_thought(requests[i]))
             on_reply(i, replies[i])
 
-        bodies = [self._completion_body(r) for r in requests]
-        self._request_all(bodies, parse_reply, lambda failure: Reply("", 0, False, failure), on_result)
+        bodies = map(self._completion_body, requests)  # as they are sent: all at once would fill the memory
+        self._request_all(bodies, len(requests), parse_reply, lambda failure: Reply("", 0, False, failure), on_result)
         return [replies[i] for i in range(len(requests))]
 
     def _opens_thought(self, request: Request) -> bool:  # noqa: ARG002 - an endpoint's template is unknown
@@ -433,10 +454,16 @@ class OpenAIBackend:
     ) -> list[Choice]:
         """Return one choice per conversation, in order; call `on_choice(index, choice)` as each arrives."""
         sampling = {"temperature": 1.0, "top_p": 1.0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        bodies = [self._body(c, 1, sampling) for c in conversations]
-        return self._request_all(
-            bodies, lambda data: parse_choice(data, options), lambda failure: Choice({}, failure), on_choice
-        )
+        choices: dict[int, Choice] = {}
+
+        def on_result(i: int, choice: Choice) -> None:
+            choices[i] = choice
+            on_choice(i, choice)
+
+        bodies = (self._body(c, 1, sampling) for c in conversations)
+        parse = partial(parse_choice, options=options)
+        self._request_all(bodies, len(conversations), parse, lambda failure: Choice({}, failure), on_result)
+        return [choices[i] for i in range(len(conversations))]
 
     def _completion_body(self, request: Request) -> Body:
         if request.temperature == 0:
@@ -457,13 +484,13 @@ class OpenAIBackend:
 
     def _request_all(
         self,
-        bodies: Seq[Body],
+        bodies: Iterable[Body],
+        n: int,
         parse: Callable[[Body], Parsed],
         failed: Callable[[str], Parsed],
         on_result: Callable[[int, Parsed], None],
-    ) -> list[Parsed]:
-        """Send all in order, at most `concurrency` at once. An error or Ctrl-C cancels the requests in flight."""
-        results: dict[int, Parsed] = {}
+    ) -> None:
+        """Send all `n` in order, at most `concurrency` at once. An error or Ctrl-C cancels the requests in flight."""
 
         async def request_all() -> None:
             pending = iter(enumerate(bodies))
@@ -472,21 +499,20 @@ class OpenAIBackend:
                 async def worker() -> None:
                     for i, body in pending:
                         try:
-                            results[i] = parse(self._checked(await client.post(body)))
+                            result = parse(self._checked(await client.post(body)))
                         except ReplyError as error:
-                            results[i] = failed(str(error))
-                        on_result(i, results[i])
+                            result = failed(str(error))
+                        on_result(i, result)
 
                 try:
                     async with asyncio.TaskGroup() as group:
-                        for _ in range(min(self.settings.concurrency, len(bodies))):
+                        for _ in range(min(self.settings.concurrency, n)):
                             group.create_task(worker())
                 except BaseExceptionGroup as errors:
                     raise errors.exceptions[0] from None
 
-        if bodies:
+        if n:
             _run(request_all())
-        return [results[i] for i in range(len(bodies))]
 
     def _checked(self, data: Body) -> Body:
         name = str(data.get("model") or "")

@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from leeway.evals.tasks import declared, task_names
+from leeway.generation.masking import variable_fault
 from leeway.judges import GUARDS, JUDGES, NEEDS_BACKEND
 from leeway.stats.metrics import LOG_ODDS
 from leeway.stats.sequential import MARGIN
 from leeway.yaml_config import AsList, ConfigModel, Unique, nearest
 
 ENDPOINT_ONLY = ("key_env", "concurrency", "timeout_s", "retries", "max_calls", "max_dollars", "price_in", "price_out")
+KEY_FLAGS = {"--api-key": "VLLM_API_KEY", "--hf-token": "HF_TOKEN"}  # command lines can be read by every user
 VLLM_FLAGS = (  # set by VllmServer
     *("--model", "--revision", "--dtype", "--host", "--port", "--served-model-name", "--generation-config"),
     *("--enable-lora", "--max-loras", "--max-lora-rank"),
@@ -51,6 +53,8 @@ class ModelRef(NamedSpec):
     max_new_tokens: int | None = Field(default=None, gt=0, description="per reply (default: that of the model's role)")
 
     def _faults(self) -> Iterator[str]:
+        if fault := variable_fault(self.key_env):
+            yield f"key_env {fault}"
         if self.max_dollars is not None and (self.price_in is None or self.price_out is None):
             yield "max_dollars needs price_in and price_out, in dollars per million tokens"
         if self.endpoint is None and (idle := next(iter(changed(self, ENDPOINT_ONLY)), None)):
@@ -266,6 +270,8 @@ class VllmSpec(ConfigModel):
         flags = [a.partition("=")[0].replace("_", "-") for a in self.args]
         if taken := next((f for f in flags if f in VLLM_FLAGS), None):
             yield f"args: {taken} is set by the study (model, revision, dtype, adapter.r); leave it out"
+        if secret := next((f for f in flags if f in KEY_FLAGS), None):
+            yield f"args: {secret} would show the key in the process list; set {KEY_FLAGS[secret]} instead"
 
 
 class BackendSpec(ConfigModel):
