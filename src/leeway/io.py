@@ -171,7 +171,7 @@ def verify_checksum(record: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def open_lock(path: Path) -> IO[bytes]:
+def open_lock(path: Path, fix: str = "give another --out") -> IO[bytes]:
     """Open a lock file for reading and writing; create it if missing, and keep its content.
 
     Raises LeewayError where it is a symbolic link, not a regular file, or cannot be opened; FileNotFoundError where its
@@ -183,10 +183,10 @@ def open_lock(path: Path) -> IO[bytes]:
         raise
     except OSError as error:
         what = "it is a symbolic link" if path.is_symlink() else error.strerror
-        raise LeewayError(f"{path}: cannot be opened ({what})", fix="give another --out") from error
+        raise LeewayError(f"{path}: cannot be opened ({what})", fix=fix) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise LeewayError(f"{path}: not a regular file", fix="give another --out")
+        raise LeewayError(f"{path}: not a regular file", fix=fix)
     return os.fdopen(handle, "r+b")
 
 

