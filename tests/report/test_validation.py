@@ -110,5 +110,5 @@ def test_an_emptied_or_swapped_study_file(content: str, tmp_path: Path) -> None:
 
 def test_tables_being_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tables").touch()
-    with pytest.raises(LeewayError, match="tables is not a folder"):
+    with pytest.raises(LeewayError, match="tables is a file, and a folder of the report"):
         replace_files(tmp_path, {"tables/x.csv": "x"})
