@@ -80,6 +80,7 @@ def test_all_errors_at_once_with_the_nearest_known_key() -> None:
         ("task=files", "files needs data files: give {files: {train: …, test: …}}"),
         ("task={name: gsm8k, files: {train: a, test: b}}", "files: task gsm8k does not use it"),
         ("task={name: organism, revision: abc}", "revision: task organism does not use it"),
+        ("revision=abc", "revision is a commit of a hub model, and organism is on this machine; leave it out"),
         ("task={name: gsm8k, unsupported: leave-out}", "unsupported: task gsm8k reads no files"),
         ("task=openended", "no task 'openended'"),
         (
