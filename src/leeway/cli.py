@@ -281,7 +281,7 @@ def audit(
     endpoint: Annotated[str | None, typer.Option("--endpoint", help="an OpenAI-compatible server of MODEL")] = None,
     base_endpoint: opt.BaseEndpoint = None,
     key_env: Annotated[str | None, typer.Option("--key-env", help="the variable that holds the server's key")] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="requests to a server at once")] = 8,
+    concurrency: opt.Concurrency = 8,
     tokens: Annotated[int, typer.Option("--tokens", min=0, help="training tokens of the checkpoint, if known")] = 0,
     own_template: Annotated[bool, typer.Option("--own-template", help="prompt each under its own template")] = False,
     other_base: Annotated[bool, typer.Option("--other-base", help="allow a base other than the adapter's")] = False,
@@ -475,9 +475,7 @@ def push(
     directory: RunDirectory,
     repo: Annotated[str | None, typer.Argument(help="owner/name on the Hugging Face Hub")] = None,
     objective: Annotated[str | None, typer.Option("--objective", help="its objective (default: the only one)")] = None,
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="its budget, such as 64k (default: the largest)")
-    ] = None,
+    budget: opt.PushedBudget = None,
     seed: Annotated[int | None, typer.Option("--seed", help="its seed (default: the first)")] = None,
     public: Annotated[bool, typer.Option("--public", help="allow a public repository (default: private)")] = False,
     full_page: opt.FullPage = False,

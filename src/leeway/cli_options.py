@@ -148,3 +148,5 @@ Measure = Annotated[
 FullPage = Annotated[
     bool, typer.Option("--full-page", help="the page with all prompts and answers, forbidden ones too")
 ]
+Concurrency = Annotated[int, typer.Option("--concurrency", min=1, help="requests to a server at once")]
+PushedBudget = Annotated[str | None, typer.Option("--budget", help="its budget, such as 64k (default: the largest)")]
