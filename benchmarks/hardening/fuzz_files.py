@@ -156,7 +156,7 @@ def _targets(finished: Path, folder: Path) -> dict[str, Target]:
 
     results = Results.load(finished)
     rates = results.pooled_rates()
-    context = results._context()
+    context = results._context(schema.load("objective-matters"))
 
     def study(path: Path, n: int) -> None:
         spec = load(str(path))
