@@ -85,6 +85,14 @@ def test_a_tag_that_does_not_fit_its_value(value: str) -> None:
     assert not faults or head == f"study: {len(faults)} faults"
 
 
+@pytest.mark.parametrize("value", ["[[" + "7, " * 4_000 + "7]]", f"[{'a/' * 3_000}a]"])
+def test_a_long_value_is_not_quoted_whole(value: str) -> None:
+    with pytest.raises(LeewayError) as found:
+        parse(f"name: x\nmodel: organism\ntask: organism\nobjectives: {value}\nbudgets: [1k]", "x")
+    assert "objectives: " in str(found.value)
+    assert len(str(found.value)) < 2_500
+
+
 def test_an_override_of_thousands_of_levels() -> None:
     with pytest.raises(LeewayError, match="more than 20 levels"):
         parse("name: x", "x", (".".join(["a"] * 5_000) + "=1",))

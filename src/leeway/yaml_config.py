@@ -30,6 +30,7 @@ MAX_DEPTH = 50
 MAX_NODES = 100_000  # with every alias expanded
 MAX_PLACES = 2  # of a key that belongs elsewhere; more are no hint
 MAX_SHOWN = 200  # characters of a value in a message
+MAX_FAULT = 1000  # characters of one fault, which may quote a value that no person wrote
 UNFOLDED = 2**31  # line width: ruamel.yaml folds some quoted texts wrongly
 
 
@@ -202,7 +203,7 @@ def faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
     errors = [
         e for e in errors if e["loc"][-1:] != ("bool",) or all(p[: len(e["loc"]) - 1] != e["loc"][:-1] for p in places)
     ]
-    return [line for e in errors for line in _fault(e, root)]
+    return [_middle_cut(line) for e in errors for line in _fault(e, root)]
 
 
 def _is_branch(part: Any) -> bool:
@@ -261,6 +262,12 @@ def _text(value: Any, text: Callable[[Any], str] = repr) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def _middle_cut(fault: str) -> str:
+    """Return a fault whose middle is left out if it is long: it begins with its place and ends with its fix."""
+    half = MAX_FAULT // 2
+    return fault if len(fault) <= MAX_FAULT else f"{fault[:half]} … {fault[-half:]}"
 
 
 def _keys_at(path: list[str], root: type[BaseModel]) -> list[str]:
