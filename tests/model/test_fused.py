@@ -18,8 +18,9 @@ from leeway.data.chat import Sequence
 from leeway.errors import LeewayError
 from leeway.model import adapters
 from leeway.model.forward import APART, hidden_apart, hidden_at_measured, layout_of
+from leeway.model.fused import kernels
 from leeway.model.fused.decoder import dropped
-from leeway.model.fused.kernels import AddNorm, Attention, Linears, SwiGlu
+from leeway.model.fused.kernels import AddNorm, Attention, GatedLinear, Linears, LowRank, NormLinears, SwiGlu
 from leeway.model.load import Model, load_model
 from leeway.model.packing import Blocks, Flat, Padded, PrefixTree, place
 from leeway.model.token_stats import filled
@@ -31,9 +32,13 @@ BOUND = {torch.float64: 1e-6, torch.float32: 2e-6, torch.bfloat16: 0.03}
 
 @pytest.mark.parametrize("dtype", BOUND, ids=lambda d: str(d)[6:])
 def test_fused_is_padded_on_every_known_architecture(
-    dtype: torch.dtype, models: dict[str, Path], record_property: Callable[[str, object], None]
+    dtype: torch.dtype,
+    models: dict[str, Path],
+    record_property: Callable[[str, object], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hidden states and gradients, of pairs that share a prompt and of single sequences."""
+    """Hidden states and gradients, of pairs that share a prompt and of single sequences, attention in short spans."""
+    monkeypatch.setattr(kernels, "SPAN", 8)
     apart = {}
     for kind in KNOWN:
         model = moved(models[kind], "sdpa", dtype, peft=True)
@@ -112,7 +117,7 @@ def test_what_the_fused_decoder_does_not_know_goes_the_plain_way(models: dict[st
             layout_of("fused", model, kind)
 
 
-def test_steps_have_the_derivatives_of_finite_differences() -> None:
+def test_steps_have_the_derivatives_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, with places dropped, grouped heads, a tree of two branches and a filled row."""
     torch.manual_seed(0)
 
@@ -125,8 +130,14 @@ def test_steps_have_the_derivatives_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(SwiGlu.apply, (x, delta))
     frozen = [(torch.randn(n, 8, dtype=torch.float64), torch.randn(n, dtype=torch.float64)) for n in (4, 6)]
     low = [leaf(2, 8), leaf(4, 2), leaf(3, 8), leaf(6, 3)]
-    places = torch.tensor([0, 5, 17])
-    assert torch.autograd.gradcheck(lambda a, *m: Linears.apply(a, places, 0.9, frozen, [2.0, 0.5], *m), (x, *low))
+    layers = LowRank(frozen, [2.0, 0.5], 0.9, torch.tensor([0, 5, 17]))
+    assert torch.autograd.gradcheck(lambda a, *m: Linears.apply(a, layers, *m), (x, *low))
+    assert torch.autograd.gradcheck(
+        lambda a, b, *m: NormLinears.apply(a, b, weight, 1e-6, layers, *m), (x, delta, *low)
+    )
+    assert torch.autograd.gradcheck(lambda a, *m: NormLinears.apply(a, None, weight, 1e-6, layers, *m), (x, *low))
+    down = LowRank(frozen[:1], [2.0], 0.9, torch.tensor([0, 5, 17]))
+    assert torch.autograd.gradcheck(lambda a, b, *m: GatedLinear.apply(a, b, down, *m), (x, delta, *low[:2]))
     trees = [PrefixTree.of((Sequence((1, 2, 3), 1), Sequence((1, 4), 1))), PrefixTree.of((Sequence((5, 6), 1),))]
     blocks = Blocks.of(trees, CPU)
     rows = filled(6)
@@ -134,9 +145,11 @@ def test_steps_have_the_derivatives_of_finite_differences() -> None:
     biases = blocks.biases(torch.float64)
     qkv = (leaf(rows, 8), leaf(rows, 4), leaf(rows, 4))
     picked = torch.randn(6, 8, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: (picked * Attention.apply(q, k, v, cos, sin, blocks, biases, 0.5)[:6]).sum(), qkv
-    )
+    for span in (kernels.SPAN, 2):
+        monkeypatch.setattr(kernels, "SPAN", span)
+        assert torch.autograd.gradcheck(
+            lambda q, k, v: (picked * Attention.apply(q, k, v, cos, sin, blocks, biases, 0.5)[:6]).sum(), qkv
+        )
 
 
 def test_places_are_dropped_at_their_rate_and_apart_from_each_other() -> None:
@@ -164,7 +177,8 @@ def test_dropout_leaves_the_mean_and_is_the_states_alone(models: dict[str, Path]
     frozen = [(torch.zeros(3, 16), None)]
     low = [torch.randn(2, 16), torch.randn(3, 2)]
     rng = np.random.Generator(np.random.SFC64(0))
-    drawn_TO = torch.stack([Linears.apply(x, dropped(64, 0.3, rng), 0.7, frozen, [1.0], *low)[0] for _ in range(4000)])
+    layers = (LowRank(frozen, [1.0], 0.7, dropped(64, 0.3, rng)) for _ in range(4000))
+    drawn_TO = torch.stack([Linears.apply(x, own, *low)[0] for own in layers])
     plain_TO = x @ low[0].T @ low[1].T
     error = drawn_TO.std(0) / 4000**0.5
     assert bool(((drawn_TO.mean(0) - plain_TO).abs() < 5 * error).all())

@@ -44,6 +44,7 @@ class Passes:
             part = weight * part
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
+            del part  # its graph, before the next one is built
             for name, value in also.items():
                 metrics[name] = metrics.get(name, 0.0) + weight * value.item()
         return totals, self.ranks.sum(loss), {name: self.ranks.sum(value) for name, value in metrics.items()}

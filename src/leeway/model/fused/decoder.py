@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from leeway.model.adapters import unwrapped
-from leeway.model.fused.kernels import AddNorm, Attention, Linears, SwiGlu
+from leeway.model.fused.kernels import AddNorm, Attention, GatedLinear, Linears, LowRank, NormLinears, SwiGlu
 from leeway.model.load import decoder
 from leeway.model.packing import Blocks
 from leeway.model.token_stats import filled
@@ -80,12 +81,54 @@ def hidden(lm: Any, ids_T: Tensor, position_T: Tensor, blocks: Blocks, wanted_T:
         found: Tensor = Attention.apply(q_TD, k_TD, v_TD, cos_TE, sin_TE, blocks, biases, attention.scaling)
         return found
 
-    return through(lm, x_TD, mix, partial(_apply, rng=rng), wanted_T)
+    linears = partial(_apply, rng=rng)
+    return through(lm, x_TD, mix, Layers(linears, rng) if torch.is_grad_enabled() else Plain(linears), wanted_T)
 
 
 # (layer index, attention module, q, k, v) -> attention output
 Mix = Callable[[int, Any, Tensor, Tensor, Tensor], Tensor]
 Apply = Callable[[Tensor, Seq[Any]], tuple[Tensor, ...]]  # (input, linear layers) -> one output per layer
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The linear layers of a decoder by one function, without anything saved for a backward pass."""
+
+    linears: Apply
+
+    def after_norm(
+        self, x_TD: Tensor, delta_TD: Tensor | None, norm: Any, modules: Seq[Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return (x + delta, the layers' outputs for its norm)."""
+        x_TD, y_TD = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)
+        return x_TD, self.linears(y_TD, modules)
+
+    def gated(self, gate_TF: Tensor, up_TF: Tensor, module: Any) -> Tensor:
+        """Return the layer's output for silu(gate) * up."""
+        return self.linears(SwiGlu.apply(gate_TF, up_TF), [module])[0]
+
+
+@dataclass(frozen=True)
+class Layers(Plain):
+    """The same for training: a layer's input is computed again in the backward pass where that is cheap."""
+
+    rng: np.random.Generator | None  # of dropout
+
+    def after_norm(
+        self, x_TD: Tensor, delta_TD: Tensor | None, norm: Any, modules: Seq[Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not all(map(adapted, modules)):
+            return super().after_norm(x_TD, delta_TD, norm, modules)
+        layers, low = _low_rank(modules, x_TD.numel(), x_TD.device, self.rng)
+        x_TD, *found = NormLinears.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon, layers, *low)
+        return x_TD, tuple(found)
+
+    def gated(self, gate_TF: Tensor, up_TF: Tensor, module: Any) -> Tensor:
+        if not adapted(module):
+            return super().gated(gate_TF, up_TF, module)
+        layers, low = _low_rank([module], gate_TF.numel(), gate_TF.device, self.rng)
+        found: Tensor = GatedLinear.apply(gate_TF, up_TF, layers, *low)
+        return found
 
 
 def embedded(lm: Any, ids_T: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,8 +140,8 @@ def embedded(lm: Any, ids_T: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor
     return x_TD, cos[0], sin[0]
 
 
-def through(lm: Any, x_TD: Tensor, mix: Mix, linears: Apply, wanted_T: Tensor) -> Tensor:
-    """Run all layers and the last norm; `mix` and `linears` implement attention and linear layers.
+def through(lm: Any, x_TD: Tensor, mix: Mix, layers: Plain, wanted_T: Tensor) -> Tensor:
+    """Run all layers and the last norm; `mix` and `layers` implement attention and linear layers.
 
     After the last attention only the wanted tokens are computed.
     """
@@ -107,18 +150,18 @@ def through(lm: Any, x_TD: Tensor, mix: Mix, linears: Apply, wanted_T: Tensor) -
     fill = torch.zeros(filled(len(wanted_T)) - len(wanted_T), dtype=torch.long, device=wanted_T.device)
     rows_N, last = torch.cat([wanted_T, fill]), len(body.layers) - 1
     for n, layer in enumerate(body.layers):
-        attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
-        x_TD, y_TD = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)
-        q, k, v = linears(y_TD, [attention.q_proj, attention.k_proj, attention.v_proj])
+        attention, mlp = layer.self_attn, layer.mlp
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        x_TD, (q, k, v) = layers.after_norm(x_TD, delta_TD, layer.input_layernorm, inputs)
         q, k = _normed(q, attention, "q_norm"), _normed(k, attention, "k_norm")
         mixed_TD = mix(n, attention, q, k, v)
         if n == last and len(rows_N) < len(x_TD):
             x_TD, mixed_TD = x_TD.index_select(0, rows_N), mixed_TD.index_select(0, rows_N)
             wanted_T = torch.arange(len(wanted_T), device=wanted_T.device)
-        (out_TD,) = linears(mixed_TD, [attention.o_proj])
-        norm = layer.post_attention_layernorm
-        x_TD, y_TD = AddNorm.apply(x_TD, out_TD, norm.weight, norm.variance_epsilon)
-        (delta_TD,) = linears(SwiGlu.apply(*linears(y_TD, [mlp.gate_proj, mlp.up_proj])), [mlp.down_proj])
+        (out_TD,) = layers.linears(mixed_TD, [attention.o_proj])
+        halves = [mlp.gate_proj, mlp.up_proj]
+        x_TD, (gate_TF, up_TF) = layers.after_norm(x_TD, out_TD, layer.post_attention_layernorm, halves)
+        delta_TD = layers.gated(gate_TF, up_TF, mlp.down_proj)
     assert delta_TD is not None
     x_TD, delta_TD, norm = x_TD.index_select(0, wanted_T), delta_TD.index_select(0, wanted_T), body.norm
     found_TD: Tensor = AddNorm.apply(x_TD, delta_TD, norm.weight, norm.variance_epsilon)[1]
@@ -134,21 +177,27 @@ def _normed(x_TD: Tensor, attention: Any, name: str) -> Tensor:
     return found.view_as(x_TD)
 
 
-def _apply(x_TD: Tensor, modules: Seq[Any], rng: np.random.Generator | None) -> tuple[Tensor, ...]:
+def _apply(x_TD: Tensor, modules: Seq[Any], rng: np.random.Generator | None = None) -> tuple[Tensor, ...]:
     """Apply linear layers that share one input, with their low-rank updates if any."""
     low = [adapted(m) for m in modules]
     if not any(low):
         return tuple(torch.nn.functional.linear(x_TD, *frozen(m)) for m in modules)
     if not all(low):  # only some have an adapter
         return tuple(y for m in modules for y in _apply(x_TD, [m], rng))
-    rate = float(getattr(modules[0].lora_dropout["default"], "p", 0.0))
-    places = dropped(x_TD.numel(), rate, rng).to(x_TD.device) if rng is not None and rate else None
-    keep = 1.0 - rate if places is not None else 1.0
-    pairs = [t for m in modules for t in (m.lora_A["default"].weight, m.lora_B["default"].weight)]
-    found: tuple[Tensor, ...] = Linears.apply(
-        x_TD, places, keep, [frozen(m) for m in modules], [m.scaling["default"] for m in modules], *pairs
-    )
+    layers, pairs = _low_rank(modules, x_TD.numel(), x_TD.device, rng)
+    found: tuple[Tensor, ...] = Linears.apply(x_TD, layers, *pairs)
     return found
+
+
+def _low_rank(
+    modules: Seq[Any], inputs: int, device: torch.device, rng: np.random.Generator | None
+) -> tuple[LowRank, list[Tensor]]:
+    """Return the adapted layers of one input of so many elements, dropout drawn, and their A, B in turn."""
+    rate = float(getattr(modules[0].lora_dropout["default"], "p", 0.0))
+    places = dropped(inputs, rate, rng).to(device) if rng is not None and rate else None
+    scalings = [m.scaling["default"] for m in modules]
+    layers = LowRank([frozen(m) for m in modules], scalings, 1.0 - rate if places is not None else 1.0, places)
+    return layers, [t for m in modules for t in (m.lora_A["default"].weight, m.lora_B["default"].weight)]
 
 
 def frozen(module: Any) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from leeway.data.chat import Sequence
-from leeway.model.fused.decoder import adapted, embedded, frozen, through
+from leeway.model.fused.decoder import Plain, adapted, embedded, frozen, through
 from leeway.model.fused.kernels import heads, positions, rotate, scores, to_row
 from leeway.model.packing import HIDDEN, Blocks, PrefixTree, common_prefix
 from leeway.model.token_stats import filled
@@ -72,7 +72,7 @@ class Decoding:
 
         self._used += 1
         self._position_B += 1
-        return through(self._lm, x_BD, mix, self._linears, torch.arange(rows, device=self._device))
+        return through(self._lm, x_BD, mix, Plain(self._linears), torch.arange(rows, device=self._device))
 
     def keep(self, rows: Seq[int]) -> None:
         """Drop all other rows from the batch."""
@@ -110,7 +110,7 @@ class Decoding:
             return to_row(found, blocks)
 
         last_B = torch.tensor([len(t) for t in texts], device=self._device).cumsum(0) - 1
-        hidden_BD = through(self._lm, x_TD, mix, self._linears, last_B)
+        hidden_BD = through(self._lm, x_TD, mix, Plain(self._linears), last_B)
         self._width = cos_TE.shape[-1]
         return hidden_BD, [(k[: blocks.tokens], v[: blocks.tokens]) for k, v in cache]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Template
 
 from leeway.report import formatting, narrative
 from leeway.report.formatting import MISSING, mapping
@@ -64,6 +66,12 @@ def measured_rates(results: Results, made: dict[str, pd.DataFrame]) -> list[dict
     ]
 
 
+@cache
+def _template() -> Template:
+    filters = {"md": markdown, "code": code, "python": python}
+    return formatting.templates("leeway.report.exports", ".", html=False, **filters).get_template("card.md.j2")
+
+
 def model_card(
     results: Results,
     measured: list[dict[str, Any]],
@@ -82,8 +90,7 @@ def model_card(
     manifest, study = results.manifest, results.study
     objective = mapping(mapping(manifest.get("objectives")).get(line["objective"]))
     low_rank = mapping(study.get("adapter")).get("kind", "lora") != "full"
-    environment = formatting.templates("leeway.report.exports", ".", html=False, md=markdown, code=code, python=python)
-    body = environment.get_template("card.md.j2").render(
+    body = _template().render(
         title=_title(results, line),
         line=line,
         counts=[(k.replace("_", " ").capitalize(), _count(line[k])) for k in COUNTS],
