@@ -7,6 +7,7 @@ attempt failed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.hardening.table import as_markdown
 
+LIBRARIES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")  # folders that libraries make when they are imported
 CAMPAIGNS = {
     "kills": "benchmarks.hardening.kills",
     "power": "benchmarks.hardening.power",
@@ -43,6 +45,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hardening-") as scratch:
         options.folder = (options.folder or Path(scratch)).resolve()
         options.folder.mkdir(parents=True, exist_ok=True)
+        for variable in LIBRARIES:
+            os.environ[variable] = str(options.folder / "libraries")
         lines = campaign.run(options)
     print(f"\n{as_markdown(lines)}\n{time.monotonic() - start:.0f} s, seed {options.seed}", flush=True)
     sys.exit(any(line.failed for line in lines))

@@ -95,7 +95,6 @@ def run(options: argparse.Namespace) -> list[Line]:
     """Fuzz; every kind of failure is printed with an input."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a name that looks like a hub id is asked for, and not there
     folder = options.folder
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # which torch makes when it is imported
     targets = _targets(small_run(folder), folder)
     wanted = {k: share for k, share in SHARES.items() if options.only in (None, k)}
     lines = []

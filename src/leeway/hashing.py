@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from leeway.errors import LeewayError
+
 
 def digest(*parts: object) -> str:
     """16 hex digits of SHA-256 over the parts as canonical JSON (`bytes` by their own digest)."""
@@ -24,7 +26,9 @@ def canonical(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """16 hex digits of SHA-256 over a file's bytes."""
+    """16 hex digits of SHA-256 over a file's bytes. Raises LeewayError for a device or a pipe, which may not end."""
+    if path.exists() and not path.is_file():
+        raise LeewayError(f"{path}: not a regular file", fix="replace it by a file")
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from leeway.audit.models import LocalModel, apply_adapter
 from leeway.data import chat as chats
 from leeway.errors import LeewayError
 from leeway.model.adapters import AdapterSettings, attach, save
-from leeway.model.load import load_chat, load_context, load_model, load_stop_ids
+from leeway.model.load import load_chat, load_context, load_model, load_stop_ids, model_hash
 
 END = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[end]{% endfor %}"
 LOOP = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
@@ -135,6 +136,16 @@ def test_weights_of_another_shape_or_kind(saved: Path, models: dict[str, Path], 
     for odd in (tensors[name].t().contiguous(), tensors[name] * float("nan")):
         save_file({**tensors, name: odd}, path)
         assert "adapter" in refused(lambda: apply_adapter(load_model(str(models["llama"]), device="cpu"), folder))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json", "x.safetensors"])
+def test_a_device_or_a_pipe_in_a_model_folder(name: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/dev/zero") if name[0] in "mg" else os.mkfifo(folder / name)
+    for call in (load_chat, load_context, load_stop_ids, lambda f: load_model(f, device="cpu")):
+        assert f"{name} is a device or a pipe" in refused(lambda call=call: call(str(folder)))
+    if name.endswith(".safetensors"):
+        assert f"{name}: not a regular file" in refused(lambda: model_hash(str(folder)))
 
 
 class Unpickled:

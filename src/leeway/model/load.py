@@ -216,6 +216,8 @@ def _load_errors(name: str) -> Iterator[None]:
     if looks_local and not (folder / "config.json").is_file():
         fix = "give a Hugging Face model directory or a hub id"
         raise LeewayError(f"model {name}: no config.json in the folder", fix=fix)
+    if odd := next((p for p in sorted(folder.glob("*")) if p.exists() and not p.is_file() and not p.is_dir()), None):
+        raise LeewayError(f"model {name}: {odd.name} is a device or a pipe", fix="remove it, or save the model again")
     try:
         yield
     except (LeewayError, MemoryError):
