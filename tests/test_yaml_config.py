@@ -93,6 +93,14 @@ def test_a_long_value_is_not_quoted_whole(value: str) -> None:
     assert len(str(found.value)) < 2_500
 
 
+@pytest.mark.parametrize("key", ["kind", "id"])
+def test_a_long_value_of_a_claim_is_not_quoted_whole(key: str, tmp_path: Path) -> None:
+    (tmp_path / "claims.yaml").write_text(f"[{{id: a, {key}: [{'7, ' * 4_000}7]}}]".replace("id: a, id", "id"))
+    with pytest.raises(LeewayError, match=r"no kind|kind is missing") as found:
+        load_claims(str(tmp_path / "claims.yaml"))
+    assert len(str(found.value)) < 1_500
+
+
 def test_an_override_of_thousands_of_levels() -> None:
     with pytest.raises(LeewayError, match="more than 20 levels"):
         parse("name: x", "x", (".".join(["a"] * 5_000) + "=1",))

@@ -115,9 +115,12 @@ def attempt(call: Callable[[], object], *folders: Path, limit_s: float = LIMIT_S
     def expire(*_: object) -> None:
         raise Hang
 
-    timers = {signal.ITIMER_PROF: (signal.SIGPROF, limit_s), signal.ITIMER_REAL: (signal.SIGALRM, WAIT_S)}
+    timers = {
+        signal.ITIMER_PROF: (signal.SIGPROF, limit_s),
+        signal.ITIMER_REAL: (signal.SIGALRM, max(WAIT_S, 6 * limit_s)),
+    }
     before = [(number, signal.signal(number, expire)) for number, _ in timers.values()]
-    faulthandler.dump_traceback_later(DEAD_S, exit=True)
+    faulthandler.dump_traceback_later(max(DEAD_S, 12 * limit_s), exit=True)
     try:
         with watched(*folders) as seen:
             for timer, (_, seconds) in timers.items():

@@ -26,11 +26,19 @@ def canonical(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """16 hex digits of SHA-256 over a file's bytes. Raises LeewayError for a device or a pipe, which may not end."""
+    """16 hex digits of SHA-256 over a file's bytes.
+
+    Raises LeewayError for a device or a pipe, which may not end, and for a file that cannot be read.
+    """
     if path.exists() and not path.is_file():
         raise LeewayError(f"{path}: not a regular file", fix="replace it by a file")
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    try:
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise LeewayError(f"{path}: cannot be read ({error.strerror})", fix="check the file and its disk") from error
 
 
 def changed_files(folder: Path, written: Mapping[str, str | list[str]]) -> list[str]:

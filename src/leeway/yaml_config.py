@@ -203,7 +203,7 @@ def faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
     errors = [
         e for e in errors if e["loc"][-1:] != ("bool",) or all(p[: len(e["loc"]) - 1] != e["loc"][:-1] for p in places)
     ]
-    return [_middle_cut(line) for e in errors for line in _fault(e, root)]
+    return [shorten(line) for e in errors for line in _fault(e, root)]
 
 
 def _is_branch(part: Any) -> bool:
@@ -264,7 +264,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
-def _middle_cut(fault: str) -> str:
+def shorten(fault: str) -> str:
     """Return a fault whose middle is left out if it is long: it begins with its place and ends with its fix."""
     half = MAX_FAULT // 2
     return fault if len(fault) <= MAX_FAULT else f"{fault[:half]} … {fault[-half:]}"

@@ -148,6 +148,13 @@ def test_a_device_or_a_pipe_in_a_model_folder(name: str, folder: Path) -> None:
         assert f"{name}: not a regular file" in refused(lambda: model_hash(str(folder)))
 
 
+def test_an_adapters_file_that_cannot_be_read(saved: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "a"))
+    (folder / "tokenizer.json").symlink_to("/proc/self/mem")
+    line = refused(lambda: LocalModel(str(models["llama"]), folder).identity)
+    assert "tokenizer.json: cannot be read (" in line
+
+
 class Unpickled:
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from leeway.errors import LeewayError
 from leeway.hashing import digest
 from leeway.io import expand, read_utf8
-from leeway.yaml_config import AsList, ConfigModel, Unique, faults, nearest, read, tokens
+from leeway.yaml_config import AsList, ConfigModel, Unique, faults, nearest, read, shorten, tokens
 
 LARGEST, SMALLEST = "largest", "smallest"
 BUNDLED: dict[str, str] = {"objective-matters": "the findings of arXiv 2601.12639, in our words and with our margins"}
@@ -292,7 +292,7 @@ def build(raw: Any) -> Claims:
             return Claims.model_validate({**head, "claims": found})
     except ValidationError as error:
         problems += faults(error, Claims)
-    raise ValueError("\n".join(problems))
+    raise ValueError("\n".join(map(shorten, problems)))
 
 
 def _claim(raw: Any, default: dict[str, Any], number: int) -> tuple[Claim | None, list[str]]:
