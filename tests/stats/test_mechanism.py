@@ -52,6 +52,18 @@ def test_ratios_cover_their_value(record_property: Record) -> None:
     assert 0.90 <= covered <= 0.99
 
 
+def test_a_control_of_some_prompts_bounds_the_share_of_all() -> None:
+    """Half of the prompts have a control, and these differ more between the models than the others."""
+    rng, scale_P = np.random.default_rng(0), np.repeat([3.0, 1.0], 20)
+    control_PM = rng.normal(0, 0.3, (40, 1))
+    control_PM[20:] = np.nan
+    table = mechanism.summarise(values(np.full((40, 1), 0.5), control_PM, scale_P)).set_index("measure")
+    effect, share = table.loc["patching-effect"], table.loc["patching"]
+    assert (share["value"], share["n"]) == (pytest.approx(0.25), 40)
+    assert effect["control_high"] == pytest.approx(mechanism.chance(control_PM[:20, 0]))
+    assert share["control_high"] == pytest.approx(effect["control_high"] / 2)
+
+
 def test_a_share_of_no_difference_is_withheld() -> None:
     table = mechanism.summarise(drawn(1.0, gap=0.0)).set_index(["measure", "layer"])
     share = table.loc[("patching", 1)]

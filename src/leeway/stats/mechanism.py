@@ -279,7 +279,7 @@ def _control(measure: str, control_P: Floats, weights_RP: Floats, scale_P: Float
         return {"control": NAN, "control_low": NAN, "control_high": NAN}
     line = _interval(control_P, weights_RP, scale_P)
     if measure != SUCCESSES:
-        far = chance(control_P) / (1.0 if scale_P is None else abs(_mean(scale_P[~np.isnan(control_P)])))
+        far = chance(control_P) / (1.0 if scale_P is None else abs(_mean(scale_P)))  # of the share that is reported
         line |= {"low": -far, "high": far}
     return {"control": line["value"], "control_low": line["low"], "control_high": line["high"]}
 
