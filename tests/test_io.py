@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from leeway.errors import LeewayError
 from leeway.io import (
     atomic_folder,
     atomic_write,
+    read_utf8,
     readable,
     remove_partial,
     verify_checksum,
@@ -25,6 +26,7 @@ from leeway.io import (
     write_file,
     write_json,
 )
+from leeway.report.narrative import _read_card
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002])
@@ -140,6 +142,13 @@ def test_a_changed_record_and_a_damaged_file_are_errors(tmp_path: Path) -> None:
             verify_checksum(changed)
     with pytest.raises(LeewayError, match=r"file: damaged \(.*\); delete it"), readable(tmp_path / "file"):
         verify_checksum({})
+
+
+@pytest.mark.parametrize("read", [read_utf8, lambda path: readable(path).__enter__(), _read_card])
+def test_a_device_is_not_read(read: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("/dev/zero")
+    with pytest.raises(LeewayError, match="x: not a regular file"):
+        read(tmp_path / "x")
 
 
 def test_lines_are_wrapped_between_words_under_their_last_column() -> None:

@@ -45,6 +45,7 @@ HOSTILE = {
     "very deep flow": ("a: " + "[" * 5_000 + "]" * 5_000, "nested deeper than 50 levels"),
     "very deep, open": ("a: " + "[" * 50_000, "nested deeper than 50 levels"),
     "deep mappings": ("a: " + "{a: " * 3_000 + "}" * 3_000, "nested deeper than 50 levels"),
+    "a long line": ("a: " + "x" * (9 << 20), "over 8 MiB of text"),
     "deep block": ("".join(" " * n + "a:\n" for n in range(3_000)), "nested too deep"),
 }
 READERS = {

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.hardening.attempts import Tally, attempt, keep
 from benchmarks.hardening.small_run import small_run
 from benchmarks.hardening.table import Line
 
+MEMORY = 8 << 30  # bytes; a reader of a file without end must not take the machine's
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 TRAIN: tuple[list[dict[str, Any]], ...] = (
@@ -68,6 +70,7 @@ def run(options: argparse.Namespace) -> list[Line]:
     """Fuzz; every kind of failure is printed with an input."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder = options.folder
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     readers = {k: r for k, r in _readers(small_run(folder), folder).items() if options.only in (None, k)}
     scale, tally = sum(r.weight for r in readers.values()), Tally("data files")
     for name, reader in readers.items():

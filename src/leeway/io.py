@@ -68,8 +68,15 @@ def atomic_write(target: Path) -> Iterator[Path]:
         publish(scratch, target)
 
 
+def refuse_special(path: Path) -> None:
+    """Raise LeewayError for a device or a pipe, which may be without end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise LeewayError(f"{path}: not a regular file", fix="give a file")
+
+
 def read_utf8(path: Path, encoding: str = "utf-8") -> str:
-    """Return the text of a file that a person wrote; raise LeewayError if it is not UTF-8."""
+    """Return the text of a file that a person wrote; raise LeewayError if it is not UTF-8, or a device."""
+    refuse_special(path)
     try:
         return path.read_text(encoding)
     except UnicodeDecodeError as error:
@@ -149,6 +156,7 @@ def readable(path: Path, *errors: type[Exception]) -> Iterator[None]:
     """Turn the errors of reading a damaged file (ValueError, OSError and `errors`) into a LeewayError."""
     # of broken or deeply nested JSON, Parquet or text
     expected: tuple[type[Exception], ...] = (ValueError, OSError, RecursionError, *errors)
+    refuse_special(path)
     try:
         yield
     except expected as error:

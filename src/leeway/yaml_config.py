@@ -26,6 +26,7 @@ from leeway.errors import HALF_CHARACTER, LeewayError
 
 MAX_COUNT = 2**53  # the largest count that a float, and so JSON and tables, holds exactly
 MAX_FLOAT32 = 3.4e38
+MAX_CHARACTERS = 8 << 20  # of a YAML text, of which a second reads about 100,000
 MAX_DEPTH = 50
 MAX_NODES = 100_000  # with every alias expanded
 MAX_PLACES = 2  # of a key that belongs elsewhere; more are no hint
@@ -49,6 +50,8 @@ def load(text: str) -> Any:
 
     The size is checked on the nodes, in which an alias is a reference, before any value is built from them.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise SizeError(f"over {MAX_CHARACTERS >> 20} MiB of text")
     parser = YAML(typ="safe", pure=True)
     parser.Scanner = _Scanner
     try:

@@ -121,6 +121,13 @@ def test_a_key_or_a_column_that_is_repeated(name: str, text: str, words: str, tm
     assert words in refused(lambda: list(read(tmp_path / name)))
 
 
+def test_hundreds_of_thousands_of_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",".join(f"c{n}" for n in range(200_000)) + "\n" + "1," * 199_999 + "1\n")
+    line = refused(lambda: train_examples(tmp_path / "a.csv"))
+    assert "c48, c49, …)" in line
+    assert len(line) < 1_000
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("[" * 100_000, "nested too deep"), ('{"prompt": ' + "9" * 5_000 + "}", "a number with too many digits")],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from leeway.errors import LeewayError
+from leeway.integrations import lm_eval_logs
 from leeway.integrations.logs import read_checkpoints
 
 LINE: dict[str, Any] = {"doc_id": 0, "doc": {"q": "a"}, "target": "b", "acc": 1.0, "metrics": ["acc"]}
@@ -45,3 +46,9 @@ def test_a_score_that_no_float_holds_is_unscored(tmp_path: Path) -> None:
 def test_a_text_may_hold_other_line_ends(tmp_path: Path) -> None:
     (checkpoint,) = read(tmp_path, json.dumps({**LINE, "target": "a\u2028b\x85c"}, ensure_ascii=False))
     assert len(checkpoint.tasks["x"].answers) == 1
+
+
+def test_a_device_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "samples_x.jsonl").symlink_to("/dev/null")
+    with pytest.raises(LeewayError, match=r"samples_x\.jsonl: not a regular file"):
+        lm_eval_logs.read(tmp_path / "samples_x.jsonl")

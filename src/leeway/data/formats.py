@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from leeway.data.readers import Record, Source, field, load, read, refuse_not_finite
+from leeway.data.readers import Record, Source, columns_of, field, load, read, refuse_not_finite
 from leeway.data.types import CapabilityItem, Example
 from leeway.errors import LeewayError
 from leeway.io import expand
@@ -76,7 +76,7 @@ def reader(first: Record, path: object) -> Reader:
     """Return the reader of a file by its first record; raise LeewayError for unknown columns."""
     expected = detect(first) or ("prompt" if "prompt" in first else None)
     if expected is None:
-        has = ", ".join(map(str, first)) or "nothing"
+        has = columns_of(first)
         fix = "give prompt and completion; or messages, conversations, instruction and output, chosen and rejected"
         raise LeewayError(f"{path}: unknown format of training file (its first record has: {has})", fix=fix)
 
@@ -154,7 +154,7 @@ def _split(turns: list[Turn]) -> tuple[list[Turn], str]:
 def _column(record: Record, name: str, where: str) -> Any:
     """Return a column's value; raise LeewayError where the record lacks it."""
     if name not in record:
-        has = ", ".join(map(str, record)) or "nothing"
+        has = columns_of(record)
         raise LeewayError(f"{where}: no {name} in it (it has: {has})", fix="correct that record")
     return record[name]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from leeway.io import expand, read_utf8
 
 Record = dict[str, Any]
 MAX_LINE = 64 << 20  # characters: a compressed file of a megabyte can hold a line of a gigabyte
+MAX_NAMES = 50  # columns that an error lists
 MAX_TEXT = 2 << 30  # characters of a .json file, which is read as a whole
 
 
@@ -160,17 +163,20 @@ class RepeatedKeyError(ValueError):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RepeatedKeyError(f"{next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+        raise RepeatedKeyError(f"{_repeated([key for key, _ in pairs])[0]!r} is given twice")
     return record
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, n in Counter(names).items() if n > 1]
 
 
 def _csv(path: Path, lines: Any, delimiter: str) -> Iterator[Record]:
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
         columns = reader.fieldnames or []
-        if repeated := next((c for c in columns if c and columns.count(c) > 1), None):
-            raise LeewayError(f"{path}, line 1: column {repeated!r} is given twice", fix="rename one of the two")
+        if repeated := _repeated(filter(None, columns)):
+            raise LeewayError(f"{path}, line 1: column {repeated[0]!r} is given twice", fix="rename one of the two")
         for record in reader:
             if None in record or None in record.values():
                 where = f"{path}, line {reader.line_num}"
@@ -188,9 +194,15 @@ def field(record: Record, names: tuple[str, ...], where: str) -> str:
         if isinstance(value, (str, int, float)) and str(value).strip():
             return str(value).strip()
     empty = next((n for n in names if n in record), None)
-    has = ", ".join(map(str, record)) or "nothing"
+    has = columns_of(record)
     what = f"{where}: its {empty} is empty" if empty else f"{where}: no {' or '.join(names)} in it (it has: {has})"
     raise LeewayError(what, fix="correct that record")
+
+
+def columns_of(record: Record) -> str:
+    """Return a record's columns for an error, the first MAX_NAMES of them."""
+    names = [*map(str, itertools.islice(record, MAX_NAMES)), *["…"] * (len(record) > MAX_NAMES)]
+    return ", ".join(names) or "nothing"
 
 
 def refuse_not_finite(value: Any, name: str, where: str) -> None:

@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from leeway.errors import LeewayError
+from leeway.io import refuse_special
 from leeway.report.compare.logs.samples import (
     ITEMS,
     SUBTASKS,
@@ -154,6 +155,7 @@ def _facts(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    refuse_special(path)
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:

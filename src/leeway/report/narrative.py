@@ -10,6 +10,7 @@ import pandas as pd
 
 from leeway import stats
 from leeway.data.ledger import DATA, MATCHED, Matching
+from leeway.io import refuse_special
 from leeway.report import formatting, judges, learning, mechanism, plotting, triggers
 from leeway.report.controls import control_sentences
 from leeway.report.formatting import BudgetUnit, mapping
@@ -267,6 +268,7 @@ def _correct(rate: dict[str, Any], hits: int, positives: int, right: int, negati
 
 
 def _read_card(path: Path) -> dict[str, Any]:
+    refuse_special(path)
     try:
         card = json.loads(path.read_text("utf-8"))
         if not (isinstance(card["judge_hash"], str) and isinstance(card["judge"], str) and card["parts"]):
