@@ -14,9 +14,9 @@ import time
 from importlib import import_module
 from pathlib import Path
 
+from benchmarks.hardening.attempts import LIBRARIES
 from benchmarks.hardening.table import as_markdown
 
-LIBRARIES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")  # folders that libraries make when they are imported
 CAMPAIGNS = {
     "kills": "benchmarks.hardening.kills",
     "power": "benchmarks.hardening.power",

@@ -29,6 +29,7 @@ WAIT_S = 60  # of waiting, on a pipe or a socket for example
 DEAD_S = 120  # native code does not return to Python's alarm
 LONGEST = 6_000  # characters of a message; one that lists many faults has a line for each
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2028\u2029\u2060-\u2069\ufeff]")
+LIBRARIES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")  # folders that libraries make when they are imported
 DEVICES = ("/dev/null", "/dev/tty", "/proc/", "/sys/")
 SHOWN = 3  # inputs kept of one kind of failure
 
@@ -89,7 +90,8 @@ def watched(*folders: Path) -> Iterator[list[tuple[Ended, str]]]:
         sys.addaudithook(_hook)
         sys._leeway_hook = True  # type: ignore[attr-defined]
     _watch.on, _watch.seen = True, []
-    _watch.allowed = tuple(os.path.realpath(f) for f in folders)
+    own = [os.environ[v] for v in LIBRARIES if v in os.environ]
+    _watch.allowed = tuple(os.path.realpath(f) for f in (*folders, *own))
     try:
         yield _watch.seen
     finally:
