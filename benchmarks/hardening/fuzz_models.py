@@ -96,6 +96,7 @@ def run(options: argparse.Namespace) -> list[Line]:
     torch.set_num_threads(1)
     load_model("organism", device="cpu")  # whatever is imported late
     work = options.folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
     marker = options.folder / "outside" / "marker"
     for folder in (work, marker.parent):
         folder.mkdir(exist_ok=True)
