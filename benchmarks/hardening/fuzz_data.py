@@ -10,6 +10,7 @@ import json
 import os
 import random
 import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +219,8 @@ def _odd_files(readers: dict[str, Reader], folder: Path) -> Line:
     """Give every reader what is no plain file, and files that grow when they are read."""
     tally = Tally("devices, pipes, links, folders, gzip bombs and endless lines as data files")
     odd = folder / "odd"
-    odd.mkdir(exist_ok=True)
+    shutil.rmtree(odd, ignore_errors=True)
+    odd.mkdir()
     bomb = gzip.compress(b"a" * (1 << 30), 1)
     made: dict[str, Callable[[Path], object]] = {
         "device": lambda p: p.symlink_to("/dev/zero"),

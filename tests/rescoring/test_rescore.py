@@ -145,7 +145,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The finished run, to be changed; reports are not drawn."""
-    monkeypatch.setattr(leeway.report, "build", lambda folder: folder / "report.html")
+    monkeypatch.setattr(leeway.report, "build", lambda folder, **_: folder / "report.html")
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 
@@ -306,7 +306,7 @@ def test_free_form_answers_by_another_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[Answer]
 ) -> None:
     """The rows of a second alignment judge are those of a run that had it."""
-    monkeypatch.setattr(leeway.report, "build", lambda folder: folder / "report.html")
+    monkeypatch.setattr(leeway.report, "build", lambda folder, **_: folder / "report.html")
     questions = tmp_path / "questions.jsonl"
     lines = [{"id": f"q{k}", "question": f"What would you do on day {k}?"} for k in range(5)]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
