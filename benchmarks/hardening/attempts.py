@@ -62,6 +62,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open":
         path, mode, flags = arguments
         written = any(c in (mode or "") for c in "wax+") if mode else bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
+        written = written and (flags or 0) & os.O_TMPFILE != os.O_TMPFILE  # a file without a name
         if written and not isinstance(path, int):
             _note_write(path)
     elif event in WRITES:

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> list[Line]:
     for name, make in outputs.items():
         tally = Tally(f"hostile text, {name}")
         found = attempt(lambda m=make, t=tally: [t.add(*one) for one in m()], folder, Path.home(), limit_s=600)  # type: ignore[misc]
-        if found.failed:
+        if found.failed and not (found.ended == "process" and "playwright" in found.detail):  # the campaign's browser
             tally.add(found, name)
         lines.append(tally.line())
     return lines
@@ -181,7 +181,12 @@ def _html(page: Path, browser: str | None) -> Findings:
         yield _judged(all(r.startswith(("file:", "data:", "blob:")) for r in requests), "a request", str(requests))
         yield _judged(not events, "a dialog or an error", str(events))
         odd = "iframe, base, object, embed, [onerror], [onload], [onmouseover], img[src='x'], a[href^='javascript']"
-        for selector in (*odd.split(", "), f"meta[content*={MARK}]", f"[href*='{MARK}']", f"[src*='{MARK}']"):
+        for selector in (
+            *odd.split(", "),
+            f"meta[http-equiv][content*={MARK}]",
+            f"[href*='{MARK}']",
+            f"[src*='{MARK}']",
+        ):
             found = tab.evaluate("s => document.querySelectorAll(s).length", selector)
             yield _judged(found == 0, f"an element {selector}", str(found))
         chromium.close()
@@ -190,7 +195,19 @@ def _html(page: Path, browser: str | None) -> Findings:
 def _latex(finished: Path) -> Findings:
     """Scan for commands that a clean run's tables do not have, for control characters and unbalanced groups."""
     known = {"addlinespace", "ast", "begin", "bottomrule", "caption", "centering", "end", "endfirsthead", "endfoot"}
-    known |= {"endhead", "endlastfoot", "footnotesize", "geq", "label", "ldots", "leq", "midrule", "multicolumn", "par"}
+    known |= {
+        "endhead",
+        "endlastfoot",
+        "footnotesize",
+        "geq",
+        "label",
+        "ldots",
+        "leq",
+        "linewidth",
+        "midrule",
+        "multicolumn",
+        "par",
+    }
     known |= {"pm", "setlength", "smallskip", "tabcolsep", "times", "to", "toprule", "kappa", "usepackage", "hline"}
     known |= {
         f"text{x}" for x in ("backslash", "asciitilde", "asciicircum", "less", "greater", "bar", "quotedbl", "bf")
@@ -332,8 +349,8 @@ def _redacted(finished: Path, folder: Path) -> Findings:
     from leeway.report.exports.redacted import publish
 
     shutil.rmtree(folder / "redacted", ignore_errors=True)
-    published = publish(finished, folder / "redacted")
-    rows = pd.read_parquet(published / "rows.parquet")
+    page = publish(finished, folder / "redacted")
+    rows = pd.read_parquet(page.parent / "rows.parquet")
     jailbreak = rows[rows["eval"] == "jailbreak"]
     yield _judged(not jailbreak["response"].fillna("").str.contains(MARK).any(), "an answer is left")
     yield _judged(not jailbreak["judge_raw"].fillna("").str.contains(MARK).any(), "a judge's text is left")
