@@ -204,7 +204,7 @@ def _heat(ticks: list[str], layers: int) -> Spec:
     dark = "isValid(datum.value) && (datum.value < -0.887 || datum.value > 0.818)"
     ink: Spec = {"condition": [{"test": "!isValid(datum.value)", "value": INK}, {"test": dark, "value": "white"}]}
     return {
-        "height": {"step": 24 if layers <= 12 else 14},
+        "height": {"step": 24 if layers <= 12 else 15},
         "encoding": {"x": x, "y": y},
         "layer": [
             {
