@@ -68,6 +68,7 @@ def _settled() -> float:
 
 
 def main() -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `leeway` sets it: spinning threads starve a busy machine
     warnings.filterwarnings("ignore")
     task, file = Task.of(sys.argv[1]), Path(sys.argv[2])
     found = carry_out(task)

@@ -224,3 +224,18 @@ def test_no_tokens_are_no_error() -> None:
     assert logp_T.shape == kl_T.shape == (0,)
     assert hidden.grad is not None
     assert hidden.grad.shape == (0, 8)
+
+
+def test_the_greedy_token_is_the_first_of_the_largest_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several blocks: equal words, the largest in each block, and a state that is not finite."""
+    monkeypatch.setattr(head_module, "BLOCK_ELEMENTS", 40)  # 8 words
+    torch.manual_seed(0)
+    weight_VD = torch.randn(30, 6)
+    weight_VD[21] = weight_VD[3] = weight_VD[2]
+    hidden_BD = torch.cat([weight_VD[[2, 9, 29, 17]], torch.full((1, 6), torch.nan)])
+    head = Head(weight_VD, blocked=(9,))
+    token_B, largest_B = head.greedy(hidden_BD)
+    logits_BV = head.logits(hidden_BD)
+    assert torch.equal(token_B[:4], logits_BV[:4].argmax(-1))
+    assert torch.equal(largest_B[:4], logits_BV[:4].amax(-1))
+    assert bool(largest_B[4].isnan())

@@ -302,9 +302,12 @@ def decode(
     decoding = Decoding(model.lm, prompts, model.device)
     hidden_BD = decoding.begin()
     for step in range(limit):
-        scores_BV = model.head.logits(hidden_BD)
-        bad_B = (~scores_BV.amax(-1).isfinite()).tolist()  # amax propagates NaN
-        token_B = scores_BV.argmax(-1) if sampler is None else sampler.tokens(scores_BV, rows)
+        if sampler is None:
+            token_B, largest_B = model.head.greedy(hidden_BD)
+        else:
+            scores_BV = model.head.logits(hidden_BD)
+            token_B, largest_B = sampler.tokens(scores_BV, rows), scores_BV.amax(-1)  # amax propagates NaN
+        bad_B = (~largest_B.isfinite()).tolist()
         for row, token, bad in zip(rows, token_B.tolist(), bad_B, strict=True):
             if row in active and bad:
                 bad_steps[row] = step

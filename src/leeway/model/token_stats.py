@@ -74,6 +74,20 @@ class Head:
         """Return [C, V] logits in float32 (or float64), never rounded to half precision."""
         return torch.cat([block.capped_CN for block in self.blocks(hidden_CD)], -1)
 
+    def greedy(self, hidden_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the most probable token, its logit) for each state, [B]; NaN if a logit is. The first of equals wins.
+
+        Only the block of the largest logit is searched: finding a position takes several times as long as a maximum.
+        """
+        blocks = list(self.blocks(hidden_BD))
+        largest_BK = torch.stack([block.capped_CN.amax(-1) for block in blocks], -1)  # amax propagates NaN
+        winner_B = largest_BK.argmax(-1)
+        token_B = torch.empty_like(winner_B)
+        for k, block in enumerate(blocks):
+            (rows,) = (winner_B == k).nonzero(as_tuple=True)
+            token_B[rows] = block.start + block.capped_CN[rows].argmax(-1)
+        return token_B, largest_BK.amax(-1)
+
     def blocks(self, hidden_CD: Tensor) -> Iterator[Logits]:
         """Yield the logits block by block; on a CPU a half-precision weight is widened one block at a time."""
         words = len(self.weight_VD)

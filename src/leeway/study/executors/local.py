@@ -129,6 +129,7 @@ def timed(on_event: OnEvent) -> OnProgress:
 def _run_in_processes(
     worker: Worker, jobs: Sequence[Job], workers: int, on_event: OnEvent, watchdog: Watchdog
 ) -> Iterator[Job]:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as a worker loads torch; see `leeway.cli.main`
     context, spec = multiprocessing.get_context("spawn"), worker.prepared.spec
     events: Any = context.Queue()
     raw = spec.model_dump(mode="json", by_alias=True)
