@@ -49,7 +49,7 @@ def test_training_seconds_by_hand() -> None:
 
 
 def test_a_cpu_adds_passes_and_steps_and_has_a_rate_of_its_own_for_the_head() -> None:
-    kept = cost_model.kept_bytes(SHAPE, 0.0) * cost_model.PASSES / 1e5
+    kept = cost_model.pass_bytes(SHAPE, 0.0) * cost_model.PASSES / 1e5
     body, head = 7 * (4 * 1000 + 6 * 10) / 4e6, 3 * 4 * 100 / 2e6
     assert cost_model.training_seconds(SHAPE, CPU, 7, 3) == pytest.approx(body + head + 7 * kept)
     more = cost_model.training_seconds(SHAPE, CPU, 7, 3, steps=5) - cost_model.training_seconds(SHAPE, CPU, 7, 3)
@@ -93,8 +93,9 @@ def test_memory_by_hand() -> None:
     assert found.cache == 3 * 20 * 32
     assert found.peak == 2400 + 160 + max(found.activations, found.cache)
     fused = cost_model.memory(replace(SHAPE, fused=True), 10, 0.05, batch=3, context=20, length=5)
-    once = 2 * (2 * 8 + 8 + 16)  # an input of several products is kept once
-    assert fused.activations == cost_model.HELD * 10 * 2 * (layer + once + 2 * 2 * 5)  # and what each head attends to
+    least = 2 * 2 * (8 + 4) + 2 * 2 * (8 + 16)  # norms and SwiGLU are computed again
+    assert fused.activations == cost_model.HELD * 10 * 2 * (least + 2 * 2 * 5)  # and what each head attends to
+    assert fused.peak == 2400 + 160 + fused.activations + fused.cache  # a CPU's process keeps what it frees
 
 
 def test_activations_are_near_what_autograd_keeps() -> None:

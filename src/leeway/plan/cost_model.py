@@ -26,7 +26,7 @@ GIB = 2**30
 RUNTIME = 0.6 * GIB  # of a process before any model: libraries, allocator
 PUBLISHED = 2  # bytes per weight in the hub's files
 # Of a CPU with the fused layout, fitted to SmolLM2-135M in bfloat16 and the organism in float32:
-PASSES = 30  # bytes of element-wise passes per byte kept for the backward pass
+PASSES = 30  # times that a training step reads or writes a byte of its element-wise passes
 STEP = 3e-3  # seconds a layer and optimiser step take besides, whatever the number of tokens
 HELD = 1.5  # bytes that a process holds per byte kept: buffers, the head's blocks, gaps between freed pieces
 DECODED = 4000  # bytes of element-wise passes per layer, generated token and number in a hidden state
@@ -108,12 +108,12 @@ def training_seconds(
     body = tokens * ((2 + back) * s.body + (0 if s.full else 6 * s.trained))
     head = targets * (2 + back + (4 if divergence else 0)) * s.head
     besides = steps * s.layers * STEP if m.is_cpu else 0.0
-    return body / m.flops + head / m.head + tokens * kept_bytes(s, dropout) * PASSES / m.passes + besides
+    return body / m.flops + head / m.head + tokens * pass_bytes(s, dropout) * PASSES / m.passes + besides
 
 
 def forward_seconds(s: Shape, m: Machine, tokens: int, measured: int) -> float:
     """Return the seconds of forward passes: the body for every token, the head for `measured` tokens."""
-    passes = tokens * kept_bytes(s, 0.0) * PASSES / 3 / m.passes  # of which training has two more, backward
+    passes = tokens * pass_bytes(s, 0.0) * PASSES / 3 / m.passes  # of which training has two more, backward
     return tokens * 2 * s.body / m.flops + measured * 2 * s.head / m.head + passes
 
 
@@ -154,23 +154,38 @@ def eval_seconds(s: Shape, e: EvalCost, m: Machine, batch: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of weights and adapter, plus activations (training) or the key-value cache (generation)."""
+    """Bytes of weights and adapter, plus activations (training) and the key-value cache (generation).
+
+    Not at once, unless the process `keeps` what it frees, as on a CPU.
+    """
 
     weights: float
     adapter: float
     activations: float
     cache: float
+    keeps: bool = False
 
     @property
     def peak(self) -> float:
-        return self.weights + self.adapter + max(self.activations, self.cache)
+        parts = self.activations, self.cache
+        return self.weights + self.adapter + (sum(parts) if self.keeps else max(parts))
 
 
 def kept_bytes(s: Shape, dropout: float) -> int:
     """Return the bytes per token that training keeps for the backward pass.
 
-    A layer keeps both norms twice in float32, queries, keys, values and the attention output, and three MLP vectors;
-    the fused layout each product's input once; peft every adapted layer's own in float32, with a dropout mask.
+    The fused layout keeps both norms' inputs, queries, keys, values and the attention output, and two MLP vectors, and
+    computes the rest again.
+    """
+    attention = s.bytes * 2 * (s.queries + s.keys)
+    return s.layers * (attention + s.bytes * 2 * (s.hidden + s.inner)) if s.fused else pass_bytes(s, dropout)
+
+
+def pass_bytes(s: Shape, dropout: float) -> int:
+    """Return the bytes per token that element-wise passes write.
+
+    A layer's are both norms twice in float32, queries, keys, values and the attention output, and three MLP vectors;
+    in the fused layout each product's input once; with peft every adapted layer's in float32, with a dropout mask.
     """
     norms, attention = 16 * s.hidden, s.bytes * 2 * (s.queries + s.keys)
     inputs = s.adapted * (s.bytes if s.full else FLOAT32 + (1 if dropout else 0))
@@ -189,7 +204,7 @@ def memory(s: Shape, micro_tokens: int, dropout: float, batch: int, context: int
     trained = s.trained * (FLOAT32 + ADAM) + (0 if s.full else s.trained * FLOAT32)
     each = kept_bytes(s, dropout) + (s.layers * s.heads * length * s.bytes if s.fused else 0)
     held = HELD if s.fused else 1.0
-    return Memory(s.weight_bytes, trained, held * micro_tokens * each, batch * context * s.kv_bytes)
+    return Memory(s.weight_bytes, trained, held * micro_tokens * each, batch * context * s.kv_bytes, keeps=s.fused)
 
 
 def eval_costs(prepared: Prepared) -> tuple[tuple[EvalCost, ...], tuple[str, ...]]:
@@ -309,8 +324,8 @@ class CostEstimate:
         fit = {None: "", True: ": fits", False: f": DOES NOT FIT; {self.advice}"}[self.fits]
         yield (
             f"  memory ~{self.memory_gib:.1f} GiB{fit} ({each}weights {m.weights / GIB:.1f}, adapter and optimiser "
-            f"{m.adapter / GIB:.1f}, then activations and buffers {m.activations / GIB:.1f} or keys and "
-            f"values {m.cache / GIB:.1f})"
+            f"{m.adapter / GIB:.1f}, activations and buffers {m.activations / GIB:.1f}, keys and values "
+            f"{m.cache / GIB:.1f}{', both kept' if m.keeps else ', not at once'})"
         )
         yield from self.other_lines()
 
