@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,12 @@ def test_aliases_and_merges_of_plain_size_are_read() -> None:
     assert read("", "x") is None
     assert read("a: " + "[" * 49 + "]" * 49, "x")
     assert len(read("\n".join(f"- {n}" for n in range(50_000)), "x")) == 50_000
+
+
+def test_an_anchor_that_is_given_again_is_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read("a: &a 1\nb: &a 2\nc: *a\n", "x") == {"a": 1, "b": 2, "c": 2}
 
 
 def test_yes_and_no_are_text_and_true_and_false_are_not() -> None:

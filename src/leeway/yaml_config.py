@@ -9,6 +9,7 @@ import difflib
 import io
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from importlib.resources import files
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 from ruamel.yaml.scanner import Scanner
 
@@ -55,7 +56,9 @@ def load(text: str) -> Any:
     parser = YAML(typ="safe", pure=True)
     parser.Scanner = _Scanner
     try:
-        node = parser.compose(text)
+        with warnings.catch_warnings():  # an anchor may be given again, and the warning quotes the file unescaped
+            warnings.simplefilter("ignore", ReusedAnchorWarning)
+            node = parser.compose(text)
         if node is None:
             return None
         _check_nodes(node)
