@@ -146,6 +146,7 @@ def _readers(finished: Path, folder: Path) -> dict[str, Reader]:
 
     results = Results.load(finished)
     card = {**CARD, "judge_hash": results.manifest["judges"]["overrefusal"]["hash"]}
+    (folder / "sheet.csv").unlink(missing_ok=True)
     sheet = make_sheet(finished, n=12, out=folder / "sheet.csv")
     rows = list(csv.DictReader(io.StringIO(sheet.text)))
     for row in rows:

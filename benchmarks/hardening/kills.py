@@ -30,7 +30,7 @@ from benchmarks.hardening.runs import (
 )
 from benchmarks.hardening.table import Line
 
-RULES = "against: base\nrules: [{measure: accuracy, at_least: 0.01}]\n"
+RULES = "checkpoint: {objective: sft}\nagainst: base\nrules: [{measure: accuracy, at_least: 0.01}]\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
