@@ -65,6 +65,8 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         written = written and (flags or 0) & os.O_TMPFILE != os.O_TMPFILE  # a file without a name
         if written and not isinstance(path, int):
             _note_write(path)
+    elif event in ("os.remove", "os.rmdir") and isinstance(arguments[1], int) and arguments[1] >= 0:
+        _note_write(f"/proc/self/fd/{arguments[1]}/{os.fsdecode(arguments[0])}")  # as shutil.rmtree does
     elif event in WRITES:
         for path in arguments[:2]:
             if isinstance(path, str | bytes | os.PathLike):

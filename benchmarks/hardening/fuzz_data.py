@@ -156,7 +156,8 @@ def _readers(finished: Path, folder: Path) -> dict[str, Reader]:
         def call(path: Path) -> object:
             place = folder / "data" / name
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(path.read_bytes())
+            place.unlink(missing_ok=True)
+            place.symlink_to(path)
             before = os.environ.get("LEEWAY_DATA")
             os.environ["LEEWAY_DATA"] = str(folder / "data")
             try:

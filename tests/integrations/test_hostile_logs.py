@@ -48,7 +48,8 @@ def test_a_text_may_hold_other_line_ends(tmp_path: Path) -> None:
     assert len(checkpoint.tasks["x"].answers) == 1
 
 
-def test_a_device_is_no_log(tmp_path: Path) -> None:
-    (tmp_path / "samples_x.jsonl").symlink_to("/dev/null")
-    with pytest.raises(LeewayError, match=r"samples_x\.jsonl: not a regular file"):
+@pytest.mark.parametrize(("target", "words"), [("/dev/null", "not a regular file"), ("..", "cannot be read")])
+def test_a_device_or_a_folder_is_no_log(target: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "samples_x.jsonl").symlink_to(target)
+    with pytest.raises(LeewayError, match=rf"samples_x\.jsonl: {words}"):
         lm_eval_logs.read(tmp_path / "samples_x.jsonl")

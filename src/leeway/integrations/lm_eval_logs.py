@@ -160,6 +160,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise LeewayError(f"{path}: not UTF-8 text", fix="give a samples_*.jsonl file of lm-eval") from error
+    except OSError as error:
+        raise LeewayError(f"{path}: cannot be read ({error.strerror})", fix="give another file") from error
     for n, line in enumerate(text.split("\n"), 1):  # a string may hold other line ends, such as U+2028
         if not line.strip():
             continue
