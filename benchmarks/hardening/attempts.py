@@ -62,13 +62,12 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open":
         path, mode, flags = arguments
         written = any(c in (mode or "") for c in "wax+") if mode else bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
-        written = written and (flags or 0) & os.O_TMPFILE != os.O_TMPFILE  # a file without a name
-        if written and not isinstance(path, int):
+        if written and not isinstance(path, int) and not os.path.isdir(path):  # a file without a name is in a folder
             _note_write(path)
     elif event in ("os.remove", "os.rmdir") and isinstance(arguments[1], int) and arguments[1] >= 0:
         _note_write(f"/proc/self/fd/{arguments[1]}/{os.fsdecode(arguments[0])}")  # as shutil.rmtree does
     elif event in WRITES:
-        for path in arguments[:2]:
+        for path in arguments[1:2] if event == "os.symlink" else arguments[:2]:
             if isinstance(path, str | bytes | os.PathLike):
                 _note_write(path)
     elif event in SOCKETS and not (event == "socket.connect" and isinstance(arguments[1], str | bytes)):
