@@ -1,4 +1,4 @@
-"""The results as a Markdown table: ours against the peer's, round by round, against what was to be reached."""
+"""The results as a Markdown table: ours against the peer's, round by round."""
 
 from __future__ import annotations
 
@@ -12,20 +12,7 @@ from benchmarks.performance import real, study
 from benchmarks.performance.rounds import Bench, Cell, load
 from benchmarks.performance.task import OBJECTIVES, Found
 
-REACH: dict[str, dict[str, tuple[float, float]]] = {  # (at least, aim) by shape; memory: at most
-    "sft": {"S": (1.8, 3.5), "M": (3.0, 5.0), "SmolLM2": (3.3, 4.0)},
-    "kl": {"S": (2.5, 4.0), "M": (2.5, 4.0), "SmolLM2": (3.0, 4.0)},
-    "dpo": {"S": (2.0, 4.0), "M": (3.5, 6.0), "SmolLM2": (4.5, 6.0)},
-    "orpo": {"S": (2.0, 4.0), "M": (3.5, 6.0), "SmolLM2": (4.0, 5.0)},
-    "memory": {"S": (0.8, 0.5), "M": (0.5, 0.33), "SmolLM2": (0.5, 0.35)},
-    "pair memory": {"S": (0.6, 0.4), "M": (0.4, 0.25), "SmolLM2": (0.4, 0.3)},
-    "generation": {"S": (1.4, 2.0), "M": (1.4, 2.0), "SmolLM2": (2.5, 4.0)},
-}
-LIKE = {"cft": "sft", "ip": "sft"}
-HEADER = (
-    "| {shape} | ours | peer | ours / peer | spread | at least | aim | utilisation, ours / peer |\n"
-    "|---|---|---|---|---|---|---|---|"
-)
+HEADER = "| {shape} | ours | peer | ours / peer | spread | utilisation, ours / peer |\n|---|---|---|---|---|---|"
 Measure = Callable[[Found], float]
 
 
@@ -43,16 +30,14 @@ class Row:
     peer: float
     ratios: tuple[float, ...]
     unit: str
-    reach: tuple[float, float] | None
     utilisation: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        need = ("", "") if self.reach is None else tuple(f"{x:g}×" for x in self.reach)
         spread = f"{min(self.ratios):.2f}–{max(self.ratios):.2f}, rounds: {len(self.ratios)}"
         values = f"{self.ours:,.0f} {self.unit} | {self.peer:,.0f} {self.unit}"
         used = "" if self.utilisation is None else " / ".join(f"{x:.0%}" for x in self.utilisation)
         ratio = f"**{median(self.ratios):.2f}×** | {spread}"
-        return f"| {self.label} | {values} | {ratio} | {need[0]} | {need[1]} | {used} |"
+        return f"| {self.label} | {values} | {ratio} | {used} |"
 
 
 def report(out: Path, shapes: tuple[str, ...] = ("S", "M")) -> str:
@@ -86,8 +71,7 @@ def how(bench: Bench, shape: str) -> str:
 def training(bench: Bench, shape: str) -> list[Row]:
     rows = []
     for o in OBJECTIVES:
-        reach = REACH[LIKE.get(o, o)].get(shape)
-        rows += row(bench, f"{o.upper()}", Cell(shape, "train", o), rate, "tok/s", reach)
+        rows += row(bench, f"{o.upper()}", Cell(shape, "train", o), rate, "tok/s")
         if o == "dpo":
             excluded = "DPO, reference excluded"
             rows += row(bench, excluded, Cell(shape, "train", o), lambda f: f.tokens / f.seconds, "tok/s")
@@ -99,24 +83,22 @@ def training(bench: Bench, shape: str) -> list[Row]:
 
 def memory(bench: Bench, shape: str) -> list[Row]:
     rows = []
-    for o, reach in (("sft", "memory"), ("dpo", "pair memory"), ("orpo", "pair memory")):
+    for o in ("sft", "dpo", "orpo"):
         cell = Cell(shape, "train", o)
-        rows += row(bench, f"{o.upper()}, peak memory", cell, lambda f: f.peak_mb, "MB", REACH[reach].get(shape))
+        rows += row(bench, f"{o.upper()}, peak memory", cell, lambda f: f.peak_mb, "MB")
         rows += row(bench, f"{o.upper()}, peak beyond imports and data", cell, lambda f: f.beyond_mb, "MB")
     return rows
 
 
 def generation(bench: Bench, shape: str) -> list[Row]:
-    cell, reach = Cell(shape, "generate", "answers"), REACH["generation"].get(shape)
+    cell = Cell(shape, "generate", "answers")
     return [
-        *row(bench, "generation", cell, rate, "new tok/s", reach),
+        *row(bench, "generation", cell, rate, "new tok/s"),
         *workers(bench, "generation, ours as 2 workers × 1 thread", cell),
     ]
 
 
-def row(
-    bench: Bench, label: str, cell: Cell, of: Measure, unit: str, reach: tuple[float, float] | None = None
-) -> list[Row]:
+def row(bench: Bench, label: str, cell: Cell, of: Measure, unit: str) -> list[Row]:
     """The line of one cell, or none where it was not measured on both sides."""
     found = rounds(bench, cell, "ours"), rounds(bench, cell.peer, "peer")
     both = sorted(found[0].keys() & found[1].keys())
@@ -126,7 +108,7 @@ def row(
     ratios = tuple(a / b for a, b in zip(ours, peer, strict=True))
     measured = all(side[n].matrix_rate for side in found for n in both)
     used = [median(side[n].utilisation for n in both) for side in found] if of is rate and measured else None
-    return [Row(label, median(ours), median(peer), ratios, unit, reach, (used[0], used[1]) if used else None)]
+    return [Row(label, median(ours), median(peer), ratios, unit, (used[0], used[1]) if used else None)]
 
 
 def workers(bench: Bench, label: str, cell: Cell) -> list[Row]:
