@@ -115,7 +115,7 @@ def test_any_text_can_be_printed_to_ascii(monkeypatch: pytest.MonkeyPatch) -> No
     crash_with(LeewayError("größer ≥ \ud800"), monkeypatch)
     found = leeway("gate", "x", "--rule", "y", encoding="ascii")
     assert found.returncode == 2
-    assert found.stderr == "leeway: gr\\xf6\\xdfer \\u2265 \\ud800\n"
+    assert found.stderr == "leeway: gr\\xf6\\xdfer \\u2265 \\u27e8U+D800\\u27e9\n"
 
 
 @pytest.mark.parametrize(("rules", "closed"), [(PASSES, "stdout"), (FAILS, "stdout"), (PASSES, "stderr")])

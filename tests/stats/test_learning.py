@@ -164,7 +164,7 @@ def test_no_drift_of_an_arm_that_did_not_learn_is_not_supported():
         for k in range(80)
     ]
     rows = pd.DataFrame(lines).assign(sample=0, score=0.5, unscored_reason=None, template_hash="t", judge="p")
-    rows["cluster"] = rows["item_id"]
+    rows["cluster"] = rows["prompt"] = rows["item_id"]
     rows["outcome"], rows["judge_raw"], rows["response"] = None, "{}", ""
     claims = build(
         [
