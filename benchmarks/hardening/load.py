@@ -81,7 +81,6 @@ class Audit:
         return self.folder / "out"
 
     def command(self) -> list[str]:
-        self.folder.mkdir(parents=True, exist_ok=True)
         prompts, study = self.folder / "prompts.jsonl", self.folder / "evals.yaml"
         prompts.write_text("".join(json.dumps({"prompt": f"Say {k}."}) + "\n" for k in range(self.n // SAMPLES // 2)))
         study.write_text(EVALS.format(file=prompts, samples=SAMPLES))
@@ -91,6 +90,7 @@ class Audit:
 
     def run(self, until: Callable[[dict[str, Any]], bool] = lambda _: False) -> tuple[int, str]:
         """Return the exit code and the output; kill the process once `until` holds of the stub's counts."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / "log"
         with log.open("wb") as out:
             process = subprocess.Popen(self.command(), stdout=out, stderr=out)
