@@ -69,7 +69,7 @@ class Objective(Protocol):
         """Return a scalar normalised by `policy.totals`, so that micro-batch losses sum to the batch loss."""
 
     def step_metrics(self, policy: TokenStats) -> dict[str, Tensor]:
-        """Return what the step log holds beside the loss: scalars by name, normalised as the loss is."""
+        """Return what the step log holds in addition to the loss: scalars by name, normalised as the loss is."""
 
 
 class Plain:

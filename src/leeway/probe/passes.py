@@ -176,7 +176,7 @@ class Pass:
         """Run all positions; return (final hidden states [B, L, D], recorded activations).
 
         Positions count after the common start. `edits` and `record` see the positions after it; `everywhere` are edits
-        of every position, alike for every prompt.
+        of every position, the same for every prompt.
         """
         first, every = self.window or 0, dict[Point, At]()
         if (self.window is not None or self.blockwise) and not edits and not everywhere:
